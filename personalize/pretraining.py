@@ -1,0 +1,161 @@
+"""The embedded model from nothing: its tokenizer, its three networks, and the two objectives that train them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from personalize.losses import LossTerms, min_snr_weight
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+TEXT_WIDTH = 128  # d
+SNR_GAMMA = 5.0
+KL_WEIGHT = 1e-4
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable stand-ins that byte-level BPE uses for the 256 byte values, in byte order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, until every one of `words` is a single token."""
+    split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs = Counter(pair for parts in split.values() for pair in zip(parts, parts[1:], strict=False))
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word, parts in split.items():
+            split[word] = _merged(parts, best)
+
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for part in parts:
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return out
+
+
+def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer in which each of `words` is one token and any other text falls back to bytes."""
+    merges = learn_merges(sorted(set(words)))
+    symbols = byte_symbols()
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(
+        vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS, model_max_length=77
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """Images (b, 3, H, W) in [−1, 1] ↔ latents (b, 4, H/4, W/4); convolutions only, so any size works."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=128,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """SD 1.x in miniature: the same blocks, layers and names (216 single-image LoRA modules), 17 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=32,
+        layers_per_block=2,
+        block_out_channels=(64, 128, 160, 160),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (b, 77), padded and truncated exactly as a stock pipeline does."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+
+
+class AutoencoderObjective(nn.Module):
+    """Reconstruction plus a light pull of the posterior to N(0, 1):  L = ‖x̂ − x‖² + ¼‖x̂ − x‖₁ + w·KL(q ‖ N(0, 1)).
+
+    References: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752, §3.1.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, batch: dict[str, Tensor]) -> LossTerms:
+        """`pixels` (b, 3, H, W) in [−1, 1] and the posterior's unit `noise` (b, 4, H/4, W/4)."""
+        posterior = self.vae.encode(batch["pixels"]).latent_dist
+        latents = posterior.mean + posterior.std * batch["noise"]
+        decoded = self.vae.decode(latents).sample.float()
+        squared, absolute = mse_loss(decoded, batch["pixels"]), l1_loss(decoded, batch["pixels"])
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        total = squared + 0.25 * absolute + KL_WEIGHT * kl
+        return LossTerms(total, {"mse": squared.detach(), "l1": absolute.detach(), "kl": kl.detach()})
+
+
+class TextToImageObjective(nn.Module):
+    """Denoising of captioned latents:  L = w(t) ‖ε − ε_θ(z_t, t, c(text))‖²  with min-SNR-5 weights w.
+
+    References: Ho et al., arXiv 2006.11239, eq. 14; Hang et al., arXiv 2303.09556.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
+
+    def forward(self, batch: dict[str, Tensor]) -> LossTerms:
+        """Scaled `latents` and `noise` (b, 4, h, w), `timesteps` (b,), `input_ids` (b, 77)."""
+        noisy = self.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])  # pyright: ignore
+        embeds = self.text_encoder(batch["input_ids"]).last_hidden_state
+        predicted = self.unet(noisy, batch["timesteps"], embeds).sample.float()
+        errors = (predicted - batch["noise"]).pow(2).mean((1, 2, 3))
+        weights = min_snr_weight(self.scheduler.alphas_cumprod, batch["timesteps"], SNR_GAMMA)
+        return LossTerms((weights * errors).mean(), {"mse": errors.mean().detach()})
