@@ -1,0 +1,153 @@
+"""Pictures as people have them ↔ pixels (b, 3, H, W) in [−1, 1]: the only place that knows value ranges.
+
+H is the height and W the width; sizes are written (height, width) as tensors are, never the other way round.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from personalize.errors import UserError
+
+MIN_SIDE = 16  # px
+MAX_PIXELS = 150_000_000  # decoded size is 3 bytes a pixel; checked in the header, before anything is decoded
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow's decoders raise
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read any picture file as 8-bit RGB, upright.
+
+    EXIF orientation is applied, transparency is composited on white, CMYK, palette and grey pictures are converted,
+    16-bit ones scaled; of an animation the first frame is taken.
+
+    Raises:
+        UserError: no such file, not a picture, damaged or truncated, a side under 16 px, or over 150 million pixels.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a picture file: name the file inside it")
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check the path of the picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            image = Image.open(path)
+    except Image.DecompressionBombError:
+        raise _too_large(path) from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture Pillow can read: use PNG, JPEG, WebP, TIFF, GIF or BMP") from None
+    except _DAMAGED as error:
+        raise UserError(f"{path} cannot be opened as a picture: {_first_line(error)}") from None
+    with image:
+        _check_size(path, image)
+        try:
+            return _rgb(ImageOps.exif_transpose(image))
+        except _DAMAGED as error:
+            raise UserError(f"{path} is damaged or truncated: {_first_line(error)}; get a complete copy") from None
+
+
+def _check_size(path: Path, image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(path)
+    if min(image.size) < MIN_SIDE:
+        raise UserError(f"{path} is {image.width}×{image.height} px: each side needs at least {MIN_SIDE} px")
+
+
+def _too_large(path: Path) -> UserError:
+    return UserError(f"{path}: its header claims more than {MAX_PIXELS // 10**6} million pixels; make it smaller first")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB from any Pillow mode."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_numbers(np.asarray(image, np.float64))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_numbers(grey: np.ndarray) -> Image.Image:
+    """A picture of 16-bit, 32-bit or floating-point grey values: full scale is 1, 65535 or, above both, the maximum."""
+    if not np.isfinite(grey).all():
+        raise ValueError("it holds values that are no numbers")
+    peak = float(grey.max(initial=0))
+    full = 1.0 if peak <= 1 and not np.all(grey == np.round(grey)) else max(65535.0, peak)
+    return Image.fromarray((grey.clip(0) / full * 255 + 0.5).astype(np.uint8)).convert("RGB")
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """A PIL picture as pixels (1, 3, H, W) in [−1, 1]."""
+    array = np.array(image.convert("RGB"), np.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """The PIL picture of pixels (3, H, W) or (1, 3, H, W); values beyond [−1, 1] are clipped.
+
+    Raises:
+        ValueError: another shape, e.g. a batch of several pictures.
+    """
+    if pixels.ndim == 4 and len(pixels) == 1:
+        pixels = pixels[0]
+    if pixels.ndim != 3 or len(pixels) != 3:
+        raise ValueError(f"one picture has pixels (3, H, W) or (1, 3, H, W), got {tuple(pixels.shape)}")
+    array = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).numpy())
+
+
+def fit(image: Image.Image, resolution: int, multiple: int) -> tuple[Tensor, tuple[int, int]]:
+    """Resize to about resolution² pixels with both sides multiples of `multiple`, keeping the aspect ratio.
+
+    The size is `fitted_size`; what sticks out of it after an even resize is cut off equally on both sides.
+
+    Returns:
+        pixels (1, 3, H, W) in [−1, 1] and the size (H, W).
+    """
+    height, width = fitted_size(image.height, image.width, resolution, multiple)
+    scale = min(image.width / width, image.height / height)  # picture px per output px
+    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    box = (left, top, image.width - left, image.height - top)
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return to_pixels(resized), (height, width)
+
+
+def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
+    """The (height, width) in multiples of `multiple` that best keeps the aspect ratio at about resolution² pixels.
+
+    Among all sizes of 0.7 to 1.4 times that area the one with the smallest  |log aspect error| + ¼ |log area error|.
+
+    Raises:
+        UserError: `resolution` is under `multiple`.
+    """
+    if resolution < multiple:
+        raise UserError(f"resolution {resolution} px is too small: this base model needs at least {multiple} px")
+    aspect, area = math.log(width / height), resolution**2
+    sides = range(multiple, 8 * resolution + 1, multiple)  # aspect ratios up to 64 : 1
+    sizes = [(h, w) for h in sides for w in sides if 0.7 * area <= h * w <= 1.4 * area]
+    sizes = sizes or [(resolution // multiple * multiple,) * 2]
+
+    def error(size: tuple[int, int]) -> float:
+        h, w = size
+        return abs(math.log(w / h) - aspect) + 0.25 * abs(math.log(h * w / area))
+
+    return min(sizes, key=error)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two pixel tensors in [−1, 1], in dB:  10 log₁₀(2² / mean (a − b)²); ∞ if equal."""
+    error = (a.double() - b.double()).pow(2).mean().item()
+    return math.inf if error == 0 else 10 * math.log10(4 / error)
