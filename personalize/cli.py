@@ -1,0 +1,146 @@
+"""The command line: `personalize train|export NAME …` and the commands of `personalize.commands`.
+
+Options are parsed and checked before torch is imported.  A script of `train/` or `export/` defines a frozen dataclass
+`Config` and `main(config)`, and runs by itself too:
+
+    if __name__ == "__main__":
+        raise SystemExit(run_script(Config, main))
+
+Exit codes: 0 done, 2 a mistake that the user can mend (one line on stderr), 130 interrupted; a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import personalize
+from personalize import launching
+from personalize.commands import COMMANDS
+from personalize.errors import UserError
+from personalize.options import HELP, nearest, parse, pull
+
+ROOMS = {"train": "Train an adapter, or the embedded model.", "export": "Carry an adapter out into another format."}
+USER_ERRNOS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.EEXIST,
+}  # fmt: skip
+NOISE = {  # start-up remarks of other libraries about optional parts that are not used here, by logger
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "transformers.utils.import_utils": "requires torchvision (not installed)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    return guarded(lambda: dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def dispatch(args: list[str]) -> int:
+    if not args or args[0] in HELP:
+        print(overview())
+        return 0
+    if args[0] == "--version":
+        print(f"personalize {personalize.__version__}")
+        return 0
+    configs, args = pull(args, "config")  # may stand before the command too
+    args += [f"--config={file}" for file in configs]
+    command, rest = args[0], args[1:]
+    if command in ROOMS:
+        return run_room(command, rest)
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command}: {nearest(command, [*ROOMS, *COMMANDS])}")
+    config, target = COMMANDS[command]
+    options = parse(config, rest, prog=f"personalize {command}", description=inspect.getdoc(config) or "")
+    quiet()
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(module), function)(options)
+    return 0
+
+
+def run_room(room: str, args: list[str]) -> int:
+    """`personalize train NAME …` or `personalize export NAME …`."""
+    processes, args = pull(args, "num_processes")
+    known = launching.scripts(room)
+    if not known:
+        raise UserError(f"personalize {room}: this version has nothing to {room}")
+    words = [index for index, token in enumerate(args) if not token.startswith("-")]
+    if not words:
+        if HELP & set(args):
+            print(room_overview(room, known))
+            return 0
+        raise UserError(f"personalize {room} needs a name: {', '.join(known)}")
+    name = args.pop(words[0]).replace("-", "_")
+    if name not in known:
+        raise UserError(f"there is no personalize {room} {name}: {nearest(name, known)}")
+    script = launching.load_script(known[name])
+    prog, about, presets = f"personalize {room} {name}", inspect.getdoc(script) or "", launching.presets(name)
+    config = parse(script.Config, args, prog=prog, description=about, presets=presets)
+    count = launching.process_count(processes)
+    if count > 1:
+        return launching.launch(known[name], args, count)
+    quiet()
+    script.main(config)
+    return 0
+
+
+def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] | None = None) -> int:
+    """The `__main__` guard of a script in `train/` or `export/`: parse, run, and return the exit code."""
+    path = Path(sys.modules[config.__module__].__file__ or config.__module__)
+
+    def call() -> int:
+        args = sys.argv[1:] if argv is None else argv
+        description = inspect.getdoc(sys.modules[config.__module__]) or ""
+        options = parse(config, args, prog=path.name, description=description, presets=launching.presets(path.stem))
+        quiet()
+        run(options)
+        return 0
+
+    return guarded(call)
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """Call, and turn what a user can mend into one line on stderr and an exit code."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        return launching.complain(str(error))
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return launching.complain(f"{(error.strerror or str(error)).lower()}{where}")
+
+
+def quiet() -> None:
+    """Hold back the known start-up remarks of other libraries."""
+    for logger, part in NOISE.items():
+        logging.getLogger(logger).addFilter(lambda record, part=part: part not in record.getMessage())
+
+
+def overview() -> str:
+    """The text of `personalize --help`."""
+    lines = {f"{room} NAME": text for room, text in ROOMS.items() if launching.scripts(room)}
+    lines |= {name: (inspect.getdoc(config) or "").partition("\n")[0] for name, (config, _) in COMMANDS.items()}
+    usage = "usage: personalize COMMAND [options]      personalize COMMAND --help      personalize --version"
+    return f"{usage}\n\n{_columns(lines)}"
+
+
+def room_overview(room: str, known: Mapping[str, Path]) -> str:
+    """The text of `personalize train --help`."""
+    usage = f"usage: personalize {room} NAME [--config FILE] [--num_processes N] [options]"
+    lines = {name: launching.summary(path) for name, path in known.items()}
+    return f"{usage}\n\n{_columns(lines)}\n\nThe options of each: personalize {room} NAME --help"
+
+
+def _columns(lines: Mapping[str, str]) -> str:
+    width = max(map(len, lines), default=0) + 4
+    return "\n".join(f"  {name:{width}}{text}" for name, text in lines.items())

@@ -1,0 +1,102 @@
+"""The commands besides `train` and `export`: the options of each, and where its work is done.
+
+Only the options live here, so that a command line is checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Edit the picture that an adapter was trained on.
+
+    Several values of --alpha, --beta, --gamma or --forget make a grid: one picture per combination and seed.
+    """
+
+    adapter: Positional[Path]
+    """Adapter folder, as written by `personalize train`."""
+    prompt: str
+    """What the edited picture should show; best worded like the adapter's caption, with the change put in."""
+    negative_prompt: str = ""
+    """What the picture should not show."""
+    alpha: tuple[float, ...] = (0.8,)
+    """Vector projection: how much of the learned source embedding to keep, about 0.7 to 1.1."""
+    beta: tuple[float, ...] = (1.2,)
+    """Vector projection: how much of the edit to add, about 0.7 to 1.6."""
+    gamma: tuple[float, ...] = ()
+    """Vector subtraction instead of projection: 0 is the source, 1 the prompt, more exaggerates; about 0.6 to 1.2."""
+    forget: tuple[str, ...] = ("none",)
+    """Forgetting rules, e.g. `decoder=0.5` (half of what the decoder learned) or `encoderattn`; `none` keeps all."""
+    strength: float = 1.0
+    """Strength of the whole adapter: 0 is the base model, 1 as trained."""
+    seed: int = 0
+    """Seed of the first picture; the next ones take the next numbers."""
+    seeds: tuple[int, ...] = ()
+    """Seeds by name, in place of --seed and --num_images."""
+    num_images: int = 1
+    """Pictures (seeds) for each combination."""
+    num_inference_steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance; 1 is off."""
+    scheduler: str = "ddim"
+    """Sampler, e.g. ddim, euler, euler_a, dpm++_2m, ddpm."""
+    height: int | None = None
+    """Height in pixels; by default that of the picture the adapter was trained on."""
+    width: int | None = None
+    """Width in pixels; by default that of the picture the adapter was trained on."""
+    output_dir: Path = Path("personalize-edit")
+    """Where the pictures and the labelled grid go."""
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one named in the adapter."""
+    revision: str | None = None
+    """Revision of a base model from the hub."""
+    variant: str | None = None
+    """Variant of the base model's files, e.g. fp16."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the base model."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Train on one picture, save, verify, edit, and show it all on one contact sheet; nothing is downloaded."""
+
+    photo: Positional[Path | None] = None
+    """Your picture; without it a bundled scene in an art style that the embedded model has never seen."""
+    caption: str | None = None
+    """What the picture shows, e.g. "a cat on the beach"; by default read from a .txt beside it."""
+    output_dir: Path = Path("personalize-quickstart")
+    """Where the adapter, the pictures and the contact sheet go."""
+    scene: int = 0
+    """Which of the bundled scenes to take."""
+    seed: int = 0
+    """Seed of the training and of the pictures."""
+    max_train_steps: int | None = None
+    """Optimiser updates; by default the embedded model's preset."""
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one in the package."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Check an adapter: rebuild every weight change through an independent name map and compare."""
+
+    path: Positional[Path]
+    """Adapter folder or .safetensors file."""
+    base: str | None = None
+    """Base model to check the names and shapes against; by default the one named in the adapter."""
+
+
+COMMANDS = {  # name: (options, "module:function" that takes them)
+    "edit": (EditConfig, "personalize.editor:run_edit"),
+    "quickstart": (QuickstartConfig, "personalize.quickstart:run"),
+    "verify": (VerifyConfig, "personalize.verify:run"),
+}

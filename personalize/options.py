@@ -1,0 +1,185 @@
+"""Options: a frozen dataclass is read from a command line, over defaults from a YAML file.
+
+Flags are the names of the fields, with dashes or underscores; a flag on the line wins over the same key in the file.
+Everything is checked here, before torch is imported: this module and what it imports must stay light.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import tyro
+import yaml
+
+from personalize.errors import UserError
+
+ALIASES = {"network_dim": "rank", "network_alpha": "lora_alpha"}  # what sd-scripts calls them
+HELP = {"-h", "--help"}
+_POSITIONAL = get_args(tyro.conf.Positional[Path])[1]  # the mark of a field that is given without a flag
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse(
+    config: type[ConfigT],
+    args: Sequence[str],
+    *,
+    prog: str,
+    description: str = "",
+    presets: Mapping[str, Path] | None = None,
+) -> ConfigT:
+    """Read `args` into an instance of the dataclass `config`; `--help` prints the options and exits with 0.
+
+    `--config X` may stand anywhere on the line and more than once (later files win); X is a YAML file or a name among `presets`.
+    Raises `UserError` for an unknown option or key (naming the nearest), a missing option, or a value of the wrong type.
+    """
+    files, args = pull(args, "config")
+    args = [_resolved(token, config) for token in args]
+    if HELP & set(args):
+        tyro.cli(config, args=["--help"], prog=prog, description=_about(description, presets), use_underscores=True)
+    flags = [name for token in args if (name := flag_name(token))]
+    _check_names(flags, config, "option", "--")
+    defaults: dict[str, Any] = {}
+    for file in files:
+        defaults |= read_yaml(_find(file, presets or {}), config)
+    given = {*flags, *(name.removeprefix("no_") for name in flags)}
+    _check_required(config, given | set(defaults), prog)
+    tokens = [t for key, value in defaults.items() if key not in given for t in _tokens(key, value, config)]
+    with _one_line(prog):
+        return tyro.cli(config, args=[*tokens, *args], prog=prog, use_underscores=True)
+
+
+def pull(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Take every `--name value` and `--name=value` out of `args`: (the values, the remaining arguments)."""
+    values, rest, tokens = [], [], iter(args)
+    for token in tokens:
+        if flag_name(token) != name:
+            rest.append(token)
+            continue
+        value = token.partition("=")[2] if "=" in token else next(tokens, "")
+        if not value or flag_name(value):
+            raise UserError(f"--{name} needs a value, got {value or 'nothing'}")
+        values.append(value)
+    return values, rest
+
+
+def flag_name(token: str) -> str | None:
+    """`--train-batch-size=4` → "train_batch_size"; None for what is no long option."""
+    match = re.match(r"--([A-Za-z][\w-]*)(=|$)", token)
+    return match[1].replace("-", "_") if match else None
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error sentence: the nearest of `known`, or all of them where there are few."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(prefix + word for word in near)}?"
+    return f"choose one of {', '.join(prefix + word for word in known)}" if len(known) <= 12 else "see --help"
+
+
+def read_yaml(path: Path, config: type) -> dict[str, Any]:
+    """The keys and values of the YAML file `path`, every key a field of `config` that has a flag."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected lines of `option: value`")
+    content = {_field_name(str(key), config): value for key, value in content.items()}
+    _check_names(content, config, f"key in {path}:")
+    for key, value in content.items():
+        if isinstance(value, dict):
+            raise UserError(f"{path}: {key} must be one value or a list, got a mapping")
+        if _is_positional(config, key):
+            raise UserError(f"{path}: {key} is given on the command line itself, not in a file")
+    return content
+
+
+def _field_name(name: str, config: type) -> str:
+    """`name` with underscores, and another trainer's word for a field translated into ours."""
+    name = name.replace("-", "_")
+    return ALIASES[name] if ALIASES.get(name) in get_type_hints(config) else name
+
+
+def _resolved(token: str, config: type) -> str:
+    name = flag_name(token)
+    return token if name is None else f"--{_field_name(name, config)}{token[2 + len(name) :]}"
+
+
+def _check_names(names: Iterable[str], config: type, what: str, prefix: str = "") -> None:
+    """Raise unless every one of `names` is a field of `config`, or `no_` and a switch."""
+    hints = get_type_hints(config)
+    known = {name for name in hints if prefix == "" or not _is_positional(config, name)}
+    switches = {f"no_{name}" for name in known if hints[name] is bool} if prefix else set()
+    for name in names:
+        if name not in known | switches:
+            raise UserError(f"unknown {what} {prefix}{name}: {nearest(name, known | {'config'}, prefix)}")
+
+
+def _check_required(config: type, given: set[str], prog: str) -> None:
+    required = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [f"--{name}" for name in required if name not in given and not _is_positional(config, name)]
+    if missing:
+        raise UserError(f"{prog} needs {' and '.join(missing)} (see {prog} --help)")
+
+
+def _is_positional(config: type, name: str) -> bool:
+    return _POSITIONAL in getattr(get_type_hints(config, include_extras=True)[name], "__metadata__", ())
+
+
+def _tokens(key: str, value: Any, config: type) -> list[str]:
+    """One YAML entry as the tokens that say the same on a command line, so that both are checked alike."""
+    hint = get_type_hints(config)[key]
+    if isinstance(value, bool) and hint is bool:
+        return [f"--{key}" if value else f"--no_{key}"]
+    if isinstance(value, bool) and bool not in get_args(hint):  # YAML reads a bare `no` as false
+        value = "yes" if value else "no"
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
+
+
+def _find(name: str, presets: Mapping[str, Path]) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in presets:
+        return presets[name]
+    hint = f"; presets: {', '.join(sorted(presets))}" if presets else ""
+    raise UserError(f"--config {name}: no such file{hint}")
+
+
+def _about(description: str, presets: Mapping[str, Path] | None) -> str:
+    names = f", or a preset: {', '.join(sorted(presets))}" if presets else ""
+    return f"{description.strip()}\n\n--config FILE reads defaults for these options from YAML (same names){names}; flags win.".strip()
+
+
+@contextlib.contextmanager
+def _one_line(prog: str):
+    """Turn tyro's boxed complaint into one sentence."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            yield
+    except SystemExit as error:
+        if error.code == 0:
+            raise
+        raise UserError(_sentence(complaint.getvalue(), prog)) from None
+
+
+def _sentence(box: str, prog: str) -> str:
+    """The text of a box of tyro's, without its frame, its title and the hints after its first rule."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    end = next((index for index, line in enumerate(lines) if line.startswith("──")), len(lines))
+    text = " ".join(" ".join(lines[:end]).split())
+    return f"{text.rstrip('.')} (see {prog} --help)" if text else f"the options were not understood (see {prog} --help)"
