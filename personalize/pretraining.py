@@ -99,7 +99,7 @@ def build_unet() -> UNet2DConditionModel:
         layers_per_block=2,
         block_out_channels=(64, 128, 160, 160),
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,
+        attention_head_dim=(2, 4, 5, 5),  # heads, each 32 channels wide
     )
 
 

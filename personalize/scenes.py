@@ -24,11 +24,12 @@ from PIL import Image, ImageFilter
 SPRITES = Path(__file__).parent / "sprites"
 
 STYLES = {
-    "3d": "a 3d render of",
+    "3d": "a render of",
     "drawing": "a drawing of",
-    "modern": "a modern icon of",
-    "flat": "a flat sticker of",
+    "modern": "an icon of",
+    "flat": "a sticker of",
 }
+ANY_STYLE = "a picture of"
 HELD_OUT_STYLE = "flat"  # never shown to the autoencoder, the text encoder or the UNet
 TRAINING_STYLES = tuple(style for style in STYLES if style != HELD_OUT_STYLE)
 
@@ -133,17 +134,18 @@ def place_phrase(background: str) -> str:
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Every true caption of `scene`, the fullest first: with its style, without, and (two objects) with left and right."""
+    """Every true caption of `scene`, the fullest first: naming its style, not naming it, and (two objects) left and right."""
     where = place_phrase(scene.background)
     things = sorted(scene.objects, key=lambda thing: thing.x)
     phrases = [noun_phrase(thing.noun) for thing in things]
     styles = {thing.style for thing in things}
-    style = f"{STYLES[things[0].style]} " if len(styles) == 1 else ""
+    prefixes = [f"{STYLES[things[0].style]} "] if len(styles) == 1 else []
+    prefixes += [f"{ANY_STYLE} ", ""]
     subjects = [" and ".join(phrases)]
     if len(phrases) == 2:
         subjects += [f"{phrases[1]} and {phrases[0]}", f"{phrases[0]} on the left and {phrases[1]} on the right"]
-    texts = [f"{prefix}{subject} {where}" for subject in subjects for prefix in (style, "")]
-    return tuple(dict.fromkeys(texts))
+    texts = [f"{prefix}{subject} {where}" for subject in subjects for prefix in prefixes]
+    return tuple(texts)
 
 
 def random_scene(
