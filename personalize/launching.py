@@ -68,8 +68,8 @@ def process_count(values: Sequence[str]) -> int:
 def launch(script: Path, args: Sequence[str], processes: int) -> int:
     """Run `script` in several processes; their exit code, and their one-line error printed once.
 
-    The first process that fails with a mistake of the user leaves its line in a file; from then on the launcher's own report
-    about the failed process is withheld, since the line says it.
+    The first process that fails with a mistake of the user leaves its line in a file; from then on the launcher's own
+    report about the failed process is withheld, since the line says it.
     """
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder, "errors")
@@ -92,20 +92,13 @@ def launch(script: Path, args: Sequence[str], processes: int) -> int:
 
 def accelerate_launch(processes: int) -> list[str]:
     """The launcher's own command line; every value is given, so that it has nothing to warn about."""
-    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        str(processes),
-        *fixed,
-    ]
+    size = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launcher, *size, "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def environment(processes: int) -> dict[str, str]:
-    """This environment, with the cores shared out, this package importable, and gloo chosen where there is no accelerator."""
+    """This environment, with the cores shared out, this package importable, and gloo in use without accelerators."""
     import torch
 
     devices = torch.accelerator.device_count()
@@ -118,7 +111,7 @@ def environment(processes: int) -> dict[str, str]:
 
 
 def complain(message: str) -> int:
-    """Print a user's mistake as one line on stderr, or leave it to the parent that launched this process; exit code 2."""
+    """Print a user's mistake as one line on stderr, or leave it to the launching parent; exit code 2."""
     line = " ".join(message.split())
     if ERROR_FILE in os.environ:
         with open(os.environ[ERROR_FILE], "a", encoding="utf-8") as file:

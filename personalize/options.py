@@ -37,8 +37,8 @@ def parse(
 ) -> ConfigT:
     """Read `args` into an instance of the dataclass `config`; `--help` prints the options and exits with 0.
 
-    `--config X` may stand anywhere on the line and more than once (later files win); X is a YAML file or a name among `presets`.
-    Raises `UserError` for an unknown option or key (naming the nearest), a missing option, or a value of the wrong type.
+    `--config X` may stand anywhere on the line, more than once (later files win); X is a YAML file or one of `presets`.
+    Raises `UserError` for an unknown option or key (naming the nearest), a missing option, a value of the wrong type.
     """
     files, args = pull(args, "config")
     args = [_resolved(token, config) for token in args]
@@ -161,7 +161,8 @@ def _find(name: str, presets: Mapping[str, Path]) -> Path:
 
 def _about(description: str, presets: Mapping[str, Path] | None) -> str:
     names = f", or a preset: {', '.join(sorted(presets))}" if presets else ""
-    return f"{description.strip()}\n\n--config FILE reads defaults for these options from YAML (same names){names}; flags win.".strip()
+    config = f"--config FILE reads defaults for these options from YAML (same names){names}; flags win."
+    return f"{description.strip()}\n\n{config}"
 
 
 @contextlib.contextmanager
