@@ -44,7 +44,7 @@ def project(
     if sum(widths) != source.shape[-1]:
         raise ValueError(f"slice widths {widths} add up to {sum(widths)}, the embeddings have {source.shape[-1]}")
     parts = [
-        _row(alpha) * s + _row(beta) * edit_direction(s, p)
+        _row(alpha) * _wide(s) + _row(beta) * edit_direction(s, p)
         for s, p in zip(source.split(widths, -1), target.split(widths, -1), strict=True)
     ]
     return torch.cat(parts, -1).to(source.dtype)

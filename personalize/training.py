@@ -8,8 +8,14 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from personalize.errors import UserError
 from personalize.losses import LossTerms
+
+
+class NonFiniteError(UserError):
+    """Training met a value that is no number, and stopped before it could touch the weights."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,19 @@ class StepReport:
     learning_rates: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class EarlyStop:
+    """Stop when an update's loss is under `loss` once more than `samples` samples have been used, of `batch` each."""
+
+    loss: float
+    batch: int
+    samples: int = 350
+
+    def __call__(self, update: int, loss: Tensor) -> bool:
+        """`update` counts the finished ones; the loss is looked at only when it can matter."""
+        return update * self.batch > self.samples and float(loss) < self.loss
+
+
 def fit(
     objective: nn.Module,
     batches: Iterable[dict[str, Tensor]],
@@ -30,24 +49,80 @@ def fit(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     max_grad_norm: float | None = None,
     first_update: int = 0,
+    early_stop: EarlyStop | None = None,
 ) -> Iterator[StepReport]:
     """Train `objective` on `batches`, yielding after each optimiser update.
 
-    `objective`, `optimizer` and `scheduler` must come out of `accelerator.prepare`; `batches` are this process's own.
-    The caller's `for` body logs, saves and stops: there are no callbacks.
+    `objective`, `optimizer` and `scheduler` must come out of `accelerator.prepare`; `batches` are this process's own,
+    `accelerator.gradient_accumulation_steps` of them to an update, of equal size.  The reported losses are means over
+    those batches.  `early_stop` ends the loop before its update is applied.  The caller's `for` body logs, saves and
+    stops: there are no callbacks.
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
     """
-    update = first_update
+    update, sums = first_update, {}
+    accelerator.step = 0  # an accumulation that was broken off before leaves nothing behind
     for batch in batches:
         with accelerator.accumulate(objective):
             terms: LossTerms = objective(batch)
+            _add(sums, {"loss": terms.total.detach(), **terms.parts})
             accelerator.backward(terms.total)
-            if accelerator.sync_gradients and max_grad_norm is not None:
-                accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm)
+            if accelerator.sync_gradients:
+                losses = _means(sums, accelerator)
+                if early_stop is not None and early_stop(update, losses["loss"]):
+                    optimizer.zero_grad(set_to_none=True)
+                    return
+                _guard(objective, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1)
             rates = tuple(group["lr"] for group in optimizer.param_groups)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if accelerator.sync_gradients:
             if scheduler is not None:
                 scheduler.step()
-            update += 1
-            yield StepReport(update, {"loss": terms.total.detach(), **terms.parts}, rates)
+            update, sums = update + 1, {}
+            yield StepReport(update, losses, rates)  # pyright: ignore[reportPossiblyUnbound]
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _means(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Means over this update's batches and over all processes, which so decide alike."""
+    means = {name: value / accelerator.gradient_accumulation_steps for name, value in sums.items()}
+    return accelerator.reduce(means, "mean") if accelerator.num_processes > 1 else means  # pyright: ignore
+
+
+def _guard(
+    objective: nn.Module,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    max_grad_norm: float | None,
+    update: int,
+) -> None:
+    """Unscale and clip the gradients; refuse those that are no numbers, naming the first such tensor.
+
+    With a loss scaler (fp16) an overflow is its business, it skips the update and halves the scale, as long as the
+    scale is above 1.
+    """
+    if not torch.isfinite(loss):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(f"update {update}: the loss is {loss.item()}; {_ADVICE}")
+    named = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    accelerator.unscale_gradients(optimizer)
+    norm = get_total_norm(named.values())
+    if not torch.isfinite(norm):
+        bad = next((name for name, grad in named.items() if not torch.isfinite(grad).all()), None)
+        overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
+        if bad is not None and not overflow:
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {_ADVICE}")
+    elif max_grad_norm is not None:
+        parameters = [p for p in objective.parameters() if p.grad is not None]
+        clip_grads_with_norm_(parameters, max_grad_norm, norm)
+
+
+_ADVICE = "nothing was changed by this update: lower --learning_rate, or use --mixed_precision no"

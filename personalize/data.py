@@ -1,0 +1,98 @@
+"""Training data of one picture: where its file is, its latents, and the noise of every sample.
+
+A sample is known by (update, index): `index` counts 0 … N−1 over all N samples of an update, whichever process and
+micro-batch they fall to.  Its timestep and noise depend on the seed and on these two numbers alone, so that one batch
+of 10, ten batches of 1, several processes and a resumed run all see the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.randomness import generator
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+
+
+def find_picture(place: str | Path) -> Path:
+    """The picture file at `place`: the file itself, or the only picture in a folder.
+
+    Raises:
+        UserError: nothing there, or a folder with no picture or with several.
+    """
+    place = Path(place)
+    if not place.exists():
+        raise UserError(f"{place}: no such file or folder; check the path of the picture")
+    if place.is_file():
+        return place
+    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    if len(pictures) != 1:
+        found = ", ".join(path.name for path in pictures[:3]) or "none"
+        raise UserError(f"{place} must hold exactly one picture, found {len(pictures)} ({found}): name the file itself")
+    return pictures[0]
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the samples of an update are dealt out: batches of `batch`, `accumulation` of them, on each of `processes`."""
+
+    batch: int
+    accumulation: int = 1
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Samples of one update, over all processes."""
+        return self.batch * self.accumulation * self.processes
+
+    def updates(self, max_train_samples: int) -> int:
+        """Updates that `max_train_samples` allow: samples // samples per update.  UserError if there is none."""
+        count = max_train_samples // self.samples
+        if count < 1:
+            raise UserError(
+                f"max_train_samples {max_train_samples} is less than one update of {self.samples} samples "
+                f"({self.batch} × {self.accumulation} accumulated × {self.processes} processes): raise it"
+            )
+        return count
+
+    def indices(self, micro: int) -> range:
+        """Sample indices of this process's batch number `micro` of an update."""
+        first = (micro * self.processes + self.process) * self.batch
+        return range(first, first + self.batch)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The cached posterior of one encoded picture: `mean` and `std` (1, c, h, w), scaled.
+
+    z₀ = mean + std · ξ with one ξ for the whole run, or a new one for each sample if `resample`.
+    """
+
+    mean: Tensor
+    std: Tensor
+    seed: int
+    resample: bool = False
+    train_timesteps: int = 1000
+
+    def sample(self, update: int, index: int) -> dict[str, Tensor]:
+        """Sample `index` of `update`: `latents` and `noise` (c, h, w), `timesteps` () uniform in [0, train_timesteps)."""
+        rng = generator(self.seed, "noise", update, index)
+        timestep = torch.randint(self.train_timesteps, (), generator=rng)
+        noise = torch.randn(self.mean.shape[1:], generator=rng)
+        draw = generator(self.seed, "posterior", *((update, index) if self.resample else ()))
+        latents = self.mean[0] + self.std[0] * torch.randn(self.mean.shape[1:], generator=draw).to(self.mean)
+        return {"latents": latents, "noise": noise.to(self.mean), "timesteps": timestep.to(self.mean.device)}
+
+    def batches(self, share: Share, first: int, last: int) -> Iterator[dict[str, Tensor]]:
+        """This process's batches of updates `first` … `last` − 1, stacked along b."""
+        for update in range(first, last):
+            for micro in range(share.accumulation):
+                rows = [self.sample(update, index) for index in share.indices(micro)]
+                yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
