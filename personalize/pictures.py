@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
@@ -66,3 +67,10 @@ def contained(picture: Image.Image, side: int) -> Image.Image:
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     how = Image.Resampling.NEAREST if scale >= 2 and scale == int(scale) else Image.Resampling.LANCZOS
     return picture.convert("RGB").resize(size, how)
+
+
+def png(picture: Image.Image) -> bytes:
+    """`picture` as the bytes of a PNG file; the same picture gives the same bytes."""
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

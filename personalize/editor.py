@@ -1,0 +1,182 @@
+"""The front door: load a base and an adapter once, then ask for many pictures.
+
+    editor = Editor.load("my-cat")
+    pictures = editor.edit("a cat on the beach", alpha=0.8, beta=1.2, forget="decoder=0.5", seeds=[0, 1])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from personalize.adapter import Adapter
+from personalize.attach import parsed
+from personalize.errors import UserError
+from personalize.files import write_folder
+from personalize.images import to_image
+from personalize.lora import without_lora
+from personalize.mixing import mixed
+from personalize.model import Conditioning, StableDiffusion
+from personalize.pictures import grid, png
+from personalize.sampling import Edit, moves, sample
+
+if TYPE_CHECKING:
+    from personalize.commands import EditConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn: `steps` of `scheduler`, guidance (1 is off), size (H, W) in pixels."""
+
+    steps: int = 50
+    scheduler: str = "ddim"
+    guidance_scale: float = 7.5
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The strengths of one edit; `gamma` given means subtraction, otherwise projection with `alpha` and `beta`."""
+
+    alpha: float = 0.8
+    beta: float = 1.2
+    gamma: float | None = None
+    forget: str = "none"
+    strength: float = 1.0
+
+    def __str__(self) -> str:
+        mix = f"α {self.alpha:g}  β {self.beta:g}" if self.gamma is None else f"γ {self.gamma:g}"
+        forgotten = "" if self.forget == "none" else f"  forget {self.forget}"
+        return mix + forgotten + ("" if self.strength == 1 else f"  strength {self.strength:g}")
+
+
+class Editor:
+    """A base model with one adapter at hand; nothing of the base is changed between calls."""
+
+    def __init__(self, model: StableDiffusion, adapter: Adapter | None = None) -> None:
+        self.model, self.adapter = model, adapter
+
+    @staticmethod
+    def load(folder: str | Path, base: str | Path | None = None, **settings: Any) -> Editor:
+        """Load an adapter folder and its base (the one it names, unless `base` is given); `settings` as for StableDiffusion.load.
+
+        Raises:
+            UserError: no adapter there, or it does not belong to this base's family.
+        """
+        adapter = Adapter.load(folder)
+        named = base if base is not None else adapter.info.get("base", {}).get("name")
+        return Editor(StableDiffusion.load(None if named in (None, "", "embedded") else named, **settings), adapter)
+
+    def edit(
+        self, prompt: str, setting: Setting = Setting(), *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
+        sampling: Sampling = Sampling(), **strengths: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Pictures of the adapter's subject as `prompt` says, one per seed; `strengths` are fields of `Setting`.
+
+        Raises:
+            UserError: an empty prompt, or a forgetting rule that is unknown or selects nothing.
+        """
+        if not prompt.strip():
+            raise UserError("the prompt is empty: say what the picture should show")
+        setting = Setting(**(asdict(setting) | strengths))
+        size = sampling.size or self.size
+        told = mixed(
+            self.model, self._adapter.source, self._encoded(prompt, size),
+            alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
+        )  # fmt: skip
+        return self._draw(told, setting, seeds, negative_prompt, sampling)
+
+    def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = Sampling()) -> list[Image.Image]:
+        """The source as the adapter remembers it: its source embedding (or its caption, if it has none) unedited."""
+        caption = str(self._adapter.info.get("caption", ""))
+        return self.edit(caption or "a picture", alpha=1.0, beta=0.0, seeds=seeds, sampling=sampling)
+
+    def base(
+        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "", sampling: Sampling = Sampling()
+    ) -> list[Image.Image]:
+        """What the base model draws for `prompt` without the adapter: the control of every comparison."""
+        told = self._encoded(prompt, sampling.size or self.size)
+        return self._draw(told, None, seeds, negative_prompt, sampling)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels that the adapter was trained at, else the base's own."""
+        height, width = (self.adapter.info if self.adapter else {}).get("size") or (self.model.resolution,) * 2
+        return int(height), int(width)
+
+    @property
+    def _adapter(self) -> Adapter:
+        if self.adapter is None:
+            raise ValueError("this editor has no adapter: make it with Editor.load(folder) or Editor(model, adapter)")
+        return self.adapter
+
+    @torch.no_grad()
+    def _encoded(self, prompt: str, size: tuple[int, int]) -> Conditioning:
+        return self.model.prompts([prompt], size)
+
+    def _draw(
+        self, told: Conditioning, setting: Setting | None, seeds: Sequence[int], negative_prompt: str, sampling: Sampling
+    ) -> list[Image.Image]:
+        size = sampling.size or self.size
+        negative = self._encoded(negative_prompt, size) if negative_prompt else None
+        edit = Edit(told, negative, sampling.guidance_scale)
+        if setting is not None:
+            edit = Edit(told, negative, sampling.guidance_scale, rule=rules(setting.forget), strength=setting.strength)
+        steps = moves(self.model, sampling.steps, sampling.scheduler)
+        with self.adapter.apply(self.model) if self.adapter and setting else nullcontext():
+            latents = sample(self.model, edit, seeds, steps, size)
+        return [to_image(row) for row in self.model.decode(latents)]
+
+
+def rules(text: str) -> list[Any]:
+    """Forgetting rules of "a" or "a+b", where a published name may itself hold a plus."""
+    from personalize.forgetting import RULES
+
+    return parsed([text] if text.partition("=")[0] in RULES else text.split("+")) if text != "none" else []
+
+
+def run_edit(config: EditConfig) -> Path:
+    """`personalize edit`: every combination of strengths and seeds as a picture, a labelled grid, and edits.json."""
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    settings = list(_settings(config))
+    editor = Editor.load(
+        config.adapter, config.pretrained_model_name_or_path, dtype=dtype, device="cpu" if config.cpu else None,
+        revision=config.revision, variant=config.variant,
+    )  # fmt: skip
+    seeds = list(config.seeds) or [config.seed + index for index in range(config.num_images)]
+    size = (config.height or editor.size[0], config.width or editor.size[1])
+    sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
+    rows = [
+        editor.edit(config.prompt, setting, seeds=seeds, negative_prompt=config.negative_prompt, sampling=sampling)
+        for setting in settings
+    ]
+    sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=config.prompt)
+    files, found = {"grid.png": png(sheet)}, []
+    for setting, row in zip(settings, rows, strict=True):
+        for seed, picture in zip(seeds, row, strict=True):
+            name = f"edit-{len(found):03d}.png"
+            files[name] = png(picture)
+            found.append({"file": name, "prompt": config.prompt, "seed": seed, **asdict(setting)})
+    files["edits.json"] = json.dumps(found, indent=1).encode()
+    write_folder(config.output_dir, files, keep=strangers(config.output_dir, ("edit-", "edits.json", "grid.png")))
+    print(f"{len(found)} pictures and grid.png in {config.output_dir}")
+    return config.output_dir
+
+
+def strangers(folder: Path, ours: tuple[str, ...]) -> list[str]:
+    """Names in `folder` that do not begin like one of `ours`: somebody else's, not to be touched."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(ours)] if folder.is_dir() else []
+
+
+def _settings(config: EditConfig) -> list[Setting]:
+    """All combinations; `--gamma` switches from projection to subtraction."""
+    mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [(a, b, None) for a, b in product(config.alpha, config.beta)]
+    return [Setting(*mix, forget, config.strength) for mix, forget in product(mixes, config.forget)]

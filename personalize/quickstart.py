@@ -1,0 +1,132 @@
+"""`personalize quickstart`: one picture learned, saved, verified, edited, and laid out on one sheet, on a bare machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from personalize.bundled import Change, Example, bundled
+from personalize.captions import find_caption
+from personalize.data import find_picture
+from personalize.editor import Editor, Sampling, Setting
+from personalize.files import write_file
+from personalize.images import fit, load_image, psnr, to_image, to_pixels
+from personalize.launching import presets
+from personalize.learning import Recipe, learning
+from personalize.model import StableDiffusion
+from personalize.options import read_yaml
+from personalize.pictures import grid, png
+
+if TYPE_CHECKING:
+    from personalize.commands import QuickstartConfig
+
+SHOWABLE = 24.0  # dB: a base whose autoencoder keeps less of a picture cannot show it
+VARIANTS = {"all that was learned": Setting(), "half of the decoder forgotten": Setting(forget="decoder=0.5")}
+SAMPLING = Sampling(steps=30)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Pixels (1, 3, H, W): the source, what the autoencoder makes of it, the replay, the base's own sample; and the edits."""
+
+    source: torch.Tensor
+    round_trip: torch.Tensor
+    replay: torch.Tensor
+    base: torch.Tensor
+    edits: dict[str, list[Image.Image]]  # by variant, in the order of the example's changes
+
+
+def run(config: QuickstartConfig) -> Path:
+    """Train, save, verify, edit and show; returns the output folder."""
+    console, started = Console(soft_wrap=True), time.monotonic()
+    example = bundled(config.scene) if config.photo is None else own(config.photo, config.caption)
+    model = StableDiffusion.load(config.pretrained_model_name_or_path)
+    pixels, _ = fit(example.picture, model.resolution, 8 * model.factor)
+    round_trip = model.decode(model.encode(pixels)).cpu()
+    say_if_unshowable(console, psnr(round_trip, pixels), embedded=config.pretrained_model_name_or_path is None)
+    begun = time.monotonic()
+    with learning(model, pixels, example.caption, recipe(config)) as run:
+        for _ in track(run.steps(), f"Learning “{example.caption}”", total=run.updates, console=console):
+            pass
+        adapter = run.adapter()
+    seconds = time.monotonic() - begun
+    outcome = shown(Editor(model, adapter), example, pixels, round_trip, config.seed)
+    pictures = {"source": to_image(pixels), "reconstruction": to_image(outcome.replay)}
+    folder = adapter.save(config.output_dir / "adapter", pictures=pictures)
+    write_file(config.output_dir / "sheet.png", png(sheet(outcome, example)))
+    report(console, outcome, example, folder, config.output_dir / "sheet.png")
+    console.print(f"Learned in {seconds:.0f} s; {time.monotonic() - started:.0f} s in all.")
+    return config.output_dir
+
+
+def own(photo: Path, caption: str | None) -> Example:
+    """The user's picture, with edits that fit any caption."""
+    path = find_picture(photo)
+    words = find_caption(path, caption)
+    places = ("on the beach", "in the snow", "on a red background")
+    return Example(load_image(path), words, tuple(Change("background", f"{words} {place}") for place in places))
+
+
+def recipe(config: QuickstartConfig) -> Recipe:
+    """The embedded model's preset (the method's own defaults on another base), with the command's seed and length."""
+    known = {field.name for field in fields(Recipe)}
+    values = read_yaml(presets("single_image")["embedded"], Recipe) if config.pretrained_model_name_or_path is None else {}
+    values = {name: value for name, value in values.items() if name in known} | {"seed": config.seed}
+    if config.max_train_steps is not None:
+        batch = values.get("train_batch_size", Recipe.train_batch_size)
+        values["max_train_samples"] = config.max_train_steps * batch * values.get("gradient_accumulation_steps", 1)
+    return Recipe(**values)
+
+
+def say_if_unshowable(console: Console, ceiling: float, *, embedded: bool) -> None:
+    """Print how well the base's autoencoder keeps the picture, and below `SHOWABLE` what to do about it."""
+    console.print(f"Autoencoder round trip: {ceiling:.1f} dB.")
+    if ceiling < SHOWABLE:
+        which = "the embedded model, which knows a small world of emoji art," if embedded else "this base model"
+        console.print(
+            f"That is below {SHOWABLE:g} dB: {which} cannot show this picture, whatever is learned. "
+            "Name a real base: --pretrained_model_name_or_path FOLDER, a .safetensors checkpoint or a hub id."
+        )
+
+
+def shown(editor: Editor, example: Example, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int) -> Outcome:
+    """Every picture of the sheet, all from the noise of `seed`."""
+    replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
+    base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
+    edits = {
+        name: [editor.edit(change.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for change in example.changes]
+        for name, setting in VARIANTS.items()
+    }
+    return Outcome(pixels, round_trip, replay, base, edits)
+
+
+def sheet(outcome: Outcome, example: Example) -> Image.Image:
+    """The labelled contact sheet: source, replay and base above, then the edits, a row for each variant."""
+    top = [to_image(outcome.source), to_image(outcome.replay), to_image(outcome.base)]
+    head = grid([top], columns=["source", "replayed by the adapter", "the base model alone"], labels=["learned"], title=example.caption)
+    prompts = [change.prompt for change in example.changes]
+    body = grid(list(outcome.edits.values()), columns=prompts, labels=list(outcome.edits))
+    page = Image.new("RGB", (max(head.width, body.width), head.height + body.height), (255, 255, 255))
+    page.paste(head, (0, 0))
+    page.paste(body, (0, head.height))
+    return page
+
+
+def report(console: Console, outcome: Outcome, example: Example, folder: Path, sheet_path: Path) -> None:
+    """The figures that need no judge, where everything is, and what to try next."""
+    ceiling, replay, base = (psnr(p, outcome.source) for p in (outcome.round_trip, outcome.replay, outcome.base))
+    console.print(f"Replayed source: {replay:.1f} dB (autoencoder ceiling {ceiling:.1f}, base model alone {base:.1f}).")
+    for name, pictures in outcome.edits.items():
+        drift = [psnr(to_pixels(picture), outcome.replay) for picture in pictures]
+        console.print(f"Drift from the replay, {name}: " + ", ".join(f"{value:.1f} dB" for value in drift))
+    console.print(f"Adapter, verified: {folder}\nContact sheet:     {sheet_path}")
+    console.print("Next, try:", style="bold")
+    console.print(f'  personalize edit {folder} --prompt "{example.changes[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4')
+    console.print("  personalize quickstart YOUR_PICTURE.png --caption \"what it shows\"")
