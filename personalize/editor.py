@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from personalize.adapter import Adapter
-from personalize.attach import parsed
+from personalize.attachment import parsed
 from personalize.errors import UserError
 from personalize.files import write_folder
 from personalize.images import to_image
