@@ -38,6 +38,8 @@ class EmbeddedModelConfig:
     """Where checkpoints, the scene cache and the finished pipeline go; an unfinished run found there is resumed."""
     stage: Literal["autoencoder", "diffusion"] = "autoencoder"
     """What to train now."""
+    init_from: Path | None = None
+    """Checkpoint of an earlier stage whose weights (and their average) this one starts from."""
     resolution: int = 64
     """Side of the training pictures in pixels."""
     max_train_steps: int = 5000
@@ -175,7 +177,8 @@ def encoded(config: EmbeddedModelConfig, accelerator: Accelerator, world: list[s
     for start in range(0, len(world), 64):
         images = np.stack([scenes.render(scene, config.resolution)[0] for scene in world[start : start + 64]])
         pixels = torch.from_numpy(images.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
-        parts.append(vae.encode(pixels.to(accelerator.device)).latent_dist.mean.cpu())
+        with accelerator.autocast():
+            parts.append(vae.encode(pixels.to(accelerator.device)).latent_dist.mean.float().cpu())
     latents = torch.cat(parts)
     if "scaling_factor_measured" not in vae.config:
         vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()), scaling_factor_measured=True)
@@ -191,14 +194,15 @@ def train(config, accelerator: Accelerator, objective: nn.Module, batch, ema: EM
     optimizer = torch.optim.AdamW(objective.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(config, update))
     first = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        first = state["update"]
+    if (start := checkpoint if checkpoint.is_file() else config.init_from) is not None:
+        state = torch.load(start, map_location="cpu", weights_only=True)
         objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
         if ema is not None:
             ema.load_state_dict(state["ema"])
+        if start == checkpoint:
+            first = state["update"]
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
 
     def save(update: int) -> None:
