@@ -1,8 +1,8 @@
 """Under which key a reader looks for each module's LoRA: name maps derived from a real UNet, for `verify` alone.
 
-The modules of a UNet are walked (on the meta device if no base is at hand), and each is given the keys that diffusers and
-the graphical programs would look for.  For SDXL the walk counts blocks as the original code does when it builds them.
-Nothing of `formats` or `lora_names` is used here, so that an error there cannot hide itself.
+The modules of a UNet are walked (on the meta device if no base is at hand), and each is given the keys that diffusers
+and the graphical programs would look for.  For SDXL the walk counts blocks as the original code does when it builds
+them.  Nothing of `formats` or `lora_names` is used here, so that an error there cannot hide itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class ReaderNames:
     """Every key a reader looks for, and the module it puts it into: "<component>.<path>" with `text_model.`."""
 
     def __init__(self, family: str, unet: nn.Module | None = None) -> None:
-        paths = dict(leaves(unet or skeleton(family)))
-        self.shapes = unet and {f"unet.{path}": layer.weight.shape for path, layer in paths.items()}
-        flat = original_paths(unet or skeleton(family)) if family == "sdxl" else {path: path for path in paths}
+        walked = skeleton(family) if unet is None else unet
+        paths = dict(leaves(walked))
+        self.shapes = None if unet is None else {f"unet.{path}": layer.weight.shape for path, layer in paths.items()}
+        flat = original_paths(walked) if family == "sdxl" else {path: path for path in paths}
         self._kohya = {"lora_unet_" + key.replace(".", "_"): f"unet.{path}" for key, path in flat.items()}
         self._peft = {f"unet.{path}": f"unet.{path}" for path in paths}
         encoders = (

@@ -89,7 +89,7 @@ def run(config: VerifyConfig) -> Report:
 
 
 def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> Report:
-    """Compare the files of an adapter folder with what `adapter.json` recorded of the live weights, and with one another.
+    """Compare the files of an adapter folder with what `adapter.json` recorded of the weights, and with one another.
 
     With a `model` the shapes must fit it too, and both files are also loaded through diffusers' own loader into it (and
     removed again).
@@ -157,7 +157,10 @@ def through_diffusers(path: Path, model: StableDiffusion, live: Factors) -> File
             for name, layer in part.named_modules():
                 if isinstance(layer, LoraLayer):
                     nested = component == "unet" or name.startswith("text_model.")
-                    factors = layer.lora_A["verify"].weight, layer.lora_B["verify"].weight, layer.scaling["verify"]
+                    factors = (
+                        *(part["verify"].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B)),
+                        layer.scaling["verify"],
+                    )
                     found[f"{component}.{'' if nested else 'text_model.'}{name}"] = factors
     except Exception as error:  # whatever the loader raises is the finding
         reason = " ".join(str(error).split())[:200]

@@ -1,0 +1,243 @@
+"""The adapter: what training one picture leaves behind, as a value and as a folder other programs can use."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from personalize import formats, verify
+from personalize.errors import UserError
+from personalize.files import plain_name, read_json, read_tensors, tensor_bytes, write_folder
+from personalize.lora import load_lora, remove_lora
+from personalize.model import StableDiffusion
+from personalize.model_card import model_card
+from personalize.reader_names import ReaderNames
+from personalize.verify import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, Report
+
+SCHEMA = 1
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA weights, the fitted source embedding, and what is known about them.
+
+    lora: "<component>.<path>.lora_A.weight" (rank, in[, k, k]) and "….lora_B.weight" (out, rank[, 1, 1]);
+        ΔW = (alpha / rank) · B A.
+    source: "embeds" (1, l, d) and, for SDXL, "pooled" (1, e); None for an adapter that works without ("standalone").
+    info: JSON-able. Read here: `base` (name, family, sha256, prediction_type), `caption`, `config` (the trainer's
+        resolved options), `date` (written only if given), `standalone_gap_db`, `person`. Any other key is kept:
+        `targets`, `versions`, `seeds`, `data`, `edits`, …
+    """
+
+    lora: Mapping[str, Tensor]
+    rank: int
+    alpha: float
+    source: Mapping[str, Tensor] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Identity of the base model this adapter was made for."""
+        return dict(self.info.get("base") or {})
+
+    @property
+    def family(self) -> str:
+        """ "sd1", "sd2" or "sdxl": as recorded, or else read off the tensors' shapes."""
+        family = self.base.get("family") or formats.family_of(self.lora)
+        if family not in ("sd1", "sd2", "sdxl"):
+            raise UserError(f"the adapter's family is {family!r}: info['base']['family'] must be sd1, sd2 or sdxl")
+        return family
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        pictures: Mapping[str, Image.Image] | None = None,
+        twin_dtype: torch.dtype = torch.float32,
+    ) -> Path:
+        """Write the folder, all or nothing, after its files have been read back and every ΔW was found right.
+
+        An older adapter there is replaced in one step; files that were not part of it stay. Equal adapters give equal
+        bytes. `twin_dtype` is the precision of the kohya-named file, torch.float32 or torch.float16.
+
+        Raises:
+            UserError: disk full, a folder that cannot be replaced, weights that are not finite or do not fit
+                `twin_dtype`, or files that do not verify. What was there before is untouched.
+        """
+        folder = Path(folder).resolve()
+        check_target(folder)
+        files = self._files(folder.name, pictures or {}, twin_dtype)
+        old = _owned(folder)
+        keep = [entry.name for entry in folder.iterdir() if entry.name not in old] if folder.is_dir() else []
+        return write_folder(folder, files, check=lambda written: self.check_files(written, folder.name), keep=keep)
+
+    @staticmethod
+    def load(folder: str | Path) -> Adapter:
+        """Read an adapter folder.
+
+        Raises:
+            UserError: no adapter folder, a file is missing, damaged, a pickle, or not what was saved.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
+        info = read_json(folder / MANIFEST)
+        content = formats.read_lora(folder / DIFFUSERS_FILE)
+        _check_manifest(info, content, folder)
+        source = None
+        if info["source_tensors"]:
+            source = read_tensors(folder / SOURCE_FILE).tensors
+            verify.Report((verify.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
+            _check_source(source)
+        for key in ("schema", "twin", "tensors", "source_tensors", "files"):
+            info.pop(key, None)
+        return Adapter(content.state, info.pop("rank"), info.pop("alpha"), source, info)
+
+    @contextmanager
+    def apply(self, model: StableDiffusion, *, any_base: bool = False) -> Iterator[None]:
+        """Run the body with the LoRA in `model.unet`, which is as before afterwards, also when the body raises.
+
+        Raises:
+            UserError: `model` is of another family, or another base of the family (allowed by `any_base`), or already
+                carries an adapter.
+        """
+        self.check_base(model, any_base=any_base)
+        load_lora(model.unet, dict(self.lora), self.rank, self.alpha)
+        try:
+            yield
+        finally:
+            remove_lora(model.unet)
+
+    def check_base(self, model: StableDiffusion, *, any_base: bool = False) -> None:
+        """UserError, naming both bases, unless the adapter was made for `model`."""
+        ours, theirs = self.base, model.identity
+        name, other = ours.get("name") or "an unknown base", theirs["name"] or "the base at hand"
+        if self.family != theirs["family"]:
+            raise UserError(
+                f"the adapter was made for {name} ({self.family}), not for {other} ({theirs['family']}): "
+                "name a base model of its family"
+            )
+        if not any_base and ours.get("sha256") not in (None, theirs["sha256"]):
+            raise UserError(
+                f"the adapter was made for {name}, {other} has other weights: name the base it was trained on"
+            )
+
+    def check_files(self, folder: Path, name: str) -> Report:
+        """Read the LoRA files in `folder` as their readers do and compare every ΔW with ours; UserError if wrong."""
+        modules = formats.pairs(self.lora)
+        live = {module: (a, b, self.alpha / self.rank) for module, (a, b) in modules.items()}
+        return Report(tuple(verify.compare_files(folder, twin_name(name), live, ReaderNames(self.family)))).require()
+
+    def _files(self, name: str, pictures: Mapping[str, Image.Image], twin_dtype: torch.dtype) -> dict[str, bytes]:
+        if formats.one_rank(formats.pairs(self.lora)) != self.rank or not self.alpha > 0:
+            raise UserError(f"the adapter says rank {self.rank} and alpha {self.alpha}, which its tensors contradict")
+        metadata = formats.kohya_metadata(title=name, family=self.family, rank=self.rank, info=self.info)
+        files = {
+            DIFFUSERS_FILE: formats.diffusers_file(self.lora, self.alpha),
+            twin_name(name): formats.kohya_file(
+                self.lora, self.alpha, family=self.family, dtype=twin_dtype, metadata=metadata
+            ),
+        }
+        if self.source is not None:
+            _check_source(self.source)
+            identity = {key: str(value) for key, value in self.base.items()}
+            about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
+            files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)
+        shown = {picture_name(key): _png(image) for key, image in pictures.items()}
+        card = model_card(name=name, twin=twin_name(name), adapter=self, pictures=list(shown))
+        files |= {**shown, CARD: card.encode()}
+        files[MANIFEST] = self._manifest(twin_name(name), [*files, MANIFEST])
+        return files
+
+    def _manifest(self, twin: str, names: list[str]) -> bytes:
+        tensors = {
+            f"{module}.lora_{side}.weight": verify.digest(tensor.float())
+            for module, pair in formats.pairs(self.lora).items()
+            for side, tensor in zip("AB", pair, strict=True)
+        }
+        source = {key: verify.digest(value.float()) for key, value in sorted((self.source or {}).items())}
+        own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": twin, "files": sorted(names)}
+        about = {"base": self.base | {"family": self.family}}
+        values = dict(sorted(self.info.items())) | own | about | {"source_tensors": source, "tensors": tensors}
+        return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def check_target(folder: str | Path) -> None:
+    """UserError if an adapter saved at `folder` would overwrite a file of another origin; ask before training."""
+    folder = Path(folder).resolve()
+    names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, twin_name(folder.name)]
+    foreign = [name for name in names if (folder / name).exists() and name not in _owned(folder)]
+    if foreign:
+        raise UserError(f"{folder} already holds a {foreign[0]} that is not ours: name another output folder")
+
+
+def twin_name(folder_name: str) -> str:
+    """File name of the kohya-named LoRA: graphical programs show it, so it is the folder's, made plain."""
+    plain = re.sub(r"[^\w.-]+", "_", folder_name).strip("._") or "adapter"
+    taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem}
+    return f"{plain}_lora.safetensors" if plain in taken else f"{plain}.safetensors"
+
+
+def picture_name(key: str) -> str:
+    """File name of a picture: `key` with ".png"; UserError if it is no plain name."""
+    return plain_name(key if key.endswith(".png") else f"{key}.png")
+
+
+def _png(image: Image.Image) -> bytes:
+    stream = BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _owned(folder: Path) -> set[str]:
+    """Names of the files that an earlier save put into `folder`."""
+    names = read_json(folder / MANIFEST).get("files", []) if (folder / MANIFEST).is_file() else []
+    kinds = (".safetensors", ".json", ".md", ".png")
+    return {
+        entry.name for entry in folder.glob("*") if entry.name in names and entry.suffix in kinds and entry.is_file()
+    }
+
+
+def _check_manifest(info: Mapping[str, Any], content: formats.LoraFile, folder: Path) -> None:
+    """The LoRA file must be what `adapter.json` says was saved."""
+    path = folder / MANIFEST
+    wanted = {"schema": int, "rank": int, "alpha": (int, float), "base": dict, "tensors": dict, "source_tensors": dict}
+    wrong = [key for key, kind in wanted.items() if not isinstance(info.get(key), kind)]
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong[0]} is missing or of the wrong kind")
+    if info["schema"] > SCHEMA:
+        raise UserError(f"{path} has schema {info['schema']}, this version reads up to {SCHEMA}: update personalize")
+    found = formats.family_of(content.state)
+    if found not in (None, info["base"].get("family")):
+        raise UserError(
+            f"{path} says family {info['base'].get('family')!r}, the tensors are of {found!r}: files are mixed up"
+        )
+    if content.rank != info["rank"] or not math.isclose(content.alpha, info["alpha"]):
+        raise UserError(
+            f"{folder / DIFFUSERS_FILE} has rank {content.rank} and alpha {content.alpha:g}, {MANIFEST} says "
+            f"{info['rank']} and {info['alpha']:g}: the files are not of one adapter"
+        )
+    verify.Report((verify.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
+
+
+def _check_source(source: Mapping[str, Tensor]) -> None:
+    embeds, pooled = source.get("embeds"), source.get("pooled")
+    if embeds is None or embeds.ndim != 3 or len(embeds) != 1 or not set(source) <= {"embeds", "pooled"}:
+        shapes = {key: tuple(value.shape) for key, value in source.items()}
+        raise UserError(f"the source embedding holds {shapes}: expected embeds (1, l, d) and at most pooled (1, e)")
+    if pooled is not None and (pooled.ndim != 2 or len(pooled) != 1):
+        raise UserError(f"the source embedding's pooled part has shape {tuple(pooled.shape)}: expected (1, e)")
+    if not all(bool(value.isfinite().all()) for value in source.values()):
+        raise UserError("the source embedding holds a number that is not finite: the adapter is spoilt, train it again")

@@ -1,0 +1,159 @@
+"""The README.md of an adapter folder: what it is, how to use it where, and what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from personalize.adapter import Adapter
+
+FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+TAGS = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+
+
+def model_card(*, name: str, twin: str, adapter: Adapter, pictures: Sequence[str]) -> str:
+    """The card's text: front matter for the hub, pictures, trigger, snippets, other programs, limits and consent."""
+    parts = [
+        _front_matter(adapter, pictures),
+        _summary(name, adapter),
+        _pictures(pictures),
+        _trigger(adapter),
+        _editing(adapter),
+        _stock(adapter),
+        _other_programs(twin, adapter),
+        _limits(adapter),
+        _consent(adapter),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _caption(adapter: Adapter) -> str:
+    return " ".join(str(adapter.info.get("caption", "")).split())
+
+
+def _base(adapter: Adapter) -> str:
+    """The base's name without the folders of the machine it was trained on."""
+    name = str(adapter.base.get("name") or "an unnamed base")
+    return name if re.fullmatch(HUB_ID, name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _front_matter(adapter: Adapter, pictures: Sequence[str]) -> str:
+    """YAML; every string is written as JSON, which YAML reads as the same string."""
+    tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", TAGS[adapter.family], "personalize"]
+    lines = ["library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
+    if re.fullmatch(HUB_ID, _base(adapter)):  # the hub refuses a card whose base_model is no hub id
+        lines.append(f"base_model: {_base(adapter)}")
+    if caption := _caption(adapter):
+        lines.append(f"instance_prompt: {json.dumps(caption, ensure_ascii=False)}")
+    lines.append(f"license: {json.dumps(str(adapter.info.get('license', 'other')))}")
+    if pictures:
+        lines.append("widget:")
+    for picture in pictures:
+        text = json.dumps(_caption(adapter) or picture, ensure_ascii=False)
+        lines += [f"- text: {text}", "  output:", f"    url: {json.dumps(quote(picture))}"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(name: str, adapter: Adapter) -> str:
+    source = "a fitted source embedding" if adapter.source is not None else "no source embedding (standalone)"
+    return (
+        f"# {name}\n\nOne picture, learned by {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
+        f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
+        "Both LoRA files were read back after writing, and every change of weight in them was found right."
+    )
+
+
+def _pictures(pictures: Sequence[str]) -> str:
+    if not pictures:
+        return ""
+    titles = [picture.removesuffix(".png").replace("_", " ") for picture in pictures]
+    rows = [f"| {title} | ![{title}]({quote(picture)}) |" for title, picture in zip(titles, pictures, strict=True)]
+    return "\n".join(["## Pictures", "", "| | |", "|---|---|", *rows])
+
+
+def _trigger(adapter: Adapter) -> str:
+    caption = _caption(adapter)
+    return f"## Trigger words\n\nWrite the caption of the picture in your prompt:\n\n> {caption}" if caption else ""
+
+
+def _pipeline(adapter: Adapter) -> tuple[str, str]:
+    name = "StableDiffusionXLPipeline" if adapter.family == "sdxl" else "StableDiffusionPipeline"
+    return name, json.dumps(_base(adapter))
+
+
+def _editing(adapter: Adapter) -> str:
+    pipeline, base = _pipeline(adapter)
+    if adapter.source is None:
+        return ""
+    return f"""## Editing, in diffusers with personalize
+
+The source embedding holds what words do not say about the picture; it needs a program that takes prompt embeddings.
+
+```python
+import personalize
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained({base})
+with personalize.attach(pipe, "path/to/this/folder") as picture:
+    image = pipe(**picture.embeds("a new prompt", alpha=1.0, beta=1.0)).images[0]
+```
+
+`alpha` is how much of the picture is kept, `beta` how much of the prompt is added."""
+
+
+def _stock(adapter: Adapter) -> str:
+    pipeline, base = _pipeline(adapter)
+    prompt = json.dumps(_caption(adapter) or "your prompt", ensure_ascii=False)
+    return f"""## Plain diffusers
+
+```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained({base})
+pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
+image = pipe({prompt}).images[0]
+```"""
+
+
+def _other_programs(twin: str, adapter: Adapter) -> str:
+    stem = twin.removesuffix(".safetensors")
+    return f"""## Other programs
+
+Use `{twin}` with any {FAMILIES[adapter.family]} checkpoint close to the base; strength 1 is what was trained.
+
+* **AUTOMATIC1111, Forge**: copy it to `models/Lora`, write `<lora:{stem}:1>` and the trigger words in the prompt.
+* **ComfyUI**: copy it to `models/loras`, put a *Load LoRA* node after the checkpoint.
+* **InvokeAI**: add it in the model manager, then choose it under *Concepts*."""
+
+
+def _limits(adapter: Adapter) -> str:
+    gap = adapter.info.get("standalone_gap_db")
+    loss = f" Here that costs {float(gap):.1f} dB of reconstruction (PSNR)." if isinstance(gap, int | float) else ""
+    if adapter.source is not None:
+        first = (
+            "Without the source embedding (plain diffusers and the programs above) the picture comes back less "
+            "exactly, because part of what was learned lives in that embedding." + loss
+        )
+    else:
+        first = (
+            "Trained for use without a source embedding: it works in every program, but reconstructs less exactly."
+            + loss
+        )
+    return (
+        f"## Limits\n\n* {first}\n* Learned from one picture: pose, background and style may come back where they were "
+        "not asked for.\n* The pictures are drawn anew from noise; nothing keeps unedited pixels as they were.\n"
+        "* Made for the base named above; on other checkpoints the result differs."
+    )
+
+
+def _consent(adapter: Adapter) -> str:
+    own = " This adapter was marked as showing a person." if adapter.info.get("person") else ""
+    return (
+        "## Consent\n\nDo not use, share or publish an adapter of a recognisable person without that person's consent, "
+        "and do not present its pictures as photographs." + own
+    )

@@ -1,0 +1,53 @@
+"""Random LoRAs for the tests of formats, verify and adapter."""
+
+import torch
+from torch import nn
+
+from personalize.randomness import generator
+
+
+def paths(module, want=lambda path: True):
+    """Paths of linear layers and convolutions, with each path's weight shape."""
+    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    return {path: layer.weight.shape for path, layer in layers.items() if want(path)}
+
+
+def random_lora(shapes, component="unet", rank=4, seed=0, spread=0.1):
+    """A LoRA in the house's names whose B is not zero, on modules of the given weight shapes."""
+    state = {}
+    for path, shape in shapes.items():
+        draw = generator(seed, f"test/{component}.{path}")
+        nested = "" if component == "unet" or path.startswith("text_model.") else "text_model."
+        stem = f"{component}.{nested}{path}"
+        ones = (1,) * (len(shape) - 2)
+        state[f"{stem}.lora_A.weight"] = torch.randn(rank, *shape[1:], generator=draw) * spread
+        state[f"{stem}.lora_B.weight"] = torch.randn(shape[0], rank, *ones, generator=draw) * spread
+    return state
+
+
+def text_lora(model, **options):
+    """A LoRA on every attention and mlp layer of every text encoder."""
+    state = {}
+    for component, encoder in zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False):
+        state |= random_lora(paths(encoder, lambda path: ".layers." in path), component, **options)
+    return state
+
+
+def predict(model, seed=0):
+    """The UNet's answer to a fixed question, (1, 4, h, w)."""
+    side = model.unet.config.sample_size
+    latents = torch.randn(1, 4, side, side, generator=generator(seed, "test/latents"))
+    with torch.no_grad():
+        return model.predict(latents, 500, model.prompts(["a photo of a cat"]))
+
+
+def ATTENTION(path):
+    return path.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))
+
+
+def TRANSFORMER(path):
+    return ATTENTION(path) or path.endswith((".proj_in", ".proj_out", ".net.0.proj", ".net.2"))
+
+
+def EVERYTHING(path):
+    return True
