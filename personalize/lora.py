@@ -246,7 +246,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
     if unknown := [name for name in names if name not in leaves]:
         raise UserError(f"this UNet has no layer {unknown[0]!r}: the adapter was made for another base model")
     pattern = "|".join(map(re.escape, names))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern)  # pyright: ignore[reportArgumentType]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)  # pyright: ignore
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     inject_adapter_in_model(config, unet, ADAPTER, low_cpu_mem_usage=True)  # meta: peft draws no random numbers
     for parameter, flag in flags:
