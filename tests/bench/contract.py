@@ -1,0 +1,272 @@
+"""The evaluation contract of every bench: which edit, its true result, the region that counts, success and identity.
+
+background: same objects on another background.  Region: inside the objects' masks.
+    Success: the new background, and every object still there.
+object: one noun swapped.  Region: outside both masks of that object.
+    Success: the new noun there, the old one gone.
+style: all objects in another style.  Region: outside the objects' masks.
+    Success: the new style inside every object's mask, all nouns there.
+move: one object elsewhere.  Region: the whole frame, against the scene rendered again.
+    Success: the noun there, nearer to its new place than to its old one.
+
+Two controls are in every bench: doing nothing, and the base model without adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from personalize.scenes import (
+    BACKGROUNDS,
+    NOUNS,
+    TRAINING_STYLES,
+    Scene,
+    captions,
+    random_scene,
+    render,
+    sprite_path,
+)
+from tests.bench.cells import Cells
+from tests.bench.judge import Judge, Verdict
+
+KINDS = ("background", "object", "style", "move")
+DO_NOTHING, BASE = "do nothing", "base without adapter"
+CONTROLS = (DO_NOTHING, BASE)
+PSNR_CAP = 60.0  # dB, of equal pictures
+
+
+@dataclass(frozen=True)
+class Task:
+    """One edit: `before` is to become `after`; `index` is the object concerned (edits of kind object and move)."""
+
+    kind: str
+    name: str
+    before: Scene
+    after: Scene
+    index: int = 0
+
+    @property
+    def source_prompt(self) -> str:
+        return caption(self.before)
+
+    @property
+    def target_prompt(self) -> str:
+        return caption(self.after, styled=self.kind == "style")
+
+
+def caption(scene: Scene, *, styled: bool = False) -> str:
+    """The caption of `scene` that names no style ("a picture of …"), or the one that names its style."""
+    texts = captions(scene)
+    one_style = len({thing.style for thing in scene.objects}) == 1
+    return texts[1] if one_style and not styled else texts[0]
+
+
+def random_task(
+    kind: str,
+    seed: int,
+    *,
+    split: str = "bench",
+    nouns: Sequence[str] = NOUNS,
+    styles: Sequence[str] = TRAINING_STYLES,
+    new_styles: Sequence[str] = TRAINING_STYLES,
+    backgrounds: Sequence[str] = BACKGROUNDS,
+    objects: int | None = 1,
+) -> Task:
+    """Task `seed`: a scene in `styles` and one change of it; moves take one small object 0.15–0.5 of the frame."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of edit {kind!r}: choose one of {', '.join(KINDS)}")
+    rng = np.random.default_rng([crc32(f"{split}/{kind}".encode()), seed])
+    objects = 1 if kind == "move" else objects
+    scene = random_scene(seed, split=split, nouns=nouns, styles=styles, backgrounds=backgrounds, objects=objects)
+    index = int(rng.integers(len(scene.objects)))
+    before, after = scene, scene
+    if kind == "background":
+        after = scene.with_background(_other(rng, backgrounds, {scene.background}))
+    elif kind == "object":
+        taken = {thing.noun for thing in scene.objects}
+        known = [noun for noun in nouns if sprite_path(noun, scene.objects[index].style).is_file()]
+        after = scene.with_object(index, noun=_other(rng, known, taken))
+    elif kind == "style":
+        drawn = [s for s in new_styles if all(sprite_path(thing.noun, s).is_file() for thing in scene.objects)]
+        after = scene.with_style(_other(rng, drawn, {thing.style for thing in scene.objects}))
+    else:
+        before, after = _moved(rng, scene)
+    return Task(kind, f"{kind}/{split}/{seed}", before, after, index)
+
+
+def _other(rng: np.random.Generator, choices: Sequence[str], taken: set[str]) -> str:
+    left = [choice for choice in choices if choice not in taken]
+    if not left:
+        raise ValueError(f"nothing to change to: {sorted(choices)} without {sorted(taken)} is empty")
+    return str(rng.choice(left))
+
+
+def _moved(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Scene]:
+    """The scene with its object at two places that lie 0.15 to 0.5 of the frame apart."""
+    size = float(rng.uniform(0.32, 0.46))
+    while True:
+        x, y, u, v = (float(value) for value in rng.uniform(size / 2 + 0.01, 1 - size / 2 - 0.01, 4))
+        if 0.15 <= math.hypot(u - x, v - y) <= 0.5:
+            return scene.with_object(0, x=x, y=y, size=size), scene.with_object(0, x=u, y=v, size=size)
+
+
+def region(task: Task, size: int) -> np.ndarray:
+    """Where identity is measured: boolean (size, size)."""
+    if task.kind == "move":
+        return np.ones((size, size), bool)
+    before, after = render(task.before, size)[1], render(task.after, size)[1]
+    if task.kind == "background":
+        return np.any(before, axis=0)
+    if task.kind == "object":
+        return ~(before[task.index] | after[task.index])
+    return ~np.any([*before, *after], axis=0)
+
+
+def success(task: Task, verdict: Verdict, styles: Sequence[str]) -> bool:
+    """Whether the change is there and what it is about survived; `styles` are those seen inside the objects' masks."""
+    before, after = task.before.objects[task.index], task.after.objects[task.index]
+    nouns = {thing.noun for thing in task.after.objects}
+    if task.kind == "background":
+        return verdict.background == task.after.background and nouns <= verdict.nouns
+    if task.kind == "object":
+        return after.noun in verdict.nouns and before.noun not in verdict.nouns
+    if task.kind == "style":
+        return nouns <= verdict.nouns and list(styles) == [thing.style for thing in task.after.objects]
+    seen = verdict.places.get(after.noun)
+    return seen is not None and math.dist(seen, (after.x, after.y)) < math.dist(seen, (before.x, before.y))
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one edited picture meets its task; psnr, colour and structure are against the truth, in the region.
+
+    `whole_scene`: nouns and background are exactly the truth's.  psnr in dB, at most 60; colour: earth mover's distance
+    of the L*, a*, b* distributions, averaged, in ΔE; structure: gradient difference, 0 same … 1 nothing in common.
+    """
+
+    success: bool
+    whole_scene: bool
+    psnr: float
+    colour: float
+    structure: float
+
+
+def score(task: Task, picture: np.ndarray | Image.Image, judge: Judge) -> Score:
+    """Score an edited picture, RGB uint8 (H, W, 3), against the truth rendered at its size."""
+    picture = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    truth, masks = render(task.after, len(picture))
+    verdict = judge(picture)[0]
+    styles = [judge.style_inside(picture, mask) for mask in masks] if task.kind == "style" else []
+    nouns = {thing.noun for thing in task.after.objects}
+    whole = verdict.nouns == nouns and verdict.background == task.after.background
+    return Score(success(task, verdict, styles), whole, **identity(picture, truth, region(task, len(picture))))
+
+
+def identity(picture: np.ndarray, truth: np.ndarray, where: np.ndarray) -> dict[str, float]:
+    """PSNR, colour and structure distance of two RGB uint8 pictures (H, W, 3) within boolean `where` (H, W)."""
+    return {
+        "psnr": psnr(picture, truth, where),
+        "colour": colour_distance(picture, truth, where),
+        "structure": structure_distance(picture, truth, where),
+    }
+
+
+def psnr(picture: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None) -> float:
+    """−10 log₁₀ of the mean squared error of colours in [0, 1], in dB, at most 60."""
+    difference = (picture.astype(np.float64) - truth) / 255
+    error = float(np.square(difference if where is None else difference[where]).mean())
+    return min(PSNR_CAP, -10 * math.log10(max(error, 1e-12)))
+
+
+def colour_distance(picture: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
+    """Earth mover's distance of the pixels' L*, a* and b* values, wherever they lie: mean |sorted − sorted|, in ΔE."""
+    ours, theirs = (np.sort(lab(image[where]), axis=0) for image in (picture, truth))
+    return float(np.abs(ours - theirs).mean())
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB uint8 (…, 3) → CIE L*a*b* under D65."""
+    value = rgb.astype(np.float64) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ _XYZ.T / _XYZ.sum(1)
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
+_XYZ = np.array([[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07218], [0.01933, 0.11919, 0.95030]])
+
+
+def structure_distance(picture: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
+    """Σ|∇a − ∇b| / Σ(|∇a| + |∇b| + c) over `where`, of lumas blurred by one pixel: 0 same, 1 nothing in common.
+
+    c = 1 grey level a pixel keeps noise in plain regions from counting as structure.
+    """
+    ours, theirs = (_gradient(image)[:, where] for image in (picture, truth))
+    size = np.linalg.norm(ours, axis=0) + np.linalg.norm(theirs, axis=0) + 1.0
+    return float(np.linalg.norm(ours - theirs, axis=0).sum() / size.sum())
+
+
+def _gradient(image: np.ndarray) -> np.ndarray:
+    """Vertical and horizontal slope (2, H, W) of the blurred luma, in grey levels a pixel."""
+    luma = Image.fromarray(image).convert("L").filter(ImageFilter.GaussianBlur(1))
+    return np.stack(np.gradient(np.asarray(luma, np.float64)))
+
+
+Arm = Callable[[Task, np.ndarray, int], Sequence[np.ndarray]]
+"""(task, picture before, budget) → at most `budget` candidates, each RGB uint8 (H, W, 3)."""
+Selector = Callable[[Task, Sequence[np.ndarray]], int]
+"""Which candidate to keep; it must not use the judge."""
+
+
+def do_nothing(task: Task, before: np.ndarray, budget: int) -> Sequence[np.ndarray]:
+    """The control that returns the picture as it was."""
+    return [before]
+
+
+def first(task: Task, candidates: Sequence[np.ndarray]) -> int:
+    return 0
+
+
+def evaluate(
+    tasks: Sequence[Task],
+    arms: dict[str, Arm],
+    cells: Cells,
+    judge: Judge,
+    *,
+    budget: int = 1,
+    size: int = 128,
+    select: Selector = first,
+) -> list[dict[str, Any]]:
+    """Run every arm on every task, the same budget and selector for all; finished cells are read back, not run again.
+
+    Selected pictures are kept beside the cells' file.  ValueError when `arms` lacks a control.
+    """
+    if missing := [name for name in CONTROLS if name not in arms]:
+        raise ValueError(f"every bench has both controls, {missing} not among the arms {list(arms)}")
+    rows = []
+    for task in tasks:
+        for name, arm in arms.items():
+            key = f"{name}/{task.name}"
+            if key not in cells:
+                candidates = list(arm(task, render(task.before, size)[0], budget))[:budget]
+                chosen = candidates[select(task, candidates)]
+                file = picture_file(cells, key)
+                file.parent.mkdir(exist_ok=True)
+                Image.fromarray(chosen).save(file)
+                about = {"arm": name, "kind": task.kind, "task": task.name}
+                cells.add(key, about | asdict(score(task, chosen, judge)))
+            rows.append(cells.rows[key])
+    return rows
+
+
+def picture_file(cells: Cells, key: str) -> Path:
+    """Where the selected picture of cell `key` is kept."""
+    return cells.path.with_suffix("") / f"{key.replace('/', '_').replace(' ', '_')}.png"

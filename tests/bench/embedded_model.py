@@ -1,0 +1,261 @@
+"""Measure the embedded model (or any model of the scenes' world): the figures of its model card.
+
+    python -m tests.bench.embedded_model                                  # everything, n = 500
+    python -m tests.bench.embedded_model --only nouns background --n 64   # a quick look
+
+One JSON line per finished prompt or scene, so an interrupted run goes on where it stopped; figures.json, figures.md and
+sheet.png are written anew each time.  Scenes and prompts come from the split "bench", which nothing is trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+
+from personalize.model import EMBEDDED, StableDiffusion
+from personalize.moves import moves
+from personalize.pictures import grid
+from personalize.sampling import Edit, denoise, sample
+from personalize.scenes import (
+    BACKGROUNDS,
+    HELD_OUT_STYLE,
+    NOUNS,
+    STYLES,
+    TRAINING_STYLES,
+    Scene,
+    captions,
+    noun_phrase,
+    place_phrase,
+    random_scene,
+    render,
+)
+from tests.bench.attention_auc import attention_aucs
+from tests.bench.cells import Cells
+from tests.bench.contract import psnr
+from tests.bench.figure_tables import figures, markdown
+from tests.bench.judge import Judge, as_bytes, as_pixels
+
+SPLIT = "bench"
+INVERSION_STEPS = 50
+TIMED_RUNS = 3
+
+
+@dataclass(frozen=True)
+class EmbeddedModelBench:
+    model: Path = EMBEDDED
+    """A Stable Diffusion folder; its world.json, if there, says which nouns, styles and backgrounds it knows."""
+    output_dir: Path = Path("runs/embedded_figures")
+    """Where results go, and where finished ones are found again."""
+    only: tuple[str, ...] = ()
+    """Figures to measure; all when empty."""
+    n: int = 500
+    """Prompts or scenes for each figure."""
+    batch: int = 16
+    """How many are done at a time."""
+    scheduler: str = "ddim"
+    """Scheduler that draws the pictures."""
+    steps: int = 30
+    """Steps of a picture."""
+    guidance_scale: float = 5.0
+    """Guidance of a picture; 1 is off."""
+    nouns: tuple[str, ...] = ()
+    """Nouns to ask for, when not those of world.json."""
+    styles: tuple[str, ...] = ()
+    """Styles to ask for, when not those of world.json."""
+    threads: int = 2
+    """Processor cores to use."""
+
+
+class Bench:
+    """One run: the model, what it knows, the judge, and the finished cells."""
+
+    def __init__(self, options: EmbeddedModelBench, model: StableDiffusion | None = None) -> None:
+        self.options = options
+        self.model = model or StableDiffusion.load(options.model)
+        self.judge = Judge.load()
+        known = options.model / "world.json"
+        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        self.nouns = options.nouns or tuple(world.get("nouns", NOUNS))
+        self.styles = options.styles or tuple(world.get("styles", TRAINING_STYLES))
+        self.backgrounds = tuple(world.get("backgrounds", BACKGROUNDS))
+        settings = {key: getattr(options, key) for key in ("scheduler", "steps", "guidance_scale")}
+        parts = (self.model.unet, self.model.vae, *self.model.text_encoders)
+        world = {"nouns": self.nouns, "styles": self.styles, "backgrounds": self.backgrounds}
+        stamp = {"weights": [fingerprint(part) for part in parts], "split": SPLIT, **settings, **world}
+        self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
+
+    def scene(self, index: int, *, objects: int | None = None, styles: Sequence[str] = ()) -> Scene:
+        world = {"nouns": self.nouns, "backgrounds": self.backgrounds, "styles": styles or self.styles}
+        return random_scene(index, split=SPLIT, objects=objects, **world)  # pyright: ignore[reportArgumentType]
+
+    def missing(self, group: str) -> Iterator[list[int]]:
+        """Numbers of the group's cells that are still to be done, a batch at a time."""
+        left = [index for index in range(self.options.n) if f"{group}/{index}" not in self.cells]
+        for start in range(0, len(left), self.options.batch):
+            print(f"{group}: {self.options.n - len(left) + start} of {self.options.n}", flush=True)
+            yield left[start : start + self.options.batch]
+
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Pictures (b, 3, H, W) of `prompts`, drawn as the options say."""
+        with torch.no_grad():
+            edit = Edit(self.model.prompts(list(prompts)), guidance_scale=self.options.guidance_scale)
+            ways = moves(self.model, self.options.steps, self.options.scheduler)
+            return self.model.decode(sample(self.model, edit, seeds, ways)).cpu()
+
+    def renders(self, scenes: Sequence[Scene]) -> np.ndarray:
+        return np.stack([render(scene, self.model.resolution)[0] for scene in scenes])
+
+
+def fingerprint(part: nn.Module) -> str:
+    """A quick hash of a network's weights: sum and sum of squares of each."""
+    sums = [(name, float(w.double().sum()), float(w.double().square().sum())) for name, w in part.state_dict().items()]
+    return sha256(repr(sums).encode()).hexdigest()[:16]
+
+
+def autoencoder(bench: Bench, group: str = "autoencoder", styles: Sequence[str] = ()) -> None:
+    for batch in bench.missing(group):
+        images = bench.renders([bench.scene(index, styles=styles) for index in batch])
+        again = as_bytes(bench.model.decode(bench.model.encode(as_pixels(images))))
+        for index, image, copy in zip(batch, images, again, strict=True):
+            bench.cells.add(f"{group}/{index}", {"psnr": psnr(copy, image)})
+
+
+def held_out_autoencoder(bench: Bench) -> None:
+    autoencoder(bench, "held_out_autoencoder", (HELD_OUT_STYLE,))
+
+
+def prompts_drawn(bench: Bench, group: str, objects: int) -> None:
+    """Ask for the scenes' captions, each in one of its forms, and write down what the judge sees."""
+    for batch in bench.missing(group):
+        scenes = [bench.scene(index, objects=objects) for index in batch]
+        texts = [prompt(scene, index) for scene, index in zip(scenes, batch, strict=True)]
+        verdicts = bench.judge(bench.pictures(texts, batch))
+        for index, scene, text, verdict in zip(batch, scenes, texts, verdicts, strict=True):
+            asked = {thing.noun for thing in scene.objects}
+            styled = text.startswith(STYLES[scene.objects[0].style])
+            row = {"prompt": text, "seen": sorted(verdict.nouns), "seen_background": verdict.background}
+            row |= {"object": asked <= verdict.nouns, "exact": asked == verdict.nouns}
+            row |= {"background": verdict.background == scene.background}
+            row |= {"style": verdict.style == scene.objects[0].style if styled else None}
+            bench.cells.add(f"{group}/{index}", row)
+
+
+def prompt(scene: Scene, index: int) -> str:
+    """Caption number `index` of `scene`, counted round: every form is asked for equally often."""
+    texts = captions(scene)
+    return texts[index % len(texts)]
+
+
+def single(bench: Bench) -> None:
+    prompts_drawn(bench, "single", 1)
+
+
+def pairs(bench: Bench) -> None:
+    prompts_drawn(bench, "pairs", 2)
+
+
+def attention(bench: Bench) -> None:
+    for batch in bench.missing("attention"):
+        scenes = [bench.scene(index) for index in batch]
+        texts = [prompt(scene, index) for scene, index in zip(scenes, batch, strict=True)]
+        for index, row in zip(batch, attention_aucs(bench.model, scenes, texts, batch), strict=True):
+            bench.cells.add(f"attention/{index}", row)
+
+
+@torch.no_grad()
+def inversion(bench: Bench) -> None:
+    """DDIM to noise and back at guidance 1, told the caption; PSNR against the scene, and the autoencoder's own."""
+    model = bench.model
+    ahead, back = (moves(model, INVERSION_STEPS, inverse=inverse) for inverse in (True, False))
+    for batch in bench.missing("inversion"):
+        scenes = [bench.scene(index) for index in batch]
+        images = bench.renders(scenes)
+        texts = [prompt(scene, index) for scene, index in zip(scenes, batch, strict=True)]
+        edit = Edit(model.prompts(texts), guidance_scale=1.0)
+        clean = model.encode(as_pixels(images))
+        replayed = denoise(model, denoise(model, clean, edit, ahead), edit, back)
+        ceilings, copies = as_bytes(model.decode(clean)), as_bytes(model.decode(replayed))
+        for index, image, ceiling, copy in zip(batch, images, ceilings, copies, strict=True):
+            best, got = psnr(ceiling, image), psnr(copy, image)
+            bench.cells.add(f"inversion/{index}", {"ceiling": best, "psnr": got, "below": best - got})
+
+
+def seconds(bench: Bench) -> None:
+    """One picture of 30 steps, text to pixels, with guidance; one run first that is not counted."""
+    for run in range(-1, TIMED_RUNS):
+        started = time.perf_counter()
+        bench.pictures([captions(bench.scene(0))[0]], [0])
+        taken = time.perf_counter() - started
+        if run >= 0:
+            about = {"threads": torch.get_num_threads(), "device": str(bench.model.device), "load": os.getloadavg()[0]}
+            bench.cells.add(f"seconds/{run}", {"seconds": taken, **about})
+
+
+def sheet(bench: Bench) -> None:
+    """8×8 prompts: six nouns and two pairs on eight backgrounds, every style in turn."""
+    chosen = [bench.nouns[i * len(bench.nouns) // 10] for i in range(10)]
+    subjects = [*map(noun_phrase, chosen[:6]), *(" and ".join(map(noun_phrase, chosen[i : i + 2])) for i in (6, 8))]
+    places = [bench.backgrounds[i * len(bench.backgrounds) // 8] for i in range(8)]
+    rows = []
+    for number, subject in enumerate(subjects):
+        texts = [f"{subject} {place_phrase(place)}" for place in places]
+        drawn = as_bytes(bench.pictures(texts, [8 * number + column for column in range(8)]))
+        rows.append([Image.fromarray(picture) for picture in drawn])
+    settings = f"{bench.options.scheduler}, {bench.options.steps} steps, guidance {bench.options.guidance_scale:g}"
+    title = f"{len(rows)}×{len(places)} prompts, first seeds, none left out: {settings}"
+    picture = grid(rows, columns=[place_phrase(place) for place in places], labels=subjects, title=title, cell=128)
+    picture.save(bench.options.output_dir / "sheet.png")
+
+
+FIGURES: dict[str, Callable[[Bench], None]] = {
+    "autoencoder": autoencoder,
+    "held_out_autoencoder": held_out_autoencoder,
+    "nouns": single,
+    "background": single,
+    "pairs": pairs,
+    "cross_attention": attention,
+    "self_attention": attention,
+    "inversion": inversion,
+    "seconds": seconds,
+    "sheet": sheet,
+}
+
+
+def run(options: EmbeddedModelBench, model: StableDiffusion | None = None) -> dict[str, Any]:
+    """Measure, write, and return figures.json's content."""
+    unknown = set(options.only) - set(FIGURES)
+    if unknown:
+        raise ValueError(f"unknown figures {sorted(unknown)}: choose among {', '.join(FIGURES)}")
+    bench = Bench(options, model)
+    for measure in dict.fromkeys(FIGURES[name] for name in options.only or FIGURES):
+        measure(bench)
+    found = {"nouns": len(bench.nouns), "model": str(options.model), "options": _plain(options), "split": SPLIT}
+    found["figures"] = figures(bench.cells.rows, options.n)
+    (options.output_dir / "figures.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (options.output_dir / "figures.md").write_text(markdown(found), encoding="utf-8")
+    return found
+
+
+def _plain(options: EmbeddedModelBench) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+
+
+def main(options: EmbeddedModelBench) -> None:
+    torch.set_num_threads(options.threads)
+    print(markdown(run(options)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(EmbeddedModelBench))

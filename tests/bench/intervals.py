@@ -1,0 +1,45 @@
+"""95 % intervals for what the benches report: bootstrap for means and paired differences, Wilson for proportions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean: 10,000 resamples, always the same ones for the same n.
+
+    Infinite on both sides for fewer than two values.
+    """
+    data = np.asarray(values, np.float64)
+    if len(data) < 2:
+        return -math.inf, math.inf
+    rng = np.random.default_rng(len(data))
+    draws = (rng.integers(0, len(data), (500, len(data))) for _ in range(RESAMPLES // 500))
+    means = np.concatenate([data[rows].mean(1) for rows in draws])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def paired_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of `values` − `others`, taken pair by pair, and its bootstrap interval: (difference, low, high)."""
+    differences = np.asarray(values, np.float64) - np.asarray(others, np.float64)
+    return float(differences.mean()), *mean_interval(differences.tolist())
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson score interval of a proportion; (0, 1) when nothing was tried.
+
+    centre = (p + z²/2n) / (1 + z²/n),  half = z √(p(1−p)/n + z²/4n²) / (1 + z²/n).
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, _Z**2
+    centre, half = p + z2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    scale = 1 + z2 / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -1,0 +1,232 @@
+"""The judge: which nouns, background and style a picture of the scenes' world shows, read from the pixels alone.
+
+    judge = Judge.load()
+    judge([image])[0].nouns                      # frozenset({"cat", "dog"})
+    judge.inside(image, mask).style              # of the object under `mask` only
+
+It never sees a prompt.  Its weights come from `train_judge.py`, its accuracy on held-out renders is in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from personalize.scenes import BACKGROUNDS, NOUNS, STYLES
+
+WEIGHTS = Path(__file__).with_name("judge.safetensors")
+SIDE = 64  # pixels: every picture is brought to this size first
+THRESHOLD = 0.5  # a noun is present when its probability exceeds this
+WIDTHS = (32, 64, 160)  # channels at 32×32, 16×16 and 8×8
+FRAMED = 0.64  # `inside` crops so that the object's longest side is this share of the crop, as in a one-object scene
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one picture shows.  `nouns` have a probability above `THRESHOLD`; `style` is the objects'."""
+
+    nouns: frozenset[str]
+    background: str
+    style: str
+    noun_probs: dict[str, float]
+    style_probs: dict[str, float]
+    places: dict[str, tuple[float, float]]  # of the nouns present: centre (x, y) in fractions of the picture
+
+
+class JudgeNet(nn.Module):
+    """Pixels (b, 3, 64, 64) in [−1, 1] → maps over an 8×8 grid, and from those the picture's logits.
+
+    A noun's presence is the softmax-weighted mean over the grid of its map, so one cell that is sure suffices; the
+    style is averaged over the cells that hold an object; the background over all.
+    """
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, *, folded: bool = False) -> None:
+        super().__init__()
+        a, b, c = widths
+        norm = nn.Identity if folded else nn.BatchNorm2d
+        self.trunk = nn.Sequential(
+            _convolution(3, a, norm, kernel=5, stride=2),
+            _convolution(a, b, norm, stride=2),
+            Residual(b, norm),
+            _convolution(b, c, norm, stride=2),
+            Residual(c, norm),
+            Residual(c, norm),
+        )
+        self.head = nn.Conv2d(c, len(NOUNS) + len(BACKGROUNDS) + len(STYLES), 1)
+        nn.init.constant_(self.head.bias[: len(NOUNS)], -4.0)  # pyright: ignore[reportOptionalSubscript]  # nouns are rare
+
+    def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noun (b, 73, 8, 8), background (b, 20, 8, 8) and style (b, 4, 8, 8) logits of every cell."""
+        out = self.head(self.trunk(2 * pixels)).float()
+        noun, background, style = out.split([len(NOUNS), len(BACKGROUNDS), len(STYLES)], 1)
+        return noun, background, style
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return pooled(*self.maps(pixels))
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(_convolution(width, width, norm), _convolution(width, width, norm))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def _convolution(
+    inputs: int, outputs: int, norm: type[nn.Module], *, kernel: int = 3, stride: int = 1
+) -> nn.Sequential:
+    bias = norm is nn.Identity
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
+    return nn.Sequential(convolution, nn.Identity() if bias else norm(outputs), nn.ReLU())
+
+
+def pooled(noun: Tensor, background: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the picture, (b, 73), (b, 20) and (b, 4), from the logits of its cells (b, ·, 8, 8)."""
+    noun, style = noun.flatten(2), style.flatten(2)
+    presence = (noun.softmax(-1) * noun).sum(-1)
+    occupied = noun.detach().amax(1, keepdim=True).sigmoid() + 1e-4
+    return presence, background.mean((2, 3)), (style * occupied).sum(-1) / occupied.sum(-1)
+
+
+class Judge:
+    """A loaded network; call it with pictures of any size, get one `Verdict` each."""
+
+    def __init__(self, net: JudgeNet, info: dict[str, Any]) -> None:
+        self.net, self.info = net.eval().requires_grad_(False), info
+
+    @classmethod
+    def load(cls, path: str | Path = WEIGHTS) -> Judge:
+        """Read weights written by `save`; ValueError when they were trained for other nouns, backgrounds or styles."""
+        with safe_open(path, "pt") as file:
+            info = json.loads(file.metadata()["judge"])
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        for key, known in _labels().items():
+            if info[key] != known:
+                raise ValueError(f"{path} judges other {key} than the scenes have: train it again with train_judge.py")
+        net = JudgeNet(info["widths"], folded=True)
+        net.load_state_dict(state)
+        return cls(net, info)
+
+    @torch.inference_mode()
+    def __call__(self, images: Any) -> list[Verdict]:
+        """Verdicts of PIL images, a uint8 array (b, H, W, 3), or a float tensor (b, 3, H, W) in [−1, 1]."""
+        verdicts = []
+        for pixels in prepared(images).split(256):
+            maps = self.net.maps(pixels)
+            verdicts += [_verdict(*row) for row in zip(maps[0], *pooled(*maps), strict=True)]
+        return verdicts
+
+    def inside(self, image: Any, mask: np.ndarray) -> Verdict:
+        """The verdict on the surroundings of boolean `mask` (H, W) alone: a square crop, its object framed as usual."""
+        return self(framed(image, mask))[0]
+
+    def style_inside(self, image: Any, mask: np.ndarray) -> str:
+        return self.inside(image, mask).style
+
+
+def save(net: JudgeNet, path: str | Path, info: dict[str, Any]) -> None:
+    """Write `net` in half precision, normalisation folded into the convolutions, with `info` and the labels."""
+    state = {name: tensor.half().contiguous() for name, tensor in folded(net).items()}
+    save_file(state, path, {"judge": json.dumps({**_labels(), **info})})
+
+
+def _labels() -> dict[str, list[str]]:
+    return {"nouns": list(NOUNS), "backgrounds": list(BACKGROUNDS), "styles": list(STYLES)}
+
+
+def folded(net: JudgeNet) -> dict[str, Tensor]:
+    """State of the same network without normalisation layers: w' = w·γ/σ, b' = β − μ·γ/σ per output channel."""
+    state = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("head")}
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Sequential) and len(layer) == 3 and isinstance(layer[1], nn.BatchNorm2d):
+            convolution, norm = layer[0], layer[1]
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # pyright: ignore[reportOperatorIssue]
+            state[f"{name}.0.weight"] = convolution.weight * scale[:, None, None, None]  # pyright: ignore
+            state[f"{name}.0.bias"] = norm.bias - norm.running_mean * scale
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def prepared(images: Any) -> Tensor:
+    """Pictures as (b, 3, 64, 64) in [−1, 1], averaged down (or interpolated up) from whatever size they have."""
+    pixels = as_pixels(images)
+    if pixels.shape[-2:] == (SIDE, SIDE):
+        return pixels
+    return interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+
+
+def as_pixels(images: Any) -> Tensor:
+    """PIL image(s), uint8 array (b, H, W, 3) or (H, W, 3), or float tensor (b, 3, H, W) or (3, H, W) → the last kind.
+
+    Float tensors hold values in [−1, 1], as the autoencoder does.  ValueError for anything else.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, Tensor) and images.is_floating_point():
+        return (images[None] if images.ndim == 3 else images).detach().float().cpu()
+    if isinstance(images, Tensor):
+        images = images.cpu().numpy()
+    if not isinstance(images, np.ndarray):
+        images = np.stack([np.asarray(im.convert("RGB") if isinstance(im, Image.Image) else im) for im in images])
+    if images.ndim == 3:
+        images = images[None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"expected uint8 pictures (b, H, W, 3), got {images.dtype} {images.shape}")
+    return torch.from_numpy(images.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def as_bytes(pixels: Tensor) -> np.ndarray:
+    """Pixels (b, 3, H, W) in [−1, 1] → RGB uint8 (b, H, W, 3)."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def framed(image: Any, mask: np.ndarray) -> Tensor:
+    """The square crop (1, 3, 64, 64) whose centre is the mask's and whose side is the mask's longest / `FRAMED`.
+
+    Where the crop leaves the picture the border's pixels are repeated.  ValueError for an empty mask.
+    """
+    pixels = as_pixels(image)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        raise ValueError("the mask is empty: there is no object to look at")
+    if mask.shape != tuple(pixels.shape[-2:]):
+        raise ValueError(f"mask {mask.shape} and picture {tuple(pixels.shape[-2:])} differ in size")
+    side = round(max(np.ptp(rows), np.ptp(columns)) / FRAMED) + 1
+    top, left = (round((axis[0] + axis[-1] + 1 - side) / 2) for axis in (rows, columns))
+    down = torch.arange(top, top + side).clamp(0, mask.shape[0] - 1)
+    across = torch.arange(left, left + side).clamp(0, mask.shape[1] - 1)
+    return prepared(pixels[:1, :, down][..., across])
+
+
+def _verdict(grid: Tensor, noun: Tensor, background: Tensor, style: Tensor) -> Verdict:
+    probs = dict(zip(NOUNS, noun.sigmoid().tolist(), strict=True))
+    styles = dict(zip(STYLES, style.softmax(-1).tolist(), strict=True))
+    present = frozenset(name for name, prob in probs.items() if prob > THRESHOLD)
+    return Verdict(
+        nouns=present,
+        background=BACKGROUNDS[int(background.argmax())],
+        style=max(styles, key=styles.__getitem__),
+        noun_probs=probs,
+        style_probs=styles,
+        places={name: _centre(grid[NOUNS.index(name)].sigmoid()) for name in sorted(present)},
+    )
+
+
+def _centre(weights: Tensor) -> tuple[float, float]:
+    """Centre of mass (x, y) of a map (h, w), in fractions of the frame."""
+    h, w = weights.shape
+    x, y = (torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h
+    total = weights.sum()
+    return float((weights * x).sum() / total), float((weights * y[:, None]).sum() / total)

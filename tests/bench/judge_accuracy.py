@@ -1,0 +1,104 @@
+"""How often the judge is right, on scenes it was not trained on: as rendered, and after what pictures suffer.
+
+python -m tests.bench.judge_accuracy --n 2000
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from personalize.model import StableDiffusion
+from personalize.scenes import STYLES, Scene, random_scene, render
+from tests.bench.degradation import blurred, shrunk
+from tests.bench.judge import SIDE, THRESHOLD, WEIGHTS, Judge, Verdict, as_bytes, as_pixels
+
+BATCH = 100  # scenes at a time
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class AccuracyOptions:
+    weights: Path = WEIGHTS
+    """The judge (or scorer)."""
+    split: str = "judge-test"
+    """Stream of scenes, of all nouns and styles."""
+    n: int = 2000
+    """Scenes."""
+    autoencoder: Path | None = None
+    """A Stable Diffusion folder: measure also on pictures that went through its autoencoder."""
+
+
+def judged_scene(split: str, index: int) -> Scene:
+    """Scene number `index` of `split`, of any noun and style; every 25th is empty."""
+    scene = random_scene(index, split=split, styles=tuple(STYLES))
+    return replace(scene, objects=()) if index % 25 == 24 else scene
+
+
+def accuracy(judge: Judge, split: str, count: int, *, side: int = 2 * SIDE, change: Change | None = None) -> dict:
+    """Shares of scenes 0…count−1 of `split`, rendered at `side` pixels, on which each head and all of them are right.
+
+    nouns: exactly the true nouns have a probability above `THRESHOLD`; background and style: the likeliest is true.
+    Empty scenes have no style and count as right in it.  `change` (uint8 array → uint8 array) may degrade the renders.
+    """
+    right = []
+    for start in range(0, count, BATCH):
+        world = [judged_scene(split, index) for index in range(start, min(count, start + BATCH))]
+        images = np.stack([render(scene, side)[0] for scene in world])
+        verdicts = judge(images if change is None else change(images))
+        right += [_right(scene, verdict) for scene, verdict in zip(world, verdicts, strict=True)]
+    table = np.array(right)
+    shares = dict(zip(("nouns", "background", "style"), table.mean(0).round(5).tolist(), strict=True))
+    return {"split": split, "n": count, "threshold": THRESHOLD, "all": round(float(table.all(1).mean()), 5), **shares}
+
+
+def _right(scene: Scene, verdict: Verdict) -> tuple[bool, bool, bool]:
+    nouns = {thing.noun for thing in scene.objects}
+    styles = {thing.style for thing in scene.objects}
+    return verdict.nouns == nouns, verdict.background == scene.background, not styles or verdict.style in styles
+
+
+def softened(images: np.ndarray) -> np.ndarray:
+    """Blurred by 1.2 pixels of 128."""
+    return as_bytes(blurred(as_pixels(images), 1.2))
+
+
+def halved(images: np.ndarray) -> np.ndarray:
+    """At half the size and back."""
+    return as_bytes(shrunk(as_pixels(images), 0.5))
+
+
+def compressed(images: np.ndarray) -> np.ndarray:
+    """As JPEG files of quality 40."""
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files, strict=True):
+        Image.fromarray(image).save(file, "JPEG", quality=40)
+    return np.stack([np.asarray(Image.open(file)) for file in files])
+
+
+def autoencoded(model: StableDiffusion) -> Change:
+    """Through the model's autoencoder."""
+    return lambda images: as_bytes(model.decode(model.encode(as_pixels(images))))
+
+
+def main(options: AccuracyOptions) -> None:
+    judge = Judge.load(options.weights)
+    changes: dict[str, Change | None] = {"as rendered": None}
+    changes |= {change.__name__: change for change in (softened, halved, compressed)}
+    if options.autoencoder is not None:
+        changes["autoencoded"] = autoencoded(StableDiffusion.load(options.autoencoder))
+    for name, change in changes.items():
+        print(json.dumps({"pictures": name, **accuracy(judge, options.split, options.n, change=change)}), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(tyro.cli(AccuracyOptions))
