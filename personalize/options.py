@@ -53,7 +53,7 @@ def parse(
     _check_required(config, given | set(defaults), prog)
     tokens = [t for key, value in defaults.items() if key not in given for t in _tokens(key, value, config)]
     with _one_line(prog):
-        return tyro.cli(config, args=[*tokens, *args], prog=prog, use_underscores=True)
+        return tyro.cli(config, args=[*args, *tokens], prog=prog, use_underscores=True)
 
 
 def pull(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
@@ -179,8 +179,8 @@ def _one_line(prog: str):
 
 
 def _sentence(box: str, prog: str) -> str:
-    """The text of a box of tyro's, without its frame, its title and the hints after its first rule."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    end = next((index for index, line in enumerate(lines) if line.startswith("──")), len(lines))
-    text = " ".join(" ".join(lines[:end]).split())
-    return f"{text.rstrip('.')} (see {prog} --help)" if text else f"the options were not understood (see {prog} --help)"
+    """The text of a box of tyro's: without its colours, its frame and title, and the hints after its first rule."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
+    parts = re.split(r"\n[─-]+(?=\n)", "\n".join(lines[1:]).lstrip("─-"))  # a plain box has a rule under its title
+    text = " ".join(re.sub("[╰─╯]+", "", parts[0]).replace("(required)", "").split())
+    return f"{text.rstrip('.') or 'the options were not understood'} (see {prog} --help)"

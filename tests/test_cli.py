@@ -1,0 +1,367 @@
+"""The command line: checked before torch is imported; a mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import importlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from tyro.conf import Positional
+
+from personalize import __version__, cli, launching
+from personalize.commands import COMMANDS, EditConfig
+from personalize.errors import UserError
+from personalize.options import parse
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """A trainer's options in miniature."""
+
+    output_dir: Path
+    """Where."""
+    photo: Positional[Path | None] = None
+    """A picture."""
+    rank: int = 4
+    """Rank."""
+    lora_alpha: float = 4.0
+    """Alpha."""
+    learning_rate: float = 1e-4
+    """Rate."""
+    center_crop: bool = False
+    """Crop?"""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    """Precision."""
+    nouns: tuple[str, ...] = ("cat",)
+    """Nouns."""
+
+
+def read(*args: str, **kwargs) -> Config:
+    return parse(Config, args, prog="miniature", **kwargs)
+
+
+def python(*args: object) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own that can import this checkout."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with one trainer, `miniature`, whose preset is `small`, and nothing to export."""
+    script = tmp_path / "train" / "miniature.py"
+    script.parent.mkdir()
+    script.write_text(SCRIPT, encoding="utf-8")
+    preset = tmp_path / "configs" / "small" / "miniature.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text("learning_rate: 2e-3\n", encoding="utf-8")
+    monkeypatch.setattr(launching, "home", lambda: tmp_path)
+    monkeypatch.delitem(sys.modules, "train.miniature", raising=False)
+    return tmp_path
+
+
+SCRIPT = '''"""Train in miniature."""
+
+from dataclasses import dataclass
+
+from personalize.cli import run_script
+from personalize.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    rank: int
+    """Rank; 13 is refused."""
+    learning_rate: float = 1e-4
+    """Rate."""
+
+
+def main(config):
+    if config.rank == 14:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator()
+        print("process", accelerator.process_index, "of", accelerator.num_processes, flush=True)
+        accelerator.wait_for_everyone()
+        if accelerator.process_index == 1:
+            raise UserError("process 1 does not like\\nrank 14")
+        return
+    if config.rank == 13:
+        raise UserError("rank 13 is bad luck:\\nchoose another")
+    print(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(Config, main))
+'''
+
+
+# Options
+
+
+@pytest.mark.parametrize("flag", ["--learning_rate", "--learning-rate"])
+def test_dashes_and_underscores_are_the_same(flag: str):
+    assert read("--output-dir", "x", flag, "1e-3").learning_rate == 1e-3
+    assert read("--output_dir=x", f"{flag}=1e-3").learning_rate == 1e-3
+
+
+def test_a_diffusers_command_line_pastes():
+    line = "--output_dir out --rank 8 --center_crop --mixed_precision fp16 --learning_rate=1e-04"
+    assert read(*line.split()) == Config(Path("out"), None, 8, 4.0, 1e-4, True, "fp16")
+
+
+def test_what_sd_scripts_calls_rank_and_alpha():
+    config = read("--output_dir", "x", "--network_dim", "16", "--network-alpha=8")
+    assert (config.rank, config.lora_alpha) == (16, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--rnak", "3"], "unknown option --rnak: did you mean --rank?"),
+        (["--no_center-crp"], "unknown option --no_center_crp: did you mean --center_crop?"),
+        (["--no_rank"], "unknown option --no_rank"),
+        (["--zzz"], "unknown option --zzz: choose one of --center_crop, --config, --learning_rate"),
+        ([], "miniature needs --output_dir (see miniature --help)"),
+        (["--output_dir", "x", "--rank", "many"], "--rank: invalid literal for int"),
+        (["--output_dir", "x", "--rank"], "Missing value for argument '--rank'"),
+        (["--output_dir", "x", "--mixed_precision", "fp8"], "'fp8' for argument '--mixed_precision'"),
+        (["--output_dir", "x", "a.png", "b.png"], "Unrecognized options: b.png"),
+        (["--output_dir", "x", "--center_crop", "--config"], "--config needs a value, got nothing"),
+        (["--config", "--rank", "4"], "--config needs a value, got --rank"),
+        (["--output_dir", "x", "--config", "none.yaml"], "--config none.yaml: no such file"),
+    ],
+)
+def test_mistakes_on_the_line_are_one_sentence(args: list[str], says: str):
+    with pytest.raises(UserError) as caught:
+        read(*args)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and "│" not in str(caught.value)
+
+
+def test_yaml_gives_defaults_and_flags_win_wherever_it_stands(tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    lines = ("output-dir: here", "learning_rate: 1e-5", "rank: 8", "nouns: [dog, fox]", "mixed_precision: no")
+    file.write_text("\n".join([*lines, "center_crop: true"]))
+    expected = Config(Path("here"), Path("p.png"), 2, 4.0, 1e-5, True, "no", ("dog", "fox"))
+    assert read("p.png", "--config", str(file), "--rank", "2") == expected
+    assert read("p.png", "--rank", "2", f"--config={file}") == expected
+    assert not read("--config", str(file), "--no_center_crop").center_crop
+
+
+def test_later_files_win_and_presets_have_names(tmp_path: Path):
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("network_dim: 8\noutput_dir: a\n")
+    second.write_text("output_dir: b\n")
+    config = read("--config", str(first), "--config", "mine", presets={"mine": second})
+    assert (config.output_dir, config.rank) == (Path("b"), 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rnak: 3", "unknown key in FILE: rnak: did you mean rank?"),
+        ("no_center_crop: true", "unknown key in FILE: no_center_crop: did you mean center_crop?"),
+        ("rank: many", "--rank: invalid literal for int"),
+        ("rank: {a: 1}", "FILE: rank must be one value or a list, got a mapping"),
+        ("photo: a.png", "FILE: photo is given on the command line itself"),
+        ("- rank", "FILE holds a list, expected lines of `option: value`"),
+        ("rank: [", "FILE is no valid YAML"),
+        ("rank: \x00", "FILE is no valid YAML"),
+        ("rank: null", "--rank: invalid literal for int() with base 10: 'None'"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_sentence(tmp_path: Path, text: str, says: str):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read("--output_dir", "x", "--config", str(file))
+    assert says.replace("FILE", str(file)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path):
+    file = tmp_path / "empty.yaml"
+    file.write_text("# nothing\n")
+    assert read("--output_dir", "x", "--config", str(file)) == Config(Path("x"))
+
+
+# Commands
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str], room: Path):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"personalize {__version__}\n"
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("train NAME", *COMMANDS)) and "export NAME" not in text  # nothing to export
+    assert cli.main(["train", "--help"]) == 0 and "miniature    Train in miniature." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "miniature", "--help"])
+    text = capsys.readouterr().out
+    assert "--learning_rate FLOAT" in text and "or a preset: small" in text and "13 is refused" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("edti", "unknown command edti: did you mean edit?"),
+        ("train", "personalize train needs a name: miniature"),
+        ("train miniatur", "there is no personalize train miniatur: did you mean miniature?"),
+        ("export lora", "this version has nothing to export"),
+        ("train miniature", "personalize train miniature needs --rank"),
+        ("train miniature --rank 4 --num_processes two", "--num_processes must be a whole number from 1, got two"),
+        ("train miniature --rank 13", "rank 13 is bad luck: choose another"),
+        ("train miniature --rank 4 --config smal", "--config smal: no such file; presets: small"),
+        ("edit folder --prompt a --num_processes 2", "unknown option --num_processes"),
+        ("edit folder --promt a", "unknown option --promt: did you mean --prompt?"),
+        ("quickstart a.png b.png", "Unrecognized options: b.png"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], room: Path, line: str, says: str):
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("personalize: ") and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["train miniature --rank 4 --config small", "--config small train miniature --rank=4"])
+def test_a_script_runs_in_process_with_its_preset(capsys: pytest.CaptureFixture[str], room: Path, line: str):
+    assert cli.main(line.split()) == 0
+    assert capsys.readouterr().out == "Config(rank=4, learning_rate=0.002)\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UserError("no\n  good"), 2, "no good"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "no space left on device: a/b"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.png"), 2, "no such file or directory: x.png"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "permission denied: x"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_a_user_can_mend_has_no_traceback(capsys: pytest.CaptureFixture[str], error, code: int, says: str):
+    assert cli.guarded(lambda: (_ for _ in ()).throw(error)) == code
+    assert capsys.readouterr().err == (f"personalize: {says}\n" if says else "")
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EBADF, "Bad file descriptor"), KeyError("k")])
+def test_a_bug_keeps_its_traceback(error: Exception):
+    with pytest.raises(type(error)):
+        cli.guarded(lambda: (_ for _ in ()).throw(error))
+
+
+def test_noise_of_other_libraries_is_held_back(caplog: pytest.LogCaptureFixture):
+    cli.quiet()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("something that matters")
+    assert [record.getMessage() for record in caplog.records] == ["something that matters"]
+
+
+def test_every_declared_command_is_there():
+    for config, target in COMMANDS.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), target
+        assert config.__doc__ and config.__dataclass_params__.frozen
+
+
+def test_every_launchable_script_is_whole():
+    names = [(room, path) for room in cli.ROOMS for path in launching.scripts(room).values()]
+    assert names
+    for room, path in names:
+        script = launching.load_script(path)
+        assert script.Config.__dataclass_params__.frozen and callable(script.main), path
+        assert launching.summary(path) and "run_script(Config, main)" in path.read_text(encoding="utf-8"), (room, path)
+
+
+def test_every_option_is_documented():
+    files = {path: "Config" for room in cli.ROOMS for path in launching.scripts(room).values()}
+    classes = [(path, name) for path, name in files.items()]
+    classes += [(ROOT / "personalize" / "commands.py", config.__name__) for config, _ in COMMANDS.values()]
+    for path, name in classes:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        for field, after in zip(body, [*body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), (path, field.lineno)
+
+
+def test_every_preset_is_accepted():
+    """Every YAML file below configs/ but those for Accelerate itself names a script, and only options of it."""
+    scripts = {**launching.scripts("train"), **launching.scripts("export")}
+    for path in (launching.home() / "configs").rglob("*.yaml"):
+        if path.parent.name == "accelerate":
+            continue
+        config = launching.load_script(scripts[path.stem]).Config
+        required = [f for f in fields(config) if f.default is f.default_factory is MISSING]
+        assert parse(config, ["--config", str(path), *(f"--{f.name}=1" for f in required)], prog=path.stem)
+
+
+def test_edit_reads_lists_and_keeps_its_defaults():
+    config = parse(EditConfig, "folder --prompt=a --alpha 0.7 0.9 --forget none decoder=0.5".split(), prog="edit")
+    assert (config.alpha, config.beta, config.forget) == ((0.7, 0.9), (1.2,), ("none", "decoder=0.5"))
+
+
+# Processes
+
+
+def test_parsing_and_help_import_no_torch():
+    code = """
+import contextlib, io, sys
+from personalize import cli, launching
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    for room in cli.ROOMS:
+        for name in launching.scripts(room):
+            for args in ([room, name, "--help"], [room, name, "--nonsense"]):
+                with contextlib.suppress(SystemExit):
+                    cli.main(args)
+                assert "torch" not in sys.modules, args
+    for args in ([], ["--help"], ["edit", "--help"], ["edit", "x"], ["quickstart", "--help"], ["verify"]):
+        with contextlib.suppress(SystemExit):
+            cli.main(args)
+        assert "torch" not in sys.modules, args
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_script_started_by_hand_does_the_same(room: Path):
+    script = room / "train" / "miniature.py"
+    outcomes = {"4": (0, "Config(rank=4, learning_rate=0.0001)\n", "")}
+    outcomes["13"] = (2, "", "personalize: rank 13 is bad luck: choose another\n")
+    for rank, outcome in outcomes.items():
+        done = python(script, "--rank", rank)
+        assert (done.returncode, done.stdout, done.stderr) == outcome
+
+
+def test_two_processes_share_the_cores_and_pass_on_one_line(room: Path):
+    code = f"""
+from pathlib import Path
+from personalize.launching import launch
+raise SystemExit(launch(Path({str(room / "train" / "miniature.py")!r}), ["--rank", "14"], 2))
+"""
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (2, "personalize: process 1 does not like rank 14\n")
+    assert sorted(re.findall(r"process \d of \d", done.stdout)) == ["process 0 of 2", "process 1 of 2"]
+
+
+def test_environment_of_the_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    chosen = launching.environment(3)
+    assert chosen["OMP_NUM_THREADS"] == "2" and chosen["PYTHONPATH"].startswith(str(ROOT))
+
+
+def test_a_launched_process_leaves_its_line_to_the_parent(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv(launching.ERROR_FILE, str(tmp_path / "errors"))
+    assert launching.complain("a\nb") == 2 and capsys.readouterr().err == ""
+    assert json.loads((tmp_path / "errors").read_text()) == "a b"
