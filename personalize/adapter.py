@@ -37,8 +37,8 @@ class Adapter:
         ΔW = (alpha / rank) · B A.
     source: "embeds" (1, l, d) and, for SDXL, "pooled" (1, e); None for an adapter that works without ("standalone").
     info: JSON-able. Read here: `base` (name, family, sha256, prediction_type), `caption`, `config` (the trainer's
-        resolved options), `date` (written only if given), `standalone_gap_db`, `person`. Any other key is kept:
-        `targets`, `versions`, `seeds`, `data`, `edits`, …
+        resolved options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`.
+        Any other key is kept: `targets`, `versions`, `seed`, `data_sha256`, `edits`, …
     """
 
     lora: Mapping[str, Tensor]

@@ -86,10 +86,11 @@ def diffusers_file(state: Mapping[str, Tensor], alpha: float, *, dtype: torch.dt
         tensors[f"{module}.lora_A.weight"] = _cast(down, dtype, module)
         tensors[f"{module}.lora_B.weight"] = _cast(up, dtype, module)
     settings: dict[str, Any] = {}
+    one_rank(modules)
     for component in COMPONENTS:
         own = [module for module in modules if module.startswith(f"{component}.")]
         if own:
-            settings[f"{component}.r"] = one_rank({module: modules[module] for module in own})
+            settings[f"{component}.r"] = modules[own[0]][0].shape[0]
             settings[f"{component}.lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
             settings[f"{component}.target_modules"] = [_target(module) for module in own]
     return tensor_bytes(tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)})
@@ -230,6 +231,8 @@ def _strength(module: str, rank: int, parts: Mapping[str, Tensor], settings: Map
     """alpha / r of a module, from its alpha tensor or from diffusers' metadata; 1 where neither speaks."""
     component, path = module.split(".", 1)
     patterns = settings.get(f"{component}.alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"the file's alpha_pattern is {patterns!r:.80}: an object was expected")
     alpha = parts["alpha"].item() if "alpha" in parts and parts["alpha"].numel() == 1 else 0
     alpha = alpha or patterns.get(path, settings.get(f"{component}.lora_alpha", rank))
     if not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:

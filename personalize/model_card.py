@@ -36,6 +36,11 @@ def _caption(adapter: Adapter) -> str:
     return " ".join(str(adapter.info.get("caption", "")).split())
 
 
+def _standalone(adapter: Adapter) -> bool:
+    """Was it trained to work without the source embedding?"""
+    return adapter.source is None or bool(adapter.info.get("standalone"))
+
+
 def _base(adapter: Adapter) -> str:
     """The base's name without the folders of the machine it was trained on."""
     name = str(adapter.base.get("name") or "an unnamed base")
@@ -60,7 +65,7 @@ def _front_matter(adapter: Adapter, pictures: Sequence[str]) -> str:
 
 
 def _summary(name: str, adapter: Adapter) -> str:
-    source = "a fitted source embedding" if adapter.source is not None else "no source embedding (standalone)"
+    source = "no source embedding (standalone)" if _standalone(adapter) else "a fitted source embedding"
     return (
         f"# {name}\n\nOne picture, learned by {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
         f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
@@ -88,7 +93,7 @@ def _pipeline(adapter: Adapter) -> tuple[str, str]:
 
 def _editing(adapter: Adapter) -> str:
     pipeline, base = _pipeline(adapter)
-    if adapter.source is None:
+    if _standalone(adapter):
         return ""
     return f"""## Editing, in diffusers with personalize
 
@@ -100,7 +105,7 @@ from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained({base})
 with personalize.attach(pipe, "path/to/this/folder") as picture:
-    image = pipe(**picture.embeds("a new prompt", alpha=1.0, beta=1.0)).images[0]
+    image = pipe(**picture.inputs("a new prompt", alpha=1.0, beta=1.0)).images[0]
 ```
 
 `alpha` is how much of the picture is kept, `beta` how much of the prompt is added."""
@@ -134,7 +139,7 @@ Use `{twin}` with any {FAMILIES[adapter.family]} checkpoint close to the base; s
 def _limits(adapter: Adapter) -> str:
     gap = adapter.info.get("standalone_gap_db")
     loss = f" Here that costs {float(gap):.1f} dB of reconstruction (PSNR)." if isinstance(gap, int | float) else ""
-    if adapter.source is not None:
+    if not _standalone(adapter):
         first = (
             "Without the source embedding (plain diffusers and the programs above) the picture comes back less "
             "exactly, because part of what was learned lives in that embedding." + loss

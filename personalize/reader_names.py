@@ -159,7 +159,7 @@ def skeleton(family: str) -> UNet2DConditionModel:
     widths: dict[str, Any] = {"norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 4}
     if family == "sdxl":
         widths |= {
-            "block_out_channels": (4, 8, 8),
+            "block_out_channels": (4, 8, 16),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "transformer_layers_per_block": (1, 2, 10),
@@ -168,7 +168,7 @@ def skeleton(family: str) -> UNet2DConditionModel:
             "projection_class_embeddings_input_dim": 8,
         }
     else:
-        widths["block_out_channels"] = (4, 8, 8, 8)
+        widths["block_out_channels"] = (4, 8, 16, 16)  # a change of width brings a conv_shortcut
     with torch.device("meta"):
         return UNet2DConditionModel(use_linear_projection=family != "sd1", **widths)
 

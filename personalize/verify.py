@@ -19,7 +19,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.files import plain_name, read_json, read_tensors
-from personalize.model import StableDiffusion
+from personalize.model import EMBEDDED, StableDiffusion
 from personalize.reader_names import Factors, ReaderNames
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
@@ -81,10 +81,18 @@ class VerifyConfig(Protocol):
 
 
 def run(config: VerifyConfig) -> Report:
-    """Verify an adapter folder and print the result; UserError (exit code 2) if anything is wrong."""
-    model = None if config.base is None else StableDiffusion.load(config.base)
-    report = verify_folder(config.path, model)
+    """Verify an adapter folder (or the one a file is in) and print the result; UserError if anything is wrong.
+
+    Without `base` the embedded model or a local base named in the adapter is used; a base from the hub is not fetched.
+    """
+    path = Path(config.path)
+    folder = path.parent if path.is_file() else path
+    named = str((read_json(folder / MANIFEST).get("base") or {}).get("name"))
+    base = config.base or (EMBEDDED if named == "embedded" else named if Path(named).exists() else None)
+    report = verify_folder(folder, None if base is None else StableDiffusion.load(base))
     print(report)
+    if base is None:
+        print("Checked without a base model: give --base to check shapes, and loading by diffusers, as well.")
     return report.require()
 
 
