@@ -365,3 +365,11 @@ def test_a_launched_process_leaves_its_line_to_the_parent(tmp_path: Path, monkey
     monkeypatch.setenv(launching.ERROR_FILE, str(tmp_path / "errors"))
     assert launching.complain("a\nb") == 2 and capsys.readouterr().err == ""
     assert json.loads((tmp_path / "errors").read_text()) == "a b"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_accelerate_reads_its_configurations(count: int):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{count}_gpu.yaml"))
+    assert config.num_processes == count and (config.distributed_type == "MULTI_GPU") == (count > 1)

@@ -96,3 +96,11 @@ def test_editable_install_points_at_the_checkout_and_copies_nothing(tmp_path: Pa
 def test_checkout_uses_its_own_folders():
     home = run("-c", "from personalize.launching import home; print(home())", cwd=ROOT, path=ROOT)
     assert Path(home) == ROOT
+
+
+@pytest.mark.parametrize(("name", "command"), [("quickstart", "personalize quickstart"), ("tests", "pytest")])
+def test_readme_holds_the_two_lines_that_ci_runs(name: str, command: str):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.partition(f"\n<!-- ci:{name} -->\n")[2].partition(f"\n<!-- /ci:{name} -->\n")[0]
+    lines = [line for line in block.splitlines() if line and not line.startswith("```")]
+    assert len(lines) == 1 and lines[0].startswith("pip install ") and lines[0].endswith(f"&& {command}")
