@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,6 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.loading import read
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -22,7 +22,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told besides latents and timestep: `embeds` (b, l, d) and, for SDXL, `pooled` (b, e) and `time_ids` (b, 6)."""
+    """What the UNet is told: `embeds` (b, l, d) and, for SDXL, `pooled` (b, e) and `time_ids` (b, 6)."""
 
     embeds: Tensor
     pooled: Tensor | None = None
@@ -68,8 +68,8 @@ class StableDiffusion:
     def __init__(self, pipe: DiffusionPipeline, name: str = "") -> None:
         parts = pipe.components
         self.unet, self.vae, self.scheduler = parts["unet"], parts["vae"], parts["scheduler"]
-        self.text_encoders = tuple(parts[key] for key in ("text_encoder", "text_encoder_2") if parts.get(key) is not None)
-        self.tokenizers = tuple(parts[key] for key in ("tokenizer", "tokenizer_2") if parts.get(key) is not None)
+        self.text_encoders = _present(parts, "text_encoder", "text_encoder_2")
+        self.tokenizers = _present(parts, "tokenizer", "tokenizer_2")
         self.name = name or str(pipe.config.get("_name_or_path") or "")
         self.family = family(self.unet, len(self.text_encoders))
         self.prediction_type: str = self.scheduler.config.prediction_type
@@ -92,10 +92,13 @@ class StableDiffusion:
         variant: str | None = None,
         prediction_type: str | None = None,
     ) -> StableDiffusion:
-        """Load a diffusers folder (offline), a hub id (`owner/name`), a single `.safetensors` checkpoint (offline), or the embedded model.
+        """Load a diffusers folder or `.safetensors` checkpoint (both offline), a hub id, or (None) the embedded model.
 
-        `dtype` is the UNet's (default: fp32 on the CPU, bf16 on a GPU that has it); everything else is fp32. All weights are frozen.
-        `prediction_type` overrides what the base says of itself, for single files that do not say it.
+        Args:
+            dtype: of the UNet; by default fp32 on the CPU, bf16 on a GPU that has it. Everything else is fp32.
+            prediction_type: overrides what the base says of itself, for single files that do not say it.
+
+        All weights are frozen. Raises UserError, in one line, if there is no such base model.
         """
         device = torch.device(device) if device is not None else default_device()
         dtype = dtype or default_dtype(device)
@@ -114,7 +117,7 @@ class StableDiffusion:
         return StableDiffusion(pipe, name)
 
     def pipeline(self, cls: type | None = None, **parts: Any) -> Any:
-        """A stock diffusers pipeline over these modules, with a scheduler of its own; `parts` are passed to `cls` on top."""
+        """A stock diffusers pipeline over these modules, with a scheduler of its own; `parts` come on top."""
         cls = cls or (StableDiffusionXLPipeline if self.family == "sdxl" else StableDiffusionPipeline)
         offered = {
             "unet": self.unet, "vae": self.vae, "scheduler": type(self.scheduler).from_config(self.scheduler.config),
@@ -138,15 +141,16 @@ class StableDiffusion:
     def identity(self) -> dict[str, str]:
         """Name, family and a quick hash of the UNet: names, shapes and eight values of every weight, adapters left out.
 
-        The hash is of the weights in the precision they were loaded in: fp16 weights read as fp32 keep theirs, bf16 changes it.
+        fp16 weights read as fp32 keep their hash; rounding fp32 weights to fp16 or bf16 changes it.
         """
-        named = sorted((key.replace("base_layer.", ""), w) for key, w in self.unet.state_dict().items() if ".lora_" not in key)
+        state = self.unet.state_dict().items()
+        named = sorted((key.replace("base_layer.", ""), weight) for key, weight in state if ".lora_" not in key)
         samples = [w.reshape(-1)[:: max(1, w.numel() // 8)][:8].float() for _, w in named]
         digest = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
         digest.update(torch.cat(samples).cpu().numpy().tobytes())
         return {"name": self.name, "family": self.family, "sha256": digest.hexdigest()}
 
-    # -- pictures and latents -------------------------------------------------------------------------------------------
+    # -- pictures and latents --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,11 +174,12 @@ class StableDiffusion:
         scaled = latents.to(weight.device, weight.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(scaled).sample.float().clamp(-1, 1)
 
-    # -- prompts --------------------------------------------------------------------------------------------------------
+    # -- prompts ---------------------------------------------------------------------------------------------
 
     def prompts(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """Conditioning of `texts`, one row each, as the family's stock pipeline makes it; `size` (H, W) in pixels goes into SDXL's time ids.
+        """Conditioning of `texts`, one row each, as the family's stock pipeline makes it.
 
+        `size` (H, W) in pixels goes into SDXL's time ids.
         Gradients flow if the caller allows them. Texts longer than the encoder's 77 positions are cut.
         """
         if isinstance(texts, str):
@@ -196,7 +201,7 @@ class StableDiffusion:
         return Conditioning(torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled), empty.time_ids)
 
     def time_ids(self, count: int, size: tuple[int, int] | None = None) -> Tensor:
-        """SDXL's micro-conditioning (count, 6): original size, crop corner (0, 0) and target size, as (height, width)."""
+        """SDXL's micro-conditioning (count, 6): original size, crop corner (0, 0), target size, as (height, width)."""
         height, width = size or (self.resolution, self.resolution)
         return torch.tensor([[height, width, 0, 0, height, width]] * count, device=self.device)
 
@@ -209,7 +214,7 @@ class StableDiffusion:
         found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return found.input_ids.to(self.device)
 
-    # -- the diffusion --------------------------------------------------------------------------------------------------
+    # -- the diffusion ---------------------------------------------------------------------------------------
 
     def predict(self, latents: Tensor, timestep: Tensor | int | float, conditioning: Conditioning) -> Tensor:
         """The UNet's raw output (ε or v) in fp32, (b, c, h, w), for one timestep or one per row."""
@@ -238,7 +243,7 @@ class StableDiffusion:
     def split(self, output: Tensor, z_t: Tensor, alpha_bar: Tensor | float) -> tuple[Tensor, Tensor]:
         """Estimates (x0, ε) from a raw output; `alpha_bar` is a number or broadcasts against (b, c, h, w).
 
-            ε: x0 = (z_t − √(1−ᾱ) ε) / √ᾱ        v: x0 = √ᾱ z_t − √(1−ᾱ) v,  ε = √ᾱ v + √(1−ᾱ) z_t
+        ε: x0 = (z_t − √(1−ᾱ) ε) / √ᾱ        v: x0 = √ᾱ z_t − √(1−ᾱ) v,  ε = √ᾱ v + √(1−ᾱ) z_t
         """
         alpha = torch.as_tensor(alpha_bar, dtype=z_t.dtype, device=z_t.device)
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
@@ -258,11 +263,17 @@ class StableDiffusion:
         return self.alphas_cumprod.to(like)[timesteps.to(like.device)].view(-1, 1, 1, 1)
 
 
+def _present(parts: dict[str, Any], *names: str) -> tuple[Any, ...]:
+    return tuple(parts[name] for name in names if parts.get(name) is not None)
+
+
 def family(unet: Any, text_encoders: int) -> str:
-    """ "sdxl" by its two text encoders, "sd2" by its linear attention projections, else "sd1". Raises UserError for relatives."""
+    """SDXL by its added embeddings, 2.x by its linear projections, else 1.x. Raises UserError for relatives."""
     config = unet.config
     if config.in_channels != config.out_channels:
-        raise UserError(f"the base is an inpainting model ({config.in_channels} input channels); a text-to-image model is needed")
+        raise UserError(
+            f"the base is an inpainting model ({config.in_channels} input channels); give a text-to-image one"
+        )
     if config.addition_embed_type == "text_time":
         if text_encoders != 2:
             raise UserError("the base is an SDXL refiner (one text encoder); the SDXL base model is needed")
@@ -278,24 +289,3 @@ def default_device() -> torch.device:
 
 def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def read(source: str | Path, dtype: torch.dtype, *, revision: str | None, variant: str | None) -> DiffusionPipeline:
-    """The stock pipeline stored at `source`. Raises UserError in one line for anything that is no Stable Diffusion model."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"{path} is no Stable Diffusion folder: it has no model_index.json; give a folder saved by diffusers")
-    elif path.is_file():
-        raise UserError(f"{path}: single files come later")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        raise UserError(f"no base model at {source}: give a diffusers folder, a .safetensors checkpoint or a hub id like owner/name")
-    extra = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    try:
-        return DiffusionPipeline.from_pretrained(
-            str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
-            revision=revision, variant=variant, **extra,
-        )  # fmt: skip
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load the base model {source}: {reason}") from error

@@ -36,7 +36,7 @@ def tiny_sd2v() -> StableDiffusion:
 
 
 def tiny_sdxl() -> StableDiffusion:
-    """SDXL in miniature: three stages with 0, 2 and 10 transformer blocks, two text encoders, pooled embedding and time ids."""
+    """SDXL in miniature: stages of 0, 2 and 10 transformer blocks, two text encoders, pooled embedding, time ids."""
     return tiny("sdxl")
 
 

@@ -1,0 +1,107 @@
+"""Reading a base model: diffusers folder, single-file checkpoint or hub id → stock pipeline."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTokenizer
+
+from personalize.errors import UserError
+
+CONFIGS = Path(__file__).parent / "base_configs"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def read(
+    source: str | Path, dtype: torch.dtype, *, revision: str | None = None, variant: str | None = None
+) -> DiffusionPipeline:
+    """The stock pipeline stored at `source`, its UNet in `dtype` and all else in fp32.
+
+    Raises UserError in one line for anything that is no Stable Diffusion model.
+    """
+    path = Path(source)
+    if path.is_file():
+        return read_file(path, dtype)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"{path} is no base model: it has no model_index.json; give a folder saved by diffusers")
+    if not path.is_dir() and not re.fullmatch(HUB_ID, str(source)):
+        raise UserError(
+            f"no base model at {source}: give a diffusers folder, a .safetensors file or a hub id owner/name"
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(
+            str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
+            revision=revision, variant=variant, safety_checker=None, feature_extractor=None,
+        )  # fmt: skip
+    except Exception as error:
+        raise _unreadable(source, error) from error
+
+
+def read_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """A single-file checkpoint in the original layout, offline: shapes and tokenizer come from `base_configs`."""
+    kind, overrides = checkpoint_kind(path)
+    folder = CONFIGS / kind
+    cls, parts = StableDiffusionPipeline, {"tokenizer": clip_tokenizer(EOS if kind == "sd15" else "!")}
+    if kind == "sdxl":
+        cls, parts = StableDiffusionXLPipeline, {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+    try:
+        pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, dtype=torch.float32, **parts)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    pipe.unet.to(dtype)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **overrides)
+    return pipe
+
+
+def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
+    """Which of `base_configs` a single file is, by its tensors' names, and what it says of its own schedule.
+
+    Raises UserError for pickles, LoRA files, inpainting models and other families.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{path.name} is no .safetensors file: convert the checkpoint to .safetensors (pickles can run code)"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            keys, metadata = set(file.keys()), file.metadata() or {}
+            first = "model.diffusion_model.input_blocks.0.0.weight"
+            channels = file.get_slice(first).get_shape()[1] if first in keys else None
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    if channels is None or not any(key.startswith(("cond_stage_model.", "conditioner.")) for key in keys):
+        raise UserError(
+            f"{path.name} is no Stable Diffusion checkpoint (UNet and text encoder expected): is it a LoRA file?"
+        )
+    if channels != 4:
+        raise UserError(f"{path.name} is an inpainting model ({channels} input channels): give a text-to-image model")
+    if "conditioner.embedders.1.model.ln_final.weight" in keys:
+        overrides = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
+        return "sdxl", overrides | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
+    if "cond_stage_model.model.ln_final.weight" in keys:
+        return ("sd21" if metadata.get("modelspec.prediction_type") == "epsilon" else "sd21v"), {}
+    if any(key.startswith("cond_stage_model.transformer.") for key in keys):
+        return "sd15", {}
+    raise UserError(f"{path.name} is neither Stable Diffusion 1.x, 2.x nor the SDXL base: give one of these")
+
+
+def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
+    """CLIP's tokenizer of 49,408 entries; SD 1.x pads with the end mark, SD 2.x and SDXL's second encoder with "!"."""
+    merges = [tuple(line.split()) for line in (CONFIGS / "clip" / "merges.txt").read_text("utf-8").splitlines()]
+    symbols = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]  # stand for the 256 bytes
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(
+        vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=pad, model_max_length=77
+    )
+
+
+def _unreadable(source: str | Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"cannot load the base model {source}: {reason}")
