@@ -19,7 +19,7 @@ STOREYS = (
     "attention captions concepts loading lora mixing model reader_names",
     "controls drag dynamic_prompts inversion moves objectives pretraining sampling uniform",
     "adapter attachment bundled catalogue checkpoints cli commands data editor formats guards launching learning "
-    "metrics model_card options pictures quickstart training verify __main__",
+    "metrics model_card options pictures preview quickstart training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
