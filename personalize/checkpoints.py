@@ -36,7 +36,11 @@ class Checkpoint:
 
 
 def save(
-    output_dir: str | Path, checkpoint: Checkpoint, *, limit: int | None = None, extra: Mapping[str, bytes] | None = None
+    output_dir: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    limit: int | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write `output_dir/checkpoint-N` atomically, then remove the oldest beyond `limit`.
 

@@ -40,7 +40,7 @@ def find_picture(place: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Share:
-    """How the samples of an update are dealt out: batches of `batch`, `accumulation` of them, on each of `processes`."""
+    """How an update's samples are dealt out: batches of `batch`, `accumulation` of them, on each of `processes`."""
 
     batch: int
     accumulation: int = 1
@@ -82,7 +82,7 @@ class Picture:
     train_timesteps: int = 1000
 
     def sample(self, update: int, index: int) -> dict[str, Tensor]:
-        """Sample `index` of `update`: `latents` and `noise` (c, h, w), `timesteps` () uniform in [0, train_timesteps)."""
+        """Sample `index` of `update`: `latents` and `noise` (c, h, w), `timesteps` () in [0, train_timesteps)."""
         rng = generator(self.seed, "noise", update, index)
         timestep = torch.randint(self.train_timesteps, (), generator=rng)
         noise = torch.randn(self.mean.shape[1:], generator=rng)

@@ -164,4 +164,5 @@ def _nothing(rule: ForgettingRule, roles: Mapping[str, Role]) -> str:
     else:
         reason = f"none of the adapter's {len(there)} modules in the {side} is one of these"
     able = [row.name for row in _ROWS if any(selects(row, path, role) for path, role in roles.items())]
-    return f"rule {rule.name!r} ({rule.says}) forgets nothing here: {reason}; rules that do: {', '.join(able) or 'none'}"
+    others = ", ".join(able) or "none"
+    return f"rule {rule.name!r} ({rule.says}) forgets nothing here: {reason}; rules that do: {others}"

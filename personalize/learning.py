@@ -195,15 +195,17 @@ class Learning:
         return any(bool(p.detach().any()) for p in self.objective.adapter_parameters()[1::2])
 
     def adapter(self, **info: Any) -> Adapter:
-        """What has been learned so far; `info` is added to what the adapter records of its making."""
-        source = {"embeds": self.objective.embeds} | (
-            {} if self.objective.pooled is None else {"pooled": self.objective.pooled}
-        )
+        """What has been learned so far; `info` is added to what the adapter records of its making.
+
+        A standalone one carries no source embedding: it is what the text encoder says of the caption.
+        """
+        learned = {"embeds": self.objective.embeds, "pooled": self.objective.pooled}
+        source = {name: p.detach().to("cpu", copy=True) for name, p in learned.items() if p is not None}
         return Adapter(
             lora=lora_state(self.model.unet),
             rank=self.recipe.rank,
             alpha=self.recipe.alpha,
-            source={name: tensor.detach().to("cpu", copy=True) for name, tensor in source.items()},
+            source=None if self.recipe.frozen_text else source,
             info={**self.about(), "updates": self.update, "versions": _versions(), **info},
         )
 

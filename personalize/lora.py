@@ -54,7 +54,11 @@ def _attends(block: nn.Module) -> bool:
 def module_roles(unet: nn.Module, names: Iterable[str]) -> dict[str, Role]:
     """The role of each module path in `names`; paths outside the blocks (`conv_in`, …) have the side "outside"."""
     blocks = block_roles(unet)
-    return {name: next((role for block, role in blocks.items() if name.startswith(f"{block}.")), OUTSIDE) for name in names}
+
+    def role(name: str) -> Role:
+        return next((role for block, role in blocks.items() if name.startswith(f"{block}.")), OUTSIDE)
+
+    return {name: role(name) for name in names}
 
 
 def module_names(unet: nn.Module, family: str | None = None, targets: str = "full") -> list[str]:
@@ -245,6 +249,8 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
         raise UserError("this UNet already carries an adapter: unload or fuse it first")
     if unknown := [name for name in names if name not in leaves]:
         raise UserError(f"this UNet has no layer {unknown[0]!r}: the adapter was made for another base model")
+    if not names:
+        raise UserError("no module was named for the adapter: choose some of module_names(unet)")
     pattern = "|".join(map(re.escape, names))
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)  # pyright: ignore
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]

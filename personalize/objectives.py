@@ -64,7 +64,7 @@ class SingleImage(nn.Module):
         return [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
 
     def groups(self, learning_rate: float, text_embedding_lr: float) -> list[dict]:
-        """The optimiser's parameter groups: the adapter at one rate, the source embedding (if it is trained) at the other."""
+        """The optimiser's groups: the adapter at one rate, the source embedding (if it is trained) at the other."""
         groups = [{"params": self.adapter_parameters(), "lr": learning_rate}]
         text = [p for p in (self.embeds, self.pooled) if p is not None and p.requires_grad]
         return [*groups, {"params": text, "lr": text_embedding_lr}] if text else groups

@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
-from tests.tiny import tiny, tiny_sd1
 from torch import Tensor, nn
 
 from personalize import lora
@@ -12,6 +11,7 @@ from personalize.errors import UserError
 from personalize.forgetting import RULES, parse_rule, selects
 from personalize.model import StableDiffusion
 from personalize.randomness import generator
+from tests.tiny import tiny, tiny_sd1
 
 SDXL = {
     "sample_size": 128,
@@ -290,7 +290,9 @@ def test_forgedit_c16_attention_only_trap() -> None:
 def test_forgedit_c17_both_guidance_branches_see_the_forgotten_weights(adapted: StableDiffusion) -> None:
     name, layer = next(item for item in lora.lora_layers(adapted.unet).items() if item[0].startswith("up_blocks.1"))
     seen: list[tuple[int, float]] = []
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append((len(args[0]), module.scaling[lora.ADAPTER])))
+    handle = layer.register_forward_pre_hook(
+        lambda module, args: seen.append((len(args[0]), module.scaling[lora.ADAPTER]))
+    )
     with lora.scaled(adapted.unet, RULES["nodecoder"]):
         answer(adapted)  # a batch of two: unconditional and conditional
     handle.remove()

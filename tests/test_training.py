@@ -1,0 +1,238 @@
+"""The loop and the objective of single-image tuning: what moves, what is counted, what stops it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from personalize.data import Picture, Share
+from personalize.errors import UserError
+from personalize.lora import add_lora, lora_layers, module_names, scaled
+from personalize.losses import LossTerms
+from personalize.model import StableDiffusion
+from personalize.objectives import SingleImage
+from personalize.randomness import generator
+from personalize.training import EarlyStop, NonFiniteError, fit
+from tests.tiny import tiny, tiny_sd1
+
+CAPTION = "a photo of a cat on the beach"
+
+
+def objective(model: StableDiffusion, **settings: Any) -> SingleImage:
+    names = [name for name in module_names(model.unet) if ".resnets.1." in name]  # few: quick to add
+    add_lora(model.unet, names, 2, 2, seed=0)
+    with torch.no_grad():
+        return SingleImage(model, model.prompts([CAPTION]), **settings)
+
+
+def picture(seed: int = 0, **settings: Any) -> Picture:
+    mean = torch.randn(1, 4, 8, 8, generator=generator(5, "test picture"))
+    return Picture(mean, torch.full_like(mean, 0.1), seed, **settings)
+
+
+class Line(nn.Module):
+    """w·x with a chosen loss: the loop without a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.quiet = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(()))
+
+    def forward(self, batch: dict[str, Tensor]) -> LossTerms:
+        return LossTerms((self.w * batch["x"]).sum() + 0 * self.quiet, {"first": batch["x"][0]})
+
+
+def run(line: nn.Module, xs: list[Tensor], accumulation: int = 1, **settings: Any) -> Iterator:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    optimizer = torch.optim.SGD(line.parameters(), lr=0.1)
+    line, optimizer = accelerator.prepare(line, optimizer)
+    return fit(line, ({"x": x} for x in xs), optimizer, accelerator=accelerator, **settings)
+
+
+def test_forgedit_c18_the_source_starts_as_the_captions_encoding() -> None:
+    for name in ("sd1", "sdxl"):
+        model = tiny(name)
+        with torch.no_grad():
+            told = model.prompts([CAPTION])
+        single = objective(model)
+        assert torch.equal(single.embeds, told.embeds)
+        assert (single.pooled is None) == (told.pooled is None)
+        if told.pooled is not None:
+            assert torch.equal(single.pooled, told.pooled) and single.pooled.requires_grad  # pyright: ignore
+
+
+def test_forgedit_c18_c19_first_update_moves_each_group_by_its_rate_and_nothing_else() -> None:
+    model = tiny_sd1()
+    frozen = {key: value.clone() for key, value in model.unet.state_dict().items()}
+    single = objective(model)
+    parts = {f"text {key}": value.clone() for key, value in model.text_encoders[0].state_dict().items()}
+    parts |= {f"vae {key}": value.clone() for key, value in model.vae.state_dict().items()}
+    before = {name: parameter.detach().clone() for name, parameter in single.trainable().items()}
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.Adam(single.groups(5e-3, 1e-3))
+    prepared, optimizer = accelerator.prepare(single, optimizer)
+    batches, gradients = picture().batches(Share(2), 0, 1), {}
+    for name, parameter in single.trainable().items():
+        parameter.register_hook(lambda grad, name=name: gradients.update({name: grad.clone()}))
+    assert [report.learning_rates for report in fit(prepared, batches, optimizer, accelerator=accelerator)] == [(5e-3, 1e-3)]
+    for name, parameter in single.trainable().items():
+        moved = (parameter.detach() - before[name]).abs()
+        if "lora_A" in name:
+            assert not moved.any()  # B is zero, so A has no gradient yet
+            continue
+        rate = 1e-3 if name == "embeds" else 5e-3
+        clear = gradients[name].abs() > 1e-5  # far above Adam's ε = 1e-8
+        assert clear.any() and torch.allclose(moved[clear], torch.full_like(moved[clear], rate), rtol=1e-2)
+    for key, value in model.unet.state_dict().items():
+        if "lora_" not in key:
+            assert torch.equal(value, frozen[key.replace(".base_layer", "")])
+    now = {f"text {key}": value for key, value in model.text_encoders[0].state_dict().items()}
+    now |= {f"vae {key}": value for key, value in model.vae.state_dict().items()}
+    assert all(torch.equal(value, parts[key]) for key, value in now.items())
+
+
+def test_standalone_leaves_the_source_alone() -> None:
+    single = objective(tiny_sd1(), standalone=True)
+    assert len(single.groups(1e-3, 1e-3)) == 1 and "embeds" not in single.trainable()
+
+
+def test_forgedit_c24_prediction_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("sd2v")
+    single, batch = objective(model), next(picture().batches(Share(2), 0, 1))
+    velocity = model.target(batch["latents"], batch["noise"], batch["timesteps"])
+    monkeypatch.setattr(model, "predict", lambda *args: velocity)
+    assert single(batch).total == 0
+    monkeypatch.setattr(model, "predict", lambda *args: batch["noise"])
+    assert single(batch).total > 0.1  # ε in the place of v is wrong
+
+
+def test_min_snr_weights_follow_the_prediction_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = {name: value.clone() for name, value in next(picture().batches(Share(1), 0, 1)).items()}
+    batch["timesteps"][:] = 0
+    for name, divisor in (("sd1", 0.0), ("sd2v", 1.0)):
+        model = tiny(name)
+        alpha = model.alphas_cumprod[0]
+        snr = alpha / (1 - alpha)
+        monkeypatch.setattr(model, "predict", lambda *args: torch.zeros_like(batch["latents"]))
+        terms = objective(model, snr_gamma=5.0)(batch)
+        assert torch.allclose(terms.total / terms.parts["mse"], 5 / (snr + divisor))
+
+
+def test_objective_needs_an_adapter_and_one_row() -> None:
+    model = tiny_sd1()
+    with torch.no_grad(), pytest.raises(ValueError, match="no adapter"):
+        SingleImage(model, model.prompts([CAPTION]))
+    objective(model)
+    with torch.no_grad(), pytest.raises(ValueError, match="2 rows"):
+        SingleImage(model, model.prompts([CAPTION, CAPTION]))
+
+
+def test_forgedit_c17_training_sees_scales_too() -> None:
+    model = tiny_sd1()
+    single, batch = objective(model), next(picture().batches(Share(1), 0, 1))
+    with torch.no_grad():
+        for layer in lora_layers(model.unet).values():
+            layer.lora_B["personalize"].weight.fill_(0.1)  # pyright: ignore
+        learned = single(batch).total
+        with scaled(model.unet, strength=0.0):
+            assert single(batch).total != learned
+
+
+def test_forgedit_c21_samples_are_counted_exactly() -> None:
+    assert Share(10).updates(400) == 40
+    assert Share(1, 10).updates(400) == 40
+    assert Share(5, 1, 0, 2).updates(400) == 40
+    assert Share(10).updates(409) == 40
+    with pytest.raises(UserError, match="one update of 10 samples"):
+        Share(10).updates(9)
+
+
+def test_forgedit_c21_every_way_of_dealing_out_sees_the_same_samples() -> None:
+    def drawn(*shares: Share) -> dict[str, Tensor]:
+        """Update 3's samples of all processes, in the order of their index."""
+        rows = {}
+        for share in shares:
+            for micro, batch in enumerate(picture().batches(share, 3, 4)):
+                rows |= {index: [v[i] for v in batch.values()] for i, index in enumerate(share.indices(micro))}
+        assert sorted(rows) == list(range(shares[0].samples))
+        return {str(i): torch.cat([v.flatten() for v in rows[i]]) for i in sorted(rows)}
+
+    one = drawn(Share(4))
+    for others in ([Share(1, 4)], [Share(2, 1, rank, 2) for rank in (0, 1)], [Share(1, 2, rank, 2) for rank in (0, 1)]):
+        many = drawn(*others)
+        assert all(torch.equal(one[key], many[key]) for key in one)
+    assert len({tuple(row.tolist()) for row in one.values()}) == 4  # no sample twice
+
+
+def test_timesteps_and_posterior() -> None:
+    steps = torch.cat([batch["timesteps"] for batch in picture().batches(Share(50), 0, 40)]).double()
+    assert steps.min() >= 0 and steps.max() <= 999
+    assert abs(steps.mean() - 499.5) < 4 * 1000 / 12**0.5 / 2000**0.5  # four standard errors of a uniform mean
+    fixed = next(picture().batches(Share(2), 0, 1))["latents"]
+    assert torch.equal(fixed[0], fixed[1])
+    drawn = torch.cat([batch["latents"] for batch in picture(resample=True).batches(Share(50), 0, 4)])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert (drawn.std(0).mean() - 0.1).abs() < 0.01
+
+
+def test_forgedit_c21_accumulated_update_equals_one_batch() -> None:
+    """Adam hides a wrong scale of the gradient, so this is asked of plain SGD."""
+    ends = []
+    for share in (Share(4), Share(1, 4)):
+        single = objective(tiny_sd1())
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=share.accumulation)
+        prepared, optimizer = accelerator.prepare(single, torch.optim.SGD(single.groups(1.0, 1.0)))
+        reports = list(fit(prepared, picture().batches(share, 0, 2), optimizer, accelerator=accelerator))
+        assert [report.update for report in reports] == [1, 2]
+        ends.append(([float(r.losses["loss"]) for r in reports], {n: p.detach() for n, p in single.trainable().items()}))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)  # the mean over the accumulated batches is reported
+    for name, value in ends[0][1].items():
+        assert (value - ends[1][1][name]).abs().max() <= 1e-4 * max(1.0, float(value.abs().max()))
+
+
+def test_forgedit_c22_early_stop_comes_before_the_update() -> None:
+    stop = EarlyStop(0.03, batch=10)
+    assert not any(stop(update, torch.tensor(0.0)) for update in range(36))  # 35 · 10 = 350 is not above 350
+    assert stop(36, torch.tensor(0.0)) and not stop(36, torch.tensor(0.031))
+    line = Line()
+    xs = [torch.full((3,), value) for value in (1.0, 1.0, -9.0, 1.0)]
+    reports = list(run(line, xs, early_stop=EarlyStop(0.03, batch=10, samples=15)))
+    assert len(reports) == 2 and torch.allclose(line.w, torch.full((3,), 0.8)) and line.w.grad is None
+
+
+def test_forgedit_c25_the_optimiser_sees_plain_gradients() -> None:
+    line = Line()
+    list(run(line, [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0])], accumulation=2))
+    assert torch.allclose(1 - line.w, torch.full((3,), 0.1 * 2))  # the mean of two gradients, once
+
+
+def test_clipping_scales_to_the_norm() -> None:
+    line = Line()
+    list(run(line, [torch.tensor([30.0, 0.0, 40.0])], max_grad_norm=1.0))
+    assert torch.allclose(1 - line.w, torch.tensor([0.06, 0.0, 0.08]))
+
+
+def test_non_finite_loss_stops_before_the_update() -> None:
+    line = Line()
+    steps = run(line, [torch.ones(3), torch.tensor([1.0, torch.nan, 1.0]), torch.ones(3)])
+    next(steps)
+    kept = line.w.detach().clone()
+    with pytest.raises(NonFiniteError, match="update 2: the loss is nan"):
+        next(steps)
+    assert torch.equal(line.w, kept)
+
+
+def test_non_finite_gradient_stops_before_the_update_and_is_named() -> None:
+    line = Line()
+    line.w.register_hook(lambda grad: torch.where(torch.arange(3) == 1, torch.inf, grad))
+    with pytest.raises(NonFiniteError, match="gradient of w is not finite"):
+        list(run(line, [torch.ones(3)], max_grad_norm=1.0))
+    assert torch.equal(line.w, torch.ones(3))
+    broken = Line()  # the naive loop goes on, and one bad element spoils what clipping touches: all of it
+    broken.w.register_hook(lambda grad: torch.where(torch.arange(3) == 1, torch.inf, grad))
+    broken({"x": torch.ones(3)}).total.backward()
+    nn.utils.clip_grad_norm_(broken.parameters(), 1.0)
+    torch.optim.SGD(broken.parameters(), lr=0.1).step()
+    assert broken.w.isnan().any()
