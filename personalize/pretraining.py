@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -112,6 +112,17 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+def save_pipeline(
+    folder: Path, *, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, vae: AutoencoderKL
+) -> None:
+    """Write a stock Stable Diffusion folder: UNet and autoencoder in fp16, text encoder in fp32, shards of at most 14 MB."""
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(), unet=unet.half(), text_encoder=text_encoder.float(), tokenizer=tokenizer, scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder, max_shard_size="14MB")
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:

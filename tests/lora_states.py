@@ -51,3 +51,22 @@ def TRANSFORMER(path):
 
 def EVERYTHING(path):
     return True
+
+
+def random_adapter(model, rank=4, seed=0):
+    """An adapter with source embedding on the single-image modules of `model`, whose effect shows."""
+    from personalize.adapter import Adapter
+    from personalize.lora import module_names
+
+    wanted = set(module_names(model.unet, model.family))
+    lora = random_lora(paths(model.unet, wanted.__contains__), rank=rank, seed=seed)
+    with torch.no_grad():
+        told = model.prompts(["a cat on the beach"])
+    source = {"embeds": told.embeds.clone()} | ({} if told.pooled is None else {"pooled": told.pooled.clone()})
+    size = [model.resolution, model.resolution]
+    info = {
+        "base": {**model.identity, "prediction_type": model.prediction_type},
+        "caption": "a cat on the beach",
+        "size": size,
+    }
+    return Adapter(lora, rank, float(rank), source, info)

@@ -148,9 +148,9 @@ def test_a_bench_resumes_and_reports(tmp_path, judge):
         return [render(task.after, SIZE)[0]] * budget
 
     arms = {DO_NOTHING: contract.do_nothing, BASE: contract.do_nothing, "truth": truth}
-    for _ in range(2):
-        cells = Cells(tmp_path / "cells.jsonl", {"adapter": "none"})
-        rows = evaluate(tasks, arms, cells, judge, budget=2, size=SIZE)
+    evaluate(tasks[:4], arms, Cells(tmp_path / "cells.jsonl", {"adapter": "none"}), judge, budget=2, size=SIZE)
+    cells = Cells(tmp_path / "cells.jsonl", {"adapter": "none"})
+    rows = evaluate(tasks, arms, cells, judge, budget=2, size=SIZE)
     assert len(rows) == 18 and calls == [task.name for task in tasks]
     table = report.table(rows)
     assert "| background | truth | 3 | 100.0 [43.9, 100.0] |" in table and "+100.0 [+100.0, +100.0]" in table

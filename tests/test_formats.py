@@ -24,7 +24,7 @@ CLOSE_FP16 = 5e-3
 
 
 def with_merged(model, state, strength):
-    """The prediction of `model` with ΔW = strength · B A added to the weights themselves: what every loader must give."""
+    """The prediction of `model` with ΔW = strength · B A added to the weights: what every loader must give."""
     parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
     modules = {
         (component, path.removeprefix("text_model.")): layer
@@ -66,9 +66,7 @@ def test_forgedit_c30_both_files_give_stock_diffusers_the_same_prediction(tmp_pa
     state = random_lora(paths(model.unet, want)) | (text_lora(model) if text else {})
     peft = write_file(tmp_path / "pytorch_lora_weights.safetensors", diffusers_file(state, alpha))
     kohya = write_file(tmp_path / "k.safetensors", kohya_file(state, alpha, family=model.family))
-    half = write_file(
-        tmp_path / "h.safetensors", kohya_file(state, alpha, family=model.family, dtype=torch.float16)
-    )
+    half = write_file(tmp_path / "h.safetensors", kohya_file(state, alpha, family=model.family, dtype=torch.float16))
     base, found = predict(model), {path.stem: through_loader(model, path) for path in (peft, kohya, half)}
     assert torch.equal(predict(model), base)
     expected = with_merged(model, state, alpha / 4)
@@ -194,7 +192,9 @@ def test_every_module_name_survives_the_way_there_and_back(family):
     assert [formats.module_name(kohya_name(module, family)) for module in modules] == modules
 
 
-@pytest.mark.parametrize(("family", "counts"), [("sd1", (128, 192, 86)), ("sd2", (128, 192, 86)), ("sdxl", (560, 722, 66))])
+@pytest.mark.parametrize(
+    ("family", "counts"), [("sd1", (128, 192, 86)), ("sd2", (128, 192, 86)), ("sdxl", (560, 722, 66))]
+)
 def test_module_counts_of_the_families(family, counts):
     """Attention, all of the transformers, and resnets with samplers on top: counted on the full-size architectures."""
     unet = skeleton(family)

@@ -30,12 +30,12 @@ def test_the_weights_are_small_and_their_measured_accuracy_is_at_least_99_percen
 
 
 def test_held_out_renders_are_judged_right(judge):
-    found = accuracy(judge, "judge-test", 150)
-    assert found["all"] >= 0.97  # 99 % expected: more than 4 errors in 150 has a chance of 2 %, and the draw is fixed
+    found = accuracy(judge, "judge-test", 100)
+    assert found["all"] >= 0.97  # 99 % expected: more than 3 errors in 100 has a chance of 2 %, and the draw is fixed
 
 
 def test_blurred_and_compressed_renders_are_judged_right(judge):
-    found = accuracy(judge, "judge-test", 100, change=lambda images: compressed(softened(images)))
+    found = accuracy(judge, "judge-test", 60, change=lambda images: compressed(softened(images)))
     assert found["all"] >= 0.95  # a blur of one pixel and JPEG at quality 40 may cost a few more
 
 
@@ -115,7 +115,7 @@ def test_the_scenes_to_learn_from_show_every_style_and_sometimes_nothing():
 
 def test_splits_share_no_scene():
     splits = ("judge-train", "bench", "train")
-    assert len({random_scene(seed, split=split) for split in splits for seed in range(200)}) == 600
+    assert len({random_scene(seed, split=split) for split in splits for seed in range(100)}) == 300
 
 
 def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):

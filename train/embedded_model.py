@@ -33,10 +33,10 @@ CORE_NOUNS = (
 
 
 @dataclass(frozen=True)
-class EmbeddedModelConfig:
+class Config:
     output_dir: Path
     """Where checkpoints, the scene cache and the finished pipeline go; an unfinished run found there is resumed."""
-    stage: Literal["autoencoder", "diffusion"] = "autoencoder"
+    stage: Literal["autoencoder", "diffusion", "export"] = "autoencoder"
     """What to train now."""
     init_from: Path | None = None
     """Checkpoint of an earlier stage whose weights (and their average) this one starts from."""
@@ -68,17 +68,17 @@ class EmbeddedModelConfig:
     """Seed of the networks, the scenes' captions, the noise and the timesteps."""
 
 
-def main(config: EmbeddedModelConfig) -> Path:
+def main(config: Config) -> Path:
     if scenes.HELD_OUT_STYLE in config.styles:
         raise ValueError(f"style {scenes.HELD_OUT_STYLE!r} is held out of all training: choose among {scenes.TRAINING_STYLES}")
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     torch.manual_seed(config.seed)  # the initial weights are the only thing drawn from global state
     if config.stage == "autoencoder":
         return train_autoencoder(config, accelerator)
-    return train_diffusion(config, accelerator)
+    return train_diffusion(config, accelerator) if config.stage == "diffusion" else export(config)
 
 
-def train_autoencoder(config: EmbeddedModelConfig, accelerator: Accelerator) -> Path:
+def train_autoencoder(config: Config, accelerator: Accelerator) -> Path:
     objective = pretraining.AutoencoderObjective(pretraining.build_autoencoder())
 
     def batch(update: int) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def train_autoencoder(config: EmbeddedModelConfig, accelerator: Accelerator) -> 
     return folder
 
 
-def scene_crop(config: EmbeddedModelConfig, sample: int) -> Tensor:
+def scene_crop(config: Config, sample: int) -> Tensor:
     """A picture (3, r, r) in [−1, 1]: the whole scene at r = `resolution`, or a crop of it at twice that size."""
     rng = np.random.default_rng([config.seed, sample])
     scene = scenes.random_scene(sample, styles=scenes.TRAINING_STYLES)
@@ -106,14 +106,14 @@ def scene_crop(config: EmbeddedModelConfig, sample: int) -> Tensor:
     return torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
-def share(config: EmbeddedModelConfig, accelerator: Accelerator, update: int) -> range:
+def share(config: Config, accelerator: Accelerator, update: int) -> range:
     """Global sample numbers of this process in `update`."""
     size = config.train_batch_size
     first = (update * accelerator.num_processes + accelerator.process_index) * size
     return range(first, first + size)
 
 
-def train_diffusion(config: EmbeddedModelConfig, accelerator: Accelerator) -> Path:
+def train_diffusion(config: Config, accelerator: Accelerator) -> Path:
     tokenizer = pretraining.build_tokenizer(vocabulary())
     unet, text_encoder = pretraining.build_unet(), pretraining.build_text_encoder(tokenizer)
     if accelerator.device.type == "cpu":
@@ -134,6 +134,22 @@ def train_diffusion(config: EmbeddedModelConfig, accelerator: Accelerator) -> Pa
     return config.output_dir
 
 
+def export(config: Config) -> Path:
+    """Write the averaged weights of the diffusion stage at `resolution` as a Stable Diffusion folder, in shards."""
+    tokenizer = pretraining.build_tokenizer(vocabulary())
+    unet, text_encoder = pretraining.build_unet(), pretraining.build_text_encoder(tokenizer)
+    objective = pretraining.TextToImageObjective(unet, text_encoder, pretraining.build_scheduler())
+    state = torch.load(config.output_dir / f"diffusion_{config.resolution}.pt", map_location="cpu", weights_only=True)
+    for parameter, average in zip(objective.parameters(), state["ema"]["shadow_params"], strict=True):
+        parameter.data.copy_(average)
+    vae = pretraining.AutoencoderKL.from_pretrained(config.output_dir / "vae")
+    folder = config.output_dir / "pipeline"
+    pretraining.save_pipeline(folder, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
+    world = {"nouns": config.nouns, "styles": config.styles, "backgrounds": scenes.BACKGROUNDS, "updates": state["update"]}
+    (folder / "world.json").write_text(json.dumps(world, indent=1) + "\n")
+    return folder
+
+
 def vocabulary() -> list[str]:
     """Every word of every caption of the world, so that each is one token."""
     words = {word for phrase in [*scenes.STYLES.values(), scenes.ANY_STYLE, *scenes.PLACES.values()] for word in phrase.split()}
@@ -142,7 +158,7 @@ def vocabulary() -> list[str]:
     return sorted(words)
 
 
-def draw(config: EmbeddedModelConfig, sample: int, latents: Tensor, texts: list[tuple[str, ...]]) -> dict:
+def draw(config: Config, sample: int, latents: Tensor, texts: list[tuple[str, ...]]) -> dict:
     """Sample number `sample`: which scene, which of its captions (or none), its timestep and its noise."""
     rng = generator(config.seed, "diffusion", 0, sample)
     index = int(torch.randint(len(latents), (1,), generator=rng))
@@ -157,7 +173,7 @@ def draw(config: EmbeddedModelConfig, sample: int, latents: Tensor, texts: list[
     }
 
 
-def scene_pool(config: EmbeddedModelConfig, accelerator: Accelerator) -> tuple[Tensor, list[tuple[str, ...]]]:
+def scene_pool(config: Config, accelerator: Accelerator) -> tuple[Tensor, list[tuple[str, ...]]]:
     """Scaled latents (N, 4, r/4, r/4) in fp16 of `scene_pool` scenes and their captions, made once and kept."""
     world = [
         scenes.random_scene(index, nouns=config.nouns, styles=config.styles) for index in range(config.scene_pool)
@@ -170,7 +186,7 @@ def scene_pool(config: EmbeddedModelConfig, accelerator: Accelerator) -> tuple[T
 
 
 @torch.inference_mode()
-def encoded(config: EmbeddedModelConfig, accelerator: Accelerator, world: list[scenes.Scene]) -> Tensor:
+def encoded(config: Config, accelerator: Accelerator, world: list[scenes.Scene]) -> Tensor:
     """Latents of `world`; the first thousand scenes set the scaling factor, 1 / their standard deviation."""
     vae = pretraining.AutoencoderKL.from_pretrained(config.output_dir / "vae").to(accelerator.device).eval()
     parts = []
@@ -232,11 +248,11 @@ def train(config, accelerator: Accelerator, objective: nn.Module, batch, ema: EM
         save(config.max_train_steps)
 
 
-def rate(config: EmbeddedModelConfig, update: int) -> float:
+def rate(config: Config, update: int) -> float:
     """The rate's factor: up over the warm-up, level, then down to 2 % over the last fifth."""
     left = (config.max_train_steps - update) / (0.2 * config.max_train_steps)
     return min(1.0, (update + 1) / config.lr_warmup_steps, max(0.02, left))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EmbeddedModelConfig))
+    main(tyro.cli(Config))

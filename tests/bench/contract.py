@@ -217,7 +217,7 @@ def structure_distance(picture: np.ndarray, truth: np.ndarray, where: np.ndarray
 def _gradient(image: np.ndarray) -> np.ndarray:
     """Vertical and horizontal slope (2, H, W) of the blurred luma, in grey levels a pixel."""
     luma = Image.fromarray(image).convert("L").filter(ImageFilter.GaussianBlur(1))
-    return np.stack(np.gradient(np.asarray(luma, np.float64)))
+    return np.array(np.gradient(np.asarray(luma, np.float64)))
 
 
 Arm = Callable[[Task, np.ndarray, int], Sequence[np.ndarray]]

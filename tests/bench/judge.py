@@ -152,10 +152,10 @@ def folded(net: JudgeNet) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("head")}
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Sequential) and len(layer) == 3 and isinstance(layer[1], nn.BatchNorm2d):
-            convolution, norm = layer[0], layer[1]
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # pyright: ignore[reportOperatorIssue]
-            state[f"{name}.0.weight"] = convolution.weight * scale[:, None, None, None]  # pyright: ignore
-            state[f"{name}.0.bias"] = norm.bias - norm.running_mean * scale
+            values = layer.state_dict()
+            scale = values["1.weight"] / (values["1.running_var"] + layer[1].eps).sqrt()
+            state[f"{name}.0.weight"] = values["0.weight"] * scale[:, None, None, None]
+            state[f"{name}.0.bias"] = values["1.bias"] - values["1.running_mean"] * scale
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
@@ -211,7 +211,7 @@ def framed(image: Any, mask: np.ndarray) -> Tensor:
 
 
 def _verdict(grid: Tensor, noun: Tensor, background: Tensor, style: Tensor) -> Verdict:
-    probs = dict(zip(NOUNS, noun.sigmoid().tolist(), strict=True))
+    probs: dict[str, float] = dict(zip(NOUNS, noun.sigmoid().tolist(), strict=True))
     styles = dict(zip(STYLES, style.softmax(-1).tolist(), strict=True))
     present = frozenset(name for name, prob in probs.items() if prob > THRESHOLD)
     return Verdict(

@@ -1,0 +1,135 @@
+"""`personalize.attach` inside stock diffusers pipelines, on random weights of each topology."""
+
+from __future__ import annotations
+
+import inspect
+from copy import deepcopy
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from tests.lora_states import random_adapter
+from tests.tiny import tiny
+
+import personalize
+from personalize.editor import Editor, Sampling
+from personalize.embeddings import project
+from personalize.errors import UserError
+
+PIPELINES = {
+    "sd1": (
+        StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
+        StableDiffusionControlNetPipeline,
+    ),
+    "sdxl": (
+        StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline,
+        StableDiffusionXLControlNetPipeline,
+    ),
+}  # fmt: skip
+CASES = [(family, cls) for family, classes in PIPELINES.items() for cls in classes]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An adapter folder for each family, with random weights that show."""
+    place = tmp_path_factory.mktemp("adapters")
+    return {family: random_adapter(tiny(family)).save(place / family) for family in PIPELINES}
+
+
+def picture(value: int = 120) -> Image.Image:
+    return Image.new("RGB", (64, 64), (value, 60, 200))
+
+
+def built(model, cls):
+    """A stock pipeline of class `cls` over the modules of `model`, and what a call of it needs besides prompts."""
+    extra, call = {}, {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np"}
+    names = inspect.signature(cls.__call__).parameters
+    if "ControlNet" in cls.__name__:
+        extra["controlnet"] = ControlNetModel.from_unet(model.unet, conditioning_channels=3)
+    if "image" in names:
+        call["image"] = picture()
+    if "mask_image" in names:
+        call["mask_image"] = Image.new("L", (64, 64), 255)
+    if "strength" in names:
+        call["strength"] = 1.0
+    pipe = model.pipeline(cls, **extra)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {key: value for key, value in call.items() if key in names}
+
+
+@pytest.mark.parametrize(("family", "cls"), CASES, ids=[cls.__name__ for _, cls in CASES])
+def test_it_works_in_every_stock_pipeline_and_leaves_no_trace(folders, family, cls):
+    pipe, call = built(tiny(family), cls)
+
+    def drawn(inputs):
+        return torch.from_numpy(pipe(**inputs, **call, generator=torch.Generator().manual_seed(0)).images)
+
+    before, plain = deepcopy(pipe.unet.state_dict()), drawn({"prompt": "a cat on the beach"})
+    with personalize.attach(pipe, folders[family]) as mine:
+        attached = drawn(mine.inputs("a cat on the beach"))
+        with pytest.raises(ZeroDivisionError), personalize.attach(tiny_twin(family), folders[family]):
+            1 / 0  # noqa: B018
+    assert (attached - plain).abs().max() > 1e-3, "the adapter must show"
+    assert list(before) == list(pipe.unet.state_dict())
+    assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in before.items())
+    assert torch.equal(plain, drawn({"prompt": "a cat on the beach"}))
+
+
+def tiny_twin(family):
+    return tiny(family).pipeline()
+
+
+def test_embeds_are_passed_as_prompt_embeds(folders):
+    pipe, call = built(tiny("sd1"), StableDiffusionPipeline)
+    with personalize.attach(pipe, folders["sd1"]) as mine:
+        embeds = mine.embeds("a dog on the beach", alpha=0.8, beta=1.2)
+        assert embeds.shape == (1, 77, 32)
+        target = mine.model.prompts(["a dog on the beach"]).embeds
+        torch.testing.assert_close(embeds, project(mine.adapter.source["embeds"], target, 0.8, 1.2))
+        assert pipe(prompt_embeds=embeds, **call).images.shape == (1, 64, 64, 3)
+
+
+def test_it_draws_what_the_editor_draws(folders):
+    """The same latents and embeddings in a stock pipeline and in our loop: the pictures agree to 8-bit rounding."""
+    model = tiny("sd1")
+    editor = Editor(model, personalize.Adapter.load(folders["sd1"]))
+    ours = editor.edit("a dog on the beach", alpha=0.8, beta=1.2, forget="decoder=0.5", sampling=Sampling(steps=3))[0]
+    from personalize.sampling import initial_latents
+
+    pipe = model.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    with personalize.attach(pipe, folders["sd1"], forget="decoder=0.5") as mine:
+        theirs = pipe(
+            **mine.inputs("a dog on the beach", alpha=0.8, beta=1.2), latents=initial_latents(model, [0]),
+            num_inference_steps=3, output_type="pil",
+        ).images[0]  # fmt: skip
+    difference = torch.tensor(list(ours.getdata())) - torch.tensor(list(theirs.getdata()))
+    assert difference.abs().max() <= 1  # one grey level: fp32 sums in another order, then rounding
+
+
+def test_strength_zero_is_the_base(folders):
+    pipe, call = built(tiny("sd1"), StableDiffusionPipeline)
+    call |= {"prompt": "a cat", "generator": None}
+    plain = pipe(**call | {"generator": torch.Generator().manual_seed(3)}).images
+    with personalize.attach(pipe, folders["sd1"], strength=0.0):
+        off = pipe(**call | {"generator": torch.Generator().manual_seed(3)}).images
+    assert abs(plain - off).max() < 1e-6  # B·A times 0 is added to every layer's output
+
+
+def test_wrong_family_and_no_adapter_are_refused_in_one_line(folders, tmp_path):
+    with pytest.raises(UserError, match="sdxl") as found, personalize.attach(tiny_twin("sdxl"), folders["sd1"]):
+        pass
+    assert "\n" not in str(found.value)
+    with pytest.raises(UserError, match="no adapter folder"), personalize.attach(tiny_twin("sd1"), tmp_path):
+        pass

@@ -1,0 +1,122 @@
+"""The front door and `personalize edit`, on random weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.lora_states import random_adapter
+from tests.tiny import tiny, tiny_folder
+
+from personalize.cli import main
+from personalize.editor import Editor, Sampling, Setting, rules
+from personalize.errors import UserError
+
+SHORT = Sampling(steps=2)
+
+
+@pytest.fixture(scope="module")
+def editor():
+    model = tiny("sd1")
+    return Editor(model, random_adapter(model))
+
+
+def array(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture, np.int16)
+
+
+def test_forgedit_c26_unedited_is_the_source(editor):
+    """VP(1, 0) and VS(0) without forgetting are sampling with s itself: the very same pictures."""
+    source = editor.reconstruct(sampling=SHORT)[0]
+    projected = editor.edit("a dog in the snow", alpha=1.0, beta=0.0, sampling=SHORT)[0]
+    subtracted = editor.edit("a dog in the snow", gamma=0.0, sampling=SHORT)[0]
+    assert np.array_equal(array(source), array(projected))
+    assert np.array_equal(array(source), array(subtracted))
+
+
+def test_forgedit_c27_strength_zero_with_the_prompt_alone_is_the_base(editor):
+    base = editor.base("a dog", sampling=SHORT)[0]
+    off = editor.edit("a dog", gamma=1.0, strength=0.0, sampling=SHORT)[0]
+    assert np.abs(array(base) - array(off)).max() <= 1  # zero times B·A is added; one grey level of rounding
+
+
+def test_strengths_and_rules_show(editor):
+    pictures = [
+        editor.edit("a dog in the snow", setting, sampling=SHORT)[0]
+        for setting in (Setting(), Setting(beta=2.0), Setting(alpha=0.2), Setting(gamma=0.9), Setting(forget="decoder"),
+                        Setting(forget="decoder=0.5"), Setting(forget="encoderattn+encoder1"), Setting(forget="encoder+decoder"))
+    ]  # fmt: skip
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_seeds_are_pictures_of_their_own(editor):
+    pair = editor.edit("a dog", seeds=[3, 4], sampling=SHORT)
+    assert pair[0].tobytes() != pair[1].tobytes()
+    alone = editor.edit("a dog", seeds=[4], sampling=SHORT)[0]
+    assert np.abs(array(pair[1]) - array(alone)).max() <= 1  # a batch of two sums in another order
+
+
+def test_nothing_is_left_in_the_base(editor):
+    before = {name: tensor.clone() for name, tensor in editor.model.unet.state_dict().items()}
+    with pytest.raises(UserError, match="unknown forgetting rule"):
+        editor.edit("a dog", forget="decodr", sampling=SHORT)
+    editor.edit("a dog", sampling=SHORT)
+    after = editor.model.unet.state_dict()
+    assert list(before) == list(after) and all((before[name] == after[name]).all() for name in before)
+
+
+def test_a_rule_with_a_plus_in_its_name_is_one_rule():
+    assert [str(rule) for rule in rules("encoderattn+encoder1=0.5")] == ["encoderattn+encoder1=0.5"]
+    assert [str(rule) for rule in rules("encoder+decoder=0.5")] == ["noencoder", "nodecoder=0.5"]
+    assert rules("none") == []
+
+
+def test_an_empty_prompt_is_refused(editor):
+    with pytest.raises(UserError, match="prompt is empty"):
+        editor.edit("  ", sampling=SHORT)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    place = tmp_path_factory.mktemp("edit")
+    base = tiny_folder("sd1", place)
+    return base, random_adapter(tiny("sd1")).save(place / "adapter"), place
+
+
+def edit(places, *words: str) -> int:
+    base, adapter, place = places
+    return main(["edit", str(adapter), "--pretrained_model_name_or_path", str(base), "--output_dir", str(place / "out"),
+                 "--num_inference_steps", "2", *words])  # fmt: skip
+
+
+def test_the_command_writes_every_combination_and_a_grid(places):
+    out = places[2] / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    assert edit(places, "--prompt", "a dog", "--beta", "0.8", "1.2", "--forget", "none", "decoder=0.5", "--num_images", "2") == 0
+    found = json.loads((out / "edits.json").read_text())
+    assert len(found) == 8 and len({(f["beta"], f["forget"], f["seed"]) for f in found}) == 8
+    assert all(Image.open(out / entry["file"]).size == (64, 64) for entry in found)
+    assert Image.open(out / "grid.png").width > 2 * 64
+    assert (out / "mine.txt").read_text() == "keep me"
+    first = (out / found[0]["file"]).read_bytes()
+    assert edit(places, "--prompt", "a dog", "--beta", "0.8", "--num_images", "2") == 0
+    assert (out / "edit-000.png").read_bytes() == first, "the same seed and settings give the same file"
+    assert not (out / "edit-007.png").exists(), "pictures of the former edit are gone"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "a dog", "--forget", "decodr"], "nodecoder"),
+        (["--prompt", "a dog", "--scheduler", "dim"], "unknown scheduler"),
+        (["--prompt", "a dog", "--height", "63"], "multiples"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
+    assert edit(places, *words) == 2
+    line = capsys.readouterr().err.strip()
+    assert message in line and "\n" not in line and line.startswith("personalize: ")

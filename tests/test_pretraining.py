@@ -1,0 +1,126 @@
+"""The embedded model's architecture, tokenizer and trainer, in miniature."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import torch
+from personalize import pretraining, scenes
+from personalize.launching import home, load_script
+from personalize.lora import module_names
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pretraining.build_tokenizer(script().vocabulary())
+
+
+def script():
+    return load_script(home() / "train" / "embedded_model.py")
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    for seed in range(200):
+        for caption in scenes.captions(scenes.random_scene(seed, styles=tuple(scenes.STYLES))):
+            assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
+
+
+def test_the_tokenizer_is_byte_level_and_small(tokenizer):
+    assert len(tokenizer) <= 2000
+    symbols = pretraining.byte_symbols()
+    assert len(set(symbols)) == 256
+    assert all(symbol in tokenizer.get_vocab() and f"{symbol}</w>" in tokenizer.get_vocab() for symbol in symbols)
+    ids = tokenizer("zyzzyva ünïcode 猫 🐱").input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in ids[1:-1], "an unknown word must fall back to bytes, not to the end mark"
+
+
+def test_the_unet_has_the_topology_of_sd1():
+    with torch.device("meta"):
+        unet = pretraining.build_unet()
+    assert len(module_names(unet, "sd1")) == 216
+    assert len(module_names(unet, "sd1", "attention")) == 104
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    assert 16e6 < parameters < 18e6, "the weights must stay under 45 MB in fp16"
+
+
+def test_the_autoencoder_works_at_every_size():
+    vae = pretraining.build_autoencoder()
+    for height, width in ((64, 64), (128, 96)):
+        latents = vae.encode(torch.zeros(1, 3, height, width)).latent_dist.mean
+        assert latents.shape == (1, 4, height // 4, width // 4)
+        assert vae.decode(latents).sample.shape == (1, 3, height, width)
+
+
+def test_the_held_out_style_is_never_trained_on(tmp_path):
+    """Every sprite that reaches a training picture is hashed; none is of the held-out style."""
+    held_out = {digest(path) for path in (scenes.SPRITES / scenes.HELD_OUT_STYLE).glob("*.webp")}
+    assert len(held_out) == len(scenes.NOUNS)
+    module = script()
+    config = module.Config(output_dir=tmp_path)
+    drawn = [scenes.random_scene(seed, nouns=config.nouns, styles=config.styles) for seed in range(300)]
+    drawn += [scenes.random_scene(seed, styles=scenes.TRAINING_STYLES) for seed in range(300)]
+    used = {digest(scenes.sprite_path(thing.noun, thing.style)) for scene in drawn for thing in scene.objects}
+    assert len(used) > 100 and not used & held_out
+    with pytest.raises(ValueError, match="held out"):
+        module.main(module.Config(output_dir=tmp_path, styles=("3d", scenes.HELD_OUT_STYLE)))
+
+
+def digest(path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_autoencoder_objective_is_what_its_docstring_says():
+    torch.manual_seed(0)
+    vae = pretraining.build_autoencoder()
+    pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
+    terms = pretraining.AutoencoderObjective(vae)({"pixels": pixels, "noise": noise})
+    posterior = vae.encode(pixels).latent_dist
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    expected = (decoded - pixels).pow(2).mean() + 0.25 * (decoded - pixels).abs().mean()
+    expected = expected + pretraining.KL_WEIGHT * posterior.kl().mean() / (4 * 8 * 8)
+    torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=1e-7)  # fp32 sums in another order
+
+
+def test_training_resumes_exactly(tmp_path, monkeypatch):
+    """Four updates in one run equal two, a fresh process' worth of objects, and two more: bit for bit."""
+    module = script()
+    monkeypatch.setattr(pretraining, "build_autoencoder", tiny_autoencoder)
+    common = dict(stage="autoencoder", resolution=16, train_batch_size=2, checkpointing_steps=1, mixed_precision="no")
+    module.main(module.Config(output_dir=tmp_path / "whole", max_train_steps=4, **common))
+    interrupted = module.Config(output_dir=tmp_path / "parts", max_train_steps=4, **common)
+    with pytest.raises(KeyboardInterrupt):
+        run_until(module, interrupted, monkeypatch, 2)
+    module.main(interrupted)
+    whole, parts = (torch.load(tmp_path / name / "autoencoder.pt")["objective"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def run_until(module, config, monkeypatch, update: int) -> None:
+    """Run `main`, interrupted when the batch after `update` updates is asked for."""
+    real = module.scene_crop
+
+    def crop(config, sample):
+        if sample >= update * config.train_batch_size:
+            raise KeyboardInterrupt
+        return real(config, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "scene_crop", crop)
+        module.main(config)
+
+
+def tiny_autoencoder():
+    return pretraining.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+def test_scenes_for_the_autoencoder_are_pixels(tmp_path):
+    module = script()
+    pixels = torch.stack([module.scene_crop(module.Config(output_dir=tmp_path), sample) for sample in range(8)])
+    assert pixels.shape == (8, 3, 64, 64) and pixels.min() >= -1 and pixels.max() <= 1
+    assert np.unique(pixels.numpy()).size > 100
