@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import CDLL
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, BinaryIO
@@ -119,20 +119,15 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _carry_over(source: Path, target: Path) -> None:
-    if source.is_symlink():
-        target.symlink_to(os.readlink(source))
-    else:
-        shutil.copytree(source, target, symlinks=True, copy_function=_link) if source.is_dir() else _link(
-            source, target
-        )
-
-
-def _link(source: str | Path, target: str | Path) -> None:
+def _carry_over(source: str | Path, target: str | Path) -> None:
+    """Hard links to a file, or to all files of a folder; copies where the disk has no links."""
+    if os.path.isdir(source) and not os.path.islink(source):
+        shutil.copytree(source, target, symlinks=True, copy_function=_carry_over)
+        return
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _take_place(partial: Path, path: Path) -> None:
@@ -184,21 +179,19 @@ class TensorFile:
     """What a safetensors file holds: tensors by name and the header's strings."""
 
     tensors: dict[str, Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str]
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file as bytes; equal input gives equal bytes (names and metadata are sorted)."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    parts, offset = [], 0
+    parts, end = [], 0
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        part = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        end = offset + len(part)
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        parts.append(part)
-        offset = end
+        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        offsets = [end, end := end + len(parts[-1])]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
@@ -236,7 +229,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    if not path.is_file():  # also keeps pipes and devices out, which would block
+    if not path.is_file():  # keeps pipes and devices out, which would block
         raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: check the path")
     try:
         with open(path, "rb") as stream:
@@ -283,12 +276,11 @@ def _entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.dtype, l
         whole = isinstance(shape, list) and all(type(number) is int for number in [*shape, begin, end])
         fits = whole and len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0
         fits = fits and math.prod(max(1, side) for side in shape) < 2**40  # bounds the strides of empty tensors
-        right = fits and 0 <= begin <= end <= size and end - begin == math.prod(shape) * dtype.itemsize
+        if fits and 0 <= begin <= end <= size and end - begin == math.prod(shape) * dtype.itemsize:
+            return dtype, shape, begin, end
     except (KeyError, TypeError, ValueError, AttributeError):
-        right = False
-    if not right:
-        raise UserError(f"{path} is damaged: the entry of tensor {name[:120]!r} does not fit its {size} bytes of data")
-    return dtype, shape, begin, end
+        pass
+    raise UserError(f"{path} is damaged: the entry of tensor {name[:120]!r} does not fit its {size} bytes of data")
 
 
 def _check_layout(entries: Mapping[str, tuple[torch.dtype, list[int], int, int]], size: int, path: Path) -> None:

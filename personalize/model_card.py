@@ -86,13 +86,18 @@ def _trigger(adapter: Adapter) -> str:
     return f"## Trigger words\n\nWrite the caption of the picture in your prompt:\n\n> {caption}" if caption else ""
 
 
-def _pipeline(adapter: Adapter) -> tuple[str, str]:
+def _load(adapter: Adapter) -> str:
+    """The Python lines that make `pipe`, the base model in stock diffusers."""
     name = "StableDiffusionXLPipeline" if adapter.family == "sdxl" else "StableDiffusionPipeline"
-    return name, json.dumps(_base(adapter))
+    base = _base(adapter)
+    if base == "embedded":
+        home, base = "from personalize.model import EMBEDDED\n", "EMBEDDED"
+    else:
+        home, base = "", json.dumps(base if re.fullmatch(HUB_ID, base) else f"path/to/{base}")
+    return f"from diffusers import {name}\n{home}\npipe = {name}.from_pretrained({base})"
 
 
 def _editing(adapter: Adapter) -> str:
-    pipeline, base = _pipeline(adapter)
     if _standalone(adapter):
         return ""
     return f"""## Editing, in diffusers with personalize
@@ -101,9 +106,7 @@ The source embedding holds what words do not say about the picture; it needs a p
 
 ```python
 import personalize
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained({base})
+{_load(adapter)}
 with personalize.attach(pipe, "path/to/this/folder") as picture:
     image = pipe(**picture.inputs("a new prompt", alpha=1.0, beta=1.0)).images[0]
 ```
@@ -112,20 +115,22 @@ with personalize.attach(pipe, "path/to/this/folder") as picture:
 
 
 def _stock(adapter: Adapter) -> str:
-    pipeline, base = _pipeline(adapter)
     prompt = json.dumps(_caption(adapter) or "your prompt", ensure_ascii=False)
     return f"""## Plain diffusers
 
 ```python
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained({base})
+{_load(adapter)}
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
 image = pipe({prompt}).images[0]
 ```"""
 
 
 def _other_programs(twin: str, adapter: Adapter) -> str:
+    if _base(adapter) == "embedded":
+        return (
+            f"## Other programs\n\n`{twin}` is the same LoRA in the names graphical programs read. The embedded model "
+            "is a small one of its own: this adapter fits no other checkpoint; train on one of yours to use it there."
+        )
     stem = twin.removesuffix(".safetensors")
     return f"""## Other programs
 

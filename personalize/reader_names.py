@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -154,8 +155,9 @@ def _inner(rest: str, place: str) -> str:
     return ".op" if "downsamplers" in place else rest
 
 
+@cache
 def skeleton(family: str) -> UNet2DConditionModel:
-    """A UNet with the module names of `family`, without weights: narrow, on the meta device."""
+    """A UNet with the module names of `family`, without weights: narrow, on the meta device; not to be altered."""
     widths: dict[str, Any] = {"norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 4}
     if family == "sdxl":
         widths |= {

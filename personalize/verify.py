@@ -158,18 +158,17 @@ def through_diffusers(path: Path, model: StableDiffusion, live: Factors) -> File
     parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
     if any(isinstance(module, LoraLayer) for part in parts.values() for module in part.modules()):
         raise UserError("the base model already carries an adapter: unload it before verifying another")
-    pipe, found = model.pipeline(), {}
+    found: Factors = {}
+    pipe = model.pipeline()
     try:
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="verify", local_files_only=True)
         for component, part in parts.items():
             for name, layer in part.named_modules():
                 if isinstance(layer, LoraLayer):
                     nested = component == "unet" or name.startswith("text_model.")
-                    factors = (
-                        *(part["verify"].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B)),
-                        layer.scaling["verify"],
-                    )
-                    found[f"{component}.{'' if nested else 'text_model.'}{name}"] = factors
+                    a, b = (side["verify"].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))  # pyright: ignore
+                    path_in_file = name if nested else f"text_model.{name}"
+                    found[f"{component}.{path_in_file}"] = (a, b, layer.scaling["verify"])
     except Exception as error:  # whatever the loader raises is the finding
         reason = " ".join(str(error).split())[:200]
         return FileReport(f"{path.name} through diffusers", 0, len(live), 0.0, "", (f"cannot be loaded: {reason}",))
