@@ -128,7 +128,7 @@ def fit(image: Image.Image, resolution: int, multiple: int) -> tuple[Tensor, tup
 def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
     """The (height, width) in multiples of `multiple` that best keeps the aspect ratio at about resolution² pixels.
 
-    Among all sizes of 0.7 to 1.4 times that area the one with the smallest  |log aspect error| + ¼ |log area error|.
+    Among all sizes of half to twice that area the one with the smallest  |log aspect error| + ½ |log area error|.
 
     Raises:
         UserError: `resolution` is under `multiple`.
@@ -137,12 +137,12 @@ def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tupl
         raise UserError(f"resolution {resolution} px is too small: this base model needs at least {multiple} px")
     aspect, area = math.log(width / height), resolution**2
     sides = range(multiple, 8 * resolution + 1, multiple)  # aspect ratios up to 64 : 1
-    sizes = [(h, w) for h in sides for w in sides if 0.7 * area <= h * w <= 1.4 * area]
+    sizes = [(h, w) for h in sides for w in sides if area <= 2 * h * w <= 4 * area]
     sizes = sizes or [(resolution // multiple * multiple,) * 2]
 
     def error(size: tuple[int, int]) -> float:
         h, w = size
-        return abs(math.log(w / h) - aspect) + 0.25 * abs(math.log(h * w / area))
+        return abs(math.log(w / h) - aspect) + 0.5 * abs(math.log(h * w / area))
 
     return min(sizes, key=error)
 

@@ -68,7 +68,8 @@ def test_the_model_is_as_it_was_also_after_an_error(model: StableDiffusion) -> N
         raise RuntimeError
     assert {name: (id(module), module.training) for name, module in model.unet.named_modules()} == before
     for name, tensor in model.unet.named_parameters():
-        assert torch.equal(tensor, weights[name][0]) and tensor.requires_grad == weights[name][1] and tensor.grad is None
+        assert torch.equal(tensor, weights[name][0]) and tensor.requires_grad == weights[name][1]
+        assert tensor.grad is None
 
 
 def test_the_adapter_says_how_it_was_made(model: StableDiffusion, unbroken: Adapter) -> None:
@@ -94,7 +95,8 @@ def test_forgedit_c23_resumed_run_is_bit_identical(model: StableDiffusion, unbro
         assert [report.update for report in run.steps()] == [3, 4]
         assert same(run.adapter(), unbroken)
     with learning(model, pixels(), CAPTION, SMALL) as run:  # the naive resume, without the optimiser's state, is not
-        checkpoints.restore(replace(found, optimizer=run.optimizer.state_dict()), run.objective.trainable(), run.optimizer)
+        forgetful = replace(found, optimizer=run.optimizer.state_dict())
+        checkpoints.restore(forgetful, run.objective.trainable(), run.optimizer)
         run.update = 2
         list(run.steps())
         assert not same(run.adapter(), unbroken)
@@ -130,20 +132,20 @@ def test_no_weight_moved_is_said(model: StableDiffusion) -> None:
 
 
 def test_forgedit_c20_both_parts_learn_and_both_are_needed() -> None:
-    """The bounds were measured once on this model and are kept with a margin of a tenth."""
+    """Measured: 2.51 at the start; after 16 updates 1.97 with e alone, 1.14 with the adapter alone, 1.11 with both."""
     model = tiny_sd1()
     with torch.no_grad():
         start = model.prompts([CAPTION])
     first = probe_loss(model, start)
-    adapter = learn(model, pixels(), CAPTION, Recipe(rank=8, learning_rate=5e-3, text_embedding_lr=1e-2, max_train_samples=240))
+    quick = Recipe(rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=64, train_batch_size=4)
+    adapter = learn(model, pixels(), CAPTION, quick)
     assert adapter.source is not None
     learned = Conditioning(adapter.source["embeds"])
     text_alone = probe_loss(model, learned)
     load_lora(model.unet, adapter.lora, adapter.rank, adapter.alpha)
     both, adapter_alone = probe_loss(model, learned), probe_loss(model, start)
     remove_lora(model.unet)
-    print(first, text_alone, adapter_alone, both)
-    assert both < 0.7 * first
+    assert both < 0.5 * first
     assert both < text_alone and both < adapter_alone
 
 

@@ -76,7 +76,8 @@ def test_forgedit_c18_c19_first_update_moves_each_group_by_its_rate_and_nothing_
     batches, gradients = picture().batches(Share(2), 0, 1), {}
     for name, parameter in single.trainable().items():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: grad.clone()}))
-    assert [report.learning_rates for report in fit(prepared, batches, optimizer, accelerator=accelerator)] == [(5e-3, 1e-3)]
+    reports = list(fit(prepared, batches, optimizer, accelerator=accelerator))
+    assert [report.learning_rates for report in reports] == [(5e-3, 1e-3)]
     for name, parameter in single.trainable().items():
         moved = (parameter.detach() - before[name]).abs()
         if "lora_A" in name:
@@ -186,7 +187,8 @@ def test_forgedit_c21_accumulated_update_equals_one_batch() -> None:
         prepared, optimizer = accelerator.prepare(single, torch.optim.SGD(single.groups(1.0, 1.0)))
         reports = list(fit(prepared, picture().batches(share, 0, 2), optimizer, accelerator=accelerator))
         assert [report.update for report in reports] == [1, 2]
-        ends.append(([float(r.losses["loss"]) for r in reports], {n: p.detach() for n, p in single.trainable().items()}))
+        losses = [float(report.losses["loss"]) for report in reports]
+        ends.append((losses, {name: parameter.detach() for name, parameter in single.trainable().items()}))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)  # the mean over the accumulated batches is reported
     for name, value in ends[0][1].items():
         assert (value - ends[1][1][name]).abs().max() <= 1e-4 * max(1.0, float(value.abs().max()))
