@@ -1,8 +1,8 @@
 """An adapter inside the user's own stock diffusers pipeline.
 
-    with personalize.attach(pipe, "my-cat") as my_cat:
-        image = pipe(prompt_embeds=my_cat.embeds("a cat on the beach", alpha=0.8, beta=1.2)).images[0]
-        image = pipe(**my_cat.inputs("a cat on the beach")).images[0]           # SDXL wants pooled rows too
+with personalize.attach(pipe, "my-cat") as my_cat:
+    image = pipe(prompt_embeds=my_cat.embeds("a cat on the beach", alpha=0.8, beta=1.2)).images[0]
+    image = pipe(**my_cat.inputs("a cat on the beach")).images[0]           # SDXL wants pooled rows too
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ class Attached:
         return self._conditioning(prompt, alpha, beta, gamma).embeds
 
     def inputs(
-        self, prompt: str, *, alpha: float = 1.0, beta: float = 1.0, gamma: float | None = None, negative_prompt: str = ""
+        self,
+        prompt: str,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float | None = None,
+        negative_prompt: str = "",
     ) -> dict[str, Tensor]:
         """Everything a pipeline call takes instead of `prompt` and `negative_prompt`, pooled rows of SDXL included."""
         told = self._conditioning(prompt, alpha, beta, gamma)

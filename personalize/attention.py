@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -125,7 +126,11 @@ class MapStore(AttentionHook):
 
 @contextmanager
 def hooked(
-    unet: nn.Module, hooks: Sequence[AttentionHook], *, step: Any = None, branches: Sequence[str | None] = (None,)
+    unet: UNet2DConditionModel,
+    hooks: Sequence[AttentionHook],
+    *,
+    step: Any = None,
+    branches: Sequence[str | None] = (None,),
 ) -> Iterator[None]:
     """Run the body with `hooks` in `unet`'s attention, in their order; then the processors are the same objects again.
 
@@ -148,9 +153,9 @@ def hooked(
         handle.remove()
 
 
-def attention_sites(unet: nn.Module, size: tuple[int, int] | None = None) -> dict[str, AttentionSite]:
+def attention_sites(unet: UNet2DConditionModel, size: tuple[int, int] | None = None) -> dict[str, AttentionSite]:
     """Every attention layer by name, in the UNet's own order, for latents of `size` (h, w), by default the base's."""
-    height, width = size or (unet.config.sample_size,) * 2  # pyright: ignore
+    height, width = size or (unet.config.sample_size,) * 2
     sites, roles = {}, block_roles(unet)
     for name, attention in _attentions(unet).items():
         role = next(role for block, role in roles.items() if name.startswith(f"{block}."))
@@ -172,8 +177,8 @@ def stage_side(model: Any, target: int = 16) -> int:
     return min(sides["down"] & sides["up"], key=lambda side: (abs(side - target), side))
 
 
-def _attentions(unet: nn.Module) -> dict[str, Attention]:
-    names = (name.removesuffix(".processor") for name in unet.attn_processors)  # pyright: ignore
+def _attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    names = (name.removesuffix(".processor") for name in unet.attn_processors)
     return {name: unet.get_submodule(name) for name in names}  # pyright: ignore
 
 
@@ -185,7 +190,7 @@ class _Hooking:
     """The processors of one `hooked` context."""
 
     def __init__(
-        self, unet: nn.Module, hooks: Sequence[AttentionHook], step: Any, branches: Sequence[str | None]
+        self, unet: UNet2DConditionModel, hooks: Sequence[AttentionHook], step: Any, branches: Sequence[str | None]
     ) -> None:
         self.unet, self.hooks, self.step, self.branches = unet, tuple(hooks), step, tuple(branches)
         self.attentions = _attentions(unet)
@@ -193,7 +198,7 @@ class _Hooking:
         self.size: tuple[int, int] | None = None
         self.within = False
 
-    def measure(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def measure(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each prediction: learn the size of the latents, and which hook serves which site."""
         latents = args[0] if args else kwargs["sample"]
         if self.size == latents.shape[-2:]:
@@ -263,14 +268,8 @@ class _Processor:
         self.sites: list[AttentionSite] = []
 
     def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, *args, **kwargs
+    ):
         if not any(hook.active(site) for hook in self.hooks for site in self.sites):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -279,14 +278,14 @@ class _Processor:
             attention_mask = attention_mask.unflatten(0, (-1, attn.heads))
         projections = ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
         heads = [project(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for project, states in projections]
-        shares = zip(*(_share(tensor, len(self.sites)) for tensor in (*heads, attention_mask)), strict=True)
-        mixed = [self._attend(attn, *share, site) for share, site in zip(shares, self.sites, strict=True)]
+        count = len(self.sites)
+        masks = [None] * count if attention_mask is None else attention_mask.chunk(count)
+        shares = zip(*(tensor.chunk(count) for tensor in heads), masks, self.sites, strict=True)
+        mixed = [self._attend(attn, *share) for share in shares]
         output = attn.to_out[0](torch.cat(mixed).transpose(1, 2).flatten(2))
         return attn.to_out[1](output) / attn.rescale_output_factor
 
-    def _attend(
-        self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: AttentionSite
-    ) -> Tensor:
+    def _attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: AttentionSite) -> Tensor:
         hooks = [hook for hook in self.hooks if hook.active(site)]
         for hook in hooks:
             q, k, v = hook.qkv(q, k, v, site)
@@ -300,10 +299,6 @@ class _Processor:
         for hook in readers:
             p = hook.probs(p, site)
         return p.to(v.dtype) @ v
-
-
-def _share(tensor: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if tensor is None else tensor.chunk(count)
 
 
 def _listed(sites: dict[str, AttentionSite]) -> str:

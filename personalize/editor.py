@@ -1,7 +1,7 @@
 """The front door: load a base and an adapter once, then ask for many pictures.
 
-    editor = Editor.load("my-cat")
-    pictures = editor.edit("a cat on the beach", alpha=0.8, beta=1.2, forget="decoder=0.5", seeds=[0, 1])
+editor = Editor.load("my-cat")
+pictures = editor.edit("a cat on the beach", alpha=0.8, beta=1.2, forget="decoder=0.5", seeds=[0, 1])
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from personalize.attachment import parsed
 from personalize.errors import UserError
 from personalize.files import write_folder
 from personalize.images import to_image
-from personalize.lora import without_lora
 from personalize.mixing import mixed
 from personalize.model import Conditioning, StableDiffusion
 from personalize.pictures import grid, png
@@ -66,7 +65,7 @@ class Editor:
 
     @staticmethod
     def load(folder: str | Path, base: str | Path | None = None, **settings: Any) -> Editor:
-        """Load an adapter folder and its base (the one it names, unless `base` is given); `settings` as for StableDiffusion.load.
+        """Load an adapter folder and its base: `base`, or the one it names; `settings` as for StableDiffusion.load.
 
         Raises:
             UserError: no adapter there, or it does not belong to this base's family.
@@ -123,7 +122,12 @@ class Editor:
         return self.model.prompts([prompt], size)
 
     def _draw(
-        self, told: Conditioning, setting: Setting | None, seeds: Sequence[int], negative_prompt: str, sampling: Sampling
+        self,
+        told: Conditioning,
+        setting: Setting | None,
+        seeds: Sequence[int],
+        negative_prompt: str,
+        sampling: Sampling,
     ) -> list[Image.Image]:
         size = sampling.size or self.size
         negative = self._encoded(negative_prompt, size) if negative_prompt else None
@@ -158,7 +162,9 @@ def run_edit(config: EditConfig) -> Path:
         editor.edit(config.prompt, setting, seeds=seeds, negative_prompt=config.negative_prompt, sampling=sampling)
         for setting in settings
     ]
-    sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=config.prompt)
+    sheet = grid(
+        rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=config.prompt
+    )
     files, found = {"grid.png": png(sheet)}, []
     for setting, row in zip(settings, rows, strict=True):
         for seed, picture in zip(seeds, row, strict=True):
@@ -178,5 +184,7 @@ def strangers(folder: Path, ours: tuple[str, ...]) -> list[str]:
 
 def _settings(config: EditConfig) -> list[Setting]:
     """All combinations; `--gamma` switches from projection to subtraction."""
-    mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [(a, b, None) for a, b in product(config.alpha, config.beta)]
+    mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [
+        (a, b, None) for a, b in product(config.alpha, config.beta)
+    ]
     return [Setting(*mix, forget, config.strength) for mix, forget in product(mixes, config.forget)]

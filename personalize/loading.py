@@ -98,7 +98,13 @@ def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(
-        vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=pad, model_max_length=77
+        vocab=vocab,
+        merges=merges,  # pyright: ignore[reportArgumentType]
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=EOS,
+        pad_token=pad,
+        model_max_length=77,
     )
 
 

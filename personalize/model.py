@@ -51,7 +51,8 @@ class Conditioning:
         return Conditioning(*(None if column[0] is None else torch.cat(column) for column in rows))  # pyright: ignore
 
     def _map(self, function: Any) -> Conditioning:
-        return Conditioning(*(t if t is None else function(t) for t in (self.embeds, self.pooled, self.time_ids)))
+        rest = (tensor if tensor is None else function(tensor) for tensor in (self.pooled, self.time_ids))
+        return Conditioning(function(self.embeds), *rest)
 
 
 class StableDiffusion:
@@ -78,7 +79,7 @@ class StableDiffusion:
         self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = self.unet.config.sample_size * self.factor
-        schedule = DDIMScheduler.from_config(self.scheduler.config)
+        schedule: Any = DDIMScheduler.from_config(self.scheduler.config)
         self.alphas_cumprod: Tensor = schedule.alphas_cumprod.to(self.device)  # ᾱ of t = 0 … 999
         self.final_alpha = float(schedule.final_alpha_cumprod)  # ᾱ of clean latents, below t = 0
 

@@ -41,9 +41,7 @@ def grid(
     heads = [wrap(text, max(8, cell // 7)) for text in columns]
     left = cell // 2 + cell // 4 if any(labels) else 0
     top = (line + _GAP if title else 0) + max((len(head) for head in heads), default=0) * line + _GAP
-    sheet = Image.new(
-        "RGB", (left + width * (cell + _GAP) + _GAP, top + len(rows) * (cell + _GAP)), _PAPER
-    )
+    sheet = Image.new("RGB", (left + width * (cell + _GAP) + _GAP, top + len(rows) * (cell + _GAP)), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((_GAP, _GAP // 2), title, _INK, font)
     for x, head in enumerate(heads):

@@ -115,12 +115,17 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def save_pipeline(
-    folder: Path, *, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, vae: AutoencoderKL
+    folder: Path,
+    *,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    vae: AutoencoderKL,
 ) -> None:
-    """Write a stock Stable Diffusion folder: UNet and autoencoder in fp16, text encoder in fp32, shards of at most 14 MB."""
+    """Write a stock Stable Diffusion folder: UNet and VAE in fp16, text encoder in fp32, shards of at most 14 MB."""
     pipe = StableDiffusionPipeline(
-        vae=vae.half(), unet=unet.half(), text_encoder=text_encoder.float(), tokenizer=tokenizer, scheduler=build_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae.half(), unet=unet.half(), text_encoder=text_encoder.float(), tokenizer=tokenizer,
+        scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder, max_shard_size="14MB")
 

@@ -1,4 +1,4 @@
-"""`personalize quickstart`: one picture learned, saved, verified, edited, and laid out on one sheet, on a bare machine."""
+"""`personalize quickstart`: one picture learned, saved, verified, edited and laid out on one sheet."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAMPLING = Sampling(steps=30)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Pixels (1, 3, H, W): the source, what the autoencoder makes of it, the replay, the base's own sample; and the edits."""
+    """Pixels (1, 3, H, W): the source, its round trip through the VAE, the replay, the base's own sample; and edits."""
 
     source: torch.Tensor
     round_trip: torch.Tensor
@@ -77,7 +77,9 @@ def own(photo: Path, caption: str | None) -> Example:
 def recipe(config: QuickstartConfig) -> Recipe:
     """The embedded model's preset (the method's own defaults on another base), with the command's seed and length."""
     known = {field.name for field in fields(Recipe)}
-    values = read_yaml(presets("single_image")["embedded"], Recipe) if config.pretrained_model_name_or_path is None else {}
+    values = (
+        read_yaml(presets("single_image")["embedded"], Recipe) if config.pretrained_model_name_or_path is None else {}
+    )
     values = {name: value for name, value in values.items() if name in known} | {"seed": config.seed}
     if config.max_train_steps is not None:
         batch = values.get("train_batch_size", Recipe.train_batch_size)
@@ -110,7 +112,12 @@ def shown(editor: Editor, example: Example, pixels: torch.Tensor, round_trip: to
 def sheet(outcome: Outcome, example: Example) -> Image.Image:
     """The labelled contact sheet: source, replay and base above, then the edits, a row for each variant."""
     top = [to_image(outcome.source), to_image(outcome.replay), to_image(outcome.base)]
-    head = grid([top], columns=["source", "replayed by the adapter", "the base model alone"], labels=["learned"], title=example.caption)
+    head = grid(
+        [top],
+        columns=["source", "replayed by the adapter", "the base model alone"],
+        labels=["learned"],
+        title=example.caption,
+    )
     prompts = [change.prompt for change in example.changes]
     body = grid(list(outcome.edits.values()), columns=prompts, labels=list(outcome.edits))
     page = Image.new("RGB", (max(head.width, body.width), head.height + body.height), (255, 255, 255))
@@ -128,5 +135,7 @@ def report(console: Console, outcome: Outcome, example: Example, folder: Path, s
         console.print(f"Drift from the replay, {name}: " + ", ".join(f"{value:.1f} dB" for value in drift))
     console.print(f"Adapter, verified: {folder}\nContact sheet:     {sheet_path}")
     console.print("Next, try:", style="bold")
-    console.print(f'  personalize edit {folder} --prompt "{example.changes[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4')
-    console.print("  personalize quickstart YOUR_PICTURE.png --caption \"what it shows\"")
+    console.print(
+        f'  personalize edit {folder} --prompt "{example.changes[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4'
+    )
+    console.print('  personalize quickstart YOUR_PICTURE.png --caption "what it shows"')

@@ -134,7 +134,7 @@ def place_phrase(background: str) -> str:
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Every true caption of `scene`, the fullest first: naming its style, not naming it, and (two objects) left and right."""
+    """Every true caption of `scene`: naming its style or not; of two objects, in each order, or left and right."""
     where = place_phrase(scene.background)
     things = sorted(scene.objects, key=lambda thing: thing.x)
     phrases = [noun_phrase(thing.noun) for thing in things]

@@ -19,13 +19,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
-from tests.lora_states import random_adapter
-from tests.tiny import tiny
 
 import personalize
 from personalize.editor import Editor, Sampling
 from personalize.embeddings import project
 from personalize.errors import UserError
+from tests.lora_states import random_adapter
+from tests.tiny import tiny
 
 PIPELINES = {
     "sd1": (

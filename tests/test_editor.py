@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tests.lora_states import random_adapter
-from tests.tiny import tiny, tiny_folder
 
 from personalize.cli import main
 from personalize.editor import Editor, Sampling, Setting, rules
 from personalize.errors import UserError
+from tests.lora_states import random_adapter
+from tests.tiny import tiny, tiny_folder
 
 SHORT = Sampling(steps=2)
 
@@ -46,7 +46,8 @@ def test_strengths_and_rules_show(editor):
     pictures = [
         editor.edit("a dog in the snow", setting, sampling=SHORT)[0]
         for setting in (Setting(), Setting(beta=2.0), Setting(alpha=0.2), Setting(gamma=0.9), Setting(forget="decoder"),
-                        Setting(forget="decoder=0.5"), Setting(forget="encoderattn+encoder1"), Setting(forget="encoder+decoder"))
+                        Setting(forget="decoder=0.5"), Setting(forget="encoderattn+encoder1"),
+                        Setting(forget="encoder+decoder"))
     ]  # fmt: skip
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 
@@ -95,7 +96,12 @@ def test_the_command_writes_every_combination_and_a_grid(places):
     out = places[2] / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
-    assert edit(places, "--prompt", "a dog", "--beta", "0.8", "1.2", "--forget", "none", "decoder=0.5", "--num_images", "2") == 0
+    assert (
+        edit(
+            places, "--prompt", "a dog", "--beta", "0.8", "1.2", "--forget", "none", "decoder=0.5", "--num_images", "2"
+        )
+        == 0
+    )
     found = json.loads((out / "edits.json").read_text())
     assert len(found) == 8 and len({(f["beta"], f["forget"], f["seed"]) for f in found}) == 8
     assert all(Image.open(out / entry["file"]).size == (64, 64) for entry in found)

@@ -7,14 +7,15 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import torch
-from personalize import pretraining, scenes
+
+from personalize import pretraining, scenes, world
 from personalize.launching import home, load_script
 from personalize.lora import module_names
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return pretraining.build_tokenizer(script().vocabulary())
+    return pretraining.build_tokenizer(world.vocabulary())
 
 
 def script():
@@ -85,31 +86,32 @@ def test_the_autoencoder_objective_is_what_its_docstring_says():
 
 
 def test_training_resumes_exactly(tmp_path, monkeypatch):
-    """Four updates in one run equal two, a fresh process' worth of objects, and two more: bit for bit."""
+    """Four updates in one run equal two, an interruption, and two more from the checkpoint: bit for bit."""
     module = script()
     monkeypatch.setattr(pretraining, "build_autoencoder", tiny_autoencoder)
-    common = dict(stage="autoencoder", resolution=16, train_batch_size=2, checkpointing_steps=1, mixed_precision="no")
-    module.main(module.Config(output_dir=tmp_path / "whole", max_train_steps=4, **common))
-    interrupted = module.Config(output_dir=tmp_path / "parts", max_train_steps=4, **common)
-    with pytest.raises(KeyboardInterrupt):
-        run_until(module, interrupted, monkeypatch, 2)
-    module.main(interrupted)
-    whole, parts = (torch.load(tmp_path / name / "autoencoder.pt")["objective"] for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole, parts = (config(tmp_path / name) for name in ("whole", "parts"))
+    module.main(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world.Crops, "batch", interrupted(world.Crops.batch, at=2))
+        module.main(parts)
+    assert torch.load(parts.output_dir / "autoencoder.pt")["update"] == 2
+    module.main(parts)
+    states = [torch.load(run.output_dir / "autoencoder.pt")["objective"] for run in (whole, parts)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def run_until(module, config, monkeypatch, update: int) -> None:
-    """Run `main`, interrupted when the batch after `update` updates is asked for."""
-    real = module.scene_crop
+def config(output_dir):
+    common = dict(stages=("autoencoder",), steps=(4, 1, 1), batch_sizes=(2, 2, 2), checkpointing_steps=1)
+    return script().Config(output_dir=output_dir, mixed_precision="no", **common)
 
-    def crop(config, sample):
-        if sample >= update * config.train_batch_size:
+
+def interrupted(real, at: int):
+    def batch(self, update, samples):
+        if update == at:
             raise KeyboardInterrupt
-        return real(config, sample)
+        return real(self, update, samples)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "scene_crop", crop)
-        module.main(config)
+    return batch
 
 
 def tiny_autoencoder():
@@ -119,8 +121,20 @@ def tiny_autoencoder():
     )  # fmt: skip
 
 
-def test_scenes_for_the_autoencoder_are_pixels(tmp_path):
-    module = script()
-    pixels = torch.stack([module.scene_crop(module.Config(output_dir=tmp_path), sample) for sample in range(8)])
+def test_scenes_for_the_autoencoder_are_pixels():
+    pixels = torch.stack([world.Crops(64, seed=0)[sample] for sample in range(8)])
     assert pixels.shape == (8, 3, 64, 64) and pixels.min() >= -1 and pixels.max() <= 1
     assert np.unique(pixels.numpy()).size > 100
+
+
+def test_samples_depend_on_their_number_alone(tokenizer):
+    """The same samples whether drawn in one batch or in two: what makes several processes and resuming equal."""
+    scene_list = [scenes.random_scene(index) for index in range(4)]
+    texts = tuple(scenes.captions(scene) for scene in scene_list)
+    pool = world.LatentPool(torch.randn(4, 4, 4, 4), texts, tokenizer, seed=0, caption_dropout=0.5)
+    whole, parts = pool.batch(7, range(64)), [pool.batch(7, range(32)), pool.batch(9, range(32, 64))]
+    for name in whole:
+        assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+    empty = tokenizer("").input_ids
+    dropped = (whole["input_ids"][:, : len(empty)] == torch.tensor(empty)).all(1).float().mean()
+    assert 0.25 < dropped < 0.75  # half of 64 in expectation; four standard deviations either way
