@@ -13,16 +13,16 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, interpolate, p
 
 
 def degraded(pixels: Tensor, owner: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Shift and scale `pixels` with their `owner` map (b, H, W), then degrade the pixels; a sixth stay clean."""
+    """Shift and scale `pixels` with their `owner` map (b, H, W), then degrade half of the pictures."""
     pixels, owner = moved(pixels, owner, rng)
     out = pixels.clone()
     order = torch.randperm(len(pixels), generator=rng)
-    groups = order.chunk(6)
-    for rows in groups[1:3]:
-        out[rows] = blurred(out[rows], _uniform(rng, 0.3, 1.1))
-    for rows in groups[3:5]:
-        out[rows] = shrunk(out[rows], _uniform(rng, 0.5, 0.9))
-    rows = order[len(groups[0]) :]
+    rows = order[: len(order) // 2]
+    groups = rows.chunk(6)
+    for group in groups[:2]:
+        out[group] = blurred(out[group], _uniform(rng, 0.3, 1.1))
+    for group in groups[2:4]:
+        out[group] = shrunk(out[group], _uniform(rng, 0.5, 0.9))
     chosen = rows[torch.rand(len(rows), generator=rng) < 0.4]
     out[chosen] = compressed(out[chosen], rng)
     chosen = rows[torch.rand(len(rows), generator=rng) < 0.6]

@@ -45,10 +45,10 @@ class Verdict:
 
 
 class JudgeNet(nn.Module):
-    """Pixels (b, 3, 64, 64) in [−1, 1] → maps over an 8×8 grid, and from those the picture's logits.
+    """Pixels (b, 3, 64, 64) in [−1, 1] → logits of every noun in every style, and of every background, on an 8×8 grid.
 
-    A noun's presence is the softmax-weighted mean over the grid of its map, so one cell that is sure suffices; the
-    style is averaged over the cells that hold an object; the background over all.
+    Nouns and styles are one question, because what tells two styles apart differs from noun to noun; `pooled` gives the
+    picture's answers.  In a cell without object all of its noun logits are below 0.
     """
 
     def __init__(self, widths: Sequence[int] = WIDTHS, *, folded: bool = False) -> None:
@@ -63,17 +63,14 @@ class JudgeNet(nn.Module):
             Residual(c, norm),
             Residual(c, norm),
         )
-        self.head = nn.Conv2d(c, len(NOUNS) + len(BACKGROUNDS) + len(STYLES), 1)
-        nn.init.constant_(self.head.bias[: len(NOUNS)], -4.0)  # pyright: ignore[reportOptionalSubscript]  # nouns are rare
+        self.things, self.places = nn.Conv2d(c, len(NOUNS) * len(STYLES), 1), nn.Conv2d(c, len(BACKGROUNDS), 1)
+        with torch.no_grad():
+            self.things.bias.fill_(-5.0)  # pyright: ignore[reportOptionalMemberAccess]  # a given noun is rare
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noun (b, 73, 8, 8), background (b, 20, 8, 8) and style (b, 4, 8, 8) logits of every cell."""
-        out = self.head(self.trunk(2 * pixels)).float()
-        noun, background, style = out.split([len(NOUNS), len(BACKGROUNDS), len(STYLES)], 1)
-        return noun, background, style
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return pooled(*self.maps(pixels))
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Thing logits (b, 73, 4, 8, 8) and background logits (b, 20, 8, 8)."""
+        features = self.trunk(2 * pixels)
+        return self.things(features).float().unflatten(1, (len(NOUNS), len(STYLES))), self.places(features).float()
 
 
 class Residual(nn.Module):
@@ -93,12 +90,16 @@ def _convolution(
     return nn.Sequential(convolution, nn.Identity() if bias else norm(outputs), nn.ReLU())
 
 
-def pooled(noun: Tensor, background: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the picture, (b, 73), (b, 20) and (b, 4), from the logits of its cells (b, ·, 8, 8)."""
-    noun, style = noun.flatten(2), style.flatten(2)
+def pooled(things: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the picture: nouns (b, 73), backgrounds (b, 20), styles (b, 4).
+
+    A noun's presence is the softmax-weighted mean of its map, so one cell that is sure suffices; the style is the mean
+    of log-probabilities over the cells that hold an object; the background is the mean over all cells.
+    """
+    noun, style = things.logsumexp(2).flatten(2), things.logsumexp(1).log_softmax(1).flatten(2)
     presence = (noun.softmax(-1) * noun).sum(-1)
     occupied = noun.detach().amax(1, keepdim=True).sigmoid() + 1e-4
-    return presence, background.mean((2, 3)), (style * occupied).sum(-1) / occupied.sum(-1)
+    return presence, places.mean((2, 3)), (style * occupied).sum(-1) / occupied.sum(-1)
 
 
 class Judge:
@@ -125,8 +126,9 @@ class Judge:
         """Verdicts of PIL images, a uint8 array (b, H, W, 3), or a float tensor (b, 3, H, W) in [−1, 1]."""
         verdicts = []
         for pixels in prepared(images).split(256):
-            maps = self.net.maps(pixels)
-            verdicts += [_verdict(*row) for row in zip(maps[0], *pooled(*maps), strict=True)]
+            things, places = self.net(pixels)
+            maps = things.logsumexp(2)
+            verdicts += [_verdict(*row) for row in zip(maps, *pooled(things, places), strict=True)]
         return verdicts
 
     def inside(self, image: Any, mask: np.ndarray) -> Verdict:
@@ -149,7 +151,7 @@ def _labels() -> dict[str, list[str]]:
 
 def folded(net: JudgeNet) -> dict[str, Tensor]:
     """State of the same network without normalisation layers: w' = w·γ/σ, b' = β − μ·γ/σ per output channel."""
-    state = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("head")}
+    state = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("trunk")}
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Sequential) and len(layer) == 3 and isinstance(layer[1], nn.BatchNorm2d):
             values = layer.state_dict()

@@ -16,7 +16,6 @@ import torch
 import tyro
 from PIL import Image
 
-from personalize.model import StableDiffusion
 from personalize.scenes import STYLES, Scene, random_scene, render
 from tests.bench.degradation import blurred, shrunk
 from tests.bench.judge import SIDE, THRESHOLD, WEIGHTS, Judge, Verdict, as_bytes, as_pixels
@@ -84,8 +83,11 @@ def compressed(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in files])
 
 
-def autoencoded(model: StableDiffusion) -> Change:
-    """Through the model's autoencoder."""
+def autoencoded(folder: Path) -> Change:
+    """Through the autoencoder of the model in `folder`."""
+    from personalize.model import StableDiffusion  # slow to import, and training the judge needs none of it
+
+    model = StableDiffusion.load(folder)
     return lambda images: as_bytes(model.decode(model.encode(as_pixels(images))))
 
 
@@ -94,7 +96,7 @@ def main(options: AccuracyOptions) -> None:
     changes: dict[str, Change | None] = {"as rendered": None}
     changes |= {change.__name__: change for change in (softened, halved, compressed)}
     if options.autoencoder is not None:
-        changes["autoencoded"] = autoencoded(StableDiffusion.load(options.autoencoder))
+        changes["autoencoded"] = autoencoded(options.autoencoder)
     for name, change in changes.items():
         print(json.dumps({"pictures": name, **accuracy(judge, options.split, options.n, change=change)}), flush=True)
 
