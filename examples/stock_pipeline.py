@@ -1,0 +1,25 @@
+"""Use an adapter inside a stock diffusers pipeline: python examples/stock_pipeline.py my-subject [base folder or id]"""
+
+import sys
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import personalize
+from personalize.model import EMBEDDED
+
+
+def main(
+    adapter: str | Path, base: str | Path = EMBEDDED, prompt: str = "a picture of a cat on the beach", steps: int = 30
+) -> Image.Image:
+    pipe = DiffusionPipeline.from_pretrained(base)
+    with personalize.attach(pipe, adapter, forget="decoder=0.5") as mine:
+        image = pipe(**mine.inputs(prompt, alpha=0.8, beta=1.2), num_inference_steps=steps).images[0]
+    plain = pipe(prompt, num_inference_steps=steps).images[0]  # the pipeline is as it was
+    image.save("attached.png"), plain.save("plain.png")
+    return image
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
