@@ -119,10 +119,6 @@ class MapStore(AttentionHook):
             raise ValueError(f"a mean needs maps of one size, the store has {sorted(sizes)}: give MapStore a side")
         return torch.stack([self.grid(name).mean(1) for name in self.maps]).mean(0)
 
-    def clear(self) -> None:
-        self.maps.clear()
-        self.sites.clear()
-
 
 @contextmanager
 def hooked(
@@ -155,11 +151,11 @@ def hooked(
 
 def attention_sites(unet: UNet2DConditionModel, size: tuple[int, int] | None = None) -> dict[str, AttentionSite]:
     """Every attention layer by name, in the UNet's own order, for latents of `size` (h, w), by default the base's."""
-    height, width = size or (unet.config.sample_size,) * 2
+    height, width = size or (unet.config["sample_size"],) * 2
     sites, roles = {}, block_roles(unet)
     for name, attention in _attentions(unet).items():
         role = next(role for block, role in roles.items() if name.startswith(f"{block}."))
-        h, w = (_halved(side, role.level) for side in (height, width))
+        h, w = (-(-side // 2**role.level) for side in (height, width))  # a convolution of stride 2 rounds up
         cross = attention.is_cross_attention
         sites[name] = AttentionSite(name, PLACES[role.side], role.level, cross, attention.heads, h, w)
     return sites
@@ -180,10 +176,6 @@ def stage_side(model: Any, target: int = 16) -> int:
 def _attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
     names = (name.removesuffix(".processor") for name in unet.attn_processors)
     return {name: unet.get_submodule(name) for name in names}  # pyright: ignore
-
-
-def _halved(side: int, times: int) -> int:
-    return -(-side // 2**times)  # a convolution of stride 2 rounds up
 
 
 class _Hooking:
