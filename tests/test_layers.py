@@ -17,7 +17,7 @@ PACKAGE = ROOT / "personalize"
 STOREYS = (
     "embeddings errors files forgetting images lora_names losses nouns randomness scenes",
     "attention captions concepts loading lora mixing model reader_names",
-    "controls drag dynamic_prompts inversion moves objectives pretraining sampling uniform",
+    "controls drag dynamic_prompts inversion moves objectives pretraining sampling uniform world",
     "adapter attachment bundled catalogue checkpoints cli commands data editor formats guards launching learning "
     "metrics model_card options pictures preview quickstart training verify __main__",
 )
