@@ -59,5 +59,5 @@ def describe(image: Image.Image, model: str | Path) -> str:
         raise UserError(f"--caption_model {model} is no captioning model transformers can load: {reason}") from None
     inputs = processor(images=image, return_tensors="pt")
     with torch.inference_mode():
-        ids = captioner.generate(**inputs, do_sample=False)
+        ids = captioner.generate(**inputs, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
     return _worded(processor.batch_decode(ids, skip_special_tokens=True)[0], f"--caption_model {model}")

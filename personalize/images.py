@@ -138,13 +138,13 @@ def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tupl
     aspect, area = math.log(width / height), resolution**2
     sides = range(multiple, 8 * resolution + 1, multiple)  # aspect ratios up to 64 : 1
     sizes = [(h, w) for h in sides for w in sides if area <= 2 * h * w <= 4 * area]
-    sizes = sizes or [(resolution // multiple * multiple,) * 2]
+    side = resolution // multiple * multiple
 
     def error(size: tuple[int, int]) -> float:
         h, w = size
         return abs(math.log(w / h) - aspect) + 0.5 * abs(math.log(h * w / area))
 
-    return min(sizes, key=error)
+    return min(sizes or [(side, side)], key=error)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

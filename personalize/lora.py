@@ -116,6 +116,11 @@ def add_lora(unet: nn.Module, names: Iterable[str], rank: int, alpha: float, see
     return [parameter for layer in layers.values() for parameter in _pair(layer)]
 
 
+def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters, A before B, in the UNet's own order."""
+    return [parameter for layer in lora_layers(unet).values() for parameter in _pair(layer)]
+
+
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     """Copies of the adapter's tensors, fp32 on the CPU, as "unet.<path>.lora_A.weight" and "….lora_B.weight"."""
     state = {}
@@ -205,9 +210,10 @@ def multipliers(unet: nn.Module, names: Iterable[str], rules: Rules, strength: f
     """
     names = list(names)
     if isinstance(rules, Mapping):
-        if unknown := sorted(set(rules) - set(names)):
+        factors = {str(name): float(factor) for name, factor in rules.items()}
+        if unknown := sorted(set(factors) - set(names)):
             raise UserError(f"no module {unknown[0]!r} in the adapter, which has {len(names)}, e.g. {names[:1]}")
-        return {name: strength * rules.get(name, 1.0) for name in names}
+        return {name: strength * factors.get(name, 1.0) for name in names}
     chosen = () if rules is None else (rules,) if isinstance(rules, ForgettingRule) else tuple(rules)
     return {name: strength * kept for name, kept in degrees(module_roles(unet, names), chosen).items()}
 

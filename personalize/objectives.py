@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from personalize.lora import lora_layers
+from personalize.lora import lora_layers, lora_parameters
 from personalize.losses import LossTerms, min_snr_weight
 from personalize.model import Conditioning, StableDiffusion
 
@@ -22,6 +22,8 @@ class SingleImage(nn.Module):
     References: Zhang et al., "Forgedit", arXiv 2309.10556 (joint vision-language learning); min-SNR: Hang et al.,
     arXiv 2303.09556, eq. 7.
     """
+
+    time_ids: Tensor | None
 
     def __init__(
         self, model: StableDiffusion, source: Conditioning, *, standalone: bool = False, snr_gamma: float | None = None
@@ -59,9 +61,8 @@ class SingleImage(nn.Module):
         return Conditioning(self.embeds, self.pooled, self.time_ids)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """A and B of every LoRA layer, in the UNet's order."""
-        layers = lora_layers(self.unet).values()
-        return [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
+        """A and B of every LoRA layer, A before B, in the UNet's order."""
+        return lora_parameters(self.unet)
 
     def groups(self, learning_rate: float, text_embedding_lr: float) -> list[dict]:
         """The optimiser's groups: the adapter at one rate, the source embedding (if it is trained) at the other."""

@@ -61,7 +61,7 @@ def fit(
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
     """
-    update, sums = first_update, {}
+    update, sums, losses = first_update, {}, {}
     accelerator.step = 0  # an accumulation that was broken off before leaves nothing behind
     for batch in batches:
         with accelerator.accumulate(objective):
@@ -81,7 +81,7 @@ def fit(
             if scheduler is not None:
                 scheduler.step()
             update, sums = update + 1, {}
-            yield StepReport(update, losses, rates)  # pyright: ignore[reportPossiblyUnbound]
+            yield StepReport(update, losses, rates)
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -107,8 +107,8 @@ def test_resuming_another_run_is_refused(model: StableDiffusion, tmp_path: Path)
         next(run.steps())
         run.save_checkpoint(tmp_path)
     for settings, image, message in (
+        (replace(SMALL, rank=3), -pixels(), "data_sha256"),
         (replace(SMALL, rank=3), pixels(), "rank = 2, this run has 3"),
-        (SMALL, -pixels(), "data_sha256"),
         (replace(SMALL, max_train_samples=5), pixels(), None),
     ):
         with learning(model, image, CAPTION, settings) as run:

@@ -140,7 +140,8 @@ def test_added_saved_loaded_and_removed_without_a_trace(name: str) -> None:
     flags = [p.requires_grad for p in model.unet.parameters()]
     before, output, attributes = modules(model.unet), answer(model), set(vars(model.unet))
     random_state = torch.get_rng_state()
-    parameters = lora.add_lora(model.unet, lora.module_names(model.unet), 2, 3.0, seed=0)
+    names = lora.module_names(model.unet)[:: 4 if name == "sdxl" else 1]  # injecting 661 modules takes seconds
+    parameters = lora.add_lora(model.unet, names, 2, 3.0, seed=0)
     assert torch.equal(torch.get_rng_state(), random_state)  # nothing drawn from global state
     assert len(parameters) == 2 * len(lora.lora_layers(model.unet)) and {p.dtype for p in parameters} == {torch.float32}
     assert all(p.requires_grad for p in parameters) and torch.equal(answer(model), output)  # B is zero
@@ -240,14 +241,16 @@ def delta(layer: LoraLayer) -> Tensor:
 
 def test_forgedit_c14_full_weight_reset_gives_the_same_output(adapted: StableDiffusion) -> None:
     deltas = {name: delta(layer) for name, layer in lora.lora_layers(adapted.unet).items()}
-    for rule in set(ZEROED) - {"noencoderkv"}:
+    full = tiny_sd1()
+    base = {name: full.unet.get_submodule(name).weight.detach().clone() for name in deltas}  # pyright: ignore
+    for rule in ZEROED:
         with lora.scaled(adapted.unet, RULES[rule]):
             scaled = answer(adapted)
-        full, forgotten = tiny_sd1(), chosen(adapted.unet, rule)
+        forgotten = chosen(adapted.unet, rule)
         with torch.no_grad():
             for name, change in deltas.items():
-                if name not in forgotten:
-                    full.unet.get_submodule(name).weight.add_(change)  # pyright: ignore
+                kept = base[name] if name in forgotten else base[name] + change
+                full.unet.get_submodule(name).weight.copy_(kept)  # pyright: ignore
         # fp32: (W + BA)x against Wx + B(Ax)
         assert (answer(full) - scaled).abs().max() <= 1e-5 * scaled.abs().max()
 

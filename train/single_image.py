@@ -119,15 +119,14 @@ def main(config: Config) -> Path:
         revision=config.revision, variant=config.variant,
     )  # fmt: skip
     pixels, size = fit(image, config.resolution or model.resolution, 8 * model.factor)
-    accelerator.print(f"{path}: {size[1]}×{size[0]} px, caption “{caption}” → {' · '.join(model.tokens(caption))}")
+    accelerator.print(f"{path}: {size[1]}×{size[0]} px, caption “{caption}” = {' · '.join(model.tokens(caption))}")
     with learning(model, pixels, caption, settings, accelerator=accelerator) as run:
         train(config, run)
         adapter = run.adapter(person=config.person)
     if accelerator.is_main_process:
         figures, pictures = preview(model, adapter, pixels, steps=config.preview_steps, seed=config.seed)
         replace(adapter, info={**adapter.info, **figures}).save(config.output_dir, pictures=pictures)
-        print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
-        print(f"Adapter, verified: {config.output_dir}")
+        print(*(f"{name}: {value}" for name, value in figures.items()), f"Adapter: {config.output_dir}", sep="\n")
     accelerator.end_training()
     return config.output_dir
 
