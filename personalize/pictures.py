@@ -36,8 +36,8 @@ def grid(
         raise ValueError("a grid needs at least one picture, got none")
     if labels and len(labels) != len(rows):
         raise ValueError(f"a grid of {len(rows)} rows needs as many labels, got {len(labels)}")
-    font = ImageFont.load_default(max(11, cell // 13))
-    line = font.size + 4
+    height = max(11, cell // 13)
+    font, line = ImageFont.load_default(height), height + 4
     heads = [wrap(text, max(8, cell // 7)) for text in columns]
     left = cell // 2 + cell // 4 if any(labels) else 0
     top = (line + _GAP if title else 0) + max((len(head) for head in heads), default=0) * line + _GAP

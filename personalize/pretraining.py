@@ -1,5 +1,8 @@
 """The embedded model from nothing: its tokenizer, its three networks, and the two objectives that train them."""
 
+# diffusers and transformers annotate less than they accept and return
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections import Counter

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -76,15 +76,13 @@ def own(photo: Path, caption: str | None) -> Example:
 
 def recipe(config: QuickstartConfig) -> Recipe:
     """The embedded model's preset (the method's own defaults on another base), with the command's seed and length."""
-    known = {field.name for field in fields(Recipe)}
-    values = (
-        read_yaml(presets("single_image")["embedded"], Recipe) if config.pretrained_model_name_or_path is None else {}
-    )
-    values = {name: value for name, value in values.items() if name in known} | {"seed": config.seed}
-    if config.max_train_steps is not None:
-        batch = values.get("train_batch_size", Recipe.train_batch_size)
-        values["max_train_samples"] = config.max_train_steps * batch * values.get("gradient_accumulation_steps", 1)
-    return Recipe(**values)
+    embedded = config.pretrained_model_name_or_path is None
+    values: dict[str, Any] = read_yaml(presets("single_image")["embedded"], Recipe) if embedded else {}
+    chosen = Recipe(**values | {"seed": config.seed})
+    if config.max_train_steps is None:
+        return chosen
+    batch = chosen.train_batch_size * chosen.gradient_accumulation_steps
+    return replace(chosen, max_train_samples=config.max_train_steps * batch)
 
 
 def say_if_unshowable(console: Console, ceiling: float, *, embedded: bool) -> None:

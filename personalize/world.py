@@ -118,4 +118,5 @@ def encoded(
     """Mean latents (N, 4, size/4, size/4) of `world`, unscaled, fp32; `workers` processes render ahead."""
     vae.eval()
     loader = DataLoader(Rendered(world, size), batch_size=batch, num_workers=workers)
-    return torch.cat([vae.encode(pixels.to(vae.device)).latent_dist.mean.float().cpu() for pixels in loader])
+    posteriors = (vae.encode(pixels.to(vae.device), return_dict=False)[0] for pixels in loader)
+    return torch.cat([posterior.mean.float().cpu() for posterior in posteriors])
