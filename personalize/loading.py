@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from personalize.errors import UserError
 
 CONFIGS = Path(__file__).parent / "base_configs"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -28,19 +31,40 @@ def read(
     path = Path(source)
     if path.is_file():
         return read_file(path, dtype)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is no base model: it has no model_index.json; give a folder saved by diffusers")
-    if not path.is_dir() and not re.fullmatch(HUB_ID, str(source)):
+    extra: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+    if path.is_dir():
+        index = read_index(path)
+        require_parts(index, path)
+        extra = {name: None for name in extra if name in index}
+    elif not re.fullmatch(HUB_ID, str(source)):
         raise UserError(
             f"no base model at {source}: give a diffusers folder, a .safetensors file or a hub id owner/name"
         )
     try:
         return DiffusionPipeline.from_pretrained(
             str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
-            revision=revision, variant=variant, safety_checker=None, feature_extractor=None,
+            revision=revision, variant=variant, **extra,
         )  # fmt: skip
     except Exception as error:
         raise _unreadable(source, error) from error
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a diffusers folder. Raises UserError if there is none, or it is no JSON object."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no base model: it has no model_index.json; give a folder saved by diffusers")
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def require_parts(names: Iterable[str], source: object) -> None:
+    """Raises UserError unless `names` has every part of a Stable Diffusion model."""
+    present = set(names)
+    if missing := [part for part in PARTS if part not in present]:
+        raise UserError(f"{source} is no Stable Diffusion 1.x, 2.x or XL model: it has no {' and no '.join(missing)}")
 
 
 def read_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.loading import read
+from personalize.loading import read, require_parts
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -68,6 +68,7 @@ class StableDiffusion:
 
     def __init__(self, pipe: DiffusionPipeline, name: str = "") -> None:
         parts = pipe.components
+        require_parts((key for key, part in parts.items() if part is not None), name or type(pipe).__name__)
         self.unet, self.vae, self.scheduler = parts["unet"], parts["vae"], parts["scheduler"]
         self.text_encoders = _present(parts, "text_encoder", "text_encoder_2")
         self.tokenizers = _present(parts, "tokenizer", "tokenizer_2")

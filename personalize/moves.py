@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,7 +131,10 @@ def moves(
     if not 1 <= steps <= config.num_train_timesteps:
         raise UserError(f"{steps} steps: choose 1 to {config.num_train_timesteps}")
     cls, settings = SCHEDULERS[scheduler]
-    stock = cls.from_config(config, **settings)
+    unclipped = (
+        {"clip_sample": False} if "clip_sample" in inspect.signature(cls).parameters else {}
+    )  # latents have no bounds
+    stock = cls.from_config(config, **settings, **unclipped)
     stock.set_timesteps(steps)
     skipped = (steps - min(int(steps * strength), steps)) * getattr(stock, "order", 1)
     if skipped >= len(stock.timesteps):

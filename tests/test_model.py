@@ -153,6 +153,26 @@ def test_a_folder_without_weights_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("wrong", ["flux", "no json", "list"])
+def test_folders_of_something_else_are_refused_in_one_line(wrong, tmp_path):
+    index = {
+        "flux": '{"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]}',
+        "no json": "{",
+        "list": "[1]",
+    }
+    (tmp_path / "model_index.json").write_text(index[wrong])
+    with pytest.raises(UserError, match="no unet and no text_encoder" if wrong == "flux" else "cannot load") as caught:
+        StableDiffusion.load(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_of_something_else_is_refused():
+    pipe = tiny_pipeline("sd1")
+    pipe.register_modules(text_encoder=None)
+    with pytest.raises(UserError, match="no text_encoder"):
+        StableDiffusion.from_pipeline(pipe)
+
+
 def test_relatives_are_refused():
     unet = tiny_sd1().unet
     unet.register_to_config(in_channels=9)

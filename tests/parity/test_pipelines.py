@@ -26,23 +26,32 @@ def stock_latents(model, noise, scheduler=None, **call):
 @pytest.mark.parametrize("negative", [None, NEGATIVE], ids=["no_negative", "negative"])
 def test_ddim_equals_the_stock_pipeline(name, negative):
     """1e-5 on latents of size up to 20: the same fp32 formulas; only the order of some sums differs."""
-    model = tiny(name)
-    noise = initial_latents(model, SEEDS)
+    model, size = tiny(name), (32, 32)
+    noise = initial_latents(model, SEEDS, size)
     expected = stock_latents(
-        model, noise, prompt=PROMPTS, negative_prompt=negative, num_inference_steps=5, guidance_scale=3.0
+        model,
+        noise,
+        prompt=PROMPTS,
+        negative_prompt=negative,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
     )
-    edit = Edit(model.prompts(PROMPTS), None if negative is None else model.prompts(negative), guidance_scale=3.0)
-    found = denoise(model, noise, edit, moves(model, 5))
+    edit = Edit(
+        model.prompts(PROMPTS, size), None if negative is None else model.prompts(negative, size), guidance_scale=3.0
+    )
+    found = denoise(model, noise, edit, moves(model, 4))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ddim_without_guidance_and_off_square_equals_the_stock_pipeline(name):
     model = tiny(name)
-    noise = initial_latents(model, SEEDS, (48, 64))
-    call = {"prompt": PROMPTS, "num_inference_steps": 5, "guidance_scale": 1.0, "height": 48, "width": 64}
+    noise = initial_latents(model, SEEDS, (24, 32))
+    call = {"prompt": PROMPTS, "num_inference_steps": 3, "guidance_scale": 1.0, "height": 24, "width": 32}
     expected = stock_latents(model, noise, **call)
-    found = denoise(model, noise, Edit(model.prompts(PROMPTS, (48, 64)), guidance_scale=1.0), moves(model, 5))
+    found = denoise(model, noise, Edit(model.prompts(PROMPTS, (24, 32)), guidance_scale=1.0), moves(model, 3))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
