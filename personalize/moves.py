@@ -121,20 +121,19 @@ def moves(
         eta: DDIM only: σ = η √((1−ᾱ′)/(1−ᾱ)) √(1 − ᾱ/ᾱ′); 1 is as noisy as DDPM.
 
     Raises:
-        UserError: an unknown scheduler, no step left, or `inverse` or `eta` with another scheduler than ddim.
+        UserError: an unknown scheduler, no step left, `inverse` or `eta` with another scheduler than ddim, or both.
     """
     if scheduler not in SCHEDULERS:
         raise UserError(f"unknown scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
     if scheduler != "ddim" and (inverse or eta):
         raise UserError(f"only ddim can be inverted or take eta, not {scheduler}: choose the scheduler ddim")
+    if inverse and eta:
+        raise UserError("inversion draws no noise: leave eta at 0")
     config = model.scheduler.config
-    if not 1 <= steps <= config.num_train_timesteps:
-        raise UserError(f"{steps} steps: choose 1 to {config.num_train_timesteps}")
-    cls, settings = SCHEDULERS[scheduler]
-    unclipped = (
-        {"clip_sample": False} if "clip_sample" in inspect.signature(cls).parameters else {}
-    )  # latents have no bounds
-    stock = cls.from_config(config, **settings, **unclipped)
+    most = config.num_train_timesteps - config.get("steps_offset", 0)
+    if not 1 <= steps <= most:
+        raise UserError(f"{steps} steps: choose 1 to {most}")
+    stock = _stock(scheduler, config)
     stock.set_timesteps(steps)
     skipped = (steps - min(int(steps * strength), steps)) * getattr(stock, "order", 1)
     if skipped >= len(stock.timesteps):
@@ -144,6 +143,13 @@ def moves(
         found = [_ddim_move(model, int(t), int(t) - spacing, eta) for t in stock.timesteps[skipped:]]
         return Moves(tuple(_inverted(move) for move in reversed(found)) if inverse else tuple(found))
     return _delegated(model, stock)[skipped:]
+
+
+def _stock(name: str, config: Any) -> Any:
+    cls, settings = SCHEDULERS[name]
+    if "clip_sample" in inspect.signature(cls).parameters:
+        settings = settings | {"clip_sample": False}  # latents, unlike pixels, have no bounds
+    return cls.from_config(config, **settings)
 
 
 def _ddim_move(model: StableDiffusion, start: int, end: int, eta: float) -> Move:

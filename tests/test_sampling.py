@@ -280,8 +280,12 @@ def test_mistakes_are_named():
         moves(model, 3, "euler", inverse=True)
     with pytest.raises(UserError, match="leaves no step"):
         moves(model, 3, strength=0.1)
-    with pytest.raises(UserError, match="choose 1 to 1000"):
+    with pytest.raises(UserError, match="choose 1 to 999"):
         moves(model, 0)
+    with pytest.raises(UserError, match="choose 1 to 999"):
+        moves(model, 1000)
+    with pytest.raises(UserError, match="eta at 0"):
+        moves(model, 3, inverse=True, eta=1.0)
     with pytest.raises(UserError, match="multiples of 4"):
         initial_latents(model, [0], (30, 32))
     with pytest.raises(ValueError, match="no moves"):
