@@ -141,15 +141,15 @@ class StableDiffusion:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Name, family and a quick hash of the UNet: names, shapes and eight values of every weight, adapters left out.
+        """Name, family and a quick hash of the UNet: names, shapes and 64 signs of every weight, adapters left out.
 
-        fp16 weights read as fp32 keep their hash; rounding fp32 weights to fp16 or bf16 changes it.
+        Signs survive rounding, so a base keeps its hash in fp32, fp16 and bf16.
         """
         state = self.unet.state_dict().items()
         named = sorted((key.replace("base_layer.", ""), weight) for key, weight in state if ".lora_" not in key)
-        samples = [w.reshape(-1)[:: max(1, w.numel() // 8)][:8].float() for _, w in named]
+        signs = [torch.signbit(w.reshape(-1)[:: max(1, w.numel() // 64)][:64]) for _, w in named]
         digest = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
-        digest.update(torch.cat(samples).cpu().numpy().tobytes())
+        digest.update(torch.cat(signs).cpu().numpy().tobytes())
         return {"name": self.name, "family": self.family, "sha256": digest.hexdigest()}
 
     # -- pictures and latents --------------------------------------------------------------------------------
@@ -208,8 +208,9 @@ class StableDiffusion:
         return torch.tensor([[height, width, 0, 0, height, width]] * count, device=self.device)
 
     def tokens(self, text: str) -> list[str]:
-        """The pieces the first tokenizer cuts `text` into, start and end marks left out."""
-        return self.tokenizers[0].tokenize(text)
+        """The pieces the first tokenizer cuts `text` into, a "-" after those that do not end a word."""
+        pieces = self.tokenizers[0].tokenize(text)
+        return [piece.removesuffix("</w>") + ("" if piece.endswith("</w>") else "-") for piece in pieces]
 
     def _ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
         length = tokenizer.model_max_length
