@@ -121,9 +121,11 @@ def guarded(call: Callable[[], int]) -> int:
 
 
 def quiet() -> None:
-    """Hold back the known start-up remarks of other libraries."""
+    """Hold back other libraries' known start-up remarks and their bars for loading a few small files."""
     for logger, part in NOISE.items():
         logging.getLogger(logger).addFilter(lambda record, part=part: part not in record.getMessage())
+    for library in ("diffusers", "transformers"):
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 def overview() -> str:
