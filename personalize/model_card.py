@@ -70,6 +70,18 @@ def _summary(name: str, adapter: Adapter) -> str:
         f"# {name}\n\nOne picture, learned by {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
         f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
         "Both LoRA files were read back after writing, and every change of weight in them was found right."
+        + _fidelity(adapter)
+    )
+
+
+def _fidelity(adapter: Adapter) -> str:
+    """How exactly the picture comes back, and the most that this base's autoencoder allows."""
+    replay, ceiling = (adapter.info.get(key) for key in ("reconstruction_db", "autoencoder_db"))
+    if not isinstance(replay, int | float) or not isinstance(ceiling, int | float):
+        return ""
+    return (
+        f" Replayed, the picture is {replay:.1f} dB from the source (PSNR), {ceiling - replay:.1f} dB below what the "
+        "base's autoencoder makes of it."
     )
 
 

@@ -59,6 +59,8 @@ def run(config: QuickstartConfig) -> Path:
     seconds = time.monotonic() - begun
     outcome = shown(Editor(model, adapter), example, pixels, round_trip, config.seed)
     pictures = {"source": to_image(pixels), "reconstruction": to_image(outcome.replay)}
+    figures = {"autoencoder_db": psnr(round_trip, pixels), "reconstruction_db": psnr(outcome.replay, pixels)}
+    adapter = replace(adapter, info=adapter.info | {name: round(value, 2) for name, value in figures.items()})
     folder = adapter.save(config.output_dir / "adapter", pictures=pictures)
     write_file(config.output_dir / "sheet.png", png(sheet(outcome, example)))
     report(console, outcome, example, folder, config.output_dir / "sheet.png")

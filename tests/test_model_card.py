@@ -73,3 +73,9 @@ def test_snippets_are_python(name):
 def test_an_adapter_of_the_embedded_model_is_not_offered_to_programs_it_does_not_fit():
     text = card(base={"name": "embedded"})
     assert "EMBEDDED" in text and "fits no other checkpoint" in text and "models/Lora" not in text
+
+
+def test_the_card_says_how_exactly_the_picture_comes_back():
+    told = " ".join(card(source=False, reconstruction_db=21.04, autoencoder_db=31.5).split())
+    assert "21.0 dB from the source" in told and "10.5 dB below" in told
+    assert "dB from the source" not in card(), "no figure is claimed that was not measured"
