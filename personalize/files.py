@@ -33,6 +33,7 @@ MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 50_000
 MAX_DIMENSIONS = 8
 MAX_JSON_BYTES = 16 * 2**20
+Content = bytes | Iterable[bytes]  # of a file: whole, or in parts that need not be in memory at once
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -41,11 +42,14 @@ def create_file(path: Path) -> BinaryIO:
     return open(path, "xb")
 
 
-def write_file(path: str | Path, content: bytes) -> Path:
+def write_file(path: str | Path, content: Content, *, check: Callable[[Path], object] | None = None) -> Path:
     """Write `content` to `path` so that, whatever happens, `path` holds the old bytes or all the new ones.
+
+    The new file takes its name after `check(temporary file)` has returned.
 
     Raises:
         UserError: the disk is full or the place cannot be written; the old file is untouched, no temporary stays.
+        Exception: whatever `check` raises, with the same guarantee.
     """
     path = Path(path)
     with _as_user_error(path):
@@ -53,6 +57,8 @@ def write_file(path: str | Path, content: bytes) -> Path:
         partial = _partial_name(path)
         try:
             _write_synced(partial, content)
+            if check is not None:
+                check(partial)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -63,14 +69,14 @@ def write_file(path: str | Path, content: bytes) -> Path:
 
 def write_folder(
     path: str | Path,
-    files: Mapping[str, bytes],
+    files: Mapping[str, Content],
     *,
     check: Callable[[Path], object] | None = None,
     keep: Iterable[str] = (),
 ) -> Path:
     """Put a folder holding `files`, and those entries of the old folder named in `keep`, at `path`, all or nothing.
 
-    The folder is built beside `path` under a hidden name and takes the place of an older one in a single step, after
+    A name may hold slashes, which make folders inside.  The folder is built beside `path` under a hidden name and takes the place of an older one in a single step, after
     `check(temporary folder)` has returned.  Kept entries are hard links to the old ones where the disk allows it.
 
     Raises:
@@ -90,8 +96,11 @@ def write_folder(
             for name in set(keep) - set(files):
                 _carry_over(path / name, partial / name)
             for name, content in files.items():
-                _write_synced(partial / plain_name(name), content)
-            _sync_folder(partial)
+                target = partial.joinpath(*map(plain_name, name.split("/")))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _write_synced(target, content)
+            for folder in {partial, *(path for path in partial.rglob("*") if path.is_dir())}:
+                _sync_folder(folder)
             if check is not None:
                 check(partial)
             _take_place(partial, path)
@@ -112,9 +121,10 @@ def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{token_hex(6)}.partial")
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write_synced(path: Path, content: Content) -> None:
     with create_file(path) as stream:
-        stream.write(content)
+        for part in [content] if isinstance(content, bytes) else content:
+            stream.write(part)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -184,17 +194,28 @@ class TensorFile:
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file as bytes; equal input gives equal bytes (names and metadata are sorted)."""
+    return b"".join(tensor_parts(tensors, metadata))
+
+
+def tensor_parts(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[bytes]:
+    """A safetensors file in parts, tensor by tensor; `dtype`, if given, is what floating-point tensors are cast to."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    parts, end = [], 0
+    end = 0
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        offsets = [end, end := end + len(parts[-1])]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        tensor = tensors[name]
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        offsets = [end, end := end + tensor.numel() * kind.itemsize]
+        header[name] = {"dtype": names[kind], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    yield len(text).to_bytes(8, "little") + text
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        yield tensor.to("cpu", kind).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def read_tensors(path: str | Path) -> TensorFile:
