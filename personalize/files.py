@@ -76,8 +76,9 @@ def write_folder(
 ) -> Path:
     """Put a folder holding `files`, and those entries of the old folder named in `keep`, at `path`, all or nothing.
 
-    A name may hold slashes, which make folders inside.  The folder is built beside `path` under a hidden name and takes the place of an older one in a single step, after
-    `check(temporary folder)` has returned.  Kept entries are hard links to the old ones where the disk allows it.
+    The folder is built beside `path` under a hidden name and takes the place of an older one in a single step, after
+    `check(temporary folder)` has returned.  Names may hold slashes, which make folders inside.  Kept entries are hard
+    links to the old ones where the disk allows it.
 
     Raises:
         UserError: the disk is full, or `path` cannot be replaced; what was there before is still there.
