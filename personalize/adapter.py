@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize import formats, verify
+from personalize import formats, token_files, verify
 from personalize.errors import UserError
 from personalize.files import plain_name, read_json, read_tensors, tensor_bytes, write_folder
 from personalize.lora import load_lora, remove_lora
@@ -39,6 +39,7 @@ class Adapter:
     info: JSON-able. Read here: `base` (name, family, sha256, prediction_type), `caption`, `config` (the trainer's
         resolved options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`.
         Any other key is kept: `targets`, `versions`, `seed`, `data_sha256`, `edits`, …
+    concepts: learned tokens: token → "text_encoder" (n, d) and, for SDXL, "text_encoder_2" (n, d₂).
     """
 
     lora: Mapping[str, Tensor]
@@ -46,6 +47,7 @@ class Adapter:
     alpha: float
     source: Mapping[str, Tensor] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    concepts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def base(self) -> dict[str, Any]:
@@ -101,9 +103,10 @@ class Adapter:
             source = read_tensors(folder / SOURCE_FILE).tensors
             verify.Report((verify.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
             _check_source(source)
+        concepts = _read_concepts(folder, info.pop("concepts", {}))
         for key in ("schema", "twin", "tensors", "source_tensors", "files"):
             info.pop(key, None)
-        return Adapter(content.state, info.pop("rank"), info.pop("alpha"), source, info)
+        return Adapter(content.state, info.pop("rank"), info.pop("alpha"), source, info, concepts)
 
     @contextmanager
     def apply(self, model: StableDiffusion, *, any_base: bool = False) -> Iterator[None]:
@@ -135,20 +138,22 @@ class Adapter:
             )
 
     def check_files(self, folder: Path, name: str) -> Report:
-        """Read the LoRA files in `folder` as their readers do and compare every ΔW with ours; UserError if wrong."""
+        """Read the files in `folder` as their readers do, compare every ΔW and token with ours; UserError if wrong."""
+        token_files.require_files(folder, self.concepts)
         modules = formats.pairs(self.lora)
         live = {module: (a, b, self.alpha / self.rank) for module, (a, b) in modules.items()}
-        return Report(tuple(verify.compare_files(folder, twin_name(name), live, ReaderNames(self.family)))).require()
+        twin = twin_name(name, self.concepts)
+        return Report(tuple(verify.compare_files(folder, twin, live, ReaderNames(self.family)))).require()
 
     def _files(self, name: str, pictures: Mapping[str, Image.Image], twin_dtype: torch.dtype) -> dict[str, bytes]:
         if formats.one_rank(formats.pairs(self.lora)) != self.rank or not self.alpha > 0:
             raise UserError(f"the adapter says rank {self.rank} and alpha {self.alpha}, which its tensors contradict")
+        twin = twin_name(name, self.concepts)
         metadata = formats.kohya_metadata(title=name, family=self.family, rank=self.rank, info=self.info)
         files = {
             DIFFUSERS_FILE: formats.diffusers_file(self.lora, self.alpha),
-            twin_name(name): formats.kohya_file(
-                self.lora, self.alpha, family=self.family, dtype=twin_dtype, metadata=metadata
-            ),
+            twin: formats.kohya_file(self.lora, self.alpha, family=self.family, dtype=twin_dtype, metadata=metadata),
+            **token_files.files_of(self.concepts, family=self.family),
         }
         if self.source is not None:
             _check_source(self.source)
@@ -156,9 +161,9 @@ class Adapter:
             about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
             files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)
         shown = {picture_name(key): _png(image) for key, image in pictures.items()}
-        card = model_card(name=name, twin=twin_name(name), adapter=self, pictures=list(shown))
+        card = model_card(name=name, twin=twin, adapter=self, pictures=list(shown))
         files |= {**shown, CARD: card.encode()}
-        files[MANIFEST] = self._manifest(twin_name(name), [*files, MANIFEST])
+        files[MANIFEST] = self._manifest(twin, [*files, MANIFEST])
         return files
 
     def _manifest(self, twin: str, names: list[str]) -> bytes:
@@ -170,6 +175,11 @@ class Adapter:
         source = {key: verify.digest(value.float()) for key, value in sorted((self.source or {}).items())}
         own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": twin, "files": sorted(names)}
         about = {"base": self.base | {"family": self.family}}
+        if self.concepts:
+            about["concepts"] = {
+                token: {encoder: verify.digest(tensor) for encoder, tensor in token_files.checked(token, rows).items()}
+                for token, rows in self.concepts.items()
+            }
         values = dict(sorted(self.info.items())) | own | about | {"source_tensors": source, "tensors": tensors}
         return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -183,11 +193,15 @@ def check_target(folder: str | Path) -> None:
         raise UserError(f"{folder} already holds a {foreign[0]} that is not ours: name another output folder")
 
 
-def twin_name(folder_name: str) -> str:
-    """File name of the kohya-named LoRA: graphical programs show it, so it is the folder's, made plain."""
+def twin_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
+    """File name of the kohya-named LoRA: graphical programs show it, so it is the folder's, made plain.
+
+    The files of `tokens` go first: theirs are the words to write in a prompt.
+    """
     plain = re.sub(r"[^\w.-]+", "_", folder_name).strip("._") or "adapter"
-    taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem}
-    return f"{plain}_lora.safetensors" if plain in taken else f"{plain}.safetensors"
+    taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem, "learned_embeds", "learned_embeds_2"}
+    taken |= {token_files.plain_token(token).casefold() for token in tokens}
+    return f"{plain}_lora.safetensors" if plain.casefold() in taken else f"{plain}.safetensors"
 
 
 def picture_name(key: str) -> str:
@@ -230,6 +244,18 @@ def _check_manifest(info: Mapping[str, Any], content: formats.LoraFile, folder: 
             f"{info['rank']} and {info['alpha']:g}: the files are not of one adapter"
         )
     verify.Report((verify.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
+
+
+def _read_concepts(folder: Path, told: Any) -> dict[str, dict[str, Tensor]]:
+    """The learned tokens that the manifest tells of (token → encoder → digest), out of the files in diffusers' form."""
+    if not isinstance(told, dict) or not all(isinstance(rows, dict) for rows in told.values()):
+        raise UserError(f"{folder / MANIFEST} is damaged: concepts is of the wrong kind")
+    found: dict[str, dict[str, Tensor]] = {token: {} for token in told}
+    for name, (token, encoder) in token_files.named(told, "diffusers").items():
+        concept = token_files.read_concept(folder / name)
+        verify.Report((verify.compare_digests(name, concept.rows, {str(encoder): told[token][encoder]}),)).require()
+        found[token] |= concept.rows
+    return found
 
 
 def _check_source(source: Mapping[str, Tensor]) -> None:

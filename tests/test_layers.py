@@ -15,11 +15,11 @@ import personalize
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
-    "embeddings errors files forgetting images lora_names losses nouns randomness scenes",
+    "checkpoint_layout embeddings errors files forgetting images lora_names losses nouns randomness scenes token_files",
     "attention captions concepts loading lora mixing model reader_names",
     "controls drag dynamic_prompts inversion moves objectives pretraining sampling uniform world",
-    "adapter attachment bundled catalogue checkpoints cli commands data editor formats guards launching learning "
-    "metrics model_card options pictures preview quickstart training verify __main__",
+    "adapter attachment bundled catalogue checkpoints cli commands data editor exporting formats guards launching "
+    "learning merged_base merging metrics model_card options pictures preview quickstart training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",

@@ -1,0 +1,70 @@
+"""Merge an adapter into its base model: a diffusers folder, or one .safetensors checkpoint in the original layout.
+
+    personalize export checkpoint my-cat --output my-cat-model
+    personalize export checkpoint my-cat --output my-cat-model.safetensors --dtype float16 --forget decoder=0.5
+
+What was written is read back (single files through diffusers' own converters) before it appears under its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from personalize.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    adapter: tyro.conf.Positional[Path]
+    """Adapter folder, or a LoRA file of any layout."""
+    output: Path
+    """A name ending in .safetensors makes a single file, any other a diffusers folder; must not exist yet."""
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one named in the adapter."""
+    revision: str | None = None
+    """Revision of a base model from the hub."""
+    variant: str | None = None
+    """Variant of the base model's files, e.g. fp16."""
+    any_base: bool = False
+    """Merge into another model of the family than the one the adapter was made for."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the numbers written; merging itself is done in float32."""
+    forget: tuple[str, ...] = ()
+    """Forgetting rules worked into the weights, e.g. `decoder=0.5` (half of what the decoder learned is kept)."""
+    strength: float = 1.0
+    """Strength at which the adapter is merged."""
+
+
+def main(config: Config) -> Path:
+    """Merge, write, and say what was written; returns its path."""
+    import torch
+
+    from personalize.exporting import DTYPES, absent, baked, read_adapter
+    from personalize.merged_base import export_folder, export_single_file, is_standard, merged_parts
+    from personalize.model import StableDiffusion
+
+    output = absent(config.output)
+    adapter = baked(read_adapter(config.adapter), config.forget, config.strength)
+    base = config.pretrained_model_name_or_path or adapter.base.get("name")
+    if not base:
+        raise UserError(f"{config.adapter} does not say its base: give --pretrained_model_name_or_path")
+    model = StableDiffusion.load(
+        None if base == "embedded" else base, device="cpu", dtype=torch.float32, revision=config.revision,
+        variant=config.variant,
+    )  # fmt: skip
+    weights, single = merged_parts(model, adapter, any_base=config.any_base), output.suffix == ".safetensors"
+    (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
+    print(f"{output}: {len(adapter.lora) // 2} modules merged into {base}, {config.dtype}, verified")
+    if single and not is_standard(model):
+        print("The base has sizes of its own: graphical programs expect those of the published models.")
+    return output
+
+
+if __name__ == "__main__":
+    from personalize.cli import run_script
+
+    raise SystemExit(run_script(Config, main))

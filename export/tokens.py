@@ -1,0 +1,72 @@
+"""Carry learned tokens (textual inversion) out, in the forms of the graphical programs and of diffusers.
+
+    personalize export tokens my-concepts --output embeddings
+    personalize export tokens some_embedding.safetensors --layout diffusers --token "<style>" --output embeddings
+
+In graphical programs the file's name is the word to write in the prompt (ComfyUI: `embedding:name`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from personalize.errors import UserError
+
+if TYPE_CHECKING:
+    from personalize.token_files import Rows
+
+
+@dataclass(frozen=True)
+class Config:
+    source: tyro.conf.Positional[Path]
+    """Adapter folder with learned tokens, or an embedding file (.safetensors) of any form."""
+    output: Path
+    """Folder to write; must not exist yet."""
+    layout: Literal["both", "ui", "diffusers"] = "both"
+    """ui: TOKEN.safetensors for A1111, Forge, ComfyUI, InvokeAI; diffusers: learned_embeds.safetensors; or both."""
+    token: str | None = None
+    """Another word for the token, where there is only one."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the numbers in the files."""
+
+
+def main(config: Config) -> Path:
+    """Write the files and say what is in them; returns the folder."""
+    from personalize.exporting import DTYPES, absent
+    from personalize.files import write_folder
+    from personalize.token_files import files_of, named, require_files
+
+    concepts, family = read(config)
+    layout, dtype = config.layout, DTYPES[config.dtype]
+    files = files_of(concepts, layout=layout, family=family, dtype=dtype)
+    write_folder(absent(config.output), files, check=lambda folder: require_files(folder, concepts, layout, dtype))
+    for name, (token, encoder) in named(concepts, layout).items():
+        count = max(len(rows) for rows in concepts[token].values())
+        print(f"{config.output / name}: {token}, {count} vector(s), {encoder or 'for graphical programs'}, verified")
+    return config.output
+
+
+def read(config: Config) -> tuple[dict[str, Rows], str | None]:
+    """The tokens and their rows, and the family where it is known."""
+    from personalize.adapter import Adapter
+    from personalize.token_files import read_concept
+
+    if not config.source.is_dir():
+        concept = read_concept(config.source, config.token)
+        return {concept.token: concept.rows}, None
+    adapter = Adapter.load(config.source)
+    if not adapter.concepts:
+        raise UserError(f"{config.source} has no learned tokens: only trainers of concepts make them")
+    if config.token is not None and len(adapter.concepts) > 1:
+        raise UserError(f"{config.source} has {len(adapter.concepts)} tokens: --token renames a single one")
+    return {config.token or token: rows for token, rows in adapter.concepts.items()}, adapter.family
+
+
+if __name__ == "__main__":
+    from personalize.cli import run_script
+
+    raise SystemExit(run_script(Config, main))
