@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from personalize.errors import UserError
@@ -214,7 +215,8 @@ class StableDiffusion:
 
     def _ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
         length = tokenizer.model_max_length
-        found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)  # tokens of several vectors
+        found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return found.input_ids.to(self.device)
 
     # -- the diffusion ---------------------------------------------------------------------------------------
