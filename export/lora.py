@@ -22,7 +22,7 @@ class Config:
     output: Path
     """File ending in .safetensors, or a folder to put it in; must not exist yet."""
     layout: Literal["kohya", "diffusers", "peft"] = "kohya"
-    """kohya: for A1111, Forge, ComfyUI, InvokeAI (diffusers reads it too); diffusers; peft: a folder per model part."""
+    """kohya: for A1111, Forge, ComfyUI, InvokeAI (diffusers reads it too); diffusers; peft: its own folder."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the numbers in the file."""
     forget: tuple[str, ...] = ()

@@ -3,8 +3,9 @@
     layout      what is written                          read by
     kohya       NAME.safetensors                         A1111, Forge, ComfyUI, InvokeAI, kohya's tools, diffusers
     diffusers   pytorch_lora_weights.safetensors         diffusers' `load_lora_weights`
-    peft        a folder per model part: its config      peft's `PeftModel.from_pretrained(pipe.unet, FOLDER/unet)`
-                and adapter_model.safetensors
+    peft        a folder with adapter_config.json and    peft's `PeftModel.from_pretrained(pipe.unet, FOLDER)`
+                adapter_model.safetensors, or one such
+                folder in it for each part of the model
 
 Nothing takes its final name before it has been read back through `reader_names`, which shares nothing with the code
 that wrote it, and every ΔW was found right.
@@ -189,19 +190,17 @@ def _require(path: Path, name: str, live: Factors, family: str, layout: str) -> 
 
 
 def peft_files(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
-    """peft's own folders, one for each part of the model: "unet/adapter_config.json", ….
+    """peft's own files for an adapter of the UNet; if it has text encoders too, below "unet/", "text_encoder/", ….
 
     Only settings that every peft knows. The first text encoder is named without `text_model.`, as transformers ≥ 5.6
     builds it; that of SDXL's second with it.
     """
-    files = {}
-    modules = formats.pairs(adapter.lora)
-    for component in COMPONENTS:
-        own = {m.split(".", 1)[1]: pair for m, pair in modules.items() if m.startswith(f"{component}.")}
-        if component == "text_encoder":
+    files, modules = {}, formats.pairs(adapter.lora)
+    parts = [part for part in COMPONENTS if any(module.startswith(f"{part}.") for module in modules)]
+    for part in parts:
+        own = {module.partition(".")[2]: pair for module, pair in modules.items() if module.startswith(f"{part}.")}
+        if part == "text_encoder":
             own = {path.removeprefix("text_model."): pair for path, pair in own.items()}
-        if not own:
-            continue
         tensors = {
             f"base_model.model.{path}.lora_{side}.weight": tensor.to(dtype)
             for path, pair in own.items()
@@ -210,18 +209,20 @@ def peft_files(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str
         settings = {"peft_type": "LORA", "task_type": None, "r": adapter.rank, "lora_alpha": adapter.alpha,
                     "target_modules": list(own), "bias": "none", "inference_mode": True,
                     "base_model_name_or_path": adapter.base.get("name")}  # fmt: skip
-        files[f"{component}/{PEFT_CONFIG}"] = (json.dumps(settings, indent=2) + "\n").encode()
-        files[f"{component}/{PEFT_WEIGHTS}"] = tensor_bytes(tensors, {"format": "pt"})
+        place = "" if parts == ["unet"] else f"{part}/"
+        files[f"{place}{PEFT_CONFIG}"] = (json.dumps(settings, indent=2) + "\n").encode()
+        files[f"{place}{PEFT_WEIGHTS}"] = tensor_bytes(tensors, {"format": "pt"})
     return files
 
 
 def _require_peft(folder: Path, live: Factors, family: str) -> None:
     """Every part read back as one file in PEFT names, with the config in the place of diffusers' metadata."""
     tensors, settings = {}, {}
-    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        config, nested = read_json(part / PEFT_CONFIG), "text_model." if part.name == "text_encoder" else ""
-        for key, tensor in read_tensors(part / PEFT_WEIGHTS).tensors.items():
-            tensors[f"{part.name}.{nested}{key.removeprefix('base_model.model.')}"] = tensor
-        settings |= {f"{part.name}.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
+    places = {part: folder / part for part in COMPONENTS if (folder / part).is_dir()} or {"unet": folder}
+    for part, place in places.items():
+        config, nested = read_json(place / PEFT_CONFIG), "text_model." if part == "text_encoder" else ""
+        for key, tensor in read_tensors(place / PEFT_WEIGHTS).tensors.items():
+            tensors[f"{part}.{nested}{key.removeprefix('base_model.model.')}"] = tensor
+        settings |= {f"{part}.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
     content = TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
     verify.Report((verify.compare(PEFT_WEIGHTS, *ReaderNames(family).peft(content), live),)).require()

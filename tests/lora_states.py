@@ -41,6 +41,22 @@ def predict(model, seed=0):
         return model.predict(latents, 500, model.prompts(["a photo of a cat"]))
 
 
+def added(model, adapter):
+    """The prediction after ΔW was added, by hand, to every weight of `model`: what each way of loading must give."""
+    parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
+    stems = {key.removesuffix(".lora_A.weight") for key in adapter.lora if key.endswith(".lora_A.weight")}
+    for part, module in parts.items():
+        for path, layer in module.named_modules():
+            nested = "" if part == "unet" or path.startswith("text_model.") else "text_model."
+            if (stem := f"{part}.{nested}{path}") in stems:
+                a, b = (adapter.lora[f"{stem}.lora_{side}.weight"].flatten(1) for side in "AB")
+                with torch.no_grad():
+                    layer.weight += (adapter.alpha / adapter.rank * (b @ a)).reshape(layer.weight.shape)
+                stems.remove(stem)
+    assert not stems, f"not in the model: {stems}"
+    return predict(model)
+
+
 def ATTENTION(path):
     return path.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))
 

@@ -1,0 +1,98 @@
+"""The original layout: diffusers' own converters must take our files apart into exactly the model they were made of."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from personalize.checkpoint_layout import TEXT, UNET, VAE, original_state, unet_name
+from personalize.errors import UserError
+from personalize.loading import CONFIGS
+from personalize.merged_base import parts
+from personalize.reader_names import original_paths, skeleton
+from tests.original_layout import original_layout
+from tests.tiny import tiny
+
+PUBLISHED = {  # tensors of the UNet, the autoencoder and the text encoders in the published files, buffers left out
+    "sd15": ("sd1", 686, 248, {"cond_stage_model.transformer.": 196}),
+    "sd21v": ("sd2", 686, 248, {"cond_stage_model.model.": 23 * 12 + 4}),  # without the last layer, which is unused
+    "sdxl": ("sdxl", 1680, 248, {"conditioner.embedders.0.transformer.": 196, "conditioner.embedders.1.model.": 389}),
+}
+
+
+def meta(kind):
+    """Full-size modules of a shipped configuration, without weights."""
+    folder, classes = CONFIGS / kind, {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    with torch.device("meta"):
+        modules = {"unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))}
+        modules["vae"] = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+        for name in TEXT[PUBLISHED[kind][0]]:
+            modules[name] = classes[name](CLIPTextConfig.from_pretrained(folder / name))
+    return modules
+
+
+def named(name, module):
+    def key(path):
+        nested = name in ("unet", "vae") or path.startswith(("text_model.", "text_projection"))
+        return path if nested else f"text_model.{path}"
+
+    return {key(path): tensor for path, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_sizes_go_there_and_back(kind):
+    family, unet, vae, text = PUBLISHED[kind]
+    modules = meta(kind)
+    state = original_state({name: named(name, module) for name, module in modules.items()}, family)
+    counts = {prefix: sum(key.startswith(prefix) for key in state) for prefix in (UNET, VAE, *text)}
+    assert counts == {UNET: unet, VAE: vae} | text
+    back = {
+        "unet": convert_ldm_unet_checkpoint(state, config=dict(modules["unet"].config)),
+        "vae": convert_ldm_vae_checkpoint(state, config=dict(modules["vae"].config)),
+    }
+    for name, (prefix, form) in TEXT[family].items():
+        open_clip = form == "open_clip"
+        back[name] = (
+            convert_open_clip_checkpoint(modules[name], state, prefix)
+            if open_clip
+            else convert_ldm_clip_checkpoint(state)
+        )
+    for name, module in modules.items():
+        expected = {key: tensor.shape for key, tensor in named(name, module).items()}
+        assert {key: tensor.shape for key, tensor in back[name].items()} == expected
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
+def test_names_and_values_equal_those_written_down_elsewhere(name):
+    model = tiny(name)
+    ours, theirs = original_state(parts(model), model.family), original_layout(model)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_unet_names_equal_those_found_by_counting_blocks(family):
+    unet = skeleton(family)
+    attending = {f"up_blocks.{i}" for i, block in enumerate(unet.up_blocks) if getattr(block, "attentions", None)}
+    for theirs, ours in original_paths(unet).items():
+        assert unet_name(f"{ours}.weight", attending) == f"{theirs}.weight"
+
+
+def test_the_middle_attention_of_the_autoencoder_becomes_convolutions():
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    state = {f"first_stage_model.{key}": 0 for key in ("encoder.mid.attn_1.q.weight", "decoder.mid.attn_1.norm.bias")}
+    found = original_state({"unet": {}, "vae": vae.state_dict(), "text_encoder": {}}, "sd1")
+    assert state.keys() <= found.keys() and found["first_stage_model.encoder.mid.attn_1.proj_out.weight"].ndim == 4
+    assert found["first_stage_model.encoder.mid.attn_1.q.bias"].ndim == 1
+    back = convert_ldm_vae_checkpoint(found, config=dict(vae.config))
+    assert all(torch.equal(back[key], tensor) for key, tensor in vae.state_dict().items())
+
+
+def test_an_unknown_weight_is_named():
+    with pytest.raises(UserError, match="encoder_hid_proj"):
+        unet_name("encoder_hid_proj.weight", set())
