@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction, arg
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,55 @@ class EditConfig:
 
 
 @dataclass(frozen=True)
+class DragConfig:
+    """Drag points of a picture: what lies at each --from goes to its --to; nothing is trained.
+
+    Writes the picture, the mask of what moved, an overlay to check both, and where the points arrived.
+    """
+
+    photo: Positional[Path]
+    """The picture."""
+    from_: Annotated[tuple[str, ...], UseAppendAction, arg(name="from")]
+    """Handle as x,y in pixels; give one for each point to drag."""
+    to: Annotated[tuple[str, ...], UseAppendAction]
+    """Target as x,y in pixels; the first belongs to the first handle, and so on."""
+    mask: Path | None = None
+    """Picture of the same size, white where things may move; by default attention finds what the handles lie on."""
+    mode: Literal["move", "deform"] = "move"
+    """move: the thing goes as a whole.  deform: it stretches, the less the less it belongs to the handle."""
+    prompt: str | None = None
+    """What the picture shows; by default what the adapter learned, or nothing."""
+    adapter: Path | None = None
+    """Adapter folder trained on this picture, if there is one."""
+    mask_threshold: float = 0.3
+    """Higher values, up to 1, move less of the picture."""
+    displacement: Literal["attention", "stretch"] = "attention"
+    """How far cells go in `deform`: by attention, or by distance as FastDrag has it."""
+    num_inference_steps: int = 50
+    """Denoising steps of the whole way."""
+    strength: float = 0.7
+    """Share of the way that is inverted and sampled."""
+    seed: int = 42
+    """Seed of the noise where something went away."""
+    resolution: int | None = None
+    """Larger pictures are scaled down to about its square in pixels; by default the base model's own."""
+    paste: bool = False
+    """Put the picture's own pixels back where nothing was to change."""
+    output_dir: Path = Path("personalize-drag")
+    """Where the pictures and drag.json go."""
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the adapter's or the package's."""
+    revision: str | None = None
+    """Revision of a base model from the hub."""
+    variant: str | None = None
+    """Variant of the base model's files, e.g. fp16."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the base model."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""
+
+
+@dataclass(frozen=True)
 class QuickstartConfig:
     """Train on one picture, save, verify, edit, and show it all on one contact sheet; nothing is downloaded."""
 
@@ -97,6 +146,7 @@ class VerifyConfig:
 
 COMMANDS = {  # name: (options, "module:function" that takes them)
     "edit": (EditConfig, "personalize.editor:run_edit"),
+    "drag": (DragConfig, "personalize.drag_command:run"),
     "quickstart": (QuickstartConfig, "personalize.quickstart:run"),
     "verify": (VerifyConfig, "personalize.verify:run"),
 }

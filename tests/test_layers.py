@@ -17,8 +17,10 @@ PACKAGE = ROOT / "personalize"
 STOREYS = (
     "checkpoint_layout embeddings errors files forgetting images lora_names losses nouns randomness scenes token_files",
     "attention captions concepts loading lora mixing model reader_names",
-    "controls drag dynamic_prompts inversion moves objectives pretraining sampling uniform world",
-    "adapter attachment bundled catalogue checkpoints cli commands data editor exporting formats guards launching "
+    "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves objectives pretraining "
+    "sampling uniform world",
+    "adapter attachment bundled catalogue checkpoints cli commands data drag_command dragging editor "
+    "exporting formats guards launching "
     "learning merged_base merging metrics model_card options pictures preview quickstart training verify __main__",
 )
 LIBRARIES = (
