@@ -19,6 +19,8 @@ from PIL import Image
 
 from personalize.adapter import Adapter
 from personalize.attachment import parsed
+from personalize.drag import DEFAULTS, DragSettings
+from personalize.dragging import Dragged, Picture, Point, drag_picture
 from personalize.errors import UserError
 from personalize.files import write_folder
 from personalize.images import to_image
@@ -104,6 +106,19 @@ class Editor:
         """What the base model draws for `prompt` without the adapter: the control of every comparison."""
         told = self._encoded(prompt, sampling.size or self.size)
         return self._draw(told, None, seeds, negative_prompt, sampling)
+
+    def drag(
+        self, points: Sequence[Point], picture: Picture, *, mask: Picture | None = None, prompt: str | None = None,
+        settings: DragSettings = DEFAULTS, resolution: int | None = None, paste: bool = False,
+    ) -> Dragged:  # fmt: skip
+        """Drag what lies at each handle of `points` to its target; works with an adapter and without.
+
+        `points` are (x, y) in pixels of `picture`: handle, target, handle, target, …  See `drag_picture`.
+        """
+        return drag_picture(
+            self.model, picture, points, mask=mask, prompt=prompt, adapter=self.adapter, settings=settings,
+            resolution=resolution, paste=paste,
+        )  # fmt: skip
 
     @property
     def size(self) -> tuple[int, int]:

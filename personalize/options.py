@@ -108,7 +108,7 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
 def _field_name(name: str, config: type) -> str:
     """`name` with underscores, and another trainer's word for a field translated into ours."""
     name = name.replace("-", "_")
-    return ALIASES[name] if ALIASES.get(name) in get_type_hints(config) else name
+    return ALIASES[name] if ALIASES.get(name) in _hints(config) else name
 
 
 def _resolved(token: str, config: type) -> str:
@@ -118,7 +118,7 @@ def _resolved(token: str, config: type) -> str:
 
 def _check_names(names: Iterable[str], config: type, what: str, prefix: str = "") -> None:
     """Raise unless every one of `names` is a field of `config`, or `no_` and a switch."""
-    hints = get_type_hints(config)
+    hints = _hints(config)
     known = {name for name in hints if prefix == "" or not _is_positional(config, name)}
     switches = {f"no_{name}" for name in known if hints[name] is bool} if prefix else set()
     for name in names:
@@ -127,19 +127,24 @@ def _check_names(names: Iterable[str], config: type, what: str, prefix: str = ""
 
 
 def _check_required(config: type, given: set[str], prog: str) -> None:
-    required = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
+    required = [f.name.rstrip("_") for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
     missing = [f"--{name}" for name in required if name not in given and not _is_positional(config, name)]
     if missing:
         raise UserError(f"{prog} needs {' and '.join(missing)} (see {prog} --help)")
 
 
+def _hints(config: type, **options: bool) -> dict[str, Any]:
+    """Types of the fields by flag; a field named like a word of Python's own has an underscore more: `from_`."""
+    return {name.rstrip("_"): hint for name, hint in get_type_hints(config, **options).items()}
+
+
 def _is_positional(config: type, name: str) -> bool:
-    return _POSITIONAL in getattr(get_type_hints(config, include_extras=True)[name], "__metadata__", ())
+    return _POSITIONAL in getattr(_hints(config, include_extras=True)[name], "__metadata__", ())
 
 
 def _tokens(key: str, value: Any, config: type) -> list[str]:
     """One YAML entry as the tokens that say the same on a command line, so that both are checked alike."""
-    hint = get_type_hints(config)[key]
+    hint = _hints(config)[key]
     if isinstance(value, bool) and hint is bool:
         return [f"--{key}" if value else f"--no_{key}"]
     if isinstance(value, bool) and bool not in get_args(hint):  # YAML reads a bare `no` as false

@@ -1,0 +1,85 @@
+"""`personalize drag`: one picture, its points, and what came of it in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from personalize.drag import DragSettings
+from personalize.dragging import Dragged, Point
+from personalize.editor import Editor, strangers
+from personalize.errors import UserError
+from personalize.files import write_folder
+from personalize.model import StableDiffusion
+from personalize.pictures import png
+
+if TYPE_CHECKING:
+    from personalize.commands import DragConfig
+
+OURS = ("dragged.png", "mask.png", "overlay.png", "drag.json")
+
+
+def run(config: DragConfig) -> Path:
+    """Drag, write the pictures and drag.json, say where the points arrived and how long it took."""
+    points = interleaved(config.from_, config.to)
+    settings = DragSettings(
+        mode=config.mode, steps=config.num_inference_steps, strength=config.strength,
+        displacement=config.displacement, mask_threshold=config.mask_threshold, seed=config.seed,
+    )  # fmt: skip
+    editor = _editor(config)
+    found = editor.drag(
+        points, config.photo, mask=config.mask, prompt=config.prompt, settings=settings,
+        resolution=config.resolution, paste=config.paste,
+    )  # fmt: skip
+    pictures = {"dragged.png": found.image, "mask.png": found.mask, "overlay.png": found.overlay}
+    files = {name: png(picture) for name, picture in pictures.items()}
+    files["drag.json"] = json.dumps(summary(points, found), indent=1).encode()
+    write_folder(config.output_dir, files, keep=strangers(config.output_dir, OURS))
+    for note in found.notes:
+        print(f"Note: {note}.")
+    for target, arrived, missed in zip(points[1::2], found.arrived, found.missed, strict=True):
+        print(f"{written(target)}: arrived at {written(arrived)}, {missed:.1f} px from the target")
+    print(f"{found.seconds:.1f} s; {', '.join(OURS)} in {config.output_dir}")
+    return config.output_dir
+
+
+def interleaved(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Point]:
+    """Texts "x,y" of --from and --to as points, handle and target in turn.  UserError if their counts differ."""
+    if len(handles) != len(targets):
+        raise UserError(f"{len(handles)} of --from and {len(targets)} of --to: each --from needs a --to")
+    return [parsed(text) for pair in zip(handles, targets, strict=True) for text in pair]
+
+
+def parsed(text: str) -> Point:
+    """ "120,64.5" → (120.0, 64.5)."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"a point is x,y in pixels, for example 120,64; got {text!r}") from None
+    return x, y
+
+
+def written(point: Point) -> str:
+    return ",".join(f"{part:.4g}" for part in point)
+
+
+def summary(points: list[Point], found: Dragged) -> dict[str, object]:
+    """The contents of drag.json."""
+    rows = zip(points[::2], points[1::2], found.arrived, found.missed, strict=True)
+    drags = [{"from": h, "to": t, "arrived": a, "missed_px": round(m, 2)} for h, t, a, m in rows]
+    thresholds = [round(value, 4) for value in found.drag.thresholds]
+    times = {"seconds": round(found.seconds, 3), "edit_seconds": round(found.edit_seconds, 3)}
+    return {"drags": drags, "mask_thresholds": thresholds, **times, "notes": found.notes}
+
+
+def _editor(config: DragConfig) -> Editor:
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    about = {"dtype": dtype, "device": "cpu" if config.cpu else None, "revision": config.revision,
+             "variant": config.variant}  # fmt: skip
+    base = config.pretrained_model_name_or_path
+    return Editor(StableDiffusion.load(base, **about)) if config.adapter is None else Editor.load(
+        config.adapter, base, **about
+    )  # fmt: skip
