@@ -6,7 +6,8 @@ Options are parsed and checked before torch is imported.  A script of `train/` o
     if __name__ == "__main__":
         raise SystemExit(run_script(Config, main))
 
-Exit codes: 0 done, 2 a mistake that the user can mend (one line on stderr), 130 interrupted; a bug keeps its traceback.
+Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can mend (one line on stderr), 130 interrupted; a
+bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def guarded(call: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        return launching.complain(str(error))
+        launching.complain(str(error))
+        return error.exit_code
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise

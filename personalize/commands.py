@@ -135,11 +135,53 @@ class QuickstartConfig:
 
 
 @dataclass(frozen=True)
+class InspectConfig:
+    """Say what a LoRA or embedding file is, what it changes, who can read it, and what is wrong with it."""
+
+    file: Positional[Path]
+    """LoRA or textual-inversion file of any program."""
+    json: bool = False
+    """Print everything as JSON."""
+    picture: Path | None = None
+    """Draw which blocks are changed, and how much, into this .png file."""
+    allow_pickle: bool = False
+    """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Rewrite a LoRA or embedding file for other programs, mending names, alphas and ranks; checked before it appears.
+
+    Alphas that differ are worked into the weights and ranks padded, so that every program computes the same.
+    """
+
+    file: Positional[Path]
+    """LoRA or textual-inversion file of any program."""
+    to: Literal["diffusers", "kohya", "peft"]
+    """diffusers; kohya for A1111, Forge, ComfyUI, InvokeAI and sd-scripts; peft for PEFT's own folder of a UNet."""
+    output: Path
+    """File to write; with `--to peft` a folder."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the numbers written."""
+    family: Literal["sd1", "sd2", "sdxl"] | None = None
+    """Family of the base model, where the file does not tell."""
+    unet_only: bool = False
+    """Leave the text encoders' part out."""
+    token: str | None = None
+    """Word for a learned token, e.g. `<my-cat>`; by default the file's own or its name."""
+    allow_pickle: bool = False
+    """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
+
+
+@dataclass(frozen=True)
 class VerifyConfig:
-    """Check an adapter: rebuild every weight change through an independent name map and compare."""
+    """Check an adapter: rebuild every weight change through an independent name map and compare.
+
+    Exits with 1 if something does not match, with 2 if the input cannot be read.
+    """
 
     path: Positional[Path]
-    """Adapter folder or .safetensors file."""
+    """Adapter folder, or one LoRA file (.safetensors) of any origin."""
     base: str | None = None
     """Base model to check the names and shapes against; by default the one named in the adapter."""
 
@@ -148,5 +190,7 @@ COMMANDS = {  # name: (options, "module:function" that takes them)
     "edit": (EditConfig, "personalize.editor:run_edit"),
     "drag": (DragConfig, "personalize.drag_command:run"),
     "quickstart": (QuickstartConfig, "personalize.quickstart:run"),
+    "inspect": (InspectConfig, "personalize.inspection:run"),
+    "convert": (ConvertConfig, "personalize.conversion:run"),
     "verify": (VerifyConfig, "personalize.verify:run"),
 }

@@ -20,16 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from personalize import layouts
 from personalize.errors import UserError
-from personalize.files import read_tensors, tensor_bytes
-from personalize.lora_names import COMPONENTS, kohya_name, module_name, with_text_model
-
-FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # of the cross-attention's input
-ENDINGS = {
-    ".lora_A.weight": "A", ".lora.down.weight": "A", ".lora_linear_layer.down.weight": "A", ".lora_down.weight": "A",
-    ".lora_B.weight": "B", ".lora.up.weight": "B", ".lora_linear_layer.up.weight": "B", ".lora_up.weight": "B",
-    ".alpha": "alpha",
-}  # fmt: skip
+from personalize.files import TensorFile, read_tensors, tensor_bytes
+from personalize.layouts import FAMILY_OF_WIDTH
+from personalize.lora_names import COMPONENTS, kohya_name, with_text_model
 
 
 @dataclass(frozen=True)
@@ -172,35 +167,52 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
     return {key: str(value) for key, value in values.items() if value is not None}
 
 
-def read_lora(path: str | Path) -> LoraFile:
-    """Read a LoRA in kohya, PEFT or diffusers names (also mixed) into the house's names with one rank and alpha.
+def read_lora(path: str | Path, content: TensorFile | None = None) -> LoraFile:
+    """Read a LoRA in any spelling, also mixed, into the house's names with one rank and alpha.
 
     Where alphas or ranks differ between modules, strengths are baked into B and narrower pairs are padded with zeros,
-    which changes no ΔW.
+    which changes no ΔW.  Tucker convolutions (`lora_mid`) are folded into A, which is exact too.  `content` is what has
+    already been read from `path`.
 
     Raises:
         UserError: no safetensors file, or one that holds something other than plain LoRA pairs.
     """
-    content = read_tensors(path)
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in content.tensors.items():
-        ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
-        if ending is None:
-            raise UserError(
-                f"{path}: {key[:120]!r} is no part of a plain LoRA (LoHa, LoKr, DoRA and others are not read)"
-            )
-        found.setdefault(module_name(key.removesuffix(ending)), {})[ENDINGS[ending]] = tensor
-    state = {f"{m}.lora_{s}.weight": v[s].float() for m, v in found.items() for s in "AB" if s in v}
-    modules = pairs(state)
+    content = read_tensors(path) if content is None else content
+    found = layouts.contents(content.tensors)
+    _require_plain(found, path)
+    parts = {module: _folded(module, values) for module, values in found.modules.items()}
+    modules = pairs({f"{m}.lora_{s}.weight": v[s].float() for m, v in parts.items() for s in "AB" if s in v})
     if not modules:
         raise UserError(f"{path} holds no LoRA tensors")
-    settings = _settings(content.metadata, path)
-    strength = {
-        module: _strength(module, down.shape[0], found[module], settings) for module, (down, _) in modules.items()
-    }
+    told = layouts.settings(content.metadata, path)
+    strength = {module: layouts.strength(module, found.modules[module], told) for module in modules}
     state, rank, alpha = _uniform(modules, strength)
-    kohya = any(key.startswith("lora_") for key in content.tensors)
-    return LoraFile(state, rank, alpha, family_of(state), "kohya" if kohya else "peft", content.metadata)
+    layout = "kohya" if found.spellings["kohya"] else "peft"
+    return LoraFile(state, rank, alpha, layouts.family(found, content.metadata)[0], layout, content.metadata)
+
+
+def _require_plain(found: layouts.Contents, path: str | Path) -> None:
+    """UserError, naming what it is, unless a file holds plain LoRA pairs and nothing else."""
+    others = {kind: count for kind, count in found.kinds.items() if kind not in ("LoRA", "Tucker LoCon")}
+    if others:
+        told = ", ".join(f"{count} module(s) of {kind}" for kind, count in sorted(others.items()))
+        raise UserError(f"{path} is no plain LoRA: it holds {told}, which are recognised but not converted")
+    if found.form:
+        raise UserError(f"{path} is no plain LoRA: it is a {found.form}; `personalize inspect` says more")
+    if found.unknown:
+        raise UserError(f"{path}: {found.unknown[0][:120]!r} belongs to no known part of a LoRA; it has another base?")
+    if found.doubled:
+        raise UserError(f"{path} gives the same factor of a module twice, once as {found.doubled[0][:120]!r}")
+
+
+def _folded(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A (r, i, k, k) = Σ_s mid (r, s, k, k) · down (s, i) where there is a Tucker core; else as it is."""
+    if "mid" not in parts:
+        return parts
+    mid, down = parts["mid"].float(), parts.get("A", torch.empty(0)).float()
+    if mid.ndim != 4 or down.ndim != 4 or down.shape[2:].numel() != 1 or mid.shape[1] != down.shape[0]:
+        raise UserError(f"module {module}: lora_mid {tuple(mid.shape)} and lora_down {tuple(down.shape)} do not fit")
+    return {**parts, "A": torch.einsum("rskl,si->rikl", mid, down.flatten(1))}
 
 
 def one_rank(modules: Mapping[str, tuple[Tensor, Tensor]]) -> int:
@@ -215,29 +227,6 @@ def one_rank(modules: Mapping[str, tuple[Tensor, Tensor]]) -> int:
             f"module {other} has rank {ranks[other]}, others have {first}: one rank per adapter is expected"
         )
     return first
-
-
-def _settings(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its lora_adapter_metadata is no JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: its lora_adapter_metadata holds a {type(settings).__name__}, an object was expected")
-    return settings
-
-
-def _strength(module: str, rank: int, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> float:
-    """alpha / r of a module, from its alpha tensor or from diffusers' metadata; 1 where neither speaks."""
-    component, path = module.split(".", 1)
-    patterns = settings.get(f"{component}.alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"the file's alpha_pattern is {patterns!r:.80}: an object was expected")
-    alpha = parts["alpha"].item() if "alpha" in parts and parts["alpha"].numel() == 1 else 0
-    alpha = alpha or patterns.get(path, settings.get(f"{component}.lora_alpha", rank))
-    if not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
-        raise UserError(f"module {module} has alpha {alpha!r}: a positive number was expected")
-    return alpha / (rank**0.5 if settings.get(f"{component}.use_rslora") else rank)
 
 
 def _uniform(

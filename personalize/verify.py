@@ -8,7 +8,7 @@ Keys are mapped to modules by `reader_names`, which shares nothing with the code
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -17,14 +17,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from personalize.errors import UserError
-from personalize.files import plain_name, read_json, read_tensors
+from personalize.errors import Mismatch, UserError
+from personalize.files import TensorFile, plain_name, read_json, read_tensors
 from personalize.model import EMBEDDED, StableDiffusion
+from personalize.phantoms import Phantom, phantom
 from personalize.reader_names import Factors, ReaderNames
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
 SOURCE_FILE = "source_embedding.safetensors"
 MANIFEST = "adapter.json"
+FAMILIES = ("sd1", "sd2", "sdxl")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest |ΔW in the file − ΔW| / max |ΔW|: fp32 rounding of a product; rounding of both factors to half precision."""
 
@@ -81,19 +83,77 @@ class VerifyConfig(Protocol):
 
 
 def run(config: VerifyConfig) -> Report:
-    """Verify an adapter folder (or the one a file is in) and print the result; UserError if anything is wrong.
+    """Verify an adapter folder or a single file, and print the result; `Mismatch` (exit code 1) if anything is wrong.
 
-    Without `base` the embedded model or a local base named in the adapter is used; a base from the hub is not fetched.
+    A file that belongs to an adapter folder stands for the folder.  Without `base` the embedded model or a local base
+    named in the adapter is used; a base from the hub is not fetched.
     """
     path = Path(config.path)
     folder = path.parent if path.is_file() else path
-    named = str((read_json(folder / MANIFEST).get("base") or {}).get("name"))
-    base = config.base or (EMBEDDED if named == "embedded" else named if Path(named).exists() else None)
-    report = verify_folder(folder, None if base is None else StableDiffusion.load(base))
+    if path.is_file() and not _belongs(path):
+        report = verify_file(path, None if config.base is None else StableDiffusion.load(config.base))
+        base = config.base or (True if len(report.files) > 1 else None)
+    else:
+        named = str((read_json(folder / MANIFEST).get("base") or {}).get("name"))
+        base = config.base or (EMBEDDED if named == "embedded" else named if Path(named).exists() else None)
+        report = verify_folder(folder, None if base is None else StableDiffusion.load(base))
     print(report)
     if base is None:
         print("Checked without a base model: give --base to check shapes, and loading by diffusers, as well.")
-    return report.require()
+    if not report.ok:
+        raise Mismatch(f"{path} does not verify, {sum(len(file.problems) for file in report.files)} problem(s)")
+    return report
+
+
+def _belongs(path: Path) -> bool:
+    """Is the file part of the adapter folder it lies in?"""
+    manifest = path.parent / MANIFEST
+    return manifest.is_file() and path.name in (read_json(manifest).get("files") or [])
+
+
+def verify_file(path: Path, model: StableDiffusion | None = None) -> Report:
+    """Check one LoRA file by itself: every key must lead to a module, and diffusers must compute the same with it.
+
+    The file is read through the independent name map; then diffusers' own loader reads it into `model` or, without
+    one, into a model of the released size without weights, if the file is for one.
+
+    Raises:
+        UserError: no readable file.
+    """
+    content = read_tensors(path)
+    kohya = any(key.startswith("lora_") for key in content.tensors)
+    family = model.family if model is not None else _family(content, kohya)
+    base = model if model is not None else phantom(family)
+    names = ReaderNames(family, base.unet)
+    live, problems = names.kohya(content) if kohya else names.peft(content)
+    if model is None and _unusual(live, names.shapes or {}):
+        base, names = None, ReaderNames(family)
+    read = compare(path.name, live, problems, live, names.shapes)
+    stems = {key.removesuffix(ending) for ending in _ENDINGS for key in content.tensors if key.endswith(ending)}
+    reports = [replace(read, total=max(len(stems), len(live)))]
+    if not live:
+        reports = [replace(read, problems=(*read.problems[:1], "no LoRA module that any reader knows is in it"))]
+    elif base is not None:
+        reports.append(through_diffusers(path, base, live))
+    return Report(tuple(reports))
+
+
+_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha")
+
+
+def _family(content: TensorFile, kohya: bool) -> str:
+    """The family whose name map knows most of the keys; between SD 1.x and 2.x the text's width decides."""
+    maps = {family: ReaderNames(family) for family in FAMILIES}
+    found = {family: (each.kohya if kohya else each.peft)(content)[0] for family, each in maps.items()}
+    best = max(FAMILIES, key=lambda family: len(found[family]))
+    widths = {a.shape[1] for module, (a, _, _) in found[best].items() if module.endswith("attn2.to_k")}
+    return "sd2" if best == "sd1" and 1024 in widths else best
+
+
+def _unusual(live: Factors, shapes: Mapping[str, torch.Size]) -> bool:
+    """Is no module of the file of the shape that the released model has?"""
+    made = {module: (b.shape[0], *a.shape[1:]) for module, (a, b, _) in live.items() if module in shapes}
+    return not any(shape == tuple(shapes[module]) for module, shape in made.items())
 
 
 def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> Report:
@@ -131,7 +191,7 @@ def _manifest(path: Path) -> tuple[str, str, float, dict[str, str], dict[str, st
         digests, source = dict(manifest["tensors"]), dict(manifest["source_tensors"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged or of another kind: {error!r}") from error
-    if family not in ("sd1", "sd2", "sdxl"):
+    if family not in FAMILIES:
         raise UserError(f"{path} is for the family {family[:40]!r}, expected sd1, sd2 or sdxl")
     return family, plain_name(twin), strength, digests, source
 
@@ -153,7 +213,7 @@ def digest(tensor: Tensor) -> str:
     return sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data).hexdigest()[:16]
 
 
-def through_diffusers(path: Path, model: StableDiffusion, live: Factors) -> FileReport:
+def through_diffusers(path: Path, model: StableDiffusion | Phantom, live: Factors) -> FileReport:
     """Load the file into `model` with diffusers' own loader, compare what arrived in each layer, and unload it."""
     parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
     if any(isinstance(module, LoraLayer) for part in parts.values() for module in part.modules()):

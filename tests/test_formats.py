@@ -13,7 +13,7 @@ from personalize import formats
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes, write_file
 from personalize.formats import diffusers_file, family_of, kohya_file, kohya_metadata, pairs, read_lora
-from personalize.lora_names import diffusers_name, kohya_name, original_name
+from personalize.lora_names import diffusers_name, kohya_name, module_name, original_name
 from personalize.reader_names import skeleton
 
 # Merged weights and a LoRA branch add the same products in another order: fp32 rounding, 1e-7 per addition, grows to a
@@ -189,7 +189,7 @@ def test_every_module_name_survives_the_way_there_and_back(family):
     modules += [f"text_encoder.text_model.encoder.layers.11.{m}" for m in ("self_attn.out_proj", "mlp.fc1")]
     names = {kohya_name(module, family) for module in modules}
     assert len(names) == len(modules)
-    assert [formats.module_name(kohya_name(module, family)) for module in modules] == modules
+    assert [module_name(kohya_name(module, family)) for module in modules] == modules
 
 
 @pytest.mark.parametrize(
@@ -292,8 +292,8 @@ def test_numbers_too_large_for_half_precision_are_refused():
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        ({"lora_unet_conv_in.dora_scale": torch.ones(1)}, {}, "no part of a plain LoRA"),
-        ({"conv_in.lora_A.weight": torch.ones(1, 1)}, {}, "belongs to no known part"),
+        ({"lora_unet_conv_in.dora_scale": torch.ones(1)}, {}, "no plain LoRA: it holds 1 module.s. of DoRA"),
+        ({"transformer.x.lora_A.weight": torch.ones(1, 1)}, {}, "belongs to no known part"),
         ({}, {}, "no LoRA tensors"),
         (pair(), {"lora_adapter_metadata": "{"}, "no JSON"),
         (pair(), {"lora_adapter_metadata": "[]"}, "list"),

@@ -15,13 +15,14 @@ import personalize
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
-    "checkpoint_layout embeddings errors files forgetting images lora_names losses nouns randomness scenes token_files",
-    "attention captions concepts loading lora mixing model reader_names",
-    "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves objectives pretraining "
-    "sampling uniform world",
-    "adapter attachment bundled catalogue checkpoints cli commands data drag_command dragging editor "
-    "exporting formats guards launching "
-    "learning merged_base merging metrics model_card options pictures preview quickstart training verify __main__",
+    "checkpoint_layout embeddings errors files forgetting images layouts lora_names losses nouns randomness scenes "
+    "token_files",
+    "attention captions concepts loading lora mixing model phantoms pickles reader_names",
+    "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
+    "objectives pretraining sampling uniform world",
+    "adapter attachment bundled catalogue checkpoints cli commands compatibility conversion coverage data drag_command "
+    "dragging editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
+    "options pictures preview quickstart training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",

@@ -1,0 +1,139 @@
+"""Coverage: which modules of each block an adapter changes and how much, as a table, as text, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from personalize.reader_names import leaves, skeleton
+
+KINDS = ("self-attention", "cross-attention", "feed-forward", "projection", "resnet", "sampler", "other")
+LAYERS = {"sd1": (12,), "sd2": (23,), "sdxl": (12, 32)}  # of the text encoders
+INK, PAPER, EMPTY, FULL = (32, 32, 36), (255, 255, 255), (238, 240, 243), (47, 111, 171)
+CELL, LINE, LEFT = (112, 30), 30, 132
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block: modules changed and modules there are, by kind, and the Frobenius norm of its whole ΔW."""
+
+    block: str
+    counts: dict[str, tuple[int, int]]
+    norm: float | None
+
+    @property
+    def changed(self) -> int:
+        return sum(have for have, _ in self.counts.values())
+
+
+def table(modules: Mapping[str, float | None], family: str | None) -> list[Row]:
+    """Rows in the model's order for `modules` (house's name → norm of ΔW, None if not computed).
+
+    What there is to change is counted on the architecture of `family`; without one only what is changed is known.
+    """
+    there = [f"unet.{path}" for path, _ in leaves(skeleton(family))] if family else []
+    there += [module for module in _text_modules(family) if module.split(".")[0] in {m.split(".")[0] for m in modules}]
+    known = set(there)
+    counts: dict[str, dict[str, list[int]]] = {}
+    for module in [*there, *(module for module in sorted(modules) if module not in known)]:
+        cell = counts.setdefault(block_of(module), {}).setdefault(kind_of(module), [0, 0])
+        cell[0] += module in modules
+        cell[1] += 1
+    return [
+        Row(block, {kind: (have, all_) for kind, (have, all_) in cells.items()}, _norm(block, modules))
+        for block, cells in sorted(counts.items(), key=lambda item: _order(item[0]))
+    ]
+
+
+def block_of(module: str) -> str:
+    """ "down_blocks.1", "mid_block", "up_blocks.0", "other", or a text encoder's name."""
+    component, _, path = module.partition(".")
+    if component != "unet":
+        return component
+    first, _, rest = path.partition(".")
+    if first in ("down_blocks", "up_blocks"):
+        return f"{first}.{rest.partition('.')[0]}"
+    return first if first == "mid_block" else "other"
+
+
+def kind_of(module: str) -> str:
+    """Which of KINDS a module is, by its name."""
+    marks = {
+        ".attn1.": 0, ".self_attn.": 0, ".attn2.": 1, ".ff.": 2, ".mlp.": 2, ".proj_in": 3, ".proj_out": 3,
+        ".resnets.": 4, "samplers.": 5,
+    }  # fmt: skip
+    return KINDS[next((number for mark, number in marks.items() if mark in module), 6)]
+
+
+def _text_modules(family: str | None) -> list[str]:
+    parts = [f"self_attn.{side}_proj" for side in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+    encoders = zip(("text_encoder", "text_encoder_2"), LAYERS.get(family or "", ()), strict=False)
+    return [
+        f"{name}.text_model.encoder.layers.{number}.{part}"
+        for name, layers in encoders
+        for number in range(layers)
+        for part in parts
+    ]
+
+
+def _order(block: str) -> tuple[int, str]:
+    places = ("other", "down_blocks", "mid_block", "up_blocks", "text_encoder", "text_encoder_2")
+    first = block.partition(".")[0]
+    return (places.index(first) if first in places else len(places), block)
+
+
+def _norm(block: str, modules: Mapping[str, float | None]) -> float | None:
+    norms = [norm for module, norm in modules.items() if block_of(module) == block]
+    known = [norm for norm in norms if norm is not None]
+    return sum(norm**2 for norm in known) ** 0.5 if known and len(known) == len(norms) else None
+
+
+def norm_of(a: Tensor, b: Tensor, strength: float) -> float:
+    """‖strength · B A‖ (Frobenius) from the r×r Gram matrices, without building the product."""
+    down, up = a.double().flatten(1), b.double().flatten(1)
+    return strength * float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0)) ** 0.5
+
+
+def text(rows: list[Row]) -> str:
+    """The table for a terminal; "3/8" is changed/there, "-" is a kind the block does not have."""
+    kinds = [kind for kind in KINDS if any(kind in row.counts for row in rows)]
+    lines = [["block", *kinds, "|ΔW|"]]
+    for row in rows:
+        cells = [f"{row.counts[kind][0]}/{row.counts[kind][1]}" if kind in row.counts else "-" for kind in kinds]
+        lines.append([row.block, *cells, "-" if row.norm is None else f"{row.norm:.3g}"])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def picture(rows: list[Row], title: str) -> Image.Image:
+    """The table as a picture: the darker a cell, the larger the share of its modules that is changed."""
+    kinds = [kind for kind in KINDS if any(kind in row.counts for row in rows)]
+    width, height = CELL
+    sheet = Image.new("RGB", (LEFT + (len(kinds) + 1) * width + 8, 2 * LINE + len(rows) * height + 8), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    pen.text((8, 8), title[:120], INK, font)
+    for column, kind in enumerate([*kinds, "|ΔW|"]):
+        pen.text((LEFT + column * width + 6, LINE + 8), kind, INK, font)
+    loudest = max((row.norm or 0 for row in rows), default=0) or 1.0
+    for number, row in enumerate(rows):
+        top = 2 * LINE + number * height
+        pen.text((8, top + 7), row.block[:18], INK, font)
+        for column, kind in enumerate(kinds):
+            if kind in row.counts:
+                have, there = row.counts[kind]
+                _cell(pen, (LEFT + column * width, top), have / there, f"{have} / {there}", font)
+        if row.norm is not None:
+            _cell(pen, (LEFT + len(kinds) * width, top), row.norm / loudest, f"{row.norm:.3g}", font)
+    return sheet
+
+
+def _cell(pen: ImageDraw.ImageDraw, at: tuple[int, int], share: float, words: str, font: object) -> None:
+    x, y = at
+    shade = tuple(round(e + min(1.0, share) * (f - e)) for e, f in zip(EMPTY, FULL, strict=True))
+    pen.rectangle((x + 1, y + 1, x + CELL[0] - 2, y + CELL[1] - 2), shade)
+    pen.text((x + 8, y + 7), words, PAPER if share > 0.5 else INK, font)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,65 @@
+"""Phantoms: the released models' architectures without weights, into which diffusers' own loader can put a LoRA.
+
+Their weights are zeros that share one number's memory; on the meta device the LoRA would be put there, and lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+CONFIGS = Path(__file__).parent / "base_configs"
+FOLDERS = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
+ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """UNet and text encoders of a released model, without weights."""
+
+    family: str
+    unet: UNet2DConditionModel
+    text_encoders: tuple[Any, ...]
+
+    def pipeline(self) -> Any:
+        """A stock pipeline that can load a LoRA, and nothing else."""
+        parts: dict[str, Any] = {
+            "vae": None,
+            "unet": self.unet,
+            "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+        }
+        parts |= dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))
+        if self.family == "sdxl":
+            return StableDiffusionXLPipeline(**parts, tokenizer=None, tokenizer_2=None, add_watermarker=False)  # pyright: ignore
+        extra: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline(**parts, tokenizer=None, **extra)  # pyright: ignore
+
+
+def phantom(family: str) -> Phantom:
+    """A fresh phantom of `family`: "sd1", "sd2" or "sdxl"."""
+    folder = CONFIGS / FOLDERS[family]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        encoders = [
+            cls(CLIPTextConfig.from_pretrained(folder / name))
+            for name, cls in ENCODERS.items()
+            if (folder / name).is_dir()
+        ]
+    for part in (unet, *encoders):
+        _hollow(part)
+    return Phantom(family, unet, tuple(encoders))  # pyright: ignore[reportArgumentType]
+
+
+def _hollow(part: torch.nn.Module) -> None:
+    """Give every parameter and buffer of a module on the meta device its shape in zeros that take no memory."""
+    for module in part.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
+        for name, tensor in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
