@@ -116,7 +116,7 @@ def networks() -> TextToImageObjective:
 
 
 def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
-    """The stage's encoded scenes, made once and kept; the first thousand at 64 px set the VAE's scaling factor."""
+    """The stage's encoded scenes, made once and kept; at 64 px the first thousand set the VAE's scaling factor."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -131,8 +131,8 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
         vae = AutoencoderKL.from_pretrained(config.output_dir / "vae").to(accelerator.device)
         with accelerator.autocast():
             latents = encoded(world, size, vae, workers=config.dataloader_num_workers)
-        if "scaling_factor_measured" not in vae.config:
-            vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()), scaling_factor_measured=True)
+        if stage == "diffusion_64":
+            vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()))
             vae.save_config(config.output_dir / "vae")
         torch.save((latents * vae.config["scaling_factor"]).half(), path)
     accelerator.wait_for_everyone()
