@@ -35,7 +35,7 @@ from personalize.model import StableDiffusion
 from personalize.objectives import SingleImage
 from personalize.training import EarlyStop, StepReport, fit
 
-MAY_DIFFER = ("max_train_samples",)  # between a run and its resumption
+MAY_DIFFER = ("max_train_samples", "max_train_steps")  # between a run and its resumption
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -206,7 +206,7 @@ class Learning:
             rank=self.recipe.rank,
             alpha=self.recipe.alpha,
             source=None if self.recipe.frozen_text else source,
-            info={**self.about(), "updates": self.update, "versions": _versions(), **info},
+            info={**self.about(), "updates": self.update, "versions": versions(), **info},
         )
 
     def about(self) -> dict[str, Any]:
@@ -231,11 +231,13 @@ class Learning:
             trainable = {name: p.detach() for name, p in self.objective.trainable().items()}
             scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
             checkpoint = Checkpoint(self.update, trainable, self.optimizer.state_dict(), self._same_run(), scaler)
-            lora = diffusers_file(lora_state(self.model.unet), self.recipe.alpha)
-            extra = {"pytorch_lora_weights.safetensors": lora}
-            checkpoints.save(output_dir, checkpoint, limit=limit, extra=extra)
+            checkpoints.save(output_dir, checkpoint, limit=limit, extra=self.loadable())
         self.accelerator.wait_for_everyone()
         return folder
+
+    def loadable(self) -> dict[str, bytes]:
+        """What a checkpoint holds besides its state: the adapter as other programs load it."""
+        return {"pytorch_lora_weights.safetensors": diffusers_file(lora_state(self.model.unet), self.recipe.alpha)}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`; UserError if it comes from a run with other settings or another picture."""
@@ -251,6 +253,7 @@ class Learning:
         return about | {name: value for name, value in config.items() if name not in MAY_DIFFER}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this package and of the libraries that decide the numbers."""
     own = {"python": platform.python_version(), "personalize": __version__}
     return own | {name: version(name) for name in PACKAGES}

@@ -1,0 +1,239 @@
+"""Several concepts from one picture: cross-attention keys and values and new tokens, with calibrated attention maps.
+
+    L = mean over samples of  w ‖ m ⊙ (y − f(z_t, t, e)) ‖² / (c Σ m)  +  λ · mean over instance samples of L_attn
+
+w is 1 for samples of the picture and `prior_loss_weight` for regularisation samples, m (b, 1, h, w) the part of the
+canvas that shows something, L_attn the binding and separation of `personalize.losses` on the maps of the tokens.
+
+λ is against this mean squared error.  The released code writes 0.01, but its loss is a sum over the four latent
+channels, four times ours: 0.0025 is the same thing.  The paper writes 1.
+
+References: Zhang et al., "Attention Calibration for Disentangled Text-to-Image Personalization", arXiv 2403.18551;
+Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", arXiv 2212.04488 (λ = 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from personalize.attention import AttentionHook, AttentionSite, MapStore, attention_sites, hooked
+from personalize.concepts import ConceptRows
+from personalize.errors import UserError
+from personalize.lora import lora_layers, lora_parameters
+from personalize.losses import LossTerms, anchoring, calibration
+from personalize.model import StableDiffusion
+
+SIDE = 16  # cells of a map: the stage nearest to it is read, larger maps are pooled down to it
+CALIBRATION_WEIGHT = 0.0025
+
+
+def text_projections(unet: UNet2DConditionModel) -> list[str]:
+    """Paths of the key and value projections of every cross-attention layer: 32 modules on SD 1.x."""
+    crossing = [name for name, site in attention_sites(unet).items() if site.cross]
+    return [f"{name}.{part}" for name in crossing for part in ("to_k", "to_v")]
+
+
+class DetachedStart(AttentionHook):
+    """Keys and values of text position 0 (the start mark) learn nothing: it takes most of the attention."""
+
+    def wants(self, site: AttentionSite) -> bool:
+        return site.cross
+
+    def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
+        return q, *(torch.cat([x[:, :, :1].detach(), x[:, :, 1:]], 2) for x in (k, v))
+
+
+class CalibrationMaps(MapStore):
+    """Text maps, with gradient, of the layers `names`; see `calibration_layers`."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(cross=True, keep_graph=True)
+        self.names = frozenset(names)
+
+    def wants(self, site: AttentionSite) -> bool:
+        return site.name in self.names
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """Mean maps of sets of tokens: `tokens` (b, s, l) 0 or 1 → (b, s, h, w), pooled to 16 cells a side in fp32.
+
+        Vectors of a token, and pieces of a class phrase, add up.
+        """
+        maps = self.mean().float()  # (b, h, w, l)
+        found = torch.stack([(maps * chosen[:, None, None]).sum(-1) for chosen in tokens.to(maps).unbind(1)], 1)
+        height, width = found.shape[-2:]
+        return adaptive_avg_pool2d(found, (min(SIDE, height), min(SIDE, width)))
+
+
+def calibration_layers(unet: UNet2DConditionModel, size: tuple[int, int]) -> list[str]:
+    """The cross-attention layers whose maps are calibrated, for latents of `size` (h, w): five on SD 1.x.
+
+    Those of the stage whose maps are nearest 16×16 among the stages with text on both paths, without the middle block.
+    Where a stage has several transformer blocks in a row (SDXL: ten), the middle one of each row stands for all.
+
+    Raises:
+        UserError: this UNet has no such stage, or its maps have fewer than 4 cells a side.
+    """
+    sites = {name: site for name, site in attention_sites(unet, size).items() if site.cross and site.place != "mid"}
+    levels = {place: {s.level for s in sites.values() if s.place == place} for place in ("down", "up")}
+    common = levels["down"] & levels["up"]
+    if not common:
+        raise UserError("this UNet has no stage with text attention on both paths: set calibration_weight to 0")
+    side = {site.level: site.side for site in sites.values()}
+    level = min(common, key=lambda level: (abs(side[level] - SIDE), side[level]))
+    if side[level] < 4:
+        raise UserError(
+            f"the attention maps nearest 16×16 have {side[level]} cells a side, at least 4 are needed: "
+            "raise the resolution, or set calibration_weight to 0"
+        )
+    rows: dict[str, list[str]] = {}
+    for name, site in sites.items():
+        if site.level == level:
+            rows.setdefault(name.rpartition(".transformer_blocks.")[0], []).append(name)
+    return [names[len(names) // 2] for names in rows.values()]
+
+
+class MultiConcept(nn.Module):
+    """The loss above, over everything that learns: the adapter (or the projections' full weights) and the token rows.
+
+    Make it inside `concepts.installed(…, trainable=True)`; everything else of the base is frozen.
+    """
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        rows: Sequence[ConceptRows],
+        *,
+        calibration_weight: float = CALIBRATION_WEIGHT,
+        prior_loss_weight: float = 1.0,
+        mask_weight: float = 0.0,
+        full_kv: bool = False,
+    ) -> None:
+        super().__init__()
+        self.unet: nn.Module = model.unet
+        self.rows = nn.ParameterList(layer.weight for layer in rows)
+        self._model = (model,)  # in a tuple: a handle, not a part
+        self.calibration_weight, self.prior_loss_weight = calibration_weight, prior_loss_weight
+        self.mask_weight, self.full_kv = mask_weight, full_kv
+        if not full_kv and not lora_layers(model.unet):
+            raise ValueError("the UNet carries no adapter to train: call add_lora first")
+        learning = {id(parameter) for parameter in self.adapter_parameters()}
+        for part in (model.unet, *model.text_encoders):
+            own = {id(p) for p in self.rows}
+            for parameter in part.parameters():
+                parameter.requires_grad_(id(parameter) in learning | own)
+
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
+        """The loss of `latents` z₀ and `noise` ε (b, c, h, w) at `timesteps` (b,), told `texts` (b strings).
+
+        canvas: (b, 1, h, w), 1 where the latents count.
+        instance: (b,) bool, False for regularisation.
+        nouns, modifiers: (b, s, l) in {0, 1}, the positions of each concept's class phrase and token; 0 where not said.
+        masks: (b, s, H, W) in [0, 1], where each concept is, or absent.
+        size: pixels (H, W) for SDXL.
+        """
+        model, latents, noise, timesteps = self._model[0], batch["latents"], batch["noise"], batch["timesteps"]
+        noisy, target = model.noised(latents, noise, timesteps), model.target(latents, noise, timesteps)
+        store = self._store(latents)
+        hooks = [DetachedStart(), *([] if store is None else [store])]
+        told = model.prompts(batch["texts"], batch.get("size"))
+        with hooked(model.unet, hooks):
+            output = model.predict(noisy, timesteps, told)
+        errors = masked_mse(output, target, batch["canvas"])  # (b,)
+        instance = batch["instance"]
+        weights = torch.where(instance, 1.0, self.prior_loss_weight).to(errors)
+        parts = {"mse": errors[instance].mean().detach()}
+        total = (weights * errors).mean()
+        if store is not None and bool(instance.any()):
+            with torch.autocast(latents.device.type, enabled=False):  # maps are stretched: half precision would show
+                attention, named = self._attention(store, batch, instance)
+            total, parts = total + attention, parts | named
+        return LossTerms(total, parts)
+
+    def _store(self, latents: Tensor) -> CalibrationMaps | None:
+        """Where maps are kept; None where no loss reads them, so that all attention stays fused."""
+        if not self.calibration_weight and not self.mask_weight:
+            return None
+        return CalibrationMaps(calibration_layers(self._model[0].unet, tuple(latents.shape[-2:])))
+
+    def _attention(
+        self, store: CalibrationMaps, batch: Mapping[str, Any], instance: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        nouns = store.of_tokens(batch["nouns"])[instance]
+        modifiers = store.of_tokens(batch["modifiers"])[instance]
+        store.maps.clear()  # gradient checkpointing would otherwise keep the replayed ones alive
+        calibrated = torch.stack([calibration(c, m) for c, m in zip(nouns, modifiers, strict=True)]).mean()
+        total, parts = self.calibration_weight * calibrated, {"calibration": calibrated.detach()}
+        if self.mask_weight and "masks" in batch:
+            masks = adaptive_avg_pool2d(batch["masks"][instance].float(), nouns.shape[-2:])
+            rows = zip([*nouns, *modifiers], [*masks, *masks], strict=True)
+            anchored = torch.stack([anchoring(maps, mask).sum() for maps, mask in rows]).sum() / len(nouns)
+            total, parts = total + self.mask_weight * anchored, parts | {"anchoring": anchored.detach()}
+        return total, parts
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """A and B of every LoRA layer, A before B; or the projections' own weights."""
+        if not self.full_kv:
+            return lora_parameters(self.unet)
+        unet: Any = self.unet
+        return [unet.get_submodule(name).weight for name in text_projections(unet)]
+
+    def groups(self, learning_rate: float, token_learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The optimiser's groups; the token rows never decay."""
+        return [
+            {"params": self.adapter_parameters(), "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": list(self.rows), "lr": token_learning_rate, "weight_decay": 0.0},
+        ]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that learns, by name: what a checkpoint must hold."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def masked_mse(output: Tensor, target: Tensor, canvas: Tensor) -> Tensor:
+    """Mean squared error of each sample where `canvas` (b, 1, h, w) is 1:  Σ m e² / (c Σ m), shape (b,)."""
+    squares = (output.float() - target.float()).pow(2).mean(1, keepdim=True)
+    return (squares * canvas).sum((1, 2, 3)) / canvas.sum((1, 2, 3)).clamp(min=1)
+
+
+@contextmanager
+def full_weights(unet: Any) -> Iterator[dict[str, Tensor]]:
+    """Run the body with trainable projections; yields copies of their weights, which are put back afterwards.
+
+    Raises:
+        UserError: the UNet is not in fp32, in which small updates would be lost.
+    """
+    layers = {name: unet.get_submodule(name) for name in text_projections(unet)}
+    if any(layer.weight.dtype != torch.float32 for layer in layers.values()):
+        raise UserError("full_kv trains the base's own weights, which must be fp32: use --mixed_precision no or fp16")
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.weight.copy_(before[name])
+                layer.weight.grad = None
+
+
+def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
+    """The nearest LoRA of `rank` (alpha = rank) to weight changes by module path, and what it misses.
+
+    ΔW ≈ B A,  B = U √S,  A = √S Vᵀ  of the `rank` largest singular values;   miss = ‖ΔW − B A‖ / ‖ΔW‖ over all
+    """
+    state, missed, whole = {}, 0.0, 0.0
+    for name, change in changes.items():
+        u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
+        kept = min(rank, len(s))
+        a, b = torch.zeros(rank, change.shape[1]), torch.zeros(change.shape[0], rank)
+        a[:kept] = (s[:kept, None].sqrt() * v[:kept]).float()
+        b[:, :kept] = (u[:, :kept] * s[:kept].sqrt()).float()
+        state[f"unet.{name}.lora_A.weight"], state[f"unet.{name}.lora_B.weight"] = a, b
+        missed, whole = missed + float(s[kept:].square().sum()), whole + float(s.square().sum())
+    return state, (missed / whole) ** 0.5 if whole else 0.0

@@ -1,0 +1,186 @@
+"""A whole run on tiny models: reproducible, resumable to the bit, without a trace; what it leaves loads elsewhere."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from personalize import checkpoints
+from personalize.adapter import Adapter
+from personalize.concept_data import ConceptPicture, ConceptSamples, Example
+from personalize.concept_learning import ConceptRecipe, teaching
+from personalize.concept_maps import concept_maps, map_sheet
+from personalize.concepts import Subject, initial_rows, installed
+from personalize.data import Share
+from personalize.errors import UserError
+from personalize.images import to_pixels
+from personalize.model import StableDiffusion
+from tests.tiny import tiny
+
+CAT, DOG = Subject("<cat1>", "cat", 2), Subject("<dog1>", "dog")
+SMALL = ConceptRecipe(rank=2, max_train_steps=2, gradient_accumulation_steps=1, learning_rate=1e-2,
+                      token_learning_rate=1e-2)  # fmt: skip
+
+
+def photo() -> Image.Image:
+    image = Image.new("RGB", (90, 72), "teal")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((12, 20, 40, 60), "orange"), pen.rectangle((50, 20, 76, 60), "purple")
+    return image
+
+
+PICTURE = ConceptPicture(photo(), (CAT, DOG))
+EXAMPLES = (Example("photo of a cat and dog", Image.new("RGB", (64, 64), "gray")),)
+
+
+def taught(model: StableDiffusion, recipe: ConceptRecipe = SMALL, **options: Any) -> Adapter:
+    with teaching(model, PICTURE, recipe, **options) as run:
+        for report in run.steps():
+            assert bool(report.losses["loss"].isfinite())
+        return run.adapter()
+
+
+def same(a: Adapter, b: Adapter) -> bool:
+    rows = [(a.lora[key], b.lora[key]) for key in a.lora]
+    rows += [(a.concepts[t][k], b.concepts[t][k]) for t in a.concepts for k in a.concepts[t]]
+    return all(torch.equal(*row) for row in rows)
+
+
+@pytest.fixture(scope="module")
+def model() -> StableDiffusion:
+    return tiny("sd1")
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: StableDiffusion) -> Adapter:
+    return taught(model, examples=EXAMPLES)
+
+
+def test_a_run_changes_adapter_and_tokens_and_leaves_no_trace(model: StableDiffusion, unbroken: Adapter) -> None:
+    fresh = tiny("sd1")
+    for mine, other in zip((model.unet, *model.text_encoders), (fresh.unet, *fresh.text_encoders), strict=True):
+        state = other.state_dict()
+        assert state.keys() == mine.state_dict().keys()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in mine.state_dict().items())
+        assert not any(p.requires_grad or p.grad is not None for p in mine.parameters())
+    assert len(unbroken.lora) == 64 and unbroken.concepts["<cat1>"]["text_encoder"].shape == (2, 32)
+    start = initial_rows(model, CAT, "ktn")["text_encoder"]
+    assert bool((unbroken.concepts["<cat1>"]["text_encoder"] != start).any())
+    assert unbroken.info["subjects"][0] == {"token": "<cat1>", "noun": "cat", "vectors": 2}
+
+
+def test_disendiff_g_resuming_is_equal_to_the_bit(model: StableDiffusion, unbroken: Adapter, tmp_path: Path) -> None:
+    torch.manual_seed(99)  # global state plays no part
+    with teaching(model, PICTURE, SMALL, examples=EXAMPLES) as run:
+        next(run.steps())
+        run.save_checkpoint(tmp_path)
+    with teaching(model, PICTURE, SMALL, examples=EXAMPLES) as run:
+        run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
+        assert [report.update for report in run.steps()] == [2]
+        assert same(run.adapter(), unbroken)
+    with teaching(model, PICTURE, replace(SMALL, calibration_weight=0.5), examples=EXAMPLES) as run:
+        with pytest.raises(UserError, match="calibration_weight"):
+            run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
+
+
+def noise_of(model: StableDiffusion, text: str) -> torch.Tensor:
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model.predict(latents, 500, model.prompts([text]))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_disendiff_g_the_folder_loads_in_a_stock_pipeline_and_predicts_the_same_noise(
+    name: str, model: StableDiffusion, unbroken: Adapter, tmp_path: Path
+) -> None:
+    text = "a <cat1> cat on the beach"
+    base = model if name == "sd1" else tiny("sdxl")
+    adapter = unbroken if name == "sd1" else taught(base, replace(SMALL, max_train_steps=1))
+    folder = adapter.save(tmp_path / "pets")
+    again = Adapter.load(folder)
+    assert same(adapter, again)
+    with again.apply(base), installed(base, again.concepts):
+        ours = noise_of(base, text)
+    assert (ours - noise_of(base, "a cat on the beach")).abs().max() > 1e-3
+    other = tiny(name)
+    pipe = other.pipeline()
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    for token, stem in (("<cat1>", "cat1"), ("<dog1>", "dog1")):
+        parts = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
+        pipe.load_textual_inversion(str(folder / f"{stem}_learned_embeds.safetensors"), token=token, **parts)
+        if name == "sdxl":
+            parts = {"text_encoder": pipe.text_encoder_2, "tokenizer": pipe.tokenizer_2}
+            pipe.load_textual_inversion(str(folder / f"{stem}_learned_embeds_2.safetensors"), token=token, **parts)
+    theirs = noise_of(StableDiffusion.from_pipeline(pipe), text)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)  # fp32: LoRA sums in another order
+
+
+def test_disendiff_g_weight_zero_is_custom_diffusion_whatever_the_maps_do(
+    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("personalize.multi_concept.calibration", lambda *_: pytest.fail("maps were looked at"))
+    adapter = taught(model, replace(SMALL, max_train_steps=1, calibration_weight=0.0))
+    assert adapter.info["calibrated"] == {}
+
+
+def test_full_weights_come_out_as_a_lora_with_its_residual(model: StableDiffusion) -> None:
+    with teaching(model, PICTURE, replace(SMALL, full_kv=True, max_train_steps=1, rank=4)) as run:
+        list(run.steps())
+        adapter = run.adapter()
+    assert len(adapter.lora) == 64 and adapter.rank == 4
+    assert 0 < adapter.info["full_kv_residual"] < 1
+
+
+def test_samples_are_keyed_by_update_and_index_and_batches_are_stratified(model: StableDiffusion) -> None:
+    rows = {s.token: initial_rows(model, s) for s in (CAT, DOG)}
+    with installed(model, rows):
+        data = ConceptSamples(model, PICTURE, 64, 0, EXAMPLES)
+        one, two = list(data.batches(Share(2, 2), 0, 1))
+        again = next(iter(ConceptSamples(model, PICTURE, 64, 0, EXAMPLES).batches(Share(2, 2), 0, 1)))
+    for batch in (one, two):
+        assert batch["instance"].tolist() == [True, False]
+        assert batch["nouns"][0].sum(-1).tolist() == [1, 1] and batch["modifiers"][0].sum(-1).tolist() == [2, 1]
+        assert not bool(batch["nouns"][1].any()) and batch["texts"][1] == EXAMPLES[0].caption
+    assert torch.equal(one["latents"], again["latents"]) and one["texts"] == again["texts"]
+    assert not torch.equal(one["noise"], two["noise"])
+
+
+def test_masks_travel_with_the_picture(model: StableDiffusion) -> None:
+    masks = tuple(Image.new("L", (90, 72), 255 * index) for index in range(2))
+    picture = replace(PICTURE, image=photo(), masks=masks)
+    with teaching(model, picture, replace(SMALL, max_train_steps=1, mask_weight=0.1)) as run:
+        assert {"calibration", "anchoring"} <= next(run.steps()).losses.keys()
+
+
+def test_maps_are_pictures_before_and_after(model: StableDiffusion) -> None:
+    with teaching(model, PICTURE, SMALL) as run:
+        maps = concept_maps(model, to_pixels(PICTURE.image.resize((64, 64))), run.caption, run.subjects, noises=1)
+    assert maps.nouns.shape == maps.modifiers.shape == (2, 16, 16)
+    sheet = map_sheet(PICTURE.image, PICTURE.subjects, {"before": maps, "after": maps})
+    assert sheet.width > 4 * 192 and sheet.height > 2 * 192
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ConceptPicture(photo(), ()), "at least one concept"),
+        (lambda: ConceptPicture(photo(), (CAT, DOG), masks=(Image.new("L", (90, 72)),)), "as many masks"),
+        (lambda: ConceptPicture(photo(), (CAT,), masks=(Image.new("L", (9, 72)),)), "masks are 9×72 px"),
+        (lambda: ConceptRecipe(rank=0), "rank must be above 0"),
+        (lambda: ConceptRecipe(swap_subjects=2), "share from 0 to 1"),
+        (lambda: ConceptRecipe(calibration_weight=-1), "0 or more"),
+    ],
+)
+def test_settings_that_cannot_work_are_errors(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_a_prompt_that_misses_a_concept_is_an_error_before_anything_is_touched(model: StableDiffusion) -> None:
+    picture = ConceptPicture(photo(), (CAT, DOG), "photo of a <cat1> cat")
+    with pytest.raises(UserError, match="one “<dog1> dog”"), teaching(model, picture, SMALL):
+        pass
+    assert PICTURE.class_prompt == "photo of a cat and dog"
