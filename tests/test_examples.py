@@ -9,6 +9,7 @@ import pytest
 from personalize.launching import home, load_script
 from personalize.learning import Recipe
 from tests.lora_states import random_adapter
+from tests.test_dragging import picture
 from tests.tiny import tiny, tiny_folder
 
 EXAMPLES = sorted((home() / "examples").glob("*.py"))
@@ -20,19 +21,22 @@ def arguments(name, place):
     base = tiny_folder("sd1", place)
     if name == "train_and_edit":
         return {"output_dir": place / "out", "base": base, "recipe": SHORT, "steps": 2}
+    if name == "drag_point":
+        picture(64, 64).save(place / "photo.png")
+        return {"photo": place / "photo.png", "handle": "20,24", "target": "36,28", "base": base, "steps": 3}
     return {"adapter": random_adapter(tiny("sd1")).save(place / "adapter"), "base": base, "steps": 2}
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} == {"train_and_edit", "stock_pipeline"}
+    assert {path.stem for path in EXAMPLES} == {"drag_point", "train_and_edit", "stock_pipeline"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main = load_script(path).main
-    picture = main(**arguments(path.stem, tmp_path))
-    assert picture.size == (64, 64)
+    shown = main(**arguments(path.stem, tmp_path))
+    assert shown.size == (64, 64)
     assert list(tmp_path.rglob("*.png")), "an example leaves a picture behind"
 
 

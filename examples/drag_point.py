@@ -1,0 +1,34 @@
+"""Drag a point of a picture, nothing trained: python examples/drag_point.py [photo.jpg x,y x,y]"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from personalize import Editor, StableDiffusion
+from personalize.bundled import bundled
+from personalize.drag import DragSettings
+
+
+def main(
+    photo: str | Path | None = None,
+    handle: str = "64,68",  # the middle of the bundled cat, in pixels
+    target: str = "80,60",
+    *,
+    base: str | Path | None = None,  # the embedded model; or a folder, a hub id, a .safetensors checkpoint
+    output_dir: str | Path = "dragged",
+    steps: int = 50,
+) -> Image.Image:
+    points = [tuple(map(float, text.split(","))) for text in (handle, target)]
+    prompt = bundled(0).caption if photo is None else None
+    editor = Editor(StableDiffusion.load(base))
+    found = editor.drag(points, photo or bundled(0).picture, prompt=prompt, settings=DragSettings(steps=steps))
+    Path(output_dir).mkdir(exist_ok=True)
+    found.image.save(Path(output_dir) / "dragged.png")
+    found.overlay.save(Path(output_dir) / "overlay.png")  # mask, handle, target, and a ring where the handle went
+    print(f"{found.missed[0]:.1f} px from the target, {found.seconds:.1f} s", *found.notes, sep="\n")
+    return found.image
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
