@@ -81,7 +81,7 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
         raise UserError("nothing of the adapter is left: forget less, or use a strength other than 0")
     if not rules and strength == 1:
         return adapter
-    return replace(adapter, lora=state, info=adapter.info | {"baked": {"forget": [*forget], "strength": strength}})
+    return replace(adapter, lora=state, info={**adapter.info, "baked": {"forget": [*forget], "strength": strength}})
 
 
 def _unet_factors(

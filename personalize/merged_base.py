@@ -14,10 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.loaders import single_file_utils as theirs
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from personalize import formats
 from personalize.adapter import Adapter
@@ -130,17 +132,16 @@ def export_folder(
 
 def _settings(model: StableDiffusion, dtype: torch.dtype) -> dict[str, bytes]:
     """Every file of a diffusers folder but the weights, by its path in the folder; without paths of this machine."""
-    pipe = model.pipeline()
+    pipe: Any = model.pipeline()
     with TemporaryDirectory() as temporary:
         root = Path(temporary)
         pipe.save_config(root)
         for name, part in pipe.components.items():
-            if not isinstance(part, torch.nn.Module):
-                if part is not None:
-                    part.save_pretrained(root / name)
-            elif hasattr(part, "save_config"):
+            if isinstance(part, ModelMixin):
                 part.save_config(root / name)
-            else:
+            elif part is not None and not isinstance(part, torch.nn.Module):
+                part.save_pretrained(root / name)
+            elif isinstance(part, PreTrainedModel):
                 part.config.save_pretrained(root / name)
                 _edit_json(root / name / "config.json", architectures=[type(part).__name__], dtype=str(dtype)[6:])
         for path in root.rglob("*.json"):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from personalize.token_files import named, plain_token
+
 if TYPE_CHECKING:
     from personalize.adapter import Adapter
 
@@ -23,6 +25,7 @@ def model_card(*, name: str, twin: str, adapter: Adapter, pictures: Sequence[str
         _summary(name, adapter),
         _pictures(pictures),
         _trigger(adapter),
+        _tokens(adapter),
         _editing(adapter),
         _stock(adapter),
         _other_programs(twin, adapter),
@@ -67,7 +70,7 @@ def _front_matter(adapter: Adapter, pictures: Sequence[str]) -> str:
 def _summary(name: str, adapter: Adapter) -> str:
     source = "no source embedding (standalone)" if _standalone(adapter) else "a fitted source embedding"
     return (
-        f"# {name}\n\nOne picture, learned by {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
+        f"# {name}\n\n{_origin(adapter)} {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
         f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
         "Both LoRA files were read back after writing, and every change of weight in them was found right."
         + _fidelity(adapter)
@@ -85,6 +88,16 @@ def _fidelity(adapter: Adapter) -> str:
     )
 
 
+def _origin(adapter: Adapter) -> str:
+    """What it was made of: one picture, or other adapters with their weights."""
+    parts = adapter.info.get("merged_from") or ()
+    return (
+        " + ".join(f"{part['weight']:g} × {part['name']}" for part in parts) + ", for"
+        if parts
+        else "One picture, learned by"
+    )
+
+
 def _pictures(pictures: Sequence[str]) -> str:
     if not pictures:
         return ""
@@ -96,6 +109,28 @@ def _pictures(pictures: Sequence[str]) -> str:
 def _trigger(adapter: Adapter) -> str:
     caption = _caption(adapter)
     return f"## Trigger words\n\nWrite the caption of the picture in your prompt:\n\n> {caption}" if caption else ""
+
+
+def _tokens(adapter: Adapter) -> str:
+    """The learned tokens: the word for each program, and the files that must be loaded."""
+    if not adapter.concepts:
+        return ""
+    rows = ["| token | vectors | in A1111, Forge, InvokeAI | in ComfyUI |", "|---|---|---|---|"]
+    for token, concept in adapter.concepts.items():
+        word, count = plain_token(token), max(len(tensor) for tensor in concept.values())
+        rows.append(f"| `{token}` | {count} | `{word}` | `embedding:{word}` |")
+    lines = []
+    for name, (_, encoder) in named(adapter.concepts, "diffusers").items():
+        number = "_2" if encoder == "text_encoder_2" else ""
+        extra = f", text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number}"
+        told = extra if adapter.family == "sdxl" else ""
+        lines.append(f'pipe.load_textual_inversion("path/to/this/folder", weight_name={json.dumps(name)}{told})')
+    code = "\n".join(lines)
+    return (
+        "## Learned tokens\n\nCopy the file named after the word to the program's embeddings folder.\n\n"
+        + "\n".join(rows)
+        + f"\n\nIn diffusers, besides the LoRA:\n\n```python\n{code}\n```"
+    )
 
 
 def _load(adapter: Adapter) -> str:

@@ -10,12 +10,12 @@ from personalize.adapter import Adapter
 from personalize.model_card import model_card
 
 
-def card(source=True, pictures=(), **info):
+def card(source=True, pictures=(), concepts=None, **info):
     base = {"name": "runwayml/stable-diffusion-v1-5", "family": "sd1", **info.pop("base", {})}
     lora = {"unet.conv_in.lora_A.weight": torch.ones(4, 3, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 4, 1, 1)}
     info = {"base": base, "caption": 'a "photo" of my cat: at home', **info}
     embeds = {"embeds": torch.zeros(1, 77, 8)} if source else None
-    adapter = Adapter(lora, 4, 4.0, embeds, info)
+    adapter = Adapter(lora, 4, 4.0, embeds, info, concepts or {})
     return model_card(name="my-cat", twin="my-cat.safetensors", adapter=adapter, pictures=list(pictures))
 
 
@@ -79,3 +79,18 @@ def test_the_card_says_how_exactly_the_picture_comes_back():
     told = " ".join(card(source=False, reconstruction_db=21.04, autoencoder_db=31.5).split())
     assert "21.0 dB from the source" in told and "10.5 dB below" in told
     assert "dB from the source" not in card(), "no figure is claimed that was not measured"
+
+
+def test_learned_tokens_are_named_for_each_program():
+    assert "## Learned tokens" not in card()
+    text = card(source=False, concepts={"<my-cat>": {"text_encoder": torch.zeros(2, 8)}})
+    assert "| `<my-cat>` | 2 | `my-cat` | `embedding:my-cat` |" in text
+    assert 'load_textual_inversion("path/to/this/folder", weight_name="learned_embeds.safetensors")' in text
+    rows = {"text_encoder": torch.zeros(1, 8), "text_encoder_2": torch.zeros(1, 9)}
+    text = card(base={"family": "sdxl"}, concepts={"a": rows, "b": rows})
+    assert 'weight_name="b_learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2' in text
+
+
+def test_a_sum_of_adapters_says_of_what():
+    parts = [{"name": "cat", "weight": 1.0}, {"name": "style", "weight": -0.5}]
+    assert "1 × cat + -0.5 × style, for Stable Diffusion 1.x" in card(source=False, merged_from=parts)
