@@ -160,7 +160,7 @@ def read_concept(path: Path, token: str | None, content: TensorFile) -> token_fi
         rows = {"text_encoder": tensors["string_to_param.*"].float()}
         token = token or content.metadata.get("name") or path.stem
         return token_files.Concept(token, token_files.checked(token, rows))
-    return token_files.read_concept(path, token)
+    return token_files.read_concept(path, token, TensorFile(tensors, content.metadata))
 
 
 def _unknown(path: Path) -> str:

@@ -23,9 +23,9 @@ def is_pickle(path: str | Path) -> bool:
         return False
     with open(path, "rb") as stream:
         first = stream.read(16)
-    if first.startswith((b"PK\x03\x04", b"\x80")):
-        return True
-    return path.suffix.lower() in PICKLE_SUFFIXES and first[8:9] != b"{"  # a safetensors file under another name
+    if first[8:9] == b"{":  # a safetensors header, whatever the length before it looks like and the file is called
+        return False
+    return first.startswith((b"PK\x03\x04", b"\x80")) or path.suffix.lower() in PICKLE_SUFFIXES
 
 
 def read_any(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.files import read_tensors, tensor_bytes
+from personalize.files import TensorFile, read_tensors, tensor_bytes
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 UI_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -155,13 +155,15 @@ def require_files(
             raise UserError(f"{name} does not give back the rows of token {token}: the disk or memory is faulty")
 
 
-def read_concept(path: str | Path, token: str | None = None) -> Concept:
+def read_concept(path: str | Path, token: str | None = None, content: TensorFile | None = None) -> Concept:
     """Read a token file of any of the forms; in the UIs' form the token is the file's name, unless `token` is given.
+
+    `content` is what has already been read from `path`.
 
     Raises:
         UserError: damaged, a pickle, or no textual inversion.
     """
-    path, content = Path(path), read_tensors(path)
+    path, content = Path(path), read_tensors(path) if content is None else content
     tensors = content.tensors
     if not tensors:
         raise UserError(f"{path} is empty: a file with learned token rows was expected")

@@ -182,8 +182,9 @@ def test_refusals_write_nothing(tmp_path):
     state = small_state("sd1", text=True)
     lora = save(tmp_path / "lora.safetensors", state)
     token = save(tmp_path / "token.safetensors", {"emb_params": torch.ones(1, 768)})
-    nowhere = save(tmp_path / "nowhere.safetensors", {"lora_unet_down_blocks_0_x.lora_down.weight": torch.ones(1, 2),
-                                                      "lora_unet_down_blocks_0_x.lora_up.weight": torch.ones(2, 1)})  # fmt: skip
+    stem = "lora_unet_down_blocks_0_x"
+    pair = {f"{stem}.lora_down.weight": torch.ones(1, 2), f"{stem}.lora_up.weight": torch.ones(2, 1)}
+    nowhere = save(tmp_path / "nowhere.safetensors", pair)
     dora = save(tmp_path / "dora.safetensors", {"lora_unet_conv_in.dora_scale": torch.ones(4)})
     half = save(tmp_path / "half.safetensors", {"unet.conv_in.lora_A.weight": torch.ones(2, 2)})
     before = {path.name for path in tmp_path.iterdir()}
