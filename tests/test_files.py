@@ -266,3 +266,32 @@ def test_json_and_missing_files(tmp_path):
         (tmp_path / "x.json").write_bytes(text)
         with pytest.raises(UserError):
             read_json(tmp_path / "x.json")
+
+
+def test_a_file_in_parts_is_checked_before_it_takes_its_name(tmp_path):
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(3)}
+    path = write_file(tmp_path / "t", files.tensor_parts(tensors, {"k": "v"}))
+    assert path.read_bytes() == tensor_bytes(tensors, {"k": "v"})
+    write_file(path, files.tensor_parts(tensors, dtype=torch.float16), check=lambda new: read_tensors(new).tensors["b"])
+    found = read_tensors(path).tensors
+    assert found["b"].dtype == torch.float16 and found["a"].dtype == torch.int64
+    before = path.read_bytes()
+
+    def interrupted():
+        yield b"half"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_file(path, interrupted())
+    with pytest.raises(ZeroDivisionError):
+        write_file(path, b"new", check=lambda new: 1 / 0)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_may_hold_folders_but_nothing_outside_itself(tmp_path):
+    write_folder(tmp_path / "model", {"unet/config.json": b"{}", "index.json": b"{}"})
+    assert (tmp_path / "model" / "unet" / "config.json").read_bytes() == b"{}"
+    for name in ("../x", "a//b", "/x", "a/../../x", "a/"):
+        with pytest.raises(UserError, match="no plain file name"):
+            write_folder(tmp_path / "other", {name: b""})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
