@@ -23,6 +23,7 @@ from personalize.lora import load_lora, remove_lora
 from personalize.model import StableDiffusion
 from personalize.model_card import model_card
 from personalize.reader_names import ReaderNames
+from personalize.text_lora import has_text, text_lora
 from personalize.verify import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, Report
 
 SCHEMA = 1
@@ -87,12 +88,16 @@ class Adapter:
 
     @staticmethod
     def load(folder: str | Path) -> Adapter:
-        """Read an adapter folder.
+        """Read an adapter folder, or a LoRA file of any program (then without source embedding and caption).
 
         Raises:
-            UserError: no adapter folder, a file is missing, damaged, a pickle, or not what was saved.
+            UserError: no adapter folder, a file is missing, damaged, a pickle, no plain LoRA, or not what was saved.
         """
         folder = Path(folder)
+        if folder.is_file():
+            found = formats.read_lora(folder)
+            base = {"family": found.family} if found.family else {}
+            return Adapter(found.state, found.rank, found.alpha, None, {"base": base, "imported": folder.name})
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
         info = read_json(folder / MANIFEST)
@@ -122,6 +127,15 @@ class Adapter:
             yield
         finally:
             remove_lora(model.unet)
+
+    @contextmanager
+    def apply_text(self, model: StableDiffusion, strength: float = 1.0) -> Iterator[None]:
+        """Run the body with the text encoders' part of the LoRA in them, if it has one; trace-free like `apply`."""
+        if not has_text(self.lora):
+            yield
+            return
+        with text_lora(model, self.lora, strength * self.alpha / self.rank):
+            yield
 
     def check_base(self, model: StableDiffusion, *, any_base: bool = False) -> None:
         """UserError, naming both bases, unless the adapter was made for `model`."""

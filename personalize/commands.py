@@ -20,11 +20,13 @@ class EditConfig:
     """
 
     adapter: Positional[Path]
-    """Adapter folder, as written by `personalize train`."""
+    """Adapter folder, as written by `personalize train`, or a LoRA file (.safetensors) of any program."""
     prompt: str
     """What the edited picture should show; best worded like the adapter's caption, with the change put in."""
     negative_prompt: str = ""
     """What the picture should not show."""
+    add: tuple[Path, ...] = ()
+    """More adapter folders to use at once, such as those of other concepts; the prompt names each by its token."""
     alpha: tuple[float, ...] = (0.8,)
     """Vector projection: how much of the learned source embedding to keep, about 0.7 to 1.1."""
     beta: tuple[float, ...] = (1.2,)

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from personalize.adapter import Adapter
-from personalize.attachment import parsed
+from personalize.attachment import loaded, parsed
+from personalize.concepts import installed
 from personalize.drag import DEFAULTS, DragSettings
 from personalize.dragging import Dragged, Picture, Point, drag_picture
 from personalize.errors import UserError
@@ -28,6 +29,7 @@ from personalize.mixing import mixed
 from personalize.model import Conditioning, StableDiffusion
 from personalize.pictures import grid, png
 from personalize.sampling import Edit, moves, sample
+from personalize.text_lora import has_text
 
 if TYPE_CHECKING:
     from personalize.commands import EditConfig
@@ -66,13 +68,16 @@ class Editor:
         self.model, self.adapter = model, adapter
 
     @staticmethod
-    def load(folder: str | Path, base: str | Path | None = None, **settings: Any) -> Editor:
-        """Load an adapter folder and its base: `base`, or the one it names; `settings` as for StableDiffusion.load.
+    def load(folder: str | Path | Sequence[str | Path], base: str | Path | None = None, **settings: Any) -> Editor:
+        """Load an adapter folder, or a LoRA file of any program, and its base: `base`, or the one it names.
+
+        Several are used at once, as their sum: each learned token is a word of prompts.  `settings` as for
+        StableDiffusion.load.
 
         Raises:
-            UserError: no adapter there, or it does not belong to this base's family.
+            UserError: no adapter there, it does not belong to this base's family, or two of them share a token.
         """
-        adapter = Adapter.load(folder)
+        adapter = loaded(folder)
         named = base if base is not None else adapter.info.get("base", {}).get("name")
         return Editor(StableDiffusion.load(None if named in (None, "", "embedded") else named, **settings), adapter)
 
@@ -90,7 +95,7 @@ class Editor:
         setting = Setting(**(asdict(setting) | strengths))
         size = sampling.size or self.size
         told = mixed(
-            self.model, self._adapter.source, self._encoded(prompt, size),
+            self.model, self._adapter.source, self._encoded(prompt, size, setting.strength),
             alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
         )  # fmt: skip
         return self._draw(told, setting, seeds, negative_prompt, sampling)
@@ -133,8 +138,12 @@ class Editor:
         return self.adapter
 
     @torch.no_grad()
-    def _encoded(self, prompt: str, size: tuple[int, int]) -> Conditioning:
-        return self.model.prompts([prompt], size)
+    def _encoded(self, prompt: str, size: tuple[int, int], strength: float = 0.0) -> Conditioning:
+        """What the UNet is told of `prompt`, with the adapter's change of the text encoders and its learned tokens."""
+        tokens = self.adapter.concepts if self.adapter and strength else {}
+        with self.adapter.apply_text(self.model, strength) if self.adapter and strength else nullcontext():
+            with installed(self.model, tokens):
+                return self.model.prompts([prompt], size)
 
     def _draw(
         self,
@@ -145,7 +154,9 @@ class Editor:
         sampling: Sampling,
     ) -> list[Image.Image]:
         size = sampling.size or self.size
-        negative = self._encoded(negative_prompt, size) if negative_prompt else None
+        strength = setting.strength if setting else 0.0
+        learned = self.adapter is not None and has_text(self.adapter.lora) and not self.model.zero_null
+        negative = self._encoded(negative_prompt, size, strength) if negative_prompt or learned else None
         edit = Edit(told, negative, sampling.guidance_scale)
         if setting is not None:
             edit = Edit(told, negative, sampling.guidance_scale, rule=rules(setting.forget), strength=setting.strength)
@@ -167,8 +178,8 @@ def run_edit(config: EditConfig) -> Path:
     dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     settings = list(_settings(config))
     editor = Editor.load(
-        config.adapter, config.pretrained_model_name_or_path, dtype=dtype, device="cpu" if config.cpu else None,
-        revision=config.revision, variant=config.variant,
+        (config.adapter, *config.add), config.pretrained_model_name_or_path,
+        dtype=dtype, device="cpu" if config.cpu else None, revision=config.revision, variant=config.variant,
     )  # fmt: skip
     seeds = list(config.seeds) or [config.seed + index for index in range(config.num_images)]
     size = (config.height or editor.size[0], config.width or editor.size[1])

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from personalize import leftovers
 from personalize.errors import UserError
 
 DTYPES = {
@@ -54,7 +54,8 @@ def write_file(path: str | Path, content: Content, *, check: Callable[[Path], ob
     path = Path(path)
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial_name(path)
+        leftovers.clear(path)
+        partial = leftovers.hidden_name(path)
         try:
             _write_synced(partial, content)
             if check is not None:
@@ -78,7 +79,7 @@ def write_folder(
 
     The folder is built beside `path` under a hidden name and takes the place of an older one in a single step, after
     `check(temporary folder)` has returned.  Names may hold slashes, which make folders inside.  Kept entries are hard
-    links to the old ones where the disk allows it.
+    links to the old ones where the disk allows it.  What a killed writer left behind is removed.
 
     Raises:
         UserError: the disk is full, or `path` cannot be replaced; what was there before is still there.
@@ -91,7 +92,8 @@ def write_folder(
         raise UserError(f"{path} is where this program runs and cannot be replaced: name a folder inside it")
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial_name(path)
+        leftovers.clear(path)
+        partial = leftovers.hidden_name(path)
         try:
             partial.mkdir()
             for name in set(keep) - set(files):
@@ -118,10 +120,6 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _partial_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{token_hex(6)}.partial")
-
-
 def _write_synced(path: Path, content: Content) -> None:
     with create_file(path) as stream:
         for part in [content] if isinstance(content, bytes) else content:
@@ -146,7 +144,7 @@ def _take_place(partial: Path, path: Path) -> None:
     if not path.exists():
         os.rename(partial, path)
     elif not _exchange(partial, path):
-        old = _partial_name(path)
+        old = leftovers.hidden_name(path, "old")
         os.rename(path, old)
         try:
             os.rename(partial, path)

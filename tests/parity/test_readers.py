@@ -79,6 +79,7 @@ class Weights:
         self.state = state
         self.model_config = SimpleNamespace(unet_config=unet_config)  # where ComfyUI looks
         self.diffusion_model = SimpleNamespace(config=unet_config)  # where Forge looks
+        self.config = SimpleNamespace(huggingface_repo="")
 
     def state_dict(self):
         return self.state
