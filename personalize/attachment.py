@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from personalize.adapter import Adapter
+from personalize.concepts import installed
+from personalize.exporting import merged
 from personalize.forgetting import ForgettingRule, parse_rule
 from personalize.lora import scaled
 from personalize.mixing import mixed
@@ -71,7 +73,7 @@ class Attached:
 @contextmanager
 def attach(
     pipe: Any,
-    folder: str | Path,
+    folder: str | Path | Sequence[str | Path],
     *,
     forget: str | ForgettingRule | Sequence[str | ForgettingRule] | None = None,
     strength: float = 1.0,
@@ -79,7 +81,9 @@ def attach(
     """Put the adapter in `folder` into `pipe` for the time of the `with` block; afterwards `pipe` is as before.
 
     Works on stock text-to-image, image-to-image, inpainting and ControlNet pipelines of Stable Diffusion and SDXL, of
-    any base of the family the adapter was trained on (a fine-tuned relative draws it in its own manner).
+    any base of the family the adapter was trained on (a fine-tuned relative draws it in its own manner).  Learned
+    tokens are words of the pipeline's tokenizers meanwhile: plain prompts may use them.  Several folders are attached
+    as their sum, without source embeddings.
 
     Args:
         forget: forgetting rules, e.g. "decoder=0.5" or "encoderattn".
@@ -88,10 +92,33 @@ def attach(
     Raises:
         UserError: `folder` is no adapter, it is of another family, or a rule selects nothing of it.
     """
-    adapter = Adapter.load(folder)
+    adapter = loaded(folder)
     model = StableDiffusion.from_pipeline(pipe)
     with adapter.apply(model, any_base=True), scaled(model.unet, parsed(forget), strength):
-        yield Attached(model, adapter)
+        with installed(model, adapter.concepts), _tokenizers(pipe, model):
+            yield Attached(model, adapter)
+
+
+def loaded(folder: str | Path | Sequence[str | Path]) -> Adapter:
+    """The adapter in `folder`, or the sum of those in several folders; UserError if they do not go together."""
+    if isinstance(folder, str | Path):
+        return Adapter.load(folder)
+    found = [Adapter.load(one) for one in folder]
+    return found[0] if len(found) == 1 else merged(found, [1.0] * len(found), [str(one) for one in folder])
+
+
+@contextmanager
+def _tokenizers(pipe: Any, model: StableDiffusion) -> Iterator[None]:
+    """Run the body with `model`'s tokenizers in `pipe`, and its own ones afterwards."""
+    names = [name for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None) is not None]
+    before = {name: getattr(pipe, name) for name in names}
+    try:
+        for name, tokenizer in zip(names, model.tokenizers, strict=True):
+            setattr(pipe, name, tokenizer)
+        yield
+    finally:
+        for name, tokenizer in before.items():
+            setattr(pipe, name, tokenizer)
 
 
 def parsed(forget: str | ForgettingRule | Sequence[str | ForgettingRule] | None) -> list[ForgettingRule]:
