@@ -1,0 +1,221 @@
+"""D9 to D17: how well points are dragged, in scenes whose true outcome is known.
+
+    python -m tests.bench.drag                                     # everything, 50 scenes
+    python -m tests.bench.drag --only calibration                  # D9: layers, bands, thresholds
+    python -m tests.bench.drag --only drags --scenes 8 --arms move # a quick look
+
+One JSON line per finished cell; calibration.md, drag.md and figures.json are written anew each time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from personalize.drag import DragSettings
+from personalize.dragging import drag_picture
+from personalize.model import EMBEDDED, StableDiffusion
+from personalize.moves import moves
+from personalize.sampling import Edit, denoise
+from personalize.scenes import BACKGROUNDS, NOUNS, TRAINING_STYLES, random_scene, render
+from tests.bench.attention_auc import coverage
+from tests.bench.cells import Cells
+from tests.bench.contract import BASE, DO_NOTHING, Task, psnr, structure_distance
+from tests.bench.drag_calibration import calibration_row, chosen, table
+from tests.bench.drag_figures import ABLATED, DISTANCES, PASTE, ablations, figures
+from tests.bench.drag_measures import (
+    centroid_shift,
+    disc,
+    drag_task,
+    empty,
+    ghost,
+    handle_of,
+    located,
+    outside,
+    pasted,
+    seam,
+)  # fmt: skip
+from tests.bench.embedded_model import fingerprint
+from tests.bench.figure_tables import average
+from tests.bench.judge import as_bytes, as_pixels
+
+ARMS: dict[str, dict[str, Any]] = {  # each differs from `move` in one factor; "mask" is no setting
+    "move": {},
+    "move, true mask": {"mask": "true"},
+    "deform": {"mode": "deform"},
+    "deform, stretch": {"mode": "deform", "displacement": "stretch"},
+    "move, backward": {"mapping": "backward"},
+    "move, raw fill": {"fill": "attention_raw"},
+    "move, bnni": {"fill": "bnni"},
+    "move, source noise": {"fill_noise": "source"},
+    "move, no kv": {"kv": "off"},
+    "move, no protection": {"protect": False},
+    "move, pasted": {"paste": True},
+}
+WITH_DISTANCES = ("move", "deform")
+TWIN = "twin"
+
+
+@dataclass(frozen=True)
+class DragBench:
+    model: Path = EMBEDDED
+    """A Stable Diffusion folder; its world.json, if there, says which nouns, styles and backgrounds it knows."""
+    scenes: int = 50
+    """Scenes, the same for every arm."""
+    budget: int = 1
+    """Pictures an arm may draw for a scene: a drag has one answer."""
+    only: tuple[str, ...] = ()
+    """calibration, drags; both when empty."""
+    arms: tuple[str, ...] = ()
+    """Arms to run; all when empty."""
+    true_mask: bool = False
+    """Give every arm the true mask: only where calibration shows that no setting is semantic."""
+    steps: int = 50
+    """Steps of the whole way."""
+    strength: float = 0.7
+    """Share of it that is inverted and sampled."""
+    output_dir: Path = Path("runs/bench/drag")
+    """Where results go, and where finished ones are found again."""
+
+
+class Bench:
+    """One run: model, scenes and finished cells."""
+
+    def __init__(self, options: DragBench, model: StableDiffusion | None = None) -> None:
+        self.options, self.model = options, model or StableDiffusion.load(options.model)
+        self.settings = DragSettings(steps=options.steps, strength=options.strength)
+        known = options.model / "world.json"
+        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        self.world = {
+            "nouns": world.get("nouns", NOUNS), "styles": world.get("styles", TRAINING_STYLES),
+            "backgrounds": world.get("backgrounds", BACKGROUNDS),
+        }  # fmt: skip
+        weights = {"unet": fingerprint(self.model.unet), "vae": fingerprint(self.model.vae)}
+        stamp = {**weights, **self.world, "true_mask": options.true_mask, "settings": asdict(self.settings)}
+        self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
+
+    def task(self, seed: int, cells: int, *, twin: bool = False) -> Task:
+        scene = random_scene(seed, split="bench/drag", objects=1, **self.world)
+        return drag_task(scene, seed, cells * self.model.factor / self.model.resolution, twin=twin)
+
+    def calibration(self) -> list[dict[str, Any]]:
+        rows = []
+        for seed in range(self.options.scenes):
+            task = self.task(seed, ABLATED)
+            rows.append(
+                self.cells.once(
+                    f"calibration/{seed}", lambda task=task: calibration_row(self.model, task, self.settings)
+                )
+            )
+        return rows
+
+    def drags(self) -> list[dict[str, Any]]:
+        """A row for every arm, distance and scene, controls included."""
+        wanted = [DO_NOTHING, BASE, PASTE, *(self.options.arms or ARMS)]
+        plan = [
+            (arm, cells, False) for arm in wanted for cells in DISTANCES if cells == ABLATED or arm in WITH_DISTANCES
+        ]
+        plan += [("move", ABLATED, True)] if "move" in wanted else []
+        rows = []
+        for seed in range(self.options.scenes):
+            for arm, cells, twin in plan:
+                key = f"{arm}/{cells}/{TWIN + '/' if twin else ''}{seed}"
+                rows.append(self.cells.once(key, lambda a=(arm, cells, twin, seed): self.row(*a)))
+        return rows
+
+    def row(self, arm: str, cells: int, twin: bool, seed: int) -> dict[str, Any]:
+        """What `arm` made of one scene, measured against the truth; lengths in pixels."""
+        task, size, cell = self.task(seed, cells, twin=twin), self.model.resolution, self.model.factor
+        (before, masks), (truth, ends) = render(task.before, size), render(task.after, size)
+        vector = located(truth, before, masks[0])  # sprites are placed on whole pixels
+        handle = handle_of(masks[0])
+        target = tuple(min(size - 1.0, max(0.0, at + by)) for at, by in zip(handle, vector, strict=True))
+        picture, told = self.drawn(arm, task, before, masks[0], vector, handle, target)
+        background = empty(task.before, size)
+        went = located(picture, before, masks[0])
+        marker = located(picture, before, disc(masks[0].shape, handle, 2 * cell) & masks[0])
+        far = outside([masks[0], ends[0]], cell)
+        left = masks[0] & outside([ends[0]], 1, 1)
+        row = {
+            "arm": arm, "cells": cells, "twin": twin, "seed": seed, "vector": vector, "went": went, "marker": marker,
+            "centroid": centroid_shift(picture, before, background), "background_db": psnr(picture, truth, far),
+            "ghost": ghost(picture, before, background, left, masks[0]), "seam_db": seam(picture, truth, ends[0], cell),
+            "truth_db": psnr(picture, truth), "kept": 1 - structure_distance(picture, before, np.ones_like(masks[0])),
+        }  # fmt: skip
+        if twin:
+            row["twin_went"] = located(picture, before, masks[1])
+        self.keep(picture, arm, cells, twin, seed)
+        return row | told
+
+    def drawn(
+        self, arm: str, task: Task, before: np.ndarray, mask: np.ndarray, vector: Any, handle: Any, target: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """The arm's picture, and what it says of itself."""
+        if arm == DO_NOTHING:
+            return before, {}
+        if arm == PASTE:
+            return pasted(before, mask, vector), {}
+        if arm == BASE:
+            return self.replayed(task, before), {}
+        factors = dict(ARMS[arm])
+        paste, true = factors.pop("paste", False), factors.pop("mask", "") == "true" or self.options.true_mask
+        settings = DragSettings(**asdict(self.settings) | factors)
+        found = drag_picture(
+            self.model, Image.fromarray(before), [handle, target], prompt=task.source_prompt, settings=settings,
+            mask=Image.fromarray(mask.astype(np.uint8) * 255) if true else None, paste=paste,
+        )  # fmt: skip
+        within = torch.from_numpy(coverage(mask, *found.drag.mask.shape) > 0.5)
+        mean = float(found.drag.ratios[0].clamp(0, 1)[within].mean()) if bool(within.any()) else math.nan
+        about = {"seconds": found.seconds, "edit_seconds": found.edit_seconds, "arrived": found.arrived[0],
+                 "missed": found.missed[0], "mean_ratio": mean, "notes": len(found.notes)}  # fmt: skip
+        return np.asarray(found.image), about
+
+    @torch.no_grad()
+    def replayed(self, task: Task, before: np.ndarray) -> np.ndarray:
+        """Inversion and sampling by the base alone, without a drag: what any drag can keep at best."""
+        size = (self.model.resolution,) * 2
+        edit = Edit(self.model.prompts([task.source_prompt], size), guidance_scale=1)
+        latents = self.model.encode(as_pixels(before[None]))
+        for inverse in (True, False):
+            plan = moves(self.model, self.options.steps, strength=self.options.strength, inverse=inverse)
+            latents = denoise(self.model, latents, edit, plan)
+        return as_bytes(self.model.decode(latents).cpu())[0]
+
+    def keep(self, picture: np.ndarray, arm: str, cells: int, twin: bool, seed: int) -> None:
+        folder = self.options.output_dir / "pictures"
+        folder.mkdir(exist_ok=True)
+        name = f"{seed:03d}-{cells}{'-twin' if twin else ''}-{arm.replace(' ', '_').replace(',', '')}.png"
+        Image.fromarray(picture).save(folder / name)
+
+
+def run(options: DragBench, model: StableDiffusion | None = None) -> dict[str, Any]:
+    """Measure what is missing and write everything that is known."""
+    bench, began, found = Bench(options, model), time.monotonic(), {}
+    if not options.only or "calibration" in options.only:
+        rows = bench.calibration()
+        best = chosen(rows)
+        found["D9"] = best | {
+            "auc": average([v for v in best["auc"] if v is not None], ""),
+            "iou": average(best["iou"], ""),
+        }
+        (options.output_dir / "calibration.md").write_text(table(rows), encoding="utf-8")
+    if not options.only or "drags" in options.only:
+        rows = bench.drags()
+        found |= figures(rows, bench.model.factor)
+        (options.output_dir / "drag.md").write_text(ablations(rows), encoding="utf-8")
+    (options.output_dir / "figures.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(json.dumps(found, indent=1, ensure_ascii=False), f"\n{time.monotonic() - began:.0f} s")
+    return found
+
+
+if __name__ == "__main__":
+    run(tyro.cli(DragBench, config=(tyro.conf.OmitArgPrefixes,)))
