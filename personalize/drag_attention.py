@@ -69,10 +69,10 @@ class Carried(AttentionHook):
         return site.step.index >= self.start
 
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
-        theirs = [tensor.to(k) for tensor in self.kept[site.name, site.step.timestep]]
+        keys, values = (tensor.to(k) for tensor in self.kept[site.name, site.step.timestep])
         if self.mode == "concat":
-            theirs = [torch.cat([own, other], 2) for own, other in zip((k, v), theirs, strict=True)]
-        return q, *theirs
+            return q, torch.cat([k, keys], 2), torch.cat([v, values], 2)
+        return q, keys, values
 
 
 class Correlation:

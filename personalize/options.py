@@ -133,9 +133,9 @@ def _check_required(config: type, given: set[str], prog: str) -> None:
         raise UserError(f"{prog} needs {' and '.join(missing)} (see {prog} --help)")
 
 
-def _hints(config: type, **options: bool) -> dict[str, Any]:
+def _hints(config: type, include_extras: bool = False) -> dict[str, Any]:
     """Types of the fields by flag; a field named like a word of Python's own has an underscore more: `from_`."""
-    return {name.rstrip("_"): hint for name, hint in get_type_hints(config, **options).items()}
+    return {name.rstrip("_"): hint for name, hint in get_type_hints(config, include_extras=include_extras).items()}
 
 
 def _is_positional(config: type, name: str) -> bool:
