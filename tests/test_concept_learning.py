@@ -4,21 +4,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from personalize import checkpoints
 from personalize.adapter import Adapter
+from personalize.attachment import attach
 from personalize.concept_data import ConceptPicture, ConceptSamples, Example
 from personalize.concept_learning import ConceptRecipe, teaching
 from personalize.concept_maps import concept_maps, map_sheet
 from personalize.concepts import Subject, initial_rows, installed
 from personalize.data import Share
+from personalize.editor import Editor, Sampling
 from personalize.errors import UserError
 from personalize.images import to_pixels
 from personalize.model import StableDiffusion
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_folder
 
 CAT, DOG = Subject("<cat1>", "cat", 2), Subject("<dog1>", "dog")
 SMALL = ConceptRecipe(rank=2, max_train_steps=2, gradient_accumulation_steps=1, learning_rate=1e-2,
@@ -184,3 +187,48 @@ def test_a_prompt_that_misses_a_concept_is_an_error_before_anything_is_touched(m
     with pytest.raises(UserError, match="one “<dog1> dog”"), teaching(model, picture, SMALL):
         pass
     assert PICTURE.class_prompt == "photo of a cat and dog"
+
+
+def other_adapter(model: StableDiffusion) -> Adapter:
+    """An adapter that learned a third word elsewhere."""
+    with teaching(
+        model, ConceptPicture(photo(), (Subject("<fox1>", "fox"),)), replace(SMALL, max_train_steps=1)
+    ) as run:
+        list(run.steps())
+        return run.adapter()
+
+
+def test_prompts_name_concepts_alone_or_together_also_of_two_adapters(
+    model: StableDiffusion, unbroken: Adapter, tmp_path: Path
+) -> None:
+    pets, fox = unbroken.save(tmp_path / "pets"), other_adapter(model).save(tmp_path / "fox")
+    base, short = tiny_folder("sd1", tmp_path), Sampling(steps=2)
+    editor = Editor.load(pets, base)
+    alone, together, plain = (
+        np.asarray(editor.edit(text, sampling=short)[0], np.int16)
+        for text in ("a <cat1> cat in the snow", "a <cat1> cat and <dog1> dog in the snow", "a cat in the snow")
+    )
+    assert np.abs(alone - together).max() > 1 and np.abs(alone - plain).max() > 1
+    both = Editor.load([pets, fox], base)
+    assert set(both.adapter.concepts) == {"<cat1>", "<dog1>", "<fox1>"} and both.adapter.rank == 4  # type: ignore[union-attr]
+    assert both.edit("a <fox1> fox and <cat1> cat", sampling=short)[0].size == (64, 64)
+    assert "<cat1>" not in editor.model.tokenizers[0].get_vocab()
+    with pytest.raises(UserError, match="<cat1>"):
+        Editor.load([pets, pets], base)
+
+
+def test_attach_teaches_a_stock_pipeline_the_words_for_a_while(unbroken: Adapter, tmp_path: Path) -> None:
+    pipe = tiny("sd1").pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    before = pipe.tokenizer
+    call = {"num_inference_steps": 2, "output_type": "np", "height": 64, "width": 64}
+
+    def drawn(prompt: str) -> np.ndarray:
+        return pipe(prompt, **call, generator=torch.Generator().manual_seed(0)).images
+
+    plain = drawn("a <cat1> cat")
+    with attach(pipe, unbroken.save(tmp_path / "pets")) as mine:
+        assert np.abs(drawn("a <cat1> cat") - plain).max() > 1e-3
+        by_hand = pipe(**mine.inputs("a <cat1> cat"), **call, generator=torch.Generator().manual_seed(0)).images
+        assert np.abs(drawn("a <cat1> cat") - by_hand).max() < 1e-5
+    assert pipe.tokenizer is before and np.array_equal(drawn("a <cat1> cat"), plain)

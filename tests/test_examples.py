@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 
+from personalize.concept_learning import ConceptRecipe
 from personalize.launching import home, load_script
 from personalize.learning import Recipe
 from tests.lora_states import random_adapter
@@ -21,6 +22,9 @@ def arguments(name, place):
     base = tiny_folder("sd1", place)
     if name == "train_and_edit":
         return {"output_dir": place / "out", "base": base, "recipe": SHORT, "steps": 2}
+    if name == "two_concepts":
+        recipe = ConceptRecipe(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
+        return {"output_dir": place / "out", "base": base, "recipe": recipe, "steps": 2}
     if name == "drag_point":
         picture(64, 64).save(place / "photo.png")
         return {"photo": place / "photo.png", "handle": "20,24", "target": "36,28", "base": base, "steps": 3}
@@ -28,7 +32,7 @@ def arguments(name, place):
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} == {"drag_point", "train_and_edit", "stock_pipeline"}
+    assert {path.stem for path in EXAMPLES} == {"drag_point", "train_and_edit", "stock_pipeline", "two_concepts"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
