@@ -33,7 +33,7 @@ def main(config: Config) -> Path:
     output, weights = absent(config.output), config.weights or (1.0,) * len(config.adapters)
     names = [path.resolve().name.removesuffix(".safetensors") for path in config.adapters]
     adapter = merged([read_adapter(path) for path in config.adapters], weights, names)
-    if config.rank is not None and config.rank != adapter.rank:
+    if config.rank is not None and config.rank < adapter.rank:
         adapter, reduction = narrowed(adapter, config.rank)
         print(reduction)
     adapter.save(output)

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
-from personalize import formats, verify
+from personalize import formats, lora, verify
 from personalize.adapter import Adapter, twin_name
 from personalize.errors import UserError
 from personalize.files import TensorFile, read_json, read_tensors, tensor_bytes, write_file, write_folder
-from personalize.forgetting import ForgettingRule, parse_rule
-from personalize.lora import multipliers
+from personalize.forgetting import parse_rule
 from personalize.lora_names import COMPONENTS
 from personalize.merging import Part, Reduction, concatenated, reduced
 from personalize.reader_names import Factors, ReaderNames, skeleton
@@ -70,25 +69,15 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     if not math.isfinite(strength):
         raise UserError(f"the strength must be a number, got {strength}")
     rules = [parse_rule(text) for text in forget if text != "none"]
-    modules = formats.pairs(adapter.lora)
-    factors = _unet_factors(modules, adapter.family, rules, strength)
-    factors = {module: factors.get(module, strength) for module in modules}
-    state = {}
-    for module, (a, b) in modules.items():
-        if factors[module]:
-            state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = a, b * factors[module]
+    unet = {key: tensor for key, tensor in adapter.lora.items() if key.startswith(lora.PREFIX)}
+    text = {key: tensor for key, tensor in adapter.lora.items() if key not in unet and strength}
+    state = lora.baked(skeleton(adapter.family), unet, rules, strength)
+    state |= {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in text.items()}
     if not state:
         raise UserError("nothing of the adapter is left: forget less, or use a strength other than 0")
     if not rules and strength == 1:
         return adapter
     return replace(adapter, lora=state, info={**adapter.info, "baked": {"forget": [*forget], "strength": strength}})
-
-
-def _unet_factors(
-    modules: Mapping[str, Any], family: str, rules: Sequence[ForgettingRule], strength: float
-) -> dict[str, float]:
-    names = [module.removeprefix("unet.") for module in modules if module.startswith("unet.")]
-    return {f"unet.{name}": s for name, s in multipliers(skeleton(family), names, rules, strength).items()}
 
 
 def narrowed(adapter: Adapter, rank: int) -> tuple[Adapter, Reduction]:
