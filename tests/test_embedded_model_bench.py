@@ -29,9 +29,9 @@ def test_every_figure_is_measured_and_written(tmp_path, model, monkeypatch):
     monkeypatch.setattr(embedded_model, "INVERSION_STEPS", 3)
     monkeypatch.setattr(embedded_model, "TIMED_RUNS", 1)
     monkeypatch.setattr(attention_auc, "TIMESTEPS", (300, 500, 700))
-    found = embedded_model.run(_options(tmp_path), model)["figures"]
+    found = embedded_model.run(_options(tmp_path, n=1, steps=1), model)["figures"]
     assert set(LINES) - {"right_style_when_asked"} <= set(found)
-    assert found["right_object"]["n"] == found["autoencoder_psnr"]["n"] == 2
+    assert found["right_object"]["n"] == found["autoencoder_psnr"]["n"] == 1
     assert 0 <= found["noun_map_auc"]["value"] <= 1
     assert json.loads((tmp_path / "figures.json").read_text())["figures"] == found
     text = (tmp_path / "figures.md").read_text()

@@ -10,7 +10,6 @@ Scenes are rendered once into `run_dir`; an unfinished run found there is resume
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from personalize.randomness import generator
 from personalize.scenes import BACKGROUNDS, NOUNS, STYLES, Scene, render
 from tests.bench.degradation import degraded
-from tests.bench.judge import SIDE, WEIGHTS, WIDTHS, Judge, JudgeNet, pooled, save
+from tests.bench.judge import SIDE, WEIGHTS, WIDTHS, Judge, JudgeNet, as_bytes, as_pixels, pooled, prepared, save
 from tests.bench.judge_accuracy import accuracy, judged_scene
 
 SHARD = 4000  # scenes rendered per file
@@ -47,17 +46,33 @@ class JudgeConfig:
     widths: tuple[int, int, int] = WIDTHS
     """Channels of the network's three stages."""
     scenes: int = 48000
-    """Scenes to learn from, rendered ahead."""
+    """Scenes of the first phase, rendered at the judge's own 64 px."""
+    max_train_steps: int = 4500
+    """Updates of the first phase."""
+    refining_scenes: int = 24000
+    """Further scenes for the second phase, rendered at 128 px and averaged down, as most pictures reach the judge."""
+    refining_steps: int = 2500
+    """Updates of the second phase."""
     test_scenes: int = 4000
     """Held-out scenes the accuracy is measured on."""
-    max_train_steps: int = 4500
-    """Updates."""
     train_batch_size: int = 64
     """Scenes per update."""
     learning_rate: float = 2e-3
-    """Peak rate of AdamW, one cycle."""
+    """Peak rate of AdamW in the first phase, half of it in the second; each phase is one cycle."""
     checkpointing_steps: int = 250
     """Updates between two checkpoints (and two exported weights)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Updates `begin` to `end` − 1 on scenes `first` to `last` − 1 of `side` pixels, at peak rate `rate`."""
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    side: int
+    rate: float
 
 
 def main(config: JudgeConfig) -> None:
@@ -70,12 +85,24 @@ def main(config: JudgeConfig) -> None:
     print(json.dumps(report))
 
 
-def shard(config: JudgeConfig, number: int) -> dict[str, np.ndarray]:
-    """Scenes `number`·SHARD … as arrays: images (n, 64, 64, 3), owner (n, 64, 64) 0 none/1/2, labels (n, 4)."""
-    first, end = number * SHARD, min((number + 1) * SHARD, config.scenes)
-    path = config.run_dir / f"{config.train_split}_{first}_{end}.npz"
+def phases(config: JudgeConfig) -> tuple[Phase, Phase]:
+    end, last, rate = config.max_train_steps, config.scenes, config.learning_rate
+    refining = Phase(end, end + config.refining_steps, last, last + config.refining_scenes, 2 * SIDE, rate / 2)
+    return Phase(0, end, 0, last, SIDE, rate), refining
+
+
+def scenes_of(config: JudgeConfig, phase: Phase) -> dict[str, np.ndarray]:
+    """The phase's scenes as arrays: images (n, 64, 64, 3), owner (n, 64, 64) 0 none/1/2, labels (n, 4)."""
+    starts = range(phase.first, phase.last, SHARD)
+    parts = [shard(config, start, min(start + SHARD, phase.last), phase.side) for start in starts]
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def shard(config: JudgeConfig, first: int, end: int, side: int) -> dict[str, np.ndarray]:
+    """Scenes `first` to `end` − 1, rendered unless an earlier run has done so."""
+    path = config.run_dir / f"{config.train_split}_{side}px_{first}_{end}.npz"
     if not path.is_file():
-        rows = [labelled(judged_scene(config.train_split, index)) for index in range(first, end)]
+        rows = [labelled(judged_scene(config.train_split, index), side) for index in range(first, end)]
         arrays = [np.stack(column) for column in zip(*rows, strict=True)]
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, images=arrays[0], owner=arrays[1], labels=arrays[2])
@@ -83,48 +110,61 @@ def shard(config: JudgeConfig, number: int) -> dict[str, np.ndarray]:
     return dict(np.load(path))
 
 
-def labelled(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    image, masks = render(scene, SIDE)
+def labelled(scene: Scene, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Picture, owner map and labels (noun, second noun, background, style) of `scene`, rendered at 64 or 128 px."""
+    image, masks = render(scene, side)
+    every = side // SIDE
     owner = np.zeros((SIDE, SIDE), np.uint8)
     for number, mask in enumerate(masks, 1):
-        owner[mask] = number
+        owner[mask[::every, ::every]] = number
     nouns = [NOUNS.index(thing.noun) for thing in scene.objects] + [NOTHING, NOTHING]
     style = list(STYLES).index(scene.objects[0].style) if scene.objects else NOTHING
-    return image, owner, np.array([*nouns[:2], BACKGROUNDS.index(scene.background), style], np.int64)
+    labels = np.array([*nouns[:2], BACKGROUNDS.index(scene.background), style], np.int64)
+    return as_bytes(prepared(image))[0], owner, labels
 
 
 def train(config: JudgeConfig, net: JudgeNet) -> JudgeNet:
-    """Run (or finish) the training; returns the averaged network, which is also exported at every checkpoint."""
-    data = [shard(config, number) for number in range(math.ceil(config.scenes / SHARD))]
-    images, owner, labels = (np.concatenate([part[key] for part in data]) for key in ("images", "owner", "labels"))
-    parts = training_parts(config, net)
-    first, started = resume(config, parts), time.monotonic()
-    for update in range(first, config.max_train_steps):
-        rng = generator(config.seed, "judge", update)
-        rows = torch.randint(len(images), (config.train_batch_size,), generator=rng).numpy()
-        pixels = torch.from_numpy(images[rows].astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
-        pixels, cells = degraded(pixels, torch.from_numpy(owner[rows]), rng)
-        loss = objective(net, pixels, cells, torch.from_numpy(labels[rows]))
+    """Run (or finish) both phases; returns the averaged network, which is also exported at every checkpoint."""
+    net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=average, use_buffers=True)
+    optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=0.02)
+    parts = {"net": net, "averaged": averaged, "optimizer": optimizer}
+    path = config.run_dir / "checkpoint.pt"
+    state = torch.load(path, weights_only=True) if path.is_file() else {"update": 0}
+    for key in parts.keys() & state.keys():
+        parts[key].load_state_dict(state[key])
+    for phase in phases(config):
+        if state["update"] < phase.end:
+            run_phase(config, phase, parts, state)
+    return averaged.module.eval()  # pyright: ignore[reportReturnType]
+
+
+def run_phase(config: JudgeConfig, phase: Phase, parts: dict[str, Any], state: dict[str, Any]) -> None:
+    """One cycle of the learning rate, from `state` if that lies within the phase, else from its beginning."""
+    data, first, started = scenes_of(config, phase), max(state["update"], phase.begin), time.monotonic()
+    cycle = {"max_lr": phase.rate, "total_steps": phase.end - phase.begin, "pct_start": 0.1}
+    parts["schedule"] = torch.optim.lr_scheduler.OneCycleLR(parts["optimizer"], **cycle)
+    if state["update"] > phase.begin:
+        parts["schedule"].load_state_dict(state["schedule"])
+        parts["optimizer"].load_state_dict(state["optimizer"])
+    for update in range(first, phase.end):
+        loss = objective(parts["net"], *batch(config, data, update))
         step(parts, loss)
         done = update + 1
         if done % 50 == 0:
             speed = (done - first) * config.train_batch_size / (time.monotonic() - started)
             print(json.dumps({"update": done, "loss": round(loss.item(), 4), "scenes_per_s": round(speed)}), flush=True)
-        if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
+        if done % config.checkpointing_steps == 0 or done == phase.end:
             checkpoint(config, parts, done)
-    return parts["averaged"].module.eval()
 
 
-def training_parts(config: JudgeConfig, net: JudgeNet) -> dict[str, Any]:
-    """What a checkpoint holds: the network, its running average (which is exported), AdamW and its one-cycle rate."""
-    net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=average, use_buffers=True)
-    optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.max_train_steps, pct_start=0.1
-    )
-    return {"net": net, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
+def batch(config: JudgeConfig, data: dict[str, np.ndarray], update: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels (b, 3, 64, 64), half of them degraded, their owner maps (b, 64, 64) and labels (b, 4)."""
+    rng = generator(config.seed, "judge", update)
+    rows = torch.randint(len(data["images"]), (config.train_batch_size,), generator=rng).numpy()
+    pixels, owner = degraded(as_pixels(data["images"][rows]), torch.from_numpy(data["owner"][rows]), rng)
+    return pixels, owner, torch.from_numpy(data["labels"][rows])
 
 
 def step(parts: dict[str, Any], loss: Tensor) -> None:
@@ -142,17 +182,6 @@ def checkpoint(config: JudgeConfig, parts: dict[str, Any], update: int) -> None:
     torch.save({"update": update, **{key: part.state_dict() for key, part in parts.items()}}, path.with_suffix(".new"))
     path.with_suffix(".new").rename(path)
     export(config, parts["averaged"].module, {"updates": update})
-
-
-def resume(config: JudgeConfig, parts: dict[str, Any]) -> int:
-    """Load the checkpoint, if there is one; the number of updates it has behind it."""
-    path = config.run_dir / "checkpoint.pt"
-    if not path.is_file():
-        return 0
-    state = torch.load(path, weights_only=True)
-    for key, part in parts.items():
-        part.load_state_dict(state[key])
-    return state["update"]
 
 
 def objective(net: JudgeNet, pixels: Tensor, owner: Tensor, labels: Tensor) -> Tensor:
