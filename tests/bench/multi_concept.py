@@ -1,0 +1,264 @@
+"""Does calibrating attention keep two concepts of one picture apart?  Default weight against weight 0.
+
+    python -m tests.bench.multi_concept                          # 4 scenes
+    python -m tests.bench.multi_concept --scenes 20 --budget 8 --steps 50
+
+Scenes hold two objects in the style the embedded model has never seen.  For each scene both arms learn both concepts
+with the same seed, data and updates; weight 0 is Custom Diffusion.  Measured: the overlap of the two class maps; the
+IoU of every map, cut at one half, with its object's true mask; how often a prompt for one concept shows the other
+object; whether prompts come true; how sure the judge is of the held-out style.  Controls: the picture itself, and the
+base without adapter asked for the classes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from personalize.adapter import Adapter
+from personalize.concept_data import ConceptPicture, Example
+from personalize.concept_learning import ConceptRecipe, teaching
+from personalize.concept_maps import concept_maps
+from personalize.concepts import Subject, installed
+from personalize.images import to_pixels
+from personalize.losses import normalised, separation
+from personalize.model import EMBEDDED, StableDiffusion
+from personalize.multi_concept import CALIBRATION_WEIGHT
+from personalize.regularisation import from_base
+from personalize.sampling import Edit, moves, sample
+from personalize.scenes import (
+    BACKGROUNDS,
+    HELD_OUT_STYLE,
+    NOUNS,
+    PLACES,
+    Scene,
+    captions,
+    noun_phrase,
+    place_phrase,
+    random_scene,
+    render,
+)
+from tests.bench.attention_auc import coverage
+from tests.bench.cells import Cells
+from tests.bench.contract import BASE, DO_NOTHING
+from tests.bench.intervals import mean_interval, paired_interval
+from tests.bench.judge import Judge, as_bytes
+
+SPLIT = "bench-multi-concept"
+CALIBRATED, PLAIN = "calibrated", "weight 0"
+ARMS = (CALIBRATED, PLAIN)
+TOKENS = ("<one>", "<two>")
+FIGURES = {  # name: (what it is, better when)
+    "overlap": ("overlap of the class maps", "lower"),
+    "iou_noun": ("IoU of class maps with true masks", "higher"),
+    "iou_modifier": ("IoU of token maps with true masks", "higher"),
+    "wrong_object": ("single prompts that show the other object", "lower"),
+    "single_success": ("single prompts that come true", "higher"),
+    "both_success": ("prompts for both that come true", "higher"),
+    "style": ("the judge's probability of the true style", "higher"),
+}
+
+
+@dataclass(frozen=True)
+class MultiConceptBench:
+    model: Path = EMBEDDED
+    """A Stable Diffusion folder; its world.json, if there, says which nouns and backgrounds it knows."""
+    output_dir: Path = Path("runs/multi_concept")
+    """Where cells.jsonl, table.md and figures.json go."""
+    scenes: int = 4
+    """Scenes to learn, each by every arm."""
+    budget: int = 4
+    """Pictures of each prompt."""
+    steps: int = 30
+    """Denoising steps."""
+    updates: int = 250
+    """Updates of each training."""
+    class_images: int = 48
+    """Regularisation pictures, drawn by the base for each pair of classes."""
+    nouns: tuple[str, ...] = ()
+    """Nouns to take, when not those of world.json."""
+    timed_updates: int = 20
+    """Updates timed with and without calibration, in turn; 0 for none."""
+    threads: int = 2
+    """Processor cores to use."""
+
+
+class Bench:
+    """One run: the model, what it knows, the judge, and the finished cells."""
+
+    def __init__(self, options: MultiConceptBench, model: StableDiffusion | None = None) -> None:
+        self.options, self.model, self.judge = options, model or StableDiffusion.load(options.model), Judge.load()
+        known = options.model / "world.json"
+        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        self.nouns = tuple(options.nouns or world.get("nouns", NOUNS))
+        self.backgrounds = tuple(world.get("backgrounds", BACKGROUNDS))
+        names = ("budget", "steps", "updates", "class_images")
+        settings = {name: getattr(options, name) for name in names}
+        stamp = {"base": self.model.identity["sha256"], "split": SPLIT, "nouns": self.nouns, **settings}
+        self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
+
+    def scene(self, index: int) -> Scene:
+        world = {"nouns": self.nouns, "backgrounds": self.backgrounds, "styles": (HELD_OUT_STYLE,)}
+        return random_scene(index, split=SPLIT, objects=2, **world)  # pyright: ignore[reportArgumentType]
+
+    def task(self, index: int) -> tuple[ConceptPicture, tuple[np.ndarray, ...], Scene]:
+        """The picture to learn, its objects' true masks, and the scene."""
+        scene = self.scene(index)
+        image, masks = render(scene, self.model.resolution)
+        subjects = tuple(Subject(t, o.noun.replace("_", " ")) for t, o in zip(TOKENS, scene.objects, strict=True))
+        prompt = f"a picture of a {subjects[0].phrase} and a {subjects[1].phrase} {place_phrase(scene.background)}"
+        return ConceptPicture(Image.fromarray(image), subjects, prompt), masks, scene
+
+    def examples(self, picture: ConceptPicture) -> list[Example]:
+        options = self.options
+        cache = options.output_dir / "drawn"
+        side = self.model.resolution
+        return from_base(
+            self.model, picture.class_prompt, options.class_images, side=side, steps=options.steps, cache=cache
+        )
+
+    def recipe(self, arm: str, seed: int) -> ConceptRecipe:
+        weight = CALIBRATION_WEIGHT if arm == CALIBRATED else 0.0
+        return ConceptRecipe(
+            initializer_token="class", max_train_steps=self.options.updates, calibration_weight=weight, seed=seed
+        )
+
+    def pictures(self, prompt: str, adapter: Adapter | None) -> np.ndarray:
+        """`budget` pictures of `prompt`, (b, H, W, 3) uint8, with the same seeds for every arm."""
+        model, seeds = self.model, range(self.options.budget)
+        with torch.no_grad(), installed(model, adapter.concepts if adapter else {}):
+            told = model.prompts([prompt])
+        with adapter.apply(model) if adapter else nullcontext():
+            latents = sample(model, Edit(told), list(seeds), moves(model, self.options.steps))
+        return as_bytes(model.decode(latents).cpu())
+
+
+def measured(bench: Bench, index: int, arm: str) -> dict[str, Any]:
+    """Train `arm` on scene `index`, and measure maps and pictures."""
+    picture, masks, scene = bench.task(index)
+    started = time.perf_counter()
+    with teaching(bench.model, picture, bench.recipe(arm, index), examples=bench.examples(picture)) as run:
+        for _ in run.steps():
+            pass
+        adapter = run.adapter()
+        seconds = time.perf_counter() - started
+        maps = concept_maps(bench.model, to_pixels(picture.image), picture.prompt, picture.subjects, noises=4)
+    row = {"overlap": float(separation(maps.nouns)), "seconds": round(seconds, 1)}
+    for name, found in (("iou_noun", maps.nouns), ("iou_modifier", maps.modifiers)):
+        row[name] = float(np.mean([map_iou(one, mask) for one, mask in zip(found, masks, strict=True)]))
+    phrases = [f"a {subject.phrase}" for subject in picture.subjects]
+    return row | judged(bench, index, scene, phrases, lambda prompt: bench.pictures(prompt, adapter))
+
+
+def map_iou(attention: torch.Tensor, mask: np.ndarray) -> float:
+    """IoU of a map (h, w), stretched and cut at one half, with the cells that `mask` covers by half."""
+    marked = normalised(attention).numpy() > 0.5
+    true = coverage(mask, *marked.shape) > 0.5
+    return float((marked & true).sum() / max(1, (marked | true).sum()))
+
+
+def judged(
+    bench: Bench, index: int, scene: Scene, phrases: Sequence[str], draw: Callable[[str], np.ndarray]
+) -> dict[str, Any]:
+    """What the judge sees in pictures of each concept alone, and of both, in another place."""
+    places = [place for place in PLACES if place in bench.backgrounds and place != scene.background] or [*PLACES]
+    place = places[index % len(places)]
+    nouns = [thing.noun for thing in scene.objects]
+    wrong, single, style = [], [], []
+    for own, phrase in enumerate(phrases):
+        for verdict in bench.judge(draw(f"a picture of {phrase} {place_phrase(place)}")):
+            wrong.append(nouns[1 - own] in verdict.nouns)
+            single.append(nouns[own] in verdict.nouns and verdict.background == place)
+            style.append(verdict.style_probs[HELD_OUT_STYLE])
+    both = [
+        set(nouns) <= verdict.nouns and verdict.background == place
+        for verdict in bench.judge(draw(f"a picture of {phrases[0]} and {phrases[1]} {place_phrase(place)}"))
+    ]
+    means = {"wrong_object": wrong, "single_success": single, "both_success": both, "style": style}
+    return {name: float(np.mean(values)) for name, values in means.items()}
+
+
+def controls(bench: Bench, index: int) -> None:
+    """The picture itself whatever was asked, and the base asked for the classes."""
+    scene = bench.scene(index)
+    image = render(scene, bench.model.resolution)[0]
+    phrases = [noun_phrase(thing.noun) for thing in scene.objects]
+    same = np.stack([image] * bench.options.budget)
+    bench.cells.once(f"{DO_NOTHING}/{index}", lambda: judged(bench, index, scene, phrases, lambda _: same))
+    drawn = lambda prompt: bench.pictures(prompt, None)  # noqa: E731
+    bench.cells.once(f"{BASE}/{index}", lambda: judged(bench, index, scene, phrases, drawn))
+
+
+def speed(bench: Bench) -> dict[str, Any]:
+    """Seconds of an update with and without calibration, in turn within one run: medians and their ratio."""
+    picture, _, _ = bench.task(0)
+    count = bench.options.timed_updates
+    recipe = ConceptRecipe(initializer_token="class", max_train_steps=2 * count + 2, swap_subjects=0.0)
+    spent: dict[float, list[float]] = {CALIBRATION_WEIGHT: [], 0.0: []}
+    with teaching(bench.model, picture, recipe, examples=bench.examples(picture)) as run:
+        steps = run.steps()
+        for number in range(2 * count + 2):
+            weight = 0.0 if number % 2 else CALIBRATION_WEIGHT
+            run.objective.calibration_weight = weight  # pyright: ignore[reportAttributeAccessIssue]
+            started = time.perf_counter()
+            next(steps)
+            if number > 1:  # the first of each kind warms up
+                spent[weight].append(time.perf_counter() - started)
+    slow, fast = (float(np.median(values)) for values in spent.values())
+    return {"calibrated_s": slow, "plain_s": fast, "ratio": fast / slow, "n": count}
+
+
+def table(rows: dict[str, dict[str, Any]], count: int) -> str:
+    """Markdown: every figure of both arms and the controls, and the paired difference."""
+    arms = [*ARMS, DO_NOTHING, BASE]
+    found = {arm: [rows[f"{arm}/{index}"] for index in range(count)] for arm in arms}
+    lines = [f"| n = {count} scenes | better | {' | '.join(arms)} | {CALIBRATED} − {PLAIN} (95 %) |"]
+    lines.append("|---" * (len(arms) + 3) + "|")
+    for name, (what, better) in FIGURES.items():
+        cells = []
+        for arm in arms:
+            values = [row[name] for row in found[arm] if name in row]
+            low, high = mean_interval(values)
+            cells.append(f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]" if values else "–")
+        mine, other = ([row[name] for row in found[arm]] for arm in ARMS)
+        difference, low, high = paired_interval(mine, other)
+        lines.append(f"| {what} | {better} | {' | '.join(cells)} | {difference:+.3f} [{low:+.3f}, {high:+.3f}] |")
+    return "\n".join(lines) + "\n"
+
+
+def run(options: MultiConceptBench, model: StableDiffusion | None = None) -> str:
+    """Measure what is missing, write table.md and figures.json, and return the table."""
+    bench = Bench(options, model)
+    for index in range(options.scenes):
+        for arm in ARMS:
+            bench.cells.once(f"{arm}/{index}", lambda index=index, arm=arm: measured(bench, index, arm))
+            print(f"scene {index}, {arm}: {bench.cells.rows[f'{arm}/{index}']}", flush=True)
+        controls(bench, index)
+    text = table(bench.cells.rows, options.scenes)
+    if options.timed_updates:
+        timed = bench.cells.once("speed", lambda: speed(bench))
+        text += f"\nAn update with calibration runs at {timed['ratio']:.2f} × the speed without (n = {timed['n']}).\n"
+    scenes = {index: captions(bench.scene(index))[0] for index in range(options.scenes)}
+    figures = {"scenes": scenes, "cells": bench.cells.rows}
+    (options.output_dir / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (options.output_dir / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(options: MultiConceptBench) -> None:
+    torch.set_num_threads(options.threads)
+    print(run(options))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(MultiConceptBench, config=(tyro.conf.OmitArgPrefixes,)))
