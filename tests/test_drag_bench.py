@@ -72,10 +72,10 @@ def test_tasks_stay_in_the_frame_and_go_as_far_as_asked(twin):
 
 def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     model = tiny_sd1()
-    arms = ("move", "deform", "move, pasted")
+    arms = ("move", "deform")
     options = DragBench(scenes=2, arms=arms, steps=2, strength=1.0, true_mask=True, output_dir=tmp_path, model=tmp_path)
-    monkeypatch.setattr(bench, "DISTANCES", (2, 4))
-    monkeypatch.setattr("tests.bench.drag_figures.DISTANCES", (2, 4))
+    monkeypatch.setattr(bench, "DISTANCES", (4,))
+    monkeypatch.setattr("tests.bench.drag_figures.DISTANCES", (4,))
     monkeypatch.setattr("tests.bench.drag_calibration.THRESHOLDS", (0.3,))
     monkeypatch.setattr("tests.bench.drag_calibration.BANDS", ((0, 500),))
     found = bench.run(options, model)
