@@ -28,6 +28,7 @@ def _options(folder, **changes) -> EmbeddedModelBench:
 def test_every_figure_is_measured_and_written(tmp_path, model, monkeypatch):
     monkeypatch.setattr(embedded_model, "INVERSION_STEPS", 3)
     monkeypatch.setattr(embedded_model, "TIMED_RUNS", 1)
+    monkeypatch.setattr(embedded_model, "SHEET_SIDE", 2)
     monkeypatch.setattr(attention_auc, "TIMESTEPS", (300, 500, 700))
     found = embedded_model.run(_options(tmp_path, n=1, steps=1), model)["figures"]
     assert set(LINES) - {"right_style_when_asked"} <= set(found)

@@ -29,6 +29,7 @@ from personalize.moves import moves
 from personalize.pictures import grid
 from personalize.sampling import Edit, denoise, sample
 from personalize.scenes import (
+    ANY_STYLE,
     BACKGROUNDS,
     HELD_OUT_STYLE,
     NOUNS,
@@ -50,6 +51,7 @@ from tests.bench.judge import Judge, as_bytes, as_pixels
 SPLIT = "bench"
 INVERSION_STEPS = 50
 TIMED_RUNS = 3
+SHEET_SIDE = 8  # prompts to a row and to a column
 
 
 @dataclass(frozen=True)
@@ -204,19 +206,26 @@ def seconds(bench: Bench) -> None:
 
 
 def sheet(bench: Bench) -> None:
-    """8×8 prompts: six nouns and two pairs on eight backgrounds, every style in turn."""
-    chosen = [bench.nouns[i * len(bench.nouns) // 10] for i in range(10)]
-    subjects = [*map(noun_phrase, chosen[:6]), *(" and ".join(map(noun_phrase, chosen[i : i + 2])) for i in (6, 8))]
-    places = [bench.backgrounds[i * len(bench.backgrounds) // 8] for i in range(8)]
+    """8×8 prompts, no style named: six nouns and two pairs, each on eight backgrounds."""
+    ones, side = SHEET_SIDE - SHEET_SIDE // 4, SHEET_SIDE
+    phrases = [noun_phrase(noun) for noun in spread(bench.nouns, 2 * side - ones)]
+    subjects = phrases[:ones] + [" and ".join(phrases[i : i + 2]) for i in range(ones, len(phrases), 2)]
+    subjects = [f"{ANY_STYLE} {subject}" for subject in subjects]
+    places = spread(bench.backgrounds, side)
     rows = []
     for number, subject in enumerate(subjects):
         texts = [f"{subject} {place_phrase(place)}" for place in places]
-        drawn = as_bytes(bench.pictures(texts, [8 * number + column for column in range(8)]))
+        drawn = as_bytes(bench.pictures(texts, [side * number + column for column in range(side)]))
         rows.append([Image.fromarray(picture) for picture in drawn])
     settings = f"{bench.options.scheduler}, {bench.options.steps} steps, guidance {bench.options.guidance_scale:g}"
     title = f"{len(rows)}×{len(places)} prompts, first seeds, none left out: {settings}"
     picture = grid(rows, columns=[place_phrase(place) for place in places], labels=subjects, title=title, cell=128)
     picture.save(bench.options.output_dir / "sheet.png")
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """`count` of `names`, evenly spread over them."""
+    return [names[index * len(names) // count] for index in range(count)]
 
 
 FIGURES: dict[str, Callable[[Bench], None]] = {
