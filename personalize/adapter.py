@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize import formats, token_files, verify
+from personalize import formats, layouts, token_files, verify
 from personalize.errors import UserError
 from personalize.files import plain_name, read_json, read_tensors, tensor_bytes, write_folder
 from personalize.lora import load_lora, remove_lora
@@ -88,16 +88,16 @@ class Adapter:
 
     @staticmethod
     def load(folder: str | Path) -> Adapter:
-        """Read an adapter folder, or a LoRA file of any program (then without source embedding and caption).
+        """Read an adapter folder, or a LoRA or textual-inversion file of any program.
+
+        A file has no source embedding and no caption; a learned token is called as the file says, else `<file name>`.
 
         Raises:
             UserError: no adapter folder, a file is missing, damaged, a pickle, no plain LoRA, or not what was saved.
         """
         folder = Path(folder)
         if folder.is_file():
-            found = formats.read_lora(folder)
-            base = {"family": found.family} if found.family else {}
-            return Adapter(found.state, found.rank, found.alpha, None, {"base": base, "imported": folder.name})
+            return _imported(folder)
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
         info = read_json(folder / MANIFEST)
@@ -121,6 +121,9 @@ class Adapter:
             UserError: `model` is of another family, or another base of the family (allowed by `any_base`), or already
                 carries an adapter.
         """
+        if not self.lora:  # learned tokens alone, which are checked when they are installed
+            yield
+            return
         self.check_base(model, any_base=any_base)
         load_lora(model.unet, dict(self.lora), self.rank, self.alpha)
         try:
@@ -131,10 +134,8 @@ class Adapter:
     @contextmanager
     def apply_text(self, model: StableDiffusion, strength: float = 1.0) -> Iterator[None]:
         """Run the body with the text encoders' part of the LoRA in them, if it has one; trace-free like `apply`."""
-        if not has_text(self.lora):
-            yield
-            return
-        with text_lora(model, self.lora, strength * self.alpha / self.rank):
+        change = text_lora(model, self.lora, strength * self.alpha / self.rank)
+        with change if has_text(self.lora) else nullcontext():
             yield
 
     def check_base(self, model: StableDiffusion, *, any_base: bool = False) -> None:
@@ -227,6 +228,22 @@ def _png(image: Image.Image) -> bytes:
     stream = BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
+
+
+def _imported(path: Path) -> Adapter:
+    """An adapter of what one file of another program holds."""
+    content = read_tensors(path)
+    held = layouts.contents(content.tensors)
+    about: dict[str, Any] = {"imported": path.name}
+    if held.form.startswith("textual inversion"):
+        concept = token_files.read_concept(path, content=content)
+        token = f"<{concept.token}>" if concept.token == path.stem else concept.token
+        family = token_files.family_of(concept.rows)
+        about["base"] = {"family": family} if family else {}
+        return Adapter({}, 1, 1.0, None, about, {token: concept.rows})
+    found = formats.read_lora(path, content)
+    about["base"] = {"family": found.family} if found.family else {}
+    return Adapter(found.state, found.rank, found.alpha, None, about)
 
 
 def _owned(folder: Path) -> set[str]:

@@ -6,8 +6,8 @@ Options are parsed and checked before torch is imported.  A script of `train/` o
     if __name__ == "__main__":
         raise SystemExit(run_script(Config, main))
 
-Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can mend (one line on stderr), 130 interrupted; a
-bug keeps its traceback.
+Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can mend (one line on stderr), 130 interrupted;
+a bug keeps its traceback.
 """
 
 from __future__ import annotations

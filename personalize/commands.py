@@ -20,7 +20,7 @@ class EditConfig:
     """
 
     adapter: Positional[Path]
-    """Adapter folder, as written by `personalize train`, or a LoRA file (.safetensors) of any program."""
+    """Adapter folder, as written by `personalize train`, or a LoRA or textual-inversion file of any program."""
     prompt: str
     """What the edited picture should show; best worded like the adapter's caption, with the change put in."""
     negative_prompt: str = ""

@@ -158,7 +158,7 @@ class Editor:
         learned = self.adapter is not None and has_text(self.adapter.lora) and not self.model.zero_null
         negative = self._encoded(negative_prompt, size, strength) if negative_prompt or learned else None
         edit = Edit(told, negative, sampling.guidance_scale)
-        if setting is not None:
+        if setting is not None and self._adapter.lora:
             edit = Edit(told, negative, sampling.guidance_scale, rule=rules(setting.forget), strength=setting.strength)
         steps = moves(self.model, sampling.steps, sampling.scheduler)
         with self.adapter.apply(self.model) if self.adapter and setting else nullcontext():

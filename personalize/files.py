@@ -249,9 +249,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    if not path.is_file():  # keeps pipes and devices out, which would block
-        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: check the path")
     try:
+        if not path.is_file():  # keeps pipes and devices out, which would block
+            raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: check the path")
         with open(path, "rb") as stream:
             yield stream
     except OSError as error:

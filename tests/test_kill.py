@@ -43,7 +43,7 @@ def counting(hit):
 
 
 def forked(save, *, at=None, delay=None, exchange=True):
-    """Run `save` in a fork that dies before its step number `at`, or is killed after `delay` seconds; returns the steps done."""
+    """Run `save` in a fork that dies before step `at`, or after `delay` seconds; returns the number of steps done."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
