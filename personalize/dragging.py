@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from personalize.adapter import Adapter
+from personalize.concepts import installed
 from personalize.drag import DEFAULTS, Drag, DragSettings, drag, move_length
 from personalize.errors import UserError
 from personalize.images import load_image, to_image, to_pixels
@@ -194,9 +195,16 @@ def pairs(points: Sequence[Point], size: tuple[int, int]) -> tuple[list[Point], 
 def conditioning(
     model: StableDiffusion, adapter: Adapter | None, prompt: str | None, size: tuple[int, int]
 ) -> Conditioning:
-    """`prompt`; or else the adapter's source embedding, or its caption; or else the empty prompt."""
+    """`prompt`; or else the adapter's source embedding, or its caption; or else the empty prompt.
+
+    Prompts are read with the adapter's change of the text encoders, and may say its learned tokens.
+    """
     caption = "" if adapter is None else str(adapter.info.get("caption", ""))
-    told = model.prompts([caption if prompt is None else prompt], size)
+    with (
+        adapter.apply_text(model) if adapter else nullcontext(),
+        installed(model, adapter.concepts if adapter else {}),
+    ):
+        told = model.prompts([caption if prompt is None else prompt], size)
     learned = adapter.source if adapter is not None and prompt is None else None
     return mixed(model, learned, told, alpha=1.0, beta=0.0)
 

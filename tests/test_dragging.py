@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from personalize.drag import DragSettings
 from personalize.dragging import Frame, conditioning, drag_picture, overlay, pairs
 from personalize.editor import Editor
 from personalize.errors import UserError
-from tests.lora_states import random_adapter
+from tests.lora_states import random_adapter, text_lora
 from tests.tiny import tiny_sd1
 
 SETTINGS = DragSettings(steps=2, strength=1.0)
@@ -123,6 +125,19 @@ def test_what_the_model_is_told(model):
     assert torch.equal(conditioning(model, adapter, "a dog", (64, 64)).embeds, dog.embeds)
     learned = conditioning(model, adapter, None, (64, 64)).embeds
     torch.testing.assert_close(learned, adapter.source["embeds"], atol=1e-5, rtol=1e-5)  # projected on itself
+
+
+def test_prompts_are_read_by_the_adapters_text_encoder_and_tokens(model):
+    adapter = random_adapter(model)
+    rows = {"text_encoder": torch.ones(1, model.text_encoders[0].config.hidden_size)}
+    both = replace(adapter, lora={**adapter.lora, **text_lora(model)}, concepts={"<thing>": rows})
+    with torch.no_grad():
+        dog = model.prompts(["a dog"]).embeds
+    assert not torch.allclose(conditioning(model, both, "a dog", (64, 64)).embeds, dog, atol=1e-3)
+    told = [conditioning(model, both, prompt, (64, 64)).embeds for prompt in ("a <thing>", "a dog")]
+    assert not torch.allclose(*told, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(model.prompts(["a dog"]).embeds, dog)
 
 
 @pytest.mark.parametrize(
