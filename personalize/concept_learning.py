@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from personalize.adapter import Adapter
@@ -73,7 +74,7 @@ class ConceptRecipe:
         for name, value in asdict(self).items():
             if name in positive and value is not None and not value > 0:
                 raise UserError(f"{name} must be above 0, got {value}")
-            if name in not_negative and not value >= 0:
+            if name in not_negative and value is not None and not value >= 0:
                 raise UserError(f"{name} must be 0 or more, got {value}")
         if not 0 <= self.swap_subjects <= 1:
             raise UserError(f"swap_subjects is a share from 0 to 1, got {self.swap_subjects}")
@@ -241,5 +242,5 @@ def _digest(picture: ConceptPicture, examples: Sequence[Example]) -> str:
     for example in examples:
         content = example.picture
         found.update(example.caption.encode())
-        found.update(content.tobytes() if not hasattr(content, "read_bytes") else content.read_bytes())
+        found.update(content.tobytes() if isinstance(content, Image.Image) else content.read_bytes())
     return found.hexdigest()

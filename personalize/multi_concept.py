@@ -47,7 +47,8 @@ class DetachedStart(AttentionHook):
         return site.cross
 
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
-        return q, *(torch.cat([x[:, :, :1].detach(), x[:, :, 1:]], 2) for x in (k, v))
+        k, v = (torch.cat([x[:, :, :1].detach(), x[:, :, 1:]], 2) for x in (k, v))
+        return q, k, v
 
 
 class CalibrationMaps(MapStore):
@@ -160,7 +161,8 @@ class MultiConcept(nn.Module):
         """Where maps are kept; None where no loss reads them, so that all attention stays fused."""
         if not self.calibration_weight and not self.mask_weight:
             return None
-        return CalibrationMaps(calibration_layers(self._model[0].unet, tuple(latents.shape[-2:])))
+        height, width = latents.shape[-2:]
+        return CalibrationMaps(calibration_layers(self._model[0].unet, (height, width)))
 
     def _attention(
         self, store: CalibrationMaps, batch: Mapping[str, Any], instance: Tensor
@@ -171,7 +173,8 @@ class MultiConcept(nn.Module):
         calibrated = torch.stack([calibration(c, m) for c, m in zip(nouns, modifiers, strict=True)]).mean()
         total, parts = self.calibration_weight * calibrated, {"calibration": calibrated.detach()}
         if self.mask_weight and "masks" in batch:
-            masks = adaptive_avg_pool2d(batch["masks"][instance].float(), nouns.shape[-2:])
+            height, width = nouns.shape[-2:]
+            masks = adaptive_avg_pool2d(batch["masks"][instance].float(), (height, width))
             rows = zip([*nouns, *modifiers], [*masks, *masks], strict=True)
             anchored = torch.stack([anchoring(maps, mask).sum() for maps, mask in rows]).sum() / len(nouns)
             total, parts = total + self.mask_weight * anchored, parts | {"anchoring": anchored.detach()}

@@ -31,7 +31,8 @@ SMALL = ConceptRecipe(rank=2, max_train_steps=2, gradient_accumulation_steps=1, 
 def photo() -> Image.Image:
     image = Image.new("RGB", (90, 72), "teal")
     pen = ImageDraw.Draw(image)
-    pen.ellipse((12, 20, 40, 60), "orange"), pen.rectangle((50, 20, 76, 60), "purple")
+    pen.ellipse((12, 20, 40, 60), "orange")
+    pen.rectangle((50, 20, 76, 60), "purple")
     return image
 
 

@@ -46,7 +46,8 @@ def test_far_mask_is_one_cell_smaller_on_each_side() -> None:
 
 def test_views_move_masks_as_they_move_the_picture() -> None:
     image, mask = Image.new("RGB", (64, 64), "black"), Image.new("L", (64, 64))
-    image.paste("white", (4, 8, 28, 40)), mask.paste(255, (4, 8, 28, 40))
+    image.paste("white", (4, 8, 28, 40))
+    mask.paste(255, (4, 8, 28, 40))
     rng = generator(0, "test masks")
     for _ in range(20):
         view = draw_view(64, rng)
