@@ -83,12 +83,12 @@ def test_disendiff_d_sdxl_takes_one_block_of_each_row() -> None:
 
 
 def test_disendiff_d_maps_are_distributions_with_gradient_and_change_no_output() -> None:
-    model = sized("sd1", 64)
+    model = sized("sd1", 32)
     with installed(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows)
-        given = batch(model)
+        given = batch(model, side=32)
         question = given["latents"], given["timesteps"], model.prompts(given["texts"])
-        store = CalibrationMaps(calibration_layers(model.unet, (64, 64)))
+        store = CalibrationMaps(calibration_layers(model.unet, (32, 32)))
         plain = model.predict(*question)
         with hooked(model.unet, [store]):
             read = model.predict(*question)
@@ -275,7 +275,7 @@ def test_disendiff_g_attention_loss_falls_on_a_fixed_batch() -> None:
         given["canvas"] = torch.zeros_like(given["canvas"])  # no diffusion loss: attention alone
         optimizer = torch.optim.AdamW(objective.groups(5e-3, 5e-2, 0.0))
         losses = []
-        for _ in range(50):
+        for _ in range(42):
             terms = objective(given)
             optimizer.zero_grad()
             terms.total.backward()
