@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -52,7 +53,7 @@ def run(config: QuickstartConfig) -> Path:
     round_trip = model.decode(model.encode(pixels)).cpu()
     say_if_unshowable(console, psnr(round_trip, pixels), embedded=config.pretrained_model_name_or_path is None)
     begun = time.monotonic()
-    with learning(model, pixels, example.caption, recipe(config)) as run:
+    with learning(model, pixels, example.caption, recipe(config), accelerator=accelerator(model)) as run:
         for _ in track(run.steps(), f"Learning “{example.caption}”", total=run.updates, console=console):
             pass
         adapter = run.adapter()
@@ -85,6 +86,13 @@ def recipe(config: QuickstartConfig) -> Recipe:
         return chosen
     batch = chosen.train_batch_size * chosen.gradient_accumulation_steps
     return replace(chosen, max_train_samples=config.max_train_steps * batch)
+
+
+def accelerator(model: StableDiffusion) -> Accelerator:
+    """Half precision where the processor multiplies in it, which there takes two thirds of the time."""
+    on_cpu = model.device.type == "cpu"
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else model.dtype == torch.bfloat16
+    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if fast else "no")
 
 
 def say_if_unshowable(console: Console, ceiling: float, *, embedded: bool) -> None:

@@ -9,7 +9,6 @@ from lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, predict, rand
 from safetensors.torch import save_file
 from tiny import tiny
 
-from personalize import formats
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes, write_file
 from personalize.formats import diffusers_file, family_of, kohya_file, kohya_metadata, pairs, read_lora
