@@ -44,14 +44,14 @@ def phantom(family: str) -> Phantom:
     """A fresh phantom of `family`: "sd1", "sd2" or "sdxl"."""
     folder = CONFIGS / FOLDERS[family]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))  # pyright: ignore
         encoders = [
             cls(CLIPTextConfig.from_pretrained(folder / name))
             for name, cls in ENCODERS.items()
             if (folder / name).is_dir()
         ]
     for part in (unet, *encoders):
-        _hollow(part)
+        _hollow(part)  # pyright: ignore[reportArgumentType]
     return Phantom(family, unet, tuple(encoders))  # pyright: ignore[reportArgumentType]
 
 

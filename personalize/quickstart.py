@@ -61,7 +61,7 @@ def run(config: QuickstartConfig) -> Path:
     outcome = shown(Editor(model, adapter), example, pixels, round_trip, config.seed)
     pictures = {"source": to_image(pixels), "reconstruction": to_image(outcome.replay)}
     figures = {"autoencoder_db": psnr(round_trip, pixels), "reconstruction_db": psnr(outcome.replay, pixels)}
-    adapter = replace(adapter, info=adapter.info | {name: round(value, 2) for name, value in figures.items()})
+    adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
     folder = adapter.save(config.output_dir / "adapter", pictures=pictures)
     write_file(config.output_dir / "sheet.png", png(sheet(outcome, example)))
     report(console, outcome, example, folder, config.output_dir / "sheet.png")
@@ -81,7 +81,8 @@ def recipe(config: QuickstartConfig) -> Recipe:
     """The embedded model's preset (the method's own defaults on another base), with the command's seed and length."""
     embedded = config.pretrained_model_name_or_path is None
     values: dict[str, Any] = read_yaml(presets("single_image")["embedded"], Recipe) if embedded else {}
-    chosen = Recipe(**values | {"seed": config.seed})
+    values["seed"] = config.seed
+    chosen = Recipe(**values)
     if config.max_train_steps is None:
         return chosen
     batch = chosen.train_batch_size * chosen.gradient_accumulation_steps

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is first imported; tiny models gain nothing from more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; two processes share the tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LOCAL = {"localhost", "127.0.0.1", "::1", "", None, socket.gethostname()}
 

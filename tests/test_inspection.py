@@ -243,9 +243,9 @@ def test_pickles_are_refused_unless_allowed_and_never_run(tmp_path, state):
         with pytest.raises(UserError, match="no pickle of plain tensors"):
             inspect_file(tmp_path / name, allow_pickle=True)
     assert not (tmp_path / "harm").exists()
-    text = b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'.ljust(128)
+    text = b'{"<a>":{"dtype":"F32","shape":[1,768],"data_offsets":[0,3072]}}'.ljust(128)
     # its length begins as a pickle does: with the byte 0x80
-    (tmp_path / "128.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    (tmp_path / "128.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(3072))
     assert inspect_file(tmp_path / "128.safetensors").layout == "textual inversion, diffusers form"
     (tmp_path / "renamed.bin").write_bytes(diffusers_file(state, 4.0))
     assert inspect_file(tmp_path / "renamed.bin").components["unet"] == 128

@@ -25,6 +25,7 @@ def base(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(quickstart, "SAMPLING", Sampling(steps=1))
+    monkeypatch.setattr(quickstart, "accelerator", lambda model: None)  # one precision to a process is its rule
 
 
 def run(base, place, *words: str) -> int:
