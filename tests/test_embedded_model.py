@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from personalize.launching import home, load_script
 from personalize.lora import module_names
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.scenes import HELD_OUT_STYLE, NOUNS
@@ -59,6 +60,15 @@ def test_its_text_encoder_knows_its_own_marks(pipe):
     assert tokenizer.tokenize("a picture of a cat on the beach") == [
         f"{word}</w>" for word in "a picture of a cat on the beach".split()
     ]
+
+
+def test_training_can_go_on_from_it(pipe):
+    script = load_script(home() / "train" / "embedded_model.py")
+    objective = script.networks(EMBEDDED)
+    assert objective.unet.dtype == torch.float32, "half precision cannot be trained on"
+    for ours, theirs in ((objective.unet, pipe.unet), (objective.text_encoder, pipe.text_encoder)):
+        weights = theirs.state_dict()
+        assert all(torch.equal(value.float(), weights[name].float()) for name, value in ours.state_dict().items())
 
 
 def test_it_is_the_default_base():

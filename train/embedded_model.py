@@ -35,6 +35,8 @@ class Config:
     """Where checkpoints, encoded scenes and the finished pipeline go; an unfinished run found there is resumed."""
     stages: tuple[Literal["autoencoder", "diffusion_64", "diffusion_128", "export"], ...] = STAGES
     """What to do, in this order."""
+    init_from: Path | None = None
+    """Finished pipeline (e.g. personalize/embedded) whose networks to go on from where there is no checkpoint yet."""
     steps: tuple[int, int, int] = (2400, 3000, 3000)
     """Optimiser updates of the three trained stages."""
     batch_sizes: tuple[int, int, int] = (12, 16, 12)
@@ -95,14 +97,15 @@ def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
     from diffusers.models.attention_processor import AttnProcessor
     from diffusers.training_utils import EMAModel
 
-    objective = networks()
+    objective = networks(config.init_from)
     if accelerator.device.type == "cpu":
         objective.unet.set_attn_processor(AttnProcessor())  # explicit products: 1.5 × the samples/s of fused ones there
     ema = EMAModel(objective.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     train(config, accelerator, stage, objective, pool(config, accelerator, stage).batch, ema)
 
 
-def networks() -> TextToImageObjective:
+def networks(folder: Path | None = None) -> TextToImageObjective:
+    """UNet and text encoder: fresh, or those of the pipeline in `folder`."""
     from personalize.pretraining import (
         TextToImageObjective,
         build_scheduler,
@@ -112,7 +115,11 @@ def networks() -> TextToImageObjective:
     )
     from personalize.world import vocabulary
 
-    return TextToImageObjective(build_unet(), build_text_encoder(build_tokenizer(vocabulary())), build_scheduler())
+    unet, text_encoder = build_unet(), build_text_encoder(build_tokenizer(vocabulary()))
+    if folder is not None:
+        unet = type(unet).from_pretrained(folder / "unet")
+        text_encoder = type(text_encoder).from_pretrained(folder / "text_encoder")
+    return TextToImageObjective(unet, text_encoder, build_scheduler())
 
 
 def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
@@ -128,16 +135,22 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
     world = [random_scene(index, nouns=config.nouns, styles=config.styles) for index in range(count)]
     path = config.output_dir / f"pool_{size}_{count}.pt"
     if accelerator.is_main_process and not path.is_file():
-        vae = AutoencoderKL.from_pretrained(config.output_dir / "vae").to(accelerator.device)
+        vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)
         with accelerator.autocast():
             latents = encoded(world, size, vae, workers=config.dataloader_num_workers)
-        if stage == "diffusion_64":
+        if stage == "diffusion_64" and config.init_from is None:
             vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()))
             vae.save_config(config.output_dir / "vae")
         torch.save((latents * vae.config["scaling_factor"]).half(), path)
     accelerator.wait_for_everyone()
     texts = tuple(captions(scene) for scene in world)
     return LatentPool(torch.load(path), texts, build_tokenizer(vocabulary()), config.seed, config.caption_dropout)
+
+
+def vae_folder(config: Config) -> Path:
+    """The autoencoder trained in this run, or that of the pipeline it goes on from."""
+    own = config.output_dir / "vae"
+    return own if config.init_from is None or own.is_dir() else config.init_from / "vae"
 
 
 def train(
@@ -228,7 +241,7 @@ def export(config: Config, accelerator: Accelerator, stage: str) -> None:
     state = torch.load(last, map_location="cpu", weights_only=True)
     for parameter, average in zip(objective.parameters(), state["ema"]["shadow_params"], strict=True):
         parameter.data.copy_(average)
-    vae = AutoencoderKL.from_pretrained(config.output_dir / "vae")
+    vae = AutoencoderKL.from_pretrained(vae_folder(config))
     folder, tokenizer = config.output_dir / "pipeline", build_tokenizer(vocabulary())
     save_pipeline(folder, unet=objective.unet, text_encoder=objective.text_encoder, tokenizer=tokenizer, vae=vae)
     world = {
