@@ -135,7 +135,7 @@ def train(config: JudgeConfig, net: JudgeNet) -> JudgeNet:
     for key in parts.keys() & state.keys():
         parts[key].load_state_dict(state[key])
     for phase in phases(config):
-        if state["update"] < phase.end:
+        if max(state["update"], phase.begin) < phase.end:
             run_phase(config, phase, parts, state)
     return averaged.module.eval()  # pyright: ignore[reportReturnType]
 
