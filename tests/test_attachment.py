@@ -56,9 +56,8 @@ def built(model, cls):
     extra, call = {}, {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np"}
     names = inspect.signature(cls.__call__).parameters
     if "ControlNet" in cls.__name__:
-        extra["controlnet"] = ControlNetModel.from_unet(
-            model.unet, (8, 16, 16)
-        )  # reduces pictures by the VAE's factor 4
+        reducing = (8, 16, 16)  # channels of a picture's way to the latents' size: the VAE's factor is 4
+        extra["controlnet"] = ControlNetModel.from_unet(model.unet, conditioning_embedding_out_channels=reducing)
     if "image" in names:
         call["image"] = picture()
     if "mask_image" in names:

@@ -220,6 +220,7 @@ def test_a_script_started_by_hand_does_the_same(room: Path):
         assert (done.returncode, done.stdout, done.stderr) == outcome
 
 
+@pytest.mark.slow  # starts two processes, and waits for both: half a minute on a busy machine
 def test_two_processes_share_the_cores_and_pass_on_one_line(room: Path):
     code = f"""
 from pathlib import Path
