@@ -130,6 +130,7 @@ def save_pipeline(
         vae=vae.half(), unet=unet.half(), text_encoder=text_encoder.float(), tokenizer=tokenizer,
         scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+    vae.register_to_config(_name_or_path="")  # else the folder it was read from is written down
     pipe.save_pretrained(folder, max_shard_size="14MB")
 
 

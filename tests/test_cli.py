@@ -220,7 +220,7 @@ def test_a_script_started_by_hand_does_the_same(room: Path):
         assert (done.returncode, done.stdout, done.stderr) == outcome
 
 
-@pytest.mark.slow  # starts two processes, and waits for both: half a minute on a busy machine
+@pytest.mark.slow  # failed once on a busy machine, without the line of process 1: the cause is not found yet
 def test_two_processes_share_the_cores_and_pass_on_one_line(room: Path):
     code = f"""
 from pathlib import Path
