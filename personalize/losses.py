@@ -38,6 +38,17 @@ def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float, pred
     return torch.minimum(snr, torch.full_like(snr, gamma)) / denominator
 
 
+def debiased_weight(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """Weight of each sample's squared error of ε that lets every timestep count, shape (b,):  w(t) = 1 / √SNR(t).
+
+    Args as in `min_snr_weight`.
+
+    References: Yu et al., "Debias the Training of Diffusion Models", arXiv 2310.08442, §3.3.
+    """
+    alpha = alphas_cumprod.to(timesteps.device)[timesteps]
+    return ((1 - alpha) / alpha).sqrt()
+
+
 def normalised(maps: Tensor) -> Tensor:
     """Each map (…, h, w) stretched to [0, 1]:  (a − min a) / (max a − min a + 10⁻⁸), in fp32 at least.
 
