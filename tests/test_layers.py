@@ -23,7 +23,7 @@ STOREYS = (
     "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
     "concept_maps concept_training conversion coverage data drag_command "
     "dragging editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
-    "options pictures preview quickstart regularisation training verify __main__",
+    "options pictures preview quickstart regularisation stages training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
