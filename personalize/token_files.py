@@ -98,7 +98,7 @@ def diffusers_file(concept: Concept, encoder: str, *, dtype: torch.dtype = torch
 
 
 def named(concepts: Mapping[str, Iterable[str]], layout: str = "both") -> dict[str, tuple[str, str | None]]:
-    """The files of several concepts, token → encoders: name → token, and encoder (None: the UIs' form, with all of them).
+    """The files of several concepts, token → encoders: name → token and encoder (None: the UIs' form, with all).
 
     "my-cat.safetensors" is for the UIs, "my-cat_learned_embeds.safetensors" for diffusers, without "my-cat_" where
     there is only one concept; the file for a second text encoder ends in "_2".
