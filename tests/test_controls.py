@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_dpl_c67_reweighting_scales_one_column_and_nothing_else():
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found.sum(-1), 1 + 2 * p[0, ..., 3])
     assert torch.equal(hook(SOURCE, SOURCE, {"cat": 1.0}).probs(p, site())[1], p[0])
-    twice = hook("a cat and a cat", "a cat and a cat", {"cat": 2.0})
+    twice: Any = hook("a cat and a cat", "a cat and a cat", {"cat": 2.0})
     assert twice.weights.flatten().tolist()[1:7] == [1, 2, 1, 1, 2, 1]  # every occurrence
 
 
@@ -200,7 +201,7 @@ def test_dpl_c67_outside_the_blend_the_target_is_the_source(ddim):
     with torch.no_grad():
         edit = ddim.edit(model.prompts([TARGET], SIZE), hooks=made.hooks, latent_edits=made.latent_edits)
     rows = trajectory(model, ddim.start(2), edit, ddim.moves(model)).latents[-1]
-    (blend,) = made.latent_edits
+    blend: Any = made.latent_edits[0]
     outside = ~blend.mask(LATENTS)[1].expand_as(rows[1])
     assert 0 < outside.float().mean() < 1
     assert torch.equal(rows[1][outside], rows[0][outside]) and not torch.equal(rows[1][~outside], rows[0][~outside])
