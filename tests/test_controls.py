@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from personalize.alignment import tokenised
-from personalize.attention import AttentionSite, MapStore
+from personalize.attention import AttentionSite, MapStore, hooked
 from personalize.controls import (
     Alignment,
     ControlSettings,
@@ -23,6 +23,7 @@ from personalize.controls import (
 from personalize.errors import UserError
 from personalize.inversion import invert
 from personalize.moves import Step
+from personalize.multi_concept import calibration_layers
 from personalize.sampling import denoise, trajectory
 from tests.photos import SIZE, SOURCE, TARGET, shared, smooth
 
@@ -145,6 +146,24 @@ def test_map_sum_is_a_mean_and_needs_a_map():
     store.probs(first, site())
     store.probs(second, site(1))
     torch.testing.assert_close(store.mean(), ((first + second) / 2).mean(1).unflatten(1, (4, 4)))
+
+
+@torch.no_grad()
+def test_dpl_c64_the_maps_that_are_summed():
+    """Five layers of SD 1.x, each a distribution over the tokens; reading them changes nothing, twice is the same."""
+    model, latents = shared(), torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    layers = calibration_layers(model.unet, (16, 16))
+    assert len(layers) == 5
+    prompt = model.prompts([SOURCE])
+    plain, found = model.predict(latents, 500, prompt), []
+    for _ in range(2):
+        store = MapSum(layers)
+        with hooked(model.unet, [store]):
+            seen = model.predict(latents, 500, prompt)
+        assert (seen - plain).abs().max() < 1e-4 and store.count == 5
+        found.append(store.mean())
+    assert found[0].shape == (1, 16, 16, 77) and found[0].min() >= 0 and torch.equal(*found)
+    torch.testing.assert_close(found[0].sum(-1), torch.ones(1, 16, 16), atol=1e-5, rtol=0)
 
 
 # In the loop
