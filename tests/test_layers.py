@@ -15,15 +15,15 @@ import personalize
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
-    "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses nouns "
-    "randomness replacing scenes token_files",
-    "attention captions concepts loading lora mixing model phantoms pickles reader_names text_lora",
+    "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses "
+    "nouns randomness replacing scenes token_files",
+    "alignment attention captions concepts frames loading lora mixing model phantoms pickles reader_names text_lora",
     "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
-    "objectives pretraining sampling uniform views world",
+    "null_text objectives pretraining sampling trajectories uniform views world",
     "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
-    "concept_maps concept_training conversion coverage data drag_command "
-    "dragging editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
-    "options pictures preview quickstart regularisation stages training verify __main__",
+    "concept_maps concept_training conversion coverage data drag_command dragging editor exporting formats guards "
+    "inspection launching learning merged_base merging metrics model_card options photo photo_command photo_options "
+    "pictures preview quickstart regularisation stages training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
@@ -31,7 +31,9 @@ LIBRARIES = (
     "",
     "datasets bitsandbytes huggingface_hub tyro yaml rich",
 )
-LIGHT = ("__init__", "__main__", "cli", "commands", "errors", "launching", "options")  # parsed before torch is imported
+LIGHT = (  # parsed before torch is imported
+    "__init__", "__main__", "cli", "commands", "errors", "launching", "options", "photo_options",
+)  # fmt: skip
 LIGHT_LIBRARIES = {"tyro", "yaml", "rich"}
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names.split()}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_launch" not in path.parts)
