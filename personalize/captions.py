@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -9,6 +10,12 @@ from PIL import Image
 from personalize.errors import UserError
 from personalize.images import load_image
 
+_NEUTRAL, _ANY = ("photo", "photograph", "picture", "image"), ("picture", "image")
+_PREFIX = re.compile(
+    r"(an?|the) (?P<medium>photo|photograph|picture|image|drawing|painting|sketch|render|rendering|icon|sticker|cartoon"
+    r"|illustration|sculpture|statue|close-up|portrait) of ",
+    re.IGNORECASE,
+)
 
 def find_caption(picture: Path, caption: str | None = None, caption_model: str | Path | None = None) -> str:
     """The caption of the file `picture`: `caption` itself, else the `.txt` beside it, else what `caption_model` says.
@@ -38,6 +45,26 @@ def _worded(text: str, where: str) -> str:
     if not words:
         raise UserError(f"the caption from {where} is empty: say what the picture shows, e.g. 'a photo of a dog'")
     return words
+
+
+def aligned(prompt: str, caption: str) -> str:
+    """`prompt` worded like `caption` at its beginning, so that token positions of the two mean the same.
+
+    A learned source embedding is edited row by row: "a dog" against "a photo of a dog" compares a dog with a photo.
+    So "a photo of" and the like is taken from the caption, or left out if the caption has none.  A medium that only
+    the prompt names, as in "a drawing of a dog", is an edit and stays.
+
+    References: Zhang et al., "Forgedit", arXiv 2309.10556 (the official code copies "A photo of").
+    """
+    prompt, own, wanted = prompt.strip(), _PREFIX.match(caption.strip()), _PREFIX.match(prompt.strip())
+    if wanted is not None and wanted["medium"].lower() not in (_NEUTRAL if own is None or _neutral(own) else _ANY):
+        return prompt
+    rest = prompt[wanted.end() :] if wanted else prompt
+    return (own[0] if own else "") + rest
+
+
+def _neutral(prefix: re.Match[str]) -> bool:
+    return prefix["medium"].lower() in _NEUTRAL
 
 
 def describe(image: Image.Image, model: str | Path) -> str:

@@ -16,7 +16,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 class EditConfig:
     """Edit the picture that an adapter was trained on.
 
-    Several values of --alpha, --beta, --gamma or --forget make a grid: one picture per combination and seed.
+    Several values of --alpha, --beta, --gamma or --forget make a grid: one picture per combination and seed.  With
+    --auto they are searched instead, and the adapter remembers the best for this prompt.
     """
 
     adapter: Positional[Path]
@@ -27,18 +28,28 @@ class EditConfig:
     """What the picture should not show."""
     add: tuple[Path, ...] = ()
     """More adapter folders to use at once, such as those of other concepts; the prompt names each by its token."""
-    alpha: tuple[float, ...] = (0.8,)
-    """Vector projection: how much of the learned source embedding to keep, about 0.7 to 1.1."""
-    beta: tuple[float, ...] = (1.2,)
-    """Vector projection: how much of the edit to add, about 0.7 to 1.6."""
+    auto: bool = False
+    """Choose the strengths: draw --budget pictures, rank them by edit and identity, remember the best."""
+    budget: int = 16
+    """Pictures that --auto may draw."""
+    clip_model: str | None = None
+    """CLIP folder or hub id by which --auto sees the edit; only the embedded model can do without."""
+    identity_model: str | None = None
+    """How --auto measures identity beside CLIP: "alex" or "vgg" (LPIPS), or a DINOv2 folder or hub id; "alex"."""
+    source_image: Path | None = None
+    """The picture the adapter was trained on, for --auto; by default the one kept in its folder."""
+    alpha: tuple[float, ...] = ()
+    """Vector projection: how much of the learned source embedding to keep, about 0.7 to 1.1; 0.8 if not given."""
+    beta: tuple[float, ...] = ()
+    """Vector projection: how much of the edit to add, about 0.7 to 1.6; 1.2 if not given."""
     gamma: tuple[float, ...] = ()
     """Vector subtraction instead of projection: 0 is the source, 1 the prompt, more exaggerates; about 0.6 to 1.2."""
-    forget: tuple[str, ...] = ("none",)
+    forget: tuple[str, ...] = ()
     """Forgetting rules, e.g. `decoder=0.5` (half of what the decoder learned) or `encoderattn`; `none` keeps all."""
-    strength: float = 1.0
+    strength: float | None = None
     """Strength of the whole adapter: 0 is the base model, 1 as trained."""
-    seed: int = 0
-    """Seed of the first picture; the next ones take the next numbers."""
+    seed: int | None = None
+    """Seed of the first picture; the next ones take the next numbers.  0, or that of the remembered best."""
     seeds: tuple[int, ...] = ()
     """Seeds by name, in place of --seed and --num_images."""
     num_images: int = 1
@@ -189,7 +200,7 @@ class VerifyConfig:
 
 
 COMMANDS = {  # name: (options, "module:function" that takes them)
-    "edit": (EditConfig, "personalize.editor:run_edit"),
+    "edit": (EditConfig, "personalize.edit_command:run"),
     "drag": (DragConfig, "personalize.drag_command:run"),
     "quickstart": (QuickstartConfig, "personalize.quickstart:run"),
     "inspect": (InspectConfig, "personalize.inspection:run"),
