@@ -15,15 +15,15 @@ import personalize
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
-    "checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses nouns "
-    "randomness scenes token_files",
+    "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses nouns "
+    "randomness replacing scenes token_files",
     "attention captions concepts loading lora mixing model phantoms pickles reader_names text_lora",
     "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
     "objectives pretraining sampling uniform views world",
     "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
     "concept_maps concept_training conversion coverage data drag_command "
     "dragging editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
-    "options pictures preview quickstart regularisation training verify __main__",
+    "options pictures preview quickstart regularisation stages training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
