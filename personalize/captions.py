@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -76,15 +78,22 @@ def describe(image: Image.Image, model: str | Path) -> str:
         UserError: the model cannot be loaded, is of another kind, or says nothing.
     """
     import torch
+
+    processor, captioner = _captioner(str(model))
+    inputs = processor(images=image, return_tensors="pt")
+    with torch.inference_mode():
+        ids = captioner.generate(**inputs, do_sample=False)
+    return _worded(processor.batch_decode(ids, skip_special_tokens=True)[0], f"--caption_model {model}")
+
+
+@lru_cache(maxsize=1)  # a catalogue asks for many captions
+def _captioner(model: str) -> tuple[Any, Any]:
+    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(model)
         captioner = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+        return AutoProcessor.from_pretrained(model), captioner
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--caption_model {model} is no captioning model transformers can load: {reason}") from None
-    inputs = processor(images=image, return_tensors="pt")
-    with torch.inference_mode():
-        ids = captioner.generate(**inputs, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
-    return _worded(processor.batch_decode(ids, skip_special_tokens=True)[0], f"--caption_model {model}")
