@@ -19,6 +19,7 @@ _PREFIX = re.compile(
     re.IGNORECASE,
 )
 
+
 def find_caption(picture: Path, caption: str | None = None, caption_model: str | Path | None = None) -> str:
     """The caption of the file `picture`: `caption` itself, else the `.txt` beside it, else what `caption_model` says.
 

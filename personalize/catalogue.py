@@ -174,7 +174,9 @@ class Results:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """The latest outcome of each name; refused rows without a name of their own are kept by line."""
-        lines = [line for path in sorted(self.folder.glob("process-*.jsonl")) for line in path.read_bytes().split(b"\n")]
+        lines = [
+            line for path in sorted(self.folder.glob("process-*.jsonl")) for line in path.read_bytes().split(b"\n")
+        ]
         found = sorted((row for row in map(_parsed, lines) if row), key=lambda row: row["time"])
         return {f"{row['line']}:{row['name']}": row for row in found}
 

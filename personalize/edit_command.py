@@ -71,7 +71,9 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
         recalled = remembered(editor.adapter.info if editor.adapter else {}, prompt)
     if recalled is not None:
         settings, seed = [recalled[0]], recalled[1] if config.seed is None else config.seed
-        print(f"Using what --auto chose for this prompt: {recalled[0]}, seed {seed}; give --beta or another to change it")
+        print(
+            f"Using what --auto chose for this prompt: {recalled[0]}, seed {seed}; give --beta or another to change it"
+        )
     seeds = list(config.seeds) or [seed + index for index in range(config.num_images)]
     with editor:
         rows = [

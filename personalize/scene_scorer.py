@@ -61,9 +61,7 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         first, second = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
-        self.layers = nn.Sequential(
-            first, nn.GroupNorm(8, width), nn.ReLU(), second, nn.GroupNorm(8, width), nn.ReLU()
-        )
+        self.layers = nn.Sequential(first, nn.GroupNorm(8, width), nn.ReLU(), second, nn.GroupNorm(8, width), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)

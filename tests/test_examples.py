@@ -34,7 +34,13 @@ def arguments(name, place):
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} == {"catalogue", "drag_point", "train_and_edit", "stock_pipeline", "two_concepts"}
+    assert {path.stem for path in EXAMPLES} == {
+        "catalogue",
+        "drag_point",
+        "train_and_edit",
+        "stock_pipeline",
+        "two_concepts",
+    }
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

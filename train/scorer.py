@@ -88,7 +88,9 @@ def train(config: Config, net: ScorerNet) -> ScorerNet:
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=0.02)
     steps, size = config.max_train_steps, config.train_batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=steps + 1, pct_start=0.1
+    )
     parts = {"net": net, "averaged": averaged, "optimizer": optimizer, "schedule": schedule}
     path = config.output_dir / "checkpoint.pt"
     state = torch.load(path, weights_only=True) if path.is_file() else {"update": 0}
