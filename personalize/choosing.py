@@ -25,14 +25,14 @@ from PIL import Image
 from personalize.errors import UserError
 from personalize.lora import PREFIX, multipliers
 from personalize.metrics import Reading, Request, Scorer
-from personalize.settings import Sampling, Setting, rules
+from personalize.settings import STANDARD, Sampling, Setting, rules
 
 if TYPE_CHECKING:
     from personalize.editor import Editor
 
 State = Literal["good", "copy", "lost", "neither"]
 SUCCESS = 0.5  # of Reading.edit
-PLAIN = ((0.8, 1.2), (0.9, 0.8), (0.7, 1.4), (0.9, 1.2), (0.7, 1.0), (0.9, 1.4), (0.7, 0.8), (0.7, 1.2))
+SWEEP = ((0.8, 1.2), (0.9, 0.8), (0.7, 1.4), (0.9, 1.2), (0.7, 1.0), (0.9, 1.4), (0.7, 0.8), (0.7, 1.2))
 STRONGER = ("decoderattn", "encoderattn", "decoderkv", "encoderkv", "nodecoder", "noencoder")  # by what they take away
 ATTENTION_ONLY = ("nodecoderselfattn", "noencoderselfattn", "nodecoderkv", "nodecoder", "noencoder")
 WEAKER = {"decoderattn": "decoderattn+decoder2", "encoderattn": "encoderattn+encoder1"}
@@ -59,7 +59,7 @@ def search(
     budget: int,
     seed: int = 0,
     negative_prompt: str = "",
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = STANDARD,
 ) -> Iterator[Trial]:
     """Draw `budget` pictures one by one, each chosen by what was seen so far, and yield them in that order.
 
@@ -113,8 +113,8 @@ def _selects(editor: Editor, names: list[str], rule: str) -> bool:
 def proposed(tried: Sequence[Trial], budget: int, ladder: Sequence[str], seed: int) -> tuple[Setting, int]:
     """The next picture to draw: its setting and seed."""
     fresh = seed + len(tried)
-    if len(tried) < min((budget + 1) // 2, len(PLAIN)):
-        return Setting(*PLAIN[len(tried)]), fresh
+    if len(tried) < min((budget + 1) // 2, len(SWEEP)):
+        return Setting(*SWEEP[len(tried)]), fresh
     best = ranked(tried)[0]
     done = {(trial.setting, trial.seed) for trial in tried}
     settings = {trial.setting for trial in tried}

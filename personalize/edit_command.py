@@ -22,7 +22,7 @@ from personalize.images import load_image
 from personalize.metrics import Request
 from personalize.pictures import grid, png
 from personalize.scorers import find_scorer
-from personalize.settings import Sampling, Setting, remember, remembered
+from personalize.settings import PLAIN, Sampling, Setting, remember, remembered
 
 if TYPE_CHECKING:
     from personalize.commands import EditConfig
@@ -56,6 +56,8 @@ def check(config: EditConfig) -> None:
     given = [name for name in STRENGTHS if getattr(config, name) not in ((), None)]
     if config.auto and given:
         raise UserError(f"--auto chooses the strengths itself: leave out --{given[0]}, or --auto")
+    if config.auto and config.budget < 1:
+        raise UserError(f"--budget must be at least 1 picture, got {config.budget}")
     extra = [name for name in ("clip_model", "identity_model", "source_image") if getattr(config, name) is not None]
     if extra and not config.auto:
         raise UserError(f"--{extra[0]} belongs to --auto: add it, or leave --{extra[0]} out")
@@ -93,11 +95,11 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
 
 def _settings(config: EditConfig) -> Iterator[Setting]:
     """All combinations; `--gamma` switches from projection to subtraction."""
-    plain, strength = Setting(), 1.0 if config.strength is None else config.strength
+    strength = PLAIN.strength if config.strength is None else config.strength
     mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [
-        (a, b, None) for a, b in product(config.alpha or (plain.alpha,), config.beta or (plain.beta,))
+        (a, b, None) for a, b in product(config.alpha or (PLAIN.alpha,), config.beta or (PLAIN.beta,))
     ]
-    for mix, forget in product(mixes, config.forget or (plain.forget,)):
+    for mix, forget in product(mixes, config.forget or (PLAIN.forget,)):
         yield Setting(*mix, forget, strength)
 
 

@@ -31,7 +31,7 @@ from personalize.mixing import mixed
 from personalize.model import Conditioning, StableDiffusion
 from personalize.sampling import Edit, moves, sample
 from personalize.scorers import find_scorer
-from personalize.settings import Sampling, Setting, rules
+from personalize.settings import PLAIN, STANDARD, Sampling, Setting, rules
 from personalize.text_lora import has_text
 
 
@@ -75,8 +75,8 @@ class Editor:
         return Editor(StableDiffusion.load(None if named in (None, "", "embedded") else named, **settings), adapter)
 
     def edit(
-        self, prompt: str, setting: Setting = Setting(), *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
-        sampling: Sampling = Sampling(), **strengths: Any,
+        self, prompt: str, setting: Setting = PLAIN, *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
+        sampling: Sampling = STANDARD, **strengths: Any,
     ) -> list[Image.Image]:  # fmt: skip
         """Pictures of the adapter's subject as `prompt` says, one per seed; `strengths` are fields of `Setting`.
 
@@ -93,12 +93,12 @@ class Editor:
         )  # fmt: skip
         return self._draw(told, setting, seeds, negative_prompt, sampling)
 
-    def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = Sampling()) -> list[Image.Image]:
+    def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = STANDARD) -> list[Image.Image]:
         """The source as the adapter remembers it: its source embedding (or its caption, if it has none) unedited."""
         return self.edit(self.caption or "a picture", alpha=1.0, beta=0.0, seeds=seeds, sampling=sampling)
 
     def base(
-        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "", sampling: Sampling = Sampling()
+        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "", sampling: Sampling = STANDARD
     ) -> list[Image.Image]:
         """What the base model draws for `prompt` without the adapter: the control of every comparison."""
         told = self._encoded(prompt, sampling.size or self.size)
@@ -106,7 +106,7 @@ class Editor:
 
     def choose(
         self, prompt: str, source: Image.Image, *, budget: int = 16, seed: int = 0, scorer: Scorer | None = None,
-        negative_prompt: str = "", sampling: Sampling = Sampling(),
+        negative_prompt: str = "", sampling: Sampling = STANDARD,
     ) -> list[Trial]:  # fmt: skip
         """Let the strengths be chosen: `budget` pictures of `prompt`, the best first, each with setting and scores.
 

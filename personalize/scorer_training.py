@@ -31,7 +31,7 @@ def scene_of(split: str, index: int) -> Scene:
 
 
 def rendered(split: str, indices: Sequence[int], change: Change | None = None) -> dict[str, Tensor]:
-    """`pixels` (b, 3, 64, 64) uint8, `cells` (b, 8, 8) and `background` (b,) of scenes; `change` sees them at 128 px."""
+    """`pixels` (b, 3, 64, 64) uint8, `cells` (b, 8, 8) and `background` (b,) of scenes; `change` sees 128 px."""
     rows = [labelled(scene_of(split, index)) for index in indices]
     pixels, cells, background = (torch.stack(column) for column in zip(*rows, strict=True))
     pixels = pixels.float() / 127.5 - 1

@@ -44,6 +44,9 @@ class Setting:
         return mix + forgotten + ("" if self.strength == 1 else f"  strength {self.strength:g}")
 
 
+STANDARD, PLAIN = Sampling(), Setting()  # how pictures are drawn, and how strongly, if nothing else is said
+
+
 def rules(text: str) -> list[Any]:
     """Forgetting rules of "a" or "a+b", where a published name may itself hold a plus."""
     return parsed([text] if text.partition("=")[0] in RULES else text.split("+")) if text != "none" else []

@@ -20,9 +20,10 @@ STOREYS = (
     "attention captions concepts loading lora mixing model phantoms pickles reader_names text_lora",
     "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
     "objectives pretraining sampling uniform views world",
-    "adapter attachment bundled catalogue checkpoints choosing cli commands compatibility concept_data concept_learning "
-    "concept_maps concept_training conversion coverage data drag_command "
-    "dragging edit_command editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
+    "adapter attachment bundled catalogue checkpoints choosing cli commands compatibility concept_data "
+    "concept_learning concept_maps concept_training conversion coverage data drag_command "
+    "dragging edit_command editor exporting formats guards inspection launching learning merged_base merging metrics "
+    "model_card "
     "options pictures preview quickstart regularisation scene_scorer scorer_training scorers settings stages teams "
     "training verify __main__",
 )

@@ -3,8 +3,8 @@
     personalize train catalogue items.csv --output_dir adapters
     accelerate launch --multi_gpu --num_processes 8 train/catalogue.py items.csv --output_dir adapters
 
-Columns: image, caption, name, and any option of how a picture is learned.  The rows are shared over the processes of the
-launch, on several machines too; a run that was stopped goes on where it was, and a bad row stops no other.
+Columns: image, caption, name, and any option of how a picture is learned.  The rows are shared over the processes of
+the launch, on several machines too; a run that was stopped goes on where it was, and a bad row stops no other.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     personalize train scorer --output_dir runs/scorer            # about ten minutes on one core
 
-It learns from rendered scenes of streams of its own, of which one in 16 went through the embedded model's autoencoder with
-noise on its latents.  The weights are put where the package looks for them when `--install` is given.
+It learns from rendered scenes of streams of its own, some of which went through the embedded model's autoencoder with
+noise on their latents.  With `--install` the weights are put where the package looks for them.
 """
 
 from __future__ import annotations

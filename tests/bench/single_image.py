@@ -3,9 +3,9 @@
     python -m tests.bench.single_image --scenes 4 --budget 8         # on two CPU cores: some hours
     python -m tests.bench.single_image --scenes 20 --budget 16       # with an accelerator
 
-Scenes hold one object in the style the embedded model has never seen.  Each is learned once by LoRA, and once by full
-weights for each of the paper's rates; then its background, its object and its style are edited.  Every arm draws the same
-number of pictures and the same scorer, which shares nothing with the judge, keeps one of them.
+Scenes hold one object in the style the embedded model has never seen.  Each is learned by LoRA, and by full weights at
+each of the paper's rates; then its background, its object and its style are edited.  Every arm draws the
+same number of pictures, and the same scorer, which shares nothing with the judge, keeps one of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tyro
 from PIL import Image
 
 from personalize.adapter import Adapter
-from personalize.choosing import PLAIN, search
+from personalize.choosing import SWEEP, search
 from personalize.editor import Editor
 from personalize.images import psnr, to_image, to_pixels
 from personalize.launching import presets
@@ -205,7 +205,7 @@ def grid_of(name: str) -> list[Setting]:
     """The settings of a fixed arm, in turn; forgetting the encoder goes with a smaller beta, as in the paper."""
     less = 0.3 if name == ENCODER else 0.0
     return [
-        Setting(a, round(b - less, 2), forget=rule) for (a, b), rule in zip(PLAIN, cycle(RULES[name]), strict=False)
+        Setting(a, round(b - less, 2), forget=rule) for (a, b), rule in zip(SWEEP, cycle(RULES[name]), strict=False)
     ]
 
 
