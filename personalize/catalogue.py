@@ -236,9 +236,9 @@ def _learned(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_pre
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """The outcomes as a CSV file, in the order of the lines, whole or not at all."""
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: row["line"]))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([row.get(column, "") for column in COLUMNS] for row in sorted(rows, key=lambda row: row["line"]))
     return write_file(path, text.getvalue().encode())
 
 

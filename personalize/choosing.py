@@ -16,7 +16,7 @@ References: Zhang et al., "Forgedit", arXiv 2309.10556 (the strategies and their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -80,7 +80,7 @@ def search(
             yield tried[-1]
 
 
-def ranked(trials: Iterator[Trial] | Sequence[Trial]) -> list[Trial]:
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
     """The best first; of equal ones, those that were drawn earlier."""
     return sorted(trials, key=lambda trial: -trial.reading.score)
 

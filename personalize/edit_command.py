@@ -83,7 +83,8 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
             for setting in settings
         ]
     sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=prompt)
-    files, found = {"grid.png": png(sheet)}, []
+    files: dict[str, Content] = {"grid.png": png(sheet)}
+    found = []
     for setting, row in zip(settings, rows, strict=True):
         for number, picture in zip(seeds, row, strict=True):
             name = f"edit-{len(found):03d}.png"

@@ -30,6 +30,7 @@ from personalize.scenes import BACKGROUNDS, COLOURS, NOUNS, PLACES, STYLES, plac
 WEIGHTS = Path(__file__).parent / "scorer" / "scorer.safetensors"
 SIDE = 64  # pixels: every picture is brought to this size first
 CELLS = 8  # the network answers on a grid of 8×8 cells
+UNRELATED = 0.45  # mean distance of cells of unrelated renders, which is counted as 1
 SEEN_IN = 3  # cells: a thing is there as surely as, on average, in the three cells that show it best
 _KEYS = {"night": "night", "wood": "wooden", "bricks": "brick"}  # words of places that are not their names
 _MEDIA = {style: phrase.split()[1] for style, phrase in STYLES.items()}
@@ -104,7 +105,7 @@ class SceneScorer:
     """The network with its reading of prompts; `info` says what it was trained on and how often it is right."""
 
     name = "the package's scorer of the scenes' world"
-    copy, lost = 0.25, 0.5
+    copy, lost = 0.35, 0.6  # renders: noisy copies 0.03, other subjects of the same kind 0.5 to 0.8, see `UNRELATED`
 
     def __init__(self, net: ScorerNet, info: dict[str, Any]) -> None:
         self.net, self.info = net.eval().requires_grad_(False), info
@@ -126,7 +127,7 @@ class SceneScorer:
             edit = (∏ P(wanted) · ∏ (1 − P(gone)))^(1/k)        identity = 1 − Σ w d / Σ w
 
         over k facts: what the prompt names, and the caption's nouns that it names no more.  w (8, 8) is the chance that
-        a cell shows nothing that is to change, d the mean distance of colours and features there.
+        a cell shows nothing that is to change, d the mean distance of colours and features there, at most 1.
 
         Raises:
             UserError: the prompt has no word of the scenes' world.
@@ -174,13 +175,13 @@ def _reading(wanted: Words, had: Words, source: Seen, seen: Seen) -> Reading:
 
 
 def _distances(source: Seen, seen: Seen) -> Tensor:
-    """Distance (8, 8) of each cell, 0 … 1: mean of those of colour (full range = 1) and of features (1 − cosine)."""
+    """Distance (8, 8) of each cell: mean of those of colour (full range 1) and features (1 − cosine) / `UNRELATED`."""
     colour = (source.layers[0] - seen.layers[0]).abs().mean(0) / 2
     others = [
         1 - (normalize(ours, dim=0) * normalize(theirs, dim=0)).sum(0)
         for ours, theirs in zip(source.layers[1:], seen.layers[1:], strict=True)
     ]
-    return torch.stack([colour, *others]).mean(0).clamp(0, 1)
+    return (torch.stack([colour, *others]).mean(0) / UNRELATED).clamp(0, 1)
 
 
 def _unchanged(wanted: Words, had: Words, source: Seen, seen: Seen) -> Tensor:

@@ -72,7 +72,7 @@ def identity(model: str, device: Any = "cpu") -> Distance:
 
 def _lpips(net: str, device: Any) -> Callable[[Sequence[Image.Image]], Tensor]:
     try:
-        import lpips
+        import lpips  # pyright: ignore[reportMissingImports]  # of the extra
     except ImportError:
         raise UserError(
             "identity is measured with LPIPS, which is not installed: pip install 'personalize[metrics]', or name a "

@@ -1,6 +1,6 @@
 """Train the small scorer that ships with the package and chooses among pictures of the embedded model.
 
-    personalize train scorer --output_dir runs/scorer            # about ten minutes on one core
+    personalize train scorer --output_dir runs/scorer            # about twenty minutes on one core
 
 It learns from rendered scenes of streams of its own, some of which went through the embedded model's autoencoder with
 noise on their latents.  With `--install` the weights are put where the package looks for them.
@@ -112,7 +112,7 @@ def train(config: Config, net: ScorerNet) -> ScorerNet:
             whole = {"update": report.update} | {name: part.state_dict() for name, part in parts.items()}
             torch.save(whole, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
-    return averaged.module
+    return averaged.module  # pyright: ignore[reportReturnType]
 
 
 def scenes(config: Config) -> dict[str, Tensor]:
