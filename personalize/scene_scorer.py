@@ -10,6 +10,7 @@ each is in a picture.  Identity is nearness to the source picture where the two 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,9 +125,9 @@ class SceneScorer:
     def __call__(self, pictures: Sequence[Image.Image], request: Request) -> list[Reading]:
         """Readings of `pictures`.
 
-            edit = (∏ P(wanted) · ∏ (1 − P(gone)))^(1/k)        identity = 1 − Σ w d / Σ w
+            edit = ∏ P(wanted) · ∏ (1 − P(gone))        identity = 1 − Σ w d / Σ w
 
-        over k facts: what the prompt names, and the caption's nouns that it names no more.  w (8, 8) is the chance that
+        over what the prompt names, and the caption's nouns that it names no more.  w (8, 8) is the chance that
         a cell shows nothing that is to change, d the mean distance of colours and features there, at most 1.
 
         Raises:
@@ -167,7 +168,7 @@ def _reading(wanted: Words, had: Words, source: Seen, seen: Seen) -> Reading:
         facts[f"P({wanted.background})"] = float(seen.backgrounds[BACKGROUNDS.index(wanted.background)])
     if wanted.style:
         facts[f"P({wanted.style})"] = float(seen.styles[list(STYLES).index(wanted.style)])
-    edit = float(torch.tensor(list(facts.values())).clamp(1e-6, 1).log().mean().exp())
+    edit = math.prod(facts.values())
     distances = _distances(source, seen)
     weights = _unchanged(wanted, had, source, seen)
     identity = 1 - float((weights * distances).sum() / weights.sum())
