@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
     "checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses nouns "
-    "randomness scenes token_files",
+    "randomness replacing scenes token_files",
     "attention captions concepts loading lora mixing model phantoms pickles reader_names text_lora",
     "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
     "objectives pretraining sampling uniform views world",
