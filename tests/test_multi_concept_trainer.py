@@ -95,7 +95,7 @@ def test_a_custom_diffusion_command_line_is_understood() -> None:
 
 def test_regularisation_is_drawn_once_for_the_same_wishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("sd1")
-    wishes = {"side": 64, "steps": 2, "cache": tmp_path}
+    wishes = {"size": (64, 64), "steps": 2, "cache": tmp_path}
     drawn = from_base(model, "a cat", 2, **wishes)
     assert [example.caption for example in drawn] == ["a cat"] * 2 and drawn[0].open().size == (64, 64)
     monkeypatch.setattr("personalize.regularisation._drawn", lambda *_: pytest.fail("drawn again"))
