@@ -15,21 +15,22 @@ import personalize
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
-    "checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses nouns "
+    "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses nouns "
     "randomness recipes replacing scenes token_files",
     "attention captions concepts loading lora mixing model phantoms pickles quantisation reader_names text_lora",
     "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
     "objectives pretraining sampling uniform views world",
     "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
     "concept_maps concept_training conversion coverage data drag_command "
-    "dragging editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
-    "options pictures preview quickstart regularisation subject trainer training validation hub memory verify __main__",
+    "dragging editor exporting formats guards hub inspection launching learning memory merged_base "
+    "merging metrics model_card options pictures preview quickstart regularisation stages subject trainer training "
+    "validation verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
-    "diffusers transformers peft accelerate",
+    "diffusers transformers peft accelerate bitsandbytes",
     "",
-    "datasets bitsandbytes huggingface_hub tyro yaml rich",
+    "datasets huggingface_hub tyro yaml rich",
 )
 LIGHT = tuple("__init__ __main__ cli commands errors launching options recipes".split())  # before torch is imported
 LIGHT_LIBRARIES = {"tyro", "yaml", "rich"}
