@@ -169,7 +169,10 @@ def test_every_launchable_script_is_whole():
 def test_every_option_is_documented():
     files = {path: "Config" for room in cli.ROOMS for path in launching.scripts(room).values()}
     classes = [(path, name) for path, name in files.items()]
-    classes += [(ROOT / "personalize" / "commands.py", config.__name__) for config, _ in COMMANDS.values()]
+    commands = ["OnBase", *(config.__name__ for config, _ in COMMANDS.values())]
+    classes += [(ROOT / "personalize" / "commands.py", name) for name in commands]
+    shared = ["Base", "Run", "Prior", "Recipe", "ConceptRecipe"]
+    classes += [(ROOT / "personalize" / "recipes.py", name) for name in shared]
     for path, name in classes:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)

@@ -1,7 +1,7 @@
 """A whole run on tiny models: reproducible, resumable to the bit, without a trace, and actually learning."""
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,11 @@ from torch import Tensor
 from personalize import checkpoints
 from personalize.adapter import Adapter
 from personalize.errors import UserError
-from personalize.launching import load_script
-from personalize.learning import Recipe, learn, learning
+from personalize.learning import learn, learning
 from personalize.lora import load_lora, remove_lora
 from personalize.model import Conditioning, StableDiffusion
 from personalize.randomness import generator
+from personalize.recipes import Recipe
 from tests.tiny import tiny, tiny_sd1
 
 CAPTION = "a photo of a cat on the beach"
@@ -164,9 +164,3 @@ def test_settings_that_cannot_work_are_refused(model: StableDiffusion) -> None:
         Recipe(rank=0)
     with pytest.raises(UserError, match="one update of 10 samples"):
         learn(model, pixels(), CAPTION, Recipe(max_train_samples=3))
-
-
-def test_trainers_defaults_are_the_recipes() -> None:
-    script = load_script(Path(__file__).parents[1] / "train" / "single_image.py")
-    config = script.Config()
-    assert all(getattr(config, field.name) == getattr(Recipe(), field.name) for field in fields(Recipe))
