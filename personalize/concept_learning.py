@@ -156,7 +156,7 @@ class ConceptLearning(Learning):
     def about(self) -> dict[str, Any]:
         """What decides the outcome of this run, as plain values."""
         return {
-            "base": self.model.about(),
+            "base": self.base,
             "caption": self.caption,
             "subjects": [asdict(subject) for subject in self.subjects],
             "targets": "cross_attention_kv",

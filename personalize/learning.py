@@ -137,6 +137,7 @@ class Learning:
     def _begin(self, model: StableDiffusion, recipe: Any, accelerator: Accelerator | None) -> None:
         """What every kind of run has: model, recipe, accelerator, and this process's share of the samples."""
         self.model, self.recipe, self.update = model, recipe, 0
+        self.base = model.about()  # as it is now: a run may train the base's own weights
         self.accelerator = accelerator or Accelerator(
             cpu=model.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
         )
@@ -236,7 +237,7 @@ class Learning:
         """What decides the outcome of this run, as plain values."""
         several = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
         return {
-            "base": self.model.about(),
+            "base": self.base,
             "caption": self.caption,
             **several,
             "targets": self.recipe.targets,

@@ -39,18 +39,16 @@ def adam(
 def recomputing(unet: Any, wanted: bool = True) -> Iterator[None]:
     """Run the body with gradient checkpointing: of each block only the inputs are kept for the backward pass."""
     blocks = [vars(module) for module in unet.modules() if "gradient_checkpointing" in vars(module)]
-    before = [{key: block.get(key) for key in _CHECKPOINTING} for block in blocks]
+    before = [{key: block[key] for key in _CHECKPOINTING if key in block} for block in blocks]
     try:
         if wanted:
             unet.enable_gradient_checkpointing()
         yield
     finally:
         for block, values in zip(blocks, before, strict=True):
-            for key, value in values.items():
-                if value is None:
-                    block.pop(key, None)
-                else:
-                    block[key] = value
+            for key in _CHECKPOINTING:
+                block.pop(key, None)
+            block.update(values)
 
 
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
