@@ -112,7 +112,7 @@ def test_regularisation_from_a_folder_and_from_a_data_set(photo: Path) -> None:
 
 def test_every_preset_holds_known_options_that_differ_from_the_defaults() -> None:
     presets = sorted((ROOT / "configs").glob("*/multi_concept.yaml"))
-    assert {path.parent.name for path in presets} == {"embedded", "sd15", "sd21", "sdxl"}
+    assert {path.parent.name for path in presets} == {"embedded", "sd15", "sd21", "sdxl", "low_memory"}
     known = {field.name: field.default for field in fields(SCRIPT.Config)}
     for path in presets:
         for name, value in (yaml.safe_load(path.read_text()) or {}).items():
