@@ -29,6 +29,7 @@ from personalize.adapter import Adapter
 from personalize.checkpoints import Checkpoint
 from personalize.concept_data import Example, class_pixels, digest
 from personalize.data import Pictures, Share
+from personalize.errors import UserError
 from personalize.formats import diffusers_file
 from personalize.lora import add_lora, lora_aside, lora_state, module_names, remove_lora
 from personalize.model import Conditioning, StableDiffusion
@@ -118,21 +119,17 @@ class Learning:
             raise ValueError(f"{len(pixels)} pictures need one caption or as many, got {len(told)}")
         self.captions, self.caption = tuple(dict.fromkeys(told)), told[0]
         self.class_captions = tuple(dict.fromkeys(example.caption for example in examples))
-        texts = (*self.captions, *self.class_captions)
-        self.picture = self._pictures(pixels, masks, told)
-        if examples:
-            prior = self._pictures(class_pixels(examples, self.size), None, [e.caption for e in examples], texts)
-            weights = None if masks is None else torch.ones_like(prior.mean[:, :1])
-            prior = replace(prior, purpose="class ", resample=True, weights=weights)
-            self.picture = replace(self.picture, prior=prior)
+        rows = [self.captions.index(text) for text in told]
+        self.picture = replace(self._pictures(pixels, masks, rows), prior=self._prior(examples, masks is not None))
         self.data_sha256 = digest(pixels, masks, *(part for example in examples for part in example.parts()))
+        texts = (*self.captions, *self.class_captions)
         with torch.no_grad():
-            told_by = model.prompts(texts, self.size)
+            encoded = model.prompts(texts, self.size)
         names = module_names(model.unet, model.family, recipe.targets)
         add_lora(model.unet, names, recipe.rank, recipe.alpha, recipe.seed)
         if recipe.train_text_encoder:
             add_text_lora(model, recipe.rank, recipe.alpha, recipe.seed, recipe.targets)
-        self._prepare(told_by, texts if recipe.train_text_encoder else ())
+        self._prepare(encoded, texts if recipe.train_text_encoder else ())
 
     def _begin(self, model: StableDiffusion, recipe: Any, accelerator: Accelerator | None) -> None:
         """What every kind of run has: model, recipe, accelerator, and this process's share of the samples."""
@@ -151,7 +148,8 @@ class Learning:
             self.accelerator.process_index, self.accelerator.num_processes,
         )  # fmt: skip
 
-    def _pictures(self, pixels: Tensor, masks: Tensor | None, told: list[str], texts: Sequence[str] = ()) -> Pictures:
+    def _pictures(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> Pictures:
+        """Encoded pictures with their captions' rows, and what `masks` make of the loss."""
         model, recipe = self.model, self.recipe
         posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, for the sake of memory
         mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
@@ -159,8 +157,19 @@ class Learning:
         if masks is not None:
             cells = adaptive_avg_pool2d(masks.to(mean), (mean.shape[-2], mean.shape[-1]))
             weights = 1 - recipe.mask_weight * (1 - cells)
-        rows = tuple((texts or self.captions).index(text) for text in told)
-        return Pictures(mean, std, recipe.seed, recipe.resample_latents, len(model.alphas_cumprod), rows, weights)
+            if not bool(weights.flatten(1).any(1).all()):
+                raise UserError("a mask is black wherever its picture is used: paint white where the subject is")
+        steps = len(model.alphas_cumprod)
+        return Pictures(mean, std, recipe.seed, recipe.resample_latents, steps, tuple(rows), weights)
+
+    def _prior(self, examples: Sequence[Example], masked: bool) -> Pictures | None:
+        """Encoded class pictures, their captions' rows behind those of the subject's."""
+        if not examples:
+            return None
+        rows = [len(self.captions) + self.class_captions.index(example.caption) for example in examples]
+        prior = self._pictures(class_pixels(examples, self.size), None, rows)
+        weights = torch.ones_like(prior.mean[:, :1]) if masked else None
+        return replace(prior, purpose="class ", resample=True, weights=weights)
 
     def _prepare(self, told: Conditioning, texts: Sequence[str]) -> None:
         recipe, own = self.recipe, len(self.captions)

@@ -180,7 +180,7 @@ def lora_aside(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, config, layers in taken:
             for name, layer in layers.items():
-                _put(module, name, layer)
+                _put(module, name, layer)  # pyright: ignore
             if config is not None:
                 module.peft_config = config  # pyright: ignore
 

@@ -12,13 +12,14 @@ Not counted: the device's own context and work spaces (about 1 GB on CUDA), frag
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import get_max_memory
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -77,16 +78,26 @@ def estimate(run: Learning) -> Estimate:
 
 def check_fits(expected: Estimate, run: Learning) -> str | None:
     """A sentence of advice if `expected` is more than is free now besides the base; None if it fits."""
-    limits = get_max_memory()
-    free = limits.get(run.accelerator.local_process_index if run.model.device.type == "cuda" else "cpu")
+    free = _free(run.model.device)
     wanted = expected.total - expected.base - expected.adapter  # these two are there already
-    if not isinstance(free, int) or wanted <= free:
+    if free is None or wanted <= free:
         return None
     return f"only {_size(free)} of memory are free, and about {_size(wanted)} more will be needed: {_cheaper(run)}"
 
 
+def _free(device: torch.device) -> int | None:
+    """Bytes that a run could still take; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    told = Path("/proc/meminfo")  # Linux
+    if device.type != "cpu" or not told.is_file():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text())
+    return int(found[1]) * 1024 if found else None
+
+
 def _cheaper(run: Learning) -> str:
-    recipe, small = run.recipe, getattr(run.model, "_identity", None)
+    recipe, small = run.recipe, "quantisation" in run.base
     steps = [
         (recipe.train_batch_size > 1, "--train_batch_size 1 and more --gradient_accumulation_steps"),
         (not recipe.gradient_checkpointing, "--gradient_checkpointing"),

@@ -32,7 +32,7 @@ def quantise(unet: nn.Module) -> tuple[int, int]:
     for path, layer in [*_linear(unet)]:
         device, dtype = layer.weight.device, layer.weight.dtype
         small: Any = Linear4bit(layer.in_features, layer.out_features, False, dtype, device="meta")
-        small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
+        small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)  # pyright: ignore
         small.bias = layer.bias
         # On some CPUs the layer would repack itself in the first forward pass without gradient, for good, and hand no
         # gradient back ever after: then validation pictures would end the learning, silently.

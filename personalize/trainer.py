@@ -55,6 +55,8 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
     Under fp16 the UNet stays fp32 behind autocast, and so it does for `full_weights` to be trained.  In 4 bits what
     is left is bf16 everywhere; what that saves is printed.
     """
+    if full_weights and config.load_in_4bit:
+        raise UserError("full_kv trains the base's own weights, which cannot be in 4 bits: leave one of them out")
     half = config.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not full_weights
     model = StableDiffusion.load(
         config.pretrained_model_name_or_path, device=accelerator.device,
@@ -62,8 +64,6 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
         revision=config.revision, variant=config.variant,
     )  # fmt: skip
     if config.load_in_4bit:
-        if full_weights:
-            raise UserError("full_kv trains the base's own weights, which cannot be in 4 bits: leave one of them out")
         before, after = model.quantise()
         accelerator.print(f"4 bits: the UNet takes {after / 1e6:.0f} MB, {before / 1e6:.0f} MB in bf16")
     return model

@@ -80,7 +80,7 @@ def test_live_bytes_fall_when_tensors_die() -> None:
 
 
 def test_too_much_is_said_with_the_cheapest_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "get_max_memory", lambda: {"cpu": 10**9})
+    monkeypatch.setattr(memory, "_free", lambda device: 10**9)
     with learning(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
         assert check_fits(Estimate(9 * 10**9, 0, 0, 0, 10**8, 2), run) is None  # the base is there already
         advice = check_fits(Estimate(0, 0, 0, 0, 10**9, 2), run)
