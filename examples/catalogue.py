@@ -8,7 +8,7 @@ from PIL import Image
 from personalize import Editor, StableDiffusion
 from personalize.bundled import bundled
 from personalize.catalogue import Catalogue, read_items, run, write_table
-from personalize.learning import Recipe
+from personalize.recipes import Recipe
 from personalize.settings import Sampling
 from personalize.teams import Team
 

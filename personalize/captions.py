@@ -28,18 +28,28 @@ def find_caption(picture: Path, caption: str | None = None, caption_model: str |
     """
     if caption is not None:
         return _worded(caption, "--caption")
-    sidecar = picture.with_suffix(".txt")
-    if sidecar.is_file():
-        try:
-            return _worded(sidecar.read_text(encoding="utf-8-sig"), str(sidecar))
-        except UnicodeDecodeError:
-            raise UserError(f"{sidecar} is not UTF-8 text: save the caption as UTF-8") from None
+    beside = sidecar_caption(picture)
+    if beside is not None:
+        return _worded(beside, str(picture.with_suffix(".txt")))
     if caption_model is not None:
         return describe(load_image(picture), caption_model)
     raise UserError(
-        f"{picture} has no caption: pass --caption 'a photo of …', put the words into {sidecar.name} beside it, "
+        f"{picture} has no caption: pass --caption 'a photo of …', put the words into {picture.stem}.txt beside it, "
         "or name a BLIP folder with --caption_model"
     )
+
+
+def sidecar_caption(picture: Path) -> str | None:
+    """What the `.txt` beside the file `picture` says, on one line; None if there is none.
+
+    Raises:
+        UserError: it is not UTF-8 text.
+    """
+    sidecar = picture.with_suffix(".txt")
+    try:
+        return " ".join(sidecar.read_text(encoding="utf-8-sig").split()) if sidecar.is_file() else None
+    except UnicodeDecodeError:
+        raise UserError(f"{sidecar} is not UTF-8 text: save the caption as UTF-8") from None
 
 
 def _worded(text: str, where: str) -> str:

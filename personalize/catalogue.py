@@ -25,10 +25,11 @@ from personalize.data import find_picture
 from personalize.errors import UserError
 from personalize.files import plain_name, write_file
 from personalize.images import fit, load_image
-from personalize.learning import Recipe, learning
+from personalize.learning import learning
 from personalize.model import StableDiffusion
 from personalize.options import nearest
 from personalize.preview import preview
+from personalize.recipes import Recipe
 from personalize.teams import Team
 from personalize.verify import MANIFEST
 
@@ -147,7 +148,11 @@ def _value(name: str, hint: Any, text: str) -> Any:
                 continue
     if str in kinds or text in kinds:
         return text
-    raise UserError(f"column {name}: {text!r} is no {getattr(hint, '__name__', hint)}")
+    raise UserError(f"column {name}: {text!r} is not of the kind {_kind(hint)}")
+
+
+def _kind(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def outcome(line: int, name: str, status: str, **more: Any) -> dict[str, Any]:

@@ -11,9 +11,21 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from personalize.recipes import Base
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnBase(Base):
+    """Options of every command that draws."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the base model."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""
+
 
 @dataclass(frozen=True)
-class EditConfig:
+class EditConfig(OnBase):
     """Edit the picture that an adapter was trained on.
 
     Several values of --alpha, --beta, --gamma or --forget make a grid: one picture per combination and seed.  With
@@ -66,20 +78,10 @@ class EditConfig:
     """Width in pixels; by default that of the picture the adapter was trained on."""
     output_dir: Path = Path("personalize-edit")
     """Where the pictures and the labelled grid go."""
-    pretrained_model_name_or_path: str | None = None
-    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one named in the adapter."""
-    revision: str | None = None
-    """Revision of a base model from the hub."""
-    variant: str | None = None
-    """Variant of the base model's files, e.g. fp16."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base model."""
-    cpu: bool = False
-    """Run on the CPU even if there is an accelerator."""
 
 
 @dataclass(frozen=True)
-class DragConfig:
+class DragConfig(OnBase):
     """Drag points of a picture: what lies at each --from goes to its --to; nothing is trained.
 
     Writes the picture, the mask of what moved, an overlay to check both, and where the points arrived.
@@ -115,16 +117,6 @@ class DragConfig:
     """Put the picture's own pixels back where nothing was to change."""
     output_dir: Path = Path("personalize-drag")
     """Where the pictures and drag.json go."""
-    pretrained_model_name_or_path: str | None = None
-    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the adapter's or the package's."""
-    revision: str | None = None
-    """Revision of a base model from the hub."""
-    variant: str | None = None
-    """Variant of the base model's files, e.g. fp16."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base model."""
-    cpu: bool = False
-    """Run on the CPU even if there is an accelerator."""
 
 
 @dataclass(frozen=True)

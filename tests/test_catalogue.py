@@ -15,7 +15,7 @@ from personalize import catalogue
 from personalize.adapter import Adapter
 from personalize.catalogue import Catalogue, Results, finished, read_items, run, write_table
 from personalize.errors import UserError
-from personalize.learning import Recipe
+from personalize.recipes import Recipe
 from personalize.teams import Team
 from tests.tiny import tiny
 

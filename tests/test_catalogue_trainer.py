@@ -15,7 +15,6 @@ from PIL import Image
 from personalize.adapter import Adapter
 from personalize.cli import main
 from personalize.launching import home, load_script
-from personalize.learning import Recipe
 from tests.tiny import tiny_folder
 
 SCRIPT = load_script(home() / "train" / "catalogue.py")
@@ -52,14 +51,6 @@ def test_every_row_becomes_an_adapter_and_bad_ones_show_in_the_exit_code(shop, t
     )
     written = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [row["status"] for row in written] == ["done", "done", "done", "failed"]
-
-
-def test_the_options_are_the_recipes_with_its_defaults():
-    ours = {one.name: one.default for one in fields(SCRIPT.Config)}
-    theirs = {one.name: one.default for one in fields(Recipe)}
-    shared = ours.keys() & theirs.keys()
-    assert {"rank", "learning_rate", "max_train_samples", "seed"} <= shared
-    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,12 @@ from personalize.choosing import SWEEP, search
 from personalize.editor import Editor
 from personalize.images import psnr, to_image, to_pixels
 from personalize.launching import presets
-from personalize.learning import Recipe, learn
+from personalize.learning import learn
 from personalize.metrics import Request, Scorer
 from personalize.mixing import mixed
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.options import read_yaml
+from personalize.recipes import Recipe
 from personalize.sampling import Edit, moves, sample
 from personalize.scene_scorer import SceneScorer
 from personalize.scenes import BACKGROUNDS, HELD_OUT_STYLE, NOUNS, TRAINING_STYLES, render
