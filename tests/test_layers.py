@@ -21,10 +21,10 @@ STOREYS = (
     "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
     "objectives pretraining sampling uniform views world",
     "adapter attachment bundled catalogue checkpoints choosing cli commands compatibility concept_data "
-    "concept_learning concept_maps concept_training conversion coverage data drag_command dragging edit_command editor exporting "
-    "formats guards hub inspection launching learning memory merged_base merging metrics model_card options pictures "
-    "preview quickstart regularisation scene_scorer scorer_training scorers settings stages subject teams trainer "
-    "training validation verify __main__",
+    "concept_learning concept_maps concept_training conversion coverage data drag_command dragging edit_command "
+    "editor exporting formats guards hub inspection launching learning memory merged_base merging metrics model_card "
+    "options pictures preview quickstart regularisation scene_scorer scorer_training scorers settings stages subject "
+    "teams trainer training validation verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
