@@ -126,6 +126,12 @@ def test_a_trial_is_what_edit_draws_with_its_setting_and_seed(editor):
     assert np.array_equal(np.asarray(drawn), np.asarray(trial.picture))
 
 
+def test_the_library_call_ranks_what_it_has_drawn(editor):
+    answers = Fixed([BAD["copy"], BAD["good"]])
+    best, other = editor.choose("a dog in the snow", PICTURE, budget=2, scorer=answers, sampling=Sampling(steps=1))
+    assert (best.state, best.seed, other.seed) == ("good", 1, 0) and best.reading.score > other.reading.score
+
+
 def test_only_rules_that_select_something_are_tried(editor):
     assert forgettable(editor) == STRONGER
     attention = random_adapter(editor.model, targets="attention")
