@@ -44,7 +44,7 @@ def allocated(run: Learning) -> int:
     ids=["tiny", "checkpointed", "embedded"],
 )
 def test_what_an_update_takes(model, recipe: Recipe) -> None:
-    """Measured: 1 and 4 % too much, for all gradients are counted beside all activations, which die as they are born."""
+    """Measured: 1 to 4 % too much, for gradients are counted beside the activations that die as they are born."""
     base = model()
     side = base.resolution
     shown = torch.nn.functional.interpolate(pixels(), size=(side, side))
