@@ -57,7 +57,7 @@ class Estimate:
         return (
             f"Memory, about {_size(self.total)}: base {_size(self.base)}, adapter with gradients "
             f"{_size(self.adapter + self.gradients)}, optimiser {_size(self.optimizer)}, "
-            f"activations of {self.batch} samples {_size(self.activations)}"
+            f"activations of {self.batch} sample{'s' * (self.batch > 1)} {_size(self.activations)}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from personalize.training import fit
 
 LOG_EVERY = 50  # updates
+Batch = Callable[[int, range], dict[str, Tensor]]  # of an update, by the numbers of its samples
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Stage:
     warmup: int  # updates
     decays: bool  # the rate falls over the last fifth, linearly to 2 %
     checkpoint_every: int  # updates
+    workers: int = 0  # processes that make batches ahead
     begin_with: Path | None = None  # checkpoint whose weights and averages to begin with, if it is there
 
     @property
@@ -47,7 +50,7 @@ def run(
     stage: Stage,
     accelerator: Accelerator,
     objective: nn.Module,
-    batch: Callable[[int, range], dict[str, Tensor]],
+    batch: Batch,
     ema: EMAModel | None = None,
 ) -> None:
     """Train `objective` to the end of `stage` on `batch(update, numbers of this process's samples)`, with exact resume.
@@ -61,7 +64,8 @@ def run(
     parts = {"objective": objective, "optimizer": optimizer, "scheduler": schedule, **({"ema": ema} if ema else {})}
     first = _restore(stage, parts)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
-    batches = _batches(stage, accelerator, batch, first)
+    source = DataLoader(_Batches(stage, accelerator, batch, first), batch_size=None, num_workers=stage.workers)
+    batches = ({key: value.to(accelerator.device) for key, value in one.items()} for one in source)
     means, started = {}, time.monotonic()
     for report in fit(
         prepared, batches, optimizer, accelerator=accelerator, scheduler=schedule, max_grad_norm=1.0, first_update=first
@@ -79,13 +83,20 @@ def run(
             _save(stage, report.update, parts)
 
 
-def _batches(
-    stage: Stage, accelerator: Accelerator, batch: Callable[[int, range], dict[str, Tensor]], first: int
-) -> Iterator[dict[str, Tensor]]:
-    for update in range(first, stage.updates):
-        start = (update * accelerator.num_processes + accelerator.process_index) * stage.batch_size
-        samples = batch(update, range(start, start + stage.batch_size))
-        yield {key: value.to(accelerator.device) for key, value in samples.items()}
+class _Batches(Dataset):
+    """This process's batches by number, from the first update still to be made; loader workers may make them ahead."""
+
+    def __init__(self, stage: Stage, accelerator: Accelerator, batch: Batch, first: int) -> None:
+        self.size, self.batch, self.first, self.left = stage.batch_size, batch, first, stage.updates - first
+        self.process, self.processes = accelerator.process_index, accelerator.num_processes
+
+    def __len__(self) -> int:
+        return self.left
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        update = self.first + index
+        start = (update * self.processes + self.process) * self.size
+        return self.batch(update, range(start, start + self.size))
 
 
 def _save(stage: Stage, update: int, parts: dict[str, Any]) -> None:

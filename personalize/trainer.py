@@ -23,9 +23,10 @@ def accelerated(config: Any) -> Accelerator:
     """The Accelerator of a trainer's options, once it is certain that what they ask for is there.
 
     Raises:
-        UserError: a tracker that is not installed, or a repository of the hub that cannot be written.
+        UserError: a tracker that is not installed, a checkpoint or a repository of the hub that is not there.
     """
     check_tracker(config.report_to)
+    checkpoints.find(config.output_dir, config.resume_from_checkpoint)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -16,13 +16,16 @@ from personalize.recipes import Recipe
 from tests.test_learning import CAPTION, pixels
 from tests.tiny import tiny_sd1
 
-SMALL = Recipe(rank=2, max_train_samples=2, train_batch_size=2, targets="attention")
+SMALL = Recipe(rank=2, max_train_samples=4, train_batch_size=2, targets="attention")
 
 
 def allocated(run: Learning) -> int:
-    """The most bytes at once that the CPU allocator gave out during one update, by the profiler's log of it."""
+    """The most bytes at once that the CPU allocator gave out during two updates, by the profiler's log of it.
+
+    The second one has the optimiser's moments beside its activations.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        next(run.steps())
+        assert len(list(run.steps())) == 2
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyright: ignore
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -41,14 +44,14 @@ def allocated(run: Learning) -> int:
     ids=["tiny", "checkpointed", "embedded"],
 )
 def test_what_an_update_takes(model, recipe: Recipe) -> None:
-    """Within 15 %: samples are multiplied, gradients that are born while activations die are counted with both."""
+    """Measured: 1 to 4 % too much, for gradients are counted beside the activations that die as they are born."""
     base = model()
     side = base.resolution
     shown = torch.nn.functional.interpolate(pixels(), size=(side, side))
     with learning(base, shown, CAPTION, recipe) as run:
         expected = estimate(run)
         real = allocated(run)
-    assert expected.total - expected.base - expected.adapter == pytest.approx(real, rel=0.15)
+    assert expected.total - expected.base - expected.adapter == pytest.approx(real, rel=0.06)
 
 
 def test_the_trial_changes_nothing_and_counts_what_it_should() -> None:

@@ -14,6 +14,7 @@ from personalize.adapter import Adapter
 from personalize.cli import main
 from personalize.errors import UserError
 from personalize.launching import load_script
+from personalize.options import parse
 from tests.test_hub import Hub
 from tests.tiny import tiny_folder
 
@@ -118,6 +119,18 @@ def test_bad_options_write_nothing_and_say_so_in_one_line(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("personalize: ") and message in said
     assert not (tmp_path / "out" / "adapter.json").exists()
+
+
+def test_a_dreambooth_command_line_pastes() -> None:
+    line = """--instance_data_dir dogs --instance_prompt dog --output_dir out --rank 4 --learning_rate=1e-4 --seed=0
+        --with_prior_preservation --class_data_dir c --class_prompt dogs --num_class_images=7 --prior_loss_weight 0.5
+        --train_text_encoder --use_8bit_adam --gradient_checkpointing --mixed_precision fp16 --resolution 512
+        --train_batch_size=1 --gradient_accumulation_steps=2 --max_train_steps=9 --max_grad_norm 1.0 --snr_gamma 5
+        --checkpointing_steps 3 --checkpoints_total_limit=2 --resume_from_checkpoint latest --report_to wandb
+        --validation_prompt cat --num_validation_images 2 --push_to_hub --hub_model_id me/dog"""
+    config = parse(SCRIPT.Config, line.split(), prog="single_image")
+    assert (config.caption, config.rank, config.prior_loss_weight) == ("dog", 4, 0.5)
+    assert SCRIPT.recipe(config, 2).max_train_samples == 9 * 1 * 2 * 2 and SCRIPT.class_prompt(config) == "dogs"
 
 
 def test_no_picture_is_an_error() -> None:

@@ -55,7 +55,7 @@ class Config:
     checkpointing_steps: int = 200
     """Updates between two checkpoints."""
     dataloader_num_workers: int = 0
-    """Processes that render ahead."""
+    """Processes that render scenes and make batches ahead."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the forward pass."""
     seed: int = 0
@@ -160,7 +160,7 @@ def stage_of(config: Config, name: str) -> Stage:
     return Stage(
         folder, name, config.steps[index], config.batch_sizes[index], config.learning_rates[index],
         config.lr_warmup_steps, name != "diffusion_64", config.checkpointing_steps,
-        folder / "diffusion_64.pt" if name == "diffusion_128" else None,
+        config.dataloader_num_workers, folder / "diffusion_64.pt" if name == "diffusion_128" else None,
     )  # fmt: skip
 
 
