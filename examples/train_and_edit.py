@@ -9,7 +9,8 @@ from personalize import Editor, StableDiffusion
 from personalize.bundled import bundled
 from personalize.editor import Sampling
 from personalize.images import fit, load_image
-from personalize.learning import Recipe, learn
+from personalize.learning import learn
+from personalize.recipes import Recipe
 
 
 def main(

@@ -144,17 +144,29 @@ def check_same_run(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
 
 
 def _flattened(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors by name "<parameter>/<key>", and all else as plain values."""
+    """An optimiser's state as tensors by name "<parameter>/<key>", and all else as plain values.
+
+    bitsandbytes puts some a level deeper: "<parameter>/<key>/<key>".
+    """
     tensors, values = {}, {}
-    for number, entries in state_dict["state"].items():
+
+    def walk(path: str, entries: Mapping[Any, Any]) -> None:
         for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else values)[f"{number}/{key}"] = value
+            if isinstance(value, Mapping):
+                walk(f"{path}{key}/", value)
+            else:
+                (tensors if isinstance(value, Tensor) else values)[f"{path}{key}"] = value
+
+    walk("", state_dict["state"])
     return tensors, {"values": values, "param_groups": state_dict["param_groups"]}
 
 
 def _restored(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[Any, Any] = {}
     for name, value in {**tensors, **settings["values"]}.items():
-        number, _, key = name.partition("/")
-        state.setdefault(int(number), {})[key] = value
+        number, *path, key = name.split("/")
+        entries = state.setdefault(int(number), {})
+        for part in path:
+            entries = entries.setdefault(part, {})
+        entries[key] = value
     return {"state": state, "param_groups": settings["param_groups"]}

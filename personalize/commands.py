@@ -13,14 +13,26 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from personalize.photo_options import PhotoConfig
+from personalize.recipes import Base
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnBase(Base):
+    """Options of every command that draws."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the base model."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""
 
 
 @dataclass(frozen=True)
-class EditConfig:
+class EditConfig(OnBase):
     """Edit the picture that an adapter was trained on.
 
     Given a photo instead of an adapter, `edit` does something else: see personalize edit photo.png --help.
-    Several values of --alpha, --beta, --gamma or --forget make a grid: one picture per combination and seed.
+    Several values of --alpha, --beta, --gamma or --forget make a grid: one picture per combination and seed.  With
+    --auto they are searched instead, and the adapter remembers the best for this prompt.
     """
 
     adapter: Positional[Path]
@@ -31,18 +43,28 @@ class EditConfig:
     """What the picture should not show."""
     add: tuple[Path, ...] = ()
     """More adapter folders to use at once, such as those of other concepts; the prompt names each by its token."""
-    alpha: tuple[float, ...] = (0.8,)
-    """Vector projection: how much of the learned source embedding to keep, about 0.7 to 1.1."""
-    beta: tuple[float, ...] = (1.2,)
-    """Vector projection: how much of the edit to add, about 0.7 to 1.6."""
+    auto: bool = False
+    """Choose the strengths: draw --budget pictures, rank them by edit and identity, remember the best."""
+    budget: int = 16
+    """Pictures that --auto may draw."""
+    clip_model: str | None = None
+    """CLIP folder or hub id by which --auto sees the edit; only the embedded model can do without."""
+    identity_model: str | None = None
+    """How --auto measures identity beside CLIP: "alex" or "vgg" (LPIPS), or a DINOv2 folder or hub id; "alex"."""
+    source_image: Path | None = None
+    """The picture the adapter was trained on, for --auto; by default the one kept in its folder."""
+    alpha: tuple[float, ...] = ()
+    """Vector projection: how much of the learned source embedding to keep, about 0.7 to 1.1; 0.8 if not given."""
+    beta: tuple[float, ...] = ()
+    """Vector projection: how much of the edit to add, about 0.7 to 1.6; 1.2 if not given."""
     gamma: tuple[float, ...] = ()
     """Vector subtraction instead of projection: 0 is the source, 1 the prompt, more exaggerates; about 0.6 to 1.2."""
-    forget: tuple[str, ...] = ("none",)
+    forget: tuple[str, ...] = ()
     """Forgetting rules, e.g. `decoder=0.5` (half of what the decoder learned) or `encoderattn`; `none` keeps all."""
-    strength: float = 1.0
+    strength: float | None = None
     """Strength of the whole adapter: 0 is the base model, 1 as trained."""
-    seed: int = 0
-    """Seed of the first picture; the next ones take the next numbers."""
+    seed: int | None = None
+    """Seed of the first picture; the next ones take the next numbers.  0, or that of the remembered best."""
     seeds: tuple[int, ...] = ()
     """Seeds by name, in place of --seed and --num_images."""
     num_images: int = 1
@@ -59,20 +81,10 @@ class EditConfig:
     """Width in pixels; by default that of the picture the adapter was trained on."""
     output_dir: Path = Path("personalize-edit")
     """Where the pictures and the labelled grid go."""
-    pretrained_model_name_or_path: str | None = None
-    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one named in the adapter."""
-    revision: str | None = None
-    """Revision of a base model from the hub."""
-    variant: str | None = None
-    """Variant of the base model's files, e.g. fp16."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base model."""
-    cpu: bool = False
-    """Run on the CPU even if there is an accelerator."""
 
 
 @dataclass(frozen=True)
-class DragConfig:
+class DragConfig(OnBase):
     """Drag points of a picture: what lies at each --from goes to its --to; nothing is trained.
 
     Writes the picture, the mask of what moved, an overlay to check both, and where the points arrived.
@@ -108,16 +120,6 @@ class DragConfig:
     """Put the picture's own pixels back where nothing was to change."""
     output_dir: Path = Path("personalize-drag")
     """Where the pictures and drag.json go."""
-    pretrained_model_name_or_path: str | None = None
-    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the adapter's or the package's."""
-    revision: str | None = None
-    """Revision of a base model from the hub."""
-    variant: str | None = None
-    """Variant of the base model's files, e.g. fp16."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base model."""
-    cpu: bool = False
-    """Run on the CPU even if there is an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class VerifyConfig:
 PHOTO = "edit PHOTO"  # what `edit` is when it is given a picture, or what a picture shows
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 COMMANDS = {  # name: (options, "module:function" that takes them)
-    "edit": (EditConfig, "personalize.editor:run_edit"),
+    "edit": (EditConfig, "personalize.edit_command:run"),
     PHOTO: (PhotoConfig, "personalize.photo_command:run"),
     "drag": (DragConfig, "personalize.drag_command:run"),
     "quickstart": (QuickstartConfig, "personalize.quickstart:run"),

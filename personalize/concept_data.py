@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from personalize.concepts import Subject, check_new, installed, locate
 from personalize.data import Share
 from personalize.errors import UserError
-from personalize.images import load_image
+from personalize.images import cut, load_image, to_pixels
 from personalize.model import StableDiffusion
 from personalize.randomness import generator
 from personalize.views import arranged, canvas_mask, draw_order, draw_view, shown, squared
@@ -83,6 +84,26 @@ class Example:
 
     def open(self) -> Image.Image:
         return load_image(self.picture) if isinstance(self.picture, Path) else self.picture
+
+    def parts(self) -> tuple[bytes, bytes]:
+        """What it consists of: the caption, and the picture's file or pixels."""
+        content = self.picture.tobytes() if isinstance(self.picture, Image.Image) else self.picture.read_bytes()
+        return self.caption.encode(), content
+
+
+def class_pixels(examples: Sequence[Example], size: tuple[int, int]) -> Tensor:
+    """All pictures cut to `size` (H, W), as pixels (n, 3, H, W)."""
+    return torch.cat([to_pixels(cut(example.open().convert("RGB"), size)) for example in examples])
+
+
+def digest(*parts: Tensor | bytes | None) -> str:
+    """One hash of tensors (as fp32) and bytes."""
+    found = sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().float().cpu().contiguous().numpy().tobytes()
+        found.update(part or b"")
+    return found.hexdigest()
 
 
 @dataclass

@@ -11,91 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 
 from personalize.adapter import Adapter
 from personalize.attention import attention_sites
-from personalize.concept_data import ConceptPicture, ConceptSamples, Example, check_prompt
+from personalize.concept_data import ConceptPicture, ConceptSamples, Example, check_prompt, digest
 from personalize.concepts import ConceptRows, initial_rows, installed, state
-from personalize.data import Share
 from personalize.errors import UserError
-from personalize.formats import diffusers_file
-from personalize.learning import Learning, versions
-from personalize.lora import add_lora, lora_state, remove_lora
+from personalize.learning import Learning, left_as_found, versions
+from personalize.lora import add_lora, lora_aside, lora_state
 from personalize.model import StableDiffusion
 from personalize.multi_concept import (
-    CALIBRATION_WEIGHT,
     MultiConcept,
     calibration_layers,
     full_weights,
     low_rank,
     text_projections,
 )
-
-
-@dataclass(frozen=True)
-class ConceptRecipe:
-    """How concepts are learned.  The names are the trainer's options; the defaults are those of the method, for LoRA.
-
-    An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes.
-    `calibration_weight` is against a mean squared error: see `personalize.multi_concept`; 0 is Custom Diffusion.
-    """
-
-    rank: int = 16
-    lora_alpha: float | None = None  # None: the rank, so that alpha / rank = 1
-    full_kv: bool = False
-    learning_rate: float | None = None  # None: 5e-4, or 8e-5 for full_kv
-    token_learning_rate: float = 5e-4
-    adam_weight_decay: float = 1e-2
-    max_train_steps: int = 250
-    train_batch_size: int = 2
-    gradient_accumulation_steps: int = 4
-    calibration_weight: float = CALIBRATION_WEIGHT
-    prior_loss_weight: float = 1.0
-    mask_weight: float = 0.0
-    initializer_token: str = "ktn+pll+ucd"
-    augment: bool = True
-    swap_subjects: float = 0.5
-    max_grad_norm: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = {"rank", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "lora_alpha",
-                    "learning_rate", "max_grad_norm"}  # fmt: skip
-        not_negative = {"token_learning_rate", "adam_weight_decay", "calibration_weight", "prior_loss_weight",
-                        "mask_weight"}  # fmt: skip
-        for name, value in asdict(self).items():
-            if name in positive and value is not None and not value > 0:
-                raise UserError(f"{name} must be above 0, got {value}")
-            if name in not_negative and value is not None and not value >= 0:
-                raise UserError(f"{name} must be 0 or more, got {value}")
-        if not 0 <= self.swap_subjects <= 1:
-            raise UserError(f"swap_subjects is a share from 0 to 1, got {self.swap_subjects}")
-
-    @property
-    def alpha(self) -> float:
-        return float(self.rank if self.lora_alpha is None or self.full_kv else self.lora_alpha)
-
-    @property
-    def rate(self) -> float:
-        """The rate of the LoRA or of the full weights."""
-        return self.learning_rate or (8e-5 if self.full_kv else 5e-4)
-
-    @property
-    def early_stop_loss(self) -> None:
-        """Never stops early: the loss says little about likeness."""
-
-    def initializer(self, index: int) -> str:
-        """The word whose row concept `index` starts from; "class" is its own class phrase."""
-        words = self.initializer_token.split("+")
-        return words[index % len(words)]
+from personalize.recipes import ConceptRecipe
+from personalize.training import recomputing
 
 
 @contextmanager
@@ -117,24 +56,15 @@ def teaching(
     check_prompt(model, picture)
     rows = {s.token: initial_rows(model, s, recipe.initializer(i)) for i, s in enumerate(picture.subjects)}
     with ExitStack() as stack:
-        stack.callback(_restore, [(p, p.requires_grad) for part in _parts(model) for p in part.parameters()])
+        stack.enter_context(left_as_found(model))
+        stack.enter_context(recomputing(model.unet, recipe.gradient_checkpointing))
         layers = stack.enter_context(installed(model, rows, trainable=True))
         if recipe.full_kv:
             base = stack.enter_context(full_weights(model.unet))
         else:
             base = {}
             add_lora(model.unet, text_projections(model.unet), recipe.rank, recipe.alpha, recipe.seed)
-            stack.callback(remove_lora, model.unet)
         yield ConceptLearning(model, picture, recipe, layers, base, examples, resolution, accelerator)
-
-
-def _parts(model: StableDiffusion) -> tuple[Any, ...]:
-    return (model.unet, *model.text_encoders)
-
-
-def _restore(flags: list[tuple[torch.nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag).grad = None
 
 
 class ConceptLearning(Learning):
@@ -151,16 +81,10 @@ class ConceptLearning(Learning):
         resolution: int | None,
         accelerator: Accelerator | None,
     ) -> None:
-        self.model, self.caption, self.recipe = model, subject_picture.prompt, recipe  # pyright: ignore
+        self._begin(model, recipe, accelerator)
+        self.caption, self.updates = subject_picture.prompt, recipe.max_train_steps
         self.subjects, self.layers, self.weights_before = subject_picture.subjects, layers, base
-        self.accelerator = accelerator or Accelerator(
-            cpu=model.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
-        )
-        self.share = Share(
-            recipe.train_batch_size, recipe.gradient_accumulation_steps,
-            self.accelerator.process_index, self.accelerator.num_processes,
-        )  # fmt: skip
-        self.update, self.updates = 0, recipe.max_train_steps
+        self.anchoring = recipe.anchoring_weight if subject_picture.masks else 0.0
         multiple = 8 * model.factor
         side = (resolution or model.resolution) // multiple * multiple
         if side < multiple:
@@ -173,15 +97,13 @@ class ConceptLearning(Learning):
         self.map_layers = self._layers_of_maps()
         self.objective = MultiConcept(  # pyright: ignore
             model, layers, calibration_weight=recipe.calibration_weight, prior_loss_weight=recipe.prior_loss_weight,
-            mask_weight=recipe.mask_weight if subject_picture.masks else 0.0, full_kv=recipe.full_kv,
+            mask_weight=self.anchoring, full_kv=recipe.full_kv,
         )  # fmt: skip
-        groups = self.objective.groups(recipe.rate, recipe.token_learning_rate, recipe.adam_weight_decay)  # pyright: ignore
-        optimizer = torch.optim.AdamW(groups, fused=model.device.type in ("cuda", "cpu"))
-        self._prepared, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self._optimise(self.objective.groups(recipe.rate, recipe.token_learning_rate, recipe.adam_weight_decay))
 
     def _layers_of_maps(self) -> dict[str, str]:
         """The layers that are calibrated, with the size of their maps; UserError if there is none but should be."""
-        if not self.recipe.calibration_weight and not self.recipe.mask_weight:  # pyright: ignore
+        if not self.recipe.calibration_weight and not self.anchoring:
             return {}
         size = (self.size[0] // self.model.factor, self.size[1] // self.model.factor)
         sites = attention_sites(self.model.unet, size)
@@ -198,18 +120,33 @@ class ConceptLearning(Learning):
         weights = {name: self.model.unet.get_submodule(name).weight.detach() for name in self.weights_before}
         return {name: weights[name] - before for name, before in self.weights_before.items()}
 
-    def _lora(self) -> tuple[dict[str, Tensor], float]:
+    def _approximated(self) -> tuple[dict[str, Tensor], float]:
         """The adapter's tensors, and the share of the change they miss (0 unless trained in full)."""
         if not self.weights_before:
             return lora_state(self.model.unet), 0.0
         return low_rank(self._changes(), self.recipe.rank)
 
-    def loadable(self) -> dict[str, bytes]:
-        return {"pytorch_lora_weights.safetensors": diffusers_file(self._lora()[0], self.recipe.alpha)}
+    def _lora(self) -> dict[str, Tensor]:
+        return self._approximated()[0]
+
+    @contextmanager
+    def showing(self) -> Iterator[Adapter]:
+        """As in `Learning`; the tokens stay in the model, where a prompt finds them as they are now."""
+        learned = {name: self.model.unet.get_submodule(name).weight for name in self.weights_before}
+        now = {name: weight.detach().clone() for name, weight in learned.items()}
+        adapter = replace(self.adapter(), concepts={})
+        with lora_aside(self.model.unet), torch.no_grad():
+            try:
+                for name, weight in learned.items():
+                    weight.copy_(self.weights_before[name])
+                yield adapter
+            finally:
+                for name, weight in learned.items():
+                    weight.copy_(now[name])
 
     def adapter(self, **info: Any) -> Adapter:
         """What has been learned so far: LoRA and tokens; `info` is added to what the adapter records of its making."""
-        lora, missed = self._lora()
+        lora, missed = self._approximated()
         told = {"full_kv_residual": round(missed, 6)} if self.weights_before else {}
         about = {**self.about(), "updates": self.update, "versions": versions(), **told, **info}
         return Adapter(
@@ -219,7 +156,7 @@ class ConceptLearning(Learning):
     def about(self) -> dict[str, Any]:
         """What decides the outcome of this run, as plain values."""
         return {
-            "base": {**self.model.identity, "prediction_type": self.model.prediction_type},
+            "base": self.base,
             "caption": self.caption,
             "subjects": [asdict(subject) for subject in self.subjects],
             "targets": "cross_attention_kv",
@@ -236,11 +173,6 @@ class ConceptLearning(Learning):
 
 def _digest(picture: ConceptPicture, examples: Sequence[Example]) -> str:
     """One hash of the picture, its masks, and the regularisation captions and pictures."""
-    found = sha256()
-    for image in (picture.image, *picture.masks):
-        found.update(f"{image.size}".encode() + image.tobytes())
-    for example in examples:
-        content = example.picture
-        found.update(example.caption.encode())
-        found.update(content.tobytes() if isinstance(content, Image.Image) else content.read_bytes())
-    return found.hexdigest()
+    images = (picture.image, *picture.masks)
+    own = [part for image in images for part in (f"{image.size}".encode(), image.tobytes())]
+    return digest(*own, *(part for example in examples for part in example.parts()))

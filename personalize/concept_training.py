@@ -1,23 +1,19 @@
-"""What the trainer of several concepts does around a run: reading its picture, its regularisation, progress, maps."""
+"""What the trainer of several concepts does around a run: reading its picture, and showing its maps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import Accelerator
 from PIL import Image
 
-from personalize import checkpoints
-from personalize.concept_data import ConceptPicture, Example
+from personalize.concept_data import ConceptPicture
 from personalize.concept_learning import ConceptLearning
 from personalize.concept_maps import ConceptMaps, concept_maps, map_sheet
 from personalize.concepts import TOKEN, Subject
 from personalize.data import find_picture
 from personalize.errors import UserError
 from personalize.images import load_image, to_pixels
-from personalize.model import StableDiffusion
-from personalize.regularisation import from_base, from_dataset, from_folder
 
 
 def read_picture(config: Any) -> ConceptPicture:
@@ -50,59 +46,6 @@ def read_subjects(
             raise UserError(f"instance_prompt {prompt!r} must say {token} once, and behind it what it is: {token} cat")
         found.append(Subject(token, behind[0].strip(",."), vectors))
     return tuple(found)
-
-
-def examples(config: Any, model: StableDiffusion, picture: ConceptPicture, accelerator: Accelerator) -> list[Example]:
-    """The regularisation pictures that the options ask for, from the first source that is named."""
-    if not config.with_prior_preservation:
-        return []
-    prompt, count = config.class_prompt or picture.class_prompt, config.num_class_images
-    if count < 1:
-        raise UserError(f"num_class_images must be above 0, got {count}; or use --no_with_prior_preservation")
-    if config.class_data_dir is not None:
-        return from_folder(config.class_data_dir, prompt, count)
-    if config.class_dataset_name is not None:
-        columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-        return from_dataset(config.class_dataset_name, prompt, count, **columns)
-    multiple = 8 * model.factor
-    side = max(multiple, (config.resolution or model.resolution) // multiple * multiple)
-    accelerator.print(f"Regularisation: {count} pictures of “{prompt}”, drawn by the base once")
-    with accelerator.main_process_first():
-        return from_base(
-            model, prompt, count, side=side, steps=config.class_image_steps, seed=config.seed,
-            cache=config.class_image_cache,
-        )  # fmt: skip
-
-
-def accelerated(config: Any) -> Accelerator:
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.report_to,
-        project_dir=str(config.output_dir / config.logging_dir),
-    )
-
-
-def train(config: Any, run: ConceptLearning) -> None:
-    """Make the updates, with progress, tracking and checkpoints."""
-    from rich.progress import Progress
-
-    accelerator, checkpoint = run.accelerator, checkpoints.find(config.output_dir, config.resume_from_checkpoint)
-    if checkpoint is not None:
-        run.resume(checkpoint)
-    if config.resume_from_checkpoint is not None:
-        start = f"checkpoint-{run.update}" if checkpoint else "the beginning: no whole checkpoint was found"
-        accelerator.print(f"Going on from {start}")
-    if config.report_to is not None:
-        accelerator.init_trackers("multi_concept", {name: str(value) for name, value in vars(config).items()})
-    with Progress(disable=not accelerator.is_local_main_process) as progress:
-        task = progress.add_task("Learning", total=run.updates, completed=run.update)
-        for report in run.steps():
-            losses = {name: float(value) for name, value in report.losses.items()}
-            progress.update(task, completed=report.update, description=f"Learning, loss {losses['loss']:.3f}")
-            accelerator.log(losses | {"learning_rate": report.learning_rates[0]}, step=report.update)
-            if config.checkpointing_steps and report.update % config.checkpointing_steps == 0:
-                run.save_checkpoint(config.output_dir, config.checkpoints_total_limit)
 
 
 class Stages:

@@ -1,4 +1,4 @@
-"""Training data of one picture: where its file is, its latents, and the noise of every sample.
+"""Training samples: where a picture is, latents of one or several, and the noise of every sample.
 
 A sample is known by (update, index): `index` counts 0 … N−1 over all N samples of an update, whichever process and
 micro-batch they fall to.  Its timestep and noise depend on the seed and on these two numbers alone, so that one batch
@@ -69,10 +69,15 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """The cached posterior of one encoded picture: `mean` and `std` (1, c, h, w), scaled.
+class Pictures:
+    """The cached posteriors of p encoded pictures: `mean` and `std` (p, c, h, w), scaled.
 
-    z₀ = mean + std · ξ with one ξ for the whole run, or a new one for each sample if `resample`.
+    z₀ = mean + std · ξ with one ξ a picture for the whole run, or a new one for each sample if `resample`.
+
+    rows: for each picture the row of the objective's table of captions.
+    weights: how much the loss counts where, (p, 1, h, w), or None: everywhere alike.
+    prior: class pictures; then every batch has as many of their samples again, behind its own.
+    purpose: keeps the random numbers of these pictures apart from those of others.
     """
 
     mean: Tensor
@@ -80,19 +85,42 @@ class Picture:
     seed: int
     resample: bool = False
     train_timesteps: int = 1000
+    rows: tuple[int, ...] = (0,)
+    weights: Tensor | None = None
+    prior: Pictures | None = None
+    purpose: str = ""
 
-    def sample(self, update: int, index: int) -> dict[str, Tensor]:
-        """Sample `index` of `update`: `latents` and `noise` (c, h, w), `timesteps` () in [0, train_timesteps)."""
-        rng = generator(self.seed, "noise", update, index)
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def sample(self, update: int, index: int, number: int = 0) -> dict[str, Tensor]:
+        """Sample `index` of `update`, of picture `number`.
+
+        `latents` and `noise` (c, h, w), `timesteps` () in [0, train_timesteps), `rows` (), and `weights` (1, h, w) if
+        there are any.
+        """
+        rng = generator(self.seed, f"{self.purpose}noise", update, index)
         timestep = torch.randint(self.train_timesteps, (), generator=rng)
         noise = torch.randn(self.mean.shape[1:], generator=rng)
-        draw = generator(self.seed, "posterior", *((update, index) if self.resample else ()))
-        latents = self.mean[0] + self.std[0] * torch.randn(self.mean.shape[1:], generator=draw).to(self.mean)
-        return {"latents": latents, "noise": noise.to(self.mean), "timesteps": timestep.to(self.mean.device)}
+        draw = generator(self.seed, f"{self.purpose}posterior", *((update, index) if self.resample else (0, number)))
+        mean, std = self.mean[number], self.std[number]
+        row = {
+            "latents": mean + std * torch.randn(mean.shape, generator=draw).to(mean),
+            "noise": noise.to(mean),
+            "timesteps": timestep.to(mean.device),
+            "rows": torch.tensor(self.rows[number]),
+        }
+        return row if self.weights is None else row | {"weights": self.weights[number]}
 
     def batches(self, share: Share, first: int, last: int) -> Iterator[dict[str, Tensor]]:
-        """This process's batches of updates `first` … `last` − 1, stacked along b."""
+        """This process's batches of updates `first` … `last` − 1, stacked along b; the pictures take turns."""
         for update in range(first, last):
             for micro in range(share.accumulation):
-                rows = [self.sample(update, index) for index in share.indices(micro)]
+                indices = share.indices(micro)
+                rows = self._turns(update, indices, share.samples)
+                if self.prior is not None:
+                    rows += self.prior._turns(update, indices, share.samples)
                 yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _turns(self, update: int, indices: range, samples: int) -> list[dict[str, Tensor]]:
+        return [self.sample(update, index, (update * samples + index) % len(self)) for index in indices]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from personalize.drag import DragSettings
 from personalize.dragging import Dragged, Point
-from personalize.editor import Editor, strangers
+from personalize.editor import Editor
 from personalize.errors import UserError
-from personalize.files import write_folder
+from personalize.files import strangers, write_folder
 from personalize.pictures import png
 
 if TYPE_CHECKING:

@@ -2,72 +2,65 @@
 
 editor = Editor.load("my-cat")
 pictures = editor.edit("a cat on the beach", alpha=0.8, beta=1.2, forget="decoder=0.5", seeds=[0, 1])
+best = editor.choose("a cat on the beach", source, budget=16)[0].picture
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 
 from personalize.adapter import Adapter
-from personalize.attachment import loaded, parsed
+from personalize.attachment import loaded
+from personalize.captions import aligned
+from personalize.choosing import Trial, ranked, search
 from personalize.concepts import installed
 from personalize.drag import DEFAULTS, DragSettings
 from personalize.dragging import Dragged, Point, drag_picture
 from personalize.errors import UserError
-from personalize.files import write_folder
 from personalize.frames import Picture
 from personalize.images import to_image
+from personalize.lora import without_lora
+from personalize.metrics import Request, Scorer
 from personalize.mixing import mixed
 from personalize.model import Conditioning, StableDiffusion
 from personalize.photo import PHOTO_DEFAULTS, Edited, PhotoSettings, Wish, edit_photo
-from personalize.pictures import grid, png
 from personalize.sampling import Edit, moves, sample
+from personalize.scorers import find_scorer
+from personalize.settings import PLAIN, STANDARD, Sampling, Setting, rules
 from personalize.text_lora import has_text
-
-if TYPE_CHECKING:
-    from personalize.commands import EditConfig
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn: `steps` of `scheduler`, guidance (1 is off), size (H, W) in pixels."""
-
-    steps: int = 50
-    scheduler: str = "ddim"
-    guidance_scale: float = 7.5
-    size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The strengths of one edit; `gamma` given means subtraction, otherwise projection with `alpha` and `beta`."""
-
-    alpha: float = 0.8
-    beta: float = 1.2
-    gamma: float | None = None
-    forget: str = "none"
-    strength: float = 1.0
-
-    def __str__(self) -> str:
-        mix = f"α {self.alpha:g}  β {self.beta:g}" if self.gamma is None else f"γ {self.gamma:g}"
-        forgotten = "" if self.forget == "none" else f"  forget {self.forget}"
-        return mix + forgotten + ("" if self.strength == 1 else f"  strength {self.strength:g}")
 
 
 class Editor:
-    """A base model with one adapter at hand; nothing of the base is changed between calls."""
+    """A base model with one adapter at hand; nothing of the base is changed between calls.
+
+    As a context manager (`with Editor.load("my-cat") as editor:`) the adapter stays in the base for the whole block
+    instead of for each call, which spares time on large bases; after the block the base is as before.
+    """
 
     def __init__(self, model: StableDiffusion, adapter: Adapter | None = None) -> None:
         self.model, self.adapter = model, adapter
+        self._held: ExitStack | None = None
+
+    def __enter__(self) -> Editor:
+        if self._held is not None:
+            raise ValueError("this editor is open already")
+        with ExitStack() as stack:
+            if self.adapter is not None:
+                stack.enter_context(self.adapter.apply(self.model))
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
     @staticmethod
     def load(folder: str | Path | Sequence[str | Path], base: str | Path | None = None, **settings: Any) -> Editor:
@@ -93,8 +86,8 @@ class Editor:
         return Editor.load(adapters, base, **about) if adapters else Editor(StableDiffusion.load(base, **about))
 
     def edit(
-        self, prompt: str, setting: Setting = Setting(), *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
-        sampling: Sampling = Sampling(), **strengths: Any,
+        self, prompt: str, setting: Setting = PLAIN, *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
+        sampling: Sampling = STANDARD, **strengths: Any,
     ) -> list[Image.Image]:  # fmt: skip
         """Pictures of the adapter's subject as `prompt` says, one per seed; `strengths` are fields of `Setting`.
 
@@ -111,17 +104,34 @@ class Editor:
         )  # fmt: skip
         return self._draw(told, setting, seeds, negative_prompt, sampling)
 
-    def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = Sampling()) -> list[Image.Image]:
+    def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = STANDARD) -> list[Image.Image]:
         """The source as the adapter remembers it: its source embedding (or its caption, if it has none) unedited."""
-        caption = str(self._adapter.info.get("caption", ""))
-        return self.edit(caption or "a picture", alpha=1.0, beta=0.0, seeds=seeds, sampling=sampling)
+        return self.edit(self.caption or "a picture", alpha=1.0, beta=0.0, seeds=seeds, sampling=sampling)
 
     def base(
-        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "", sampling: Sampling = Sampling()
+        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "", sampling: Sampling = STANDARD
     ) -> list[Image.Image]:
         """What the base model draws for `prompt` without the adapter: the control of every comparison."""
         told = self._encoded(prompt, sampling.size or self.size)
         return self._draw(told, None, seeds, negative_prompt, sampling)
+
+    def choose(
+        self, prompt: str, source: Image.Image, *, budget: int = 16, seed: int = 0, scorer: Scorer | None = None,
+        negative_prompt: str = "", sampling: Sampling = STANDARD,
+    ) -> list[Trial]:  # fmt: skip
+        """Let the strengths be chosen: `budget` pictures of `prompt`, the best first, each with setting and scores.
+
+        `source` is the picture the adapter learned.  See `personalize.choosing`; equal seeds give equal results.
+
+        Raises:
+            UserError: an empty prompt, a budget below 1, or no scorer for this base.
+        """
+        scorer = scorer or find_scorer(self.model.name, device=self.model.device)
+        request = Request(self.aligned(prompt), self.caption, source)
+        trials = search(
+            self, request, scorer, budget=budget, seed=seed, negative_prompt=negative_prompt, sampling=sampling
+        )
+        return ranked(trials)
 
     def drag(
         self, points: Sequence[Point], picture: Picture, *, mask: Picture | None = None, prompt: str | None = None,
@@ -131,10 +141,20 @@ class Editor:
 
         `points` are (x, y) in pixels of `picture`: handle, target, handle, target, …  See `drag_picture`.
         """
-        return drag_picture(
-            self.model, picture, points, mask=mask, prompt=prompt, adapter=self.adapter, settings=settings,
-            resolution=resolution, paste=paste,
-        )  # fmt: skip
+        with self._set_aside():
+            return drag_picture(
+                self.model, picture, points, mask=mask, prompt=prompt, adapter=self.adapter, settings=settings,
+                resolution=resolution, paste=paste,
+            )  # fmt: skip
+
+    def aligned(self, prompt: str) -> str:
+        """`prompt` with the beginning of the adapter's caption, where a source embedding is edited word by word."""
+        return aligned(prompt, self.caption) if self.adapter is not None and self.adapter.source else prompt
+
+    @property
+    def caption(self) -> str:
+        """What the adapter's picture shows, in the words it was learned with; "" if there are none."""
+        return str(self.adapter.info.get("caption", "")) if self.adapter else ""
 
     def photo(
         self, picture: Picture, source: str, wish: Wish, settings: PhotoSettings = PHOTO_DEFAULTS, **more: Any
@@ -178,52 +198,30 @@ class Editor:
         if setting is not None and self._adapter.lora:
             edit = Edit(told, negative, sampling.guidance_scale, rule=rules(setting.forget), strength=setting.strength)
         steps = moves(self.model, sampling.steps, sampling.scheduler)
-        with self.adapter.apply(self.model) if self.adapter and setting else nullcontext():
+        with self._applied(setting is not None):
             latents = sample(self.model, edit, seeds, steps, size)
         return [to_image(row) for row in self.model.decode(latents)]
 
+    def held(self) -> AbstractContextManager[object]:
+        """This editor opened for a block, or left as it is if it is open already."""
+        return self if self._held is None else nullcontext()
 
-def rules(text: str) -> list[Any]:
-    """Forgetting rules of "a" or "a+b", where a published name may itself hold a plus."""
-    from personalize.forgetting import RULES
+    def _applied(self, wanted: bool) -> AbstractContextManager[None]:
+        """The adapter in the base, or not, whether it is held there or not."""
+        if self.adapter is None:
+            return nullcontext()
+        if self._held is None:
+            return self.adapter.apply(self.model) if wanted else nullcontext()
+        return nullcontext() if wanted else without_lora(self.model.unet)
 
-    return parsed([text] if text.partition("=")[0] in RULES else text.split("+")) if text != "none" else []
-
-
-def run_edit(config: EditConfig) -> Path:
-    """`personalize edit`: every combination of strengths and seeds as a picture, a labelled grid, and edits.json."""
-    settings = list(_settings(config))
-    editor = Editor.configured(config, (config.adapter, *config.add))
-    seeds = list(config.seeds) or [config.seed + index for index in range(config.num_images)]
-    size = (config.height or editor.size[0], config.width or editor.size[1])
-    sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
-    rows = [
-        editor.edit(config.prompt, setting, seeds=seeds, negative_prompt=config.negative_prompt, sampling=sampling)
-        for setting in settings
-    ]
-    sheet = grid(
-        rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=config.prompt
-    )
-    files, found = {"grid.png": png(sheet)}, []
-    for setting, row in zip(settings, rows, strict=True):
-        for seed, picture in zip(seeds, row, strict=True):
-            name = f"edit-{len(found):03d}.png"
-            files[name] = png(picture)
-            found.append({"file": name, "prompt": config.prompt, "seed": seed, **asdict(setting)})
-    files["edits.json"] = json.dumps(found, indent=1).encode()
-    write_folder(config.output_dir, files, keep=strangers(config.output_dir, ("edit-", "edits.json", "grid.png")))
-    print(f"{len(found)} pictures and grid.png in {config.output_dir}")
-    return config.output_dir
-
-
-def strangers(folder: Path, ours: tuple[str, ...]) -> list[str]:
-    """Names in `folder` that do not begin like one of `ours`: somebody else's, not to be touched."""
-    return [path.name for path in folder.iterdir() if not path.name.startswith(ours)] if folder.is_dir() else []
-
-
-def _settings(config: EditConfig) -> list[Setting]:
-    """All combinations; `--gamma` switches from projection to subtraction."""
-    mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [
-        (a, b, None) for a, b in product(config.alpha, config.beta)
-    ]
-    return [Setting(*mix, forget, config.strength) for mix, forget in product(mixes, config.forget)]
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Run the body with a held adapter taken out of the base."""
+        if self._held is None:
+            yield
+            return
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()

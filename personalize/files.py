@@ -119,6 +119,11 @@ def plain_name(name: str) -> str:
     return name
 
 
+def strangers(folder: Path, ours: tuple[str, ...]) -> list[str]:
+    """Names in `folder` that do not begin like one of `ours`: somebody else's, not to be touched."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(ours)] if folder.is_dir() else []
+
+
 def _write_synced(path: Path, content: Content) -> None:
     with create_file(path) as stream:
         for part in [content] if isinstance(content, bytes) else content:

@@ -10,6 +10,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -37,10 +38,15 @@ def load_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path} is a folder, expected a picture file: name the file inside it")
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path of the picture")
+    return read_image(path, path)
+
+
+def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:
+    """As `load_image`, out of an existing file or of the bytes in a stream, which errors call `path`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = Image.open(path)
+            image = Image.open(source)
     except Image.DecompressionBombError:
         raise _too_large(path) from None
     except UnidentifiedImageError:
@@ -55,14 +61,14 @@ def load_image(path: str | Path) -> Image.Image:
             raise UserError(f"{path} is damaged or truncated: {_first_line(error)}; get a complete copy") from None
 
 
-def _check_size(path: Path, image: Image.Image) -> None:
+def _check_size(path: Path | str, image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(path)
     if min(image.size) < MIN_SIDE:
         raise UserError(f"{path} is {image.width}×{image.height} px: each side needs at least {MIN_SIDE} px")
 
 
-def _too_large(path: Path) -> UserError:
+def _too_large(path: Path | str) -> UserError:
     return UserError(f"{path}: its header claims more than {MAX_PIXELS // 10**6} million pixels; make it smaller first")
 
 
@@ -117,12 +123,17 @@ def fit(image: Image.Image, resolution: int, multiple: int) -> tuple[Tensor, tup
     Returns:
         pixels (1, 3, H, W) in [−1, 1] and the size (H, W).
     """
-    height, width = fitted_size(image.height, image.width, resolution, multiple)
+    size = fitted_size(image.height, image.width, resolution, multiple)
+    return to_pixels(cut(image, size)), size
+
+
+def cut(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize evenly until `size` (H, W) is covered, and cut off what sticks out, equally on both sides."""
+    height, width = size
     scale = min(image.width / width, image.height / height)  # picture px per output px
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, image.width - left, image.height - top)
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return to_pixels(resized), (height, width)
+    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,109 +22,119 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from personalize import __version__, checkpoints
 from personalize.adapter import Adapter
 from personalize.checkpoints import Checkpoint
-from personalize.data import Picture, Share
+from personalize.concept_data import Example, class_pixels, digest
+from personalize.data import Pictures, Share
 from personalize.errors import UserError
 from personalize.formats import diffusers_file
-from personalize.lora import add_lora, lora_state, module_names, remove_lora
-from personalize.model import StableDiffusion
+from personalize.lora import add_lora, lora_aside, lora_state, module_names, remove_lora
+from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImage
-from personalize.training import EarlyStop, StepReport, fit
+from personalize.recipes import Recipe
+from personalize.text_lora import add_text_lora, text_lora_state
+from personalize.training import EarlyStop, StepReport, adam, fit, recomputing
 
-MAY_DIFFER = ("max_train_samples", "max_train_steps")  # between a run and its resumption
+MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing")  # between a run and its resumption
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a picture is learned.  The names are the trainer's options; the defaults are those of the method.
-
-    An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes;
-    `max_train_samples` counts over all of them, so the defaults make 400 // 10 = 40 updates.
-    """
-
-    rank: int = 16
-    lora_alpha: float | None = None  # None: the rank, so that alpha / rank = 1
-    targets: str = "full"
-    learning_rate: float = 1e-3
-    text_embedding_lr: float = 1e-3
-    standalone: bool = False
-    max_train_samples: int = 400
-    train_batch_size: int = 10
-    gradient_accumulation_steps: int = 1
-    resample_latents: bool = False
-    snr_gamma: float | None = None
-    max_grad_norm: float | None = None
-    early_stop_loss: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = {"rank", "max_train_samples", "train_batch_size", "gradient_accumulation_steps", "lora_alpha",
-                    "learning_rate", "snr_gamma", "max_grad_norm", "early_stop_loss"}  # fmt: skip
-        for name, value in asdict(self).items():
-            if name in positive and value is not None and not value > 0:
-                raise UserError(f"{name} must be above 0, got {value}")
-        if not self.text_embedding_lr >= 0:
-            raise UserError(f"text_embedding_lr must be 0 or more, got {self.text_embedding_lr}")
-
-    @property
-    def alpha(self) -> float:
-        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
-
-    @property
-    def frozen_text(self) -> bool:
-        """Is the source embedding left at the caption's encoding?"""
-        return self.standalone or self.text_embedding_lr == 0
+Captions = str | Sequence[str]  # one for all pictures, or one each
 
 
 @contextmanager
 def learning(
     model: StableDiffusion,
     pixels: Tensor,
-    caption: str,
+    caption: Captions,
     recipe: Recipe | None = None,
     *,
+    masks: Tensor | None = None,
+    examples: Sequence[Example] = (),
     accelerator: Accelerator | None = None,
 ) -> Iterator[Learning]:
-    """A run that learns `pixels` (1, 3, H, W) in [−1, 1] as `caption`; on leaving, `model` is as it was.
+    """A run that learns `pixels` (p, 3, H, W) in [−1, 1] as `caption`; on leaving, `model` is as it was.
+
+    masks: (p, 1, H, W) in [0, 1], where the subject is; see `Recipe.mask_weight`.
+    examples: class pictures with their captions, for prior preservation; cut to H×W.
 
     Raises:
-        UserError: settings that cannot work, or a UNet that already carries an adapter.
+        UserError: settings that cannot work, or a model that already carries an adapter.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.unet.parameters()]
-    try:
-        yield Learning(model, pixels, caption, recipe or Recipe(), accelerator)
-    finally:
-        remove_lora(model.unet)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag).grad = None
+    recipe = recipe or Recipe()
+    with left_as_found(model), recomputing(model.unet, recipe.gradient_checkpointing):
+        yield Learning(model, pixels, caption, recipe, masks, examples, accelerator)
 
 
 def learn(
     model: StableDiffusion,
     pixels: Tensor,
-    caption: str,
+    caption: Captions,
     recipe: Recipe | None = None,
     *,
     accelerator: Accelerator | None = None,
 ) -> Adapter:
-    """Learn `pixels` (1, 3, H, W) in [−1, 1] as `caption`, silently, and return the adapter; see `learning`."""
+    """Learn `pixels` (p, 3, H, W) in [−1, 1] as `caption`, silently, and return the adapter; see `learning`."""
     with learning(model, pixels, caption, recipe, accelerator=accelerator) as run:
         for _ in run.steps():
             pass
         return run.adapter()
 
 
+@contextmanager
+def left_as_found(model: StableDiffusion) -> Iterator[None]:
+    """Take the adapters away afterwards, and put every `requires_grad` back."""
+    parts = (model.unet, *model.text_encoders)
+    flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+    try:
+        yield
+    finally:
+        for part in parts:
+            remove_lora(part)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag).grad = None
+
+
 class Learning:
     """One run.  Make it with `learning`, which cleans up; `update` counts the finished updates of `updates`."""
 
     def __init__(
-        self, model: StableDiffusion, pixels: Tensor, caption: str, recipe: Recipe, accelerator: Accelerator | None
+        self,
+        model: StableDiffusion,
+        pixels: Tensor,
+        caption: Captions,
+        recipe: Recipe,
+        masks: Tensor | None,
+        examples: Sequence[Example],
+        accelerator: Accelerator | None,
     ) -> None:
-        self.model, self.caption, self.recipe = model, caption, recipe
+        self._begin(model, recipe, accelerator)
+        self.updates = self.share.updates(recipe.max_train_samples)
+        self.size = (pixels.shape[-2], pixels.shape[-1])
+        told = [caption] * len(pixels) if isinstance(caption, str) else list(caption)
+        if len(told) != len(pixels):
+            raise ValueError(f"{len(pixels)} pictures need one caption or as many, got {len(told)}")
+        self.captions, self.caption = tuple(dict.fromkeys(told)), told[0]
+        self.class_captions = tuple(dict.fromkeys(example.caption for example in examples))
+        rows = [self.captions.index(text) for text in told]
+        self.picture = replace(self._pictures(pixels, masks, rows), prior=self._prior(examples, masks is not None))
+        self.data_sha256 = digest(pixels, masks, *(part for example in examples for part in example.parts()))
+        texts = (*self.captions, *self.class_captions)
+        with torch.no_grad():
+            encoded = model.prompts(texts, self.size)
+        names = module_names(model.unet, model.family, recipe.targets)
+        add_lora(model.unet, names, recipe.rank, recipe.alpha, recipe.seed)
+        if recipe.train_text_encoder:
+            add_text_lora(model, recipe.rank, recipe.alpha, recipe.seed, recipe.targets)
+        self._prepare(encoded, texts if recipe.train_text_encoder else ())
+
+    def _begin(self, model: StableDiffusion, recipe: Any, accelerator: Accelerator | None) -> None:
+        """What every kind of run has: model, recipe, accelerator, and this process's share of the samples."""
+        self.model, self.recipe, self.update = model, recipe, 0
+        self.base = model.about()  # as it is now: a run may train the base's own weights
         self.accelerator = accelerator or Accelerator(
             cpu=model.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
         )
@@ -138,27 +147,42 @@ class Learning:
             recipe.train_batch_size, recipe.gradient_accumulation_steps,
             self.accelerator.process_index, self.accelerator.num_processes,
         )  # fmt: skip
-        self.update, self.updates = 0, self.share.updates(recipe.max_train_samples)
-        self.size = (pixels.shape[-2], pixels.shape[-1])
-        self.picture = Picture(
-            *model.posterior(pixels), recipe.seed, recipe.resample_latents, len(model.alphas_cumprod)
-        )
-        self.data_sha256 = sha256(pixels.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-        with torch.no_grad():
-            source = model.prompts([caption], self.size)
-        names = module_names(model.unet, model.family, recipe.targets)
-        add_lora(model.unet, names, recipe.rank, recipe.alpha, recipe.seed)
-        try:
-            self._prepare(source)
-        except BaseException:
-            remove_lora(model.unet)
-            raise
 
-    def _prepare(self, source: Any) -> None:
-        recipe = self.recipe
-        self.objective = SingleImage(self.model, source, standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma)
-        groups = self.objective.groups(recipe.learning_rate, recipe.text_embedding_lr)
-        optimizer = torch.optim.Adam(groups, fused=self.model.device.type in ("cuda", "cpu"))
+    def _pictures(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> Pictures:
+        """Encoded pictures with their captions' rows, and what `masks` make of the loss."""
+        model, recipe = self.model, self.recipe
+        posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, for the sake of memory
+        mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
+        weights = None
+        if masks is not None:
+            cells = adaptive_avg_pool2d(masks.to(mean), (mean.shape[-2], mean.shape[-1]))
+            weights = 1 - recipe.mask_weight * (1 - cells)
+            if not bool(weights.flatten(1).any(1).all()):
+                raise UserError("a mask is black wherever its picture is used: paint white where the subject is")
+        steps = len(model.alphas_cumprod)
+        return Pictures(mean, std, recipe.seed, recipe.resample_latents, steps, tuple(rows), weights)
+
+    def _prior(self, examples: Sequence[Example], masked: bool) -> Pictures | None:
+        """Encoded class pictures, their captions' rows behind those of the subject's."""
+        if not examples:
+            return None
+        rows = [len(self.captions) + self.class_captions.index(example.caption) for example in examples]
+        prior = self._pictures(class_pixels(examples, self.size), None, rows)
+        weights = torch.ones_like(prior.mean[:, :1]) if masked else None
+        return replace(prior, purpose="class ", resample=True, weights=weights)
+
+    def _prepare(self, told: Conditioning, texts: Sequence[str]) -> None:
+        recipe, own = self.recipe, len(self.captions)
+        self.objective = SingleImage(
+            self.model, told[:own], standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma,
+            prior=told[own:] if self.class_captions else None, prior_loss_weight=recipe.prior_loss_weight,
+            texts=texts, size=self.size,
+        )  # fmt: skip
+        groups = self.objective.groups(recipe.learning_rate, recipe.text_embedding_lr, recipe.text_encoder_lr)
+        self._optimise(groups)
+
+    def _optimise(self, groups: list[dict[str, Any]]) -> None:
+        optimizer = adam(groups, self.model.device, use_8bit=self.recipe.use_8bit_adam)
         self._prepared, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
 
     def steps(self) -> Iterator[StepReport]:
@@ -197,25 +221,38 @@ class Learning:
 
         A standalone one carries no source embedding: it is what the text encoder says of the caption.
         """
-        learned = {"embeds": self.objective.embeds, "pooled": self.objective.pooled}
+        told = self.objective.source()
+        learned = {"embeds": told.embeds, "pooled": told.pooled}
         source = {name: p.detach().to("cpu", copy=True) for name, p in learned.items() if p is not None}
         return Adapter(
-            lora=lora_state(self.model.unet),
+            lora=self._lora(),
             rank=self.recipe.rank,
             alpha=self.recipe.alpha,
-            source=None if self.recipe.frozen_text else source,
+            source=None if self.recipe.sourceless else source,
             info={**self.about(), "updates": self.update, "versions": versions(), **info},
         )
 
+    @contextmanager
+    def showing(self) -> Iterator[Adapter]:
+        """Run the body with the adapter taken out of the model, and given as it is now; then it is back."""
+        adapter = self.adapter()
+        with lora_aside(self.model.unet, *self.model.text_encoders):
+            yield adapter
+
+    def _lora(self) -> dict[str, Tensor]:
+        return lora_state(self.model.unet) | text_lora_state(self.model)
+
     def about(self) -> dict[str, Any]:
         """What decides the outcome of this run, as plain values."""
+        several = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
         return {
-            "base": {**self.model.identity, "prediction_type": self.model.prediction_type},
+            "base": self.base,
             "caption": self.caption,
+            **several,
             "targets": self.recipe.targets,
             "size": list(self.size),
             "seed": self.recipe.seed,
-            "standalone": self.recipe.frozen_text,
+            "standalone": self.recipe.sourceless,
             "processes": self.share.processes,
             "mixed_precision": self.accelerator.mixed_precision,
             "data_sha256": self.data_sha256,
@@ -235,7 +272,7 @@ class Learning:
 
     def loadable(self) -> dict[str, bytes]:
         """What a checkpoint holds besides its state: the adapter as other programs load it."""
-        return {"pytorch_lora_weights.safetensors": diffusers_file(lora_state(self.model.unet), self.recipe.alpha)}
+        return {"pytorch_lora_weights.safetensors": diffusers_file(self._lora(), self.recipe.alpha)}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`; UserError if it comes from a run with other settings or another picture."""

@@ -135,3 +135,27 @@ def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
 def _unreadable(source: str | Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
     return UserError(f"cannot load the base model {source}: {reason}")
+
+
+def family(unet: Any, text_encoders: int) -> str:
+    """SDXL by its added embeddings, 2.x by its linear projections, else 1.x. Raises UserError for relatives."""
+    config = unet.config
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"the base is an inpainting model ({config.in_channels} input channels); give a text-to-image one"
+        )
+    if config.addition_embed_type == "text_time":
+        if text_encoders != 2:
+            raise UserError("the base is an SDXL refiner (one text encoder); the SDXL base model is needed")
+        return "sdxl"
+    return "sd2" if config.use_linear_projection else "sd1"
+
+
+def default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

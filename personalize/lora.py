@@ -97,11 +97,13 @@ def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
             yield from _leaves(child, here)
 
 
-def add_lora(unet: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
+def add_lora(
+    unet: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int, prefix: str = ""
+) -> list[nn.Parameter]:
     """Add a fresh trainable adapter to the modules `names`; returns its parameters, fp32, A before B.
 
-    A is uniform in ±1/√fan_in from a generator keyed by (`seed`, the module's name), so that neither the order of
-    modules nor the presence of others matters; B is zero, so the UNet's output is unchanged.  The base's
+    A is uniform in ±1/√fan_in from a generator keyed by (`seed`, `prefix` and the module's name), so that neither the
+    order of modules nor the presence of others matters; B is zero, so the UNet's output is unchanged.  The base's
     `requires_grad` flags stay as they are.
 
     Raises:
@@ -111,7 +113,7 @@ def add_lora(unet: nn.Module, names: Iterable[str], rank: int, alpha: float, see
     for name, layer in layers.items():
         a, b = _pair(layer)
         bound = 1 / math.sqrt(a[0].numel())  # fan_in = entries of one row of A
-        values = torch.empty(a.shape).uniform_(-bound, bound, generator=generator(seed, f"lora/{name}"))
+        values = torch.empty(a.shape).uniform_(-bound, bound, generator=generator(seed, f"lora/{prefix}{name}"))
         _set_pair(layer, values, torch.zeros(b.shape), trainable=True)
     return [parameter for layer in layers.values() for parameter in _pair(layer)]
 
@@ -121,12 +123,12 @@ def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in lora_layers(unet).values() for parameter in _pair(layer)]
 
 
-def lora_state(unet: nn.Module) -> dict[str, Tensor]:
+def lora_state(unet: nn.Module, prefix: str = PREFIX) -> dict[str, Tensor]:
     """Copies of the adapter's tensors, fp32 on the CPU, as "unet.<path>.lora_A.weight" and "….lora_B.weight"."""
     state = {}
     for name, layer in lora_layers(unet).items():
         for key, parameter in zip(("lora_A", "lora_B"), _pair(layer), strict=True):
-            state[f"{PREFIX}{name}.{key}.weight"] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+            state[f"{prefix}{name}.{key}.weight"] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
     return state
 
 
@@ -162,10 +164,25 @@ def load_lora(unet: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: fl
 def remove_lora(unet: nn.Module) -> None:
     """Put the base modules back; the very same objects as before.  Nothing happens if there is no adapter."""
     for name, layer in lora_layers(unet).items():
-        parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child, layer.get_base_layer())
+        _put(unet, name, layer.get_base_layer())
     if ADAPTER in getattr(unet, "peft_config", {}):
         del unet.peft_config
+
+
+@contextmanager
+def lora_aside(*modules: nn.Module) -> Iterator[None]:
+    """Run the body without the adapters in `modules` (a UNet, text encoders); then they are back, the same objects."""
+    taken = [(module, dict(vars(module)).get("peft_config"), lora_layers(module)) for module in modules]
+    try:
+        for module in modules:
+            remove_lora(module)
+        yield
+    finally:
+        for module, config, layers in taken:
+            for name, layer in layers.items():
+                _put(module, name, layer)  # pyright: ignore
+            if config is not None:
+                module.peft_config = config  # pyright: ignore
 
 
 def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
@@ -265,6 +282,11 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
         parameter.requires_grad_(flag)
     layers = lora_layers(unet)
     return {name: layers[name] for name in names}
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
 
 
 def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:

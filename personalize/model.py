@@ -15,7 +15,8 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.loading import read, require_parts
+from personalize.loading import default_device, default_dtype, family, read, require_parts
+from personalize.quantisation import quantise
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -32,7 +33,7 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.embeds)
 
-    def __getitem__(self, rows: slice) -> Conditioning:
+    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
         return self._map(lambda tensor: tensor[rows])
 
     def repeat(self, count: int) -> Conditioning:
@@ -83,6 +84,7 @@ class StableDiffusion:
         self.resolution = self.unet.config.sample_size * self.factor
         schedule: Any = DDIMScheduler.from_config(self.scheduler.config)
         self.alphas_cumprod: Tensor = schedule.alphas_cumprod.to(self.device)  # ᾱ of t = 0 … 999
+        self._identity: dict[str, str] = {}  # of before `quantise`
         self.final_alpha = float(schedule.final_alpha_cumprod)  # ᾱ of clean latents, below t = 0
 
     @staticmethod
@@ -132,6 +134,11 @@ class StableDiffusion:
         accepted = inspect.signature(cls).parameters
         return cls(**{key: value for key, value in (offered | parts).items() if key in accepted})
 
+    def quantise(self) -> tuple[int, int]:
+        """Keep the UNet's linear layers in 4 bits from now on; returns its bytes before and after."""
+        self._identity = self.identity
+        return quantise(self.unet)
+
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
@@ -144,14 +151,21 @@ class StableDiffusion:
     def identity(self) -> dict[str, str]:
         """Name, family and a quick hash of the UNet: names, shapes and 64 signs of every weight, adapters left out.
 
-        Signs survive rounding, so a base keeps its hash in fp32, fp16 and bf16.
+        Signs survive rounding, so a base keeps its hash in fp32, fp16 and bf16; in 4 bits it keeps that of before.
         """
+        if self._identity:
+            return dict(self._identity)
         state = self.unet.state_dict().items()
         named = sorted((key.replace("base_layer.", ""), weight) for key, weight in state if ".lora_" not in key)
         signs = [torch.signbit(w.reshape(-1)[:: max(1, w.numel() // 64)][:64]) for _, w in named]
         digest = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
         digest.update(torch.cat(signs).cpu().numpy().tobytes())
         return {"name": self.name, "family": self.family, "sha256": digest.hexdigest()}
+
+    def about(self) -> dict[str, str]:
+        """What adapters record of their base: its identity and prediction type, and that it was in 4 bits if so."""
+        small = {"quantisation": "nf4"} if self._identity else {}
+        return {**self.identity, "prediction_type": self.prediction_type, **small}
 
     # -- pictures and latents --------------------------------------------------------------------------------
 
@@ -270,27 +284,3 @@ class StableDiffusion:
 
 def _present(parts: dict[str, Any], *names: str) -> tuple[Any, ...]:
     return tuple(parts[name] for name in names if parts.get(name) is not None)
-
-
-def family(unet: Any, text_encoders: int) -> str:
-    """SDXL by its added embeddings, 2.x by its linear projections, else 1.x. Raises UserError for relatives."""
-    config = unet.config
-    if config.in_channels != config.out_channels:
-        raise UserError(
-            f"the base is an inpainting model ({config.in_channels} input channels); give a text-to-image one"
-        )
-    if config.addition_embed_type == "text_time":
-        if text_encoders != 2:
-            raise UserError("the base is an SDXL refiner (one text encoder); the SDXL base model is needed")
-        return "sdxl"
-    return "sd2" if config.use_linear_projection else "sd1"
-
-
-def default_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

@@ -94,8 +94,13 @@ def _origin(adapter: Adapter) -> str:
     return (
         " + ".join(f"{part['weight']:g} × {part['name']}" for part in parts) + ", for"
         if parts
-        else "One picture, learned by"
+        else f"{_count(adapter)}, learned by"
     )
+
+
+def _count(adapter: Adapter) -> str:
+    count = adapter.info.get("pictures", 1)
+    return "One picture" if count == 1 else f"{count} pictures"
 
 
 def _pictures(pictures: Sequence[str]) -> str:

@@ -29,9 +29,9 @@ from personalize.errors import UserError
 from personalize.lora import lora_layers, lora_parameters
 from personalize.losses import LossTerms, anchoring, calibration
 from personalize.model import StableDiffusion
+from personalize.recipes import CALIBRATION_WEIGHT
 
 SIDE = 16  # cells of a map: the stage nearest to it is read, larger maps are pooled down to it
-CALIBRATION_WEIGHT = 0.0025
 
 
 def text_projections(unet: UNet2DConditionModel) -> list[str]:

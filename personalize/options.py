@@ -20,7 +20,9 @@ import yaml
 
 from personalize.errors import UserError
 
-ALIASES = {"network_dim": "rank", "network_alpha": "lora_alpha"}  # what sd-scripts calls them
+ALIASES = {  # what others call them: sd-scripts, and diffusers' DreamBooth
+    "network_dim": "rank", "network_alpha": "lora_alpha", "instance_prompt": "caption",
+}  # fmt: skip
 HELP = {"-h", "--help"}
 _POSITIONAL = get_args(tyro.conf.Positional[Path])[1]  # the mark of a field that is given without a flag
 

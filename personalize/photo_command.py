@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personalize.controls import ControlSettings
-from personalize.editor import Editor, strangers
+from personalize.editor import Editor
 from personalize.errors import UserError
-from personalize.files import write_folder
+from personalize.files import strangers, write_folder
 from personalize.images import load_image, psnr, to_pixels
 from personalize.null_text import NullText
 from personalize.photo import Edited, PhotoSettings, Wish

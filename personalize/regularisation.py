@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from personalize.captions import sidecar_caption
 from personalize.concept_data import Example
 from personalize.data import SUFFIXES
 from personalize.errors import UserError
@@ -25,10 +26,38 @@ from personalize.images import to_image
 from personalize.model import StableDiffusion
 from personalize.pictures import png
 from personalize.sampling import Edit, moves, sample
+from personalize.subject import load_rows, opened
 
 TOLD = "about.json"  # in a folder of drawn pictures: what they were drawn from
 CACHE = Path("~/.cache/personalize/regularisation")
 GUIDANCE, BATCH = 6.0, 4  # Custom Diffusion's guidance
+
+
+def examples(config: Any, model: StableDiffusion, prompt: str, size: tuple[int, int], lead: Any) -> list[Example]:
+    """The class pictures that a trainer's options (`recipes.Prior`) ask for, from the first source that is named.
+
+    `prompt` is what they show, `size` (H, W) that of those which the base draws, on the process that leads (`lead` is
+    the accelerator) and for all of them.
+
+    Raises:
+        UserError: none asked for by number, or a source that cannot be read.
+    """
+    if not config.with_prior_preservation:
+        return []
+    count = config.num_class_images
+    if count < 1:
+        raise UserError(f"num_class_images must be above 0, got {count}; or use --no_with_prior_preservation")
+    if config.class_data_dir is not None:
+        return from_folder(config.class_data_dir, prompt, count)
+    if config.class_dataset_name is not None:
+        columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+        return from_dataset(config.class_dataset_name, prompt, count, **columns)
+    lead.print(f"Class pictures: {count} of “{prompt}”, drawn by the base once")
+    with lead.main_process_first():
+        return from_base(
+            model, prompt, count, size=size, steps=config.class_image_steps, seed=config.seed,
+            cache=config.class_image_cache,
+        )  # fmt: skip
 
 
 def from_folder(folder: str | Path, class_prompt: str, count: int | None = None) -> list[Example]:
@@ -43,15 +72,7 @@ def from_folder(folder: str | Path, class_prompt: str, count: int | None = None)
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise UserError(f"class_data_dir {folder} holds no picture: put PNG or JPEG files into it")
-    return [Example(_caption(path) or class_prompt, path) for path in paths[:count]]
-
-
-def _caption(path: Path) -> str:
-    sidecar = path.with_suffix(".txt")
-    try:
-        return " ".join(sidecar.read_text(encoding="utf-8-sig").split()) if sidecar.is_file() else ""
-    except UnicodeDecodeError:
-        raise UserError(f"{sidecar} is not UTF-8 text: save the caption as UTF-8") from None
+    return [Example(sidecar_caption(path) or class_prompt, path) for path in paths[:count]]
 
 
 def from_dataset(name: str, class_prompt: str, count: int, *, image_column: str, caption_column: str) -> list[Example]:
@@ -60,24 +81,11 @@ def from_dataset(name: str, class_prompt: str, count: int, *, image_column: str,
     Raises:
         UserError: it cannot be loaded, or lacks the image column; without a caption column `class_prompt` is used.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError("class_dataset_name needs the package datasets: pip install datasets") from None
-    try:
-        rows: Any = load_dataset(name, split="train")
-    except Exception as error:  # the library raises whatever its readers raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"class_dataset_name {name} cannot be loaded: {reason}") from None
-    return list(_examples(islice(iter(rows), count), name, class_prompt, image_column, caption_column))
-
-
-def _examples(rows: Any, name: str, class_prompt: str, image: str, caption: str) -> Iterator[Example]:
-    for row in rows:
-        picture = row.get(image)
-        if not isinstance(picture, Image.Image):
-            raise UserError(f"data set {name} has no pictures in column {image!r}; its columns are {sorted(row)}")
-        yield Example(" ".join(str(row.get(caption) or class_prompt).split()), picture.convert("RGB"))
+    rows = islice(load_rows(f"class_dataset_name {name}", image_column, path=name), count)
+    return [
+        Example(" ".join(str(row.get(caption_column) or class_prompt).split()), opened(row[image_column], name))
+        for row in rows
+    ]
 
 
 def from_base(
@@ -85,18 +93,20 @@ def from_base(
     class_prompt: str,
     count: int,
     *,
-    side: int,
+    size: tuple[int, int],
     steps: int = 50,
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> list[Example]:
-    """`count` pictures that the base draws of `class_prompt` (DDIM, guidance 6, seeds `seed` …), drawn at most once.
+    """`count` pictures (H, W) = `size` that the base draws of `class_prompt`, drawn at most once.
+
+    With DDIM, guidance 6 and the seeds `seed`, `seed` + 1, …
 
     Raises:
         UserError: the cache cannot be written.
     """
     about = {
-        "base": model.identity["sha256"], "prompt": class_prompt, "count": count, "side": side, "steps": steps,
+        "base": model.identity["sha256"], "prompt": class_prompt, "count": count, "size": list(size), "steps": steps,
         "seed": seed, "guidance": GUIDANCE,
     }  # fmt: skip
     key = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -109,7 +119,7 @@ def from_base(
 
 
 def _drawn(model: StableDiffusion, about: dict[str, Any]) -> Iterator[Image.Image]:
-    size = (about["side"], about["side"])
+    size = (about["size"][0], about["size"][1])
     edit = Edit(model.prompts([about["prompt"]], size), None, GUIDANCE)
     plan = moves(model, about["steps"], "ddim")
     for first in range(0, about["count"], BATCH):

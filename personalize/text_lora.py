@@ -1,4 +1,4 @@
-"""The text encoders' part of a LoRA, added to their weights while a prompt is read."""
+"""The text encoders' part of a LoRA: learned there, or added to their weights while a prompt is read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,52 @@ import torch
 from torch import Tensor, nn
 
 from personalize.errors import UserError
+from personalize.lora import add_lora, lora_state, remove_lora
 from personalize.model import StableDiffusion
 
 COMPONENTS = ("text_encoder", "text_encoder_2")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+_TRAINED = {"attention": _ATTENTION, "full": (*_ATTENTION, "fc1", "fc2")}  # as `lora.module_names` calls its sets
 
 
 def has_text(lora: Mapping[str, Tensor]) -> bool:
     """Does the LoRA (house's names) change a text encoder?"""
     return any(key.startswith("text_encoder") for key in lora)
+
+
+def add_text_lora(model: StableDiffusion, rank: int, alpha: float, seed: int, targets: str = "full") -> None:
+    """Add a fresh trainable adapter to every layer of the text encoders that a prompt's conditioning depends on.
+
+    SDXL reads its first encoder before the last layer, which would learn nothing and is left out.
+
+    Raises:
+        UserError: a text encoder already carries an adapter.
+    """
+    for component, encoder in zip(COMPONENTS, model.text_encoders, strict=False):
+        unread = None
+        if model.family == "sdxl" and component == COMPONENTS[0]:
+            unread = f".layers.{encoder.config.num_hidden_layers - 1}."
+        names = [
+            path
+            for path, layer in encoder.named_modules()
+            if isinstance(layer, nn.Linear) and path.endswith(_TRAINED[targets]) and not (unread and unread in path)
+        ]
+        add_lora(encoder, names, rank, alpha, seed, f"{component}.")
+
+
+def text_lora_state(model: StableDiffusion) -> dict[str, Tensor]:
+    """Copies of what the text encoders have learned, as "text_encoder.text_model.<path>.lora_A.weight", …"""
+    state = {}
+    for component, encoder in zip(COMPONENTS, model.text_encoders, strict=False):
+        for key, tensor in lora_state(encoder, "").items():
+            state[f"{component}.text_model.{key.removeprefix('text_model.')}"] = tensor
+    return state
+
+
+def remove_text_lora(model: StableDiffusion) -> None:
+    """Put the text encoders' own layers back; nothing happens if there is no adapter."""
+    for encoder in model.text_encoders:
+        remove_lora(encoder)
 
 
 @contextmanager

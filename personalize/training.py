@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +14,44 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from personalize.errors import UserError
 from personalize.losses import LossTerms
+
+
+def adam(
+    groups: list[dict[str, Any]], device: torch.device, *, use_8bit: bool = False, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """AdamW over `groups`, without decay unless they say so; with `use_8bit` its moments take one byte each.
+
+    bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if not use_8bit:
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu"))
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
+    return AdamW8bit(groups, weight_decay=weight_decay)
+
+
+@contextmanager
+def recomputing(unet: Any, wanted: bool = True) -> Iterator[None]:
+    """Run the body with gradient checkpointing: of each block only the inputs are kept for the backward pass."""
+    blocks = [vars(module) for module in unet.modules() if "gradient_checkpointing" in vars(module)]
+    before = [{key: block[key] for key in _CHECKPOINTING if key in block} for block in blocks]
+    try:
+        if wanted:
+            unet.enable_gradient_checkpointing()
+        yield
+    finally:
+        for block, values in zip(blocks, before, strict=True):
+            for key in _CHECKPOINTING:
+                block.pop(key, None)
+            block.update(values)
+
+
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class NonFiniteError(UserError):
@@ -73,7 +113,7 @@ def fit(
                 if early_stop is not None and early_stop(update, losses["loss"]):
                     optimizer.zero_grad(set_to_none=True)
                     return
-                _guard(objective, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1)
+                _guard(objective, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1)
             rates = tuple(group["lr"] for group in optimizer.param_groups)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -97,6 +137,7 @@ def _means(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tenso
 
 def _guard(
     objective: nn.Module,
+    batch: dict[str, Tensor],
     loss: Tensor,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
@@ -110,7 +151,7 @@ def _guard(
     """
     if not torch.isfinite(loss):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"update {update}: the loss is {loss.item()}; {_ADVICE}")
+        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {_cause(objective, batch)}; {_ADVICE}")
     named = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
     accelerator.unscale_gradients(optimizer)
     norm = get_total_norm(named.values())
@@ -123,6 +164,15 @@ def _guard(
     elif max_grad_norm is not None:
         parameters = [p for p in objective.parameters() if p.grad is not None]
         clip_grads_with_norm_(parameters, max_grad_norm, norm)
+
+
+def _cause(objective: nn.Module, batch: dict[str, Tensor]) -> str:
+    """The first tensor that is not finite of those the loss was made of."""
+    tensors = {f"the batch's {name}": part for name, part in batch.items() if isinstance(part, Tensor)}
+    tensors |= dict(objective.named_parameters())
+    bad = (name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all())
+    name = next(bad, None)
+    return f"for {name} is not finite" if name else "though all it was made of is finite: the forward pass overflowed"
 
 
 _ADVICE = "nothing was changed by this update: lower --learning_rate, or use --mixed_precision no"

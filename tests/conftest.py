@@ -16,6 +16,10 @@ class NetworkUsed(RuntimeError):
     """Something asked for the network; no OSError, so that no library takes it for a bad connection and carries on."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--base", help="folder of a real Stable Diffusion checkpoint, for tests marked `hub`")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not wants_hub(config):
         os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start

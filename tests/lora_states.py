@@ -69,12 +69,12 @@ def EVERYTHING(path):
     return True
 
 
-def random_adapter(model, rank=4, seed=0):
+def random_adapter(model, rank=4, seed=0, targets="full"):
     """An adapter with source embedding on the single-image modules of `model`, whose effect shows."""
     from personalize.adapter import Adapter
     from personalize.lora import module_names
 
-    wanted = set(module_names(model.unet, model.family))
+    wanted = set(module_names(model.unet, model.family, targets))
     lora = random_lora(paths(model.unet, wanted.__contains__), rank=rank, seed=seed)
     with torch.no_grad():
         told = model.prompts(["a cat on the beach"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from personalize.captions import describe, find_caption
+from personalize.captions import aligned, describe, find_caption
 from personalize.errors import UserError
 
 
@@ -71,3 +71,22 @@ def test_blip_folder_describes_the_picture(photo: Path, blip: Path) -> None:
     words = find_caption(photo, caption_model=blip).split()
     assert words and set(words) <= {"a", "dog", "red"}
     assert describe(Image.new("RGB", (40, 30), "red"), blip).split() == words  # no sampling: the same again
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption", "worded"),
+    [
+        ("a dog in the snow", "a photo of a dog", "a photo of a dog in the snow"),
+        ("a picture of a dog in the snow", "a photo of a dog", "a photo of a dog in the snow"),
+        ("A photo of a dog in the snow", "a dog", "a dog in the snow"),
+        ("a drawing of a dog", "a photo of a dog", "a drawing of a dog"),  # the edit itself
+        ("a photo of a dog", "a drawing of a dog", "a photo of a dog"),  # likewise
+        ("a picture of a dog", "a drawing of a dog", "a drawing of a dog"),
+        ("a dog in the snow", "a drawing of a dog", "a drawing of a dog in the snow"),
+        ("a dog", "", "a dog"),
+        ("a photo of a dog", "a photo of a cat", "a photo of a dog"),
+    ],
+)
+def test_the_target_begins_like_the_caption(prompt, caption, worded):
+    """Rows of the two embeddings are compared by position, so their words must stand at the same ones."""
+    assert aligned(prompt, caption) == worded

@@ -11,6 +11,7 @@ from PIL import Image
 from personalize.cli import main
 from personalize.editor import Editor, Sampling, Setting, rules
 from personalize.errors import UserError
+from personalize.settings import remember
 from tests.lora_states import random_adapter
 from tests.tiny import tiny, tiny_folder
 
@@ -126,3 +127,46 @@ def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
     assert edit(places, *words) == 2
     line = capsys.readouterr().err.strip()
     assert message in line and "\n" not in line and line.startswith("personalize: ")
+
+
+def test_an_open_editor_holds_the_adapter_and_draws_the_same(editor):
+    """Also the base without it, and after the block the base is as before."""
+    prompt, setting = "a dog in the snow", Setting(forget="decoder=0.5")
+    apart = [editor.edit(prompt, setting, sampling=SHORT)[0], editor.base(prompt, sampling=SHORT)[0]]
+    before = {name: tensor.clone() for name, tensor in editor.model.unet.state_dict().items()}
+    with editor as held:
+        together = [held.edit(prompt, setting, sampling=SHORT)[0], held.base(prompt, sampling=SHORT)[0]]
+        assert held.edit(prompt, setting, sampling=SHORT)[0].tobytes() == together[0].tobytes()
+        with pytest.raises(ValueError, match="open already"), held:
+            pass
+    assert [one.tobytes() for one in apart] == [one.tobytes() for one in together]
+    after = editor.model.unet.state_dict()
+    assert list(before) == list(after) and all((before[name] == after[name]).all() for name in before)
+
+
+def test_an_open_editor_leaves_no_trace_when_its_body_raises(editor):
+    names = list(editor.model.unet.state_dict())
+    with pytest.raises(RuntimeError, match="mine"), editor:
+        raise RuntimeError("mine")
+    assert list(editor.model.unet.state_dict()) == names
+    editor.edit("a dog", sampling=SHORT)  # and it works as before
+
+
+def test_strengths_that_were_not_given_are_the_remembered_ones(places, capsys):
+    base, adapter, place = places
+    remember(adapter, "a cat in the snow", Setting(alpha=0.7, beta=1.5, forget="encoderattn"), 9, {})
+    assert edit(places, "--prompt", "a cat in the snow") == 0
+    assert "Using what --auto chose" in capsys.readouterr().out
+    (found,) = json.loads((place / "out" / "edits.json").read_text())
+    assert (found["alpha"], found["beta"], found["forget"], found["seed"]) == (0.7, 1.5, "encoderattn", 9)
+    assert edit(places, "--prompt", "a cat in the snow", "--beta", "1.0") == 0
+    (found,) = json.loads((place / "out" / "edits.json").read_text())
+    assert (found["alpha"], found["beta"], found["forget"], found["seed"]) == (0.8, 1.0, "none", 0)
+    assert "Using what" not in capsys.readouterr().out
+
+
+def test_a_prompt_is_worded_like_the_caption(places, capsys):
+    assert edit(places, "--prompt", "a picture of a cat in the snow") == 0
+    assert "Worded like the caption: “a cat in the snow”" in capsys.readouterr().out
+    (found,) = json.loads((places[2] / "out" / "edits.json").read_text())
+    assert found["prompt"] == "a cat in the snow"

@@ -22,6 +22,8 @@ def arguments(name, place):
     base = tiny_folder("sd1", place)
     if name == "train_and_edit":
         return {"output_dir": place / "out", "base": base, "recipe": SHORT, "steps": 2}
+    if name == "catalogue":
+        return {"output_dir": place / "out", "base": base, "recipe": SHORT, "steps": 2}
     if name == "two_concepts":
         recipe = ConceptRecipe(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
         return {"output_dir": place / "out", "base": base, "recipe": recipe, "steps": 2}
@@ -36,7 +38,7 @@ def arguments(name, place):
 
 def test_there_are_examples():
     assert {path.stem for path in EXAMPLES} == {
-        "drag_point", "edit_photo", "stock_pipeline", "train_and_edit", "two_concepts"
+        "catalogue", "drag_point", "edit_photo", "stock_pipeline", "train_and_edit", "two_concepts"
     }  # fmt: skip
 
 

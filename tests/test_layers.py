@@ -16,24 +16,26 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
     "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses "
-    "nouns randomness replacing scenes token_files",
-    "alignment attention captions concepts frames loading lora mixing model phantoms pickles reader_names text_lora",
+    "nouns randomness recipes replacing scenes token_files",
+    "alignment attention captions concepts frames loading lora mixing model phantoms pickles quantisation "
+    "reader_names text_lora",
     "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
     "null_text objectives pretraining sampling trajectories uniform views world",
-    "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
-    "concept_maps concept_training conversion coverage data drag_command dragging editor exporting formats guards "
-    "inspection launching learning merged_base merging metrics model_card options photo photo_command photo_options "
-    "pictures preview quickstart regularisation stages training verify __main__",
+    "adapter attachment bundled catalogue checkpoints choosing cli commands compatibility concept_data "
+    "concept_learning concept_maps concept_training conversion coverage data drag_command dragging edit_command "
+    "editor exporting formats guards hub inspection launching learning memory merged_base merging metrics "
+    "model_card options photo photo_command photo_options pictures preview quickstart regularisation scene_scorer "
+    "scorer_training scorers settings stages subject teams trainer training validation verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
-    "diffusers transformers peft accelerate",
+    "diffusers transformers peft accelerate bitsandbytes",
     "",
-    "datasets bitsandbytes huggingface_hub tyro yaml rich",
+    "datasets huggingface_hub tyro yaml rich lpips",
 )
-LIGHT = (  # parsed before torch is imported
-    "__init__", "__main__", "cli", "commands", "errors", "launching", "options", "photo_options",
-)  # fmt: skip
+LIGHT = tuple(  # read before torch is imported
+    "__init__ __main__ cli commands errors launching options photo_options recipes".split()
+)
 LIGHT_LIBRARIES = {"tyro", "yaml", "rich"}
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names.split()}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_launch" not in path.parts)

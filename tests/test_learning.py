@@ -1,21 +1,23 @@
 """A whole run on tiny models: reproducible, resumable to the bit, without a trace, and actually learning."""
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from personalize import checkpoints
 from personalize.adapter import Adapter
+from personalize.concept_data import Example
 from personalize.errors import UserError
-from personalize.launching import load_script
-from personalize.learning import Recipe, learn, learning
+from personalize.learning import learn, learning
 from personalize.lora import load_lora, remove_lora
 from personalize.model import Conditioning, StableDiffusion
 from personalize.randomness import generator
+from personalize.recipes import Recipe
 from tests.tiny import tiny, tiny_sd1
 
 CAPTION = "a photo of a cat on the beach"
@@ -166,7 +168,114 @@ def test_settings_that_cannot_work_are_refused(model: StableDiffusion) -> None:
         learn(model, pixels(), CAPTION, Recipe(max_train_samples=3))
 
 
-def test_trainers_defaults_are_the_recipes() -> None:
-    script = load_script(Path(__file__).parents[1] / "train" / "single_image.py")
-    config = script.Config()
-    assert all(getattr(config, field.name) == getattr(Recipe(), field.name) for field in fields(Recipe))
+def several() -> Tensor:
+    return torch.cat([pixels(), -pixels(), pixels().flip(-1)])
+
+
+def test_several_pictures_have_a_row_of_the_source_for_each_caption(model: StableDiffusion) -> None:
+    captions = ["a photo of a cat", "a photo of a dog", "a photo of a cat"]
+    with learning(model, several(), captions, replace(SMALL, max_train_samples=3)) as run:
+        start = run.objective.embeds.detach().clone()
+        list(run.steps())
+        moved = (run.objective.embeds - start).abs().amax((1, 2))
+        adapter = run.adapter()
+        assert len(moved) == 2 and bool((moved > 0).all())
+        assert torch.equal(adapter.source["embeds"], run.objective.embeds[:1])  # type: ignore[index]
+    assert adapter.info["caption"] == captions[0] and adapter.info["captions"] == captions[:2]
+    with pytest.raises(ValueError, match="3 pictures need one caption or as many, got 2"):
+        learn(model, several(), captions[:2], SMALL)
+
+
+def test_a_mask_makes_the_outside_count_less(model: StableDiffusion) -> None:
+    masks = torch.zeros(1, 1, 64, 64)
+    masks[..., :32] = 1
+    with learning(model, pixels(), CAPTION, SMALL, masks=masks) as run:
+        weights = next(run.picture.batches(run.share, 0, 1))["weights"]
+        assert torch.allclose(weights[..., :8], torch.ones(1, 1, 16, 8))
+        assert torch.allclose(weights[..., 8:], torch.full((1, 1, 16, 8), 0.1))
+
+
+def test_class_pictures_are_learned_beside_their_own_caption(model: StableDiffusion) -> None:
+    examples = [Example("a photo of a dog", Image.new("RGB", (70, 90), colour)) for colour in ("red", "blue")]
+    settings = replace(SMALL, train_batch_size=2)
+    with learning(model, pixels(), CAPTION, settings, examples=examples) as run:
+        reports = list(run.steps())
+        assert all(set(report.losses) == {"loss", "mse", "prior"} for report in reports)
+        loss = reports[0].losses
+        assert torch.allclose(loss["loss"], loss["mse"] + loss["prior"])
+        batch = next(run.picture.batches(run.share, 0, 1))
+        assert batch["rows"].tolist() == [0, 0, 1, 1] and len(batch["latents"]) == 4
+        assert not torch.equal(batch["latents"][2], batch["latents"][3])  # red and blue
+        assert len(run.objective.embeds) == 1  # the class caption's embedding does not learn
+    other = [replace(example, caption="a photo of a fox") for example in examples]
+    with learning(model, pixels(), CAPTION, settings, examples=other) as again:
+        assert again.data_sha256 != run.data_sha256
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_text_encoders_learn_in_the_place_of_the_source(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    weights = [{key: value.clone() for key, value in part.state_dict().items()} for part in model.text_encoders]
+    settings = replace(SMALL, train_text_encoder=True, text_encoder_lr=5e-3, max_train_samples=3)
+    with learning(model, pixels(), CAPTION, settings) as run:
+        assert "embeds" not in run.objective.trainable()
+        list(run.steps())
+        learned = run.objective.text_parameters()
+        assert all(bool(b.any()) for b in learned[1::2])  # every B has moved: none is out of reach of the loss
+        adapter = run.adapter()
+    assert adapter.source is not None and adapter.info["standalone"] is False
+    layers = {"text_encoder": 2 if name == "sd1" else 1, "text_encoder_2": 2 if name == "sdxl" else 0}
+    for part, count in {part: 4 * count for part, count in layers.items()}.items():  # SDXL: not the first's last layer
+        assert sum(key.startswith(f"{part}.") and ".lora_A." in key for key in adapter.lora) == count
+    for part, before in zip(model.text_encoders, weights, strict=True):
+        assert set(part.state_dict()) == set(before)
+        assert all(torch.equal(value, before[key]) for key, value in part.state_dict().items())
+    loaded = Adapter.load(adapter.save(tmp_path / "mine"))
+    with loaded.apply_text(model), torch.no_grad():  # what the encoders with the adapter say is what was saved
+        told = model.prompts([CAPTION], (64, 64))
+    assert (told.embeds - loaded.source["embeds"]).abs().max() < 1e-5  # type: ignore[index]
+
+
+def test_moments_of_8_bits_survive_a_checkpoint_bit_for_bit(model: StableDiffusion, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = replace(SMALL, use_8bit_adam=True, rank=64, max_train_samples=3)  # 64 × 64 is large enough
+    whole = learn(model, pixels(), CAPTION, settings)
+    with learning(model, pixels(), CAPTION, settings) as run:
+        steps = run.steps()
+        next(steps), next(steps)
+        run.save_checkpoint(tmp_path)
+        kinds = {value.dtype for state in run.optimizer.state.values() for value in state.values() if
+                 isinstance(value, Tensor)}  # fmt: skip
+        assert {torch.uint8, torch.float32} <= kinds
+    with learning(model, pixels(), CAPTION, settings) as run:
+        found = checkpoints.find(tmp_path, "latest")
+        assert found is not None
+        run.resume(found)
+        list(run.steps())
+        assert same(run.adapter(), whole)
+
+
+def test_checkpointing_learns_the_same_and_may_change_on_resuming(
+    model: StableDiffusion, unbroken: Adapter, tmp_path: Path
+) -> None:
+    with learning(model, pixels(), CAPTION, SMALL) as run:
+        next(run.steps())
+        run.save_checkpoint(tmp_path)
+    with learning(model, pixels(), CAPTION, replace(SMALL, gradient_checkpointing=True)) as run:
+        found = checkpoints.find(tmp_path, "latest")
+        assert found is not None
+        run.resume(found)
+        list(run.steps())
+        assert same(run.adapter(), unbroken)
+
+
+def test_a_base_of_4_bits_learns_and_says_so() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tiny_sd1()
+    identity = model.identity
+    model.unet.to(torch.bfloat16)
+    model.quantise()
+    adapter = learn(model, pixels(), CAPTION, replace(SMALL, max_train_samples=1))
+    assert adapter.info["base"]["quantisation"] == "nf4" and adapter.info["base"]["sha256"] == identity["sha256"]
+    assert all(bool(value.any()) for key, value in adapter.lora.items() if ".lora_B." in key)
+    adapter.check_base(tiny_sd1())  # made on 4 bits, used on the whole base

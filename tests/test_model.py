@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from personalize.errors import UserError
-from personalize.model import Conditioning, StableDiffusion, family
+from personalize.loading import family
+from personalize.model import Conditioning, StableDiffusion
 from tests.tiny import NAMES, tiny, tiny_folder, tiny_pipeline, tiny_sd1, tiny_sd2v, tiny_sdxl
 
 PROMPTS = ["a cat on the beach", "my red dog"]

@@ -127,4 +127,4 @@ def test_an_empty_file_changes_nothing(tmp_path: Path):
 
 def test_edit_reads_lists_and_keeps_its_defaults():
     config = parse(EditConfig, "folder --prompt=a --alpha 0.7 0.9 --forget none decoder=0.5".split(), prog="edit")
-    assert (config.alpha, config.beta, config.forget) == ((0.7, 0.9), (1.2,), ("none", "decoder=0.5"))
+    assert (config.alpha, config.beta, config.forget) == ((0.7, 0.9), (), ("none", "decoder=0.5"))

@@ -1,5 +1,6 @@
 """Labelled grids."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -28,3 +29,13 @@ def test_a_grid_of_nothing_is_refused():
 
 def test_equal_pictures_are_equal_files():
     assert png(Image.new("RGB", (8, 8), "red")) == png(Image.new("RGB", (8, 8), "red"))
+
+
+def test_every_picture_can_have_words_below_it():
+    red = Image.new("RGB", (32, 32), "red")
+    bare, told = grid([[red, red], [red]]), grid([[red, red], [red]], captions=[["one", "two lines\nhere"], ["three"]])
+    assert told.width == bare.width and told.height > bare.height
+    pixels = np.asarray(told.convert("L"))
+    assert (pixels[192 + 12 : 230, :190] < 128).any(), "ink below the first picture"
+    with pytest.raises(ValueError, match="caption for every picture"):
+        grid([[red, red]], captions=[["one"]])

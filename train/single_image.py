@@ -1,4 +1,4 @@
-"""Learn one picture: LoRA and source embedding, tuned together (Forgedit, arXiv 2309.10556).
+"""Learn a subject from one picture, or from a few: LoRA and source embedding together (Forgedit, arXiv 2309.10556).
 
     accelerate launch train/single_image.py photo.jpg --caption "a photo of a dog" --output_dir my-dog
     personalize train single_image photo.jpg --config sd15 --pretrained_model_name_or_path FOLDER --output_dir my-dog
@@ -8,177 +8,97 @@ Writes an adapter folder: LoRA files for diffusers and for the graphical program
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
 from personalize.errors import UserError
+from personalize.recipes import Prior, Recipe, Run, chosen
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from personalize.learning import Learning
+    from personalize.subject import Shown
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Recipe, Prior, Run):
     picture: tyro.conf.Positional[Path | None] = None
-    """The picture to learn: any size, aspect ratio and format."""
+    """The picture to learn, of any size, aspect ratio and format; or a folder of several."""
     instance_image: Path | None = None
     """The picture, as an option."""
     instance_data_dir: Path | None = None
-    """A folder that holds the picture and nothing else that is one."""
+    """A folder of pictures, with a metadata.jsonl or .txt files that say what each shows."""
+    dataset_name: str | None = None
+    """A data set of pictures: a hub id or a local folder."""
+    instance_mask: Path | None = None
+    """A picture of the same size, white where the subject is: the loss counts less elsewhere."""
     caption: str | None = None
-    """What the picture shows; if not given, read from the .txt file beside it."""
+    """What the picture shows, or pictures without words of their own; if not given, read from .txt files beside."""
     caption_model: str | None = None
-    """BLIP-family folder or hub id that captions the picture if there are no words."""
-    output_dir: Path = Path("adapter")
-    """Where the adapter folder, its checkpoints and logs go."""
-    pretrained_model_name_or_path: str | None = None
-    """Diffusers folder, hub id or single-file checkpoint; the embedded model if not given."""
-    revision: str | None = None
-    """Revision of a hub id."""
-    variant: str | None = None
-    """Variant of the weight files, e.g. fp16."""
+    """BLIP-family folder or hub id that captions pictures if there are no words."""
     resolution: int | None = None
-    """The picture is fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
-    rank: int = 16
-    """Rank of the LoRA."""
-    lora_alpha: float | None = None
-    """LoRA alpha, the strength being alpha / rank; the rank if not given."""
-    targets: Literal["full", "attention"] = "full"
-    """Modules tuned: every linear layer and convolution of the tuned blocks, or only their attentions."""
-    learning_rate: float = 1e-3
-    """Adam's rate for the LoRA."""
-    text_embedding_lr: float = 1e-3
-    """Adam's rate for the source embedding."""
-    standalone: bool = False
-    """Leave the source embedding at the caption's, for programs that cannot load it; reconstructs less exactly."""
-    max_train_samples: int = 400
-    """Samples (noisy copies of the picture) to train on, over all processes: 400 in updates of 10 make 40 updates."""
+    """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
     max_train_steps: int | None = None
     """Updates to make; overrides max_train_samples."""
-    train_batch_size: int = 10
-    """Samples per batch and process."""
-    gradient_accumulation_steps: int = 1
-    """Batches per update; `--train_batch_size 1 --gradient_accumulation_steps 10` learns the same in less memory."""
-    resample_latents: bool = False
-    """Draw new latents from the picture's posterior for each sample, instead of once."""
-    snr_gamma: float | None = None
-    """Min-SNR weighting of the loss; 5 is usual, none if not given."""
-    max_grad_norm: float | None = None
-    """Clip the gradient to this norm; not clipped if not given."""
-    early_stop_loss: float | None = None
-    """Stop after 350 samples once an update's loss is below this; the paper uses 0.03."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass; LoRA, source embedding and loss are always fp32."""
-    seed: int = 0
-    """Seed of the LoRA, latents, noise and timesteps."""
-    checkpointing_steps: int | None = None
-    """Updates between two checkpoints in output_dir/checkpoint-N; none if not given."""
-    checkpoints_total_limit: int | None = None
-    """Keep only this many of the newest checkpoints."""
-    resume_from_checkpoint: str | None = None
-    """Go on from a checkpoint folder, or from the "latest" whole one in output_dir."""
-    preview_steps: int = 30
-    """Denoising steps of the reconstruction shown and measured on the card; 0 draws none."""
-    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = None
-    """Tracker for losses and rates, through Accelerate."""
-    logging_dir: str = "logs"
-    """Folder of tracker files inside output_dir."""
-    person: bool = False
-    """The picture shows a recognisable person: the card says so, and asks for consent."""
 
 
 def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
-    from accelerate import Accelerator
-
+    from personalize import trainer
     from personalize.adapter import check_target
-    from personalize.captions import find_caption
-    from personalize.data import find_picture
-    from personalize.images import fit, load_image
     from personalize.learning import learning
-    from personalize.model import StableDiffusion
     from personalize.preview import preview
+    from personalize.regularisation import examples
+    from personalize.subject import fitted, read_subject
 
-    path = find_picture(place(config))
-    image, caption = load_image(path), find_caption(path, config.caption, config.caption_model)
+    shown = read_subject(config)
     check_target(config.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.report_to,
-        project_dir=str(config.output_dir / config.logging_dir),
-    )
+    accelerator = trainer.accelerated(config)
     settings = recipe(config, accelerator.num_processes)
-    model = StableDiffusion.load(
-        config.pretrained_model_name_or_path, device=accelerator.device, dtype=dtype(config, accelerator),
-        revision=config.revision, variant=config.variant,
-    )  # fmt: skip
-    pixels, size = fit(image, config.resolution or model.resolution, 8 * model.factor)
-    accelerator.print(f"{path}: {size[1]}×{size[0]} px, caption “{caption}” = {' · '.join(model.tokens(caption))}")
-    with learning(model, pixels, caption, settings, accelerator=accelerator) as run:
-        train(config, run)
-        adapter = run.adapter(person=config.person)
+    model = trainer.load_base(config, accelerator)
+    pixels, masks = fitted(shown, config.resolution or model.resolution, 8 * model.factor)
+    size = (pixels.shape[-2], pixels.shape[-1])
+    classes = examples(config, model, class_prompt(config), size, accelerator)
+    with learning(
+        model, pixels, [one.caption for one in shown], settings, masks=masks, examples=classes, accelerator=accelerator
+    ) as run:
+        describe(run, shown, accelerator)
+        trainer.train(config, run, "single_image")
+        adapter = run.adapter(person=config.person, pictures=len(shown), regularisation=len(classes))
     if accelerator.is_main_process:
-        figures, pictures = preview(model, adapter, pixels, steps=config.preview_steps, seed=config.seed)
+        figures, pictures = preview(model, adapter, pixels[:1], steps=config.preview_steps, seed=config.seed)
         replace(adapter, info={**adapter.info, **figures}).save(config.output_dir, pictures=pictures)
-        print(*(f"{name}: {value}" for name, value in figures.items()), f"Adapter: {config.output_dir}", sep="\n")
-    accelerator.end_training()
-    return config.output_dir
+        print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
+    return trainer.finish(config, accelerator)
 
 
-def place(config: Config) -> Path:
-    """Where the picture is, given in exactly one of three ways."""
-    given = [path for path in (config.picture, config.instance_image, config.instance_data_dir) if path is not None]
-    if len(given) != 1:
-        raise UserError(f"name one picture, e.g. `single_image photo.jpg`; got {len(given)}")
-    return given[0]
-
-
-def recipe(config: Config, processes: int) -> Any:
+def recipe(config: Config, processes: int) -> Recipe:
     """The part of the options that decides how the picture is learned."""
-    from personalize.learning import Recipe
-
-    values = {field.name: getattr(config, field.name) for field in fields(Recipe)}
-    if config.max_train_steps is not None:
-        batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-        values["max_train_samples"] = config.max_train_steps * batch
-    return Recipe(**values)
+    if config.max_train_steps is None:
+        return chosen(config, Recipe)
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    return chosen(config, Recipe, max_train_samples=config.max_train_steps * batch)
 
 
-def dtype(config: Config, accelerator: Accelerator) -> Any:
-    """The UNet's precision: bf16 halves its memory on an accelerator; under fp16 it stays fp32 behind autocast."""
-    import torch
+def class_prompt(config: Config) -> str:
+    """What class pictures show; needed where they are asked for."""
+    if config.with_prior_preservation and not config.class_prompt:
+        raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
+    return config.class_prompt or ""
 
-    return torch.bfloat16 if config.mixed_precision == "bf16" and accelerator.device.type == "cuda" else torch.float32
 
-
-def train(config: Config, run: Learning) -> None:
-    """Make the updates, with progress, tracking and checkpoints."""
-    from rich.progress import Progress
-
-    from personalize import checkpoints
-
-    accelerator, checkpoint = run.accelerator, checkpoints.find(config.output_dir, config.resume_from_checkpoint)
-    if checkpoint is not None:
-        run.resume(checkpoint)
-    if config.resume_from_checkpoint is not None:
-        start = f"checkpoint-{run.update}" if checkpoint else "the beginning: no whole checkpoint was found"
-        accelerator.print(f"Going on from {start}")
-    if config.report_to is not None:
-        accelerator.init_trackers("single_image", {name: str(value) for name, value in vars(config).items()})
-    with Progress(disable=not accelerator.is_local_main_process) as progress:
-        task = progress.add_task("Learning", total=run.updates, completed=run.update)
-        for report in run.steps():
-            loss = float(report.losses["loss"])
-            progress.update(task, completed=report.update, description=f"Learning, loss {loss:.3f}")
-            accelerator.log({"loss": loss, "learning_rate": report.learning_rates[0]}, step=report.update)
-            if config.checkpointing_steps and report.update % config.checkpointing_steps == 0:
-                run.save_checkpoint(config.output_dir, config.checkpoints_total_limit)
+def describe(run: Learning, shown: Sequence[Shown], accelerator: Accelerator) -> None:
+    """Say what is learned and how the base reads its words: mistakes in captions show here."""
+    height, width = run.size
+    accelerator.print(f"{len(shown)} picture{'s' * (len(shown) > 1)} at {width}×{height} px")
+    for one in shown[:3]:
+        masked = "" if one.mask is None else ", masked"
+        accelerator.print(f"{one.name}: caption “{one.caption}” = {' · '.join(run.model.tokens(one.caption))}{masked}")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class Bench:
         cache = options.output_dir / "drawn"
         side = self.model.resolution
         return from_base(
-            self.model, picture.class_prompt, options.class_images, side=side, steps=options.steps, cache=cache
+            self.model, picture.class_prompt, options.class_images, size=(side, side), steps=options.steps, cache=cache
         )
 
     def recipe(self, arm: str, seed: int) -> ConceptRecipe:

@@ -1,0 +1,38 @@
+"""One adapter for each row of a table: python examples/catalogue.py [items.csv] (columns image, caption, name, …)"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from personalize import Editor, StableDiffusion
+from personalize.bundled import bundled
+from personalize.catalogue import Catalogue, read_items, run, write_table
+from personalize.recipes import Recipe
+from personalize.settings import Sampling
+from personalize.teams import Team
+
+
+def main(
+    table: str | None = None, *, base: str | Path | None = None, output_dir: str | Path = "my-catalogue",
+    recipe: Recipe | None = None, steps: int = 30,
+) -> Image.Image:  # fmt: skip
+    folder, recipe, model = Path(output_dir), recipe or Recipe(), StableDiffusion.load(base)
+    items, refused = read_items(table or bundled_table(folder), recipe)
+    rows = run(items, refused, Catalogue(folder, recipe, model.name), lambda: model, Team())
+    write_table(rows, folder / "results.csv")
+    learned = [row for row in rows if row["status"] == "done"]
+    return Editor.load(learned[-1]["adapter"], base).reconstruct(sampling=Sampling(steps=steps))[0]
+
+
+def bundled_table(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in (0, 1):
+        bundled(number).picture.save(folder / f"photo-{number}.png")
+    rows = [f'photo-{number}.png,"{bundled(number).caption}",subject-{number}' for number in (0, 1)]
+    (folder / "items.csv").write_text("\n".join(["image,caption,name", *rows]), encoding="utf-8")
+    return folder / "items.csv"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:]).save("my-catalogue/last.png")

@@ -1,0 +1,260 @@
+"""What trainers are told: options shared by them all, and a recipe for each, which decides what is learned.
+
+The fields carry the names of diffusers' own training scripts.  A trainer's `Config` inherits what it takes, so that
+every option is written down once.  Read before torch is imported: this module must stay light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from personalize.errors import UserError
+
+RecipeT = TypeVar("RecipeT", bound="Recipe | ConceptRecipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Which base model."""
+
+    pretrained_model_name_or_path: str | None = None
+    """Base: a diffusers folder, hub id or single-file checkpoint; by default the adapter's own, or the package's."""
+    revision: str | None = None
+    """Revision of a base from the hub."""
+    variant: str | None = None
+    """Variant of the base's files, e.g. fp16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Base):
+    """How a training run is carried out, which does not decide what is learned."""
+
+    output_dir: Path = Path("adapter")
+    """Where the adapter folder, its checkpoints and logs go."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward pass; all that learns and the loss are always fp32."""
+    load_in_4bit: bool = False
+    """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
+    checkpointing_steps: int | None = None
+    """Updates between two checkpoints in output_dir/checkpoint-N; none if not given."""
+    checkpoints_total_limit: int | None = None
+    """Keep only this many of the newest checkpoints."""
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint folder, or from the "latest" whole one in output_dir."""
+    validation_prompt: str | None = None
+    """Draw pictures of this while training, as `personalize edit` would."""
+    num_validation_images: int = 4
+    """How many pictures each time."""
+    validation_steps: int = 20
+    """Updates between two times."""
+    preview_steps: int = 30
+    """Denoising steps of these pictures, and of those on the card; 0 draws none for the card."""
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = None
+    """Tracker for losses, rates and validation pictures, through Accelerate."""
+    logging_dir: str = "logs"
+    """Folder of tracker files inside output_dir."""
+    push_to_hub: bool = False
+    """Also upload the adapter folder to the hub, as whoever `hf auth login` says; of a person: as a private one."""
+    hub_model_id: str | None = None
+    """Repository to upload to; named like output_dir if not given."""
+    person: bool = False
+    """The picture shows a recognisable person: the card says so, and asks for consent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Class pictures, which keep a word meaning what it meant (prior preservation)."""
+
+    with_prior_preservation: bool = False
+    """Train on class pictures too: of class_data_dir, class_dataset_name, or drawn by the base."""
+    class_prompt: str | None = None
+    """What class pictures show, e.g. "a photo of a dog"."""
+    class_data_dir: Path | None = None
+    """Folder of class pictures, captions in .txt files beside them."""
+    class_dataset_name: str | None = None
+    """Data set of class pictures: a hub id or a local folder."""
+    image_column: str = "image"
+    """Column of pictures in data sets."""
+    caption_column: str = "text"
+    """Column of captions in data sets."""
+    num_class_images: int = 100
+    """How many class pictures to use, or to let the base draw."""
+    class_image_steps: int = 50
+    """Denoising steps of those the base draws."""
+    class_image_cache: Path | None = None
+    """Where drawn ones are kept; ~/.cache/personalize if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a picture is learned; the defaults are those of the method.
+
+    An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes;
+    `max_train_samples` counts over all of them, so the defaults make 400 // 10 = 40 updates.
+    """
+
+    rank: int = 16
+    """Rank of the LoRA."""
+    lora_alpha: float | None = None
+    """LoRA alpha, the strength being alpha / rank; the rank if not given."""
+    targets: Literal["full", "attention"] = "full"
+    """Modules tuned: every linear layer and convolution of the tuned blocks, or only their attentions."""
+    learning_rate: float = 1e-3
+    """Adam's rate for the LoRA."""
+    text_embedding_lr: float = 1e-3
+    """Adam's rate for the source embedding."""
+    standalone: bool = False
+    """Leave the source embedding at the caption's, for programs that cannot load it; reconstructs less exactly."""
+    train_text_encoder: bool = False
+    """DreamBooth's way: a LoRA in the text encoders too, in the place of the source embedding."""
+    text_encoder_lr: float = 1e-4
+    """Adam's rate for that LoRA."""
+    max_train_samples: int = 400
+    """Samples (noisy copies of the picture) to train on, over all processes: 400 in updates of 10 make 40 updates."""
+    train_batch_size: int = 10
+    """Samples per batch and process; with class pictures, as many of these on top."""
+    gradient_accumulation_steps: int = 1
+    """Batches per update; `--train_batch_size 1 --gradient_accumulation_steps 10` learns the same in less memory."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, slower."""
+    use_8bit_adam: bool = False
+    """Keep the optimiser's moments in 8 bits (bitsandbytes)."""
+    resample_latents: bool = False
+    """Draw new latents from the picture's posterior for each sample, instead of once."""
+    mask_weight: float = 0.9
+    """With a mask: how much less the loss counts outside of it; 1 ignores the outside, 0 the mask."""
+    prior_loss_weight: float = 1.0
+    """With class pictures: weight of their loss."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the loss; 5 is usual, none if not given."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm; not clipped if not given."""
+    early_stop_loss: float | None = None
+    """Stop after 350 samples once an update's loss is below this; the paper uses 0.03."""
+    seed: int = 0
+    """Seed of the LoRA, latents, noise and timesteps."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank", "max_train_samples", "train_batch_size", "gradient_accumulation_steps", "lora_alpha",
+                  "learning_rate", "text_encoder_lr", "snr_gamma", "max_grad_norm", "early_stop_loss")  # fmt: skip
+        _not_negative(self, "text_embedding_lr", "prior_loss_weight")
+        _share(self, "mask_weight")
+
+    @property
+    def alpha(self) -> float:
+        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+    @property
+    def frozen_text(self) -> bool:
+        """Is the source embedding left at the caption's encoding?"""
+        return self.sourceless or self.train_text_encoder
+
+    @property
+    def sourceless(self) -> bool:
+        """Does the adapter go without a source embedding?  With text encoders trained, it is the caption's by them."""
+        return self.standalone or (self.text_embedding_lr == 0 and not self.train_text_encoder)
+
+
+CALIBRATION_WEIGHT = 0.0025
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptRecipe:
+    """How concepts are learned; the defaults are those of the method, for LoRA.
+
+    An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes.
+    `calibration_weight` is against a mean squared error: see `personalize.multi_concept`; 0 is Custom Diffusion.
+    """
+
+    rank: int = 16
+    """Rank of the LoRA on the keys and values of text attention."""
+    lora_alpha: float | None = None
+    """LoRA alpha, the strength being alpha / rank; the rank if not given."""
+    full_kv: bool = False
+    """Train those weights in full, and save the nearest LoRA; the adapter says what that misses."""
+    learning_rate: float | None = None
+    """Rate of the LoRA; 5e-4 if not given, 8e-5 with full_kv."""
+    token_learning_rate: float = 5e-4
+    """Rate of the new words' rows."""
+    adam_weight_decay: float = 1e-2
+    """AdamW's decay of the LoRA; the rows never decay."""
+    max_train_steps: int = 250
+    """Updates to make."""
+    train_batch_size: int = 2
+    """Samples per batch and process, regularisation included."""
+    gradient_accumulation_steps: int = 4
+    """Batches per update."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, slower."""
+    use_8bit_adam: bool = False
+    """Keep the optimiser's moments in 8 bits (bitsandbytes)."""
+    calibration_weight: float = CALIBRATION_WEIGHT
+    """Weight of the attention losses against the mean squared error (0.01 in the paper's code); 0: Custom Diffusion."""
+    prior_loss_weight: float = 1.0
+    """Weight of the regularisation samples."""
+    mask_weight: float | None = None
+    """Weight of the masks; that of the calibration if not given."""
+    initializer_token: str = "ktn+pll+ucd"
+    """Words whose rows the new ones start from, in turn; "class": each from its own class words."""
+    augment: bool = True
+    """Show the picture also far away and zoomed in, and say so in the prompt."""
+    swap_subjects: float = 0.5
+    """Share of samples whose prompt names the concepts in another order."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm; not clipped if not given."""
+    seed: int = 0
+    """Seed of the LoRA, views, noise, timesteps and drawn pictures."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "lora_alpha",
+                  "learning_rate", "max_grad_norm")  # fmt: skip
+        _not_negative(self, "token_learning_rate", "adam_weight_decay", "calibration_weight", "prior_loss_weight",
+                      "mask_weight")  # fmt: skip
+        _share(self, "swap_subjects")
+
+    @property
+    def alpha(self) -> float:
+        return float(self.rank if self.lora_alpha is None or self.full_kv else self.lora_alpha)
+
+    @property
+    def rate(self) -> float:
+        """The rate of the LoRA or of the full weights."""
+        return self.learning_rate or (8e-5 if self.full_kv else 5e-4)
+
+    @property
+    def anchoring_weight(self) -> float:
+        """The weight of the masks, where there are masks."""
+        return self.calibration_weight if self.mask_weight is None else self.mask_weight
+
+    @property
+    def early_stop_loss(self) -> None:
+        """Never stops early: the loss says little about likeness."""
+
+    def initializer(self, index: int) -> str:
+        """The word whose row concept `index` starts from; "class" is its own class phrase."""
+        words = self.initializer_token.split("+")
+        return words[index % len(words)]
+
+
+def chosen(config: Any, recipe: type[RecipeT], **changes: Any) -> RecipeT:
+    """The part of a trainer's options that is its recipe."""
+    return recipe(**{field.name: getattr(config, field.name) for field in fields(recipe)} | changes)
+
+
+def _positive(recipe: Any, *names: str) -> None:
+    for name in names:
+        if (value := getattr(recipe, name)) is not None and not value > 0:
+            raise UserError(f"{name} must be above 0, got {value}")
+
+
+def _not_negative(recipe: Any, *names: str) -> None:
+    for name in names:
+        if (value := getattr(recipe, name)) is not None and not value >= 0:
+            raise UserError(f"{name} must be 0 or more, got {value}")
+
+
+def _share(recipe: Any, name: str) -> None:
+    if not 0 <= getattr(recipe, name) <= 1:
+        raise UserError(f"{name} is a share from 0 to 1, got {getattr(recipe, name)}")

@@ -1,0 +1,143 @@
+"""Training data and objective of the package's scorer: rendered scenes, and what generated pictures suffer.
+
+Its scenes are streams of their own (`scorer-train`, `scorer-test`): the judge of the benches must not know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample, interpolate
+
+from personalize.losses import LossTerms
+from personalize.randomness import generator
+from personalize.scene_scorer import CELLS, SIDE, SceneScorer, ScorerNet, shrunk
+from personalize.scenes import BACKGROUNDS, NOUNS, STYLES, Scene, random_scene, render
+
+NOTHING = 0  # class of a cell without a thing; noun n in style s is 1 + 4 n + s
+COVERED = 0.3  # share of a cell that a thing must cover to be its class
+RENDERED = 2 * SIDE  # pixels: pictures reach the scorer averaged down
+Change = Callable[[Tensor], Tensor]
+
+
+def scene_of(split: str, index: int) -> Scene:
+    """Scene `index` of `split`, of any noun and style; one in 20 has no object."""
+    scene = random_scene(index, split=split, styles=tuple(STYLES))
+    return replace(scene, objects=()) if index % 20 == 19 else scene
+
+
+def rendered(split: str, indices: Sequence[int], change: Change | None = None) -> dict[str, Tensor]:
+    """`pixels` (b, 3, 64, 64) uint8, `cells` (b, 8, 8) and `background` (b,) of scenes; `change` sees 128 px."""
+    rows = [labelled(scene_of(split, index)) for index in indices]
+    pixels, cells, background = (torch.stack(column) for column in zip(*rows, strict=True))
+    pixels = pixels.float() / 127.5 - 1
+    small = shrunk(pixels if change is None else change(pixels))
+    return {"pixels": ((small + 1) * 127.5).round().clamp(0, 255).byte(), "cells": cells, "background": background}
+
+
+def labelled(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels (3, 128, 128) uint8, the class of each cell (8, 8), and the background's number."""
+    image, masks = render(scene, RENDERED)
+    cells = torch.zeros(CELLS, CELLS, dtype=torch.int64)
+    for thing, mask in zip(scene.objects, masks, strict=True):
+        share = avg_pool2d(torch.from_numpy(mask)[None].float(), RENDERED // CELLS)[0]
+        cells[share > COVERED] = 1 + NOUNS.index(thing.noun) * len(STYLES) + list(STYLES).index(thing.style)
+    return torch.from_numpy(image).permute(2, 0, 1), cells, torch.tensor(BACKGROUNDS.index(scene.background))
+
+
+@dataclass(frozen=True)
+class ScorerData:
+    """Scenes in memory; `batch` draws and spoils them, always in the same way for the same sample number."""
+
+    pixels: Tensor
+    cells: Tensor
+    background: Tensor
+    seed: int
+
+    def batch(self, update: int, samples: range) -> dict[str, Tensor]:
+        rng = generator(self.seed, "scorer", update, samples.start)
+        rows = torch.randint(len(self.pixels), (len(samples),), generator=rng)
+        pixels, cells = moved(self.pixels[rows].float() / 127.5 - 1, self.cells[rows], rng)
+        return {"pixels": spoilt(pixels, rng), "cells": cells, "background": self.background[rows]}
+
+
+def moved(pixels: Tensor, cells: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mirror half of the pictures, shift by up to 5 % and scale by up to 10 %, with their cells."""
+    b = len(pixels)
+    theta = torch.zeros(b, 2, 3)
+    scale = 1 + 0.1 * _signed(rng, b)
+    theta[:, 0, 0] = torch.where(torch.rand(b, generator=rng) < 0.5, -scale, scale)
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = 0.1 * _signed(rng, b, 2)
+    grid = affine_grid(theta, list(pixels.shape), align_corners=False)
+    pixels = grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    grid = affine_grid(theta, [b, 1, CELLS, CELLS], align_corners=False)
+    moved = grid_sample(cells[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
+    return pixels, moved[:, 0].round().long()
+
+
+def spoilt(pixels: Tensor, rng: torch.Generator) -> Tensor:
+    """Half of the pictures at 0.35 to 1 of their resolution, all with other colours, noise and soft stains.
+
+    Stains are smooth noise, the look of latents that were not cleaned of all of theirs.
+    """
+    b = len(pixels)
+    out = pixels.clone()
+    for rows in torch.randperm(b, generator=rng)[: b // 2].chunk(4):
+        side = round(SIDE * (0.35 + 0.65 * float(torch.rand((), generator=rng))))
+        small = interpolate(out[rows], (side, side), mode="bilinear", antialias=True, align_corners=False)
+        out[rows] = interpolate(small, (SIDE, SIDE), mode="bicubic", align_corners=False)
+    gain, offset = 1 + 0.12 * _signed(rng, b, 3, 1, 1), 0.12 * _signed(rng, b, 3, 1, 1)
+    stains = interpolate(torch.randn(b, 3, 12, 12, generator=rng), (SIDE, SIDE), mode="bicubic", align_corners=False)
+    noise = 0.1 * torch.rand(b, 1, 1, 1, generator=rng) * torch.randn(out.shape, generator=rng)
+    return (gain * out + offset + noise + 0.15 * torch.rand(b, 1, 1, 1, generator=rng) ** 2 * stains).clamp(-1, 1)
+
+
+def _signed(rng: torch.Generator, *shape: int) -> Tensor:
+    """Uniform in [−1, 1]."""
+    return 2 * torch.rand(shape, generator=rng) - 1
+
+
+class ScorerObjective(nn.Module):
+    """L = mean over cells of CE(noun and style, or nothing) + ¼ CE(background of the picture)."""
+
+    def __init__(self, net: ScorerNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: dict[str, Tensor]) -> LossTerms:
+        things, places, _, _ = self.net(batch["pixels"])
+        logits = torch.cat([torch.zeros_like(things[:, :1]), things], 1)
+        cells = cross_entropy(logits, batch["cells"])
+        background = cross_entropy(places.mean((2, 3)), batch["background"])
+        return LossTerms(cells + 0.25 * background, {"cells": cells.detach(), "background": background.detach()})
+
+
+def accuracy(scorer: SceneScorer, split: str, count: int, change: Change | None = None) -> dict[str, float]:
+    """How often nouns (exactly those above ½ are there), background and style (likeliest is true) are right."""
+    from PIL import Image
+
+    right = []
+    for index in range(count):
+        scene = scene_of(split, index)
+        pixels = torch.from_numpy(render(scene, RENDERED)[0])
+        if change is not None:
+            spoilt = change(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
+            pixels = ((spoilt[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte()
+        seen = scorer.look([Image.fromarray(pixels.numpy())])[0]
+        found = {noun for noun, chance in zip(NOUNS, seen.nouns.tolist(), strict=True) if chance > 0.5}
+        styles = {thing.style for thing in scene.objects}
+        right.append(
+            (
+                found == {thing.noun for thing in scene.objects},
+                BACKGROUNDS[int(seen.backgrounds.argmax())] == scene.background,
+                not styles or list(STYLES)[int(seen.styles.argmax())] in styles,
+            )
+        )
+    table = np.array(right)
+    shares = dict(zip(("nouns", "background", "style"), table.mean(0).round(4).tolist(), strict=True))
+    return {"n": count, "all": round(float(table.all(1).mean()), 4), **shares}

@@ -1,0 +1,113 @@
+"""What every trainer does around a run: Accelerator and base, trackers, progress, checkpoints, validation, the hub."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from personalize import checkpoints, hub
+from personalize.errors import UserError
+from personalize.learning import Learning
+from personalize.memory import check_fits, estimate
+from personalize.model import StableDiffusion
+from personalize.validation import validate
+
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
+
+
+def accelerated(config: Any) -> Accelerator:
+    """The Accelerator of a trainer's options, once it is certain that what they ask for is there.
+
+    Raises:
+        UserError: a tracker that is not installed, a checkpoint or a repository of the hub that is not there.
+    """
+    check_tracker(config.report_to)
+    checkpoints.find(config.output_dir, config.resume_from_checkpoint)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to,
+        project_dir=str(config.output_dir / config.logging_dir),
+    )
+    if config.push_to_hub and accelerator.is_main_process:
+        hub.repository(repository(config), private=config.person)
+    return accelerator
+
+
+def check_tracker(name: str | None) -> None:
+    """UserError unless the package of tracker `name` is installed; of "all", any one."""
+    wanted = TRACKERS if name == "all" else () if name is None else (name,)
+    if wanted and not any(map(find_spec, wanted)):
+        raise UserError(f"--report_to {name} needs the package {' or '.join(wanted)}: pip install {wanted[0]}")
+
+
+def repository(config: Any) -> str:
+    """The name on the hub: as given, else that of the output folder."""
+    return config.hub_model_id or config.output_dir.resolve().name
+
+
+def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = False) -> StableDiffusion:
+    """The base in the precision that `config` asks for: on accelerators bf16 means bf16 weights, in half the memory.
+
+    Under fp16 the UNet stays fp32 behind autocast, and so it does for `full_weights` to be trained.  In 4 bits what
+    is left is bf16 everywhere; what that saves is printed.
+    """
+    if full_weights and config.load_in_4bit:
+        raise UserError("full_kv trains the base's own weights, which cannot be in 4 bits: leave one of them out")
+    half = config.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not full_weights
+    model = StableDiffusion.load(
+        config.pretrained_model_name_or_path, device=accelerator.device,
+        dtype=torch.bfloat16 if half or config.load_in_4bit else torch.float32,
+        revision=config.revision, variant=config.variant,
+    )  # fmt: skip
+    if config.load_in_4bit:
+        before, after = model.quantise()
+        accelerator.print(f"4 bits: the UNet takes {after / 1e6:.0f} MB, {before / 1e6:.0f} MB in bf16")
+    return model
+
+
+def train(config: Any, run: Learning, name: str) -> None:
+    """Make the updates, with an estimate before, progress, tracking, validation pictures and checkpoints."""
+    from rich.progress import Progress
+
+    accelerator = run.accelerator
+    _resume(config, run)
+    expected = estimate(run)
+    accelerator.print(expected)
+    if advice := check_fits(expected, run):
+        accelerator.print(f"Warning: {advice}")
+    if config.report_to is not None:
+        accelerator.init_trackers(name, {key: str(value) for key, value in vars(config).items()})
+    with Progress(disable=not accelerator.is_local_main_process) as progress:
+        task = progress.add_task("Learning", total=run.updates, completed=run.update)
+        for report in run.steps():
+            losses = {key: float(value) for key, value in report.losses.items()}
+            progress.update(task, completed=report.update, description=f"Learning, loss {losses['loss']:.3f}")
+            accelerator.log(losses | {"learning_rate": report.learning_rates[0]}, step=report.update)
+            if config.checkpointing_steps and report.update % config.checkpointing_steps == 0:
+                run.save_checkpoint(config.output_dir, config.checkpoints_total_limit)
+            if config.validation_prompt and report.update % config.validation_steps == 0:
+                validate(run, config)
+
+
+def _resume(config: Any, run: Learning) -> None:
+    checkpoint = checkpoints.find(config.output_dir, config.resume_from_checkpoint)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    if config.resume_from_checkpoint is not None:
+        start = f"checkpoint-{run.update}" if checkpoint else "the beginning: no whole checkpoint was found"
+        run.accelerator.print(f"Going on from {start}")
+
+
+def finish(config: Any, accelerator: Accelerator) -> Path:
+    """Upload what was saved, if that is wanted, and close the trackers; returns the adapter's folder."""
+    if accelerator.is_main_process:
+        print(f"Adapter: {config.output_dir}")
+        if config.push_to_hub:
+            print(f"Uploaded: {hub.push(config.output_dir, repository(config))}")
+    accelerator.end_training()
+    return config.output_dir

@@ -1,0 +1,56 @@
+"""Pictures drawn while training, by the very code that draws them afterwards; a failed one never ends the run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from personalize.editor import Editor, Sampling
+from personalize.files import write_file
+from personalize.pictures import png
+
+if TYPE_CHECKING:
+    from personalize.learning import Learning
+
+FOLDER = "validation"
+
+
+def draw(run: Learning, prompt: str, *, count: int, steps: int) -> list[Image.Image]:
+    """`count` pictures of `prompt` (seeds 0, 1, …) by the adapter as it is now; the run is left as it was."""
+    with run.showing() as adapter:
+        return Editor(run.model, adapter).edit(prompt, seeds=range(count), sampling=Sampling(steps))
+
+
+def validate(run: Learning, config: Any) -> list[Path]:
+    """Draw --validation_prompt, write output_dir/validation/N-i.png, and show the trackers; a failure is a warning.
+
+    On the main process only: the others go on and wait at the next update.
+    """
+    if not run.accelerator.is_main_process:
+        return []
+    steps = config.preview_steps or 30
+    try:
+        images = draw(run, config.validation_prompt, count=config.num_validation_images, steps=steps)
+        paths = [config.output_dir / FOLDER / f"{run.update:06d}-{number}.png" for number in range(len(images))]
+        for path, image in zip(paths, images, strict=True):
+            write_file(path, png(image))
+        _show(run, images)
+    except Exception as error:  # whatever it is, the training is worth more
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"update {run.update}: no validation pictures, training goes on: {reason}", stacklevel=2)
+        return []
+    return paths
+
+
+def _show(run: Learning, images: Sequence[Image.Image]) -> None:
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stack = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({FOLDER: stack}, step=run.update, dataformats="NHWC")  # pyright: ignore
+        elif tracker.name == "wandb":
+            tracker.log_images({FOLDER: list(images)}, step=run.update)  # pyright: ignore

@@ -1,0 +1,122 @@
+"""The paper's own way of learning a picture: full weights of two thirds of the UNet, in fp32, beside the embedding.
+
+    with worn(model, learned, rules("decoderattn")): ...      # sampling with part of the learned weights put back
+
+Trained is every parameter of the encoder below full resolution and of the decoder blocks with attention: on SD 1.x
+`down_blocks.1`–`3` and `up_blocks.1`–`3`, 68 % of the UNet.
+
+References: Zhang et al., "Forgedit", arXiv 2309.10556.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from personalize.forgetting import ForgettingRule, degrees
+from personalize.lora import block_roles, module_roles
+from personalize.losses import LossTerms
+from personalize.model import Conditioning, StableDiffusion
+from personalize.randomness import generator
+from personalize.training import fit
+
+TEXT_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """What was learned: `weights` by parameter name, and the source embedding as `mixed` takes it."""
+
+    weights: dict[str, Tensor]
+    source: dict[str, Tensor]
+
+
+class FullObjective(nn.Module):
+    """L = mean ‖ε − f(z_t, t, e)‖² with the UNet's trained parameters and e as unknowns."""
+
+    def __init__(self, model: StableDiffusion, told: Conditioning) -> None:
+        super().__init__()
+        self.unet, self._model = model.unet, (model,)
+        self.embeds = nn.Parameter(told.embeds.clone())
+        self.pooled = None if told.pooled is None else nn.Parameter(told.pooled.clone())
+        self._time_ids = told.time_ids
+
+    def forward(self, batch: dict[str, Tensor]) -> LossTerms:
+        model, told = self._model[0], Conditioning(self.embeds, self.pooled, self._time_ids)
+        noisy = model.noised(batch["latents"], batch["noise"], batch["timesteps"])
+        output = model.predict(noisy, batch["timesteps"], told.repeat(len(noisy)))
+        target = model.target(batch["latents"], batch["noise"], batch["timesteps"])
+        return LossTerms((output.float() - target).pow(2).mean(), {})
+
+
+def trained_names(unet: nn.Module) -> list[str]:
+    """Names of the parameters that the paper trains."""
+    blocks = tuple(
+        f"{name}." for name, role in block_roles(unet).items()
+        if (role.side == "encoder" and role.level > 0) or (role.side == "decoder" and role.attention)
+    )  # fmt: skip
+    return [name for name, _ in unet.named_parameters() if name.startswith(blocks)]
+
+
+def learn_full(
+    model: StableDiffusion, pixels: Tensor, caption: str, rate: float, *, samples: int = 400, batch: int = 10
+) -> FullWeights:
+    """Learn `pixels` (1, 3, H, W) as `caption` at `rate`; `model` is as before afterwards.
+
+    One draw of the posterior, `samples` // `batch` updates of Adam, the embedding at 1e-3, no weighting, no clipping.
+    """
+    with torch.no_grad():
+        told = model.prompts([caption], (pixels.shape[-2], pixels.shape[-1]))
+    latents = model.encode(pixels, generator(0, "full/posterior"))
+    names = set(trained_names(model.unet))
+    chosen = {name: parameter for name, parameter in model.unet.named_parameters() if name in names}
+    before = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+    objective = FullObjective(model, told)
+    text = [part for part in (objective.embeds, objective.pooled) if part is not None]
+    try:
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+        groups = [{"params": list(chosen.values()), "lr": rate}, {"params": text, "lr": TEXT_RATE}]
+        accelerator = Accelerator(cpu=model.device.type == "cpu")
+        prepared, optimizer = accelerator.prepare(objective, torch.optim.Adam(groups))
+        batches = (_batch(model, latents, update, batch) for update in range(samples // batch))
+        for _ in fit(prepared, batches, optimizer, accelerator=accelerator):
+            pass
+        learned = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+    finally:
+        for name, parameter in chosen.items():
+            parameter.requires_grad_(False).grad = None
+            parameter.data.copy_(before[name])
+    source = {"embeds": objective.embeds.detach(), **({} if told.pooled is None else {"pooled": text[1].detach()})}
+    return FullWeights(learned, source)
+
+
+def _batch(model: StableDiffusion, latents: Tensor, update: int, size: int) -> dict[str, Tensor]:
+    rng = generator(0, "full/noise", update)
+    timesteps = torch.randint(len(model.alphas_cumprod), (size,), generator=rng)
+    noise = torch.randn((size, *latents.shape[1:]), generator=rng)
+    device = latents.device
+    return {"latents": latents.expand(size, -1, -1, -1), "noise": noise.to(device), "timesteps": timesteps.to(device)}
+
+
+@contextmanager
+def worn(model: StableDiffusion, learned: FullWeights, forgotten: Sequence[ForgettingRule] = ()) -> Iterator[None]:
+    """Run the body with the learned weights in the UNet, θ = d θ_learned + (1 − d) θ_base where a rule selects."""
+    parameters: dict[str, Any] = dict(model.unet.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in learned.weights}
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in learned.weights)
+    kept = degrees(module_roles(model.unet, modules), forgotten)
+    try:
+        with torch.no_grad():
+            for name, weight in learned.weights.items():
+                parameters[name].lerp_(weight, kept[name.rpartition(".")[0]])
+        yield
+    finally:
+        for name, weight in before.items():
+            parameters[name].data.copy_(weight)

@@ -1,0 +1,266 @@
+"""Single-image edits: does choosing beat forgetting by rule, not forgetting, and the paper's own recipe?
+
+    python -m tests.bench.single_image --scenes 4 --budget 8         # on two CPU cores: some hours
+    python -m tests.bench.single_image --scenes 20 --budget 16       # with an accelerator
+
+Scenes hold one object in the style the embedded model has never seen.  Each is learned by LoRA, and by full weights at
+each of the paper's rates; then its background, its object and its style are edited.  Every arm draws the
+same number of pictures, and the same scorer, which shares nothing with the judge, keeps one of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from personalize.adapter import Adapter
+from personalize.choosing import SWEEP, search
+from personalize.editor import Editor
+from personalize.images import psnr, to_image, to_pixels
+from personalize.launching import presets
+from personalize.learning import learn
+from personalize.metrics import Request, Scorer
+from personalize.mixing import mixed
+from personalize.model import EMBEDDED, StableDiffusion
+from personalize.options import read_yaml
+from personalize.recipes import Recipe
+from personalize.sampling import Edit, moves, sample
+from personalize.scene_scorer import SceneScorer
+from personalize.scenes import BACKGROUNDS, HELD_OUT_STYLE, NOUNS, TRAINING_STYLES, render
+from personalize.settings import Sampling, Setting, rules
+from personalize.verify import MANIFEST
+from tests.bench.cells import Cells
+from tests.bench.contract import BASE, DO_NOTHING, Arm, Task, do_nothing, evaluate, random_task
+from tests.bench.full_weights import FullWeights, learn_full, worn
+from tests.bench.intervals import paired_interval
+from tests.bench.judge import Judge
+from tests.bench.report import BenchOptions, contact_sheet, mean, table
+
+SPLIT = "bench/single"
+KINDS = ("background", "object", "style")
+NONE, DECODER, ENCODER, AUTO = "no forgetting", "decoder side", "encoder side", "--auto"
+RULES = {
+    NONE: ("none",),
+    DECODER: ("decoderattn", "nodecoder=0.5", "decoderkv", "nodecoder"),
+    ENCODER: ("encoderattn", "noencoder=0.5", "encoderkv", "noencoder"),
+}
+PAPER_RULES = ("none", "encoderattn", "none", "decoderattn")  # as often as they won in the published results
+PAPER_ALPHAS, PAPER_BETAS = (0.7, 0.9), (1.2, 0.8, 1.4, 1.0)
+FIGURES = {"success": 100.0, "psnr": 1.0, "colour": 1.0, "structure": 1.0}  # and what they are multiplied by
+
+
+@dataclass(frozen=True)
+class SingleImageBench(BenchOptions):
+    model: Path = EMBEDDED
+    """A Stable Diffusion folder; its world.json, if there, says which nouns, styles and backgrounds it knows."""
+    output_dir: Path = Path("runs/single_image")
+    """Where cells.jsonl, adapters, table.md, figures.json and the sheet go; what is finished is not run again."""
+    scenes: int = 4
+    """Scenes to learn; each is edited in three ways."""
+    budget: int = 8
+    """Pictures every arm may draw for one edit."""
+    steps: int = 30
+    """Denoising steps."""
+    samples: int = 400
+    """Samples on which each picture is learned, by LoRA and by full weights."""
+    paper_rates: tuple[float, ...] = (2e-5, 6e-5, 2e-4)
+    """Rates of the full weights; the paper's is 6e-5."""
+    nouns: tuple[str, ...] = ()
+    """Nouns to take, when not those of world.json."""
+    threads: int = 2
+    """Processor cores to use."""
+
+
+class Bench:
+    """One run: the model, what it knows, judge and scorer, and the finished cells."""
+
+    def __init__(
+        self, options: SingleImageBench, model: StableDiffusion | None = None, scorer: Scorer | None = None
+    ) -> None:
+        self.options, self.model = options, model or StableDiffusion.load(options.model, dtype=torch.float32)
+        self.judge, self.scorer = Judge.load(), scorer or SceneScorer.load()
+        known = options.model / "world.json"
+        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        self.world = {
+            "nouns": tuple(options.nouns or world.get("nouns", NOUNS)),
+            "new_styles": tuple(world.get("styles", TRAINING_STYLES)),
+            "backgrounds": tuple(world.get("backgrounds", BACKGROUNDS)),
+        }
+        preset = presets("single_image")["embedded"] if options.model == EMBEDDED else None
+        known = read_yaml(preset, Recipe) if preset else {}
+        self.recipe = Recipe(**{**known, "max_train_samples": options.samples})
+        settings = {name: getattr(options, name) for name in ("budget", "steps", "samples")}
+        stamp = {"base": self.model.identity["sha256"], "split": SPLIT, **self.world, **settings}
+        self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
+        self.sampling = Sampling(options.steps)
+        self.full = lru_cache(maxsize=len(options.paper_rates))(self._full)
+        self.editor = lru_cache(maxsize=1)(self._editor)
+
+    def task(self, kind: str, index: int) -> Task:
+        """Edit `kind` of scene `index`: the same scene for every kind."""
+        return random_task(kind, index, split=SPLIT, styles=(HELD_OUT_STYLE,), **self.world)  # pyright: ignore
+
+    def source(self, index: int) -> Image.Image:
+        return Image.fromarray(render(self.task(KINDS[0], index).before, self.model.resolution)[0])
+
+    def _editor(self, index: int) -> Editor:
+        """The LoRA of scene `index`, learned unless an earlier run did."""
+        folder = self.options.output_dir / "adapters" / f"scene-{index}"
+        if not (folder / MANIFEST).is_file():
+            caption = self.task(KINDS[0], index).source_prompt
+            learn(self.model, to_pixels(self.source(index)), caption, self.recipe).save(folder)
+        return Editor(self.model, Adapter.load(folder))
+
+    def _full(self, index: int, rate: float) -> FullWeights:
+        caption = self.task(KINDS[0], index).source_prompt
+        return learn_full(self.model, to_pixels(self.source(index)), caption, rate, samples=self.options.samples)
+
+    def request(self, task: Task) -> Request:
+        source = Image.fromarray(render(task.before, self.model.resolution)[0])
+        return Request(task.target_prompt, task.source_prompt, source)
+
+    def select(self, task: Task, candidates: Sequence[np.ndarray]) -> int:
+        """The selector of every arm: the scorer's favourite."""
+        readings = self.scorer([Image.fromarray(one) for one in candidates], self.request(task))
+        return int(np.argmax([reading.score for reading in readings]))
+
+    def arms(self) -> dict[str, Arm]:
+        arms: dict[str, Arm] = {DO_NOTHING: do_nothing, BASE: self._base}
+        arms |= {name: self._grid(name) for name in RULES}
+        arms[AUTO] = self._auto
+        return arms | {paper(rate): self._paper(rate) for rate in self.options.paper_rates}
+
+    def _base(self, task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
+        return arrays(Editor(self.model).base(task.target_prompt, seeds=range(budget), sampling=self.sampling))
+
+    def _grid(self, name: str) -> Arm:
+        def arm(task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
+            with self.editor(number(task)) as editor:
+                drawn = [
+                    editor.edit(task.target_prompt, setting, seeds=[seed], sampling=self.sampling)[0]
+                    for setting, seed in spread(grid_of(name), budget)
+                ]
+            return arrays(drawn)
+
+        return arm
+
+    def _auto(self, task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
+        editor = self.editor(number(task))
+        found = search(editor, self.request(task), self.scorer, budget=budget, sampling=self.sampling)
+        return arrays([trial.picture for trial in found])
+
+    def _paper(self, rate: float) -> Arm:
+        def arm(task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
+            learned = self.full(number(task), rate)
+            return arrays([self.drawn(learned, task.target_prompt, *one) for one in spread(paper_grid(), budget)])
+
+        return arm
+
+    def drawn(self, learned: FullWeights, prompt: str, setting: Setting, seed: int) -> Image.Image:
+        """One picture with full weights, by the same mathematics as the editor's."""
+        model = self.model
+        with torch.no_grad():
+            told = mixed(
+                model, learned.source, model.prompts([prompt]),
+                alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
+            )  # fmt: skip
+        with worn(model, learned, rules(setting.forget)):
+            latents = sample(model, Edit(told), [seed], moves(model, self.options.steps))
+        return to_image(model.decode(latents))
+
+    def reconstruction(self, index: int) -> dict[str, float]:
+        """PSNR in dB of the replayed source: by LoRA, by full weights at each rate, and the autoencoder's own."""
+        pixels, caption = to_pixels(self.source(index)), self.task(KINDS[0], index).source_prompt
+        replay = Setting(alpha=1.0, beta=0.0)
+        found = {"autoencoder": self.model.decode(self.model.encode(pixels)).cpu()}
+        found["LoRA"] = to_pixels(self.editor(index).reconstruct(sampling=self.sampling)[0])
+        for rate in self.options.paper_rates:
+            found[paper(rate)] = to_pixels(self.drawn(self.full(index, rate), caption, replay, 0))
+        return {name: round(psnr(one, pixels), 3) for name, one in found.items()}
+
+
+def paper(rate: float) -> str:
+    return f"paper, rate {rate:g}"
+
+
+def number(task: Task) -> int:
+    """The scene that `task` edits."""
+    return int(task.name.rpartition("/")[2])
+
+
+def arrays(pictures: Sequence[Image.Image]) -> list[np.ndarray]:
+    return [np.asarray(picture) for picture in pictures]
+
+
+def grid_of(name: str) -> list[Setting]:
+    """The settings of a fixed arm, in turn; forgetting the encoder goes with a smaller beta, as in the paper."""
+    less = 0.3 if name == ENCODER else 0.0
+    return [
+        Setting(a, round(b - less, 2), forget=rule) for (a, b), rule in zip(SWEEP, cycle(RULES[name]), strict=False)
+    ]
+
+
+def paper_grid() -> list[Setting]:
+    """The paper's ranges and strategies, in the proportions in which its published results were won."""
+    mixes = zip(cycle(PAPER_ALPHAS), PAPER_BETAS * 2, cycle(PAPER_RULES), strict=False)
+    return [Setting(a, b, forget=rule) for a, b, rule in mixes]
+
+
+def spread(settings: Sequence[Setting], budget: int) -> list[tuple[Setting, int]]:
+    """`budget` pictures over the settings in turn, each with a seed of its own."""
+    return [(setting, seed) for seed, setting in enumerate(islice(cycle(settings), budget))]
+
+
+def versus(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
+    """Markdown: `--auto` minus every other arm, edit by edit, with 95 % intervals."""
+    lines = ["| --auto minus | success (points) | PSNR dB | colour ΔE | structure |", "|---|---|---|---|---|"]
+    mine = {row["task"]: row for row in rows if row["arm"] == AUTO}
+    for arm in arms:
+        pairs = [(mine[row["task"]], row) for row in rows if row["arm"] == arm]
+        cells = []
+        for name, factor in FIGURES.items():
+            values = [[factor * float(row[name]) for row in column] for column in zip(*pairs, strict=True)]
+            difference, low, high = paired_interval(*values)
+            cells.append(f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def run(options: SingleImageBench, model: StableDiffusion | None = None, scorer: Scorer | None = None) -> str:
+    """Measure what is missing; write table.md, figures.json and sheet.png, and return the text."""
+    bench = Bench(options, model, scorer)
+    arms, rows, tasks, side = bench.arms(), [], [], bench.model.resolution
+    for index in range(options.scenes):
+        ours = [bench.task(kind, index) for kind in KINDS]
+        rows += evaluate(ours, arms, bench.cells, bench.judge, budget=options.budget, size=side, select=bench.select)
+        bench.cells.once(f"reconstruction/{index}", lambda index=index: bench.reconstruction(index))
+        tasks += ours
+        print(f"scene {index} of {options.scenes}: done", flush=True)
+    replays = [bench.cells.rows[f"reconstruction/{index}"] for index in range(options.scenes)]
+    names = [name for name in replays[0] if name != "key"]
+    text = table(rows, reference=NONE) + "\n" + versus(rows, [arm for arm in arms if arm != AUTO])
+    text += "\nReconstruction, PSNR dB: " + ", ".join(f"{name} {mean(replays, name, 2)}" for name in names) + "\n"
+    folder = options.output_dir
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    (folder / "figures.json").write_text(json.dumps({"edits": rows, "replays": replays}, indent=1), encoding="utf-8")
+    contact_sheet(tasks, list(arms), bench.cells, size=min(128, side)).save(folder / "sheet.png")
+    return text
+
+
+def main(options: SingleImageBench) -> None:
+    torch.set_num_threads(options.threads)
+    print(run(options))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(SingleImageBench, config=(tyro.conf.OmitArgPrefixes,)))

@@ -1,0 +1,34 @@
+"""What trainers share: what is missing is said before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from personalize import trainer
+from personalize.cli import main
+from personalize.errors import UserError
+from personalize.model import StableDiffusion
+from personalize.trainer import check_tracker
+
+
+def test_trackers_are_asked_for_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("a base was loaded"))
+    picture = Path(__file__).parents[1] / "examples" / "quickstart.png"
+    line = ["train", "single_image", str(picture), "--caption", "a", "--output_dir", str(tmp_path / "out")]
+    assert main([*line, "--report_to", "tensorboard"]) == 2
+    said = "personalize: --report_to tensorboard needs the package tensorboard: pip install tensorboard\n"
+    assert capsys.readouterr().err == said and not (tmp_path / "out").exists()
+
+
+def test_any_tracker_will_do_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "find_spec", lambda name: name == "wandb" or None)
+    check_tracker("all")
+    check_tracker("wandb")
+    check_tracker(None)
+    with pytest.raises(UserError, match="comet_ml"):
+        check_tracker("comet_ml")

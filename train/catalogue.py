@@ -1,0 +1,77 @@
+"""Learn a whole table of pictures: one adapter for each row, on one base model that stays loaded.
+
+    personalize train catalogue items.csv --output_dir adapters
+    accelerate launch --multi_gpu --num_processes 8 train/catalogue.py items.csv --output_dir adapters
+
+Columns: image, caption, name, and any option of how a picture is learned.  The rows are shared over the processes of
+the launch, on several machines too; a run that was stopped goes on where it was, and a bad row stops no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from personalize.errors import UserError
+from personalize.recipes import Base, Recipe, chosen
+
+if TYPE_CHECKING:
+    from personalize.model import StableDiffusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Recipe, Base):
+    items: tyro.conf.Positional[Path]
+    """Table of the pictures: a CSV file with a header; paths are relative to it."""
+    output_dir: Path = Path("adapters")
+    """Where each row's adapter folder goes, and results.csv."""
+    caption_model: str | None = None
+    """BLIP-family folder or hub id that captions pictures for which neither the table nor a .txt file has words."""
+    resolution: int | None = None
+    """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward pass; all that learns and the loss are always fp32."""
+    load_in_4bit: bool = False
+    """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
+    preview_steps: int = 0
+    """Denoising steps of the reconstruction shown and measured on each card; 0 draws none."""
+
+
+def main(config: Config) -> Path:
+    """Learn the rows; returns the table of results.  UserError, at the very end, if rows have failed."""
+    from accelerate import Accelerator
+
+    from personalize import teams
+    from personalize.catalogue import DONE, Catalogue, read_items, run, write_table
+    from personalize.trainer import load_base
+
+    recipe = chosen(config, Recipe)
+    items, refused = read_items(config.items, recipe)
+    base = "@".join(filter(None, [config.pretrained_model_name_or_path or "embedded", config.revision]))
+    catalogue = Catalogue(
+        config.output_dir, recipe, base, config.resolution, config.caption_model, config.preview_steps
+    )
+    team = teams.join()
+
+    def load() -> StableDiffusion:
+        return load_base(config, Accelerator(mixed_precision=config.mixed_precision))
+
+    rows = run(items, refused, catalogue, load, team, config.mixed_precision)
+    table = config.output_dir / "results.csv"
+    if team.index == 0:
+        write_table(rows, table)
+        print(f"{sum(row['status'] == DONE for row in rows)} of {len(rows)} rows learned: {table}", flush=True)
+    team.gathered(None)  # the table is there before any process leaves
+    failed = [row for row in rows if row["status"] != DONE]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(rows)} rows failed, see {table}; mend them and start again")
+    return table
+
+
+if __name__ == "__main__":
+    from personalize.cli import run_script
+
+    raise SystemExit(run_script(Config, main))
