@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from personalize import __version__, cli, launching
+from personalize import __version__, cli, launching, options
 from personalize.commands import COMMANDS
 from personalize.errors import UserError
 from personalize.options import parse
@@ -193,7 +193,8 @@ def test_every_preset_is_accepted():
             continue
         config = launching.load_script(scripts[path.stem]).Config
         required = [f for f in fields(config) if f.default is f.default_factory is MISSING]
-        assert parse(config, ["--config", str(path), *(f"--{f.name}=1" for f in required)], prog=path.stem)
+        given = ["1" if options._is_positional(config, f.name) else f"--{f.name}=1" for f in required]
+        assert parse(config, ["--config", str(path), *given], prog=path.stem)
 
 
 # Processes
