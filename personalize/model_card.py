@@ -207,8 +207,9 @@ def _limits(adapter: Adapter) -> str:
             + loss
         )
     return (
-        f"## Limits\n\n* {first}\n* Learned from one picture: pose, background and style may come back where they were "
-        "not asked for.\n* The pictures are drawn anew from noise; nothing keeps unedited pixels as they were.\n"
+        f"## Limits\n\n* {first}\n* Learned from {_count(adapter).lower()}: pose, background and style may come back "
+        "where they were not asked for.\n"
+        "* The pictures are drawn anew from noise; nothing keeps unedited pixels as they were.\n"
         "* Made for the base named above; on other checkpoints the result differs."
     )
 

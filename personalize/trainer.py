@@ -23,16 +23,23 @@ def accelerated(config: Any) -> Accelerator:
     """The Accelerator of a trainer's options, once it is certain that what they ask for is there.
 
     Raises:
-        UserError: a tracker that is not installed, a checkpoint or a repository of the hub that is not there.
+        UserError: a tracker that is not installed, a precision that the device has not, a checkpoint or a repository
+            of the hub that is not there.
     """
     check_tracker(config.report_to)
     checkpoints.find(config.output_dir, config.resume_from_checkpoint)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.report_to,
-        project_dir=str(config.output_dir / config.logging_dir),
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=config.report_to,
+            project_dir=str(config.output_dir / config.logging_dir),
+        )
+    except ValueError as error:  # e.g. bf16 on an old GPU
+        raise UserError(f"--mixed_precision {config.mixed_precision} does not work here: {error}") from None
+    if config.mixed_precision != "no" and not accelerator.native_amp:  # fp16 on a CPU would silently be fp32
+        where = accelerator.device.type
+        raise UserError(f"--mixed_precision {config.mixed_precision} does not work on this {where}: use bf16 or no")
     if config.push_to_hub and accelerator.is_main_process:
         hub.repository(repository(config), private=config.person)
     return accelerator

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from personalize import trainer
 from personalize.cli import main
 from personalize.errors import UserError
+from personalize.launching import load_script
 from personalize.model import StableDiffusion
-from personalize.trainer import check_tracker
+from personalize.trainer import accelerated, check_tracker
+from tests.children import in_child
 
 
 def test_trackers_are_asked_for_before_anything_is_loaded(
@@ -32,3 +37,16 @@ def test_any_tracker_will_do_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     check_tracker(None)
     with pytest.raises(UserError, match="comet_ml"):
         check_tracker("comet_ml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"), reason="needs a machine without fp16")
+def test_a_precision_the_device_has_not_is_one_line(tmp_path: Path) -> None:
+    def refused() -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        script = load_script(Path(__file__).parents[1] / "train" / "single_image.py")
+        with pytest.raises(UserError) as caught:
+            accelerated(script.Config(mixed_precision="fp16", output_dir=tmp_path))
+        return str(caught.value)
+
+    told, _ = in_child(refused)  # Accelerate keeps one precision to a process
+    assert told == "--mixed_precision fp16 does not work on this cpu: use bf16 or no"
