@@ -209,5 +209,7 @@ COMMANDS = {  # name: (options, "module:function" that takes them)
 
 def form(command: str, words: Sequence[str]) -> str:
     """The name in COMMANDS of what is meant: `edit` of a picture file, or with --source, is another command."""
-    photo = any(word.lower().endswith(PICTURES) or word.partition("=")[0] == "--source" for word in words)
+    pairs = zip(("", *words), words, strict=False)
+    pictures = [word for before, word in pairs if before.replace("-", "_") != "__source_image"]
+    photo = any(word.lower().endswith(PICTURES) or word.partition("=")[0] == "--source" for word in pictures)
     return PHOTO if command == "edit" and photo else command
