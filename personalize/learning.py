@@ -156,9 +156,7 @@ class Learning:
 
     def _prepare(self, source: Any) -> None:
         recipe = self.recipe
-        self.objective = SingleImage(
-            self.model, source, standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma
-        )
+        self.objective = SingleImage(self.model, source, standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma)
         groups = self.objective.groups(recipe.learning_rate, recipe.text_embedding_lr)
         optimizer = torch.optim.Adam(groups, fused=self.model.device.type in ("cuda", "cpu"))
         self._prepared, self.optimizer = self.accelerator.prepare(self.objective, optimizer)

@@ -93,7 +93,8 @@ PARTICIPLES = frozenset(
     "sworn broken woven frozen chosen spoken stolen hidden ridden written bitten beaten eaten fallen given taken "
     "shaken forsaken swollen sunken shrunken drunken built bent lent sent spent lost left kept slept swept bound "
     "found wound ground stuck struck strung hurt burnt spilt split shut spread fed led bred dug spun swum sung rung "
-    "begun run laid paid sat stood lain met shot caught taught bought brought fought sold told read undone overrun".split()
+    "begun run laid paid sat stood lain met shot caught taught bought brought fought sold told read "
+    "undone overrun".split()
 )
 VERBS = frozenset(  # by their place verbs, also where the word could be a noun
     "sit stand lie lay hold carry wear walk run ride jump fly swim eat drink sleep rest play look watch stare gaze "
