@@ -9,7 +9,6 @@ of self-attention at 32×32 found objects better than features, queries, keys or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,61 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from personalize.attention import AttentionHook, AttentionSite, attention_sites, stage_side
 from personalize.randomness import generator
 
 RETRIES = (0, 3, 7)  # clusters added where every cluster is claimed by a noun
 ROUNDS = 100  # of k-means; it stops as soon as nothing changes
-
-
-class InversionMaps(AttentionHook):
-    """Collects, while a photo is inverted, its text maps of every step and its mean self-attention, on the CPU.
-
-    Row 0 of the conditional pass; means over heads and layers.  Text maps are those of "the 16×16 stage" (`stage_side`);
-    self-attention is that of twice its side where the UNet has any, else of the same.
-    """
-
-    def __init__(self, model: Any, size: tuple[int, int]) -> None:
-        sites = attention_sites(model.unet, size)
-        self.level = text_level(model)
-        finer = {site.level for site in sites.values() if not site.cross and site.level == self.level - 1}
-        self.self_level = min(finer, default=self.level)
-        self.grid = next(s for s in sites.values() if s.cross and s.level == self.level)
-        self.fine = next(s for s in sites.values() if not s.cross and s.level == self.self_level)
-        self._text: dict[int, list[Tensor]] = {}
-        self._self: Tensor | None = None
-        self._count = 0
-
-    def wants(self, site: AttentionSite) -> bool:
-        return site.level == (self.level if site.cross else self.self_level)
-
-    def active(self, site: AttentionSite) -> bool:
-        return site.branch in (None, "cond")
-
-    def probs(self, p: Tensor, site: AttentionSite) -> Tensor:
-        mean = p[0].detach().mean(0).cpu()
-        if site.cross:
-            self._text.setdefault(0 if site.step is None else site.step.index, []).append(mean)
-        else:
-            self._self = mean if self._self is None else self._self + mean
-            self._count += 1
-        return p
-
-    def text(self) -> Tensor:
-        """(t, h, w, l): the map of every step, in the order in which the steps were made."""
-        steps = [torch.stack(self._text[index]).mean(0) for index in sorted(self._text)]
-        return torch.stack(steps).unflatten(1, (self.grid.height, self.grid.width))
-
-    def self_attention(self) -> Tensor:
-        """(h, w, h·w): how positions attend to one another, on the mean."""
-        assert self._self is not None
-        return (self._self / self._count).unflatten(0, (self.fine.height, self.fine.width))
-
-
-def text_level(model: Any) -> int:
-    """How often the latents are halved at "the 16×16 maps"."""
-    side = stage_side(model)
-    return next(s.level for s in attention_sites(model.unet).values() if s.cross and s.side == side)
 
 
 def kmeans(rows: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -> Tensor:
@@ -82,13 +30,12 @@ def kmeans(rows: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -> Te
         centres = _starts(rows, clusters, generator(seed, "kmeans", restart))
         labels = torch.full((len(rows),), -1)
         for _ in range(ROUNDS):
-            distances = torch.cdist(rows, centres).square()
-            found = distances.argmin(1)
+            found = torch.cdist(rows, centres).argmin(1)
             if torch.equal(found, labels):
                 break
             labels = found
             centres = torch.stack([_mean(rows, labels == k, centres[k]) for k in range(len(centres))])
-        inertia = float(distances.amin(1).sum())
+        inertia = float((rows - centres[labels]).square().sum())
         if inertia < least:
             best, least = labels, inertia
     return best

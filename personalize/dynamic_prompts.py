@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from personalize.attention import AttentionSite, MapStore, attention_sites, hooked
-from personalize.background import text_level
 from personalize.concepts import ConceptRows
 from personalize.errors import UserError
 from personalize.losses import smoothed
 from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import Moves, Step
 from personalize.noun_groups import NounGroup, group_maps
+from personalize.text_maps import stage_attention
 
 SHARPNESS = 100.0  # of the softmax over words, before the balancing loss
 HALF_SCALE = 2.0**12  # of the loss in half precision, whose gradients would be rounded to nothing
@@ -35,7 +34,7 @@ STEPS = 50  # of the published thresholds
 
 
 def disjoint_loss(maps: Tensor) -> Tensor:
-    """Mean cosine of pairs of noun maps (k, h, w), a scalar in [0, 1]:  mean over i < j of cos(A_i, A_j);  0 for one."""
+    """Mean over pairs i < j of cos(A_i, A_j), of noun maps (k, h, w): a scalar in [0, 1], 0 for a single noun."""
     flat = maps.flatten(1)
     first, second = torch.triu_indices(len(flat), len(flat), 1, device=flat.device)
     if len(first) == 0:
@@ -123,40 +122,6 @@ def leakage(attention: Tensor, groups: Sequence[NounGroup], background: Tensor |
     maps = group_maps(attention, groups)
     outside = maps.sum() * 0 if background is None else background_loss(maps, background)
     return balancing_loss(sharpened(attention, groups)), disjoint_loss(maps), outside
-
-
-class _Seen(Exception):
-    """All maps that are wanted have been made: the rest of the UNet need not run."""
-
-
-class StageMaps(MapStore):
-    """Text maps of "the 16×16 stage", with gradients; the prediction is cut off behind the last of them."""
-
-    def __init__(self, model: StableDiffusion, size: tuple[int, int]) -> None:
-        level = text_level(model)
-        sites = {n: s for n, s in attention_sites(model.unet, size).items() if s.cross and s.level == level}
-        super().__init__(True, keep_graph=True)
-        self.names, self.last = frozenset(sites), [*sites][-1]
-
-    def wants(self, site: AttentionSite) -> bool:
-        return site.name in self.names
-
-    def probs(self, p: Tensor, site: AttentionSite) -> Tensor:
-        super().probs(p, site)
-        if site.name == self.last:
-            raise _Seen
-        return p
-
-
-def stage_attention(model: StableDiffusion, latents: Tensor, step: Step, told: Conditioning) -> Tensor:
-    """(h, w, l): text attention at one step, the mean over heads and the layers of "the 16×16 stage"."""
-    store = StageMaps(model, (int(latents.shape[-2]), int(latents.shape[-1])))
-    try:
-        with hooked(model.unet, [store], step=step):
-            model.predict(latents[:1], step.timestep, told)
-    except _Seen:
-        return store.mean()[0]
-    raise AssertionError("the UNet ended before its own layer")
 
 
 @contextmanager
@@ -267,8 +232,9 @@ class DynamicFit:
             self.found.last[-1] = now
             if now.within(step):
                 return
-            weighed = zip((self.settings.balancing, self.settings.disjoint, self.settings.background), losses)
-            total = sum(weight * loss for weight, loss in weighed)
+            balancing, disjoint, outside = losses
+            total = self.settings.balancing * balancing + self.settings.disjoint * disjoint
+            total = total + self.settings.background * outside
             scale = HALF_SCALE if self.model.dtype == torch.float16 else 1.0
             for weight, gradient in zip(weights, torch.autograd.grad(total * scale, weights), strict=True):
                 weight.grad = gradient / scale

@@ -2,8 +2,8 @@
 
     A_tgt = softmax(Q_tgt K_srcᵀ / √d) V_src        in the decoder's finer stages, from step 4 on
 
-References: Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control", arXiv 2304.08465, eq. 4; layers 10 to 15 of
-SD 1.x's sixteen, and the last six of SDXL's, are the decoder's stages but the coarsest.
+References: Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control", arXiv 2304.08465, eq. 4; layers 10 to 15
+of SD 1.x's sixteen, and the last six of SDXL's, are the decoder's stages but the coarsest.
 """
 
 from __future__ import annotations

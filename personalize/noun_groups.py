@@ -1,7 +1,7 @@
 """Which tokens of a prompt say which thing: nouns, found or named by the user, as positions and vocabulary entries.
 
-A group is one thing: all pieces of a word, all places where the word stands, and its synonyms.  Its map is the mean over
-its positions, so that repeated nouns and synonyms are never pulled apart.
+A group is one thing: all pieces of a word, all places where the word stands, and its synonyms.  Its map is the mean
+over its positions, so that repeated nouns and synonyms are never pulled apart.
 """
 
 from __future__ import annotations

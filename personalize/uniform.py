@@ -8,9 +8,9 @@ and target agree about the clean picture, the target takes that auxiliary pictur
     E = maxpool₃ 1[ |x̂0_src − x̂0_tgt| > 2 λ ],   λ the q·i/(S−1) quantile of |x̂0_src − x̂0_tgt|,   0 < t < T_mask
     x̂0_tgt ← (1 − E) x̂0_u + E x̂0_tgt            ε̂ stays
 
-References: Mo et al., "Uniform Attention Maps: Boosting Image Fidelity in Reconstruction and Editing", arXiv 2411.19652.
-Where the paper's box and its code differ, this follows the code: the threshold is doubled, the edited side is dilated,
-and the quantile grows with the step.
+References: Mo et al., "Uniform Attention Maps: Boosting Image Fidelity in Reconstruction and Editing", arXiv
+2411.19652.  Where the paper's box and its code differ, this follows the code: the threshold is doubled, the edited side
+is dilated, and the quantile grows with the step.
 """
 
 from __future__ import annotations
