@@ -30,7 +30,7 @@ from personalize.errors import UserError
 from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import moves
 from personalize.randomness import generator
-from personalize.sampling import Edit, LatentEdit, Moves, Step, Trajectory, denoise, trajectory
+from personalize.sampling import Edit, LatentEdit, Moves, Run, Step, denoise, trajectory
 
 Point = tuple[float, float]  # (x, y) in latent cells, as people write points; cells are (row, column)
 
@@ -192,7 +192,7 @@ def warp(
     return forward(field, masks.any(0), (claims * masks).amax(0))
 
 
-def filled(run: Trajectory, source: Tensor, mask: Tensor, correlation: Correlation, settings: DragSettings) -> Tensor:
+def filled(run: Run, source: Tensor, mask: Tensor, correlation: Correlation, settings: DragSettings) -> Tensor:
     """z_T′ (1, c, h, w): the end of inversion `run`, warped by `source`, its empty cells filled.
 
     Ω, from which cells are filled, is what the mask leaves: cells of U still show the object at the level where their
@@ -222,7 +222,7 @@ def filled(run: Trajectory, source: Tensor, mask: Tensor, correlation: Correlati
 class Protected(LatentEdit):
     """Outside `region` (h, w) the latents of the inversion `run` at the same level:  z ← G z + (1 − G) z_inv."""
 
-    def __init__(self, region: Tensor, run: Trajectory) -> None:
+    def __init__(self, region: Tensor, run: Run) -> None:
         self.region, self.latents_before = region.to(run.latents.device), run.latents
 
     def latents(self, z: Tensor, step: Step) -> Tensor:

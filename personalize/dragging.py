@@ -1,4 +1,4 @@
-"""Pictures dragged by points: from pixels to latent cells and back, whatever the picture's size.
+"""Pictures dragged by points, whatever their size.
 
 Points are (x, y) in pixels of the picture as given, handle and target in turn: handle, target, handle, target, …
 """
@@ -10,25 +10,20 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from personalize.adapter import Adapter
 from personalize.concepts import installed
 from personalize.drag import DEFAULTS, Drag, DragSettings, drag, move_length
 from personalize.errors import UserError
-from personalize.images import load_image, to_image, to_pixels
-from personalize.lora import block_roles
+from personalize.frames import Frame, Picture, Point, opened
 from personalize.mixing import mixed
 from personalize.model import Conditioning, StableDiffusion
 
-Point = tuple[float, float]
-Picture = Image.Image | str | Path
 _MASK, _HANDLE, _TARGET = (255, 214, 10), (230, 57, 70), (29, 120, 240)
 
 
@@ -50,79 +45,6 @@ class Dragged:
     edit_seconds: float
     notes: tuple[str, ...]
     drag: Drag
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A picture on the model's terms: scaled to `size` (H, W), then padded by reflection below and on the right.
-
-    pixels: (1, 3, H′, W′), sides multiples of what the UNet halves.  factor: pixels per latent cell.
-    """
-
-    picture: Image.Image
-    size: tuple[int, int]
-    pixels: Tensor
-    factor: int
-
-    @staticmethod
-    def of(model: StableDiffusion, picture: Image.Image, resolution: int | None = None) -> Frame:
-        """Pictures of more than resolution² pixels, by default the base's own, are scaled down to about that."""
-        picture = picture.convert("RGB")
-        side = resolution or model.resolution
-        scale = min(1.0, side / math.sqrt(picture.width * picture.height))
-        height, width = (max(1, round(length * scale)) for length in (picture.height, picture.width))
-        scaled = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
-        multiple = model.factor * 2 ** max(role.level for role in block_roles(model.unet).values())
-        return Frame(picture, (height, width), _padded(to_pixels(scaled), multiple), model.factor)
-
-    def to_cells(self, point: Point) -> Point:
-        """(x, y) in pixels of the picture → in latent cells."""
-        return tuple(at * scale / self.factor for at, scale in zip(point, self._scales, strict=True))  # pyright: ignore
-
-    def to_point(self, cells: Point) -> Point:
-        """(x, y) in latent cells → in pixels of the picture."""
-        return tuple(at * self.factor / scale for at, scale in zip(cells, self._scales, strict=True))  # pyright: ignore
-
-    def mask_to_cells(self, mask: Image.Image) -> Tensor:
-        """A mask picture, white = may move → boolean (h, w): cells at least half white.
-
-        Raises:
-            UserError: it has another size than the picture.
-        """
-        if mask.size != self.picture.size:
-            raise UserError(
-                f"the mask is {mask.width}×{mask.height} px, the picture {self.picture.width}×{self.picture.height}: "
-                "give a mask of the picture's size"
-            )
-        height, width = self.size
-        grey = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.BOX), np.float32) / 255
-        full = np.zeros(self.pixels.shape[-2:], np.float32)
-        full[:height, :width] = grey
-        return avg_pool2d(torch.from_numpy(full)[None, None], self.factor)[0, 0] >= 0.5
-
-    def mask_to_picture(self, mask: Tensor) -> Image.Image:
-        """A boolean mask (h, w) as a picture of the source's size, white = True."""
-        whole = np.kron(mask.numpy().astype(np.uint8) * 255, np.ones((self.factor, self.factor), np.uint8))
-        height, width = self.size
-        return Image.fromarray(whole[:height, :width]).resize(self.picture.size, Image.Resampling.NEAREST)
-
-    def to_picture(self, pixels: Tensor) -> Image.Image:
-        """Pixels (1, 3, H′, W′) without their padding, as a picture of the source's size."""
-        height, width = self.size
-        image = to_image(pixels[..., :height, :width])
-        same = image.size == self.picture.size
-        return image if same else image.resize(self.picture.size, Image.Resampling.LANCZOS)
-
-    @property
-    def visible(self) -> Tensor:
-        """Cells (h, w) that show something of the picture, and not only padding."""
-        height, width = (length // self.factor for length in self.pixels.shape[-2:])
-        rows, columns = (torch.arange(side) * self.factor for side in (height, width))
-        return (rows < self.size[0])[:, None] & (columns < self.size[1])
-
-    @property
-    def _scales(self) -> tuple[float, float]:
-        return self.size[1] / self.picture.width, self.size[0] / self.picture.height
 
 
 def drag_picture(
@@ -169,10 +91,6 @@ def drag_picture(
     return Dragged(
         image, shown, sheet, arrived, missed, time.perf_counter() - began, found.edit_seconds, said, found
     )  # fmt: skip
-
-
-def opened(picture: Picture) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else load_image(picture)
 
 
 def pairs(points: Sequence[Point], size: tuple[int, int]) -> tuple[list[Point], list[Point]]:
@@ -264,11 +182,3 @@ def overlay(
         x, y = found
         pen.ellipse((x - 2 * dot, y - 2 * dot, x + 2 * dot, y + 2 * dot), None, (20, 20, 24), max(1, dot // 2))
     return sheet
-
-
-def _padded(pixels: Tensor, multiple: int) -> Tensor:
-    """`pixels` (1, 3, H, W) reflected below and on the right until both sides are multiples of `multiple`."""
-    height, width = pixels.shape[-2:]
-    extra = ((0, 0), (0, 0), (0, -height % multiple), (0, -width % multiple))
-    mode = "reflect" if min(height, width) > 1 else "edge"
-    return torch.from_numpy(np.pad(pixels.numpy(), extra, mode))

@@ -225,7 +225,7 @@ class DynamicFit:
             told = self.model.prompts([self.prompt], self.size)
             losses = leakage(stage_attention(self.model, latents, step, told), self.groups, self.background)
             self.found.passes += 1
-            now = Leakage(*(float(loss) for loss in losses))
+            now = Leakage(*(float(loss.detach()) for loss in losses))
             if number == 0:
                 self.found.first.append(now)
                 self.found.last.append(now)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
+from personalize.alignment import Tokens, tokenised
 from personalize.errors import UserError
 from personalize.model import StableDiffusion
 from personalize.nouns import things
@@ -41,7 +39,7 @@ def noun_groups(model: StableDiffusion, prompt: str, named: Sequence[str] = ()) 
     """The things that `prompt` shows: those `named`, or else its nouns; synonyms are joined by "=": "kitten=cat".
 
     Raises:
-        UserError: no noun at all, a word that is not in the prompt, one given twice, or one cut off at the end.
+        UserError: no noun at all, a word that is not in the prompt, one given twice, or a prompt of over 77 tokens.
     """
     asked = [tuple(phrase.split("=")) for phrase in named] or _found(prompt)
     if not asked:
@@ -63,38 +61,15 @@ def _found(prompt: str) -> list[tuple[str, ...]]:
 
 
 def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...]) -> NounGroup:
-    cuts = [_cut(tokenizer, prompt, words) for tokenizer in model.tokenizers]
-    positions = tuple(sorted({position for position, _ in cuts[0]}))
-    if any(tuple(sorted({position for position, _ in cut})) != positions for cut in cuts):
-        raise UserError(f"the two tokenizers of this base cut {prompt!r} at different places")
-    return NounGroup(words, positions, tuple(tuple(dict.fromkeys(number for _, number in cut)) for cut in cuts))
+    read = tokenised(model, prompt)
+    places = sorted({place for word in words for place in _places(read, word)})
+    encoded = [model.ids(tokenizer, [prompt])[0].tolist() for tokenizer in model.tokenizers]
+    ids = tuple(tuple(dict.fromkeys(one[place] for place in places)) for one in encoded)
+    return NounGroup(words, tuple(places), ids)
 
 
-def _cut(tokenizer: Any, prompt: str, words: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(position, id) of every piece of every occurrence of `words`."""
-    text = TextualInversionLoaderMixin().maybe_convert_prompt([prompt], tokenizer)[0]
-    coded = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
-    found = []
-    for word in words:
-        spans = [match.span() for match in _pattern(word).finditer(text)]
-        if not spans:
-            raise UserError(f"the word {word!r} is not in the prompt {prompt!r}: {_nearest(word, prompt)}")
-        for position, (start, end) in enumerate(coded.offset_mapping):
-            if start < end and any(low <= start and end <= high for low, high in spans):
-                found.append((position, coded.input_ids[position]))
-        if found and found[-1][0] > tokenizer.model_max_length - 2:
-            raise UserError(f"{word!r} is cut off, the text encoder reads {tokenizer.model_max_length} tokens: shorten")
-    return found
-
-
-def _pattern(word: str) -> re.Pattern[str]:
-    """`word` as a whole, whatever its case and spaces; a learned token with all its vectors."""
-    spaced = r"\s+".join(re.escape(part) for part in word.split())
-    tail = r"(?:_\d+)?" if word.endswith(">") else ""
-    return re.compile(rf"(?<!\w){spaced}{tail}(?!\w)", re.IGNORECASE)
-
-
-def _nearest(word: str, prompt: str) -> str:
-    known = [noun.text for noun in things(prompt)] + prompt.split()
-    near = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else "name words as they stand there"
+def _places(read: Tokens, word: str) -> list[int]:
+    """Every occurrence of `word`; of a learned token with all its vectors, `<cat1>_1` and so on."""
+    found = [place for span in read.find(word) for place in span]
+    vectors = [w.places for w in read.words if re.fullmatch(rf"{re.escape(word.lower())}_\d+", w.text)]
+    return [*found, *(place for span in vectors for place in span)]

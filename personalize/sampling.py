@@ -32,7 +32,7 @@ from personalize.moves import SCHEDULERS, Move, Moves, Step, blow_up, moves
 from personalize.randomness import generator
 
 __all__ = [
-    "SCHEDULERS", "Edit", "LatentEdit", "Move", "Moves", "Step", "Trajectory",
+    "SCHEDULERS", "Edit", "LatentEdit", "Move", "Moves", "Run", "Step",
     "ddim", "denoise", "initial_latents", "moves", "sample", "trajectory",
 ]  # fmt: skip
 
@@ -77,7 +77,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Run:
     """A run's `latents` (t+1, b, c, h, w), the start included, and `clean` estimates (t, b, c, h, w)."""
 
     moves: Moves
@@ -114,12 +114,12 @@ def denoise(
 
 def trajectory(
     model: StableDiffusion, latents: Tensor, edit: Edit, moves: Moves, *, seeds: Sequence[int] | None = None
-) -> Trajectory:
+) -> Run:
     """`denoise`, remembering every latent and clean estimate as they were after all edits."""
     record = _Record()
     denoise(model, latents, replace(edit, latent_edits=(*edit.latent_edits, record)), moves, seeds=seeds)
     start = latents.to(model.device, torch.float32)
-    return Trajectory(moves, torch.stack([start, *record.z]), torch.stack(record.x0))
+    return Run(moves, torch.stack([start, *record.z]), torch.stack(record.x0))
 
 
 def initial_latents(model: StableDiffusion, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:

@@ -17,13 +17,14 @@ PACKAGE = ROOT / "personalize"
 STOREYS = (
     "checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses nouns "
     "randomness scenes token_files",
-    "attention captions concepts loading lora mixing model noun_groups phantoms pickles reader_names text_lora",
+    "alignment attention captions concepts frames loading lora mixing model noun_groups phantoms pickles "
+    "reader_names text_lora",
     "background controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
-    "multi_concept mutual objectives pretraining sampling text_maps uniform views world",
+    "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
     "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
     "concept_maps concept_training conversion coverage data drag_command "
     "dragging editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
-    "options pictures preview quickstart regularisation training verify __main__",
+    "options photo photo_command pictures preview quickstart regularisation training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
