@@ -23,7 +23,7 @@ from typing import Any
 
 import personalize
 from personalize import launching
-from personalize.commands import COMMANDS
+from personalize.commands import COMMANDS, form
 from personalize.errors import UserError
 from personalize.options import HELP, nearest, parse, pull
 
@@ -57,7 +57,7 @@ def dispatch(args: list[str]) -> int:
         return run_room(command, rest)
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}: {nearest(command, [*ROOMS, *COMMANDS])}")
-    config, target = COMMANDS[command]
+    config, target = COMMANDS[form(command, rest)]
     options = parse(config, rest, prog=f"personalize {command}", description=inspect.getdoc(config) or "")
     quiet()
     module, _, function = target.partition(":")

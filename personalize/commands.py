@@ -5,17 +5,21 @@ Only the options live here, so that a command line is checked before torch is im
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from personalize.photo_options import PhotoConfig
+
 
 @dataclass(frozen=True)
 class EditConfig:
     """Edit the picture that an adapter was trained on.
 
+    Given a photo instead of an adapter, `edit` does something else: see personalize edit photo.png --help.
     Several values of --alpha, --beta, --gamma or --forget make a grid: one picture per combination and seed.
     """
 
@@ -188,11 +192,20 @@ class VerifyConfig:
     """Base model to check the names and shapes against; by default the one named in the adapter."""
 
 
+PHOTO = "edit PHOTO"  # what `edit` is when it is given a picture, or what a picture shows
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 COMMANDS = {  # name: (options, "module:function" that takes them)
     "edit": (EditConfig, "personalize.editor:run_edit"),
+    PHOTO: (PhotoConfig, "personalize.photo_command:run"),
     "drag": (DragConfig, "personalize.drag_command:run"),
     "quickstart": (QuickstartConfig, "personalize.quickstart:run"),
     "inspect": (InspectConfig, "personalize.inspection:run"),
     "convert": (ConvertConfig, "personalize.conversion:run"),
     "verify": (VerifyConfig, "personalize.verify:run"),
 }
+
+
+def form(command: str, words: Sequence[str]) -> str:
+    """The name in COMMANDS of what is meant: `edit` of a picture file, or with --source, is another command."""
+    photo = any(word.lower().endswith(PICTURES) or word.partition("=")[0] == "--source" for word in words)
+    return PHOTO if command == "edit" and photo else command

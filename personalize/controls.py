@@ -103,11 +103,12 @@ def align(
     mapper, alphas = refinement_mapper(source.ids, target.ids)
     own = torch.cat([1 - alphas, torch.zeros(length - len(alphas))])
     found = torch.cat([mapper, torch.arange(len(mapper), length)])
-    for word, noun in adjective_bindings(source, target) if settings.bind_adjectives else ():
-        found[list(word)], own[list(word)] = noun[-1], 0.0
     matrix = torch.zeros(length, length)
     kept = (own == 0).nonzero()[:, 0]
     matrix[found[kept], kept] = 1
+    for word, noun in adjective_bindings(source, target) if settings.bind_adjectives else ():
+        for place in word:
+            matrix[list(noun), place], own[place] = 1 / len(noun), 0.0
     return Alignment(matrix, own, mode)
 
 

@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from personalize.drag import DragSettings
 from personalize.dragging import Dragged, Point
 from personalize.editor import Editor, strangers
 from personalize.errors import UserError
 from personalize.files import write_folder
-from personalize.model import StableDiffusion
 from personalize.pictures import png
 
 if TYPE_CHECKING:
@@ -29,7 +26,7 @@ def run(config: DragConfig) -> Path:
         mode=config.mode, steps=config.num_inference_steps, strength=config.strength,
         displacement=config.displacement, mask_threshold=config.mask_threshold, seed=config.seed,
     )  # fmt: skip
-    editor = _editor(config)
+    editor = Editor.configured(config, (config.adapter,) if config.adapter else ())
     found = editor.drag(
         points, config.photo, mask=config.mask, prompt=config.prompt, settings=settings,
         resolution=config.resolution, paste=config.paste,
@@ -73,13 +70,3 @@ def summary(points: list[Point], found: Dragged) -> dict[str, object]:
     thresholds = [round(value, 4) for value in found.drag.thresholds]
     times = {"seconds": round(found.seconds, 3), "edit_seconds": round(found.edit_seconds, 3)}
     return {"drags": drags, "mask_thresholds": thresholds, **times, "notes": found.notes}
-
-
-def _editor(config: DragConfig) -> Editor:
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    about = {"dtype": dtype, "device": "cpu" if config.cpu else None, "revision": config.revision,
-             "variant": config.variant}  # fmt: skip
-    base = config.pretrained_model_name_or_path
-    return Editor(StableDiffusion.load(base, **about)) if config.adapter is None else Editor.load(
-        config.adapter, base, **about
-    )  # fmt: skip

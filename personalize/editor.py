@@ -21,12 +21,14 @@ from personalize.adapter import Adapter
 from personalize.attachment import loaded, parsed
 from personalize.concepts import installed
 from personalize.drag import DEFAULTS, DragSettings
-from personalize.dragging import Dragged, Picture, Point, drag_picture
+from personalize.dragging import Dragged, Point, drag_picture
 from personalize.errors import UserError
 from personalize.files import write_folder
+from personalize.frames import Picture
 from personalize.images import to_image
 from personalize.mixing import mixed
 from personalize.model import Conditioning, StableDiffusion
+from personalize.photo import PHOTO_DEFAULTS, Edited, PhotoSettings, Wish, edit_photo
 from personalize.pictures import grid, png
 from personalize.sampling import Edit, moves, sample
 from personalize.text_lora import has_text
@@ -81,6 +83,15 @@ class Editor:
         named = base if base is not None else adapter.info.get("base", {}).get("name")
         return Editor(StableDiffusion.load(None if named in (None, "", "embedded") else named, **settings), adapter)
 
+    @staticmethod
+    def configured(config: Any, adapters: Sequence[Path] = ()) -> Editor:
+        """What a command's options ask for: base, revision, variant, precision and device; with `adapters` or none."""
+        dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+        about = {"dtype": dtype, "device": "cpu" if config.cpu else None, "revision": config.revision,
+                 "variant": config.variant}  # fmt: skip
+        base = config.pretrained_model_name_or_path
+        return Editor.load(adapters, base, **about) if adapters else Editor(StableDiffusion.load(base, **about))
+
     def edit(
         self, prompt: str, setting: Setting = Setting(), *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
         sampling: Sampling = Sampling(), **strengths: Any,
@@ -124,6 +135,12 @@ class Editor:
             self.model, picture, points, mask=mask, prompt=prompt, adapter=self.adapter, settings=settings,
             resolution=resolution, paste=paste,
         )  # fmt: skip
+
+    def photo(
+        self, picture: Picture, source: str, wish: Wish, settings: PhotoSettings = PHOTO_DEFAULTS, **more: Any
+    ) -> Edited:
+        """Edit a photo that shows `source` by text; works with an adapter and without.  See `edit_photo`."""
+        return edit_photo(self.model, picture, source, wish, settings, adapter=self.adapter, **more)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -175,12 +192,8 @@ def rules(text: str) -> list[Any]:
 
 def run_edit(config: EditConfig) -> Path:
     """`personalize edit`: every combination of strengths and seeds as a picture, a labelled grid, and edits.json."""
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     settings = list(_settings(config))
-    editor = Editor.load(
-        (config.adapter, *config.add), config.pretrained_model_name_or_path,
-        dtype=dtype, device="cpu" if config.cpu else None, revision=config.revision, variant=config.variant,
-    )  # fmt: skip
+    editor = Editor.configured(config, (config.adapter, *config.add))
     seeds = list(config.seeds) or [config.seed + index for index in range(config.num_images)]
     size = (config.height or editor.size[0], config.width or editor.size[1])
     sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)

@@ -33,7 +33,7 @@ from personalize.trajectories import MANIFEST, Trajectory, key_of, made_of, with
 
 METHODS = ("direct", "ddim", "negative", "null-text", "ddpm")
 GUIDANCE = {"null-text": 7.5, "ddpm": 3.5}  # where inverting itself is guided
-DDPM_STRENGTH = 0.64  # the authors skip the noisiest 36 of 100 steps
+STRENGTH = {"ddpm": 0.64}  # its authors skip the noisiest 36 of 100 steps
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def invert(
     pixels = image if isinstance(image, Tensor) else Frame.of(model, opened(image), resolution).pixels
     size = (pixels.shape[-2], pixels.shape[-1])
     told, null = model.prompts([prompt], size), model.null(1, size)
-    strength = strength or (DDPM_STRENGTH if method == "ddpm" else 1.0)
+    strength = strength or STRENGTH.get(method, 1.0)
     guidance_scale = (guidance_scale or GUIDANCE[method]) if method in GUIDANCE else 1.0
     settings = {"method": method, "steps": steps, "strength": strength, "guidance_scale": guidance_scale}
     settings |= {"seed": seed} if method == "ddpm" else {}

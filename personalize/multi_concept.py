@@ -85,13 +85,13 @@ def calibration_layers(unet: UNet2DConditionModel, size: tuple[int, int]) -> lis
     levels = {place: {s.level for s in sites.values() if s.place == place} for place in ("down", "up")}
     common = levels["down"] & levels["up"]
     if not common:
-        raise UserError("this UNet has no stage with text attention on both paths: set calibration_weight to 0")
+        raise UserError("this UNet has no stage with text attention on both paths, so no maps to read")
     side = {site.level: site.side for site in sites.values()}
     level = min(common, key=lambda level: (abs(side[level] - SIDE), side[level]))
     if side[level] < 4:
         raise UserError(
             f"the attention maps nearest 16×16 have {side[level]} cells a side, at least 4 are needed: "
-            "raise the resolution, or set calibration_weight to 0"
+            "raise the resolution, or do without (calibration_weight 0)"
         )
     rows: dict[str, list[str]] = {}
     for name, site in sites.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -106,6 +107,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str], room: Path):
         ("edit folder --prompt a --num_processes 2", "unknown option --num_processes"),
         ("edit folder --promt a", "unknown option --promt: did you mean --prompt?"),
         ("quickstart a.png b.png", "Unrecognized options: b.png"),
+        ("edit a.png --prompt b", "unknown option --prompt"),
+        ("edit a.png --target b", "personalize edit needs --source"),
+        ("edit a.png --source b --tagret c", "unknown option --tagret: did you mean --target?"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], room: Path, line: str, says: str):
@@ -168,7 +172,7 @@ def test_every_launchable_script_is_whole():
 def test_every_option_is_documented():
     files = {path: "Config" for room in cli.ROOMS for path in launching.scripts(room).values()}
     classes = [(path, name) for path, name in files.items()]
-    classes += [(ROOT / "personalize" / "commands.py", config.__name__) for config, _ in COMMANDS.values()]
+    classes += [(Path(inspect.getfile(config)), config.__name__) for config, _ in COMMANDS.values()]
     for path, name in classes:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
@@ -202,7 +206,8 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
                 with contextlib.suppress(SystemExit):
                     cli.main(args)
                 assert "torch" not in sys.modules, args
-    for args in ([], ["--help"], ["edit", "--help"], ["edit", "x"], ["quickstart", "--help"], ["verify"]):
+    for args in ([], ["--help"], ["edit", "--help"], ["edit", "x"], ["edit", "x.png", "--help"],
+            ["edit", "x.png"], ["quickstart", "--help"], ["verify"]):
         with contextlib.suppress(SystemExit):
             cli.main(args)
         assert "torch" not in sys.modules, args

@@ -24,7 +24,7 @@ STOREYS = (
     "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
     "concept_maps concept_training conversion coverage data drag_command "
     "dragging editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
-    "options photo photo_command pictures preview quickstart regularisation training verify __main__",
+    "options photo photo_command photo_options pictures preview quickstart regularisation training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
@@ -32,7 +32,9 @@ LIBRARIES = (
     "",
     "datasets bitsandbytes huggingface_hub tyro yaml rich",
 )
-LIGHT = ("__init__", "__main__", "cli", "commands", "errors", "launching", "options")  # parsed before torch is imported
+LIGHT = (  # parsed before torch is imported
+    "__init__", "__main__", "cli", "commands", "errors", "launching", "options", "photo_options",
+)  # fmt: skip
 LIGHT_LIBRARIES = {"tyro", "yaml", "rich"}
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names.split()}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_launch" not in path.parts)

@@ -1,0 +1,196 @@
+"""A photo edited by text: inverted once, then sampled beside itself with another prompt.
+
+photo → latents → trajectory (`personalize.inversion`) → rows source, target under `personalize.controls` → picture
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from personalize.adapter import Adapter
+from personalize.alignment import JOINTS, Tokens, swapped, tokenised
+from personalize.concept_maps import overlay
+from personalize.concepts import installed
+from personalize.controls import Controls, ControlSettings, MapSum, controls
+from personalize.errors import UserError
+from personalize.frames import Frame, Picture, opened
+from personalize.images import to_image
+from personalize.inversion import STRENGTH, invert
+from personalize.model import StableDiffusion
+from personalize.moves import moves
+from personalize.null_text import NullText
+from personalize.pictures import grid
+from personalize.sampling import denoise
+from personalize.trajectories import Trajectory
+
+GUIDANCE = {"ddpm": 15.0}  # of the edit, where it is not 7.5
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a photo is to show: `target`, or the source prompt with `swaps` (old, new); one of them, or weights alone.
+
+    weights: factors on the attention to words of the target.
+    local: (word of the source, word of the target): the photo may change only where these look.
+    """
+
+    target: str = ""
+    swaps: Sequence[tuple[str, str]] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    local: Sequence[tuple[str, str]] = ()
+
+    def prompt(self, source: Tokens) -> str:
+        """The target prompt.  UserError if nothing is asked for, or two things, or a swapped word is not there."""
+        if self.target.strip() and self.swaps:
+            raise UserError("a target and words to swap are two ways to say one thing: give one of them")
+        if not self.target.strip() and not self.swaps and not self.weights:
+            raise UserError("nothing is to change: give a target prompt, words to swap, or weights of words")
+        return self.target.strip() or swapped(source, self.swaps)
+
+
+@dataclass(frozen=True)
+class PhotoSettings:
+    """How a photo is edited; see `invert` and `ControlSettings`."""
+
+    inversion: str = "direct"
+    steps: int = 50
+    strength: float | None = None
+    """Share of the way that is inverted; by default all of it, with ddpm 0.64."""
+    guidance_scale: float | None = None
+    """Of the edit; by default 7.5, with ddpm 15."""
+    seed: int = 0
+    null_text: NullText = NullText()
+    control: ControlSettings = ControlSettings()
+    resolution: int | None = None
+
+    @property
+    def guidance(self) -> float:
+        return GUIDANCE.get(self.inversion, 7.5) if self.guidance_scale is None else self.guidance_scale
+
+    @property
+    def share(self) -> float:
+        return self.strength or STRENGTH.get(self.inversion, 1.0)
+
+
+PHOTO_DEFAULTS = PhotoSettings()
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What came of it; pictures have the photo's size.
+
+    reconstruction: the source row, what is left of the photo itself.  sheet: photo, reconstruction and edit in a row.
+    attention: where each word looks, if asked for.  latents: (2, c, h, w), source and target, or the source alone.
+    notes: what the user should know.
+    """
+
+    image: Image.Image
+    reconstruction: Image.Image
+    sheet: Image.Image
+    attention: Image.Image | None
+    target: str
+    latents: Tensor
+    trajectory: Trajectory
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def edit_photo(
+    model: StableDiffusion,
+    picture: Picture,
+    source: str,
+    wish: Wish,
+    settings: PhotoSettings = PHOTO_DEFAULTS,
+    *,
+    adapter: Adapter | None = None,
+    folder: str | Path | None = None,
+    cache: str | Path | None = None,
+    attention: bool = False,
+) -> Edited:
+    """Edit a photo that shows `source` as `wish` says.
+
+    Args:
+        folder, cache: where the trajectory is kept and found again; see `invert`.
+        attention: draw where each word looks.
+
+    A target that says what the source says gives the reconstruction, and a note.
+
+    Raises:
+        UserError: what `Wish`, `invert` and `controls` refuse; nothing is written then but the trajectory.
+    """
+    began = time.perf_counter()
+    frame = Frame.of(model, opened(picture), settings.resolution)
+    with equipped(model, adapter):
+        told = tokenised(model, source)
+        target = wish.prompt(told)
+        same = tokenised(model, target).ids == told.ids and all(factor == 1 for factor in wish.weights.values())
+        guide = None if same else _controls(model, frame, told, target, wish, settings, attention)
+        trajectory = invert(
+            model, frame.pixels, source, settings.inversion, steps=settings.steps, strength=settings.share,
+            seed=settings.seed, null_text=settings.null_text, folder=folder, cache=cache,
+            guidance_scale=settings.guidance if settings.inversion == "null-text" else None,
+        )  # fmt: skip
+        latents = trajectory.replay(model, settings.guidance) if guide is None else _sampled(
+            model, frame, trajectory, target, guide, settings.guidance
+        )  # fmt: skip
+    pixels = model.decode(latents).cpu()
+    pictures = [frame.to_picture(row[None]) for row in pixels]
+    drawn = [frame.picture, *pictures] if len(pictures) == 2 else [frame.picture, *pictures * 2]
+    sheet = grid([drawn], columns=("photo", "reconstruction", "edit"), title=f"{source} → {target}", cell=256)
+    maps = None
+    if guide is not None and attention and guide.maps is not None:
+        maps = word_sheet(guide, guide.maps, [to_image(row) for row in pixels], frame.size)
+    notes = ("the target says what the source says: this is the reconstruction",) if guide is None else ()
+    seconds = time.perf_counter() - began
+    return Edited(drawn[-1], drawn[1], sheet, maps, target, latents, trajectory, seconds, notes)
+
+
+@contextmanager
+def equipped(model: StableDiffusion, adapter: Adapter | None) -> Iterator[None]:
+    """Run the body with all of `adapter` in `model`: LoRA in UNet and text encoders, learned tokens; then as before."""
+    with ExitStack() as stack:
+        if adapter is not None:
+            for change in (adapter.apply(model), adapter.apply_text(model), installed(model, adapter.concepts)):
+                stack.enter_context(change)
+        yield
+
+
+def _controls(
+    model: StableDiffusion, frame: Frame, source: Tokens, target: str, wish: Wish, settings: PhotoSettings, maps: bool
+) -> Controls:
+    height, width = (side // model.factor for side in frame.pixels.shape[-2:])
+    plan = moves(model, settings.steps, strength=settings.share)
+    return controls(
+        model, source.text, target, steps=len(plan), size=(height, width), settings=settings.control,
+        swaps=wish.swaps, weights=wish.weights, blend=wish.local, keep_maps=maps,
+    )  # fmt: skip
+
+
+def _sampled(
+    model: StableDiffusion, frame: Frame, trajectory: Trajectory, target: str, guide: Controls, guidance: float
+) -> Tensor:
+    """Latents (2, c, h, w) of source and target."""
+    told = model.prompts([target], (frame.pixels.shape[-2], frame.pixels.shape[-1]))
+    edit = trajectory.edit(told, guidance_scale=guidance, hooks=guide.hooks, latent_edits=guide.latent_edits)
+    return denoise(model, trajectory.start(2), edit, trajectory.moves(model))
+
+
+def word_sheet(guide: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """Where the words of source (upper row) and target looked, over their padded `pictures`, cut to `size` (H, W)."""
+    mean, rows, columns = maps.mean().cpu(), [], []
+    height, width = size
+    for heat, tokens, picture in zip(mean, (guide.source, *guide.targets), pictures, strict=True):
+        words = [word for word in tokens.words if word.text[0] not in ".,;:!?" and word.text not in JOINTS]
+        marked = [overlay(picture, heat[..., list(word.places)].sum(-1)) for word in words]
+        rows.append([one.crop((0, 0, width, height)) for one in marked])
+        columns.append(" · ".join(word.text for word in words))
+    return grid(rows, labels=columns, title="Where each word looks")

@@ -1,0 +1,73 @@
+"""The options of editing a photo by text, read before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, UseAppendAction
+
+
+@dataclass(frozen=True)
+class PhotoConfig:
+    """Edit a photo by text: it is inverted, and sampled again with another prompt that looks where the old one looked.
+
+    Say what the photo shows, and what it is to show: all of it (--target), or word for word (--swap), or how much of a
+    word there is to be (--weight).  Inverting is done once; the next edit of the same photo begins where it ended.
+    """
+
+    photo: Positional[Path]
+    """The picture."""
+    source: str
+    """What the photo shows, e.g. "a cat on the beach"."""
+    target: str = ""
+    """What it is to show, e.g. "a dog on the beach"."""
+    swap: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """Instead of --target: old=new, a word or phrase of --source and what replaces it; may be given several times."""
+    weight: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """word=factor: attention to a word of the target, above 1 more, below 1 less; may be given several times."""
+    local: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """old=new: change the photo only where these words of source and target look; or a word that both say."""
+    inversion: Literal["direct", "ddim", "negative", "null-text", "ddpm"] = "direct"
+    """direct keeps the source exactly and is fast; null-text learns null embeddings, slowly; ddpm draws noise."""
+    mode: Literal["auto", "replace", "refine"] = "auto"
+    """replace: word for word; refine: words put in or taken out; auto: replace where there are equally many words."""
+    cross_replace_steps: float = 0.8
+    """Share of the steps in which words look where the source's words looked; less lets shapes change more."""
+    self_replace_steps: float = 0.5
+    """Share of the steps that keep the source's self-attention, its layout."""
+    bind_adjectives: bool = True
+    """A word put in before a noun looks where the noun looked."""
+    num_inference_steps: int = 50
+    """Denoising steps of the whole way."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the edit; 1 is off; by default 7.5, with ddpm 15."""
+    seed: int = 0
+    """Seed of the noise of ddpm; the other inversions draw none."""
+    null_text_iterations: int = 10
+    """null-text: updates at each step, at most."""
+    null_text_rate: float = 1e-2
+    """null-text: learning rate of the first step."""
+    null_text_tolerance: float = 1e-5
+    """null-text: a step is left when its loss is below this, and a little more at later steps."""
+    attention_maps: bool = False
+    """Draw where each word looks, in attention.png."""
+    trajectory: Path | None = None
+    """Folder in which the inversion is kept, and re-used if it fits; by default one for each photo in output_dir."""
+    adapter: Annotated[tuple[Path, ...], UseAppendAction] = ()
+    """Adapter folder or LoRA file to use, whose learned tokens prompts may say; may be given several times."""
+    resolution: int | None = None
+    """Larger photos are scaled down to about its square in pixels; by default the base model's own."""
+    output_dir: Path = Path("personalize-edit")
+    """Where the pictures, edit.json and the inversion go."""
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the adapter's or the package's."""
+    revision: str | None = None
+    """Revision of a base model from the hub."""
+    variant: str | None = None
+    """Variant of the base model's files, e.g. fp16."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the base model."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""
