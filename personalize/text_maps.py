@@ -45,6 +45,11 @@ class InversionMaps(AttentionHook):
             self._count += 1
         return p
 
+    @property
+    def seen(self) -> bool:
+        """Has it been part of an inversion yet?"""
+        return bool(self._text)
+
     def text(self) -> Tensor:
         """(t, h, w, l): the map of every step, in the order in which the steps were made."""
         steps = [torch.stack(self._text[index]).mean(0) for index in sorted(self._text)]

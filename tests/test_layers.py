@@ -23,8 +23,9 @@ STOREYS = (
     "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
     "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
     "concept_maps concept_training conversion coverage data drag_command "
-    "dragging editor exporting formats guards inspection launching learning merged_base merging metrics model_card "
-    "options photo photo_command photo_options pictures preview quickstart regularisation training verify __main__",
+    "dragging editor evaluation exporting formats guards inspection launching learning localization merged_base "
+    "merging metrics model_card options photo photo_command photo_options photo_parts pictures preview quickstart "
+    "regularisation training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
