@@ -21,17 +21,17 @@ STOREYS = (
     "reader_names text_lora",
     "background controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
     "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
-    "adapter attachment bundled catalogue checkpoints cli commands compatibility concept_data concept_learning "
-    "concept_maps concept_training conversion coverage data drag_command "
-    "dragging editor evaluation exporting formats guards inspection launching learning localization merged_base "
-    "merging metrics model_card options photo photo_command photo_options photo_parts pictures preview quickstart "
-    "regularisation training verify __main__",
+    "adapter attachment benchmarks bundled catalogue checkpoints cli commands compatibility concept_data "
+    "concept_learning concept_maps concept_training conversion coverage data drag_command dragging editor "
+    "evaluation exporting formats guards inspection launching learning localization merged_base merging metrics "
+    "model_card options photo photo_command photo_options photo_parts pictures preview quickstart regularisation "
+    "training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
     "diffusers transformers peft accelerate",
     "",
-    "datasets bitsandbytes huggingface_hub tyro yaml rich",
+    "datasets bitsandbytes huggingface_hub tyro yaml rich torchmetrics lpips",
 )
 LIGHT = (  # parsed before torch is imported
     "__init__", "__main__", "cli", "commands", "errors", "launching", "options", "photo_options",

@@ -1,4 +1,4 @@
-"""Nouns of a photo, surveyed and made dynamic, and the edits made with them and with uniform maps: whole, on tiny bases."""
+"""Nouns of a photo, surveyed and made dynamic; edits with them and with uniform maps, whole, on tiny bases."""
 
 from __future__ import annotations
 
