@@ -47,14 +47,18 @@ class Tokens:
 
     def find(self, phrase: str) -> list[Span]:
         """Positions of every occurrence of a word or phrase, in whatever case.  UserError if there is none."""
-        wanted = [match.group().lower() for match in WORD.finditer(phrase)]
+        wanted = list(_spelled(phrase))
         spelled = [word.text for word in self.words]
         starts = [at for at in range(len(spelled)) if wanted and spelled[at : at + len(wanted)] == wanted]
         if not starts:
             near = get_close_matches(phrase.lower(), spelled, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"its words are {', '.join(dict.fromkeys(spelled))}"
             raise UserError(f"the word {phrase!r} is not in the prompt {self.text!r}: {hint}")
-        return [sum((word.places for word in self.words[at : at + len(wanted)]), ()) for at in starts]
+        return [self.places(at, len(wanted)) for at in starts]
+
+    def places(self, first: int, count: int) -> Span:
+        """Positions of `count` words from number `first`."""
+        return sum((word.places for word in self.words[first : first + count]), ())
 
 
 def tokenised(model: StableDiffusion, text: str) -> Tokens:
@@ -146,13 +150,45 @@ def word_swaps(source: Tokens, target: Tokens) -> list[tuple[Span, Span]]:
 
 
 def swapped(source: Tokens, swaps: Sequence[tuple[str, str]]) -> str:
-    """The source prompt with every occurrence of each old phrase as the new one.  UserError where there is none."""
-    text = source.text
-    for old, new in swaps:
+    """The source prompt with every occurrence of each old phrase as the new one, all at once.
+
+    Raises:
+        UserError: a phrase that is not there.
+    """
+    for old, _ in swaps:
         source.find(old)
-        edges = ("" if not old[0].isalnum() else r"(?<![^\W_])", "" if not old[-1].isalnum() else r"(?![^\W_])")
-        text = re.sub(f"{edges[0]}{re.escape(old)}{edges[1]}", lambda _, new=new: new, text, flags=re.IGNORECASE)
-    return text
+    known = {_spelled(old): new for old, new in _longest_first(swaps)}
+    pattern = "|".join(rf"(?<!\w){re.escape(old).replace(' ', '\\s+')}(?!\w)" for old in map(" ".join, known))
+    return source.text if not known else re.sub(
+        pattern, lambda match: known[_spelled(match.group())], source.text, flags=re.IGNORECASE
+    )  # fmt: skip
+
+
+def phrase_swaps(source: Tokens, target: Tokens, swaps: Sequence[tuple[str, str]]) -> list[tuple[Span, Span]]:
+    """Every occurrence of each swapped phrase and its place in the target, as `replacement_mapper` takes them.
+
+    Raises:
+        UserError: a phrase that is not there, or a target that differs from the source by more than the swaps.
+    """
+    for old, new in swaps:
+        source.find(old), target.find(new)
+    pairs = [(_spelled(old), _spelled(new)) for old, new in _longest_first(swaps)]
+    ours, theirs = ([word.text for word in tokens.words] for tokens in (source, target))
+    found, i, j = [], 0, 0
+    while i < len(ours) and j < len(theirs):
+        for old, new in pairs:
+            if tuple(ours[i : i + len(old)]) == old and tuple(theirs[j : j + len(new)]) == new:
+                found.append((source.places(i, len(old)), target.places(j, len(new))))
+                i, j = i + len(old), j + len(new)
+                break
+        else:
+            if ours[i] != theirs[j]:
+                break
+            i, j = i + 1, j + 1
+    if (i, j) != (len(ours), len(theirs)):
+        said = ", ".join(f"{old} by {new}" for old, new in swaps)
+        raise UserError(f"replacing {said} in {source.text!r} does not give {target.text!r}: swap all that differs")
+    return found
 
 
 def adjective_bindings(source: Tokens, target: Tokens) -> list[tuple[Span, Span]]:
@@ -171,6 +207,14 @@ def adjective_bindings(source: Tokens, target: Tokens) -> list[tuple[Span, Span]
         if plain:
             found += [(word.places, noun.places) for word in added]
     return found
+
+
+def _spelled(phrase: str) -> tuple[str, ...]:
+    return tuple(match.group().lower() for match in WORD.finditer(phrase))
+
+
+def _longest_first(swaps: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return sorted(swaps, key=lambda pair: -len(_spelled(pair[0])))
 
 
 def _span(places: Places) -> Span:

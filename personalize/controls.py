@@ -26,6 +26,7 @@ from personalize.alignment import (
     Span,
     Tokens,
     adjective_bindings,
+    phrase_swaps,
     refinement_mapper,
     replacement_mapper,
     tokenised,
@@ -255,7 +256,9 @@ def controls(
     told = tokenised(model, source)
     asked = tuple(tokenised(model, text) for text in ([targets] if isinstance(targets, str) else targets))
     length = model.tokenizers[0].model_max_length
-    alignments = tuple(align(told, one, length, settings, _spans(told, one, swaps)) for one in asked)
+    alignments = tuple(
+        align(told, one, length, settings, phrase_swaps(told, one, swaps) if swaps else ()) for one in asked
+    )
     factors = [_per_word(one, weights or {}, 1.0, length) for one in asked]
     starts = {word: round(low * steps) for word, (low, _) in settings.word_steps.items()}
     ends = {word: round(high * steps) for word, (_, high) in settings.word_steps.items()}
@@ -273,20 +276,6 @@ def controls(
         marked += [_marked(one, [new for _, new in blend], length) for one in asked]
         edits = (LocalBlend(maps, torch.stack(marked), settings.blend_threshold, round(settings.blend_start * steps)),)
     return Controls(tuple(hooks), edits, alignments, told, asked, maps)
-
-
-def _spans(source: Tokens, target: Tokens, swaps: Sequence[tuple[str, str]]) -> list[tuple[Span, Span]]:
-    """Every occurrence of each swapped phrase, with its place in the target."""
-    found = []
-    for old, new in swaps:
-        pairs = source.find(old), target.find(new)
-        if len(pairs[0]) != len(pairs[1]):
-            raise UserError(
-                f"{old!r} stands {len(pairs[0])} times in {source.text!r}, {new!r} {len(pairs[1])} times in "
-                f"{target.text!r}: they must be equally many to be swapped"
-            )
-        found += zip(*pairs, strict=True)
-    return found
 
 
 def _per_word(tokens: Tokens, values: Mapping[str, float], default: float, length: int) -> Tensor:
