@@ -157,11 +157,14 @@ def swapped(source: Tokens, swaps: Sequence[tuple[str, str]]) -> str:
     """
     for old, _ in swaps:
         source.find(old)
-    known = {_spelled(old): new for old, new in _longest_first(swaps)}
-    pattern = "|".join(rf"(?<!\w){re.escape(old).replace(' ', '\\s+')}(?!\w)" for old in map(" ".join, known))
-    return source.text if not known else re.sub(
-        pattern, lambda match: known[_spelled(match.group())], source.text, flags=re.IGNORECASE
-    )  # fmt: skip
+    known = [(_spelled(old), new) for old, new in _longest_first(swaps)]
+    words, parts, at, end = list(WORD.finditer(source.text)), [], 0, 0
+    while at < len(words):
+        here = [word.group().lower() for word in words[at:]]
+        old, new = next(((o, n) for o, n in known if tuple(here[: len(o)]) == o), ((here[0],), words[at].group()))
+        parts += [source.text[end : words[at].start()], new]
+        at, end = at + len(old), words[at + len(old) - 1].end()
+    return "".join([*parts, source.text[end:]])
 
 
 def phrase_swaps(source: Tokens, target: Tokens, swaps: Sequence[tuple[str, str]]) -> list[tuple[Span, Span]]:
