@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,7 @@ from personalize.sampling import denoise
 from personalize.trajectories import Trajectory
 from personalize.uniform import UniformSettings
 
+PUNCTUATION = ".,;:!?'’-()"  # has no place in the sheet of words
 GUIDANCE = {"ddpm": 15.0}  # of the edit, where it is not 7.5
 
 
@@ -171,7 +173,7 @@ def edit_photo(
     if wish.strict and part.blend is not None:
         pictures[-1] = pasted(pictures[-1], frame.picture, frame.mask_to_picture(part.blend.touched()), frame.factor)
     drawn = [frame.picture, *pictures] if len(pictures) == 2 else [frame.picture, *pictures * 2]
-    sheet = grid([drawn], columns=("photo", "reconstruction", "edit"), title=f"{source} → {target}", cell=256)
+    sheet = grid([drawn], columns=("photo", "reconstruction", "edit"), title=f"{target} (was: {source})", cell=256)
     maps = None
     if guide is not None and attention and guide.maps is not None:
         maps = word_sheet(guide, guide.maps, [to_image(row) for row in pixels], frame.size)
@@ -213,11 +215,12 @@ def _sampled(
 
 def word_sheet(guide: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
     """Where the words of source (upper row) and target looked, over their padded `pictures`, cut to `size` (H, W)."""
-    mean, rows, columns = maps.mean().cpu(), [], []
     height, width = size
-    for heat, tokens, picture in zip(mean, (guide.source, *guide.targets), pictures, strict=True):
-        words = [word for word in tokens.words if word.text[0] not in ".,;:!?" and word.text not in JOINTS]
-        marked = [overlay(picture, heat[..., list(word.places)].sum(-1)) for word in words]
+    rows, words = [], []
+    for heat, tokens, picture in zip(maps.mean().cpu(), (guide.source, *guide.targets), pictures, strict=True):
+        words.append([word for word in tokens.words if word.text[-1] not in PUNCTUATION and word.text not in JOINTS])
+        marked = [overlay(picture, heat[..., list(word.places)].sum(-1)) for word in words[-1]]
         rows.append([one.crop((0, 0, width, height)) for one in marked])
-        columns.append(" · ".join(word.text for word in words))
-    return grid(rows, labels=columns, title="Where each word looks")
+    pairs = zip_longest(*([word.text for word in row] for row in words), fillvalue="–")
+    columns = [" / ".join(dict.fromkeys(pair)) for pair in pairs]
+    return grid(rows, columns=columns, labels=["source", "target"], title="Where each word looks")

@@ -106,10 +106,11 @@ def noun_sheet(model: StableDiffusion, frame: Frame, part: Part) -> Image.Image:
 
 
 def mask_sheet(frame: Frame, blend: UniformBlend) -> Image.Image:
-    """What may change at each blended step, white, and at any of them."""
-    steps = {f"t {start:g}": frame.mask_to_picture(mask[0].any(0)) for start, mask in blend.masks.items()}
-    shown = {**steps, "any": frame.mask_to_picture(blend.touched())}
-    return grid([list(shown.values())], columns=list(shown), title="Where the photo may change", cell=96)
+    """What may change at each blended step, and at any of them: shown, the rest faded."""
+    masks = {f"t {start:g}": mask[0].any(0) for start, mask in blend.masks.items()} | {"any": blend.touched()}
+    faded = Image.blend(frame.picture, Image.new("RGB", frame.picture.size, "white"), 0.85)
+    shown = [Image.composite(frame.picture, faded, frame.mask_to_picture(mask)) for mask in masks.values()]
+    return grid([shown], columns=list(masks), title="Where the photo may change", cell=96)
 
 
 def cells(model: StableDiffusion, frame: Frame) -> tuple[int, int]:

@@ -25,6 +25,9 @@ def arguments(name, place):
     if name == "two_concepts":
         recipe = ConceptRecipe(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
         return {"output_dir": place / "out", "base": base, "recipe": recipe, "steps": 2}
+    if name == "edit_photo":
+        picture(64, 64).save(place / "photo.png")
+        return {"photo": place / "photo.png", "source": "a cat", "target": "a dog", "base": base, "steps": 2}
     if name == "drag_point":
         picture(64, 64).save(place / "photo.png")
         return {"photo": place / "photo.png", "handle": "20,24", "target": "36,28", "base": base, "steps": 3}
@@ -32,7 +35,9 @@ def arguments(name, place):
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} == {"drag_point", "train_and_edit", "stock_pipeline", "two_concepts"}
+    assert {path.stem for path in EXAMPLES} == {
+        "drag_point", "edit_photo", "stock_pipeline", "train_and_edit", "two_concepts"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

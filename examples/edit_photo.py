@@ -1,0 +1,37 @@
+"""Edit a photo by text, nothing trained: python examples/edit_photo.py [photo.jpg "a cat on the beach" "a dog …"]"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from personalize import Editor, StableDiffusion
+from personalize.bundled import bundled
+from personalize.photo import PhotoSettings, Wish
+
+
+def main(
+    photo: str | Path | None = None,
+    source: str | None = None,  # what the photo shows
+    target: str | None = None,  # what it is to show
+    *,
+    base: str | Path | None = None,  # the embedded model; or a folder, a hub id, a .safetensors checkpoint
+    output_dir: str | Path = "edited",
+    steps: int = 50,
+) -> Image.Image:
+    source = source or bundled(0).caption
+    wish = Wish(target) if target else Wish(swaps=[("cat", "dog")], local=[("cat", "dog")])
+    editor = Editor(StableDiffusion.load(base))
+    found = editor.photo(
+        photo or bundled(0).picture, source, wish, PhotoSettings(steps=steps), attention=True,
+        cache=Path(output_dir) / "trajectories",  # the next edit of this photo begins where this one ended
+    )  # fmt: skip
+    for name, picture in (("edited", found.image), ("before-after", found.sheet), ("attention", found.attention)):
+        if picture is not None:
+            picture.save(Path(output_dir) / f"{name}.png")
+    print(f"{found.target}: {found.seconds:.1f} s", *found.notes, sep="\n")
+    return found.image
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

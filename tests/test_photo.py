@@ -1,0 +1,104 @@
+"""A photo edited by text, from picture to picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from personalize.adapter import Adapter
+from personalize.editor import Editor
+from personalize.errors import UserError
+from personalize.frames import Frame
+from personalize.inversion import METHODS
+from personalize.null_text import NullText
+from personalize.photo import PhotoSettings, Wish, edit_photo, equipped
+from tests.lora_states import random_adapter
+from tests.photos import SOURCE, TARGET, gentle, photo, relative, shared
+
+SHORT = PhotoSettings(steps=3, null_text=NullText(iterations=1))
+
+
+def array(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture, np.int16)
+
+
+def edited(wish, settings=SHORT, picture=None, **more):
+    return edit_photo(shared(), picture or photo(64, 64), SOURCE, wish, settings, **more)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_target_is_another_picture_of_the_photos_size(method):
+    found = edited(Wish(TARGET), replace(SHORT, inversion=method), photo(50, 37), attention=method == "direct")
+    assert found.image.size == found.reconstruction.size == (50, 37) and found.target == TARGET
+    assert found.latents.shape == (2, 4, 16, 16) and found.trajectory.method == method and not found.notes
+    assert (array(found.image) != array(found.reconstruction)).any()
+    assert (found.attention is None) == (method != "direct")
+
+
+def test_dpl_c67_an_identity_edit_is_the_vae_round_trip():
+    model, picture = shared(), photo(64, 64)
+    once = Frame.of(model, picture)
+    trip = once.to_picture(model.decode(model.encode(once.pixels)))
+    for wish in (Wish(SOURCE.upper()), Wish(weights={"cat": 1.0}), Wish(swaps=[("cat", "cat")])):
+        found = edited(wish)
+        assert np.abs(array(found.image) - array(trip)).max() == 0
+        assert found.notes == ("the target says what the source says: this is the reconstruction",)
+    changed = edited(Wish(TARGET))
+    assert (
+        np.abs(array(changed.reconstruction) - array(trip)).max() <= 1
+    )  # beside a target: two rows are summed otherwise
+
+
+def test_swaps_are_a_target_and_weights_alone_are_an_edit():
+    swapped, said = edited(Wish(swaps=[("cat", "dog")])), edited(Wish(TARGET))
+    assert swapped.target == TARGET and torch.equal(swapped.latents, said.latents)
+    more, less = (edited(Wish(weights={"cat": factor})) for factor in (4.0, 0.0))
+    assert more.target == SOURCE and not more.notes
+    assert relative(more.latents[1], less.latents[1]) > 0.01
+
+
+def test_local_changes_stay_where_the_words_look():
+    settings = replace(SHORT, control=replace(SHORT.control, blend_start=0.0, blend_threshold=0.95))
+    found = edited(Wish(TARGET, local=[("cat", "dog")]), settings)
+    same = (found.latents[0] == found.latents[1]).all(0)
+    assert 0 < same.float().mean() < 1
+
+
+def test_an_adapter_and_its_tokens_are_there_for_the_edit_and_gone_afterwards():
+    model = gentle()
+    rows = {"<cat1>": {"text_encoder": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}}
+    adapter = random_adapter(model)
+    adapter = Adapter(adapter.lora, adapter.rank, adapter.alpha, None, adapter.info, rows)
+    before = set(model.unet.state_dict()), model.tokenizers
+    found = Editor(model, adapter).photo(photo(64, 64), SOURCE, Wish("a red <cat1> cat on the beach"), SHORT)
+    assert found.trajectory.about["adapter"] is not None
+    assert (set(model.unet.state_dict()), model.tokenizers) == before
+    plain = Editor(model).photo(photo(64, 64), SOURCE, Wish(TARGET), SHORT)
+    assert plain.trajectory.about["adapter"] is None
+    with pytest.raises(RuntimeError, match="in the body"), equipped(model, adapter):
+        raise RuntimeError("in the body")
+    assert (set(model.unet.state_dict()), model.tokenizers) == before
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        (Wish(), "nothing is to change: give a target prompt, words to swap, or weights"),
+        (Wish(TARGET, [("cat", "dog")]), "two ways to say one thing"),
+        (
+            Wish(swaps=[("kat", "dog")]),
+            "the word 'kat' is not in the prompt 'a red cat on the beach': did you mean cat?",
+        ),
+        (Wish(TARGET, weights={"cat": 2.0}), "the word 'cat' is not in the prompt 'a red dog on the beach'"),
+        (Wish("cat " * 80), "the prompt has 82 tokens"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_inverted(monkeypatch, wish, says):
+    monkeypatch.setattr("personalize.photo.invert", lambda *_, **__: pytest.fail("it was inverted"))
+    with pytest.raises(UserError, match=says) as caught:
+        edited(wish)
+    assert "\n" not in str(caught.value)
