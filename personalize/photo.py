@@ -115,7 +115,8 @@ class Edited:
 
     reconstruction: the source row, what is left of the photo itself.  sheet: photo, reconstruction and edit in a row.
     attention: where each word looks, if asked for.  latents: (2, c, h, w), source and target, or the source alone.
-    nouns: where each noun looked before and after it was made dynamic.  masks: what uniform maps let change, by step.
+    nouns: where each noun looked before and after it was made dynamic.  masks: what uniform maps let change, by step; region
+    is all of it, boolean (h, w).
     notes: what the user should know.
     """
 
@@ -130,6 +131,7 @@ class Edited:
     notes: tuple[str, ...] = ()
     nouns: Image.Image | None = None
     masks: Image.Image | None = None
+    region: Tensor | None = None
 
 
 @torch.no_grad()
@@ -180,8 +182,10 @@ def edit_photo(
     notes = ("the target says what the source says: this is the reconstruction",) if guide is None else ()
     notes = (*notes, *(part.found.notes if part.found else ()))
     masks = None if part.blend is None else mask_sheet(frame, part.blend)
+    region = None if part.blend is None else part.blend.touched()
     seconds = time.perf_counter() - began
-    return Edited(drawn[-1], drawn[1], sheet, maps, target, latents, part.trajectory, seconds, notes, nouns, masks)
+    return Edited(drawn[-1], drawn[1], sheet, maps, target, latents, part.trajectory, seconds, notes, nouns, masks,
+                  region)  # fmt: skip
 
 
 def _controls(
