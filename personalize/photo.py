@@ -115,8 +115,8 @@ class Edited:
 
     reconstruction: the source row, what is left of the photo itself.  sheet: photo, reconstruction and edit in a row.
     attention: where each word looks, if asked for.  latents: (2, c, h, w), source and target, or the source alone.
-    nouns: where each noun looked before and after it was made dynamic.  masks: what uniform maps let change, by step; region
-    is all of it, boolean (h, w).
+    nouns: where each noun looked before and after it was made dynamic.  masks: what uniform maps let change, by step;
+    region is all of it, boolean (h, w).
     notes: what the user should know.
     """
 

@@ -124,8 +124,10 @@ class Bench:
             "uniform": reconstruct(model, clean, up, down), "caption": denoise(model, noisy, plain, down),
             "guided": denoise(model, noisy, Edit(told), down), "ceiling": clean,
         }  # fmt: skip
-        row = {name: {"db": psnr(as_bytes(model.decode(z).cpu())[0], picture), "mse": float((z - clean).square().mean())}
-               for name, z in found.items()}  # fmt: skip
+        row: dict[str, Any] = {}
+        for name, z in found.items():
+            shown = as_bytes(model.decode(z).cpu())[0]
+            row[name] = {"db": psnr(shown, picture), "mse": float((z - clean).square().mean())}
         errors = [drifts(model, clean, edit, up) for edit in (uniform_edit(model, (model.resolution,) * 2), plain)]
         row["steadier"] = sum(ours < theirs for ours, theirs in zip(*errors, strict=True)) / steps
         return {"part": "reconstruction", "seed": seed, "steps": steps, **row}
@@ -147,16 +149,16 @@ class Bench:
             pictures[name], region = np.asarray(made.image), made.region
         assert region is not None
         clean = model.encode(as_pixels(before[None]).to(model.device))
-        back = as_bytes(
-            model.decode(reconstruct(model, clean, moves(model, steps, inverse=True), moves(model, steps))).cpu()
-        )
+        again = reconstruct(model, clean, moves(model, steps, inverse=True), moves(model, steps))
+        back = as_bytes(model.decode(again).cpu())[0]
         change = {name: float(np.abs(p.astype(float) - before)[true].mean()) for name, p in pictures.items()}
         found = np.kron(region.numpy(), np.ones((model.factor, model.factor), bool))
+        kept, both = outside & ~found, float((found & true).sum())
         return {
             "part": "masks", "seed": seed, "plain_db": psnr(pictures["plain"], before, outside),
             "uniform_db": psnr(pictures["uniform"], before, outside), "change": change,
-            "coverage": float((found & true).sum() / true.sum()), "iou": float((found & true).sum() / (found | true).sum()),
-            "background_db": psnr(pictures["uniform"], back[0], outside & ~found) if (outside & ~found).any() else None,
+            "coverage": both / float(true.sum()), "iou": both / float((found | true).sum()),
+            "background_db": psnr(pictures["uniform"], back, kept) if kept.any() else None,
         }  # fmt: skip
 
 
