@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
+from typing import Any
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -93,7 +94,7 @@ def replacement_mapper(source_ids: Sequence[int], target_ids: Sequence[int], swa
     Raises:
         ValueError: swaps that overlap, or lie out of order.
     """
-    pairs = swaps.items() if isinstance(swaps, Mapping) else swaps
+    pairs: Iterable[Any] = swaps.items() if isinstance(swaps, Mapping) else swaps
     ordered = sorted((_span(source), _span(target)) for source, target in pairs)
     matrix = torch.zeros(len(source_ids), len(target_ids))
     here = there = 0  # where the unchanged stretch begins, in the target and in the source
@@ -174,7 +175,8 @@ def phrase_swaps(source: Tokens, target: Tokens, swaps: Sequence[tuple[str, str]
         UserError: a phrase that is not there, or a target that differs from the source by more than the swaps.
     """
     for old, new in swaps:
-        source.find(old), target.find(new)
+        source.find(old)
+        target.find(new)
     pairs = [(_spelled(old), _spelled(new)) for old, new in _longest_first(swaps)]
     ours, theirs = ([word.text for word in tokens.words] for tokens in (source, target))
     found, i, j = [], 0, 0

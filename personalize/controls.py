@@ -98,9 +98,10 @@ def align(
     """
     equal = len(source.words) == len(target.words)
     mode = settings.mode if settings.mode != "auto" else "replace" if swaps or equal else "refine"
-    padded = [[*tokens.ids, *[-1] * (length - len(tokens.ids))] for tokens in (source, target)]
     if mode == "replace":
-        return Alignment(replacement_mapper(*padded, swaps or word_swaps(source, target)), torch.zeros(length), mode)
+        ours, theirs = ([*tokens.ids, *[-1] * (length - len(tokens.ids))] for tokens in (source, target))
+        matrix = replacement_mapper(ours, theirs, swaps or word_swaps(source, target))
+        return Alignment(matrix, torch.zeros(length), mode)
     mapper, alphas = refinement_mapper(source.ids, target.ids)
     own = torch.cat([1 - alphas, torch.zeros(length - len(alphas))])
     found = torch.cat([mapper, torch.arange(len(mapper), length)])

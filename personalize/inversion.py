@@ -79,8 +79,9 @@ def invert(
     pixels = image if isinstance(image, Tensor) else Frame.of(model, opened(image), resolution).pixels
     size = (pixels.shape[-2], pixels.shape[-1])
     told, null = model.prompts([prompt], size), model.null(1, size)
-    strength = strength or STRENGTH.get(method, 1.0)
-    guidance_scale = (guidance_scale or GUIDANCE[method]) if method in GUIDANCE else 1.0
+    strength = STRENGTH.get(method, 1.0) if strength is None else strength
+    if guidance_scale is None or method not in GUIDANCE:
+        guidance_scale = GUIDANCE.get(method, 1.0)
     settings = {"method": method, "steps": steps, "strength": strength, "guidance_scale": guidance_scale}
     settings |= {"seed": seed} if method == "ddpm" else {}
     settings |= {"null_text": asdict(null_text)} if method == "null-text" else {}

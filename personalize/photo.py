@@ -103,7 +103,7 @@ class PhotoSettings:
 
     @property
     def share(self) -> float:
-        return self.strength or STRENGTH.get(self.inversion, 1.0)
+        return STRENGTH.get(self.inversion, 1.0) if self.strength is None else self.strength
 
 
 PHOTO_DEFAULTS = PhotoSettings()

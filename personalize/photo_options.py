@@ -76,7 +76,7 @@ class PhotoConfig:
     null_text_iterations: int = 10
     """null-text: updates at each step, at most."""
     null_text_rate: float = 1e-2
-    """null-text: learning rate of the first step."""
+    """null-text: learning rate of the first step; the embedded model needs 0.1."""
     null_text_tolerance: float = 1e-5
     """null-text: a step is left when its loss is below this, and a little more at later steps."""
     attention_maps: bool = False

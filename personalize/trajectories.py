@@ -57,7 +57,8 @@ class Trajectory:
         return key_of(self.about)
 
     def moves(self, model: StableDiffusion) -> Moves:
-        """From noise back to the picture, with the stored noise if there is any."""
+        """From noise back to the picture, with the stored noise if there is any.  UserError as in `check`."""
+        self.check(model)
         eta = 0.0 if self.noise is None else 1.0
         plan = moves(model, self.about["steps"], strength=self.about["strength"], eta=eta)
         if self.noise is None:
@@ -182,10 +183,9 @@ def made_of(
 ) -> dict[str, Any]:
     """Everything a trajectory depends on, JSON-able: its `about`."""
     parts = [getattr(told, part) for part in PARTS]
-    return {
-        **settings, **identity(model), "name": model.name, "prompt": prompt, "size": list(pixels.shape[-2:]),
-        "image": digest([pixels]), "told": digest([part for part in parts if part is not None]),
-    }  # fmt: skip
+    hashes = {"image": digest([pixels]), "told": digest([part for part in parts if part is not None])}
+    about = {"precision": str(model.dtype), "name": model.name, "prompt": prompt, "size": list(pixels.shape[-2:])}
+    return {**settings, **identity(model), **about, **hashes}
 
 
 def key_of(about: Mapping[str, Any]) -> str:

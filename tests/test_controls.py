@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from personalize.alignment import tokenised
-from personalize.attention import AttentionSite, MapStore
+from personalize.attention import AttentionSite, MapStore, hooked
 from personalize.controls import (
     Alignment,
     ControlSettings,
@@ -22,6 +23,7 @@ from personalize.controls import (
 from personalize.errors import UserError
 from personalize.inversion import invert
 from personalize.moves import Step
+from personalize.multi_concept import calibration_layers
 from personalize.sampling import denoise, trajectory
 from tests.photos import SIZE, SOURCE, TARGET, shared, smooth
 
@@ -79,7 +81,7 @@ def test_dpl_c67_reweighting_scales_one_column_and_nothing_else():
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found.sum(-1), 1 + 2 * p[0, ..., 3])
     assert torch.equal(hook(SOURCE, SOURCE, {"cat": 1.0}).probs(p, site())[1], p[0])
-    twice = hook("a cat and a cat", "a cat and a cat", {"cat": 2.0})
+    twice: Any = hook("a cat and a cat", "a cat and a cat", {"cat": 2.0})
     assert twice.weights.flatten().tolist()[1:7] == [1, 2, 1, 1, 2, 1]  # every occurrence
 
 
@@ -146,6 +148,24 @@ def test_map_sum_is_a_mean_and_needs_a_map():
     torch.testing.assert_close(store.mean(), ((first + second) / 2).mean(1).unflatten(1, (4, 4)))
 
 
+@torch.no_grad()
+def test_dpl_c64_the_maps_that_are_summed():
+    """Five layers of SD 1.x, each a distribution over the tokens; reading them changes nothing, twice is the same."""
+    model, latents = shared(), torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    layers = calibration_layers(model.unet, (16, 16))
+    assert len(layers) == 5
+    prompt = model.prompts([SOURCE])
+    plain, found = model.predict(latents, 500, prompt), []
+    for _ in range(2):
+        store = MapSum(layers)
+        with hooked(model.unet, [store]):
+            seen = model.predict(latents, 500, prompt)
+        assert (seen - plain).abs().max() < 1e-4 and store.count == 5
+        found.append(store.mean())
+    assert found[0].shape == (1, 16, 16, 77) and found[0].min() >= 0 and torch.equal(*found)
+    torch.testing.assert_close(found[0].sum(-1), torch.ones(1, 16, 16), atol=1e-5, rtol=0)
+
+
 # In the loop
 
 
@@ -200,7 +220,7 @@ def test_dpl_c67_outside_the_blend_the_target_is_the_source(ddim):
     with torch.no_grad():
         edit = ddim.edit(model.prompts([TARGET], SIZE), hooks=made.hooks, latent_edits=made.latent_edits)
     rows = trajectory(model, ddim.start(2), edit, ddim.moves(model)).latents[-1]
-    (blend,) = made.latent_edits
+    blend: Any = made.latent_edits[0]
     outside = ~blend.mask(LATENTS)[1].expand_as(rows[1])
     assert 0 < outside.float().mean() < 1
     assert torch.equal(rows[1][outside], rows[0][outside]) and not torch.equal(rows[1][~outside], rows[0][~outside])

@@ -137,7 +137,7 @@ def test_dpl_c63_ddpm_noise_comes_back_to_the_picture(name):
     assert relative(found.latents[0], model.encode(smooth())) < 1e-5  # a sum of two roundings
     assert not torch.equal(found.latents[-1], inverted("ddpm", name, seed=1).latents[-1])
     assert torch.equal(found.noise, inverted("ddpm", name).noise)
-    assert len(found.noise) == len(found.latents) - 1 == 2  # 64 % of 4 steps
+    assert found.noise is not None and len(found.noise) == len(found.latents) - 1 == 2  # 64 % of 4 steps
 
 
 def test_dpl_c63_ddpm_is_exact_too_where_the_last_step_has_no_noise():

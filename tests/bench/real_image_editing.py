@@ -125,8 +125,8 @@ class PhotoBench(BenchOptions):
     """Share of the steps with the source's text maps."""
     self_replace_steps: float = 0.5
     """Share of the steps with the source's self-attention."""
-    null_text_rate: float = 1e-2
-    """Learning rate of null-text."""
+    null_text_rate: float = 0.1
+    """Learning rate of null-text: what the embedded model needs; 0.01 on Stable Diffusion."""
     output_dir: Path = Path("runs/bench/real_image_editing")
     """Where results go, and where finished ones are found again."""
 
