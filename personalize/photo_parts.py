@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from personalize.adapter import Adapter
 from personalize.concepts import installed
@@ -20,6 +21,7 @@ from personalize.inversion import invert
 from personalize.localization import Survey, Things, localize, mended, survey, thing_sheet
 from personalize.model import StableDiffusion
 from personalize.moves import moves
+from personalize.noun_groups import noun_groups
 from personalize.pictures import grid
 from personalize.text_maps import InversionMaps
 from personalize.trajectories import Trajectory
@@ -55,6 +57,9 @@ def prepared(
 ) -> Part:  # fmt: skip
     """The photo's trajectory, its dynamic nouns, its auxiliary picture; `plain` leaves the latter two out."""
     dynamic, uniform = (None, None) if plain else (settings.dynamic, settings.uniform)
+    mask = None if wish.mask is None else frame.mask_to_cells(opened(wish.mask))
+    if dynamic is not None:
+        noun_groups(model, source, wish.things.nouns)  # mistakes are found before anything is inverted
     maps = InversionMaps(model, cells(model, frame)) if dynamic else None
     joint = dynamic is not None and settings.inversion == "null-text"  # null embeddings are fitted with the nouns
     trajectory = invert(
@@ -63,7 +68,7 @@ def prepared(
         null_text=settings.null_text, folder=folder, cache=cache, hooks=(maps,) if maps else (),
         guidance_scale=settings.guidance if settings.inversion == "null-text" else None,
     )  # fmt: skip
-    blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, wish.mask)
+    blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, mask)
     if dynamic is None:
         return Part(trajectory, blend=blend)
     found = survey(model, frame, trajectory, source, wish.things, maps)
@@ -75,14 +80,14 @@ def prepared(
 
 
 def blend_of(
-    model: StableDiffusion, frame: Frame, trajectory: Trajectory, settings: UniformSettings, mask: Picture | None
+    model: StableDiffusion, frame: Frame, trajectory: Trajectory, settings: UniformSettings, mask: Tensor | None
 ) -> UniformBlend:
     down = moves(model, trajectory.about["steps"], strength=trajectory.about["strength"])
     up = moves(model, trajectory.about["steps"], strength=trajectory.about["strength"], inverse=True)
     clean = auxiliary(model, model.encode(frame.pixels), up, down, settings)
     if not clean:
         raise UserError("no step is below the uniform maps' limit: raise --uniform_until or the number of steps")
-    return UniformBlend(clean, settings, None if mask is None else frame.mask_to_cells(opened(mask)))
+    return UniformBlend(clean, settings, mask)
 
 
 @torch.no_grad()
