@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from personalize.alignment import tokenised
 from personalize.concepts import ConceptRows
 from personalize.errors import UserError
 from personalize.losses import smoothed
@@ -85,6 +86,9 @@ class DynamicSettings:
     """λ_dj: nouns look at different places.  Image-dependent; published runs used 0.005 to 0.2."""
     background: float = 0.05
     """λ_bg: nouns keep off the background."""
+    words_only: bool = False
+    """Let only the prompt's own tokens compete in the balancing loss, and not end and padding as published: for bases
+    whose attention goes to the padding, where no word can win."""
     cap: float | None = None
     """How far a row may go from its word, as a share of the word's length; None is no limit."""
 
@@ -195,6 +199,7 @@ class DynamicFit:
     ) -> None:  # fmt: skip
         self.model, self.prompt, self.groups, self.size = model, prompt, tuple(groups), size
         self.background, self.settings = background, settings
+        self.length = len(tokenised(model, prompt).ids) if settings.words_only else None
         self.found = DynamicPrompt(prompt, self.groups)
         self.told: Conditioning | None = None
 
@@ -223,7 +228,8 @@ class DynamicFit:
         adam = torch.optim.AdamW(weights, lr=self.settings.rate)
         for number in range(self.settings.updates):
             told = self.model.prompts([self.prompt], self.size)
-            losses = leakage(stage_attention(self.model, latents, step, told), self.groups, self.background)
+            attention = stage_attention(self.model, latents, step, told)[..., : self.length]
+            losses = leakage(attention, self.groups, self.background)
             self.found.passes += 1
             now = Leakage(*(float(loss.detach()) for loss in losses))
             if number == 0:

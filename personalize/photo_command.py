@@ -80,7 +80,7 @@ def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: P
 def _dynamic(config: PhotoConfig) -> DynamicSettings | None:
     if not config.dpl:
         return None
-    return DynamicSettings(config.dpl_updates, disjoint=config.dpl_disjoint)
+    return DynamicSettings(config.dpl_updates, disjoint=config.dpl_disjoint, words_only=config.dpl_words_only)
 
 
 def _uniform(config: PhotoConfig) -> UniformSettings | None:

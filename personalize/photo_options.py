@@ -55,6 +55,8 @@ class PhotoConfig:
     """--dpl: updates at each step, at most."""
     dpl_disjoint: float = 0.05
     """--dpl: weight of keeping nouns apart; depends on the photo, 0.005 to 0.2."""
+    dpl_words_only: bool = False
+    """--dpl: padding does not compete with words; for base models whose attention goes to it."""
     uniform: bool = False
     """Uniform attention maps: a clean reconstruction of the photo where the edit changes nothing."""
     uniform_until: float = 0.2

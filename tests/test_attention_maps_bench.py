@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from personalize.dynamic_prompts import DynamicSettings
 from tests.bench import attention_maps as bench
 from tests.bench.attention_maps import MapsBench, figures, judged, measures
 from tests.tiny import tiny
@@ -17,20 +18,14 @@ from tests.tiny import tiny
 def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     world = {"nouns": ["cat", "dog", "fox"], "styles": ["3d"], "backgrounds": ["beach", "snow"]}
     (tmp_path / "world.json").write_text(json.dumps(world))
-    monkeypatch.setattr(bench, "DynamicSettings", lambda disjoint: bench_settings(disjoint))
-    options = MapsBench(scenes=1, model=tmp_path, steps=(6,), output_dir=tmp_path / "out")
+    monkeypatch.setattr(bench, "DynamicSettings", lambda **more: DynamicSettings(updates=1, **more))
+    options = MapsBench(scenes=1, model=tmp_path, steps=(2,), output_dir=tmp_path / "out")
     found = bench.run(options, tiny("sd1"))
-    assert {"iou gain, direct", "U9 win rate, 6 steps", "U10 background gain", "U11 iou"} <= set(found)
-    assert found["units, direct"]["value"] <= 6 + 6 * 3 and found["U9 win rate, 6 steps"]["asked"] == 0.65
+    assert {"iou gain, direct", "U9 win rate, 2 steps", "U10 background gain", "U11 iou"} <= set(found)
+    assert found["units, direct"]["value"] <= 2 + 2 * 3 and found["U9 win rate, 2 steps"]["asked"] == 0.65
     monkeypatch.setattr(bench.Bench, "maps", None)
     monkeypatch.setattr(bench.Bench, "masks", None)
     assert bench.run(options, tiny("sd1")) == found
-
-
-def bench_settings(disjoint: float):
-    from personalize.dynamic_prompts import DynamicSettings
-
-    return DynamicSettings(updates=1, disjoint=disjoint)
 
 
 def test_measures_of_perfect_and_of_blank_maps():

@@ -123,6 +123,18 @@ def test_dpl_c05_one_tenth_of_attention_wins_the_balancing_softmax():
     assert sharpened(attention, two)[0, 1, 1] > 0.99  # pieces share the prize
 
 
+def test_dpl_c05_padding_can_be_kept_from_competing():
+    """Where padding takes what a word would need, no word wins among 75 tokens, and one does among its own."""
+    model = attentive()
+    losses = []
+    for words_only in (False, True):
+        settings = DynamicSettings(updates=1, words_only=words_only)
+        fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), settings)
+        fit(step_of(model), latents())
+        losses.append(fit.found.first[0])
+    assert losses[1].balancing < losses[0].balancing and losses[1].disjoint == losses[0].disjoint
+
+
 def test_dpl_c05_thresholds():
     table = {0: (0.300, 0.900, 0.700), 10: (0.201, 0.603, 0.573), 20: (0.135, 0.404, 0.469), 30: (0.090, 0.271, 0.384),
              40: (0.061, 0.182, 0.314), 49: (0.042, 0.127, 0.263)}  # fmt: skip

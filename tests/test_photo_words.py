@@ -36,8 +36,8 @@ def test_a_report_edits_nothing(places, tmp_path, capsys):
 
 
 def test_everything_is_drawn_and_written_down(places, tmp_path):
-    words = ["--swap", "cat=fox", "--dpl", "--dpl_updates", "1", "--background_mask", places[1] / "mask.png", "--uniform",
-             "--mask", places[1] / "mask.png", "--strict_background", "--attention_maps"]  # fmt: skip
+    words = ["--swap", "cat=fox", "--dpl", "--dpl_updates", "1", "--background_mask", places[1] / "mask.png",
+             "--uniform", "--mask", places[1] / "mask.png", "--strict_background", "--attention_maps"]  # fmt: skip
     assert run(places, *words, "--output_dir", tmp_path / "out") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"edited.png", "nouns.png", "masks.png", "attention.png"} <= names

@@ -66,6 +66,8 @@ class MapsBench:
     """Denoising steps; several for the reconstruction, the first for the rest."""
     disjoint: float = 0.05
     """Weight of the disjoint loss."""
+    words_only: bool = False
+    """Padding does not compete in the balancing loss."""
     output_dir: Path = Path("runs/bench/attention_maps")
     """Where results go, and where finished ones are found again."""
 
@@ -82,7 +84,13 @@ class Bench:
             "backgrounds": world.get("backgrounds", BACKGROUNDS),
         }  # fmt: skip
         weights = [fingerprint(part) for part in (self.model.unet, self.model.vae, *self.model.text_encoders)]
-        stamp = {"weights": weights, **self.world, "disjoint": options.disjoint, "first": options.steps[0]}
+        stamp = {
+            "weights": weights,
+            **self.world,
+            "disjoint": options.disjoint,
+            "words_only": options.words_only,
+            "first": options.steps[0],
+        }
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, seed: int, objects: int) -> Scene:
@@ -97,8 +105,12 @@ class Bench:
         size = (model.resolution,) * 2
         seen = InversionMaps(model, tuple(side // model.factor for side in size))
         made = invert(model, frame.pixels, prompt, "direct", steps=steps, hooks=(seen,))
-        found = survey(model, frame, made, prompt, Things([t.noun.replace("_", " ") for t in scene.objects]), seen)
-        settings, row = DynamicSettings(disjoint=self.options.disjoint), {"plain": measures(found.maps, masks)}
+        things = Things([thing.noun.replace("_", " ") for thing in scene.objects])
+        found = survey(model, frame, made, prompt, things, seen)
+        settings, row = (
+            DynamicSettings(disjoint=self.options.disjoint, words_only=self.options.words_only),
+            {"plain": measures(found.maps, masks)},
+        )
         for name, null in (("direct", None), ("null-text", NullText() if self.options.null_text else None)):
             if name == "null-text" and null is None:
                 continue
