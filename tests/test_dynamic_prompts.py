@@ -34,7 +34,7 @@ from personalize.text_maps import InversionMaps, StageMaps, stage_attention, tex
 from tests.tiny import NAMES, tiny, tiny_sd1
 
 PROMPT, SIZE = "a cat and a dog", (64, 64)
-EAGER = DynamicSettings(updates=5, rate=5e-2, disjoint=1.0, background=1.0)  # few updates, so large ones
+EAGER = DynamicSettings(updates=4, rate=6e-2, disjoint=1.0, background=1.0)  # few updates, so large ones
 IDLE = (DynamicSettings(updates=0), DynamicSettings(balancing=0, disjoint=0, background=0))
 
 

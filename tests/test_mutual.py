@@ -53,7 +53,7 @@ def test_the_layers_are_the_last_six_of_the_sixteen():
 def test_the_source_row_does_not_know_that_there_is_a_target():
     """Beyond batching noise, 1e-4 as for Prompt-to-Prompt (dpl 6.7)."""
     model = tiny_sd1()
-    start, down = latents(), moves(model, 3)
+    start, down = latents(), moves(model, 2)
     alone = denoise(model, start, Edit(model.prompts(["a cat"])), down)
     edit = Edit(model.prompts(["a cat", "a dog"]), hooks=(MutualAttention(model, start=0),))
     both = denoise(model, start.repeat(2, 1, 1, 1), edit, down)
@@ -64,7 +64,7 @@ def test_an_identity_edit_returns_the_source_row():
     """Equal rows, equal operations; 1e-5 for rows of one batch that a kernel may treat in another order."""
     model = tiny_sd1()
     edit = Edit(model.prompts(["a cat"] * 2), hooks=(MutualAttention(model, start=0),))
-    found = denoise(model, latents().repeat(2, 1, 1, 1), edit, moves(model, 3))
+    found = denoise(model, latents().repeat(2, 1, 1, 1), edit, moves(model, 2))
     assert (found[0] - found[1]).abs().max() < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_it_draws_the_target_nearer_to_the_source():
     model = tiny_sd1()
     start, told = latents().repeat(2, 1, 1, 1), model.prompts(["a cat", "a dog sitting on the beach"])
     runs = [
-        denoise(model, start, Edit(told, hooks=hooks), moves(model, 4)) for hooks in ((), (MutualAttention(model, 0),))
+        denoise(model, start, Edit(told, hooks=hooks), moves(model, 3)) for hooks in ((), (MutualAttention(model, 0),))
     ]
     plain, mutual = ((run[0] - run[1]).norm() for run in runs)
     assert mutual < plain

@@ -81,7 +81,7 @@ def test_uniform_u1_output_is_one_vector_whatever_the_picture():
 def test_uniform_u2_reconstruction_does_not_know_the_caption():
     """It is never told one; the ordinary replay is, and differs."""
     model = tiny_sd1()
-    plan = moves(model, 3, inverse=True), moves(model, 3)
+    plan = moves(model, 2, inverse=True), moves(model, 2)
     edits = uniform_edit(model, SIZE), uniform_edit(model, SIZE)
     assert torch.equal(edits[0].conditioning.embeds, model.prompts([""]).embeds)
     once, again = (reconstruct(model, latents(), *plan) for _ in range(2))
@@ -194,19 +194,19 @@ def test_uniform_u6_kept_cells_are_the_auxiliary_to_the_bit_and_the_rest_is_unto
 def test_uniform_u6_where_all_is_edited_the_step_is_an_ordinary_ddim_step():
     model, everything = tiny_sd1(), torch.ones(16, 16, dtype=torch.bool)
     told = model.prompts(["a cat", "a dog"])
-    down = moves(model, 4)
+    down = moves(model, 2)
     clean = {move.start: latents() for move in down}
     blend = UniformBlend(clean, UniformSettings(until=1.0), mask=everything)
     start = latents().repeat(2, 1, 1, 1)
     runs = [denoise(model, start, Edit(told, latent_edits=edits), down) for edits in ((), (blend,))]
-    assert torch.equal(*runs) and len(blend.masks) == 4
+    assert torch.equal(*runs) and len(blend.masks) == 2
 
 
 def test_uniform_u7_an_identity_edit_is_the_auxiliary_where_it_is_blended():
     """Δ = 0, so nothing is edited, at the first blended step.  Later ones see what that blending itself changed, unless
     the source is blended too; here the last step alone is below T_mask, so that the picture is the auxiliary's."""
     model = tiny_sd1()
-    up, down = moves(model, 4, inverse=True), moves(model, 4)
+    up, down = moves(model, 2, inverse=True), moves(model, 2)
     settings = UniformSettings(until=0.25)
     clean = auxiliary(model, latents(), up, down, settings)
     blend = UniformBlend(clean, settings)
@@ -225,7 +225,7 @@ def test_a_relative_threshold_alone_finds_edits_in_rounding():
 
 
 def test_uniform_u13_costs_350_rows_in_the_reference_mode():
-    """50 × (ordinary + uniform inversion) + 50 × (4 rows of the edit + 1 auxiliary): counted on 5 steps, tenfold."""
+    """50 × (ordinary + uniform inversion) + 50 × (4 rows of the edit + 1 auxiliary): counted on 2 steps of the 50."""
     model, count = tiny_sd1(), {"rows": 0}
     plain = model.predict
 
@@ -234,13 +234,13 @@ def test_uniform_u13_costs_350_rows_in_the_reference_mode():
         return plain(z, *args)
 
     model.predict = counting
-    up, down = moves(model, 5, inverse=True), moves(model, 5)
+    up, down = moves(model, 2, inverse=True), moves(model, 2)
     settings = UniformSettings()
     clean = auxiliary(model, latents(), up, down, settings)
     start = denoise(model, latents(), Edit(model.prompts(["a cat"]), guidance_scale=1), up).repeat(2, 1, 1, 1)
     edit = Edit(model.prompts(["a cat", "a dog"]), latent_edits=(UniformBlend(clean, settings),))
     denoise(model, start, edit, down)
-    assert count["rows"] * 10 == 350
+    assert count["rows"] * 25 == 350
 
 
 @pytest.mark.parametrize(("mode", "rows"), [("u", 8), ("stored", 2 * 2), ("z0", 0)])

@@ -107,10 +107,8 @@ class Bench:
         made = invert(model, frame.pixels, prompt, "direct", steps=steps, hooks=(seen,))
         things = Things([thing.noun.replace("_", " ") for thing in scene.objects])
         found = survey(model, frame, made, prompt, things, seen)
-        settings, row = (
-            DynamicSettings(disjoint=self.options.disjoint, words_only=self.options.words_only),
-            {"plain": measures(found.maps, masks)},
-        )
+        settings = DynamicSettings(disjoint=self.options.disjoint, words_only=self.options.words_only)
+        row: dict[str, Any] = {"plain": measures(found.maps, masks)}
         for name, null in (("direct", None), ("null-text", NullText() if self.options.null_text else None)):
             if name == "null-text" and null is None:
                 continue
