@@ -16,6 +16,7 @@ from personalize.sampling import Edit, ddim, denoise, trajectory
 from tests.photos import SIZE, SOURCE, TARGET, gentle, photo, relative, shared, smooth
 
 QUICK = NullText(iterations=1)
+SDXL = pytest.param("sdxl", marks=pytest.mark.slow)  # in the default run test_trajectories inverts and replays it
 
 
 def inverted(method="direct", name="sd1", steps=4, **more):
@@ -90,9 +91,9 @@ def round_trip(model, steps, up=None, guidance_scale=1.0):
 def test_dpl_c62_the_round_trip_is_first_order_and_guidance_spoils_it():
     """The bound is this random network's: 0.16 at 10 steps, where a trained one has 0.05 at 50."""
     model = shared()
-    errors = [round_trip(model, steps) for steps in (6, 12)]
+    errors = [round_trip(model, steps) for steps in (10, 20)]
     assert errors[1] < 0.7 * errors[0] and errors[1] < 0.2
-    assert round_trip(model, 6, guidance_scale=7.5) > 5 * errors[0]
+    assert round_trip(model, 10, guidance_scale=7.5) > 5 * errors[0]
 
 
 @pytest.mark.slow  # 700 predictions
@@ -111,7 +112,7 @@ def test_dpl_c62_companion_levels_that_are_one_too_high_spoil_it():
     assert round_trip(model, 10, Moves(naive)) > 2 * round_trip(model, 10)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", "sd2v", SDXL])
 def test_dpl_c63_direct_puts_the_source_on_the_trajectory_and_leaves_the_target(name):
     model, found = shared(name), inverted(name=name, steps=3)
     edit = found.edit(told(model, TARGET))
@@ -130,7 +131,7 @@ def test_dpl_c63_negative_does_not_depend_on_guidance():
     assert relative(inverted("ddim").replay(model, 7.5), one) > 0.5  # companion: with the empty prompt it does
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", "sd2v", SDXL])
 def test_dpl_c63_ddpm_noise_comes_back_to_the_picture(name):
     model, found = shared(name), inverted("ddpm", name)
     assert relative(found.replay(model), found.latents[0]) < 1e-4
@@ -167,6 +168,7 @@ def test_a_share_of_the_way_and_pictures_of_any_size():
     assert found.about["size"] == [64, 64]
 
 
+@pytest.mark.slow  # half precision is emulated on most processors
 @pytest.mark.parametrize(("dtype", "methods"), [(torch.bfloat16, METHODS[::3]), (torch.float16, METHODS[3:])])
 def test_half_precision(dtype, methods):
     """Latents stay fp32, so that the source row is exact whatever the network computes in."""

@@ -13,13 +13,12 @@ from personalize.adapter import Adapter
 from personalize.editor import Editor
 from personalize.errors import UserError
 from personalize.frames import Frame
-from personalize.inversion import METHODS
 from personalize.null_text import NullText
 from personalize.photo import PhotoSettings, Wish, edit_photo, equipped
 from tests.lora_states import random_adapter
 from tests.photos import SOURCE, TARGET, gentle, photo, relative, shared
 
-SHORT = PhotoSettings(steps=3, null_text=NullText(iterations=1))
+SHORT = PhotoSettings(steps=2, null_text=NullText(iterations=1))
 
 
 def array(picture: Image.Image) -> np.ndarray:
@@ -27,23 +26,23 @@ def array(picture: Image.Image) -> np.ndarray:
 
 
 def edited(wish, settings=SHORT, picture=None, **more):
-    return edit_photo(shared(), picture or photo(64, 64), SOURCE, wish, settings, **more)
+    return edit_photo(shared(), picture or photo(), SOURCE, wish, settings, **more)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["direct", "null-text", "ddpm"])
 def test_the_target_is_another_picture_of_the_photos_size(method):
-    found = edited(Wish(TARGET), replace(SHORT, inversion=method), photo(50, 37), attention=method == "direct")
-    assert found.image.size == found.reconstruction.size == (50, 37) and found.target == TARGET
-    assert found.latents.shape == (2, 4, 16, 16) and found.trajectory.method == method and not found.notes
+    found = edited(Wish(TARGET), replace(SHORT, inversion=method), photo(30, 20), attention=method == "direct")
+    assert found.image.size == found.reconstruction.size == (30, 20) and found.target == TARGET
+    assert found.latents.shape == (2, 4, 8, 8) and found.trajectory.method == method and not found.notes
     assert (array(found.image) != array(found.reconstruction)).any()
     assert (found.attention is None) == (method != "direct")
 
 
 def test_dpl_c67_an_identity_edit_is_the_vae_round_trip():
-    model, picture = shared(), photo(64, 64)
+    model, picture = shared(), photo()
     once = Frame.of(model, picture)
     trip = once.to_picture(model.decode(model.encode(once.pixels)))
-    for wish in (Wish(SOURCE.upper()), Wish(weights={"cat": 1.0}), Wish(swaps=[("cat", "cat")])):
+    for wish in (Wish(SOURCE.upper()), Wish(weights={"cat": 1.0})):
         found = edited(wish)
         assert np.abs(array(found.image) - array(trip)).max() == 0
         assert found.notes == ("the target says what the source says: this is the reconstruction",)
@@ -74,10 +73,10 @@ def test_an_adapter_and_its_tokens_are_there_for_the_edit_and_gone_afterwards():
     adapter = random_adapter(model)
     adapter = Adapter(adapter.lora, adapter.rank, adapter.alpha, None, adapter.info, rows)
     before = set(model.unet.state_dict()), model.tokenizers
-    found = Editor(model, adapter).photo(photo(64, 64), SOURCE, Wish("a red <cat1> cat on the beach"), SHORT)
+    found = Editor(model, adapter).photo(photo(), SOURCE, Wish("a red <cat1> cat on the beach"), SHORT)
     assert found.trajectory.about["adapter"] is not None
     assert (set(model.unet.state_dict()), model.tokenizers) == before
-    plain = Editor(model).photo(photo(64, 64), SOURCE, Wish(TARGET), SHORT)
+    plain = Editor(model).photo(photo(), SOURCE, Wish(TARGET), SHORT)
     assert plain.trajectory.about["adapter"] is None
     with pytest.raises(RuntimeError, match="in the body"), equipped(model, adapter):
         raise RuntimeError("in the body")

@@ -20,7 +20,7 @@ from tests.tiny import tiny, tiny_folder
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     place = tmp_path_factory.mktemp("photo")
-    photo(64, 64).save(place / "photo.png")
+    photo().save(place / "photo.png")
     return tiny_folder("sd1", place), random_adapter(tiny("sd1")).save(place / "adapter"), place
 
 
@@ -36,7 +36,7 @@ def test_it_writes_pictures_and_begins_the_next_time_where_it_ended(places, tmp_
     assert run(places, *words, "--swap", "cat=dog", "--weight", "dog=2", "--attention_maps", "--local", "cat=dog") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"edited.png", "before-after.png", "attention.png", "edit.json", "trajectories"}
-    assert Image.open(tmp_path / "out" / "edited.png").size == (64, 64)
+    assert Image.open(tmp_path / "out" / "edited.png").size == (32, 32)
     found = json.loads((tmp_path / "out" / "edit.json").read_text())
     assert found["target"] == "a dog on the beach" and found["weights"] == {"dog": 2.0}
     assert asked == [1, 1, 4, 4]  # up with one row, then two rows with guidance
