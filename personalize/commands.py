@@ -167,7 +167,7 @@ class ConvertConfig:
     """diffusers; kohya for A1111, Forge, ComfyUI, InvokeAI and sd-scripts; peft for PEFT's own folder of a UNet."""
     output: Path
     """File to write; with `--to peft` a folder."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the numbers written."""
     family: Literal["sd1", "sd2", "sdxl"] | None = None
     """Family of the base model, where the file does not tell."""

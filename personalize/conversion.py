@@ -25,7 +25,7 @@ from personalize.reader_names import Factors, ReaderNames
 if TYPE_CHECKING:
     from personalize.commands import ConvertConfig
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PEFT_PREFIX = "base_model.model."
 
@@ -45,7 +45,7 @@ def run(config: ConvertConfig) -> Path:
     state = {key: tensor for key, tensor in lora.state.items() if key.startswith("unet.") or not config.unet_only}
     if not state:
         raise UserError(f"{config.file} has no UNet part: leave --unet_only out")
-    family, dtype = config.family or lora.family, PRECISIONS[config.precision]
+    family, dtype = config.family or lora.family, DTYPES[config.dtype]
     live = factors(state, lora.alpha / lora.rank)
     if config.to == "peft":
         written = write_peft(config.output, state, lora.alpha, live, dtype)
@@ -123,7 +123,7 @@ def _convert_embedding(config: ConvertConfig, content: TensorFile) -> Path:
     if config.to == "peft":
         raise UserError(f"{config.file} is a learned token, which PEFT has no format for: use --to diffusers or kohya")
     concept = read_concept(config.file, config.token, content)
-    dtype = PRECISIONS[config.precision]
+    dtype = DTYPES[config.dtype]
 
     def check(path: Path) -> None:
         rows = token_files.read_concept(path, concept.token).rows

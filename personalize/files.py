@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from personalize import leftovers
+from personalize import leftovers, replacing
 from personalize.errors import UserError
 
 DTYPES = {
@@ -64,7 +63,7 @@ def write_file(path: str | Path, content: Content, *, check: Callable[[Path], ob
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        replacing.sync_folder(path.parent)
     return path
 
 
@@ -97,19 +96,19 @@ def write_folder(
         try:
             partial.mkdir()
             for name in set(keep) - set(files):
-                _carry_over(path / name, partial / name)
+                replacing.carry_over(path / name, partial / name)
             for name, content in files.items():
                 target = partial.joinpath(*map(plain_name, name.split("/")))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _write_synced(target, content)
             for folder in {partial, *(path for path in partial.rglob("*") if path.is_dir())}:
-                _sync_folder(folder)
+                replacing.sync_folder(folder)
             if check is not None:
                 check(partial)
-            _take_place(partial, path)
+            replacing.take_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # holds the old folder after an exchange
-        _sync_folder(path.parent)
+        replacing.sync_folder(path.parent)
     return path
 
 
@@ -126,52 +125,6 @@ def _write_synced(path: Path, content: Content) -> None:
             stream.write(part)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _carry_over(source: str | Path, target: str | Path) -> None:
-    """Hard links to a file, or to all files of a folder; copies where the disk has no links."""
-    if os.path.isdir(source) and not os.path.islink(source):
-        shutil.copytree(source, target, symlinks=True, copy_function=_carry_over)
-        return
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except (OSError, NotImplementedError):
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _take_place(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`; an older folder ends at `partial`'s name, and is never lost on the way."""
-    if not path.exists():
-        os.rename(partial, path)
-    elif not _exchange(partial, path):
-        old = leftovers.hidden_name(path, "old")
-        os.rename(path, old)
-        try:
-            os.rename(partial, path)
-        except BaseException:
-            os.rename(old, path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step where the system knows how (Linux's renameat2); False if it does not."""
-    try:
-        rename = CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(first), here, os.fsencode(second), swap) == 0
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from personalize.attention import hooked
-from personalize.background import find_background
+from personalize.background_mask import find_background
 from personalize.concept_maps import overlay
 from personalize.dynamic_prompts import (
     DynamicFit,
@@ -178,16 +178,20 @@ def localize(
     return fit.found, trajectory
 
 
-def mended(
-    model: StableDiffusion, trajectory: Trajectory, found: DynamicPrompt, size: tuple[int, int] | None = None
+@torch.no_grad()
+def located(
+    model: StableDiffusion, trajectory: Trajectory, groups: Sequence[NounGroup], told: Sequence[Conditioning]
 ) -> Tensor:
-    """Mean maps (k, h, w) of the things under the fitted rows, on the trajectory: one prediction a step."""
-    told, maps, down = found.conditionings(model, [found.prompt], size), [], trajectory.moves(model)
+    """Mean maps (k, h, w) of the things on the trajectory, under what each step is told: one prediction a step.
+
+    Those of `Survey` are of the inversion, which shows the network each latent at the next level: compare like with
+    like, the source's own conditioning with that of `DynamicPrompt.conditionings`.
+    """
+    maps, down = [], trajectory.moves(model)
     for index, move in enumerate(down):
         step = Step(**vars(move), index=index, count=len(down))
         latents = trajectory.latents[len(down) - index].to(model.device)
-        with torch.no_grad():
-            maps.append(group_maps(stage_attention(model, latents, step, told[index]), found.groups).cpu())
+        maps.append(group_maps(stage_attention(model, latents, step, told[index]), groups).cpu())
     return torch.stack(maps).mean(0)
 
 

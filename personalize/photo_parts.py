@@ -18,7 +18,7 @@ from personalize.dynamic_prompts import DynamicPrompt
 from personalize.errors import UserError
 from personalize.frames import Frame, Picture, opened
 from personalize.inversion import invert
-from personalize.localization import Survey, Things, localize, mended, survey, thing_sheet
+from personalize.localization import Survey, Things, localize, located, survey, thing_sheet
 from personalize.model import StableDiffusion
 from personalize.moves import moves
 from personalize.noun_groups import noun_groups
@@ -106,8 +106,11 @@ def report_photo(
 
 def noun_sheet(model: StableDiffusion, frame: Frame, part: Part) -> Image.Image:
     assert part.found is not None and part.dynamic is not None
-    after = mended(model, part.trajectory, part.dynamic, pixel_size(frame))
-    return thing_sheet(frame.picture, part.found.groups, {"before": part.found.maps, "after": after})
+    told = part.dynamic.conditionings(model, [part.dynamic.prompt], pixel_size(frame))
+    stages = {"before": [part.trajectory.conditioning] * len(told), "after": told}
+    groups, way = part.found.groups, part.trajectory
+    maps = {name: located(model, way, groups, one) for name, one in stages.items()}
+    return thing_sheet(frame.picture, groups, maps)
 
 
 def mask_sheet(frame: Frame, blend: UniformBlend) -> Image.Image:

@@ -14,7 +14,7 @@ Reference: Gal et al., "An Image is Worth One Word", arXiv 2208.01618.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +97,8 @@ def diffusers_file(concept: Concept, encoder: str, *, dtype: torch.dtype = torch
     return tensor_bytes({concept.token: rows}, {"format": "pt", ENCODER_MARK: encoder})
 
 
-def named(concepts: Mapping[str, Rows], layout: str = "both") -> dict[str, tuple[str, str | None]]:
-    """The files of several concepts: name → token, and the text encoder (None: the UIs' form, with all of them).
+def named(concepts: Mapping[str, Iterable[str]], layout: str = "both") -> dict[str, tuple[str, str | None]]:
+    """The files of several concepts, token → encoders: name → token and encoder (None: the UIs' form, with all).
 
     "my-cat.safetensors" is for the UIs, "my-cat_learned_embeds.safetensors" for diffusers, without "my-cat_" where
     there is only one concept; the file for a second text encoder ends in "_2".

@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from personalize import token_files
 from personalize.errors import Mismatch, UserError
 from personalize.files import TensorFile, plain_name, read_json, read_tensors
 from personalize.model import EMBEDDED, StableDiffusion
@@ -166,7 +167,7 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> R
         UserError: no adapter folder, unreadable files, or a `model` of another family or with an adapter loaded.
     """
     folder = Path(folder)
-    family, twin, strength, digests, source = _manifest(folder / MANIFEST)
+    family, twin, strength, digests, source, concepts = _manifest(folder / MANIFEST)
     if model is not None and model.family != family:
         raise UserError(
             f"the adapter is for the family {family}, the base {model.name} is {model.family}: name another base"
@@ -177,33 +178,36 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> R
     reports = [compare_digests(DIFFUSERS_FILE, content.tensors, digests), *compare_files(folder, twin, live, names)]
     if source:
         reports.append(compare_digests(SOURCE_FILE, read_tensors(folder / SOURCE_FILE).tensors, source))
+    for name, (token, encoder) in token_files.named(concepts).items():
+        rows = concepts[token] if encoder is None else {encoder: concepts[token][encoder]}
+        reports.append(compare_digests(name, token_files.read_concept(folder / name).rows, rows))
     if model is not None:
         reports += [through_diffusers(folder / file, model, live) for file in (DIFFUSERS_FILE, twin)]
     return Report(tuple(reports))
 
 
-def _manifest(path: Path) -> tuple[str, str, float, dict[str, str], dict[str, str]]:
-    """Family, name of the twin, alpha / rank, and the digests of the LoRA's and the source embedding's tensors."""
+def _manifest(path: Path) -> tuple[str, str, float, dict[str, str], dict[str, str], dict[str, dict[str, str]]]:
+    """Family, name of the twin, alpha / rank, and the digests: of the LoRA, the source embedding and each token."""
     manifest = read_json(path)
     try:
         family, twin = str(manifest["base"]["family"]), str(manifest["twin"])
         strength = float(manifest["alpha"]) / int(manifest["rank"])
         digests, source = dict(manifest["tensors"]), dict(manifest["source_tensors"])
+        concepts = {str(token): dict(rows) for token, rows in dict(manifest.get("concepts", {})).items()}
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged or of another kind: {error!r}") from error
     if family not in FAMILIES:
         raise UserError(f"{path} is for the family {family[:40]!r}, expected sd1, sd2 or sdxl")
-    return family, plain_name(twin), strength, digests, source
+    return family, plain_name(twin), strength, digests, source, concepts
 
 
 def compare_digests(file: str, tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> FileReport:
     """Compare tensors, bit for bit, with the digests that were taken of them in memory; counts tensors, not modules."""
     wrong = [f"tensor {key} is missing" for key in digests if key not in tensors]
     wrong += [f"tensor {key[:120]} was not in the adapter" for key in tensors if key not in digests]
-    wrong += [
-        f"tensor {k} is not what was saved" for k, t in tensors.items() if k in digests and digest(t) != digests[k]
-    ]
-    matched = sum(digests.get(key) == digest(tensor) for key, tensor in tensors.items())
+    found = {key: digest(tensor) for key, tensor in tensors.items() if key in digests}
+    wrong += [f"tensor {key} is not what was saved" for key, value in found.items() if value != digests[key]]
+    matched = sum(digests[key] == value for key, value in found.items())
     return FileReport(f"{file} as recorded in {MANIFEST}", matched, len(digests), 0.0, "", tuple(wrong), "tensors")
 
 
@@ -239,10 +243,8 @@ def through_diffusers(path: Path, model: StableDiffusion | Phantom, live: Factor
 
 def compare_files(folder: Path, twin: str, live: Factors, names: ReaderNames) -> list[FileReport]:
     """Reports on both LoRA files of `folder` against the `live` factors."""
-    return [
-        compare(DIFFUSERS_FILE, *names.peft(read_tensors(folder / DIFFUSERS_FILE)), live, names.shapes),
-        compare(twin, *names.kohya(read_tensors(folder / twin)), live, names.shapes),
-    ]
+    ways = {DIFFUSERS_FILE: names.peft, twin: names.kohya}
+    return [compare(file, *read(read_tensors(folder / file)), live, names.shapes) for file, read in ways.items()]
 
 
 def compare(

@@ -26,7 +26,7 @@ CLOSE = 1e-5  # of a prediction: see test_formats
 
 
 def convert(file, to, output, **options):
-    chosen = {"precision": "fp32", "family": None, "unet_only": False, "token": None, "allow_pickle": False} | options
+    chosen = {"dtype": "float32", "family": None, "unet_only": False, "token": None, "allow_pickle": False} | options
     return conversion.run(SimpleNamespace(file=file, to=to, output=output, **chosen))
 
 
@@ -242,6 +242,6 @@ def test_pickles_convert_where_allowed(tmp_path):
 
 def test_half_precision(tmp_path):
     file = save(tmp_path / "in.safetensors", small_state("sd1"))
-    written = convert(file, "kohya", tmp_path / "out.safetensors", precision="fp16")
+    written = convert(file, "kohya", tmp_path / "out.safetensors", dtype="float16")
     assert {tensor.dtype for tensor in read_tensors(written).tensors.values()} == {torch.float16}
     assert verify_file(written).ok

@@ -94,7 +94,7 @@ def dumped(value):
 def try_file(path, content, folder):
     path.write_bytes(content)
     out = folder / "out.safetensors"
-    options = {"file": path, "to": "kohya", "output": out, "precision": "fp32", "family": "sd1", "unet_only": False}
+    options = {"file": path, "to": "kohya", "output": out, "dtype": "float32", "family": "sd1", "unet_only": False}
     options |= {"token": None, "allow_pickle": False}
     attempt(
         lambda: read_tensors(path), lambda: report(inspect_file(path)),

@@ -10,7 +10,7 @@ import torch
 from lora_states import paths, random_lora
 from tiny import tiny
 
-from personalize import files, leftovers
+from personalize import files, leftovers, replacing
 from personalize.adapter import Adapter
 from personalize.files import write_file, write_folder
 
@@ -36,8 +36,8 @@ def counting(hit):
         return call
 
     for place, name in (
-        (files, "create_file"), (os, "fsync"), (os, "replace"), (os, "rename"), (files, "_take_place"),
-        (files, "_sync_folder"), (files.shutil, "rmtree"),
+        (files, "create_file"), (os, "fsync"), (os, "replace"), (os, "rename"), (replacing, "take_place"),
+        (replacing, "sync_folder"), (files.shutil, "rmtree"),
     ):  # fmt: skip
         setattr(place, name, wrapped(getattr(place, name)))
 
@@ -59,7 +59,7 @@ def forked(save, *, at=None, delay=None, exchange=True):
         try:
             torch.set_num_threads(1)  # the parent's threads were not copied
             if not exchange:
-                files._exchange = lambda first, second: False
+                replacing._exchange = lambda first, second: False
             counting(hit)
             save()
         finally:

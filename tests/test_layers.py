@@ -15,17 +15,17 @@ import personalize
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
-    "checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses nouns "
-    "randomness scenes token_files",
+    "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses "
+    "nouns randomness replacing scenes token_files",
     "alignment attention captions concepts frames loading lora mixing model noun_groups phantoms pickles "
     "reader_names text_lora",
-    "background controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
+    "background_mask controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
     "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
     "adapter attachment benchmarks bundled catalogue checkpoints cli commands compatibility concept_data "
     "concept_learning concept_maps concept_training conversion coverage data drag_command dragging editor "
     "evaluation exporting formats guards inspection launching learning localization merged_base merging metrics "
     "model_card options photo photo_command photo_options photo_parts pictures preview quickstart regularisation "
-    "training verify __main__",
+    "stages training verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",

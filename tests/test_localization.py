@@ -15,7 +15,7 @@ from personalize.errors import UserError
 from personalize.frames import Frame
 from personalize.images import to_image
 from personalize.inversion import invert
-from personalize.localization import Things, collected, localize, mended, survey
+from personalize.localization import Things, collected, localize, located, survey
 from personalize.null_text import NullText
 from personalize.photo import PhotoSettings, Wish, edit_photo
 from personalize.photo_parts import report_photo
@@ -101,7 +101,10 @@ def test_dpl_c72_on_the_trajectory_it_costs_no_null_text(name: str):
     assert same is trajectory and rows.passes + 2 * rows.backward <= 2 * 3 * FEW.updates
     full = DynamicSettings()
     assert 50 + 50 * 3 * full.updates == 3200
-    assert mended(model, trajectory, rows, size).shape == found.maps.shape
+    told = rows.conditionings(model, [SOURCE], size)
+    after = located(model, trajectory, found.groups, told)
+    before = located(model, trajectory, found.groups, [trajectory.conditioning] * 2)
+    assert after.shape == found.maps.shape and not torch.equal(after, before)
 
 
 def test_dpl_c72_the_rows_change_the_edit_and_not_the_pinned_source():

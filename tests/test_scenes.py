@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from personalize import scenes
+from personalize import backgrounds, scenes
 from personalize.scenes import Scene, SceneObject, captions, random_scene, render
 
 CAT = Scene("beach", (SceneObject("cat", "3d", 0.4, 0.5, 0.5, 7.0, True),))
@@ -53,7 +53,7 @@ def test_splits_are_disjoint():
 def test_render_is_deterministic_also_with_cold_caches():
     first, first_masks = render(CAT, 96)
     scenes._sprite.cache_clear()
-    scenes._background.cache_clear()
+    backgrounds.painted.cache_clear()
     again, again_masks = render(CAT, 96)
     assert np.array_equal(first, again) and np.array_equal(first_masks[0], again_masks[0])
     assert first.shape == (96, 96, 3) and first.dtype == np.uint8 and first_masks[0].dtype == bool
@@ -61,9 +61,9 @@ def test_render_is_deterministic_also_with_cold_caches():
 
 @pytest.mark.parametrize("background", scenes.BACKGROUNDS)
 def test_every_background_is_its_own(background: str):
-    picture = scenes._background(background, 32)
+    picture = backgrounds.painted(background, 32)
     assert picture.shape == (32, 32, 3) and picture.min() >= 0 and picture.max() <= 1
-    others = [scenes._background(other, 32) for other in scenes.BACKGROUNDS if other != background]
+    others = [backgrounds.painted(other, 32) for other in scenes.BACKGROUNDS if other != background]
     assert min(float(np.abs(picture - other).mean()) for other in others) > 0.01
 
 
@@ -72,7 +72,7 @@ def test_mask_is_exactly_where_the_object_covers_the_background():
     mask = render(CAT, 64)[1][0]
     alpha = scenes._placed(CAT.objects[0], 64)[1]
     assert np.array_equal(mask, alpha > 0.5) and 0.02 < mask.mean() < 0.5
-    bare = scenes._background("beach", 64)
+    bare = backgrounds.painted("beach", 64)
     shown = render(CAT, 64)[0] / 255
     untouched = (alpha == 0) & (scenes._shadow(alpha) == 0)
     assert np.abs(shown - bare)[untouched].max() <= 0.5 / 255 + 1e-6  # rounding to 8 bits

@@ -9,6 +9,7 @@ from personalize.adapter import Adapter
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes, write_file, write_folder
 from personalize.token_files import Concept, checked, files_of, named, plain_token, read_concept, require_files, ui_file
+from personalize.verify import verify_folder
 from tests.lora_states import ATTENTION, paths, random_lora
 from tests.tiny import tiny
 
@@ -152,10 +153,13 @@ def test_an_adapter_carries_concepts(tmp_path):
     for token, values in TWO.items():
         assert torch.equal(found.concepts[token]["text_encoder"], values["text_encoder"])
     require_files(folder, found.concepts)
+    assert verify_folder(folder).ok
     spoilt = tensor_bytes({"dog": torch.zeros(1, 32)})
     (folder / "dog_learned_embeds.safetensors").write_bytes(spoilt)
     with pytest.raises(UserError, match="is not what was saved"):
         Adapter.load(folder)
+    wrong = {file.file.split()[0]: file.problems for file in verify_folder(folder).files if file.problems}
+    assert wrong == {"dog_learned_embeds.safetensors": ("tensor text_encoder is not what was saved",)}
     replace(adapter, concepts={}).save(folder)
     left = {path.name for path in folder.iterdir()}
     assert left == {"pytorch_lora_weights.safetensors", "my-cat.safetensors", "adapter.json", "README.md"}

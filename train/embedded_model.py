@@ -8,18 +8,15 @@ Stages, each resumed where it stopped: the autoencoder (64 px), the diffusion at
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers.training_utils import EMAModel
-    from torch import Tensor, nn
 
     from personalize.pretraining import TextToImageObjective
+    from personalize.stages import Stage
     from personalize.world import LatentPool
 
 CORE_NOUNS = (
@@ -58,7 +55,7 @@ class Config:
     checkpointing_steps: int = 200
     """Updates between two checkpoints."""
     dataloader_num_workers: int = 0
-    """Processes that render ahead."""
+    """Processes that render scenes and make batches ahead."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the forward pass."""
     seed: int = 0
@@ -82,11 +79,12 @@ def main(config: Config) -> Path:
 
 
 def autoencoder(config: Config, accelerator: Accelerator, stage: str) -> None:
+    from personalize import stages
     from personalize.pretraining import AutoencoderObjective, build_autoencoder
     from personalize.world import Crops
 
     objective = AutoencoderObjective(build_autoencoder())
-    train(config, accelerator, stage, objective, Crops(64, config.seed).batch)
+    stages.run(stage_of(config, stage), accelerator, objective, Crops(64, config.seed).batch)
     if accelerator.is_main_process:
         objective.vae.save_pretrained(config.output_dir / "vae")
     accelerator.wait_for_everyone()
@@ -97,11 +95,13 @@ def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
     from diffusers.models.attention_processor import AttnProcessor
     from diffusers.training_utils import EMAModel
 
+    from personalize import stages
+
     objective = networks(config.init_from)
     if accelerator.device.type == "cpu":
         objective.unet.set_attn_processor(AttnProcessor())  # explicit products: 1.5 × the samples/s of fused ones there
     ema = EMAModel(objective.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    train(config, accelerator, stage, objective, pool(config, accelerator, stage).batch, ema)
+    stages.run(stage_of(config, stage), accelerator, objective, pool(config, accelerator, stage).batch, ema)
 
 
 def networks(folder: Path | None = None) -> TextToImageObjective:
@@ -153,76 +153,15 @@ def vae_folder(config: Config) -> Path:
     return own if config.init_from is None or own.is_dir() else config.init_from / "vae"
 
 
-def train(
-    config: Config,
-    accelerator: Accelerator,
-    stage: str,
-    objective: nn.Module,
-    batch: Callable[[int, range], dict[str, Tensor]],
-    ema: EMAModel | None = None,
-) -> None:
-    """Run one stage to its end, from its checkpoint if there is one."""
-    import torch
+def stage_of(config: Config, name: str) -> Stage:
+    from personalize.stages import Stage
 
-    from personalize.training import fit
-
-    index, checkpoint = STAGES.index(stage), config.output_dir / f"{stage}.pt"
-    steps, size = config.steps[index], config.batch_sizes[index]
-    optimizer = torch.optim.AdamW(
-        objective.parameters(), lr=config.learning_rates[index], weight_decay=0.01, betas=(0.9, 0.99), fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(config, stage, update))
-    parts = {"objective": objective, "optimizer": optimizer, "scheduler": schedule, **({"ema": ema} if ema else {})}
-    first = restore(config, stage, parts)
-    prepared, optimizer = accelerator.prepare(objective, optimizer)
-
-    def share(update: int) -> range:
-        """Numbers of this process's samples in `update`, counted over all of them."""
-        start = (update * accelerator.num_processes + accelerator.process_index) * size
-        return range(start, start + size)
-
-    batches = (
-        {key: value.to(accelerator.device) for key, value in batch(u, share(u)).items()} for u in range(first, steps)
-    )
-    means, started = {}, time.monotonic()
-    for report in fit(
-        prepared, batches, optimizer, accelerator=accelerator, scheduler=schedule, max_grad_norm=1.0, first_update=first
-    ):
-        if ema is not None:
-            ema.step(objective.parameters())
-        means = {key: 0.98 * means.get(key, float(value)) + 0.02 * float(value) for key, value in report.losses.items()}
-        if report.update % 50 == 0:
-            speed = (report.update - first) * size * accelerator.num_processes / (time.monotonic() - started)
-            figures = {"samples_per_second": round(speed, 1)} | {key: round(value, 5) for key, value in means.items()}
-            accelerator.print(json.dumps({"stage": stage, "update": report.update} | figures), flush=True)
-        if accelerator.is_main_process and (report.update % config.checkpointing_steps == 0 or report.update == steps):
-            state = {"update": report.update} | {name: part.state_dict() for name, part in parts.items()}
-            torch.save(state, checkpoint.with_suffix(".partial"))
-            checkpoint.with_suffix(".partial").replace(checkpoint)
-
-
-def restore(config: Config, stage: str, parts: dict) -> int:
-    """Load the stage's checkpoint and return its update; at 128 px without one, begin with the weights of 64 px."""
-    import torch
-
-    path = config.output_dir / f"{stage}.pt"
-    fresh = not path.is_file()
-    if fresh:
-        path = config.output_dir / "diffusion_64.pt"
-        if stage != "diffusion_128" or not path.is_file():
-            return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name in ("objective", "ema") if fresh else parts:
-        if name in parts:
-            parts[name].load_state_dict(state[name])
-    return 0 if fresh else state["update"]
-
-
-def rate(config: Config, stage: str, update: int) -> float:
-    """The rate's factor: up over the warm-up, level, then (not at 64 px, whose result is trained on) down to 2 %."""
-    steps = config.steps[STAGES.index(stage)]
-    left = 1.0 if stage == "diffusion_64" else max(0.02, (steps - update) / (0.2 * steps))
-    return min(1.0, (update + 1) / config.lr_warmup_steps, left)
+    index, folder = STAGES.index(name), config.output_dir
+    return Stage(
+        folder, name, config.steps[index], config.batch_sizes[index], config.learning_rates[index],
+        config.lr_warmup_steps, name != "diffusion_64", config.checkpointing_steps,
+        config.dataloader_num_workers, folder / "diffusion_64.pt" if name == "diffusion_128" else None,
+    )  # fmt: skip
 
 
 def export(config: Config, accelerator: Accelerator, stage: str) -> None:

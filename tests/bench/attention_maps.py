@@ -28,7 +28,7 @@ from personalize.attention import hooked
 from personalize.dynamic_prompts import DynamicSettings, disjoint_loss
 from personalize.frames import Frame
 from personalize.inversion import invert
-from personalize.localization import Things, localize, mended, survey
+from personalize.localization import Things, localize, located, survey
 from personalize.model import EMBEDDED, Conditioning, StableDiffusion
 from personalize.moves import Moves, moves
 from personalize.null_text import NullText
@@ -108,12 +108,14 @@ class Bench:
         things = Things([thing.noun.replace("_", " ") for thing in scene.objects])
         found = survey(model, frame, made, prompt, things, seen)
         settings = DynamicSettings(disjoint=self.options.disjoint, words_only=self.options.words_only)
-        row: dict[str, Any] = {"plain": measures(found.maps, masks)}
+        plain = located(model, made, found.groups, [made.conditioning] * steps)
+        row: dict[str, Any] = {"plain": measures(plain, masks)}
         for name, null in (("direct", None), ("null-text", NullText() if self.options.null_text else None)):
             if name == "null-text" and null is None:
                 continue
             rows, after = localize(model, made, prompt, found, settings, size=size, null_text=null)
-            row[name] = measures(mended(model, after, rows, size), masks) | {
+            told = rows.conditionings(model, [prompt], size)
+            row[name] = measures(located(model, after, found.groups, told), masks) | {
                 "units": steps + rows.passes + 2 * rows.backward,
                 "drift": max(rows.drift),
                 "notes": list(found.notes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from personalize.background import background_mask, find_background, kmeans
+from personalize.background_mask import background_mask, find_background, kmeans
 from personalize.randomness import generator
 
 FINE, SIDE = 8, 4
