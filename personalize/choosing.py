@@ -24,7 +24,7 @@ from PIL import Image
 
 from personalize.errors import UserError
 from personalize.lora import PREFIX, multipliers
-from personalize.metrics import Reading, Request, Scorer
+from personalize.scoring import Reading, Request, Scorer
 from personalize.settings import STANDARD, Sampling, Setting, rules
 
 if TYPE_CHECKING:

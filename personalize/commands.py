@@ -194,6 +194,32 @@ class VerifyConfig:
     """Base model to check the names and shapes against; by default the one named in the adapter."""
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure edited pictures by the conventions of PIE-Bench: background, structure, and the prompt.
+
+    The benchmark is a folder of PIE-Bench (mapping_file.json), TEdBench (input_list.json) or DragBench
+    (original_image.png in each folder).  Nothing is downloaded unless you name a hub id; what is not measured is said.
+    """
+
+    benchmark: Positional[Path]
+    """Folder of the benchmark."""
+    results: Path
+    """Folder of the edited pictures, named like the benchmark's own."""
+    output: Path = Path("evaluation.json")
+    """Where every value and the summary go."""
+    structure_model: str | None = None
+    """Structure distance: folder or hub id of a DINO ViT, published with facebook/dino-vitb8."""
+    clip_model: str | None = None
+    """CLIP scores: folder or hub id, published with openai/clip-vit-large-patch14."""
+    lpips_backbone: Path | None = None
+    """LPIPS: file of torchvision's squeezenet1_1 weights."""
+    allow_pickle: bool = False
+    """Read arrays and plain values of DragBench's meta_data.pkl; without it, pickles are refused."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""
+
+
 PHOTO = "edit PHOTO"  # what `edit` is when it is given a picture, or what a picture shows
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 COMMANDS = {  # name: (options, "module:function" that takes them)
@@ -204,6 +230,7 @@ COMMANDS = {  # name: (options, "module:function" that takes them)
     "inspect": (InspectConfig, "personalize.inspection:run"),
     "convert": (ConvertConfig, "personalize.conversion:run"),
     "verify": (VerifyConfig, "personalize.verify:run"),
+    "evaluate": (EvaluateConfig, "personalize.evaluation:run"),
 }
 
 

@@ -18,9 +18,9 @@ from personalize.editor import Editor
 from personalize.errors import UserError
 from personalize.files import Content, strangers, write_folder
 from personalize.images import load_image
-from personalize.metrics import Request
 from personalize.pictures import grid, png
 from personalize.scorers import find_scorer
+from personalize.scoring import Request
 from personalize.settings import PLAIN, Sampling, Setting, remember, remembered
 
 if TYPE_CHECKING:

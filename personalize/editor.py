@@ -27,12 +27,12 @@ from personalize.errors import UserError
 from personalize.frames import Picture
 from personalize.images import to_image
 from personalize.lora import without_lora
-from personalize.metrics import Request, Scorer
 from personalize.mixing import mixed
 from personalize.model import Conditioning, StableDiffusion
 from personalize.photo import PHOTO_DEFAULTS, Edited, PhotoSettings, Wish, edit_photo
 from personalize.sampling import Edit, moves, sample
 from personalize.scorers import find_scorer
+from personalize.scoring import Request, Scorer
 from personalize.settings import PLAIN, STANDARD, Sampling, Setting, rules
 from personalize.text_lora import has_text
 

@@ -15,6 +15,7 @@ Friendly DDPM Noise Space", arXiv 2304.06140.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from personalize.alignment import tokenised
+from personalize.attention import AttentionHook
 from personalize.errors import UserError
 from personalize.frames import Frame, Picture, opened
 from personalize.model import Conditioning, StableDiffusion
@@ -49,6 +51,7 @@ def invert(
     seed: int = 0,
     null_text: NullText = NULL_TEXT,
     resolution: int | None = None,
+    hooks: Sequence[AttentionHook] = (),
     folder: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> Trajectory:
@@ -62,6 +65,8 @@ def invert(
         guidance_scale: of null-text, 7.5, what sampling will use; and of ddpm's source row, 3.5.
         seed: of ddpm's noise.
         null_text: how null embeddings are fitted.
+        hooks: what else looks on while it is inverted, and changes nothing; they see nothing where the trajectory is
+            found, and nothing of ddpm.
         folder: where the trajectory is kept, and taken from if it is there already.
         cache: the same, in a folder below this one that is named after the content.
 
@@ -86,21 +91,28 @@ def invert(
         found = Trajectory.load(place)
         found.require({name: value for name, value in about.items() if name != "name"}, place)
         return found
-    found = _inverted(model, model.encode(pixels), told, null, about, null_text)
+    found = _inverted(model, model.encode(pixels), told, null, about, null_text, hooks)
     if place is not None:
         found.save(place)
     return found
 
 
 def _inverted(
-    model: StableDiffusion, clean: Tensor, told: Conditioning, null: Conditioning, about: dict, null_text: NullText
+    model: StableDiffusion,
+    clean: Tensor,
+    told: Conditioning,
+    null: Conditioning,
+    about: dict,
+    null_text: NullText,
+    hooks: Sequence[AttentionHook],
 ) -> Trajectory:
     method, plan = about["method"], {"steps": about["steps"], "strength": about["strength"]}
     if method == "ddpm":
         down, scale = moves(model, **plan, eta=1.0), about["guidance_scale"]
         latents, noise = ddpm_noise(model, clean, Edit(told, null, scale), down, about["seed"])
         return Trajectory(latents.cpu(), told.to("cpu"), null.to("cpu"), about, noise.cpu())
-    run = trajectory(model, clean, Edit(told, guidance_scale=1), moves(model, **plan, inverse=True))
+    up = moves(model, **plan, inverse=True)
+    run = trajectory(model, clean, Edit(told, guidance_scale=1, hooks=tuple(hooks)), up)
     if method == "negative":
         null = told
     elif method == "null-text":

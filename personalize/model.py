@@ -202,9 +202,9 @@ class StableDiffusion:
         if isinstance(texts, str):
             raise ValueError(f"prompts takes a list of texts, got the single text {texts!r}: put it in a list")
         if self.family != "sdxl":
-            return Conditioning(self.text_encoders[0](self._ids(self.tokenizers[0], texts)).last_hidden_state)
+            return Conditioning(self.text_encoders[0](self.ids(self.tokenizers[0], texts)).last_hidden_state)
         outputs = [
-            encoder(self._ids(tokenizer, texts), output_hidden_states=True)
+            encoder(self.ids(tokenizer, texts), output_hidden_states=True)
             for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
         ]
         embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)
@@ -227,7 +227,8 @@ class StableDiffusion:
         pieces = self.tokenizers[0].tokenize(text)
         return [piece.removesuffix("</w>") + ("" if piece.endswith("</w>") else "-") for piece in pieces]
 
-    def _ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    def ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+        """Numbers (b, l) of one of `tokenizers`, learned tokens spelled out, padded and cut to the encoder's length."""
         length = tokenizer.model_max_length
         texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)  # tokens of several vectors
         found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")

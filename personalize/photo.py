@@ -1,16 +1,19 @@
 """A photo edited by text: inverted once, then sampled beside itself with another prompt.
 
 photo → latents → trajectory (`personalize.inversion`) → rows source, target under `personalize.controls` → picture
+
+Beside that, if asked for: nouns that look at their own things (`personalize.localization`), a clean auxiliary picture
+where nothing changes (`personalize.uniform`), and mutual self-attention in the place of Prompt-to-Prompt.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -19,18 +22,23 @@ from torch import Tensor
 from personalize.adapter import Adapter
 from personalize.alignment import JOINTS, Tokens, swapped, tokenised
 from personalize.concept_maps import overlay
-from personalize.concepts import installed
 from personalize.controls import Controls, ControlSettings, MapSum, controls
+from personalize.dragging import pasted
+from personalize.dynamic_prompts import DynamicSettings
 from personalize.errors import UserError
 from personalize.frames import Frame, Picture, opened
 from personalize.images import to_image
-from personalize.inversion import STRENGTH, invert
+from personalize.inversion import STRENGTH
+from personalize.localization import THINGS, Things
 from personalize.model import StableDiffusion
 from personalize.moves import moves
+from personalize.mutual import MutualAttention
 from personalize.null_text import NullText
+from personalize.photo_parts import Part, cells, equipped, mask_sheet, noun_sheet, pixel_size, prepared
 from personalize.pictures import grid
 from personalize.sampling import denoise
 from personalize.trajectories import Trajectory
+from personalize.uniform import UniformSettings
 
 PUNCTUATION = ".,;:!?'’-()"  # has no place in the sheet of words
 GUIDANCE = {"ddpm": 15.0}  # of the edit, where it is not 7.5
@@ -42,12 +50,18 @@ class Wish:
 
     weights: factors on the attention to words of the target.
     local: (word of the source, word of the target): the photo may change only where these look.
+    mask: for uniform maps, white where the photo may change, in place of the mask they find.
+    strict: for uniform maps, put the photo's own pixels back outside the mask.
+    things: for dynamic prompts, what the photo shows where.
     """
 
     target: str = ""
     swaps: Sequence[tuple[str, str]] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     local: Sequence[tuple[str, str]] = ()
+    mask: Picture | None = None
+    strict: bool = False
+    things: Things = THINGS
 
     def prompt(self, source: Tokens) -> str:
         """The target prompt.  UserError if nothing is asked for, or two things, or a swapped word is not there."""
@@ -70,8 +84,18 @@ class PhotoSettings:
     """Of the edit; by default 7.5, with ddpm 15."""
     seed: int = 0
     null_text: NullText = NullText()
+    controller: Literal["p2p", "mutual"] = "p2p"
+    """Prompt-to-Prompt, or mutual self-attention, whose source row is told nothing, as published."""
     control: ControlSettings = ControlSettings()
+    dynamic: DynamicSettings | None = None
+    """Dynamic prompts; with p2p alone."""
+    uniform: UniformSettings | None = None
+    """Uniform attention maps."""
     resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.controller == "mutual" and self.dynamic is not None:
+            raise UserError("mutual attention has no source prompt whose nouns could be dynamic: use one of them")
 
     @property
     def guidance(self) -> float:
@@ -91,6 +115,8 @@ class Edited:
 
     reconstruction: the source row, what is left of the photo itself.  sheet: photo, reconstruction and edit in a row.
     attention: where each word looks, if asked for.  latents: (2, c, h, w), source and target, or the source alone.
+    nouns: where each noun looked before and after it was made dynamic.  masks: what uniform maps let change, by step;
+    region is all of it, boolean (h, w).
     notes: what the user should know.
     """
 
@@ -103,6 +129,9 @@ class Edited:
     trajectory: Trajectory
     seconds: float
     notes: tuple[str, ...] = ()
+    nouns: Image.Image | None = None
+    masks: Image.Image | None = None
+    region: Tensor | None = None
 
 
 @torch.no_grad()
@@ -136,54 +165,56 @@ def edit_photo(
         target = wish.prompt(told)
         same = tokenised(model, target).ids == told.ids and all(factor == 1 for factor in wish.weights.values())
         guide = None if same else _controls(model, frame, told, target, wish, settings, attention)
-        trajectory = invert(
-            model, frame.pixels, source, settings.inversion, steps=settings.steps, strength=settings.share,
-            seed=settings.seed, null_text=settings.null_text, folder=folder, cache=cache,
-            guidance_scale=settings.guidance if settings.inversion == "null-text" else None,
+        part = prepared(model, frame, source, wish, settings, folder, cache, plain=same)
+        latents = part.trajectory.replay(model, settings.guidance) if guide is None else _sampled(
+            model, frame, part, source, target, guide, settings.guidance
         )  # fmt: skip
-        latents = trajectory.replay(model, settings.guidance) if guide is None else _sampled(
-            model, frame, trajectory, target, guide, settings.guidance
-        )  # fmt: skip
+        nouns = None if part.dynamic is None or not attention else noun_sheet(model, frame, part)
     pixels = model.decode(latents).cpu()
     pictures = [frame.to_picture(row[None]) for row in pixels]
+    if wish.strict and part.blend is not None:
+        pictures[-1] = pasted(pictures[-1], frame.picture, frame.mask_to_picture(part.blend.touched()), frame.factor)
     drawn = [frame.picture, *pictures] if len(pictures) == 2 else [frame.picture, *pictures * 2]
     sheet = grid([drawn], columns=("photo", "reconstruction", "edit"), title=f"{target} (was: {source})", cell=256)
     maps = None
     if guide is not None and attention and guide.maps is not None:
         maps = word_sheet(guide, guide.maps, [to_image(row) for row in pixels], frame.size)
     notes = ("the target says what the source says: this is the reconstruction",) if guide is None else ()
+    notes = (*notes, *(part.found.notes if part.found else ()))
+    masks = None if part.blend is None else mask_sheet(frame, part.blend)
+    region = None if part.blend is None else part.blend.touched()
     seconds = time.perf_counter() - began
-    return Edited(drawn[-1], drawn[1], sheet, maps, target, latents, trajectory, seconds, notes)
-
-
-@contextmanager
-def equipped(model: StableDiffusion, adapter: Adapter | None) -> Iterator[None]:
-    """Run the body with all of `adapter` in `model`: LoRA in UNet and text encoders, learned tokens; then as before."""
-    with ExitStack() as stack:
-        if adapter is not None:
-            for change in (adapter.apply(model), adapter.apply_text(model), installed(model, adapter.concepts)):
-                stack.enter_context(change)
-        yield
+    return Edited(drawn[-1], drawn[1], sheet, maps, target, latents, part.trajectory, seconds, notes, nouns, masks,
+                  region)  # fmt: skip
 
 
 def _controls(
     model: StableDiffusion, frame: Frame, source: Tokens, target: str, wish: Wish, settings: PhotoSettings, maps: bool
 ) -> Controls:
-    height, width = (side // model.factor for side in frame.pixels.shape[-2:])
+    if settings.controller == "mutual":
+        if wish.weights or wish.local or maps:
+            raise UserError("weights, local words and attention maps belong to the controller p2p, not to mutual")
+        return Controls((MutualAttention(model),), (), (), source, (tokenised(model, target),))
     plan = moves(model, settings.steps, strength=settings.share)
     return controls(
-        model, source.text, target, steps=len(plan), size=(height, width), settings=settings.control,
+        model, source.text, target, steps=len(plan), size=cells(model, frame), settings=settings.control,
         swaps=wish.swaps, weights=wish.weights, blend=wish.local, keep_maps=maps,
     )  # fmt: skip
 
 
 def _sampled(
-    model: StableDiffusion, frame: Frame, trajectory: Trajectory, target: str, guide: Controls, guidance: float
+    model: StableDiffusion, frame: Frame, part: Part, source: str, target: str, guide: Controls, guidance: float
 ) -> Tensor:
     """Latents (2, c, h, w) of source and target."""
-    told = model.prompts([target], (frame.pixels.shape[-2], frame.pixels.shape[-1]))
-    edit = trajectory.edit(told, guidance_scale=guidance, hooks=guide.hooks, latent_edits=guide.latent_edits)
-    return denoise(model, trajectory.start(2), edit, trajectory.moves(model))
+    told = model.prompts([target], pixel_size(frame))
+    blends = () if part.blend is None else (part.blend,)
+    edit = part.trajectory.edit(
+        told, guidance_scale=guidance, hooks=guide.hooks, latent_edits=(*guide.latent_edits, *blends)
+    )
+    if part.dynamic is not None:
+        rows = part.dynamic.conditionings(model, [source, target], pixel_size(frame))
+        edit = replace(edit, conditioning=lambda step, latents: rows[step.index])
+    return denoise(model, part.trajectory.start(2), edit, part.trajectory.moves(model))
 
 
 def word_sheet(guide: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:

@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personalize.controls import ControlSettings
+from personalize.dynamic_prompts import DynamicSettings
 from personalize.editor import Editor
 from personalize.errors import UserError
 from personalize.files import strangers, write_folder
 from personalize.images import load_image, psnr, to_pixels
+from personalize.localization import Box, Things
 from personalize.null_text import NullText
 from personalize.photo import Edited, PhotoSettings, Wish
+from personalize.photo_parts import report_photo
 from personalize.pictures import png
+from personalize.uniform import UniformSettings
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from personalize.photo_options import PhotoConfig
 
-OURS = ("edited.png", "before-after.png", "attention.png", "edit.json")
+OURS = ("edited.png", "before-after.png", "attention.png", "nouns.png", "masks.png", "edit.json")
 KEPT = "trajectories"
 
 
@@ -27,10 +33,14 @@ def run(config: PhotoConfig) -> Path:
     """Edit, write the pictures and edit.json, and say how long it took."""
     swaps = [pair(text) for text in config.swap]
     local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
-    wish = Wish(config.target, swaps, dict(weight(text) for text in config.weight), local)
+    wish = Wish(
+        config.target, swaps, dict(weight(text) for text in config.weight), local, config.mask,
+        config.strict_background, _things(config),
+    )  # fmt: skip
     settings = PhotoSettings(
         config.inversion, config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,
         null_text=NullText(config.null_text_iterations, config.null_text_rate, config.null_text_tolerance),
+        controller=config.controller, dynamic=_dynamic(config), uniform=_uniform(config),
         control=ControlSettings(
             config.mode, config.cross_replace_steps, config.self_replace_steps, bind_adjectives=config.bind_adjectives
         ),
@@ -38,13 +48,15 @@ def run(config: PhotoConfig) -> Path:
     )  # fmt: skip
     photo = load_image(config.photo)
     editor = Editor.configured(config, config.adapter)
+    if config.report:
+        return _report(config, editor, photo, settings)
     found = editor.photo(
         photo, config.source, wish, settings, folder=config.trajectory, attention=config.attention_maps,
         cache=config.output_dir / KEPT,
     )  # fmt: skip
     files = {"edited.png": png(found.image), "before-after.png": png(found.sheet)}
-    if found.attention is not None:
-        files["attention.png"] = png(found.attention)
+    drawn = {"attention.png": found.attention, "nouns.png": found.nouns, "masks.png": found.masks}
+    files |= {name: png(picture) for name, picture in drawn.items() if picture is not None}
     kept = psnr(to_pixels(found.reconstruction), to_pixels(photo))
     files["edit.json"] = json.dumps(summary(config.source, wish, settings, found, kept), indent=1).encode()
     write_folder(config.output_dir, files, keep=strangers(config.output_dir, OURS))
@@ -52,6 +64,50 @@ def run(config: PhotoConfig) -> Path:
         print(f"Note: {note}.")
     print(f"“{found.target}”: {found.seconds:.1f} s, reconstruction {kept:.1f} dB; edited.png in {config.output_dir}")
     return config.output_dir
+
+
+def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: PhotoSettings) -> Path:
+    """Say whether dynamic prompts are needed, and draw where the nouns look."""
+    found, sheet = report_photo(
+        editor.model, photo, config.source, _things(config), settings, adapter=editor.adapter,
+        cache=config.output_dir / KEPT,
+    )  # fmt: skip
+    write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=strangers(config.output_dir, ("nouns.png",)))
+    print(*found.sentences(), f"nouns.png in {config.output_dir}", sep="\n")
+    return config.output_dir
+
+
+def _dynamic(config: PhotoConfig) -> DynamicSettings | None:
+    if not config.dpl:
+        return None
+    return DynamicSettings(config.dpl_updates, disjoint=config.dpl_disjoint, words_only=config.dpl_words_only)
+
+
+def _uniform(config: PhotoConfig) -> UniformSettings | None:
+    """The source is blended with mutual attention alone, as published."""
+    if not config.uniform:
+        if config.mask or config.strict_background:
+            raise UserError("--mask and --strict_background belong to --uniform: give that too")
+        return None
+    return UniformSettings(
+        config.uniform_until, config.uniform_quantile, blend_source=config.controller == "mutual",
+        auxiliary=config.uniform_auxiliary,
+    )  # fmt: skip
+
+
+def _things(config: PhotoConfig) -> Things:
+    regions = {noun: box(where) or Path(where) for noun, where in map(pair, config.region)}
+    plain = config.background_mask in ("auto", "none")
+    return Things(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
+
+
+def box(text: str) -> Box | None:
+    """ "10,20,100,80" → (10.0, 20.0, 100.0, 80.0); None for what is no list of four numbers."""
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError:
+        return None
+    return left, top, right, bottom
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -39,6 +39,36 @@ class PhotoConfig:
     """Share of the steps that keep the source's self-attention, its layout."""
     bind_adjectives: bool = True
     """A word put in before a noun looks where the noun looked."""
+    controller: Literal["p2p", "mutual"] = "p2p"
+    """p2p: Prompt-to-Prompt; mutual: the edit looks at the source's picture in self-attention (MasaCtrl)."""
+    dpl: bool = False
+    """Dynamic prompts: fit the nouns of --source until each looks at its own thing; slow.  See --report."""
+    report: bool = False
+    """Only say whether --dpl is needed: where the nouns look, and how far beside their things; nothing is edited."""
+    nouns: tuple[str, ...] = ()
+    """--dpl: nouns of --source, synonyms joined by =, e.g. cat kitten=cat; by default found in it."""
+    background_mask: str = "auto"
+    """--dpl: a picture, white where no noun belongs; or auto, from attention; or none."""
+    region: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """--dpl: noun=mask.png or noun=left,top,right,bottom in pixels, where it belongs; may be given several times."""
+    dpl_updates: int = 21
+    """--dpl: updates at each step, at most."""
+    dpl_disjoint: float = 0.05
+    """--dpl: weight of keeping nouns apart; depends on the photo, 0.005 to 0.2."""
+    dpl_words_only: bool = False
+    """--dpl: padding does not compete with words; for base models whose attention goes to it."""
+    uniform: bool = False
+    """Uniform attention maps: a clean reconstruction of the photo where the edit changes nothing."""
+    uniform_until: float = 0.2
+    """--uniform: share of the schedule, its clean end, at which it acts; more keeps more of the photo."""
+    uniform_quantile: float = 0.5
+    """--uniform: share of the differences that are none, at the last step; less lets more change."""
+    uniform_auxiliary: Literal["u", "stored", "z0"] = "u"
+    """--uniform: its own reconstruction, the same begun late, or the photo itself."""
+    mask: Path | None = None
+    """--uniform: a picture, white where the photo may change, in place of the mask it finds."""
+    strict_background: bool = False
+    """--uniform: put the photo's own pixels back outside the mask."""
     num_inference_steps: int = 50
     """Denoising steps of the whole way."""
     guidance_scale: float | None = None

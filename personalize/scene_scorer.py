@@ -25,8 +25,8 @@ from torch.nn.functional import avg_pool2d, interpolate, normalize
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes, write_file
 from personalize.images import to_pixels
-from personalize.metrics import Reading, Request
 from personalize.scenes import BACKGROUNDS, COLOURS, NOUNS, PLACES, STYLES, place_phrase
+from personalize.scoring import Reading, Request
 
 WEIGHTS = Path(__file__).parent / "scorer" / "scorer.safetensors"
 SIDE = 64  # pixels: every picture is brought to this size first

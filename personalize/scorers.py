@@ -17,8 +17,8 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from personalize.errors import UserError
 from personalize.images import to_pixels
-from personalize.metrics import Reading, Request, Scorer, clip_score
 from personalize.scene_scorer import SceneScorer
+from personalize.scoring import Reading, Request, Scorer, clip_score
 
 LPIPS_SIDE = 512  # pixels: one size for all, so that figures compare
 LPIPS_NETS = ("alex", "vgg")

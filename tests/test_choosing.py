@@ -9,7 +9,7 @@ from PIL import Image
 from personalize.choosing import ATTENTION_ONLY, STRONGER, Trial, forgettable, proposed, ranked, search, state
 from personalize.editor import Editor
 from personalize.errors import UserError
-from personalize.metrics import Reading, Request
+from personalize.scoring import Reading, Request
 from personalize.settings import Sampling, Setting
 from tests.lora_states import random_adapter
 from tests.tiny import tiny

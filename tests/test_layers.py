@@ -17,21 +17,22 @@ PACKAGE = ROOT / "personalize"
 STOREYS = (
     "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses "
     "nouns randomness recipes replacing scenes token_files",
-    "alignment attention captions concepts frames loading lora mixing model phantoms pickles quantisation "
-    "reader_names text_lora",
-    "controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves multi_concept "
-    "null_text objectives pretraining sampling trajectories uniform views world",
-    "adapter attachment bundled catalogue checkpoints choosing cli commands compatibility concept_data "
+    "alignment attention captions concepts frames loading lora mixing model noun_groups phantoms pickles "
+    "quantisation reader_names text_lora",
+    "background_mask controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
+    "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
+    "adapter attachment benchmarks bundled catalogue checkpoints choosing cli commands compatibility concept_data "
     "concept_learning concept_maps concept_training conversion coverage data drag_command dragging edit_command "
-    "editor exporting formats guards hub inspection launching learning memory merged_base merging metrics "
-    "model_card options photo photo_command photo_options pictures preview quickstart regularisation scene_scorer "
-    "scorer_training scorers settings stages subject teams trainer training validation verify __main__",
+    "editor evaluation exporting formats guards hub inspection launching learning localization memory merged_base "
+    "merging metrics model_card options photo photo_command photo_options photo_parts pictures preview quickstart "
+    "regularisation scene_scorer scorer_training scorers scoring settings stages subject teams trainer training "
+    "validation verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",
     "diffusers transformers peft accelerate bitsandbytes",
     "",
-    "datasets huggingface_hub tyro yaml rich lpips",
+    "datasets huggingface_hub tyro yaml rich torchmetrics lpips",
 )
 LIGHT = tuple(  # read before torch is imported
     "__init__ __main__ cli commands errors launching options photo_options recipes".split()

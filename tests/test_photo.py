@@ -97,7 +97,7 @@ def test_an_adapter_and_its_tokens_are_there_for_the_edit_and_gone_afterwards():
     ],
 )
 def test_mistakes_are_found_before_anything_is_inverted(monkeypatch, wish, says):
-    monkeypatch.setattr("personalize.photo.invert", lambda *_, **__: pytest.fail("it was inverted"))
+    monkeypatch.setattr("personalize.photo_parts.invert", lambda *_, **__: pytest.fail("it was inverted"))
     with pytest.raises(UserError, match=says) as caught:
         edited(wish)
     assert "\n" not in str(caught.value)

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.metrics import Request
 from personalize.scene_scorer import WEIGHTS, SceneScorer, ScorerNet, save, words_of
 from personalize.scenes import STYLES, Scene, SceneObject, captions, random_scene, render
 from personalize.scorer_training import accuracy
+from personalize.scoring import Request
 from tests.bench import judge
 
 CAT = Scene("grass", (SceneObject("cat", "flat", 0.5, 0.5, 0.6),))

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.metrics import Request
 from personalize.scorers import ClipScorer, find_scorer, identity
+from personalize.scoring import Request
 from tests.tiny_scorers import clip_folder, dino_folder
 
 RED, GRADIENT = Image.new("RGB", (48, 40), "red"), Image.linear_gradient("L").convert("RGB")

@@ -22,16 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from PIL import Image
 
 from personalize.controls import ControlSettings
+from personalize.dynamic_prompts import DynamicSettings
 from personalize.editor import Editor, Sampling
 from personalize.inversion import METHODS
+from personalize.localization import Things
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.null_text import NullText
 from personalize.photo import PhotoSettings, Wish, edit_photo
 from personalize.scenes import BACKGROUNDS, NOUNS, TRAINING_STYLES, render
+from personalize.uniform import UniformSettings
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, psnr, random_task, score
 from tests.bench.embedded_model import fingerprint
@@ -54,8 +58,8 @@ class Made:
 Maker = Callable[["Bench", Task, Image.Image], Made]
 
 
-def prompt_to_prompt(inversion: str) -> Maker:
-    """P2P after one of the inversions."""
+def edited(inversion: str, **choice: Any) -> Maker:
+    """An edit after one of the inversions; `choice` are fields of PhotoSettings.  Dynamic nouns are the scene's own."""
 
     def make(bench: Bench, task: Task, photo: Image.Image) -> Made:
         options = bench.options
@@ -64,9 +68,11 @@ def prompt_to_prompt(inversion: str) -> Maker:
         )
         settings = PhotoSettings(
             inversion, options.steps, guidance_scale=options.guidance_scale, control=control,
-            null_text=NullText(rate=options.null_text_rate),
+            null_text=NullText(rate=options.null_text_rate), **choice,
         )  # fmt: skip
-        found = edit_photo(bench.model, photo, task.source_prompt, Wish(task.target_prompt), settings)
+        things = Things([thing.noun.replace("_", " ") for thing in task.before.objects])
+        wish = Wish(task.target_prompt, things=things)
+        found = edit_photo(bench.model, photo, task.source_prompt, wish, settings)
         return Made(np.asarray(found.image), np.asarray(found.reconstruction))
 
     return make
@@ -86,7 +92,18 @@ def base(bench: Bench, task: Task, photo: Image.Image) -> Made:
 ARMS: dict[str, Maker] = {  # the rows of the table; another method is another row
     DO_NOTHING: do_nothing,
     BASE: base,
-    **{f"P2P + {method}": prompt_to_prompt(method) for method in METHODS},
+    **{f"P2P + {method}": edited(method) for method in METHODS},
+    **{f"P2P + DPL + {method}": edited(method, dynamic=DynamicSettings()) for method in ("direct", "null-text")},
+    **{f"mutual + {method}": edited(method, controller="mutual") for method in ("ddim", "direct")},
+    **{f"UAM + P2P + {method}": edited(method, uniform=UniformSettings()) for method in ("ddim", "direct")},
+    **{
+        f"UAM + mutual + {method}": edited(method, controller="mutual", uniform=UniformSettings(blend_source=True))
+        for method in ("ddim", "direct")
+    },
+    **{
+        f"UAM, {mode} + P2P + direct": edited("direct", uniform=UniformSettings(auxiliary=mode))
+        for mode in ("stored", "z0")
+    },
 }
 
 
@@ -155,14 +172,17 @@ class Bench:
 
 @contextmanager
 def counted(model: StableDiffusion) -> Iterator[list[int]]:
-    """Predictions of one row that the body asks of the UNet, each with gradient counted three times."""
+    """Predictions of one row that the body asks of the UNet, each with gradient counted three times.
+
+    Counted where they begin: one that is cut off behind the maps it was wanted for counts whole.
+    """
     found: list[int] = []
 
-    def count(_: Any, __: Any, output: Any) -> None:
-        answer = output[0] if isinstance(output, tuple) else output.sample
-        found.append(len(answer) * (3 if answer.requires_grad else 1))
+    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        found.append(len(given[0]) * (3 if any(value.requires_grad for value in given) else 1))
 
-    handle = model.unet.register_forward_hook(count)
+    handle = model.unet.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield found
     finally:

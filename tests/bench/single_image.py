@@ -29,7 +29,6 @@ from personalize.editor import Editor
 from personalize.images import psnr, to_image, to_pixels
 from personalize.launching import presets
 from personalize.learning import learn
-from personalize.metrics import Request, Scorer
 from personalize.mixing import mixed
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.options import read_yaml
@@ -37,6 +36,7 @@ from personalize.recipes import Recipe
 from personalize.sampling import Edit, moves, sample
 from personalize.scene_scorer import SceneScorer
 from personalize.scenes import BACKGROUNDS, HELD_OUT_STYLE, NOUNS, TRAINING_STYLES, render
+from personalize.scoring import Request, Scorer
 from personalize.settings import Sampling, Setting, rules
 from personalize.verify import MANIFEST
 from tests.bench.cells import Cells
