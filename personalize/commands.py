@@ -13,17 +13,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from personalize.photo_options import PhotoConfig
-from personalize.recipes import Base
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnBase(Base):
-    """Options of every command that draws."""
-
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base model."""
-    cpu: bool = False
-    """Run on the CPU even if there is an accelerator."""
+from personalize.recipes import OnBase
 
 
 @dataclass(frozen=True)

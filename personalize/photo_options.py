@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
+from personalize.recipes import OnBase
+
 
 @dataclass(frozen=True)
-class PhotoConfig:
+class PhotoConfig(OnBase):
     """Edit a photo by text: it is inverted, and sampled again with another prompt that looks where the old one looked.
 
     Say what the photo shows, and what it is to show: all of it (--target), or word for word (--swap), or how much of a
@@ -91,13 +93,3 @@ class PhotoConfig:
     """Larger photos are scaled down to about its square in pixels; by default the base model's own."""
     output_dir: Path = Path("personalize-edit")
     """Where the pictures, edit.json and the inversion go."""
-    pretrained_model_name_or_path: str | None = None
-    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the adapter's or the package's."""
-    revision: str | None = None
-    """Revision of a base model from the hub."""
-    variant: str | None = None
-    """Variant of the base model's files, e.g. fp16."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base model."""
-    cpu: bool = False
-    """Run on the CPU even if there is an accelerator."""

@@ -28,6 +28,16 @@ class Base:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnBase(Base):
+    """Options of every command that draws."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the base model."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run(Base):
     """How a training run is carried out, which does not decide what is learned."""
 
