@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -94,7 +94,7 @@ def replacement_mapper(source_ids: Sequence[int], target_ids: Sequence[int], swa
     Raises:
         ValueError: swaps that overlap, or lie out of order.
     """
-    pairs: Iterable[Any] = swaps.items() if isinstance(swaps, Mapping) else swaps
+    pairs = cast(Iterable[tuple[Places, Places]], swaps.items() if isinstance(swaps, Mapping) else swaps)
     ordered = sorted((_span(source), _span(target)) for source, target in pairs)
     matrix = torch.zeros(len(source_ids), len(target_ids))
     here = there = 0  # where the unchanged stretch begins, in the target and in the source
