@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
