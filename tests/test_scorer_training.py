@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from personalize.launching import home, load_script
 from personalize.randomness import generator
@@ -57,7 +58,15 @@ def test_a_few_updates_bring_the_loss_down():
     assert torch.equal(again, data.batch(3, range(16))["pixels"]), "a sample is always spoilt in the same way"
 
 
-def test_the_command_resumes_and_writes_weights_with_their_accuracy(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps the precision of a process's first accelerator: here, of another test's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_command_resumes_and_writes_weights_with_their_accuracy(tmp_path, capsys, monkeypatch, fresh_accelerator):
     options = {"scenes": 12, "autoencoded": 0, "test_scenes": 5, "widths": (8, 8, 8), "train_batch_size": 4,
                "checkpointing_steps": 2}  # fmt: skip
     whole = SCRIPT.main(SCRIPT.Config(tmp_path / "whole", max_train_steps=4, **options))
