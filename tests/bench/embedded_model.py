@@ -218,7 +218,7 @@ def sheet(bench: Bench) -> None:
         drawn = as_bytes(bench.pictures(texts, [side * number + column for column in range(side)]))
         rows.append([Image.fromarray(picture) for picture in drawn])
     settings = f"{bench.options.scheduler}, {bench.options.steps} steps, guidance {bench.options.guidance_scale:g}"
-    title = f"{len(rows)}×{len(places)} prompts, first seeds, none left out: {settings}"
+    title = f"{len(rows)} by {len(places)} prompts, first seeds, none left out: {settings}"
     picture = grid(rows, columns=[place_phrase(place) for place in places], labels=subjects, title=title, cell=128)
     picture.save(bench.options.output_dir / "sheet.png")
 
