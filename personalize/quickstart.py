@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SHOWABLE = 24.0  # dB: a base whose autoencoder keeps less of a picture cannot show it
 VARIANTS = {"all that was learned": Setting(), "half of the decoder forgotten": Setting(forget="decoder=0.5")}
-SAMPLING = Sampling(steps=30)
+SAMPLING = Sampling(steps=25)
 
 
 @dataclass(frozen=True)
