@@ -37,10 +37,10 @@ PIPELINES = {
         StableDiffusionXLControlNetPipeline,
     ),
 }  # fmt: skip
-CASES = [  # SDXL's take half a minute each: one of them is enough for the default run
-    pytest.param(family, cls, marks=pytest.mark.slow if family == "sdxl" and number else ())
+CASES = [  # SDXL's take half a minute each
+    pytest.param(family, cls, marks=pytest.mark.slow if family == "sdxl" else ())
     for family, classes in PIPELINES.items()
-    for number, cls in enumerate(classes)
+    for cls in classes
 ]
 
 

@@ -38,6 +38,7 @@ def output(model, told=None):
 
 
 @pytest.mark.skipif(not judge.WEIGHTS.is_file(), reason="the judge's weights are not here")
+@pytest.mark.slow
 def test_a_scene_is_measured_resumed_and_tabled(tmp_path, monkeypatch, model):
     torch.manual_seed(0)
     scorer = SceneScorer(ScorerNet((8, 8, 8)), {})
