@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from personalize.dynamic_prompts import DynamicSettings
 from tests.bench import attention_maps as bench
 from tests.bench.attention_maps import MapsBench, figures, judged, measures
 from tests.tiny import tiny
@@ -18,8 +17,7 @@ from tests.tiny import tiny
 def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     world = {"nouns": ["cat", "dog", "fox"], "styles": ["3d"], "backgrounds": ["beach", "snow"]}
     (tmp_path / "world.json").write_text(json.dumps(world))
-    monkeypatch.setattr(bench, "DynamicSettings", lambda **more: DynamicSettings(updates=1, **more))
-    options = MapsBench(scenes=1, model=tmp_path, steps=(2,), output_dir=tmp_path / "out")
+    options = MapsBench(scenes=1, model=tmp_path, steps=(2,), updates=1, output_dir=tmp_path / "out")
     found = bench.run(options, tiny("sd1"))
     assert {"iou gain, direct", "U9 win rate, 2 steps", "U10 background gain", "U11 iou"} <= set(found)
     assert found["units, direct"]["value"] <= 2 + 2 * 3 and found["U9 win rate, 2 steps"]["asked"] == 0.65

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from personalize.attention import hooked
+from personalize.calibrated import suited
 from personalize.dynamic_prompts import DynamicSettings, disjoint_loss
 from personalize.frames import Frame
 from personalize.inversion import invert
@@ -64,8 +65,18 @@ class MapsBench:
     """Fit noun maps beside null-text too, which takes ten times as long."""
     steps: tuple[int, ...] = (50,)
     """Denoising steps; several for the reconstruction, the first for the rest."""
-    disjoint: float = 0.05
+    split: str = "bench/attention-maps"
+    """Scenes; settings are calibrated on those of calibration/attention-maps."""
+    updates: int | None = None
+    """Dynamic prompts: updates at each step; this and the next four are, if not given, what suits the model."""
+    balancing: float | None = None
+    """Weight of the balancing loss."""
+    disjoint: float | None = None
     """Weight of the disjoint loss."""
+    background: float | None = None
+    """Weight of the background loss."""
+    cap: float | None = None
+    """How far a row may go from its word, as a share of the word's length."""
     words_only: bool = False
     """Padding does not compete in the balancing loss."""
     output_dir: Path = Path("runs/bench/attention_maps")
@@ -83,18 +94,23 @@ class Bench:
             "nouns": world.get("nouns", NOUNS), "styles": world.get("styles", TRAINING_STYLES),
             "backgrounds": world.get("backgrounds", BACKGROUNDS),
         }  # fmt: skip
+        names = ("updates", "balancing", "disjoint", "background", "cap", "words_only")
+        given = {name: getattr(options, name) for name in names}
+        self.dynamic = suited(DynamicSettings, self.model.name, **given)
+        self.null_text = suited(NullText, self.model.name)
         weights = [fingerprint(part) for part in (self.model.unet, self.model.vae, *self.model.text_encoders)]
         stamp = {
             "weights": weights,
             **self.world,
-            "disjoint": options.disjoint,
-            "words_only": options.words_only,
+            "split": options.split,
+            "dynamic": asdict(self.dynamic),
+            "null_text": asdict(self.null_text),
             "first": options.steps[0],
         }
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, seed: int, objects: int) -> Scene:
-        return random_scene(seed, split="bench/attention-maps", objects=objects, **self.world)
+        return random_scene(seed, split=self.options.split, objects=objects, **self.world)
 
     @torch.no_grad()
     def maps(self, seed: int) -> dict[str, Any]:
@@ -107,13 +123,12 @@ class Bench:
         made = invert(model, frame.pixels, prompt, "direct", steps=steps, hooks=(seen,))
         things = Things([thing.noun.replace("_", " ") for thing in scene.objects])
         found = survey(model, frame, made, prompt, things, seen)
-        settings = DynamicSettings(disjoint=self.options.disjoint, words_only=self.options.words_only)
         plain = located(model, made, found.groups, [made.conditioning] * steps)
         row: dict[str, Any] = {"plain": measures(plain, masks)}
-        for name, null in (("direct", None), ("null-text", NullText() if self.options.null_text else None)):
+        for name, null in (("direct", None), ("null-text", self.null_text if self.options.null_text else None)):
             if name == "null-text" and null is None:
                 continue
-            rows, after = localize(model, made, prompt, found, settings, size=size, null_text=null)
+            rows, after = localize(model, made, prompt, found, self.dynamic, size=size, null_text=null)
             told = rows.conditionings(model, [prompt], size)
             row[name] = measures(located(model, after, found.groups, told), masks) | {
                 "units": steps + rows.passes + 2 * rows.backward,
@@ -147,7 +162,7 @@ class Bench:
     @torch.no_grad()
     def masks(self, seed: int) -> dict[str, Any]:
         """U10 to U12: one object becomes another, by Prompt-to-Prompt after direct inversion, with and without."""
-        task = random_task("object", seed, split="bench/attention-maps", objects=1, **self.world)
+        task = random_task("object", seed, split=self.options.split, objects=1, **self.world)
         model, steps = self.model, self.options.steps[0]
         before, (true,) = render(task.before, model.resolution)
         outside = ~(true | render(task.after, model.resolution)[1][0])

@@ -26,6 +26,7 @@ import torch
 import tyro
 from PIL import Image
 
+from personalize.calibrated import suited
 from personalize.controls import ControlSettings
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.editor import Editor, Sampling
@@ -58,7 +59,7 @@ class Made:
 Maker = Callable[["Bench", Task, Image.Image], Made]
 
 
-def edited(inversion: str, **choice: Any) -> Maker:
+def edited(inversion: str, *, dpl: bool = False, **choice: Any) -> Maker:
     """An edit after one of the inversions; `choice` are fields of PhotoSettings.  Dynamic nouns are the scene's own."""
 
     def make(bench: Bench, task: Task, photo: Image.Image) -> Made:
@@ -68,7 +69,8 @@ def edited(inversion: str, **choice: Any) -> Maker:
         )
         settings = PhotoSettings(
             inversion, options.steps, guidance_scale=options.guidance_scale, control=control,
-            null_text=NullText(rate=options.null_text_rate), **choice,
+            null_text=NullText(rate=options.null_text_rate),
+            dynamic=suited(DynamicSettings, bench.model.name) if dpl else None, **choice,
         )  # fmt: skip
         things = Things([thing.noun.replace("_", " ") for thing in task.before.objects])
         wish = Wish(task.target_prompt, things=things)
@@ -93,7 +95,7 @@ ARMS: dict[str, Maker] = {  # the rows of the table; another method is another r
     DO_NOTHING: do_nothing,
     BASE: base,
     **{f"P2P + {method}": edited(method) for method in METHODS},
-    **{f"P2P + DPL + {method}": edited(method, dynamic=DynamicSettings()) for method in ("direct", "null-text")},
+    **{f"P2P + DPL + {method}": edited(method, dpl=True) for method in ("direct", "null-text")},
     **{f"mutual + {method}": edited(method, controller="mutual") for method in ("ddim", "direct")},
     **{f"UAM + P2P + {method}": edited(method, uniform=UniformSettings()) for method in ("ddim", "direct")},
     **{
