@@ -82,8 +82,8 @@ def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
     )  # fmt: skip
     return PhotoSettings(
         config.inversion, config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,
-        null_text=null_text, controller=config.controller, dynamic=dynamic if config.dpl else None,
-        uniform=_uniform(config), resolution=config.resolution,
+        fixed_point=config.fixed_point_iterations, null_text=null_text, controller=config.controller,
+        dynamic=dynamic if config.dpl else None, uniform=_uniform(config), resolution=config.resolution,
         control=ControlSettings(
             config.mode, config.cross_replace_steps, config.self_replace_steps, bind_adjectives=config.bind_adjectives
         ),

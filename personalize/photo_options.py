@@ -87,6 +87,8 @@ class PhotoConfig(OnBase):
     """null-text: learning rate of the first step; by default 0.01, on the package's model 0.1."""
     null_text_tolerance: float = 1e-5
     """null-text: a step is left when its loss is below this, and a little more at later steps."""
+    fixed_point_iterations: int = 0
+    """Predictions at each step of inverting that make sampling without guidance exact; not for ddpm."""
     attention_maps: bool = False
     """Draw where each word looks, in attention.png."""
     trajectory: Path | None = None

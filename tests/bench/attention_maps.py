@@ -139,16 +139,21 @@ class Bench:
 
     @torch.no_grad()
     def reconstruction(self, seed: int, steps: int) -> dict[str, Any]:
-        """U9: uniform maps against the caption at w = 1 and at w = 7.5, from the same photo in as many steps."""
+        """U9: uniform maps against the caption at w = 1 and at w = 7.5, from the same photo in as many steps.
+
+        "null" is the empty prompt with ordinary maps: what is left of a difference from it is due to the maps alone.
+        """
         scene, model = self.scene(seed, 1), self.model
         picture = render(scene, model.resolution)[0]
         clean = model.encode(as_pixels(picture[None]).to(model.device))
         up, down = moves(model, steps, inverse=True), moves(model, steps)
         told = model.prompts([caption(scene)], (model.resolution,) * 2)
         plain = Edit(told, guidance_scale=1)
+        null = Edit(model.null(1, (model.resolution,) * 2), guidance_scale=1)
         noisy = denoise(model, clean, plain, up)
         found = {
             "uniform": reconstruct(model, clean, up, down), "caption": denoise(model, noisy, plain, down),
+            "null": denoise(model, denoise(model, clean, null, up), null, down),
             "guided": denoise(model, noisy, Edit(told), down), "ceiling": clean,
         }  # fmt: skip
         row: dict[str, Any] = {}
@@ -236,6 +241,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         uniform, told, guided = zip(*pairs, strict=True)
         wins, n = sum(a > b for a, b in zip(uniform, told, strict=True)), len(pairs)
         found[f"U9 gain over the caption, {steps} steps"] = (*paired_interval(uniform, told), n)
+        null = [row["null"]["db"] for row in ours]
+        found[f"gain over the empty prompt, {steps} steps"] = (*paired_interval(uniform, null), n)
         found[f"U9 gain over w = 7.5, {steps} steps"] = (*paired_interval(uniform, guided), n)
         found[f"U9 win rate, {steps} steps"] = (wins / n, *wilson(wins, n), n)
         steady = [row["steadier"] for row in ours]
