@@ -78,7 +78,7 @@ class PhotoConfig(OnBase):
     num_inference_steps: int = 50
     """Denoising steps of the whole way."""
     guidance_scale: float | None = None
-    """Classifier-free guidance of the edit; 1 is off; by default 7.5, with ddpm 15."""
+    """Classifier-free guidance of the edit; 1 is off; by default 7.5, with ddpm 15; on the package's model 4 and 6."""
     seed: int = 0
     """Seed of the noise of ddpm; the other inversions draw none."""
     null_text_iterations: int = 10

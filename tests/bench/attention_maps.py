@@ -124,7 +124,7 @@ class Bench:
         things = Things([thing.noun.replace("_", " ") for thing in scene.objects])
         found = survey(model, frame, made, prompt, things, seen)
         plain = located(model, made, found.groups, [made.conditioning] * steps)
-        row: dict[str, Any] = {"plain": measures(plain, masks)}
+        row: dict[str, Any] = {"plain": measures(plain, masks), "background": guess(found.background, masks)}
         for name, null in (("direct", None), ("null-text", self.null_text if self.options.null_text else None)):
             if name == "null-text" and null is None:
                 continue
@@ -205,6 +205,15 @@ def measures(maps: Tensor, masks: Sequence[np.ndarray]) -> dict[str, Any]:
             "off": float(np.mean(off))}  # fmt: skip
 
 
+def guess(background: Tensor | None, masks: Sequence[np.ndarray]) -> float:
+    """IoU of the guessed background (h, w) with the cells of which the things cover less than half; 0 without one."""
+    if background is None:
+        return 0.0
+    things = torch.from_numpy(np.any(masks, axis=0)).float()[None, None]
+    true = interpolate(things, (int(background.shape[0]), int(background.shape[1])), mode="area")[0, 0] < 0.5
+    return overlap(background.numpy(), true.numpy())
+
+
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / max(1, (a | b).sum()))
 
@@ -226,6 +235,9 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every figure of the rows there are: value, 95 % interval, n, what is asked, met or not."""
     found: dict[str, tuple[float, float, float, int]] = {}
     maps = [row for row in rows if row["part"] == "maps"]
+    if maps:
+        right = [row["background"] for row in maps]
+        found["guessed background"] = (float(np.mean(right)), *mean_interval(right), len(right))
     for name in ("direct", "null-text"):
         if pairs := [(row[name]["iou"], row["plain"]["iou"]) for row in maps if name in row]:
             found[f"iou gain, {name}"] = (*paired_interval(*zip(*pairs, strict=True)), len(pairs))
