@@ -14,6 +14,6 @@ def test_other_bases_have_the_published_settings():
 
 def test_the_packages_model_has_calibrated_ones_and_what_is_given_wins():
     assert suited(NullText, "embedded") == NullText(rate=0.1)
-    assert guidance("embedded", "direct") == 4 < guidance("embedded", "ddpm")
+    assert guidance("embedded", "direct") == 4 and guidance("embedded", "ddpm") == 6
     found = suited(DynamicSettings, "embedded", updates=7, balancing=None, words_only=True)
     assert found == DynamicSettings(**{**EMBEDDED[DynamicSettings], "updates": 7, "words_only": True})

@@ -100,13 +100,10 @@ class Bench:
         self.null_text = suited(NullText, self.model.name)
         weights = [fingerprint(part) for part in (self.model.unet, self.model.vae, *self.model.text_encoders)]
         stamp = {
-            "weights": weights,
-            **self.world,
-            "split": options.split,
-            "dynamic": asdict(self.dynamic),
-            "null_text": asdict(self.null_text),
-            "first": options.steps[0],
-        }
+            "weights": weights, **self.world,
+            "split": options.split, "first": options.steps[0],
+            "dynamic": asdict(self.dynamic), "null_text": asdict(self.null_text),
+        }  # fmt: skip
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, seed: int, objects: int) -> Scene:
@@ -130,11 +127,8 @@ class Bench:
                 continue
             rows, after = localize(model, made, prompt, found, self.dynamic, size=size, null_text=null)
             told = rows.conditionings(model, [prompt], size)
-            row[name] = measures(located(model, after, found.groups, told), masks) | {
-                "units": steps + rows.passes + 2 * rows.backward,
-                "drift": max(rows.drift),
-                "notes": list(found.notes),
-            }
+            row[name] = measures(located(model, after, found.groups, told), masks)
+            row[name] |= {"units": steps + rows.passes + 2 * rows.backward, "drift": max(rows.drift)}
         return {"part": "maps", "seed": seed, **row}
 
     @torch.no_grad()
@@ -209,9 +203,10 @@ def guess(background: Tensor | None, masks: Sequence[np.ndarray]) -> float:
     """IoU of the guessed background (h, w) with the cells of which the things cover less than half; 0 without one."""
     if background is None:
         return 0.0
-    things = torch.from_numpy(np.any(masks, axis=0)).float()[None, None]
-    true = interpolate(things, (int(background.shape[0]), int(background.shape[1])), mode="area")[0, 0] < 0.5
-    return overlap(background.numpy(), true.numpy())
+    things = interpolate(
+        torch.from_numpy(np.any(masks, axis=0))[None, None].float(), background.shape[-2:], mode="area"
+    )
+    return overlap(background.numpy(), (things[0, 0] < 0.5).numpy())
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
@@ -235,8 +230,7 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every figure of the rows there are: value, 95 % interval, n, what is asked, met or not."""
     found: dict[str, tuple[float, float, float, int]] = {}
     maps = [row for row in rows if row["part"] == "maps"]
-    if maps:
-        right = [row["background"] for row in maps]
+    if right := [row["background"] for row in maps]:
         found["guessed background"] = (float(np.mean(right)), *mean_interval(right), len(right))
     for name in ("direct", "null-text"):
         if pairs := [(row[name]["iou"], row["plain"]["iou"]) for row in maps if name in row]:
