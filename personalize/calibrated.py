@@ -17,7 +17,7 @@ EMBEDDED: dict[type, dict[str, Any]] = {
     # Seven tenths of this model's text attention goes to the padding.  With the published weights the balancing loss,
     # which wants every noun to beat the padding somewhere, drives nouns to where that is easy, the background, and IoU
     # with the true masks falls: 0.47 to 0.22 on two scenes.  With these it rises, 0.53 to 0.71 on two others; few
-    # updates and a cap because rows that went far from their words made maps worse.  tests/bench/README.md has the table.
+    # updates and a cap because rows that went far from their words made maps worse.  See tests/bench/README.md.
     DynamicSettings: {"updates": 4, "balancing": 0.05, "disjoint": 1.0, "background": 1.0, "cap": 0.5},
     # With 0.01 ten updates of a step end far from its target, at 0.28 of the uncorrected error in place of 0.07.
     NullText: {"rate": 0.1},
