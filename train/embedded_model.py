@@ -134,9 +134,8 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
     from personalize.world import LatentPool, encoded, vocabulary
 
     size, count = int(stage.removeprefix("diffusion_")), config.scene_pools[STAGES.index(stage) - 1]
-    known = {"nouns": config.nouns, "styles": config.styles}
     objects = [1 + int((index + 1) * config.pairs) - int(index * config.pairs) for index in range(count)]
-    world = [random_scene(index, objects=each, **known) for index, each in enumerate(objects)]
+    world = [random_scene(i, nouns=config.nouns, styles=config.styles, objects=n) for i, n in enumerate(objects)]
     path = config.output_dir / f"pool_{size}_{count}_{config.pairs:g}.pt"
     if accelerator.is_main_process and not path.is_file():
         vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)
@@ -187,8 +186,8 @@ def export(config: Config, accelerator: Accelerator, stage: str) -> None:
     vae = AutoencoderKL.from_pretrained(vae_folder(config))
     folder, tokenizer = config.output_dir / "pipeline", build_tokenizer(vocabulary())
     save_pipeline(folder, unet=objective.unet, text_encoder=objective.text_encoder, tokenizer=tokenizer, vae=vae)
-    world = {"nouns": config.nouns, "styles": config.styles, "backgrounds": BACKGROUNDS}
-    world["updates"] = {last.stem: state["update"]}
+    known = {"nouns": config.nouns, "styles": config.styles, "backgrounds": BACKGROUNDS}
+    world = known | {"updates": {last.stem: state["update"]}}
     (folder / "world.json").write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
 
 
