@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.benchmarks import Item, find_result, read_benchmark
+from personalize.benchmarks import Item, find_result, read_benchmark, shortfall
 from personalize.errors import UserError
 from personalize.files import write_file
 from personalize.images import load_image, to_pixels
@@ -56,6 +56,8 @@ def run(config: EvaluateConfig) -> Path:
     }
     found = {**about, "summary": table, "rows": rows}
     write_file(config.output, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=True).encode())
+    if lacking := shortfall(name, items):
+        print(lacking)
     print(f"{name}: {len(rows)} of {len(items)} results\n\n{written(table)}\n\nevery value in {config.output}")
     return config.output
 
