@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import personalize
 from personalize.editor import Editor, Sampling
 from personalize.embeddings import project
 from personalize.errors import UserError
-from tests.lora_states import random_adapter
+from tests.lora_states import random_adapter, text_lora
 from tests.tiny import tiny
 
 PIPELINES = {
@@ -124,6 +125,24 @@ def test_it_draws_what_the_editor_draws(folders):
         ).images[0]  # fmt: skip
     difference = torch.tensor(list(ours.getdata())) - torch.tensor(list(theirs.getdata()))
     assert difference.abs().max() <= 1  # one grey level: fp32 sums in another order, then rounding
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_text_encoders_are_changed_too_and_prompts_may_say_learned_tokens(folders, tmp_path, strength):
+    """A DreamBooth adapter's prompts are those the editor draws; afterwards they are the base's again."""
+    model = tiny("sd1")
+    adapter = personalize.Adapter.load(folders["sd1"])
+    rows = {"<thing>": {"text_encoder": torch.ones(1, 32)}}
+    both = replace(adapter, lora={**adapter.lora, **text_lora(model)}, source=None, concepts=rows)
+    prompt, pipe = "a <thing> on the beach", model.pipeline()
+    plain = model.prompts([prompt]).embeds
+    with personalize.attach(pipe, both.save(tmp_path / "both"), strength=strength) as mine:
+        embeds = mine.embeds(prompt)
+        stock = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+    torch.testing.assert_close(embeds, Editor(model, both)._encoded(prompt, (64, 64), strength).embeds)
+    torch.testing.assert_close(embeds, stock)
+    assert (embeds - plain).abs().max() > 1e-2
+    assert torch.equal(model.prompts([prompt]).embeds, plain)
 
 
 def test_strength_zero_is_the_base(folders):
