@@ -174,7 +174,7 @@ def test_every_option_is_documented():
     files = {path: "Config" for room in cli.ROOMS for path in launching.scripts(room).values()}
     classes = [(path, name) for path, name in files.items()]
     classes += [(Path(inspect.getfile(config)), config.__name__) for config, _ in COMMANDS.values()]
-    shared = ["Base", "OnBase", "Run", "Prior", "Recipe", "ConceptRecipe"]
+    shared = ["Base", "OnBase", "Run", "Prior", "LoraRecipe", "Recipe", "ConceptRecipe"]
     classes += [(ROOT / "personalize" / "recipes.py", name) for name in shared]
     for path, name in classes:
         tree = ast.parse(path.read_text(encoding="utf-8"))
