@@ -4,16 +4,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
-from foreign_files import delta, diffusers, kohya, modules, save
-from lora_states import ATTENTION, paths, predict, random_lora, text_lora
 from safetensors.torch import save_file
 from test_formats import CLOSE, difference, through_loader, with_merged
-from tiny import tiny
 
 from personalize.errors import UserError
 from personalize.files import read_tensors, write_file
 from personalize.formats import diffusers_file, kohya_file, read_lora
 from personalize.token_files import files_of
+from tests.foreign_files import delta, diffusers, kohya, modules, save
+from tests.lora_states import ATTENTION, paths, predict, random_lora, text_lora
+from tests.tiny import tiny
 
 
 def exported_by_diffusers(state):
