@@ -282,8 +282,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
         _put(unet, name, layer)
     config.target_modules = "|".join(map(re.escape, names))
     unet.peft_config = {ADAPTER: config}  # pyright: ignore
-    layers = lora_layers(unet)
-    return {name: layers[name] for name in names}
+    return dict(zip(names, box.values(), strict=True))  # pyright: ignore
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """Random LoRAs for the tests of formats, verify and adapter."""
 
+import re
+
 import torch
 from torch import nn
 
@@ -67,6 +69,11 @@ def TRANSFORMER(path):
 
 def EVERYTHING(path):
     return True
+
+
+def SHALLOW(path):
+    """All but the further transformer blocks of an attention: every kind of name, a third of SDXL's modules."""
+    return not re.search(r"transformer_blocks\.[1-9]", path)
 
 
 def FEW(path):
