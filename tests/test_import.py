@@ -11,7 +11,7 @@ from personalize.editor import Editor, Sampling
 from personalize.errors import UserError
 from personalize.sampling import initial_latents
 from tests.foreign_files import diffusers, kohya, save, uneven
-from tests.lora_states import ATTENTION, SHALLOW, paths, random_lora, text_lora
+from tests.lora_states import ATTENTION, paths, random_lora, text_lora
 from tests.tiny import tiny
 
 SHORT = Sampling(steps=3, guidance_scale=3.0)
@@ -42,7 +42,7 @@ def off(one, other):
 def test_a_kohya_file_with_text_encoders_draws_what_diffusers_draws(tmp_path, name):
     """One level of 255 is a rounding of the last bit."""
     model = tiny(name)
-    state = random_lora(paths(model.unet, lambda path: ATTENTION(path) and SHALLOW(path))) | text_lora(model)
+    state = random_lora(paths(model.unet, ATTENTION)) | text_lora(model)
     file = save(tmp_path / "kohya.safetensors", kohya(state, model.family, 2.0))
     weights = [parameter.clone() for encoder in model.text_encoders for parameter in encoder.parameters()]
     found = drawn(model, file)
