@@ -117,12 +117,13 @@ def say_if_unshowable(console: Console, ceiling: float, *, embedded: bool) -> No
 
 def shown(editor: Editor, example: Example, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int) -> Outcome:
     """Every picture of the sheet, all from the noise of `seed`."""
-    replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
-    base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
-    edits = {
-        name: [editor.edit(change.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for change in example.changes]
-        for name, setting in VARIANTS.items()
-    }
+    with editor:
+        replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
+        base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
+        edits = {
+            name: [editor.edit(one.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for one in example.changes]
+            for name, setting in VARIANTS.items()
+        }
     return Outcome(pixels, round_trip, replay, base, edits)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from personalize.benchmarks import decode_mask, read_benchmark, read_list, shortfall
 from personalize.cli import main
 from personalize.errors import UserError
-from personalize.evaluation import interval
+from personalize.evaluation import mean_interval
 
 
 def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -130,7 +131,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         read_benchmark(tmp_path)
 
 
-def test_intervals():
-    low, high = interval([1.0, 2.0, 3.0, 4.0])
-    assert low is not None and high is not None and 1 <= low < 2.5 < high <= 4
-    assert interval([1.0]) == (None, None)
+def test_bootstrap_interval_agrees_with_the_normal_one_on_normal_data():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = mean_interval(values.tolist())
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)  # a tenth of `half`
+    assert mean_interval([1.0]) == (-math.inf, math.inf)
