@@ -244,20 +244,22 @@ class Learning:
 
     def about(self) -> dict[str, Any]:
         """What decides the outcome of this run, as plain values."""
-        several = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
         return {
             "base": self.base,
             "caption": self.caption,
-            **several,
-            "targets": self.recipe.targets,
+            **self._own(),
             "size": list(self.size),
             "seed": self.recipe.seed,
-            "standalone": self.recipe.sourceless,
             "processes": self.share.processes,
             "mixed_precision": self.accelerator.mixed_precision,
             "data_sha256": self.data_sha256,
             "config": asdict(self.recipe),
         }
+
+    def _own(self) -> dict[str, Any]:
+        """What only this kind of run has to say of itself."""
+        several = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
+        return {**several, "targets": self.recipe.targets, "standalone": self.recipe.sourceless}
 
     def save_checkpoint(self, output_dir: str | Path, limit: int | None = None) -> Path:
         """Write `output_dir/checkpoint-N` (on the main process), with an adapter file other programs can load."""
