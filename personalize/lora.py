@@ -17,12 +17,13 @@ from contextlib import contextmanager
 
 import torch
 from diffusers.models.attention_processor import Attention
-from peft import LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from personalize.errors import UserError
 from personalize.forgetting import ForgettingRule, Role, degrees
+from personalize.lora_layers import lora_config
 from personalize.randomness import generator
 
 ADAPTER = "personalize"  # peft's name for it
@@ -274,8 +275,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
         raise UserError(f"this UNet has no layer {unknown[0]!r}: the adapter was made for another base model")
     if not names:
         raise UserError("no module was named for the adapter: choose some of module_names(unet)")
-    pattern = "|".join(map(re.escape, names))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)  # pyright: ignore
+    config = lora_config(names, rank, alpha)
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     inject_adapter_in_model(config, unet, ADAPTER, low_cpu_mem_usage=True)  # meta: peft draws no random numbers
     for parameter, flag in flags:
