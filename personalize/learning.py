@@ -31,12 +31,13 @@ from personalize.concept_data import Example, class_pixels, digest
 from personalize.data import Pictures, Share
 from personalize.errors import UserError
 from personalize.formats import diffusers_file
+from personalize.lean import in_precision, lean
 from personalize.lora import add_lora, lora_aside, lora_state, module_names, remove_lora
 from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImage
 from personalize.recipes import Recipe
 from personalize.text_lora import add_text_lora, text_lora_state
-from personalize.training import EarlyStop, StepReport, adam, fit, recomputing
+from personalize.training import EarlyStop, StepReport, adam, fit, products, recomputing, without_autocast
 
 MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing")  # between a run and its resumption
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -65,7 +66,10 @@ def learning(
         UserError: settings that cannot work, or a model that already carries an adapter.
     """
     recipe = recipe or Recipe()
-    with left_as_found(model), recomputing(model.unet, recipe.gradient_checkpointing):
+    with (
+        left_as_found(model), in_precision(model.unet, products(model, accelerator)), lean(model.unet),
+        recomputing(model.unet, recipe.gradient_checkpointing),
+    ):  # fmt: skip
         yield Learning(model, pixels, caption, recipe, masks, examples, accelerator)
 
 
@@ -143,6 +147,7 @@ class Learning:
                 f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches, "
                 f"the recipe {recipe.gradient_accumulation_steps}: make the accelerator with the recipe's number"
             )
+        without_autocast(self.accelerator, model.dtype == torch.bfloat16 and "quantisation" not in self.base)
         self.share = Share(
             recipe.train_batch_size, recipe.gradient_accumulation_steps,
             self.accelerator.process_index, self.accelerator.num_processes,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -33,6 +34,20 @@ def adam(
     except ImportError:
         raise UserError("use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
     return AdamW8bit(groups, weight_decay=weight_decay)
+
+
+def products(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
+    """What the base's weights have to be turned into for `accelerator`'s precision; None: they stay as they are.
+
+    bf16 weights need no autocast, which casts weights and norms anew in each pass; fp16's overflow needs its fp32.
+    """
+    wanted = accelerator is not None and accelerator.mixed_precision == "bf16" and model.dtype == torch.float32
+    return torch.bfloat16 if wanted else None
+
+
+def without_autocast(accelerator: Accelerator, wanted: bool) -> None:
+    """Let what `accelerator` prepares from now on run in the precision of its weights, if `wanted`."""
+    accelerator.autocast_handler = AutocastKwargs(enabled=not wanted)
 
 
 @contextmanager

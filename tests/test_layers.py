@@ -17,7 +17,7 @@ PACKAGE = ROOT / "personalize"
 STOREYS = (
     "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses "
     "nouns randomness recipes replacing scenes token_files",
-    "alignment attention captions concepts frames loading lora lora_layers mixing model noun_groups phantoms pickles "
+    "alignment attention captions concepts frames lean loading lora lora_layers mixing model noun_groups phantoms pickles "
     "quantisation reader_names text_lora",
     "background_mask controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
     "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
