@@ -73,7 +73,7 @@ def _shorter(module: nn.Module, flowing: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:
-    """W₁x · gelu(W₂x), of two products instead of two halves of one: the CPU's fast GELU wants its input in one piece."""
+    """W₁x · gelu(W₂x), of two products: the CPU's fast GELU wants its input in one piece."""
     if type(module.proj) is nn.Linear and module.proj.bias is not None and not module.proj._forward_hooks:
         (w, v), (b, c) = module.proj.weight.chunk(2), module.proj.bias.chunk(2)
         values, gates = linear(x, w, b), gelu(linear(x, v, c))

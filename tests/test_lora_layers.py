@@ -79,7 +79,7 @@ def test_speed_lora_layer_equals_pefts(name: str) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine - other).abs().max() <= CLOSE * max(
             1.0, float(other.detach().abs().max()) * 10
-        )  # gradients: ≤ 1e-5
+        )  # gradients 1e-5
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -183,7 +183,7 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.parametrize(("text_learns", "expected"), [(True, 31), (False, 28)])
 def test_speed_no_graph_below_the_first_trainable_layer(text_learns: bool, expected: int) -> None:
-    """Of SD 1.x's 32 attentions the first sees nothing that learns; without learned text, the first block's 4 do not."""
+    """Of SD 1.x's 32 attentions the first sees nothing that learns; with frozen text, the first 4 do not."""
     model = tiny_sd1()
     parameters = lora.add_lora(model.unet, lora.module_names(model.unet), 2, 2.0, seed=0)
     text = drawn(2, 77, 32, purpose="text").requires_grad_(text_learns)

@@ -1,0 +1,135 @@
+"""What the speed bench measures on: bases, a training step, and the switches between its arms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft.tuners.lora import Conv2d, Linear
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from personalize import bundled, lora_layers
+from personalize.learning import Learning, learning
+from personalize.model import StableDiffusion
+from personalize.pretraining import build_tokenizer
+from personalize.randomness import generator
+from personalize.recipes import Recipe
+
+SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
+
+
+@cache
+def base(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StableDiffusion:
+    """The base `name`: "embedded", "sd15" (in shape, random weights), or a folder."""
+    if name != "sd15":
+        return StableDiffusion.load(None if name == "embedded" else name, dtype=dtype, device=device)
+    model = StableDiffusion.from_pipeline(_random_sd15(dtype), "random-sd15")
+    for part in (model.unet, model.vae, *model.text_encoders):
+        part.to(device)
+    model.alphas_cumprod = model.alphas_cumprod.to(device)
+    return model
+
+
+def _random_sd15(dtype: torch.dtype) -> StableDiffusionPipeline:
+    tokenizer = build_tokenizer(["a", "photo", "of", "cat", "dog"])
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    ways = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=ways[0], up_block_types=ways[1], layers_per_block=2,
+        latent_channels=4, sample_size=512,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae, unet=UNet2DConditionModel(sample_size=64, **SD15).to(dtype), text_encoder=CLIPTextModel(text),  # pyright: ignore
+        tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False,  # pyright: ignore
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
+    )  # fmt: skip
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    return pipe
+
+
+def picture(side: int) -> Tensor:
+    """The bundled picture as pixels (1, 3, side, side) in [−1, 1]."""
+    image = bundled.bundled(0).picture.convert("RGB").resize((side, side))
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, side, side, 3).permute(
+        0, 3, 1, 2
+    ).float() / 127.5 - 1  # fmt: skip
+
+
+def latents(model: StableDiffusion, rows: int, side: int | None) -> Tensor:
+    side = side or model.unet.config.sample_size
+    return torch.randn(rows, 4, side, side, generator=generator(0, "bench")).to(model.device)
+
+
+@contextmanager
+def run_of(model: StableDiffusion, batch: int, rank: int, side: int | None, **more: Any) -> Iterator[Learning]:
+    """A run of single-image tuning with `batch` samples an update, on the bundled picture."""
+    recipe = Recipe(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
+    pixels = picture((side or model.unet.config.sample_size) * model.factor)
+    with learning(model, pixels, "a photo of a cat", recipe, **more) as run:
+        yield run
+
+
+def stepper(run: Learning, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
+    """A call that makes one update of `run`, without what the loop around it does."""
+    batch = next(run.picture.batches(run.share, 0, 1))
+    batch = {key: value.to(run.model.device) for key, value in batch.items()}
+    chosen = optimizer or run.optimizer
+
+    def step() -> None:
+        run._prepared(batch).total.backward()
+        chosen.step()
+        chosen.zero_grad(set_to_none=True)
+
+    return step
+
+
+@contextmanager
+def pefts_layers() -> Iterator[None]:
+    """Run the body on the forward functions of peft's own LoRA layers."""
+    ours = lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward
+    lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward = Linear.forward, Conv2d.forward  # pyright: ignore
+    try:
+        yield
+    finally:
+        lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward = ours
+
+
+@contextmanager
+def not_lean(unet: Any) -> Iterator[None]:
+    """Run the body as if `lean` were not entered: the attributes that it has put there are set aside."""
+    names = ("output_scale_factor", "rescale_output_factor", "_get_output_for_continuous_inputs", "forward")
+    taken = []
+    for module in unet.modules():
+        for name in names:
+            value = vars(module).get(name)
+            if (
+                type(value).__module__ == "personalize.lean"
+                or getattr(getattr(value, "func", None), "__module__", "") == "personalize.lean"
+            ):
+                taken.append((vars(module), name, vars(module).pop(name)))
+                if name.endswith("factor"):
+                    vars(module)[name] = 1.0
+    try:
+        yield
+    finally:
+        for own, name, value in taken:
+            own[name] = value
+
+
+@contextmanager
+def channels_last(unet: Any, wanted: bool = True) -> Iterator[None]:
+    unet.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
+    try:
+        yield
+    finally:
+        unet.to(memory_format=torch.contiguous_format)
