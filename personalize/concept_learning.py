@@ -24,7 +24,7 @@ from personalize.concept_data import ConceptPicture, ConceptSamples, Example, ch
 from personalize.concepts import ConceptRows, initial_rows, installed, state
 from personalize.errors import UserError
 from personalize.lean import lean
-from personalize.learning import Learning, left_as_found, versions
+from personalize.learning import Learning, versions
 from personalize.lora import add_lora, lora_aside, lora_state
 from personalize.model import StableDiffusion
 from personalize.multi_concept import (
@@ -35,7 +35,7 @@ from personalize.multi_concept import (
     text_projections,
 )
 from personalize.recipes import ConceptRecipe
-from personalize.training import recomputing
+from personalize.training import left_as_found, recomputing
 
 
 @contextmanager

@@ -26,20 +26,28 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from personalize import __version__, checkpoints
 from personalize.adapter import Adapter
+from personalize.captured import StaticStep, check_capturable, replayed
 from personalize.checkpoints import Checkpoint
 from personalize.concept_data import Example, class_pixels, digest
 from personalize.data import Pictures, Share
 from personalize.errors import UserError
 from personalize.formats import diffusers_file
 from personalize.lean import in_precision, lean
-from personalize.lora import add_lora, lora_aside, lora_state, module_names, remove_lora
+from personalize.lora import add_lora, lora_aside, lora_state, module_names
 from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImage
 from personalize.recipes import Recipe
 from personalize.text_lora import add_text_lora, text_lora_state
-from personalize.training import EarlyStop, StepReport, adam, fit, products, recomputing, without_autocast
+from personalize.training import (
+    EarlyStop, StepReport, adam, fit, left_as_found, products, recomputing, without_autocast,
+)  # fmt: skip
 
-MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing")  # between a run and its resumption
+MAY_DIFFER = (
+    "max_train_samples",
+    "max_train_steps",
+    "gradient_checkpointing",
+    "cuda_graph",
+)  # between a run and its resumption
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -86,20 +94,6 @@ def learn(
         for _ in run.steps():
             pass
         return run.adapter()
-
-
-@contextmanager
-def left_as_found(model: StableDiffusion) -> Iterator[None]:
-    """Take the adapters away afterwards, and put every `requires_grad` back."""
-    parts = (model.unet, *model.text_encoders)
-    flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
-    try:
-        yield
-    finally:
-        for part in parts:
-            remove_lora(part)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag).grad = None
 
 
 class Learning:
@@ -200,15 +194,15 @@ class Learning:
         stop = None
         if recipe.early_stop_loss is not None:
             stop = EarlyStop(recipe.early_stop_loss, self.share.samples)
-        for report in fit(
-            self._prepared,
-            self.picture.batches(self.share, first, self.updates),
-            self.optimizer,
-            accelerator=self.accelerator,
-            max_grad_norm=recipe.max_grad_norm,
-            first_update=first,
-            early_stop=stop,
-        ):
+        batches = self.picture.batches(self.share, first, self.updates)
+        if getattr(recipe, "cuda_graph", False):
+            reports = self._replayed(batches)
+        else:
+            reports = fit(
+                self._prepared, batches, self.optimizer, accelerator=self.accelerator,
+                max_grad_norm=recipe.max_grad_norm, first_update=first, early_stop=stop,
+            )  # fmt: skip
+        for report in reports:
             self.update = report.update
             yield report
         if first < self.update and not self._moved():
@@ -216,6 +210,13 @@ class Learning:
                 f"no adapter weight moved in {self.update} updates: raise learning_rate ({recipe.learning_rate})",
                 stacklevel=2,
             )
+
+    def _replayed(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[StepReport]:
+        """The updates as replays of one CUDA graph."""
+        autocast = self.accelerator.mixed_precision == "fp16" or "quantisation" in self.base
+        check_capturable(self.recipe, self.model.device, self.share.processes, autocast=autocast)
+        raw, device, norm = self.optimizer.optimizer, self.model.device, self.recipe.max_grad_norm
+        return replayed(StaticStep(self.objective, batches, raw, device, max_grad_norm=norm), self.update)
 
     def _moved(self) -> bool:
         """Has any B left zero?"""

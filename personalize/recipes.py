@@ -131,6 +131,8 @@ class Recipe:
     """Compute activations anew in the backward pass: less memory, slower."""
     use_8bit_adam: bool = False
     """Keep the optimiser's moments in 8 bits (bitsandbytes)."""
+    cuda_graph: bool = False
+    """Replay the whole update as one CUDA graph, which spares the host's time; one process, whole batches."""
     resample_latents: bool = False
     """Draw new latents from the picture's posterior for each sample, instead of once."""
     mask_weight: float = 0.9

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from personalize.errors import UserError
+from personalize.lora import remove_lora
 from personalize.losses import LossTerms
+from personalize.model import StableDiffusion
 
 
 def adam(
@@ -28,12 +30,28 @@ def adam(
         UserError: bitsandbytes is not installed.
     """
     if not use_8bit:
-        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu"))
+        on_cuda = device.type == "cuda"  # where a graph may hold it: its step number lives there
+        fused = on_cuda or device.type == "cpu"
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused, capturable=on_cuda)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError("use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
     return AdamW8bit(groups, weight_decay=weight_decay)
+
+
+@contextmanager
+def left_as_found(model: StableDiffusion) -> Iterator[None]:
+    """Take the adapters away afterwards, and put every `requires_grad` back."""
+    parts = (model.unet, *model.text_encoders)
+    flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+    try:
+        yield
+    finally:
+        for part in parts:
+            remove_lora(part)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag).grad = None
 
 
 def products(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
@@ -166,7 +184,7 @@ def _guard(
     """
     if not torch.isfinite(loss):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {_cause(objective, batch)}; {_ADVICE}")
+        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {_cause(objective, batch)}; {ADVICE}")
     named = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
     accelerator.unscale_gradients(optimizer)
     norm = get_total_norm(named.values())
@@ -175,7 +193,7 @@ def _guard(
         overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
         if bad is not None and not overflow:
             optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {_ADVICE}")
+            raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {ADVICE}")
     elif max_grad_norm is not None:
         parameters = [p for p in objective.parameters() if p.grad is not None]
         clip_grads_with_norm_(parameters, max_grad_norm, norm)
@@ -190,4 +208,4 @@ def _cause(objective: nn.Module, batch: dict[str, Tensor]) -> str:
     return f"for {name} is not finite" if name else "though all it was made of is finite: the forward pass overflowed"
 
 
-_ADVICE = "nothing was changed by this update: lower --learning_rate, or use --mixed_precision no"
+ADVICE = "nothing was changed by this update: lower --learning_rate, or use --mixed_precision no"

@@ -21,7 +21,7 @@ STOREYS = (
     "quantisation reader_names text_lora",
     "background_mask controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
     "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
-    "adapter attachment benchmarks bundled catalogue checkpoints choosing cli commands compatibility concept_data "
+    "adapter attachment benchmarks bundled captured catalogue checkpoints choosing cli commands compatibility concept_data "
     "concept_learning concept_maps concept_training conversion coverage data drag_command dragging edit_command "
     "editor evaluation exporting formats guards hub inspection launching learning localization memory merged_base "
     "merging metrics model_card options photo photo_command photo_options photo_parts pictures preview quickstart "

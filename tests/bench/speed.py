@@ -5,7 +5,7 @@
     python -m tests.bench.speed --base sd15 --latent 32 --only step --groups 3     # SD 1.5 in shape, random weights
 
 One JSON line per arm, appended as its part is finished; parts that are there are not measured again.  The machine must
-have nothing else to do: above half a core of foreign load the bench refuses, unless --force; --clock cpu is fairer then.
+be idle: above half a core of foreign load the bench refuses, unless --force; then --clock cpu is fairer.
 """
 
 from __future__ import annotations
