@@ -39,7 +39,14 @@ from personalize.objectives import SingleImage
 from personalize.recipes import Recipe
 from personalize.text_lora import add_text_lora, text_lora_state
 from personalize.training import (
-    EarlyStop, StepReport, adam, fit, left_as_found, products, recomputing, without_autocast,
+    EarlyStop,
+    StepReport,
+    adam,
+    fit,
+    left_as_found,
+    products,
+    recomputing,
+    without_autocast,
 )  # fmt: skip
 
 MAY_DIFFER = (

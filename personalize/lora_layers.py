@@ -12,7 +12,8 @@ References: Hu et al., "LoRA", arXiv 2106.09685, eq. 3.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear
+
+from personalize.errors import UserError
 
 
 def lora_config(names: Iterable[str], rank: int, alpha: float) -> LoraConfig:
@@ -44,6 +47,7 @@ class _Lean(LoraLayer):
     """What the two layers share: when the short way is open, and the copies of A and B that it multiplies with."""
 
     _copies: tuple[Any, ...] | None = None  # A and B, their state, copies of A and B
+    _rows: tuple[Tensor, Tensor] | None = None  # A and B of several adapters, in the place of this layer's own
 
     def _plain(self: Any, x: Tensor, rest: Any) -> str | None:
         """The adapter's name, if there is one and nothing but W x + s · B A x is asked for."""
@@ -55,6 +59,9 @@ class _Lean(LoraLayer):
         hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
         cast = torch.is_autocast_enabled(x.device.type)
         return None if hooked or not (cast or x.dtype == base.weight.dtype) else active[0]
+
+    def _strength(self: Any) -> float:
+        return self.scaling[next(iter(self.lora_A))]
 
     def _operands(self: Any, x: Tensor, name: str) -> tuple[Any, ...]:
         """x, W, bias, A, B, then A and B in the precision of the product, and s."""
@@ -74,22 +81,57 @@ class _Lean(LoraLayer):
         return old[3], old[4]
 
 
+@contextmanager
+def several(layers: Mapping[str, LoraLayer], rows: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Run the body with n adapters at once: of every batch the first share goes through the first adapter, and so on.
+
+    rows: for each layer A (n, rank, in[, k, k]) and B (n, out, rank[, 1, 1]); equal strengths, the layers' own.
+    """
+    lean: dict[str, Any] = {name: layers[name] for name in rows}
+    if wrong := [name for name, layer in lean.items() if not isinstance(layer, _Lean)]:
+        raise UserError(f"several adapters at once need plain layers, {wrong[0]} is none: leave load_in_4bit out")
+    try:
+        for name, layer in lean.items():
+            layer._rows = rows[name]
+        yield
+    finally:
+        for layer in lean.values():
+            layer._rows = None
+
+
 class LeanLinear(Linear, _Lean):
     """peft's LoRA on a linear layer: x (…, in) → (…, out)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._rows is not None:
+            return self._several(x, *self._rows)
         name = self._plain(x, args or kwargs)
         return super().forward(x, *args, **kwargs) if name is None else _LinearProduct.apply(*self._operands(x, name))  # pyright: ignore
+
+    def _several(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y, count = self.base_layer(x), len(a)
+        u = x.reshape(count, -1, x.shape[-1]) @ a.to(x.dtype).transpose(1, 2)
+        y.view(count, -1, y.shape[-1]).baddbmm_(u, b.to(x.dtype).transpose(1, 2), alpha=self._strength())
+        return y
 
 
 class LeanConv2d(Conv2d, _Lean):
     """peft's LoRA on a convolution: A is one of the base's shape with `rank` outputs, B a 1×1 convolution."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._rows is not None:
+            return self._several(x, *self._rows)
         name, base = self._plain(x, args or kwargs), self.base_layer
         if name is None or base.groups != 1 or base.padding_mode != "zeros" or isinstance(base.padding, str):
             return super().forward(x, *args, **kwargs)
         return _ConvProduct.apply(*self._operands(x, name), (base.stride, base.padding, base.dilation))  # pyright: ignore
+
+    def _several(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y, base, count = self.base_layer(x), self.base_layer, len(a)
+        pairs = zip(x.chunk(count), a.to(x.dtype), strict=True)
+        u = torch.cat([conv2d(part, low, None, base.stride, base.padding, base.dilation) for part, low in pairs])
+        rows = b.to(x.dtype).flatten(2).repeat_interleave(len(x) // count, 0)
+        return y.add_((rows @ u.flatten(2)).view(y.shape), alpha=self._strength())
 
 
 class _LinearProduct(torch.autograd.Function):

@@ -135,6 +135,7 @@ def fit(
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
     """
     update, sums, losses = first_update, {}, {}
+    learns = {name: p for name, p in objective.named_parameters() if p.requires_grad}  # asked once: UNets are large
     accelerator.step = 0  # an accumulation that was broken off before leaves nothing behind
     for batch in batches:
         with accelerator.accumulate(objective):
@@ -146,7 +147,7 @@ def fit(
                 if early_stop is not None and early_stop(update, losses["loss"]):
                     optimizer.zero_grad(set_to_none=True)
                     return
-                _guard(objective, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1)
+                _guard(objective, learns, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1)
             rates = tuple(group["lr"] for group in optimizer.param_groups)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -170,6 +171,7 @@ def _means(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tenso
 
 def _guard(
     objective: nn.Module,
+    learns: dict[str, nn.Parameter],
     batch: dict[str, Tensor],
     loss: Tensor,
     optimizer: torch.optim.Optimizer,
@@ -185,7 +187,7 @@ def _guard(
     if not torch.isfinite(loss):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {_cause(objective, batch)}; {ADVICE}")
-    named = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    named = {name: p.grad for name, p in learns.items() if p.grad is not None}
     accelerator.unscale_gradients(optimizer)
     norm = get_total_norm(named.values())
     if not torch.isfinite(norm):
@@ -195,7 +197,7 @@ def _guard(
             optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {ADVICE}")
     elif max_grad_norm is not None:
-        parameters = [p for p in objective.parameters() if p.grad is not None]
+        parameters = [p for p in learns.values() if p.grad is not None]
         clip_grads_with_norm_(parameters, max_grad_norm, norm)
 
 

@@ -21,11 +21,11 @@ STOREYS = (
     "quantisation reader_names text_lora",
     "background_mask controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
     "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
-    "adapter attachment benchmarks bundled captured catalogue checkpoints choosing cli commands compatibility concept_data "
+    "adapter attachment benchmarks bundled captured catalogue catalogue_table checkpoints choosing cli commands compatibility concept_data "
     "concept_learning concept_maps concept_training conversion coverage data drag_command dragging edit_command "
     "editor evaluation exporting formats guards hub inspection launching learning localization memory merged_base "
     "merging metrics model_card options photo photo_command photo_options photo_parts pictures preview quickstart "
-    "regularisation scene_scorer scorer_training scorers scoring settings stages subject teams trainer training "
+    "regularisation scene_scorer scorer_training scorers scoring settings several stages subject teams trainer training "
     "validation verify __main__",
 )
 LIBRARIES = (

@@ -11,10 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from personalize.lean import halves_alike, in_precision, lean
-from personalize.lora import add_lora, module_names, remove_lora
+from personalize.lora import _pair, add_lora, lora_layers, module_names, remove_lora
+from personalize.lora_layers import several
 from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import moves
+from personalize.objectives import SingleImage
 from personalize.sampling import Edit, denoise, initial_latents
+from personalize.several import SeveralImages
+from personalize.training import adam
 from tests.bench.arms import Arm, measure
 from tests.bench.speed_setup import base, channels_last, latents, not_lean, pefts_layers, run_of, stepper
 
@@ -262,6 +266,38 @@ def grid(bench: SpeedBench) -> Rows:
         remove_lora(model.unet)
 
 
+def adapters(bench: SpeedBench) -> Rows:
+    """An update of 1, 2 and 4 adapters in one batch; milliseconds are per adapter."""
+    model, rows = model_of(bench), []
+    with run_of(model, bench.batch, bench.rank, bench.latent) as run:
+        layers = lora_layers(model.unet)
+        for count in (1, 2, 4):
+            pairs = [[torch.nn.Parameter(p.detach().expand(count, *p.shape).clone()) for p in _pair(layer)]
+                     for layer in layers.values()]  # fmt: skip
+            stacked = dict(zip(layers, map(tuple, pairs), strict=True))
+            told = Conditioning.cat([run.objective.source()] * count)
+            objective = SeveralImages(SingleImage(model, told), stacked)  # pyright: ignore
+            optimizer = adam([{"params": list(objective.parameters()), "lr": 1e-6}], model.device)
+            batch = next(run.picture.batches(run.share, 0, 1))
+            many = {key: torch.cat([value] * count) for key, value in batch.items()}
+            many["rows"] = torch.arange(count).repeat_interleave(bench.batch)
+            step = _update(objective, optimizer, {key: value.to(model.device) for key, value in many.items()})
+            with several(layers, stacked):
+                arms = [Arm(f"{count} in one batch", step)]
+                rows += timed(bench, "adapters", arms, per=count)
+    first = rows[0]["ms_median"]
+    return [row | {"ratio": first / row["ms_median"], "ratio_to": "1 in one batch"} for row in rows]
+
+
+def _update(objective: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Callable[[], None]:
+    def step() -> None:
+        objective(batch).total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def _reference(bench: SpeedBench) -> Rows:
     from tests.bench.speed_reference import reference
 
@@ -276,6 +312,6 @@ def _growth(bench: SpeedBench) -> Rows:
 
 DEFAULT: dict[str, Callable[[SpeedBench], Rows]] = {
     "lora": lora, "passes": passes, "layout": layout, "precision": precision, "optimizer": optimizer,
-    "together": together, "batches": batches, "call": call, "pictures": pictures, "grid": grid,
+    "together": together, "batches": batches, "call": call, "pictures": pictures, "grid": grid, "adapters": adapters,
 }  # fmt: skip
 PARTS = DEFAULT | {"reference": _reference, "growth": _growth}
