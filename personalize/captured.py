@@ -8,7 +8,7 @@ the host has nothing to do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.nn.utils import get_total_norm
 
 from personalize.errors import UserError
 from personalize.training import ADVICE, NonFiniteError, StepReport
+
+if TYPE_CHECKING:
+    from personalize.learning import Learning
 
 WARM = 3  # updates made before the capture, on its stream: libraries allocate and choose kernels in the first ones
 
@@ -25,7 +28,7 @@ class StaticStep:
 
     Args:
         objective: whose `forward(batch)` returns `LossTerms`.
-        batches: all batches of the run, of one shape, one to an update.
+        batches: all batches of the run, of one shape, `accumulation` of them to an update.
         optimizer: fused AdamW; on CUDA a capturable one.
         max_grad_norm: clip to this norm.
     """
@@ -37,13 +40,16 @@ class StaticStep:
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         *,
+        accumulation: int = 1,
         max_grad_norm: float | None = None,
     ) -> None:
         rows = list(batches)
         self.objective, self.optimizer, self.max_grad_norm = objective, optimizer, max_grad_norm
-        self.table = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}  # (updates, b, …)
+        self.accumulation = accumulation
+        joined = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+        self.table = {name: batch.unflatten(0, (-1, accumulation)) for name, batch in joined.items()}
         self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.losses = torch.full((len(rows),), torch.nan, device=device)
+        self.losses = torch.full((len(rows) // accumulation,), torch.nan, device=device)
         self.stopped = torch.zeros((), device=device)  # 1 from the first update that met no number
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -52,9 +58,13 @@ class StaticStep:
 
     def __call__(self) -> None:
         """One update; after `stopped` is set, none."""
-        batch = {name: rows.index_select(0, self.count).squeeze(0) for name, rows in self.table.items()}
-        loss = self.objective(batch).total
-        loss.backward()
+        batches = {name: rows.index_select(0, self.count).squeeze(0) for name, rows in self.table.items()}
+        total = torch.zeros_like(self.losses[0])
+        for micro in range(self.accumulation):
+            loss = self.objective({name: rows[micro] for name, rows in batches.items()}).total
+            (loss / self.accumulation).backward()
+            total = total + loss.detach()
+        loss = total / self.accumulation
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(grads)
         self.stopped.logical_or_(~(norm.isfinite() & loss.isfinite()))
@@ -64,8 +74,17 @@ class StaticStep:
         self.optimizer.step()
         del self.optimizer.found_inf  # pyright: ignore
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses.index_copy_(0, self.count, loss.detach()[None])
+        self.losses.index_copy_(0, self.count, loss[None])
         self.count += 1
+
+
+def replay(run: Learning, batches: Iterable[dict[str, Tensor]]) -> Iterator[StepReport]:
+    """The updates of `run` on `batches`, as replays of one graph; UserError if its settings do not allow that."""
+    autocast = run.accelerator.mixed_precision == "fp16" or "quantisation" in run.base
+    check_capturable(run.recipe, run.model.device, run.share.processes, autocast=autocast)
+    more = {"max_grad_norm": run.recipe.max_grad_norm, "accumulation": run.share.accumulation}
+    step = StaticStep(run.objective, batches, run.optimizer.optimizer, run.model.device, **more)
+    return replayed(step, run.update)
 
 
 def replayed(step: StaticStep, first_update: int = 0) -> Iterator[StepReport]:
@@ -111,7 +130,6 @@ def check_capturable(config: Any, device: torch.device, processes: int, *, autoc
     obstacles: Sequence[tuple[bool, str]] = (
         (device.type != "cuda", f"needs a CUDA device, this is {device.type}"),
         (processes > 1, "works with one process"),
-        (config.gradient_accumulation_steps > 1, "takes whole batches: leave gradient_accumulation_steps at 1"),
         (config.use_8bit_adam, "does not go with use_8bit_adam, which counts its steps on the host"),
         (config.train_text_encoder, "does not go with train_text_encoder, which reads words on the host"),
         (config.early_stop_loss is not None, "does not go with early_stop_loss, which decides on the host"),

@@ -26,7 +26,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from personalize import __version__, checkpoints
 from personalize.adapter import Adapter
-from personalize.captured import StaticStep, check_capturable, replayed
+from personalize.captured import replay
 from personalize.checkpoints import Checkpoint
 from personalize.concept_data import Example, class_pixels, digest
 from personalize.data import Pictures, Share
@@ -203,7 +203,7 @@ class Learning:
             stop = EarlyStop(recipe.early_stop_loss, self.share.samples)
         batches = self.picture.batches(self.share, first, self.updates)
         if getattr(recipe, "cuda_graph", False):
-            reports = self._replayed(batches)
+            reports = replay(self, batches)
         else:
             reports = fit(
                 self._prepared, batches, self.optimizer, accelerator=self.accelerator,
@@ -217,13 +217,6 @@ class Learning:
                 f"no adapter weight moved in {self.update} updates: raise learning_rate ({recipe.learning_rate})",
                 stacklevel=2,
             )
-
-    def _replayed(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[StepReport]:
-        """The updates as replays of one CUDA graph."""
-        autocast = self.accelerator.mixed_precision == "fp16" or "quantisation" in self.base
-        check_capturable(self.recipe, self.model.device, self.share.processes, autocast=autocast)
-        raw, device, norm = self.optimizer.optimizer, self.model.device, self.recipe.max_grad_norm
-        return replayed(StaticStep(self.objective, batches, raw, device, max_grad_norm=norm), self.update)
 
     def _moved(self) -> bool:
         """Has any B left zero?"""

@@ -132,7 +132,7 @@ class Recipe:
     use_8bit_adam: bool = False
     """Keep the optimiser's moments in 8 bits (bitsandbytes)."""
     cuda_graph: bool = False
-    """Replay the whole update as one CUDA graph, which spares the host's time; one process, whole batches."""
+    """Replay the whole update as one CUDA graph, which spares the host's time; one process."""
     resample_latents: bool = False
     """Draw new latents from the picture's posterior for each sample, instead of once."""
     mask_weight: float = 0.9

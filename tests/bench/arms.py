@@ -47,11 +47,13 @@ def measure(
     clock: str = "wall",
     device: torch.device | None = None,
     per: float = 1.0,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each arm; the first arm is what the others' ratios compare with, above 1 being faster than it.
 
     clock: "wall", or "cpu" (of this process, for machines where something else runs).
     per: milliseconds are of one call divided by it.
+    seconds: begin no further group after so long, from the second on.
     """
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
@@ -60,7 +62,11 @@ def measure(
         with arm.state():
             for _ in range(warmup):
                 arm.run()
+    began = time.perf_counter()
     for group in range(groups):
+        if seconds is not None and group > 1 and time.perf_counter() - began > seconds:
+            groups = group
+            break
         for arm in arms if group % 2 == 0 else arms[::-1]:
             with arm.state():
                 if warmup:

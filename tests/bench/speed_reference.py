@@ -1,8 +1,9 @@
 """Ours against diffusers' own `train_dreambooth_lora.py`: same base, modules, rank, resolution, batch and precision.
 
-Its folder gets ten copies of the picture, for with one its batches are of one.  Its time is that between the ends of its
-optimiser steps, without loading, encoding of the prompt and saving; ours is everything from the picture's file to the
-saved adapter.  Its flags are the fastest it has: text embeddings computed beforehand, no validation, no checkpoints.
+Its folder gets ten copies of the picture, for with one its batches are of one.  Its time is that between the ends of
+its optimiser steps, without loading, the prompt and saving; ours is everything between the
+picture's file and the adapter's.
+Its flags are the fastest it has: text embeddings computed beforehand, no validation, no checkpoints.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from personalize.lora import module_names
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.recipes import Recipe
 from tests.bench.arms import facts, ratio, spread
+from tests.bench.speed_setup import model_of
 
 if TYPE_CHECKING:
     from tests.bench.speed import SpeedBench
 
 SCRIPT = "examples/dreambooth/train_dreambooth_lora.py"
 TARGETS = 'target_modules=["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],'
-STEPS = 6  # the first is left out: it warms up
 COPIES = 10
 SIDE = 1024  # of the picture's file
 CAPTION = "a photo of a cat"
@@ -43,8 +44,6 @@ def reference(bench: SpeedBench) -> list[dict[str, Any]]:
     """Milliseconds per update of ours and theirs, end to end, in turns."""
     if bench.reference is None:
         raise SystemExit("part reference needs --reference: a diffusers checkout, or its train_dreambooth_lora.py")
-    from tests.bench.speed_parts import model_of
-
     script = bench.reference if bench.reference.is_file() else bench.reference / SCRIPT
     model = model_of(bench)
     theirs: list[float] = []
@@ -74,9 +73,7 @@ def patch(script: Path, model: StableDiffusion, work: Path) -> Path:
     """A copy of the script that trains the modules that we train."""
     text = script.read_text(encoding="utf-8")
     if text.count(TARGETS) != 1:
-        raise SystemExit(
-            f"{script} is not the script that this bench knows: its target modules are not where they were"
-        )
+        raise SystemExit(f"{script} is another version than this bench knows: its target modules moved")
     names = module_names(model.unet)
     copy = work / "train_dreambooth_lora.py"
     copy.write_text(text.replace(TARGETS, f"target_modules={names!r},"), encoding="utf-8")
@@ -102,7 +99,7 @@ def _theirs(bench: SpeedBench, script: Path, folder: Path, side: int, work: Path
     marks = work / "marks.json"
     arguments = {
         "pretrained_model_name_or_path": folder, "instance_data_dir": work / "pictures", "instance_prompt": CAPTION,
-        "resolution": side, "train_batch_size": bench.batch, "max_train_steps": STEPS, "rank": bench.rank,
+        "resolution": side, "train_batch_size": bench.batch, "max_train_steps": bench.steps, "rank": bench.rank,
         "mixed_precision": bench.mixed_precision, "learning_rate": 1e-3, "seed": 0, "lr_scheduler": "constant",
         "lr_warmup_steps": 0, "checkpointing_steps": 10**6, "output_dir": work / "theirs",
     }  # fmt: skip
@@ -127,7 +124,7 @@ def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, w
     """Milliseconds per update of everything between the picture's file and the adapter's."""
     start = time.perf_counter()
     pixels, _ = fit(load_image(picture), side, 8 * model.factor)
-    recipe = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=STEPS * bench.batch)
+    recipe = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=bench.steps * bench.batch)
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision=bench.mixed_precision)
     learn(model, pixels, CAPTION, recipe, accelerator=accelerator).save(work / "ours" / str(time.time_ns()))
-    return 1e3 * (time.perf_counter() - start) / STEPS
+    return 1e3 * (time.perf_counter() - start) / bench.steps

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -19,8 +19,43 @@ from personalize.model import StableDiffusion
 from personalize.pretraining import build_tokenizer
 from personalize.randomness import generator
 from personalize.recipes import Recipe
+from tests.bench.arms import Arm, measure
 
+if TYPE_CHECKING:
+    from tests.bench.speed import SpeedBench
+
+Rows = list[dict[str, Any]]
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
+
+
+def entered(*contexts: Callable[[], Any]) -> Callable[[], Any]:
+    """One context of several."""
+
+    @contextmanager
+    def together():
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            yield
+
+    return together
+
+
+def model_of(bench: SpeedBench) -> StableDiffusion:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return base(bench.base, torch.bfloat16 if bench.mixed_precision == "bf16" else torch.float32, device)
+
+
+def timed(bench: SpeedBench, part: str, arms: list[Arm], **more: Any) -> Rows:
+    device = model_of(bench).device
+    more = {
+        "groups": bench.groups,
+        "calls": bench.calls,
+        "clock": bench.clock,
+        "device": device,
+        "seconds": bench.seconds,
+    } | more
+    return [row | {"batch": bench.batch, "rank": bench.rank} for row in measure(part, arms, **more)]
 
 
 @cache
