@@ -21,7 +21,8 @@ from personalize.concepts import Subject
 from personalize.learning import learning
 from personalize.recipes import ConceptRecipe, Recipe
 from tests.bench.arms import exponent, facts, spread
-from tests.bench.speed_setup import base, picture, run_of, stepper
+from tests.bench.speed_bases import base
+from tests.bench.speed_setup import picture, run_of, stepper
 
 if TYPE_CHECKING:
     from personalize.model import StableDiffusion

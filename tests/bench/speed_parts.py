@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from personalize.lora import _pair, lora_layers
@@ -17,10 +16,13 @@ from personalize.objectives import SingleImage
 from personalize.several import SeveralImages
 from personalize.training import adam
 from tests.bench.arms import Arm
+from tests.bench.speed_bases import base
+from tests.bench.speed_device import ceiling, graph, memory
 from tests.bench.speed_drawing import call, grid, pictures
+from tests.bench.speed_growth import growth
+from tests.bench.speed_reference import reference
 from tests.bench.speed_setup import (
     Rows,
-    base,
     channels_last,
     entered,
     model_of,
@@ -116,8 +118,7 @@ def together(bench: SpeedBench) -> Rows:
     model = model_of(bench)
     low = bench.mixed_precision == "bf16"
     kind = model.device.type
-    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=bench.mixed_precision)
-    with run_of(model, bench.batch, bench.rank, bench.latent, accelerator=accelerator) as run:
+    with run_of(model, bench.batch, bench.rank, bench.latent) as run:
         theirs = stepper(run, torch.optim.AdamW(run.optimizer.param_groups))
 
         @contextmanager
@@ -179,20 +180,10 @@ def _update(objective: Any, optimizer: torch.optim.Optimizer, batch: dict[str, T
     return step
 
 
-def _reference(bench: SpeedBench) -> Rows:
-    from tests.bench.speed_reference import reference
-
-    return reference(bench)
-
-
-def _growth(bench: SpeedBench) -> Rows:
-    from tests.bench.speed_growth import growth
-
-    return growth(bench)
-
-
 DEFAULT: dict[str, Callable[[SpeedBench], Rows]] = {
     "lora": lora, "passes": passes, "layout": layout, "precision": precision, "optimizer": optimizer,
     "together": together, "batches": batches, "call": call, "pictures": pictures, "grid": grid, "adapters": adapters,
 }  # fmt: skip
-PARTS = DEFAULT | {"reference": _reference, "growth": _growth}
+PARTS = DEFAULT | {
+    "ceiling": ceiling, "graph": graph, "memory": memory, "reference": reference, "growth": growth,
+}  # fmt: skip

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate import Accelerator
 from PIL import Image
 
 from personalize import bundled
@@ -28,7 +27,7 @@ from personalize.lora import module_names
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.recipes import Recipe
 from tests.bench.arms import facts, ratio, spread
-from tests.bench.speed_setup import model_of
+from tests.bench.speed_setup import accelerated, model_of
 
 if TYPE_CHECKING:
     from tests.bench.speed import SpeedBench
@@ -125,6 +124,5 @@ def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, w
     start = time.perf_counter()
     pixels, _ = fit(load_image(picture), side, 8 * model.factor)
     recipe = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=bench.steps * bench.batch)
-    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision=bench.mixed_precision)
-    learn(model, pixels, CAPTION, recipe, accelerator=accelerator).save(work / "ours" / str(time.time_ns()))
+    learn(model, pixels, CAPTION, recipe, accelerator=accelerated(model)).save(work / "ours" / str(time.time_ns()))
     return 1e3 * (time.perf_counter() - start) / bench.steps

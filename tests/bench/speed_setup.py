@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from personalize import bundled, lora_layers
 from personalize.learning import Learning, learning
 from personalize.model import StableDiffusion
-from personalize.pretraining import build_tokenizer
 from personalize.randomness import generator
 from personalize.recipes import Recipe
 from tests.bench.arms import Arm, measure
+from tests.bench.speed_bases import base
 
 if TYPE_CHECKING:
     from tests.bench.speed import SpeedBench
 
 Rows = list[dict[str, Any]]
-SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 
 
 def entered(*contexts: Callable[[], Any]) -> Callable[[], Any]:
@@ -58,40 +56,6 @@ def timed(bench: SpeedBench, part: str, arms: list[Arm], **more: Any) -> Rows:
     return [row | {"batch": bench.batch, "rank": bench.rank} for row in measure(part, arms, **more)]
 
 
-@cache
-def base(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StableDiffusion:
-    """The base `name`: "embedded", "sd15" (in shape, random weights), or a folder."""
-    if name != "sd15":
-        return StableDiffusion.load(None if name == "embedded" else name, dtype=dtype, device=device)
-    model = StableDiffusion.from_pipeline(_random_sd15(dtype), "random-sd15")
-    for part in (model.unet, model.vae, *model.text_encoders):
-        part.to(device)
-    model.alphas_cumprod = model.alphas_cumprod.to(device)
-    return model
-
-
-def _random_sd15(dtype: torch.dtype) -> StableDiffusionPipeline:
-    tokenizer = build_tokenizer(["a", "photo", "of", "cat", "dog"])
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    ways = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), down_block_types=ways[0], up_block_types=ways[1], layers_per_block=2,
-        latent_channels=4, sample_size=512,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=vae, unet=UNet2DConditionModel(sample_size=64, **SD15).to(dtype), text_encoder=CLIPTextModel(text),  # pyright: ignore
-        tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False,  # pyright: ignore
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
-    )  # fmt: skip
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
-    return pipe
-
-
 def picture(side: int) -> Tensor:
     """The bundled picture as pixels (1, 3, side, side) in [−1, 1]."""
     image = bundled.bundled(0).picture.convert("RGB").resize((side, side))
@@ -106,12 +70,19 @@ def latents(model: StableDiffusion, rows: int, side: int | None) -> Tensor:
 
 
 @contextmanager
-def run_of(model: StableDiffusion, batch: int, rank: int, side: int | None, **more: Any) -> Iterator[Learning]:
+def run_of(model: StableDiffusion, batch: int, rank: int, side: int | None) -> Iterator[Learning]:
     """A run of single-image tuning with `batch` samples an update, on the bundled picture."""
     recipe = Recipe(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
     pixels = picture((side or model.unet.config.sample_size) * model.factor)
-    with learning(model, pixels, "a photo of a cat", recipe, **more) as run:
+    with learning(model, pixels, "a photo of a cat", recipe, accelerator=accelerated(model)) as run:
         yield run
+
+
+def accelerated(model: StableDiffusion) -> Accelerator:
+    """An accelerator in the base's own precision; Accelerate keeps one precision to a process, so it is told to forget."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    low = model.dtype == torch.bfloat16
+    return Accelerator(cpu=model.device.type == "cpu", mixed_precision="bf16" if low else "no")
 
 
 def stepper(run: Learning, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
