@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 
 from personalize.adapter import Adapter, check_target
@@ -189,8 +188,8 @@ def grouped(items: Sequence[Item], catalogue: Catalogue, resolution: int, multip
     groups: dict[Any, list[list[Item]]] = {}
     for item in items:
         try:
-            with Image.open(item.image) as picture:
-                size = fitted_size(picture.height, picture.width, resolution, multiple)
+            picture = load_image(item.image)
+            size = fitted_size(picture.height, picture.width, resolution, multiple)
         except Exception:  # whoever learns it will say what is wrong
             size = item.line
         last = groups.setdefault((catalogue.recipe_of(item), size), [[]])

@@ -161,7 +161,11 @@ class _ConvProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low_a: Tensor,
                 low_b: Tensor, scale: float, how: Any) -> Tensor:  # fmt: skip
         y, u = conv2d(x, w, bias, *how), conv2d(x, low_a, None, *how)
-        _add_product(y, u, low_b.flatten(1), scale)
+        low_b = low_b.flatten(1) if scale == 1 else low_b.flatten(1) * scale
+        if y.is_contiguous():
+            y.flatten(2).baddbmm_(low_b.expand(len(y), -1, -1), u.flatten(2))
+        else:
+            y.add_(conv2d(u, low_b[:, :, None, None]))
         ctx.save_for_backward(x, u, w, low_a, low_b)
         ctx.scale, ctx.how, ctx.dtype = scale, how, a.dtype
         return y
@@ -169,24 +173,21 @@ class _ConvProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, u, w, low_a, low_b = ctx.saved_tensors
+        x, u, w, low_a, low_b = ctx.saved_tensors  # B is multiplied by s
         gy, wanted = grads[0], ctx.needs_input_grad[0]
-        gu = conv2d(gy, low_b.mul(ctx.scale).transpose(0, 1))
-        gb = torch.einsum("bohw,brhw->or", gy, u).mul_(ctx.scale)[:, :, None, None]
+        if gy.is_contiguous():  # no copies of gy, which a product over all samples at once would make
+            flat = gy.flatten(2)
+            gu = low_b.t().expand(len(gy), -1, -1).bmm(flat).view_as(u)
+            gb = flat.bmm(u.flatten(2).transpose(1, 2)).sum(0)
+        else:
+            flat = gy.permute(0, 2, 3, 1).flatten(0, 2)  # a view, if channels come last
+            gu = conv2d(gy, low_b.t()[:, :, None, None])
+            gb = flat.t() @ u.permute(0, 2, 3, 1).flatten(0, 2)
+        gb = gb if ctx.scale == 1 else gb.mul_(ctx.scale)
         gx, ga, _ = _conv_backward(gu, x, low_a, ctx.how, (wanted, True, False))
         if wanted:
             gx = gx.add_(_conv_backward(gy, x, w, ctx.how, (True, False, False))[0])
-        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None, None, None, None
-
-
-def _add_product(y: Tensor, u: Tensor, b: Tensor, scale: float) -> None:
-    """y += s · B u, in place: y (b, out, h, w), u (b, rank, h, w), B (out, rank)."""
-    if y.is_contiguous():
-        y.flatten(2).baddbmm_(b.expand(len(y), -1, -1), u.flatten(2), alpha=scale)
-    elif y.is_contiguous(memory_format=torch.channels_last):
-        y.permute(0, 2, 3, 1).view(-1, y.shape[1]).addmm_(u.permute(0, 2, 3, 1).flatten(0, 2), b.t(), alpha=scale)
-    else:
-        y.add_(conv2d(u, b[:, :, None, None]), alpha=scale)
+        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype)[:, :, None, None], None, None, None, None
 
 
 def _conv_backward(grad: Tensor, x: Tensor, w: Tensor, how: Any, mask: tuple[bool, ...]) -> Any:

@@ -24,7 +24,7 @@ WIDTHS = (40, 64, 80, 160)  # of attention heads
 
 
 def ceiling(bench: SpeedBench) -> Rows:
-    """What the machine gives at best: products, convolutions, copies, attention by width; the row has TFLOP/s or TB/s."""
+    """What the machine gives at best: products, convolutions, copies, attention by width; in TFLOP/s or TB/s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 8192 if device.type == "cuda" else 1024
     low = torch.bfloat16 if device.type == "cuda" or bench.mixed_precision == "bf16" else torch.float32

@@ -79,7 +79,7 @@ def run_of(model: StableDiffusion, batch: int, rank: int, side: int | None) -> I
 
 
 def accelerated(model: StableDiffusion) -> Accelerator:
-    """An accelerator in the base's own precision; Accelerate keeps one precision to a process, so it is told to forget."""
+    """An accelerator in the base's own precision; Accelerate, which keeps one to a process, is told to forget."""
     AcceleratorState._reset_state(reset_partial_state=True)
     low = model.dtype == torch.bfloat16
     return Accelerator(cpu=model.device.type == "cpu", mixed_precision="bf16" if low else "no")
