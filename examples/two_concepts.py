@@ -30,8 +30,8 @@ def main(
         adapter = run.adapter()
     adapter.save(output_dir)
     prompts = [f"a picture of a {subject.phrase} in the snow" for subject in subjects]
-    editor = Editor(model, adapter)
-    row = [image, *(editor.edit(prompt, sampling=Sampling(steps=steps))[0] for prompt in prompts)]
+    with Editor(model, adapter) as editor:
+        row = [image, *(editor.edit(prompt, sampling=Sampling(steps=steps))[0] for prompt in prompts)]
     grid([row], columns=["the picture", *prompts]).save(Path(output_dir) / "apart.png")
     return row[-1]
 

@@ -1,4 +1,4 @@
-"""An adapter inside the user's own stock diffusers pipeline.
+"""An adapter inside a base model, or inside the user's own stock diffusers pipeline.
 
 with personalize.attach(pipe, "my-cat") as my_cat:
     image = pipe(prompt_embeds=my_cat.embeds("a cat on the beach", alpha=0.8, beta=1.2)).images[0]
@@ -8,7 +8,7 @@ with personalize.attach(pipe, "my-cat") as my_cat:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,22 @@ def attach(
     """
     adapter = loaded(folder)
     model = StableDiffusion.from_pipeline(pipe)
-    with adapter.apply(model, any_base=True), scaled(model.unet, parsed(forget), strength):
-        with installed(model, adapter.concepts), _tokenizers(pipe, model):
+    with equipped(model, adapter, strength, any_base=True), scaled(model.unet, parsed(forget), strength):
+        with _tokenizers(pipe, model):
             yield Attached(model, adapter)
+
+
+@contextmanager
+def equipped(
+    model: StableDiffusion, adapter: Adapter | None, text_strength: float = 1.0, *, any_base: bool = False
+) -> Iterator[None]:
+    """Run the body with all of `adapter` in `model`: LoRA in UNet and text encoders, learned tokens; then as before."""
+    with ExitStack() as stack:
+        if adapter is not None:
+            stack.enter_context(adapter.apply(model, any_base=any_base))
+            stack.enter_context(adapter.apply_text(model, text_strength))
+            stack.enter_context(installed(model, adapter.concepts))
+        yield
 
 
 def loaded(folder: str | Path | Sequence[str | Path]) -> Adapter:

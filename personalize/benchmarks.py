@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from personalize.images import load_image
 
 SIDE = 512  # px, of PIE-Bench's masks
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PUBLISHED = {"PIE-Bench": (700, 700), "TEdBench": (100, 40)}  # edits, pictures
 NUMPY = {  # all that a pickled mask needs
     ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.numeric", "_frombuffer"),
@@ -61,6 +62,15 @@ def read_benchmark(folder: Path, *, allow_pickle: bool = False) -> tuple[str, li
         f"{folder} is no benchmark: it has neither mapping_file.json (PIE-Bench) nor input_list.json (TEdBench) nor "
         "folders with original_image.png (DragBench)"
     )
+
+
+def shortfall(name: str, items: Sequence[Item]) -> str:
+    """What `items` lack, or have too much, of the published benchmark; empty when they are all of it."""
+    here = (len(items), len({item.source for item in items}))
+    if here == PUBLISHED.get(name, here):
+        return ""
+    (edits, pictures), (ours, theirs) = PUBLISHED[name], here
+    return f"{name} is {edits} edits of {pictures} pictures, this folder {ours} of {theirs}: compare with care"
 
 
 def decode_mask(runs: list[int], side: int = SIDE) -> Tensor:

@@ -155,22 +155,10 @@ class ConceptLearning(Learning):
             lora, self.recipe.rank, self.recipe.alpha, None, about, concepts=state(self.layers, self.subjects)
         )
 
-    def about(self) -> dict[str, Any]:
-        """What decides the outcome of this run, as plain values."""
-        return {
-            "base": self.base,
-            "caption": self.caption,
-            "subjects": [asdict(subject) for subject in self.subjects],
-            "targets": "cross_attention_kv",
-            "calibrated": self.map_layers,
-            "size": list(self.size),
-            "seed": self.recipe.seed,
-            "standalone": True,
-            "processes": self.share.processes,
-            "mixed_precision": self.accelerator.mixed_precision,
-            "data_sha256": self.data_sha256,
-            "config": asdict(self.recipe),
-        }
+    def _own(self) -> dict[str, Any]:
+        subjects = [asdict(subject) for subject in self.subjects]
+        kind = {"targets": "cross_attention_kv", "standalone": True}
+        return {"subjects": subjects, "calibrated": self.map_layers, **kind}
 
 
 def _digest(picture: ConceptPicture, examples: Sequence[Example]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from personalize.adapter import Adapter
-from personalize.concepts import installed
+from personalize.attachment import equipped
 from personalize.drag import DEFAULTS, Drag, DragSettings, drag, move_length
 from personalize.errors import UserError
 from personalize.frames import Frame, Picture, Point, opened
@@ -77,7 +76,7 @@ def drag_picture(
     frame = Frame.of(model, picture, resolution)
     allowed = None if mask is None else frame.mask_to_cells(opened(mask))
     starts, ends = [frame.to_cells(point) for point in handles], [frame.to_cells(point) for point in targets]
-    with adapter.apply(model) if adapter else nullcontext():
+    with equipped(model, adapter):
         told = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
         found = drag(model, model.encode(frame.pixels), told, starts, ends, settings, allowed, frame.visible)
     image = frame.to_picture(model.decode(found.latents))
@@ -115,14 +114,10 @@ def conditioning(
 ) -> Conditioning:
     """`prompt`; or else the adapter's source embedding, or its caption; or else the empty prompt.
 
-    Prompts are read with the adapter's change of the text encoders, and may say its learned tokens.
+    Inside `equipped`, prompts are read with the adapter's change of the text encoders, and may say its tokens.
     """
     caption = "" if adapter is None else str(adapter.info.get("caption", ""))
-    with (
-        adapter.apply_text(model) if adapter else nullcontext(),
-        installed(model, adapter.concepts if adapter else {}),
-    ):
-        told = model.prompts([caption if prompt is None else prompt], size)
+    told = model.prompts([caption if prompt is None else prompt], size)
     learned = adapter.source if adapter is not None and prompt is None else None
     return mixed(model, learned, told, alpha=1.0, beta=0.0)
 

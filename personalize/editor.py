@@ -160,7 +160,8 @@ class Editor:
         self, picture: Picture, source: str, wish: Wish, settings: PhotoSettings = PHOTO_DEFAULTS, **more: Any
     ) -> Edited:
         """Edit a photo that shows `source` by text; works with an adapter and without.  See `edit_photo`."""
-        return edit_photo(self.model, picture, source, wish, settings, adapter=self.adapter, **more)
+        with self._set_aside():
+            return edit_photo(self.model, picture, source, wish, settings, adapter=self.adapter, **more)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.benchmarks import Item, find_result, read_benchmark
+from personalize.benchmarks import Item, find_result, read_benchmark, shortfall
 from personalize.errors import UserError
 from personalize.files import write_file
 from personalize.images import load_image, to_pixels
@@ -23,7 +23,7 @@ from personalize.model import default_device
 if TYPE_CHECKING:
     from personalize.commands import EvaluateConfig
 
-BOOTSTRAPS = 10_000
+RESAMPLES = 10_000
 
 
 def run(config: EvaluateConfig) -> Path:
@@ -56,6 +56,8 @@ def run(config: EvaluateConfig) -> Path:
     }
     found = {**about, "summary": table, "rows": rows}
     write_file(config.output, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=True).encode())
+    if lacking := shortfall(name, items):
+        print(lacking)
     print(f"{name}: {len(rows)} of {len(items)} results\n\n{written(table)}\n\nevery value in {config.output}")
     return config.output
 
@@ -94,7 +96,7 @@ def summary(rows: Sequence[dict[str, Any]], columns: Sequence[Metric]) -> dict[s
         numbers = [value * column.factor for value in values if isinstance(value, float)]
         finite = [value for value in numbers if math.isfinite(value)]
         reasons = sorted({value for value in values if isinstance(value, str)})
-        low, high = interval(finite)
+        low, high = mean_interval(finite) if len(finite) > 1 else (None, None)
         found[column.name] = {
             "unit": f"×{column.factor:g}" if column.factor != 1 else "", "better": "↑" if column.larger else "↓",
             "mean": sum(finite) / len(finite) if finite else None, "low": low, "high": high, "n": len(finite),
@@ -103,13 +105,18 @@ def summary(rows: Sequence[dict[str, Any]], columns: Sequence[Metric]) -> dict[s
     return found
 
 
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """95 % percentile bootstrap interval of the mean; none below two values."""
-    if len(values) < 2:
-        return None, None
-    rng, array = np.random.default_rng(0), np.asarray(values)
-    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(BOOTSTRAPS)]
-    low, high = np.percentile(means, [2.5, 97.5])
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean: 10,000 resamples, always the same ones for the same n.
+
+    Infinite on both sides for fewer than two values.
+    """
+    data = np.asarray(values, np.float64)
+    if len(data) < 2:
+        return -math.inf, math.inf
+    rng = np.random.default_rng(len(data))
+    draws = (rng.integers(0, len(data), (500, len(data))) for _ in range(RESAMPLES // 500))
+    means = np.concatenate([data[rows].mean(1) for rows in draws])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 

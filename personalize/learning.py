@@ -198,16 +198,14 @@ class Learning:
             NonFiniteError: a loss or gradient is no number; the adapter is that of the last finished update.
         """
         recipe, first = self.recipe, self.update
-        stop = None
-        if recipe.early_stop_loss is not None:
-            stop = EarlyStop(recipe.early_stop_loss, self.share.samples)
+        stop = recipe.early_stop_loss and EarlyStop(recipe.early_stop_loss, self.share.samples)
         batches = self.picture.batches(self.share, first, self.updates)
         if getattr(recipe, "cuda_graph", False):
             reports = replay(self, batches)
         else:
             reports = fit(
                 self._prepared, batches, self.optimizer, accelerator=self.accelerator,
-                max_grad_norm=recipe.max_grad_norm, first_update=first, early_stop=stop,
+                max_grad_norm=recipe.max_grad_norm, first_update=first, early_stop=stop or None,
             )  # fmt: skip
         for report in reports:
             self.update = report.update
@@ -250,20 +248,22 @@ class Learning:
 
     def about(self) -> dict[str, Any]:
         """What decides the outcome of this run, as plain values."""
-        several = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
         return {
             "base": self.base,
             "caption": self.caption,
-            **several,
-            "targets": self.recipe.targets,
+            **self._own(),
             "size": list(self.size),
             "seed": self.recipe.seed,
-            "standalone": self.recipe.sourceless,
             "processes": self.share.processes,
             "mixed_precision": self.accelerator.mixed_precision,
             "data_sha256": self.data_sha256,
             "config": asdict(self.recipe),
         }
+
+    def _own(self) -> dict[str, Any]:
+        """What only this kind of run has to say of itself."""
+        several = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
+        return {**several, "targets": self.recipe.targets, "standalone": self.recipe.sourceless}
 
     def save_checkpoint(self, output_dir: str | Path, limit: int | None = None) -> Path:
         """Write `output_dir/checkpoint-N` (on the main process), with an adapter file other programs can load."""

@@ -209,15 +209,12 @@ def scaled(unet: nn.Module, rules: Rules = None, strength: float = 1.0) -> Itera
     before = {name: layer.scaling[ADAPTER] for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.set_scale(ADAPTER, factors[name] * before[name] / _full(layer))
+            full = layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
+            layer.set_scale(ADAPTER, factors[name] * before[name] / full)
         yield
     finally:
         for name, layer in layers.items():
             layer.scaling[ADAPTER] = before[name]
-
-
-def _full(layer: LoraLayer) -> float:
-    return layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
 
 
 def multipliers(unet: nn.Module, names: Iterable[str], rules: Rules, strength: float = 1.0) -> dict[str, float]:
@@ -275,13 +272,18 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
         raise UserError(f"this UNet has no layer {unknown[0]!r}: the adapter was made for another base model")
     if not names:
         raise UserError("no module was named for the adapter: choose some of module_names(unet)")
-    config = lora_config(names, rank, alpha)
-    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    inject_adapter_in_model(config, unet, ADAPTER, low_cpu_mem_usage=True)  # meta: peft draws no random numbers
+    config = lora_config(r"\d+", rank, alpha)
+    box = nn.ModuleDict({str(number): leaves[name] for number, name in enumerate(names)})  # no UNet to be searched
+    box.is_loaded_in_4bit = getattr(unet, "is_loaded_in_4bit", False)  # pyright: ignore
+    flags = [(parameter, parameter.requires_grad) for parameter in box.parameters()]
+    inject_adapter_in_model(config, box, ADAPTER, low_cpu_mem_usage=True)  # meta: peft draws no random numbers
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-    layers = lora_layers(unet)
-    return {name: layers[name] for name in names}
+    for name, layer in zip(names, box.values(), strict=True):
+        _put(unet, name, layer)
+    config.target_modules = "|".join(map(re.escape, names))
+    unet.peft_config = {ADAPTER: config}  # pyright: ignore
+    return dict(zip(names, box.values(), strict=True))  # pyright: ignore
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -11,8 +11,7 @@ References: Hu et al., "LoRA", arXiv 2106.09685, eq. 3.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,10 +25,9 @@ from torch.nn.functional import conv2d, linear
 from personalize.errors import UserError
 
 
-def lora_config(names: Iterable[str], rank: int, alpha: float) -> LoraConfig:
-    """peft's configuration of an adapter on exactly the modules `names`, made of this file's layers."""
-    pattern = "|".join(map(re.escape, names))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)  # pyright: ignore
+def lora_config(targets: str, rank: int, alpha: float) -> LoraConfig:
+    """peft's configuration of an adapter on the modules whose names match `targets`, made of this file's layers."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)  # pyright: ignore
     config._register_custom_module({nn.Linear: _linear, nn.Conv2d: _conv})  # pyright: ignore
     return config
 

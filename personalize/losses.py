@@ -49,6 +49,21 @@ def debiased_weight(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     return ((1 - alpha) / alpha).sqrt()
 
 
+def grounding(maps: Tensor, masks: Tensor) -> Tensor:
+    """How much of each text token's attention falls outside its thing, shape (b, k), 0 (none) to 1 (all).
+
+        L = (1 − Σ_u A(u) M(u) / Σ_u A(u))²
+
+    Args:
+        maps: attention A of k tokens, (b, k, h, w), not negative.
+        masks: share of each cell that the token's thing covers, M (b, k, h, w) in [0, 1].
+
+    References: Wang et al., "TokenCompose: Grounding Diffusion with Token-level Supervision", arXiv 2312.03626, §3.2.
+    """
+    inside = (maps * masks).sum((-2, -1)) / maps.sum((-2, -1)).clamp_min(1e-8)
+    return (1 - inside).square()
+
+
 def normalised(maps: Tensor) -> Tensor:
     """Each map (…, h, w) stretched to [0, 1]:  (a − min a) / (max a − min a + 10⁻⁸), in fp32 at least.
 

@@ -188,12 +188,6 @@ def loaded(make: Callable[[], Any]) -> Any:
         return reason
 
 
-def iou(a: Tensor, b: Tensor) -> float:
-    """|a ∧ b| / |a ∨ b| of boolean masks; 1 if both are empty."""
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 1.0
-
-
 def _there(network: Any) -> Any:
     if isinstance(network, Missing):
         raise network

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from personalize.adapter import Adapter
 from personalize.alignment import JOINTS, Tokens, swapped, tokenised
+from personalize.attachment import equipped
 from personalize.concept_maps import overlay
 from personalize.controls import Controls, ControlSettings, MapSum, controls
 from personalize.dragging import pasted
@@ -34,7 +35,7 @@ from personalize.model import StableDiffusion
 from personalize.moves import moves
 from personalize.mutual import MutualAttention
 from personalize.null_text import NullText
-from personalize.photo_parts import Part, cells, equipped, mask_sheet, noun_sheet, pixel_size, prepared
+from personalize.photo_parts import Part, cells, mask_sheet, noun_sheet, pixel_size, prepared
 from personalize.pictures import grid
 from personalize.sampling import denoise
 from personalize.trajectories import Trajectory

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from personalize.adapter import Adapter
-from personalize.concepts import installed
+from personalize.attachment import equipped
 from personalize.dynamic_prompts import DynamicPrompt
 from personalize.errors import UserError
 from personalize.frames import Frame, Picture, opened
@@ -39,16 +37,6 @@ class Part:
     found: Survey | None = None
     dynamic: DynamicPrompt | None = None
     blend: UniformBlend | None = None
-
-
-@contextmanager
-def equipped(model: StableDiffusion, adapter: Adapter | None) -> Iterator[None]:
-    """Run the body with all of `adapter` in `model`: LoRA in UNet and text encoders, learned tokens; then as before."""
-    with ExitStack() as stack:
-        if adapter is not None:
-            for change in (adapter.apply(model), adapter.apply_text(model), installed(model, adapter.concepts)):
-                stack.enter_context(change)
-        yield
 
 
 def prepared(

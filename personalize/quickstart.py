@@ -43,6 +43,12 @@ class Outcome:
     base: torch.Tensor
     edits: dict[str, list[Image.Image]]  # by variant, in the order of the example's changes
 
+    def singles(self) -> dict[str, Image.Image]:
+        """The sheet's pictures by name; edits are numbered through, row after row."""
+        edits = enumerate(picture for row in self.edits.values() for picture in row)
+        named = {"source": self.source, "replay": self.replay, "base": self.base}
+        return {name: to_image(one) for name, one in named.items()} | {f"edit-{k:03d}": one for k, one in edits}
+
 
 def run(config: QuickstartConfig) -> Path:
     """Train, save, verify, edit and show; returns the output folder."""
@@ -64,6 +70,8 @@ def run(config: QuickstartConfig) -> Path:
     adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
     folder = adapter.save(config.output_dir / "adapter", pictures=pictures)
     write_file(config.output_dir / "sheet.png", png(sheet(outcome, example)))
+    for name, picture in outcome.singles().items():
+        write_file(config.output_dir / "pictures" / f"{name}.png", png(picture))
     report(console, outcome, example, folder, config.output_dir / "sheet.png")
     console.print(f"Learned in {seconds:.0f} s; {time.monotonic() - started:.0f} s in all.")
     return config.output_dir
@@ -109,12 +117,13 @@ def say_if_unshowable(console: Console, ceiling: float, *, embedded: bool) -> No
 
 def shown(editor: Editor, example: Example, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int) -> Outcome:
     """Every picture of the sheet, all from the noise of `seed`."""
-    replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
-    base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
-    edits = {
-        name: [editor.edit(change.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for change in example.changes]
-        for name, setting in VARIANTS.items()
-    }
+    with editor:
+        replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
+        base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
+        edits = {
+            name: [editor.edit(one.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for one in example.changes]
+            for name, setting in VARIANTS.items()
+        }
     return Outcome(pixels, round_trip, replay, base, edits)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from personalize.errors import UserError
 
-RecipeT = TypeVar("RecipeT", bound="Recipe | ConceptRecipe")
+RecipeT = TypeVar("RecipeT", bound="LoraRecipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +98,41 @@ class Prior:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class LoraRecipe:
+    """What every recipe says."""
+
+    rank: int = 16
+    """Rank of the LoRA."""
+    lora_alpha: float | None = None
+    """LoRA alpha, the strength being alpha / rank; the rank if not given."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, slower."""
+    use_8bit_adam: bool = False
+    """Keep the optimiser's moments in 8 bits (bitsandbytes)."""
+    prior_loss_weight: float = 1.0
+    """With class pictures: weight of their loss."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm; not clipped if not given."""
+    seed: int = 0
+    """Seed of all that is drawn: LoRA, latents or views, noise, timesteps, class pictures."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank", "lora_alpha", "max_grad_norm")
+        _not_negative(self, "prior_loss_weight")
+
+    @property
+    def alpha(self) -> float:
+        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(LoraRecipe):
     """How a picture is learned; the defaults are those of the method.
 
     An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes;
     `max_train_samples` counts over all of them, so the defaults make 400 // 10 = 40 updates.
     """
 
-    rank: int = 16
-    """Rank of the LoRA."""
-    lora_alpha: float | None = None
-    """LoRA alpha, the strength being alpha / rank; the rank if not given."""
     targets: Literal["full", "attention"] = "full"
     """Modules tuned: every linear layer and convolution of the tuned blocks, or only their attentions."""
     learning_rate: float = 1e-3
@@ -127,36 +151,23 @@ class Recipe:
     """Samples per batch and process; with class pictures, as many of these on top."""
     gradient_accumulation_steps: int = 1
     """Batches per update; `--train_batch_size 1 --gradient_accumulation_steps 10` learns the same in less memory."""
-    gradient_checkpointing: bool = False
-    """Compute activations anew in the backward pass: less memory, slower."""
-    use_8bit_adam: bool = False
-    """Keep the optimiser's moments in 8 bits (bitsandbytes)."""
     cuda_graph: bool = False
     """Replay the whole update as one CUDA graph, which spares the host's time; one process."""
     resample_latents: bool = False
     """Draw new latents from the picture's posterior for each sample, instead of once."""
     mask_weight: float = 0.9
     """With a mask: how much less the loss counts outside of it; 1 ignores the outside, 0 the mask."""
-    prior_loss_weight: float = 1.0
-    """With class pictures: weight of their loss."""
     snr_gamma: float | None = None
     """Min-SNR weighting of the loss; 5 is usual, none if not given."""
-    max_grad_norm: float | None = None
-    """Clip the gradient to this norm; not clipped if not given."""
     early_stop_loss: float | None = None
     """Stop after 350 samples once an update's loss is below this; the paper uses 0.03."""
-    seed: int = 0
-    """Seed of the LoRA, latents, noise and timesteps."""
 
     def __post_init__(self) -> None:
-        _positive(self, "rank", "max_train_samples", "train_batch_size", "gradient_accumulation_steps", "lora_alpha",
-                  "learning_rate", "text_encoder_lr", "snr_gamma", "max_grad_norm", "early_stop_loss")  # fmt: skip
-        _not_negative(self, "text_embedding_lr", "prior_loss_weight")
+        super().__post_init__()
+        _positive(self, "max_train_samples", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+                  "text_encoder_lr", "snr_gamma", "early_stop_loss")  # fmt: skip
+        _not_negative(self, "text_embedding_lr")
         _share(self, "mask_weight")
-
-    @property
-    def alpha(self) -> float:
-        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
 
     @property
     def frozen_text(self) -> bool:
@@ -173,17 +184,13 @@ CALIBRATION_WEIGHT = 0.0025
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptRecipe:
-    """How concepts are learned; the defaults are those of the method, for LoRA.
+class ConceptRecipe(LoraRecipe):
+    """How concepts are learned, by LoRA on the keys and values of text attention; the defaults are the method's.
 
     An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes.
     `calibration_weight` is against a mean squared error: see `personalize.multi_concept`; 0 is Custom Diffusion.
     """
 
-    rank: int = 16
-    """Rank of the LoRA on the keys and values of text attention."""
-    lora_alpha: float | None = None
-    """LoRA alpha, the strength being alpha / rank; the rank if not given."""
     full_kv: bool = False
     """Train those weights in full, and save the nearest LoRA; the adapter says what that misses."""
     learning_rate: float | None = None
@@ -198,14 +205,8 @@ class ConceptRecipe:
     """Samples per batch and process, regularisation included."""
     gradient_accumulation_steps: int = 4
     """Batches per update."""
-    gradient_checkpointing: bool = False
-    """Compute activations anew in the backward pass: less memory, slower."""
-    use_8bit_adam: bool = False
-    """Keep the optimiser's moments in 8 bits (bitsandbytes)."""
     calibration_weight: float = CALIBRATION_WEIGHT
     """Weight of the attention losses against the mean squared error (0.01 in the paper's code); 0: Custom Diffusion."""
-    prior_loss_weight: float = 1.0
-    """Weight of the regularisation samples."""
     mask_weight: float | None = None
     """Weight of the masks; that of the calibration if not given."""
     initializer_token: str = "ktn+pll+ucd"
@@ -214,21 +215,16 @@ class ConceptRecipe:
     """Show the picture also far away and zoomed in, and say so in the prompt."""
     swap_subjects: float = 0.5
     """Share of samples whose prompt names the concepts in another order."""
-    max_grad_norm: float | None = None
-    """Clip the gradient to this norm; not clipped if not given."""
-    seed: int = 0
-    """Seed of the LoRA, views, noise, timesteps and drawn pictures."""
 
     def __post_init__(self) -> None:
-        _positive(self, "rank", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "lora_alpha",
-                  "learning_rate", "max_grad_norm")  # fmt: skip
-        _not_negative(self, "token_learning_rate", "adam_weight_decay", "calibration_weight", "prior_loss_weight",
-                      "mask_weight")  # fmt: skip
+        super().__post_init__()
+        _positive(self, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate")
+        _not_negative(self, "token_learning_rate", "adam_weight_decay", "calibration_weight", "mask_weight")
         _share(self, "swap_subjects")
 
     @property
     def alpha(self) -> float:
-        return float(self.rank if self.lora_alpha is None or self.full_kv else self.lora_alpha)
+        return float(self.rank) if self.full_kv else super().alpha
 
     @property
     def rate(self) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTokenizer
 
@@ -42,7 +43,11 @@ def check_styles(styles: Sequence[str]) -> None:
 
 def pixels_of(scene: scenes.Scene, size: int) -> Tensor:
     """`scene` as pixels (3, size, size) in [−1, 1]."""
-    return torch.from_numpy(scenes.render(scene, size)[0].astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return as_pixels(scenes.render(scene, size)[0])
+
+
+def as_pixels(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -70,36 +75,48 @@ class Crops:
 
 @dataclass(frozen=True)
 class LatentPool:
-    """Scaled latents (N, 4, h, w) of N scenes with all their captions; samples are drawn from it with replacement."""
+    """Encoded scenes with all their captions; samples are drawn from it with replacement.
+
+    `latents` (N, 4, h, w) are scaled; `masks` (N, 2, h, w) hold the share of each cell that the scene's first and
+    second thing cover, in 255ths.
+    """
 
     latents: Tensor
-    captions: tuple[tuple[str, ...], ...]
+    masks: Tensor
+    world: tuple[scenes.Scene, ...]
     tokenizer: CLIPTokenizer
     seed: int
     caption_dropout: float
 
     def batch(self, update: int, samples: range) -> dict[str, Tensor]:
-        """`latents`, `noise`, `timesteps` and `input_ids` of `samples`."""
-        rows, texts = [], []
+        """`latents`, `noise`, `timesteps`, `input_ids`, `masks` and the `nouns`' positions (b, 2) of `samples`."""
+        rows, texts, nouns = [], [], []
         for sample in samples:
             rng = generator(self.seed, "diffusion", 0, sample)
             index = int(torch.randint(len(self.latents), (1,), generator=rng))
-            choice = int(torch.randint(len(self.captions[index]), (1,), generator=rng))
+            captions = scenes.captions(self.world[index])
+            choice = int(torch.randint(len(captions), (1,), generator=rng))
             dropped = bool(torch.rand((), generator=rng) < self.caption_dropout)
-            texts.append("" if dropped else self.captions[index][choice])
-            clean = self.latents[index].float()
-            rows.append((clean, torch.randint(1000, (), generator=rng), torch.randn(clean.shape, generator=rng)))
-        latents, timesteps, noise = (torch.stack(column) for column in zip(*rows, strict=True))
-        return {
-            "latents": latents,
-            "timesteps": timesteps,
-            "noise": noise,
-            "input_ids": tokenize(self.tokenizer, texts),
-        }
+            texts.append("" if dropped else captions[choice])
+            nouns.append(self.places(texts[-1], self.world[index]))
+            clean, masks = self.latents[index].float(), self.masks[index].float() / 255
+            rows.append((clean, masks, torch.randint(1000, (), generator=rng), torch.randn(clean.shape, generator=rng)))
+        latents, masks, timesteps, noise = (torch.stack(column) for column in zip(*rows, strict=True))
+        told = {"input_ids": tokenize(self.tokenizer, texts), "nouns": torch.tensor(nouns)}
+        return {"latents": latents, "masks": masks, "timesteps": timesteps, "noise": noise, **told}
+
+    def places(self, text: str, scene: scenes.Scene) -> list[int]:
+        """Position among `text`'s tokens of the last one of each thing's noun; 0 for what is not there."""
+        ids, found = self.tokenizer(text).input_ids, [0, 0]
+        for number, thing in enumerate(scene.objects):
+            word = self.tokenizer(thing.noun.replace("_", " ")).input_ids[1:-1]
+            ends = [end for end in range(len(word), len(ids)) if ids[end - len(word) + 1 : end + 1] == word]
+            found[number] = next(iter(ends), 0)
+        return found
 
 
 class Rendered(Dataset):
-    """Scenes as pixels, for loader workers."""
+    """Scenes as pixels and masks (2, side/4, side/4) uint8 in 255ths, for loader workers."""
 
     def __init__(self, world: Sequence[scenes.Scene], size: int) -> None:
         self.world, self.size = world, size
@@ -107,16 +124,23 @@ class Rendered(Dataset):
     def __len__(self) -> int:
         return len(self.world)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return pixels_of(self.world[index], self.size)
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, masks = scenes.render(self.world[index], self.size)
+        covers = torch.zeros(2, self.size // 4, self.size // 4)
+        for number, mask in enumerate(masks):
+            covers[number] = avg_pool2d(torch.from_numpy(mask).float()[None], 4)[0]
+        return as_pixels(image), (255 * covers).round().byte()
 
 
 @torch.inference_mode()
 def encoded(
     world: Sequence[scenes.Scene], size: int, vae: AutoencoderKL, *, workers: int = 0, batch: int = 32
-) -> Tensor:
-    """Mean latents (N, 4, size/4, size/4) of `world`, unscaled, fp32; `workers` processes render ahead."""
+) -> tuple[Tensor, Tensor]:
+    """Mean latents (N, 4, size/4, size/4) of `world`, unscaled, fp32, and masks; `workers` processes render ahead."""
     vae.eval()
     loader = DataLoader(Rendered(world, size), batch_size=batch, num_workers=workers)
-    posteriors = (vae.encode(pixels.to(vae.device), return_dict=False)[0] for pixels in loader)
-    return torch.cat([posterior.mean.float().cpu() for posterior in posteriors])
+    parts = [
+        (vae.encode(pixels.to(vae.device), return_dict=False)[0].mean.float().cpu(), masks) for pixels, masks in loader
+    ]
+    latents, masks = (torch.cat(column) for column in zip(*parts, strict=True))
+    return latents, masks

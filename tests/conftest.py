@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 
@@ -23,6 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not wants_hub(config):
         os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays for good: not to go through it again and again spares a fifth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def wants_hub(config: pytest.Config) -> bool:

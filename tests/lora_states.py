@@ -1,5 +1,7 @@
 """Random LoRAs for the tests of formats, verify and adapter."""
 
+import re
+
 import torch
 from torch import nn
 
@@ -69,12 +71,22 @@ def EVERYTHING(path):
     return True
 
 
-def random_adapter(model, rank=4, seed=0, targets="full"):
-    """An adapter with source embedding on the single-image modules of `model`, whose effect shows."""
+def SHALLOW(path):
+    """All but the further transformer blocks of an attention: every kind of name, a third of SDXL's modules."""
+    return not re.search(r"transformer_blocks\.[1-9]", path)
+
+
+def FEW(path):
+    """Something of every block and of every kind that forgetting rules tell apart; quick to put into a UNet."""
+    return path.endswith((".to_k", ".conv1"))
+
+
+def random_adapter(model, rank=4, seed=0, want=FEW):
+    """An adapter with source embedding on those single-image modules of `model` that are wanted; its effect shows."""
     from personalize.adapter import Adapter
     from personalize.lora import module_names
 
-    wanted = set(module_names(model.unet, model.family, targets))
+    wanted = set(filter(want, module_names(model.unet, model.family)))
     lora = random_lora(paths(model.unet, wanted.__contains__), rank=rank, seed=seed)
     with torch.no_grad():
         told = model.prompts(["a cat on the beach"])

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_states import paths, predict, random_lora
 from PIL import Image
-from tiny import tiny
 
 from personalize import files
 from personalize.adapter import Adapter, check_target, picture_name, twin_name
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes
+from tests.lora_states import paths, predict, random_lora
+from tests.tiny import tiny
 
 DIFFUSERS, SOURCE, MANIFEST, CARD = (
     "pytorch_lora_weights.safetensors", "source_embedding.safetensors", "adapter.json", "README.md",

@@ -11,7 +11,7 @@ from personalize.editor import Editor
 from personalize.errors import UserError
 from personalize.scoring import Reading, Request
 from personalize.settings import Sampling, Setting
-from tests.lora_states import random_adapter
+from tests.lora_states import ATTENTION, random_adapter
 from tests.tiny import tiny
 
 PICTURE = Image.new("RGB", (64, 64), "red")
@@ -134,7 +134,7 @@ def test_the_library_call_ranks_what_it_has_drawn(editor):
 
 def test_only_rules_that_select_something_are_tried(editor):
     assert forgettable(editor) == STRONGER
-    attention = random_adapter(editor.model, targets="attention")
+    attention = random_adapter(editor.model, want=ATTENTION)
     assert forgettable(Editor(editor.model, attention)) == ATTENTION_ONLY
 
 

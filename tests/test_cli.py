@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -174,7 +175,7 @@ def test_every_option_is_documented():
     files = {path: "Config" for room in cli.ROOMS for path in launching.scripts(room).values()}
     classes = [(path, name) for path, name in files.items()]
     classes += [(Path(inspect.getfile(config)), config.__name__) for config, _ in COMMANDS.values()]
-    shared = ["Base", "OnBase", "Run", "Prior", "Recipe", "ConceptRecipe"]
+    shared = ["Base", "OnBase", "Run", "Prior", "LoraRecipe", "Recipe", "ConceptRecipe"]
     classes += [(ROOT / "personalize" / "recipes.py", name) for name in shared]
     for path, name in classes:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -220,13 +221,14 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     assert done.returncode == 0, done.stderr
 
 
-def test_a_script_started_by_hand_does_the_same(room: Path):
+def test_a_script_started_by_hand_does_the_same(room: Path, monkeypatch, capsys):
     script = room / "train" / "miniature.py"
-    outcomes = {"4": (0, "Config(rank=4, learning_rate=0.0001)\n", "")}
-    outcomes["13"] = (2, "", "personalize: rank 13 is bad luck: choose another\n")
-    for rank, outcome in outcomes.items():
-        done = python(script, "--rank", rank)
-        assert (done.returncode, done.stdout, done.stderr) == outcome
+    done = python(script, "--rank", "13")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "personalize: rank 13 is bad luck: choose another\n")
+    monkeypatch.setattr(sys, "argv", [str(script), "--rank", "4"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code and capsys.readouterr().out == "Config(rank=4, learning_rate=0.0001)\n"
 
 
 def test_two_processes_share_the_cores_and_pass_on_one_line(room: Path):

@@ -12,7 +12,7 @@ from personalize.scenes import ANY_STYLE, STYLES, Scene, SceneObject, render
 from tests.bench import contract, report
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, KINDS, Task, evaluate, random_task, region, score
-from tests.bench.intervals import mean_interval, paired_interval, wilson
+from tests.bench.intervals import paired_interval, wilson
 from tests.bench.judge import Judge
 
 SIZE = 128
@@ -83,6 +83,13 @@ def test_psnr_of_a_known_error():
     assert contract.psnr(mixed, black) == pytest.approx(-10 * math.log10(0.02))
 
 
+def test_dpl_c08_iou():
+    half = np.zeros((4, 4), bool)
+    half[:2] = True
+    assert contract.iou(half, half) == 1 and contract.iou(half, ~half) == 0 and contract.iou(half, half | ~half) == 0.5
+    assert contract.iou(half & ~half, half & ~half) == 1
+
+
 def test_lab_of_known_colours():
     rgb = np.array([[255, 255, 255], [255, 0, 0], [0, 0, 0]], np.uint8)
     known = [[100, 0, 0], [53.24, 80.09, 67.20], [0, 0, 0]]  # published values for sRGB under D65
@@ -111,14 +118,6 @@ def test_structure_distance_ignores_brightness_and_notices_missing_objects():
 def test_wilson_interval_of_a_textbook_case():
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 0) == (0, 1) and wilson(10, 10)[1] == pytest.approx(1)
-
-
-def test_bootstrap_interval_agrees_with_the_normal_one_on_normal_data():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = mean_interval(values.tolist())
-    half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)  # a tenth of `half`
-    assert mean_interval([1.0]) == (-math.inf, math.inf)
 
 
 def test_paired_interval_is_of_the_differences():

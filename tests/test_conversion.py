@@ -5,10 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foreign_files import delta, diffusers, kohya, modules, old_diffusers, save, small_state, uneven
-from lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
 from test_formats import difference, through_loader, with_merged
-from tiny import tiny
 
 from personalize import conversion, formats
 from personalize.errors import UserError
@@ -17,6 +14,9 @@ from personalize.formats import diffusers_file, read_lora
 from personalize.reader_names import ReaderNames
 from personalize.token_files import read_concept
 from personalize.verify import verify_file
+from tests.foreign_files import delta, diffusers, kohya, modules, old_diffusers, save, small_state, uneven
+from tests.lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
+from tests.tiny import tiny
 
 TARGETS = {"attention": ATTENTION, "transformer": TRANSFORMER, "full": EVERYTHING}
 TOPOLOGIES = {"sd1": "sd1", "sd2": "sd2v", "sdxl": "sdxl"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from personalize.attachment import equipped
 from personalize.drag import DragSettings
 from personalize.dragging import Frame, conditioning, drag_picture, overlay, pairs
 from personalize.editor import Editor
@@ -133,9 +134,15 @@ def test_prompts_are_read_by_the_adapters_text_encoder_and_tokens(model):
     both = replace(adapter, lora={**adapter.lora, **text_lora(model)}, concepts={"<thing>": rows})
     with torch.no_grad():
         dog = model.prompts(["a dog"]).embeds
-    assert not torch.allclose(conditioning(model, both, "a dog", (64, 64)).embeds, dog, atol=1e-3)
-    told = [conditioning(model, both, prompt, (64, 64)).embeds for prompt in ("a <thing>", "a dog")]
-    assert not torch.allclose(*told, atol=1e-3)
+    with equipped(model, both):
+        told = [conditioning(model, both, prompt, (64, 64)).embeds for prompt in ("a <thing>", "a dog")]
+    assert not torch.allclose(*told, atol=1e-3) and not torch.allclose(told[1], dog, atol=1e-3)
+    one, other = (
+        drag_picture(model, picture(), [(20, 24), (36, 28)], mask=square(), prompt=prompt, adapter=both,
+                     settings=SETTINGS).image.tobytes()
+        for prompt in ("a <thing>", "a dog")
+    )  # fmt: skip
+    assert one != other
     with torch.no_grad():
         assert torch.equal(model.prompts(["a dog"]).embeds, dog)
 

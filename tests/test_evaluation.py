@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from personalize.benchmarks import decode_mask, read_benchmark, read_list
+from personalize.benchmarks import decode_mask, read_benchmark, read_list, shortfall
 from personalize.cli import main
 from personalize.errors import UserError
-from personalize.evaluation import interval
+from personalize.evaluation import mean_interval
 
 
 def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -95,6 +96,14 @@ def test_tedbench(tmp_path):
         read_benchmark(folder)
 
 
+def test_forgedit_c32_tedbench_is_a_hundred_edits_of_forty_pictures(tmp_path):
+    listed = [[f"{number % 40}.jpg", f"edit {number}"] for number in range(100)]
+    (tmp_path / "input_list.json").write_text(json.dumps(listed))
+    assert shortfall(*read_benchmark(tmp_path)) == ""
+    (tmp_path / "input_list.json").write_text(json.dumps(listed[:-1]))
+    assert "100 edits of 40 pictures, this folder 99 of 40" in shortfall(*read_benchmark(tmp_path))
+
+
 def test_dragbench_reads_arrays_of_pickles_if_allowed_and_nothing_else(tmp_path, capsys):
     sample = tmp_path / "drag/animals/one"
     sample.mkdir(parents=True)
@@ -122,7 +131,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         read_benchmark(tmp_path)
 
 
-def test_intervals():
-    low, high = interval([1.0, 2.0, 3.0, 4.0])
-    assert low is not None and high is not None and 1 <= low < 2.5 < high <= 4
-    assert interval([1.0]) == (None, None)
+def test_bootstrap_interval_agrees_with_the_normal_one_on_normal_data():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = mean_interval(values.tolist())
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)  # a tenth of `half`
+    assert mean_interval([1.0]) == (-math.inf, math.inf)

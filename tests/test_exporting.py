@@ -64,14 +64,15 @@ def make(model, want, text, alpha=10.0):
     return Adapter(state, 4, alpha, None, {"base": {**model.identity, "prediction_type": model.prediction_type}})
 
 
-def round_trip(tmp_path, name, want, text, layout):
+def lost(tmp_path, name, want, text, layout):
+    """How far the reader of `layout` is from ΔW added by hand, of the output's scale; the adapter matters."""
     model = tiny(name)
     adapter = make(model, want, text)
     path = export_lora(adapter, tmp_path / "out", layout)
     found = through_peft(name, path) if layout == "peft" else through_diffusers(model, path)
     expected = added(model, adapter)
-    assert difference(predict(tiny(name)), expected) > 0.01  # the adapter matters
-    assert difference(found, expected) < CLOSE
+    assert difference(predict(tiny(name)), expected) > 0.01
+    return difference(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def round_trip(tmp_path, name, want, text, layout):
     ],
 )
 def test_forgedit_c30_every_layout_gives_the_readers_the_same_prediction(tmp_path, name, want, text, layout):
-    round_trip(tmp_path, name, want, text, layout)
+    assert lost(tmp_path, name, want, text, layout) < CLOSE
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_forgedit_c30_every_layout_gives_the_readers_the_same_prediction(tmp_pat
     ("name", "want", "text"), [*product(("sd1", "sd2v", "sdxl"), (ATTENTION, TRANSFORMER, EVERYTHING), (False, True))]
 )
 def test_forgedit_c30_every_topology_target_and_layout(tmp_path, name, want, text, layout):
-    round_trip(tmp_path, name, want, text, layout)
+    assert lost(tmp_path, name, want, text, layout) < CLOSE
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_forgedit_c30_every_topology_target_and_layout(tmp_path, name, want, tex
 )
 def test_forgedit_c30_worked_in_forgetting_equals_run_time_forgetting(tmp_path, name, forget, strength):
     model, rules = tiny(name), [parse_rule(text) for text in forget]
-    adapter = random_adapter(model)
+    adapter = random_adapter(model, want=EVERYTHING)
     path = export_lora(baked(adapter, forget, strength), tmp_path / "f.safetensors")
     with adapter.apply(model), lora.scaled(model.unet, rules, strength):
         expected = predict(model)

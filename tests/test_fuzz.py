@@ -8,10 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from children import in_child
-from foreign_files import kohya, modules, small_state
-from lora_states import paths, random_lora
-from tiny import tiny
 
 from personalize import conversion
 from personalize.adapter import Adapter
@@ -21,6 +17,10 @@ from personalize.files import read_json, read_tensors, tensor_bytes
 from personalize.inspection import inspect_file, report
 from personalize.options import read_yaml
 from personalize.verify import verify_folder
+from tests.children import in_child
+from tests.foreign_files import kohya, modules, small_state
+from tests.lora_states import paths, random_lora
+from tests.tiny import tiny
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

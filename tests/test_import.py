@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from foreign_files import diffusers, kohya, save, uneven
-from lora_states import ATTENTION, paths, random_lora, text_lora
-from tiny import tiny
 
 from personalize import formats
 from personalize.adapter import Adapter
 from personalize.editor import Editor, Sampling
 from personalize.errors import UserError
 from personalize.sampling import initial_latents
+from tests.foreign_files import diffusers, kohya, save, uneven
+from tests.lora_states import ATTENTION, paths, random_lora, text_lora
+from tests.tiny import tiny
 
 SHORT = Sampling(steps=3, guidance_scale=3.0)
 PROMPT = "a photo of a cat on the beach"

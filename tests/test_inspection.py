@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foreign_files import diffusers, kohya, modules, old_diffusers, save, small_state, uneven
 from PIL import Image
 
 from personalize import coverage, inspection, layouts
 from personalize.errors import UserError
 from personalize.formats import diffusers_file, kohya_file, kohya_metadata
 from personalize.inspection import inspect_file, report
+from tests.foreign_files import diffusers, kohya, modules, old_diffusers, save, small_state, uneven
 
 Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 SDXL_METADATA = {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}

@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
-from lora_states import paths, random_lora
-from tiny import tiny
 
 from personalize import files, leftovers, replacing
 from personalize.adapter import Adapter
 from personalize.files import write_file, write_folder
+from tests.lora_states import paths, random_lora
+from tests.tiny import tiny
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

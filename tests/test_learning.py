@@ -130,7 +130,8 @@ def test_standalone_has_no_source_embedding(model: StableDiffusion) -> None:
 
 def test_no_weight_moved_is_said(model: StableDiffusion) -> None:
     with pytest.warns(UserWarning, match="no adapter weight moved"):
-        learn(model, pixels(), CAPTION, replace(SMALL, learning_rate=1e-45, max_train_samples=1))
+        adapter = learn(model, pixels(), CAPTION, replace(SMALL, learning_rate=1e-45, max_train_samples=1))
+    assert not any(tensor.any() for name, tensor in adapter.lora.items() if "lora_B" in name)
 
 
 def test_forgedit_c20_both_parts_learn_and_both_are_needed() -> None:

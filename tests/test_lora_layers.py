@@ -77,9 +77,7 @@ def test_speed_lora_layer_equals_pefts(name: str) -> None:
     with pefts_own():
         theirs = run(layer, x)
     for mine, other in zip(ours, theirs, strict=True):
-        assert (mine - other).abs().max() <= CLOSE * max(
-            1.0, float(other.detach().abs().max()) * 10
-        )  # gradients 1e-5
+        assert (mine - other).abs().max() <= CLOSE * max(1.0, float(other.detach().abs().max()) * 10)  # gradients 1e-5
 
 
 @pytest.mark.parametrize("name", LAYERS)

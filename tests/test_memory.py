@@ -39,7 +39,7 @@ def allocated(run: Learning) -> int:
     [
         (tiny_sd1, SMALL),
         (tiny_sd1, replace(SMALL, gradient_checkpointing=True)),
-        (StableDiffusion.load, replace(SMALL, rank=16, targets="full")),
+        pytest.param(StableDiffusion.load, replace(SMALL, rank=16, targets="full"), marks=pytest.mark.slow),
     ],
     ids=["tiny", "checkpointed", "embedded"],
 )

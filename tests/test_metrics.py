@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, ViTConfig, ViTModel
 
-from personalize.metrics import ClipScore, Lpips, Missing, Pair, Structure, iou, loaded, metrics, mse, psnr, ssim
+from personalize.metrics import ClipScore, Lpips, Missing, Pair, Structure, loaded, metrics, mse, psnr, ssim
 from personalize.pretraining import build_tokenizer
 from tests.tiny import WORDS
 
@@ -85,11 +85,6 @@ def test_uniform_u8_without_background_there_is_no_number():
     for mask, words in ((None, "no mask"), (torch.ones(32, 32, dtype=torch.bool), "no background")):
         with pytest.raises(Missing, match=words):
             Pair(picture(), picture(), mask).background()
-
-
-def test_dpl_c08_iou():
-    mask = left_half()
-    assert iou(mask, mask) == 1 and iou(mask, ~mask) == 0 and iou(mask & ~mask, mask & ~mask) == 1
 
 
 @needs_torchmetrics

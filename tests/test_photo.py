@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from personalize.adapter import Adapter
+from personalize.attachment import equipped
 from personalize.editor import Editor
 from personalize.errors import UserError
 from personalize.frames import Frame
 from personalize.null_text import NullText
-from personalize.photo import PhotoSettings, Wish, edit_photo, equipped
+from personalize.photo import PhotoSettings, Wish, edit_photo
 from tests.lora_states import random_adapter
 from tests.photos import SOURCE, TARGET, gentle, photo, relative, shared
 
@@ -78,6 +79,10 @@ def test_an_adapter_and_its_tokens_are_there_for_the_edit_and_gone_afterwards():
     assert (set(model.unet.state_dict()), model.tokenizers) == before
     plain = Editor(model).photo(photo(), SOURCE, Wish(TARGET), SHORT)
     assert plain.trajectory.about["adapter"] is None
+    with Editor(model, adapter) as held:
+        again = held.photo(photo(), SOURCE, Wish("a red <cat1> cat on the beach"), SHORT)
+        assert set(model.unet.state_dict()) != before[0], "and there it is again"
+    assert torch.equal(again.latents, found.latents)
     with pytest.raises(RuntimeError, match="in the body"), equipped(model, adapter):
         raise RuntimeError("in the body")
     assert (set(model.unet.state_dict()), model.tokenizers) == before

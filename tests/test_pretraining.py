@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from personalize import pretraining, scenes, world
 from personalize.launching import home, load_script
 from personalize.lora import module_names
+from personalize.losses import grounding
+from tests.tiny import tiny
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +132,59 @@ def test_scenes_for_the_autoencoder_are_pixels():
     assert np.unique(pixels.numpy()).size > 100
 
 
+def test_grounding_is_the_share_of_attention_off_the_thing_squared():
+    masks = torch.zeros(1, 2, 2, 2)
+    masks[0, 0, 0] = 1.0  # the upper half
+    maps = torch.tensor([[[[3.0, 3.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
+    assert torch.allclose(grounding(maps, masks), torch.tensor([[0.0625, 1.0]]))  # a quarter is off; nothing is on
+    assert torch.allclose(grounding(7 * maps, masks), grounding(maps, masks)), "how much attention does not count"
+
+
+def test_a_pool_says_where_the_nouns_of_a_caption_are(tokenizer):
+    things = [scenes.SceneObject(noun, "3d", x, 0.5, 0.3) for noun, x in (("owl", 0.7), ("coffee_cup", 0.2))]
+    scene = scenes.Scene("snow", tuple(things))
+    pool = world.LatentPool(torch.zeros(1, 4, 4, 4), torch.zeros(1, 2, 4, 4), (scene,), tokenizer, 0, 0.0)
+    text = "a picture of a coffee cup on the left and an owl on the right in the snow"
+    pieces = ["<start>", *text.split()]
+    assert [pieces[place] for place in pool.places(text, scene)] == ["owl", "cup"]
+    assert pool.places("", scene) == [0, 0] and pool.places("an owl", scene) == [2, 0]
+
+
+class Spoken(nn.Module):
+    """A text encoder that says the same of every text."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.states = nn.Parameter(torch.randn(1, 77, width))
+
+    def forward(self, ids):
+        return SimpleNamespace(last_hidden_state=self.states.expand(len(ids), -1, -1))
+
+
+def test_grounding_reaches_text_attention_and_ignores_nouns_that_are_not_named():
+    unet = tiny("sd1").unet.requires_grad_(True)
+    text: Any = Spoken(unet.config["cross_attention_dim"])
+    objective = pretraining.TextToImageObjective(unet, text, pretraining.build_scheduler(), grounding_weight=0.5)
+    query = next(p for name, p in unet.named_parameters() if "up_blocks" in name and "attn2.to_q.weight" in name)
+    batch = {name: torch.randn(2, 4, 16, 16) for name in ("latents", "noise")} | {
+        "timesteps": torch.tensor([10, 900]), "input_ids": torch.zeros(2, 77, dtype=torch.long),
+        "masks": torch.rand(2, 2, 16, 16), "nouns": torch.tensor([[2, 5], [0, 0]]),
+    }  # fmt: skip
+
+    def gradient(nouns):
+        terms = objective(batch | {"nouns": nouns})
+        return terms.parts["grounding"].item(), torch.autograd.grad(terms.total, query)[0]
+
+    (some, pulled), (none, plain) = gradient(batch["nouns"]), gradient(torch.zeros(2, 2, dtype=torch.long))
+    assert 0 < some <= 1 and none == 0
+    assert not torch.allclose(pulled, plain), "the loss reaches what decides where a word looks"
+
+
 def test_samples_depend_on_their_number_alone(tokenizer):
     """The same samples whether drawn in one batch or in two: what makes several processes and resuming equal."""
     scene_list = [scenes.random_scene(index) for index in range(4)]
-    texts = tuple(scenes.captions(scene) for scene in scene_list)
-    pool = world.LatentPool(torch.randn(4, 4, 4, 4), texts, tokenizer, seed=0, caption_dropout=0.5)
+    masks = torch.randint(256, (4, 2, 4, 4), dtype=torch.uint8)
+    pool = world.LatentPool(torch.randn(4, 4, 4, 4), masks, tuple(scene_list), tokenizer, seed=0, caption_dropout=0.5)
     whole, parts = pool.batch(7, range(64)), [pool.batch(7, range(32)), pool.batch(9, range(32, 64))]
     for name in whole:
         assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))

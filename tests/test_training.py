@@ -1,4 +1,4 @@
-"""The loop and the objective of single-image tuning: what moves, what is counted, what stops it."""
+"""The loop of training: what moves, what is accumulated, clipped and refused, what stops it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,29 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from personalize.data import Pictures, Share
-from personalize.errors import UserError
-from personalize.lora import add_lora, lora_layers, module_names, scaled
+from personalize.data import Share
 from personalize.losses import LossTerms
-from personalize.model import StableDiffusion
-from personalize.objectives import SingleImage
-from personalize.randomness import generator
 from personalize.training import EarlyStop, NonFiniteError, adam, fit, recomputing
-from tests.tiny import tiny, tiny_sd1
-
-CAPTION = "a photo of a cat on the beach"
-
-
-def objective(model: StableDiffusion, **settings: Any) -> SingleImage:
-    names = [name for name in module_names(model.unet) if ".resnets.1." in name]  # few: quick to add
-    add_lora(model.unet, names, 2, 2, seed=0)
-    with torch.no_grad():
-        return SingleImage(model, model.prompts([CAPTION]), **settings)
-
-
-def picture(seed: int = 0, **settings: Any) -> Pictures:
-    mean = torch.randn(1, 4, 8, 8, generator=generator(5, "test picture"))
-    return Pictures(mean, torch.full_like(mean, 0.1), seed, **settings)
+from tests.test_data import picture
+from tests.test_objectives import objective
+from tests.tiny import tiny_sd1
 
 
 class Line(nn.Module):
@@ -49,18 +32,6 @@ def run(line: nn.Module, xs: list[Tensor], accumulation: int = 1, **settings: An
     optimizer = torch.optim.SGD(line.parameters(), lr=0.1)
     line, optimizer = accelerator.prepare(line, optimizer)
     return fit(line, ({"x": x} for x in xs), optimizer, accelerator=accelerator, **settings)
-
-
-def test_forgedit_c18_the_source_starts_as_the_captions_encoding() -> None:
-    for name in ("sd1", "sdxl"):
-        model = tiny(name)
-        with torch.no_grad():
-            told = model.prompts([CAPTION])
-        single = objective(model)
-        assert torch.equal(single.embeds, told.embeds)
-        assert (single.pooled is None) == (told.pooled is None)
-        if told.pooled is not None:
-            assert torch.equal(single.pooled, told.pooled) and single.pooled.requires_grad  # pyright: ignore
 
 
 def test_forgedit_c18_c19_first_update_moves_each_group_by_its_rate_and_nothing_else() -> None:
@@ -92,122 +63,6 @@ def test_forgedit_c18_c19_first_update_moves_each_group_by_its_rate_and_nothing_
     now = {f"text {key}": value for key, value in model.text_encoders[0].state_dict().items()}
     now |= {f"vae {key}": value for key, value in model.vae.state_dict().items()}
     assert all(torch.equal(value, parts[key]) for key, value in now.items())
-
-
-def test_standalone_leaves_the_source_alone() -> None:
-    single = objective(tiny_sd1(), standalone=True)
-    assert len(single.groups(1e-3, 1e-3)) == 1 and "embeds" not in single.trainable()
-
-
-def test_forgedit_c24_prediction_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("sd2v")
-    single, batch = objective(model), next(picture().batches(Share(2), 0, 1))
-    velocity = model.target(batch["latents"], batch["noise"], batch["timesteps"])
-    monkeypatch.setattr(model, "predict", lambda *args: velocity)
-    assert single(batch).total == 0
-    monkeypatch.setattr(model, "predict", lambda *args: batch["noise"])
-    assert single(batch).total > 0.1  # ε in the place of v is wrong
-
-
-def test_min_snr_weights_follow_the_prediction_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = {name: value.clone() for name, value in next(picture().batches(Share(1), 0, 1)).items()}
-    batch["timesteps"][:] = 0
-    for name, divisor in (("sd1", 0.0), ("sd2v", 1.0)):
-        model = tiny(name)
-        alpha = model.alphas_cumprod[0]
-        snr = alpha / (1 - alpha)
-        monkeypatch.setattr(model, "predict", lambda *args: torch.zeros_like(batch["latents"]))
-        terms = objective(model, snr_gamma=5.0)(batch)
-        assert torch.allclose(terms.total / terms.parts["mse"], 5 / (snr + divisor))
-
-
-def test_objective_needs_an_adapter() -> None:
-    model = tiny_sd1()
-    with torch.no_grad(), pytest.raises(ValueError, match="no adapter"):
-        SingleImage(model, model.prompts([CAPTION]))
-
-
-def test_forgedit_c17_training_sees_scales_too() -> None:
-    model = tiny_sd1()
-    single, batch = objective(model), next(picture().batches(Share(1), 0, 1))
-    with torch.no_grad():
-        for layer in lora_layers(model.unet).values():
-            layer.lora_B["personalize"].weight.fill_(0.1)  # pyright: ignore
-        learned = single(batch).total
-        with scaled(model.unet, strength=0.0):
-            assert single(batch).total != learned
-
-
-def test_forgedit_c21_samples_are_counted_exactly() -> None:
-    assert Share(10).updates(400) == 40
-    assert Share(1, 10).updates(400) == 40
-    assert Share(5, 1, 0, 2).updates(400) == 40
-    assert Share(10).updates(409) == 40
-    with pytest.raises(UserError, match="one update of 10 samples"):
-        Share(10).updates(9)
-
-
-def test_forgedit_c21_every_way_of_dealing_out_sees_the_same_samples() -> None:
-    def drawn(*shares: Share) -> dict[str, Tensor]:
-        """Update 3's samples of all processes, in the order of their index."""
-        rows = {}
-        for share in shares:
-            for micro, batch in enumerate(picture().batches(share, 3, 4)):
-                rows |= {index: [v[i] for v in batch.values()] for i, index in enumerate(share.indices(micro))}
-        assert sorted(rows) == list(range(shares[0].samples))
-        return {str(i): torch.cat([v.flatten() for v in rows[i]]) for i in sorted(rows)}
-
-    one = drawn(Share(4))
-    for others in ([Share(1, 4)], [Share(2, 1, rank, 2) for rank in (0, 1)], [Share(1, 2, rank, 2) for rank in (0, 1)]):
-        many = drawn(*others)
-        assert all(torch.equal(one[key], many[key]) for key in one)
-    assert len({tuple(row.tolist()) for row in one.values()}) == 4  # no sample twice
-
-
-def test_timesteps_and_posterior() -> None:
-    steps = torch.cat([batch["timesteps"] for batch in picture().batches(Share(50), 0, 40)]).double()
-    assert steps.min() >= 0 and steps.max() <= 999
-    assert abs(steps.mean() - 499.5) < 4 * 1000 / 12**0.5 / 2000**0.5  # four standard errors of a uniform mean
-    fixed = next(picture().batches(Share(2), 0, 1))["latents"]
-    assert torch.equal(fixed[0], fixed[1])
-    drawn = torch.cat([batch["latents"] for batch in picture(resample=True).batches(Share(50), 0, 4)])
-    assert not torch.equal(drawn[0], drawn[1])
-    assert (drawn.std(0).mean() - 0.1).abs() < 0.01
-
-
-def test_several_pictures_take_turns_over_updates_and_batches() -> None:
-    mean = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 8, 8)
-    several = Pictures(mean, torch.zeros(3, 4, 8, 8), 0, rows=(0, 1, 0), weights=torch.ones(3, 1, 8, 8))
-    batches = list(several.batches(Share(2, 2), 0, 2))
-    seen = torch.cat([batch["latents"][:, 0, 0, 0] for batch in batches]).tolist()
-    assert seen == [0, 1, 2, 0, 1, 2, 0, 1] and batches[0]["weights"].shape == (2, 1, 8, 8)
-    assert torch.cat([batch["rows"] for batch in batches]).tolist() == [0, 1, 0, 0, 1, 0, 0, 1]
-
-
-def test_class_pictures_come_behind_and_have_noise_of_their_own() -> None:
-    own = picture()
-    both = Pictures(own.mean, own.std, 0, prior=Pictures(own.mean, own.std, 0, rows=(1,), purpose="class "))
-    batch, alone = next(both.batches(Share(2), 0, 1)), next(own.batches(Share(2), 0, 1))
-    assert all(torch.equal(batch[name][:2], alone[name]) for name in alone)
-    assert batch["rows"].tolist() == [0, 0, 1, 1] and not torch.equal(batch["noise"][:2], batch["noise"][2:])
-
-
-def test_masks_and_class_pictures_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_sd1()
-    with torch.no_grad():
-        told = model.prompts(["a cat", "a dog"])
-    single = objective(model, prior=told[1:], prior_loss_weight=0.5)
-    zero = torch.zeros(2, 4, 8, 8)
-    errors = torch.ones(2, 4, 8, 8)
-    errors[0, :, :4], errors[1] = 3.0, 5.0
-    monkeypatch.setattr(model, "predict", lambda *args: errors)
-    weights = torch.ones(2, 1, 8, 8)
-    weights[0, :, 4:] = 0.25
-    batch = {"latents": zero, "noise": zero, "timesteps": torch.tensor([3, 4]), "rows": torch.tensor([0, 1])}
-    terms = single(batch | {"weights": weights})
-    own = (9 * 1 + 1 * 0.25) / 1.25  # a weighted mean, which a mask that is white everywhere leaves as it is
-    assert torch.allclose(terms.total, torch.tensor(own + 0.5 * 25)) and float(terms.parts["prior"]) == 25
-    assert torch.allclose(single(batch).parts["mse"], torch.tensor((9 + 1) / 2))
 
 
 def test_forgedit_c21_accumulated_update_equals_one_batch() -> None:

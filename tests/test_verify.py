@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lora_states import ATTENTION, paths, predict, random_lora, text_lora
-from tiny import tiny
 
 from personalize import adapter as adapter_module
 from personalize import formats, verify
@@ -17,6 +15,8 @@ from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes
 from personalize.reader_names import ReaderNames, original_paths, skeleton
 from personalize.verify import verify_folder
+from tests.lora_states import ATTENTION, paths, predict, random_lora, text_lora
+from tests.tiny import tiny
 
 DIFFUSERS, TWIN, SOURCE = "pytorch_lora_weights.safetensors", "mine.safetensors", "source_embedding.safetensors"
 MODULE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"

@@ -44,10 +44,14 @@ class Config:
     """Updates over which the rate rises from zero."""
     scene_pools: tuple[int, int] = (8000, 5000)
     """Scenes rendered and encoded ahead for the two diffusion stages."""
+    pairs: float = 0.5
+    """Share of those scenes with two objects, the harder kind."""
     nouns: tuple[str, ...] = CORE_NOUNS
     """Nouns of the world (the autoencoder sees all)."""
     styles: tuple[str, ...] = ("3d", "drawing")
     """Styles of the world; the held-out style is refused."""
+    grounding_weight: float = 0.1
+    """Weight of the loss that keeps each noun's attention on its own thing."""
     caption_dropout: float = 0.1
     """Share of samples whose caption is replaced by the empty one."""
     ema_decay: float = 0.998
@@ -97,14 +101,14 @@ def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
 
     from personalize import stages
 
-    objective = networks(config.init_from)
+    objective = networks(config.init_from, config.grounding_weight)
     if accelerator.device.type == "cpu":
         objective.unet.set_attn_processor(AttnProcessor())  # explicit products: 1.5 × the samples/s of fused ones there
     ema = EMAModel(objective.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     stages.run(stage_of(config, stage), accelerator, objective, pool(config, accelerator, stage).batch, ema)
 
 
-def networks(folder: Path | None = None) -> TextToImageObjective:
+def networks(folder: Path | None = None, grounding_weight: float = 0.0) -> TextToImageObjective:
     """UNet and text encoder: fresh, or those of the pipeline in `folder`."""
     from personalize.pretraining import (
         TextToImageObjective,
@@ -119,7 +123,7 @@ def networks(folder: Path | None = None) -> TextToImageObjective:
     if folder is not None:
         unet = type(unet).from_pretrained(folder / "unet")
         text_encoder = type(text_encoder).from_pretrained(folder / "text_encoder")
-    return TextToImageObjective(unet, text_encoder, build_scheduler())
+    return TextToImageObjective(unet, text_encoder, build_scheduler(), grounding_weight)
 
 
 def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
@@ -128,23 +132,25 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
     from diffusers import AutoencoderKL
 
     from personalize.pretraining import build_tokenizer
-    from personalize.scenes import captions, random_scene
+    from personalize.scenes import random_scene
     from personalize.world import LatentPool, encoded, vocabulary
 
     size, count = int(stage.removeprefix("diffusion_")), config.scene_pools[STAGES.index(stage) - 1]
-    world = [random_scene(index, nouns=config.nouns, styles=config.styles) for index in range(count)]
-    path = config.output_dir / f"pool_{size}_{count}.pt"
+    objects = [1 + int((index + 1) * config.pairs) - int(index * config.pairs) for index in range(count)]
+    world = [random_scene(i, nouns=config.nouns, styles=config.styles, objects=n) for i, n in enumerate(objects)]
+    path = config.output_dir / f"pool_{size}_{count}_{config.pairs:g}.pt"
     if accelerator.is_main_process and not path.is_file():
         vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)
         with accelerator.autocast():
-            latents = encoded(world, size, vae, workers=config.dataloader_num_workers)
+            latents, masks = encoded(world, size, vae, workers=config.dataloader_num_workers)
         if stage == "diffusion_64" and config.init_from is None:
             vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()))
             vae.save_config(config.output_dir / "vae")
-        torch.save((latents * vae.config["scaling_factor"]).half(), path)
+        torch.save({"latents": (latents * vae.config["scaling_factor"]).half(), "masks": masks}, path)
     accelerator.wait_for_everyone()
-    texts = tuple(captions(scene) for scene in world)
-    return LatentPool(torch.load(path), texts, build_tokenizer(vocabulary()), config.seed, config.caption_dropout)
+    encodings, tokenizer = torch.load(path), build_tokenizer(vocabulary())
+    return LatentPool(**encodings, world=tuple(world), tokenizer=tokenizer, seed=config.seed,
+                      caption_dropout=config.caption_dropout)  # fmt: skip
 
 
 def vae_folder(config: Config) -> Path:
@@ -183,12 +189,8 @@ def export(config: Config, accelerator: Accelerator, stage: str) -> None:
     vae = AutoencoderKL.from_pretrained(vae_folder(config))
     folder, tokenizer = config.output_dir / "pipeline", build_tokenizer(vocabulary())
     save_pipeline(folder, unet=objective.unet, text_encoder=objective.text_encoder, tokenizer=tokenizer, vae=vae)
-    world = {
-        "nouns": config.nouns,
-        "styles": config.styles,
-        "backgrounds": BACKGROUNDS,
-        "updates": {last.stem: state["update"]},
-    }
+    known = {"nouns": config.nouns, "styles": config.styles, "backgrounds": BACKGROUNDS}
+    world = known | {"updates": {last.stem: state["update"]}}
     (folder / "world.json").write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
 
 

@@ -34,14 +34,14 @@ from personalize.moves import Moves, moves
 from personalize.null_text import NullText
 from personalize.photo import PhotoSettings, Wish, edit_photo
 from personalize.sampling import Edit, denoise, trajectory
-from personalize.scenes import BACKGROUNDS, NOUNS, TRAINING_STYLES, Scene, random_scene, render
+from personalize.scenes import Scene, random_scene, render
 from personalize.text_maps import InversionMaps
 from personalize.uniform import UniformSettings, reconstruct, uniform_edit
 from tests.bench.cells import Cells
-from tests.bench.contract import caption, psnr, random_task
-from tests.bench.embedded_model import fingerprint
+from tests.bench.contract import caption, iou, psnr, random_task
 from tests.bench.intervals import mean_interval, paired_interval, wilson
 from tests.bench.judge import as_bytes, as_pixels
+from tests.bench.world import weights_of, world_of
 
 THETAS = [round(0.05 * step, 2) for step in range(1, 20)]
 ASKED = {  # figure: (what is asked, of the value or of the interval's lower end)
@@ -77,15 +77,9 @@ class Bench:
 
     def __init__(self, options: MapsBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model = options, model or StableDiffusion.load(options.model)
-        known = options.model / "world.json"
-        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        self.world = {
-            "nouns": world.get("nouns", NOUNS), "styles": world.get("styles", TRAINING_STYLES),
-            "backgrounds": world.get("backgrounds", BACKGROUNDS),
-        }  # fmt: skip
-        weights = [fingerprint(part) for part in (self.model.unet, self.model.vae, *self.model.text_encoders)]
+        self.world = world_of(options.model)
         stamp = {
-            "weights": weights,
+            "weights": weights_of(self.model),
             **self.world,
             "disjoint": options.disjoint,
             "words_only": options.words_only,
@@ -165,11 +159,11 @@ class Bench:
         back = as_bytes(model.decode(again).cpu())[0]
         change = {name: float(np.abs(p.astype(float) - before)[true].mean()) for name, p in pictures.items()}
         found = np.kron(region.numpy(), np.ones((model.factor, model.factor), bool))
-        kept, both = outside & ~found, float((found & true).sum())
+        kept = outside & ~found
         return {
             "part": "masks", "seed": seed, "plain_db": psnr(pictures["plain"], before, outside),
             "uniform_db": psnr(pictures["uniform"], before, outside), "change": change,
-            "coverage": both / float(true.sum()), "iou": both / float((found | true).sum()),
+            "coverage": float((found & true).sum() / true.sum()), "iou": iou(found, true),
             "background_db": psnr(pictures["uniform"], back, kept) if kept.any() else None,
         }  # fmt: skip
 
@@ -178,15 +172,11 @@ def measures(maps: Tensor, masks: Sequence[np.ndarray]) -> dict[str, Any]:
     """IoU of noun maps (k, h, w) with their true masks at θ = 0.3 and at the best θ; overlap; mass off the things."""
     size = masks[0].shape
     large = interpolate(maps[None].float(), size, mode="bilinear", align_corners=False)[0].numpy()
-    curve = [float(np.mean([overlap(m / m.max() > theta, mask) for m, mask in zip(large, masks, strict=True)]))
+    curve = [float(np.mean([iou(m / m.max() > theta, mask) for m, mask in zip(large, masks, strict=True)]))
              for theta in THETAS]  # fmt: skip
     off = [float(m[~mask].sum() / m.sum()) for m, mask in zip(large, masks, strict=True)]
     return {"iou": curve[THETAS.index(0.3)], "best": max(curve), "overlap": float(disjoint_loss(maps)),
             "off": float(np.mean(off))}  # fmt: skip
-
-
-def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a & b).sum() / max(1, (a | b).sum()))
 
 
 def drifts(model: StableDiffusion, clean: Tensor, edit: Edit, up: Moves) -> list[float]:

@@ -186,6 +186,12 @@ def psnr(picture: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None
     return min(PSNR_CAP, -10 * math.log10(max(error, 1e-12)))
 
 
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """|a ∧ b| / |a ∨ b| of boolean masks; 1 if both are empty."""
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0
+
+
 def colour_distance(picture: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
     """Earth mover's distance of the pixels' L*, a* and b* values, wherever they lie: mean |sorted − sorted|, in ΔE."""
     ours, theirs = (np.sort(lab(image[where]), axis=0) for image in (picture, truth))

@@ -26,7 +26,7 @@ from personalize.dragging import drag_picture
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.moves import moves
 from personalize.sampling import Edit, denoise
-from personalize.scenes import BACKGROUNDS, NOUNS, TRAINING_STYLES, random_scene, render
+from personalize.scenes import random_scene, render
 from tests.bench.attention_auc import coverage
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task, psnr, structure_distance
@@ -44,9 +44,9 @@ from tests.bench.drag_measures import (
     pasted,
     seam,
 )  # fmt: skip
-from tests.bench.embedded_model import fingerprint
 from tests.bench.figure_tables import average
 from tests.bench.judge import as_bytes, as_pixels
+from tests.bench.world import weights_of, world_of
 
 ARMS: dict[str, dict[str, Any]] = {  # each differs from `move` in one factor; "mask" is no setting
     "move": {},
@@ -93,14 +93,9 @@ class Bench:
     def __init__(self, options: DragBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model = options, model or StableDiffusion.load(options.model)
         self.settings = DragSettings(steps=options.steps, strength=options.strength)
-        known = options.model / "world.json"
-        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        self.world = {
-            "nouns": world.get("nouns", NOUNS), "styles": world.get("styles", TRAINING_STYLES),
-            "backgrounds": world.get("backgrounds", BACKGROUNDS),
-        }  # fmt: skip
-        weights = {"unet": fingerprint(self.model.unet), "vae": fingerprint(self.model.vae)}
-        stamp = {**weights, **self.world, "true_mask": options.true_mask, "settings": asdict(self.settings)}
+        self.world = world_of(options.model)
+        settings = {"true_mask": options.true_mask, "settings": asdict(self.settings)}
+        stamp = {"weights": weights_of(self.model), **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def task(self, seed: int, cells: int, *, twin: bool = False) -> Task:

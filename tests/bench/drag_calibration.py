@@ -22,7 +22,7 @@ from personalize.moves import moves
 from personalize.sampling import Edit, denoise
 from personalize.scenes import render
 from tests.bench.attention_auc import auc, coverage, site_label
-from tests.bench.contract import Task
+from tests.bench.contract import Task, iou
 from tests.bench.drag_measures import handle_of
 from tests.bench.judge import as_pixels
 
@@ -79,7 +79,7 @@ def _iou(found, cell, threshold: float, truth: np.ndarray, settings: DragSetting
         mask, _ = ratio_mask(found, cell, threshold, fewest=settings.mask_fewest, most=settings.mask_most)
     except UserError:
         return 0.0
-    return float((mask.numpy() & truth).sum() / (mask.numpy() | truth).sum())
+    return iou(mask.numpy(), truth)
 
 
 def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

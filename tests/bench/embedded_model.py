@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.moves import moves
@@ -30,11 +29,8 @@ from personalize.pictures import grid
 from personalize.sampling import Edit, denoise, sample
 from personalize.scenes import (
     ANY_STYLE,
-    BACKGROUNDS,
     HELD_OUT_STYLE,
-    NOUNS,
     STYLES,
-    TRAINING_STYLES,
     Scene,
     captions,
     noun_phrase,
@@ -47,6 +43,7 @@ from tests.bench.cells import Cells
 from tests.bench.contract import psnr
 from tests.bench.figure_tables import figures, markdown
 from tests.bench.judge import Judge, as_bytes, as_pixels
+from tests.bench.world import weights_of, world_of
 
 SPLIT = "bench"
 INVERSION_STEPS = 50
@@ -87,20 +84,14 @@ class Bench:
         self.options = options
         self.model = model or StableDiffusion.load(options.model)
         self.judge = Judge.load()
-        known = options.model / "world.json"
-        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        self.nouns = options.nouns or tuple(world.get("nouns", NOUNS))
-        self.styles = options.styles or tuple(world.get("styles", TRAINING_STYLES))
-        self.backgrounds = tuple(world.get("backgrounds", BACKGROUNDS))
+        self.world = world_of(options.model, nouns=options.nouns, styles=options.styles)
         settings = {key: getattr(options, key) for key in ("scheduler", "steps", "guidance_scale")}
-        parts = (self.model.unet, self.model.vae, *self.model.text_encoders)
-        world = {"nouns": self.nouns, "styles": self.styles, "backgrounds": self.backgrounds}
-        stamp = {"weights": [fingerprint(part) for part in parts], "split": SPLIT, **settings, **world}
+        stamp = {"weights": weights_of(self.model), "split": SPLIT, **settings, **self.world}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, index: int, *, objects: int | None = None, styles: Sequence[str] = ()) -> Scene:
-        world = {"nouns": self.nouns, "backgrounds": self.backgrounds, "styles": styles or self.styles}
-        return random_scene(index, split=SPLIT, objects=objects, **world)  # pyright: ignore[reportArgumentType]
+        world = self.world | ({"styles": styles} if styles else {})
+        return random_scene(index, split=SPLIT, objects=objects, **world)
 
     def missing(self, group: str) -> Iterator[list[int]]:
         """Numbers of the group's cells that are still to be done, a batch at a time."""
@@ -118,12 +109,6 @@ class Bench:
 
     def renders(self, scenes: Sequence[Scene]) -> np.ndarray:
         return np.stack([render(scene, self.model.resolution)[0] for scene in scenes])
-
-
-def fingerprint(part: nn.Module) -> str:
-    """A quick hash of a network's weights: sum and sum of squares of each."""
-    sums = [(name, float(w.double().sum()), float(w.double().square().sum())) for name, w in part.state_dict().items()]
-    return sha256(repr(sums).encode()).hexdigest()[:16]
 
 
 def autoencoder(bench: Bench, group: str = "autoencoder", styles: Sequence[str] = ()) -> None:
@@ -208,10 +193,10 @@ def seconds(bench: Bench) -> None:
 def sheet(bench: Bench) -> None:
     """8×8 prompts, no style named: six nouns and two pairs, each on eight backgrounds."""
     ones, side = SHEET_SIDE - SHEET_SIDE // 4, SHEET_SIDE
-    phrases = [noun_phrase(noun) for noun in spread(bench.nouns, 2 * side - ones)]
+    phrases = [noun_phrase(noun) for noun in spread(bench.world["nouns"], 2 * side - ones)]
     subjects = phrases[:ones] + [" and ".join(phrases[i : i + 2]) for i in range(ones, len(phrases), 2)]
     subjects = [f"{ANY_STYLE} {subject}" for subject in subjects]
-    places = spread(bench.backgrounds, side)
+    places = spread(bench.world["backgrounds"], side)
     rows = []
     for number, subject in enumerate(subjects):
         texts = [f"{subject} {place_phrase(place)}" for place in places]
@@ -250,7 +235,8 @@ def run(options: EmbeddedModelBench, model: StableDiffusion | None = None) -> di
     bench = Bench(options, model)
     for measure in dict.fromkeys(FIGURES[name] for name in options.only or FIGURES):
         measure(bench)
-    found = {"nouns": len(bench.nouns), "model": str(options.model), "options": _plain(options), "split": SPLIT}
+    found = {"nouns": len(bench.world["nouns"]), "model": str(options.model)}
+    found |= {"options": _plain(options), "split": SPLIT}
     found["figures"] = figures(bench.cells.rows, options.n)
     (options.output_dir / "figures.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (options.output_dir / "figures.md").write_text(markdown(found), encoding="utf-8")

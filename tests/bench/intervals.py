@@ -1,4 +1,4 @@
-"""95 % intervals for what the benches report: bootstrap for means and paired differences, Wilson for proportions."""
+"""95 % intervals for what the benches report beside means: paired differences by bootstrap, proportions by Wilson."""
 
 from __future__ import annotations
 
@@ -7,23 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RESAMPLES = 10_000
+from personalize.evaluation import mean_interval
+
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean: 10,000 resamples, always the same ones for the same n.
-
-    Infinite on both sides for fewer than two values.
-    """
-    data = np.asarray(values, np.float64)
-    if len(data) < 2:
-        return -math.inf, math.inf
-    rng = np.random.default_rng(len(data))
-    draws = (rng.integers(0, len(data), (500, len(data))) for _ in range(RESAMPLES // 500))
-    means = np.concatenate([data[rows].mean(1) for rows in draws])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def paired_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:

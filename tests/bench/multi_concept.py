@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,11 @@ import tyro
 from PIL import Image
 
 from personalize.adapter import Adapter
+from personalize.attachment import equipped
 from personalize.concept_data import ConceptPicture, Example
 from personalize.concept_learning import ConceptRecipe, teaching
 from personalize.concept_maps import concept_maps
-from personalize.concepts import Subject, installed
+from personalize.concepts import Subject
 from personalize.images import to_pixels
 from personalize.losses import normalised, separation
 from personalize.model import EMBEDDED, StableDiffusion
@@ -37,9 +37,7 @@ from personalize.multi_concept import CALIBRATION_WEIGHT
 from personalize.regularisation import from_base
 from personalize.sampling import Edit, moves, sample
 from personalize.scenes import (
-    BACKGROUNDS,
     HELD_OUT_STYLE,
-    NOUNS,
     PLACES,
     Scene,
     captions,
@@ -50,9 +48,10 @@ from personalize.scenes import (
 )
 from tests.bench.attention_auc import coverage
 from tests.bench.cells import Cells
-from tests.bench.contract import BASE, DO_NOTHING
+from tests.bench.contract import BASE, DO_NOTHING, iou
 from tests.bench.intervals import mean_interval, paired_interval
 from tests.bench.judge import Judge, as_bytes
+from tests.bench.world import weights_of, world_of
 
 SPLIT = "bench-multi-concept"
 CALIBRATED, PLAIN = "calibrated", "weight 0"
@@ -98,18 +97,14 @@ class Bench:
 
     def __init__(self, options: MultiConceptBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model, self.judge = options, model or StableDiffusion.load(options.model), Judge.load()
-        known = options.model / "world.json"
-        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        self.nouns = tuple(options.nouns or world.get("nouns", NOUNS))
-        self.backgrounds = tuple(world.get("backgrounds", BACKGROUNDS))
+        self.world = world_of(options.model, nouns=options.nouns, styles=(HELD_OUT_STYLE,))
         names = ("budget", "steps", "updates", "class_images")
         settings = {name: getattr(options, name) for name in names}
-        stamp = {"base": self.model.identity["sha256"], "split": SPLIT, "nouns": self.nouns, **settings}
+        stamp = {"weights": weights_of(self.model), "split": SPLIT, **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, index: int) -> Scene:
-        world = {"nouns": self.nouns, "backgrounds": self.backgrounds, "styles": (HELD_OUT_STYLE,)}
-        return random_scene(index, split=SPLIT, objects=2, **world)  # pyright: ignore[reportArgumentType]
+        return random_scene(index, split=SPLIT, objects=2, **self.world)
 
     def task(self, index: int) -> tuple[ConceptPicture, tuple[np.ndarray, ...], Scene]:
         """The picture to learn, its objects' true masks, and the scene."""
@@ -136,10 +131,8 @@ class Bench:
     def pictures(self, prompt: str, adapter: Adapter | None) -> np.ndarray:
         """`budget` pictures of `prompt`, (b, H, W, 3) uint8, with the same seeds for every arm."""
         model, seeds = self.model, range(self.options.budget)
-        with torch.no_grad(), installed(model, adapter.concepts if adapter else {}):
-            told = model.prompts([prompt])
-        with adapter.apply(model) if adapter else nullcontext():
-            latents = sample(model, Edit(told), list(seeds), moves(model, self.options.steps))
+        with torch.no_grad(), equipped(model, adapter):
+            latents = sample(model, Edit(model.prompts([prompt])), list(seeds), moves(model, self.options.steps))
         return as_bytes(model.decode(latents).cpu())
 
 
@@ -164,14 +157,15 @@ def map_iou(attention: torch.Tensor, mask: np.ndarray) -> float:
     """IoU of a map (h, w), stretched and cut at one half, with the cells that `mask` covers by half."""
     marked = normalised(attention).numpy() > 0.5
     true = coverage(mask, *marked.shape) > 0.5
-    return float((marked & true).sum() / max(1, (marked | true).sum()))
+    return iou(marked, true)
 
 
 def judged(
     bench: Bench, index: int, scene: Scene, phrases: Sequence[str], draw: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
     """What the judge sees in pictures of each concept alone, and of both, in another place."""
-    places = [place for place in PLACES if place in bench.backgrounds and place != scene.background] or [*PLACES]
+    known = bench.world["backgrounds"]
+    places = [place for place in PLACES if place in known and place != scene.background] or [*PLACES]
     place = places[index % len(places)]
     nouns = [thing.noun for thing in scene.objects]
     wrong, single, style = [], [], []

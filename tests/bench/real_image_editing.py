@@ -2,7 +2,7 @@
 
     python -m tests.bench.real_image_editing                                    # 50 scenes, every arm
     python -m tests.bench.real_image_editing --scenes 6 --arms "P2P + null-text"  # costly arms, fewer scenes
-    python -m tests.bench.real_image_editing --scenes 2 --steps 10 --output_dir /tmp/quick
+    python -m tests.bench.real_image_editing --scenes 2 --steps 10 --output_dir runs/quick
 
 One JSON line per finished cell; table.md and sheet.png are written anew each time.  Measured for each
 edit: success and fidelity as the contract has them (background PSNR is against the true scene, outside the masks of the
@@ -12,7 +12,6 @@ best; predictions of one row by the UNet, a backward pass counted as two; second
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,14 +33,14 @@ from personalize.localization import Things
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.null_text import NullText
 from personalize.photo import PhotoSettings, Wish, edit_photo
-from personalize.scenes import BACKGROUNDS, NOUNS, TRAINING_STYLES, render
+from personalize.scenes import render
 from personalize.uniform import UniformSettings
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, psnr, random_task, score
-from tests.bench.embedded_model import fingerprint
 from tests.bench.intervals import paired_interval
 from tests.bench.judge import Judge, as_bytes, as_pixels
 from tests.bench.report import BenchOptions, contact_sheet, mean, share
+from tests.bench.world import weights_of, world_of
 
 REFERENCE = "P2P + ddim"
 SPLIT = "bench/photo"
@@ -136,16 +135,11 @@ class Bench:
 
     def __init__(self, options: PhotoBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model, self.judge = options, model or StableDiffusion.load(options.model), Judge.load()
-        known = options.model / "world.json"
-        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        self.world = {
-            "nouns": world.get("nouns", NOUNS), "styles": world.get("styles", TRAINING_STYLES),
-            "backgrounds": world.get("backgrounds", BACKGROUNDS),
-        }  # fmt: skip
+        self.world = world_of(options.model)
         names = ("objects", "steps", "guidance_scale", "cross_replace_steps", "self_replace_steps", "null_text_rate")
         settings = {name: getattr(options, name) for name in names}
-        weights = [fingerprint(part) for part in (self.model.unet, self.model.vae, *self.model.text_encoders)]
-        self.cells = Cells(options.output_dir / "cells.jsonl", {"weights": weights, **self.world, **settings})
+        stamp = {"weights": weights_of(self.model), **self.world, **settings}
+        self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
         wanted = [DO_NOTHING, BASE, *(options.arms or ARMS)]
         if unknown := [arm for arm in wanted if arm not in ARMS]:
             raise SystemExit(f"unknown arms {unknown}: choose from {list(ARMS)}")

@@ -35,7 +35,7 @@ from personalize.options import read_yaml
 from personalize.recipes import Recipe
 from personalize.sampling import Edit, moves, sample
 from personalize.scene_scorer import SceneScorer
-from personalize.scenes import BACKGROUNDS, HELD_OUT_STYLE, NOUNS, TRAINING_STYLES, render
+from personalize.scenes import HELD_OUT_STYLE, render
 from personalize.scoring import Request, Scorer
 from personalize.settings import Sampling, Setting, rules
 from personalize.verify import MANIFEST
@@ -45,6 +45,7 @@ from tests.bench.full_weights import FullWeights, learn_full, worn
 from tests.bench.intervals import paired_interval
 from tests.bench.judge import Judge
 from tests.bench.report import BenchOptions, contact_sheet, mean, table
+from tests.bench.world import weights_of, world_of
 
 SPLIT = "bench/single"
 KINDS = ("background", "object", "style")
@@ -89,18 +90,11 @@ class Bench:
     ) -> None:
         self.options, self.model = options, model or StableDiffusion.load(options.model, dtype=torch.float32)
         self.judge, self.scorer = Judge.load(), scorer or SceneScorer.load()
-        known = options.model / "world.json"
-        world = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        self.world = {
-            "nouns": tuple(options.nouns or world.get("nouns", NOUNS)),
-            "new_styles": tuple(world.get("styles", TRAINING_STYLES)),
-            "backgrounds": tuple(world.get("backgrounds", BACKGROUNDS)),
-        }
-        preset = presets("single_image")["embedded"] if options.model == EMBEDDED else None
-        known = read_yaml(preset, Recipe) if preset else {}
-        self.recipe = Recipe(**{**known, "max_train_samples": options.samples})
+        self.world = world_of(options.model, nouns=options.nouns)
+        preset = read_yaml(presets("single_image")["embedded"], Recipe) if options.model == EMBEDDED else {}
+        self.recipe = Recipe(**{**preset, "max_train_samples": options.samples})
         settings = {name: getattr(options, name) for name in ("budget", "steps", "samples")}
-        stamp = {"base": self.model.identity["sha256"], "split": SPLIT, **self.world, **settings}
+        stamp = {"weights": weights_of(self.model), "split": SPLIT, **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
         self.sampling = Sampling(options.steps)
         self.full = lru_cache(maxsize=len(options.paper_rates))(self._full)
@@ -108,7 +102,8 @@ class Bench:
 
     def task(self, kind: str, index: int) -> Task:
         """Edit `kind` of scene `index`: the same scene for every kind."""
-        return random_task(kind, index, split=SPLIT, styles=(HELD_OUT_STYLE,), **self.world)  # pyright: ignore
+        world = self.world | {"styles": (HELD_OUT_STYLE,), "new_styles": self.world["styles"]}
+        return random_task(kind, index, split=SPLIT, **world)
 
     def source(self, index: int) -> Image.Image:
         return Image.fromarray(render(self.task(KINDS[0], index).before, self.model.resolution)[0])

@@ -58,7 +58,7 @@ class JudgeConfig:
     train_batch_size: int = 64
     """Scenes per update."""
     learning_rate: float = 2e-3
-    """Peak rate of AdamW in the first phase, half of it in the second; each phase is one cycle."""
+    """Peak rate of AdamW in the first phase, a quarter of it in the second; each phase is one cycle."""
     checkpointing_steps: int = 250
     """Updates between two checkpoints (and two exported weights)."""
 
@@ -87,7 +87,7 @@ def main(config: JudgeConfig) -> None:
 
 def phases(config: JudgeConfig) -> tuple[Phase, Phase]:
     end, last, rate = config.max_train_steps, config.scenes, config.learning_rate
-    refining = Phase(end, end + config.refining_steps, last, last + config.refining_scenes, 2 * SIDE, rate / 2)
+    refining = Phase(end, end + config.refining_steps, last, last + config.refining_scenes, 2 * SIDE, rate / 4)
     return Phase(0, end, 0, last, SIDE, rate), refining
 
 

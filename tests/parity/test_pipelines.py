@@ -57,8 +57,9 @@ def test_ddim_without_guidance_and_off_square_equals_the_stock_pipeline(name):
 
 @pytest.mark.parametrize(
     ("name", "spacing"),
-    [*((name, "leading") for name in SCHEDULERS), ("ddim", "trailing"), ("euler", "trailing"), ("euler_a", "linspace"),
-     ("heun", "linspace"), ("dpm++_2m", "trailing"), ("unipc", "linspace")],
+    [*((name, "leading") for name in SCHEDULERS), ("ddim", "trailing"), ("heun", "linspace"),
+     *(pytest.param(name, spacing, marks=pytest.mark.slow) for name, spacing in (
+         ("euler", "trailing"), ("euler_a", "linspace"), ("dpm++_2m", "trailing"), ("unipc", "linspace")))],
 )  # fmt: skip
 def test_every_scheduler_equals_the_stock_pipeline(name, spacing):
     """1e-4 of the largest latent: stock schedulers keep latents up to 14 times larger, we rescale them at each step."""

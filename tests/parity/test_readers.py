@@ -16,15 +16,15 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from foreign_files import delta, modules
-from lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
-from original_layout import unet_layout
-from tiny import tiny
 
 from personalize import formats, verify
 from personalize.lora import module_names
 from personalize.phantoms import phantom
 from personalize.reader_names import original_paths
+from tests.foreign_files import delta, modules
+from tests.lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
+from tests.original_layout import unet_layout
+from tests.tiny import tiny
 
 pytestmark = pytest.mark.peer
 TOPOLOGY = {"sd1": "sd1", "sd2": "sd2v", "sdxl": "sdxl"}

@@ -1,0 +1,130 @@
+"""What a newcomer gets: `personalize quickstart` on the five bundled scenes, timed, measured and judged.
+
+    python -m tests.bench.quickstart                # on an idle machine; about three minutes a scene
+    python -m tests.bench.quickstart --scenes 0 3
+
+Goals: replayed source at least 6 dB nearer the source than the base's own sample, on 4 of 5 scenes; in one row of the
+sheet at least 3 of the 4 edits judged right, and identity at least 3 dB above the base's sample of the same prompts;
+learned within 75 s, all of it within 150 s, on two idle cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from personalize.bundled import bundled
+from personalize.editor import Editor
+from personalize.model import StableDiffusion
+from personalize.quickstart import SAMPLING, VARIANTS
+from tests.bench.cells import Cells
+from tests.bench.contract import Task, psnr, score
+from tests.bench.judge import Judge
+
+REPLAY_GAIN, IDENTITY_GAIN, EDITS_RIGHT = 6.0, 3.0, 3  # dB, dB, of four
+
+
+@dataclass(frozen=True)
+class QuickstartBench:
+    output_dir: Path = Path("runs/quickstart")
+    """Where each scene's quickstart, cells.jsonl and table.md go; what is finished is not run again."""
+    scenes: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Bundled scenes to take."""
+    seed: int = 0
+    """Seed of the training and of the pictures."""
+
+
+def quickstart(options: QuickstartBench, scene: int) -> dict[str, Any]:
+    """Run the command in a process of its own; its seconds, by its own clock and with the interpreter's start."""
+    folder = options.output_dir / f"scene-{scene}"
+    words = ["quickstart", "--scene", str(scene), "--seed", str(options.seed), "--output_dir", str(folder)]
+    load, started = os.getloadavg()[0], time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "personalize", *words], capture_output=True, text=True, check=True)
+    taken = time.perf_counter() - started
+    told = re.search(r"Learned in (\d+) s; (\d+) s in all", done.stdout)
+    assert told is not None, f"no times in {done.stdout!r}"
+    return {"learned": int(told[1]), "command": int(told[2]), "process": round(taken, 1), "load": load}
+
+
+def drawn(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
+    return [np.asarray(Image.open(folder / "pictures" / f"{name}.png")) for name in names]
+
+
+def measured(options: QuickstartBench, scene: int, model: StableDiffusion, judge: Judge) -> dict[str, Any]:
+    """Replay gain in dB; for each row of the sheet the edits judged right, and identity above the base's, in dB."""
+    example, folder = bundled(scene), options.output_dir / f"scene-{scene}"
+    assert example.scene is not None
+    source, replay, own = drawn(folder, ("source", "replay", "base"))
+    after = [change.truth or example.scene for change in example.changes]
+    tasks = [Task(c.kind, c.prompt, example.scene, t) for c, t in zip(example.changes, after, strict=True)]
+    editor = Editor(model)
+    bases = [np.asarray(editor.base(t.name, seeds=[options.seed], sampling=SAMPLING)[0]) for t in tasks]
+    plain = [asdict(score(*pair, judge)) for pair in zip(tasks, bases, strict=True)]
+    rows = {}
+    for number, variant in enumerate(VARIANTS):
+        edits = drawn(folder, (f"edit-{number * len(tasks) + k:03d}" for k in range(len(tasks))))
+        found = [asdict(score(*pair, judge)) for pair in zip(tasks, edits, strict=True)]
+        gains = [mine["psnr"] - theirs["psnr"] for mine, theirs in zip(found, plain, strict=True)]
+        rows[variant] = {"right": [one["success"] for one in found], "gains": np.round(gains, 2).tolist()}
+    replayed, alone = psnr(replay, source), psnr(own, source)
+    return {"replay": replayed, "base": alone, "rows": rows, "base_right": [one["success"] for one in plain]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each scene and row of its sheet; identity is the mean gain over the four edits."""
+    lines = [
+        "| scene | replay dB | base dB | gain | row of the sheet | edits right | identity above the base, dB "
+        "| learned s | command s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        head = f"| {row['scene']} | {row['replay']:.1f} | {row['base']:.1f} | {row['replay'] - row['base']:+.1f} "
+        for variant, found in row["rows"].items():
+            right = f"{sum(found['right'])} of {len(found['right'])}"
+            gains = f"{np.mean(found['gains']):+.1f} ({', '.join(f'{gain:+.1f}' for gain in found['gains'])})"
+            lines.append(f"{head}| {variant} | {right} | {gains} | {row['learned']} | {row['command']} |")
+    replays = sum(row["replay"] - row["base"] >= REPLAY_GAIN for row in rows)
+    edits = sum(any(map(reached, row["rows"].values())) for row in rows)
+    lines.append(
+        f"\nReplay {REPLAY_GAIN:g} dB above the base: {replays} of {len(rows)} scenes. At least {EDITS_RIGHT} edits "
+        f"right in one row, identity {IDENTITY_GAIN:g} dB above the base: {edits} of {len(rows)}.\n"
+    )
+    return "\n".join(lines)
+
+
+def reached(row: dict[str, Any]) -> bool:
+    return sum(row["right"]) >= EDITS_RIGHT and float(np.mean(row["gains"])) >= IDENTITY_GAIN
+
+
+def run(options: QuickstartBench) -> str:
+    """Measure what is missing; write table.md and figures.json, and return the table."""
+    model, judge = StableDiffusion.load(), Judge.load()
+    stamp = {"base": model.identity["sha256"], "seed": options.seed}
+    cells, sheets = Cells(options.output_dir / "cells.jsonl", stamp), []
+    for scene in options.scenes:
+        times = cells.once(f"seconds/{scene}", lambda scene=scene: quickstart(options, scene))
+        found = cells.once(f"figures/{scene}", lambda scene=scene: measured(options, scene, model, judge))
+        sheets.append({"scene": scene, **found, **times})
+        print(f"scene {scene}: done", flush=True)
+    text = table(sheets)
+    (options.output_dir / "table.md").write_text(text, encoding="utf-8")
+    (options.output_dir / "figures.json").write_text(json.dumps(sheets, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count() or 1)
+    print(run(tyro.cli(QuickstartBench, config=(tyro.conf.OmitArgPrefixes,))))

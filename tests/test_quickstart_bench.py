@@ -1,0 +1,34 @@
+"""The bench of `personalize quickstart`: what it makes of pictures whose worth is known."""
+
+import numpy as np
+from PIL import Image
+
+from personalize.bundled import bundled
+from personalize.editor import Sampling
+from personalize.quickstart import VARIANTS
+from personalize.scenes import render
+from tests.bench import quickstart
+from tests.bench.judge import Judge
+from tests.tiny import tiny
+
+
+def test_true_results_are_right_and_the_unchanged_source_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "SAMPLING", Sampling(steps=1))
+    example, folder = bundled(0), tmp_path / "scene-0" / "pictures"
+    folder.mkdir(parents=True)
+    assert example.scene is not None
+    grey = np.full((128, 128, 3), 128, np.uint8)
+    source = render(example.scene)[0]
+    truths = [render(change.truth)[0] for change in example.changes if change.truth]
+    named = {"source": source, "replay": source, "base": grey}
+    named |= {f"edit-{k:03d}": picture for k, picture in enumerate([*truths, *[source] * 4])}
+    for name, picture in named.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    options = quickstart.QuickstartBench(output_dir=tmp_path)
+    found = quickstart.measured(options, 0, tiny("sd1"), Judge.load())
+    true, unchanged = (found["rows"][variant] for variant in VARIANTS)
+    assert all(true["right"]) and not any(unchanged["right"]), "doing nothing is no edit"
+    assert quickstart.reached(true) and not quickstart.reached(unchanged)
+    assert found["replay"] == 60.0 and found["base"] < 20, "60 dB is what equal pictures count"
+    text = quickstart.table([{"scene": 0, **found, "learned": 70, "command": 140}])
+    assert "4 of 4" in text and "0 of 4" in text and "base: 1 of 1 scenes" in text
