@@ -106,7 +106,7 @@ class LeanLinear(Linear, _Lean):
         name = self._plain(x, args or kwargs)
         return super().forward(x, *args, **kwargs) if name is None else _LinearProduct.apply(*self._operands(x, name))  # pyright: ignore
 
-    def _several(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _several(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y, count = self.base_layer(x), len(a)
         u = x.reshape(count, -1, x.shape[-1]) @ a.to(x.dtype).transpose(1, 2)
         y.view(count, -1, y.shape[-1]).baddbmm_(u, b.to(x.dtype).transpose(1, 2), alpha=self._strength())
@@ -124,7 +124,7 @@ class LeanConv2d(Conv2d, _Lean):
             return super().forward(x, *args, **kwargs)
         return _ConvProduct.apply(*self._operands(x, name), (base.stride, base.padding, base.dilation))  # pyright: ignore
 
-    def _several(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _several(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y, base, count = self.base_layer(x), self.base_layer, len(a)
         pairs = zip(x.chunk(count), a.to(x.dtype), strict=True)
         u = torch.cat([conv2d(part, low, None, base.stride, base.padding, base.dilation) for part, low in pairs])
@@ -145,7 +145,7 @@ class _LinearProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
         x, u, w, low_a, low_b = ctx.saved_tensors
         gy = grads[0].reshape(-1, grads[0].shape[-1])
         gu = (gy @ low_b).mul_(ctx.scale)
@@ -170,7 +170,7 @@ class _ConvProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
         x, u, w, low_a, low_b = ctx.saved_tensors  # B is multiplied by s
         gy, wanted = grads[0], ctx.needs_input_grad[0]
         if gy.is_contiguous():  # no copies of gy, which a product over all samples at once would make

@@ -65,7 +65,7 @@ def products(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
 
 def without_autocast(accelerator: Accelerator, wanted: bool) -> None:
     """Let what `accelerator` prepares from now on run in the precision of its weights, if `wanted`."""
-    accelerator.autocast_handler = AutocastKwargs(enabled=not wanted)
+    accelerator.autocast_handler = AutocastKwargs(enabled=not wanted)  # pyright: ignore
 
 
 @contextmanager

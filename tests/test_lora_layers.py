@@ -30,7 +30,7 @@ LAYERS = {
     "stride 2": lambda: (nn.Conv2d(8, 12, 3, 2, 1), drawn(2, 8, 7, 6)),
     "1x1": lambda: (nn.Conv2d(8, 12, 1), drawn(2, 8, 4, 4)),
     "channels last": lambda: (
-        nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last),
+        nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last),  # pyright: ignore
         drawn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last),
     ),
 }

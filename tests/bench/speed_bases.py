@@ -60,10 +60,11 @@ def _sdxl(dtype: torch.dtype) -> Any:
 
 
 def _vae(side: int) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=side,
-    )  # fmt: skip
+    blocks: dict[str, Any] = {
+        "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }  # fmt: skip
+    return AutoencoderKL(**blocks, layers_per_block=2, latent_channels=4, sample_size=side)
 
 
 def _text(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:

@@ -132,6 +132,6 @@ def _peak(run: Learning, there: int) -> int:
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyright: ignore
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
+        now += event.nbytes()  # pyright: ignore
         peak = max(peak, now)
     return there + peak

@@ -164,7 +164,7 @@ def adapters(bench: SpeedBench) -> Rows:
             many = {key: torch.cat([value] * count) for key, value in batch.items()}
             many["rows"] = torch.arange(count).repeat_interleave(bench.batch)
             step = _update(objective, optimizer, {key: value.to(model.device) for key, value in many.items()})
-            with several(layers, stacked):
+            with several(layers, stacked):  # pyright: ignore
                 arms = [Arm(f"{count} in one batch", step)]
                 rows += timed(bench, "adapters", arms, per=count)
     first = rows[0]["ms_median"]

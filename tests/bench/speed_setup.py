@@ -65,7 +65,7 @@ def picture(side: int) -> Tensor:
 
 
 def latents(model: StableDiffusion, rows: int, side: int | None) -> Tensor:
-    side = side or model.unet.config.sample_size
+    side = side or int(model.unet.config.sample_size)
     return torch.randn(rows, 4, side, side, generator=generator(0, "bench")).to(model.device)
 
 
