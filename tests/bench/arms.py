@@ -71,8 +71,8 @@ def measure(
             with arm.state():
                 if warmup:
                     arm.run()  # what another arm has put out of the caches comes back
-                seconds, peaks[arm.name] = _timed(arm.run, calls, clock, device)
-            times[arm.name].append(1e3 * seconds / calls / per)
+                took, peaks[arm.name] = _timed(arm.run, calls, clock, device)
+            times[arm.name].append(1e3 * took / calls / per)
     first = times[arms[0].name]
     rows = []
     for arm in arms:

@@ -52,7 +52,7 @@ class SpeedBench:
     force: bool = False
     """Measure although something else is running."""
     output_dir: Path = Path("runs/bench/speed")
-    """Where speed.jsonl and speed.md go."""
+    """Where BASE-PRECISION-BATCH-LATENT.jsonl and .md go."""
 
 
 def main(bench: SpeedBench) -> str:
@@ -60,17 +60,19 @@ def main(bench: SpeedBench) -> str:
     from tests.bench.speed_parts import DEFAULT, PARTS
 
     load = refuse_if_busy(bench.force)
-    wanted = bench.only or [name for name in DEFAULT]
+    wanted = bench.only or list(DEFAULT)
     if unknown := [name for name in wanted if name not in PARTS]:
         raise SystemExit(f"no part {unknown[0]!r}: choose of {', '.join(PARTS)}")
     stamp = {"base": bench.base, "latent": bench.latent, "batch": bench.batch, "rank": bench.rank}
     stamp |= {"mixed_precision": bench.mixed_precision, "threads": torch.get_num_threads()}
-    cells = Cells(bench.output_dir / f"{bench.base.replace('/', '_')}-{bench.mixed_precision}.jsonl", stamp)
+    name = "-".join([Path(bench.base).name, bench.mixed_precision, str(bench.batch), str(bench.latent or "native")])
+    cells = Cells(bench.output_dir / f"{name}.jsonl", stamp)
     for name in wanted:
-        for row in [] if f"done/{name}" in cells else _measured(name, PARTS[name], bench):
+        rows = None if f"done/{name}" in cells else _measured(name, PARTS[name], bench)
+        for row in rows or ():
             cells.add(f"{name}/{row['arm']}", row | {"foreign_load": load})
             print(table([row]).splitlines()[-1], flush=True)
-        if f"done/{name}" not in cells:
+        if rows:
             cells.add(f"done/{name}", {})
     text = table([row for key, row in cells.rows.items() if not key.startswith("done/")])
     cells.path.with_suffix(".md").write_text(text, encoding="utf-8")
