@@ -100,15 +100,15 @@ def test_arms_are_what_they_say() -> None:
     assert lora_layers.LeanLinear.forward is ours
 
 
-def test_their_script_gets_our_modules_and_ten_pictures(tmp_path: Path) -> None:
+def test_their_script_gets_our_modules_and_whole_batches(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"config = dict(\n    {speed_reference.TARGETS}\n)\n")
     (tmp_path / "picture.jpg").write_bytes(b"picture")
-    copy = speed_reference.patch(script, tiny_sd1(), tmp_path)
-    assert copy.read_text().count(".attn1.to_q'") == 13 and len(list((tmp_path / "pictures").iterdir())) == 10
+    copy = speed_reference.patch(script, tiny_sd1(), tmp_path, 4)
+    assert copy.read_text().count(".attn1.to_q'") == 13 and len(list((tmp_path / "pictures").iterdir())) == 12
     script.write_text("nothing of the kind")
     with pytest.raises(SystemExit, match="another version"):
-        speed_reference.patch(script, tiny_sd1(), tmp_path)
+        speed_reference.patch(script, tiny_sd1(), tmp_path, 4)
 
 
 def test_growth_is_drawn(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SCRIPT = "examples/dreambooth/train_dreambooth_lora.py"
 TARGETS = 'target_modules=["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],'
-COPIES = 10
+COPIES = 10  # at least; a multiple of the batch, for a last batch that is smaller would be half a step
 SIDE = 1024  # of the picture's file
 CAPTION = "a photo of a cat"
 
@@ -51,7 +51,7 @@ def reference(bench: SpeedBench) -> list[dict[str, Any]]:
         work = Path(place)
         picture = work / "picture.jpg"
         bundled.bundled(0).picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(picture)
-        patched = patch(script, model, work)
+        patched = patch(script, model, work, bench.batch)
         folder = _folder(bench.base, model, work)
         side = (bench.latent or model.unet.config.sample_size) * model.factor
         for group in range(max(2, bench.groups // 5)):
@@ -68,7 +68,7 @@ def reference(bench: SpeedBench) -> list[dict[str, Any]]:
     ]
 
 
-def patch(script: Path, model: StableDiffusion, work: Path) -> Path:
+def patch(script: Path, model: StableDiffusion, work: Path, batch: int) -> Path:
     """A copy of the script that trains the modules that we train."""
     text = script.read_text(encoding="utf-8")
     if text.count(TARGETS) != 1:
@@ -78,7 +78,7 @@ def patch(script: Path, model: StableDiffusion, work: Path) -> Path:
     copy.write_text(text.replace(TARGETS, f"target_modules={names!r},"), encoding="utf-8")
     data = work / "pictures"
     data.mkdir()
-    for number in range(COPIES):
+    for number in range(-(-COPIES // batch) * batch):
         (data / f"{number}.jpg").write_bytes((work / "picture.jpg").read_bytes())
     return copy
 
