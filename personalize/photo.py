@@ -85,6 +85,8 @@ class PhotoSettings:
     """Of the edit; by default 7.5, with ddpm 15."""
     seed: int = 0
     null_text: NullText = NullText()
+    fixed_point: int = 0
+    """Fixed-point iterations at each step of inverting."""
     controller: Literal["p2p", "mutual"] = "p2p"
     """Prompt-to-Prompt, or mutual self-attention, whose source row is told nothing, as published."""
     control: ControlSettings = ControlSettings()

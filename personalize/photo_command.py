@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from personalize.calibrated import guidance, suited
 from personalize.controls import ControlSettings
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.editor import Editor
@@ -37,17 +38,9 @@ def run(config: PhotoConfig) -> Path:
         config.target, swaps, dict(weight(text) for text in config.weight), local, config.mask,
         config.strict_background, _things(config),
     )  # fmt: skip
-    settings = PhotoSettings(
-        config.inversion, config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,
-        null_text=NullText(config.null_text_iterations, config.null_text_rate, config.null_text_tolerance),
-        controller=config.controller, dynamic=_dynamic(config), uniform=_uniform(config),
-        control=ControlSettings(
-            config.mode, config.cross_replace_steps, config.self_replace_steps, bind_adjectives=config.bind_adjectives
-        ),
-        resolution=config.resolution,
-    )  # fmt: skip
     photo = load_image(config.photo)
     editor = Editor.configured(config, config.adapter)
+    settings = _settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings)
     found = editor.photo(
@@ -77,10 +70,25 @@ def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: P
     return config.output_dir
 
 
-def _dynamic(config: PhotoConfig) -> DynamicSettings | None:
-    if not config.dpl:
-        return None
-    return DynamicSettings(config.dpl_updates, disjoint=config.dpl_disjoint, words_only=config.dpl_words_only)
+def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
+    """As the options say; where they say nothing, as suits the base of that name."""
+    null_text = suited(
+        NullText, base, iterations=config.null_text_iterations, rate=config.null_text_rate,
+        tolerance=config.null_text_tolerance,
+    )  # fmt: skip
+    dynamic = suited(
+        DynamicSettings, base, updates=config.dpl_updates, balancing=config.dpl_balancing, disjoint=config.dpl_disjoint,
+        background=config.dpl_background, words_only=config.dpl_words_only,
+    )  # fmt: skip
+    scale = guidance(base, config.inversion) if config.guidance_scale is None else config.guidance_scale
+    return PhotoSettings(
+        config.inversion, config.num_inference_steps, guidance_scale=scale, seed=config.seed,
+        fixed_point=config.fixed_point_iterations, null_text=null_text, controller=config.controller,
+        dynamic=dynamic if config.dpl else None, uniform=_uniform(config), resolution=config.resolution,
+        control=ControlSettings(
+            config.mode, config.cross_replace_steps, config.self_replace_steps, bind_adjectives=config.bind_adjectives
+        ),
+    )  # fmt: skip
 
 
 def _uniform(config: PhotoConfig) -> UniformSettings | None:

@@ -53,10 +53,14 @@ class PhotoConfig(OnBase):
     """--dpl: a picture, white where no noun belongs; or auto, from attention; or none."""
     region: Annotated[tuple[str, ...], UseAppendAction] = ()
     """--dpl: noun=mask.png or noun=left,top,right,bottom in pixels, where it belongs; may be given several times."""
-    dpl_updates: int = 21
-    """--dpl: updates at each step, at most."""
-    dpl_disjoint: float = 0.05
-    """--dpl: weight of keeping nouns apart; depends on the photo, 0.005 to 0.2."""
+    dpl_updates: int | None = None
+    """--dpl: updates at each step, at most; by default 21, on the package's model 4."""
+    dpl_balancing: float | None = None
+    """--dpl: weight of every noun winning somewhere; by default 1, on the package's model 0.05."""
+    dpl_disjoint: float | None = None
+    """--dpl: weight of keeping nouns apart; depends on the photo, 0.005 to 0.2; by default 0.05, package's model 1."""
+    dpl_background: float | None = None
+    """--dpl: weight of keeping nouns off the background; by default 0.05, on the package's model 1."""
     dpl_words_only: bool = False
     """--dpl: padding does not compete with words; for base models whose attention goes to it."""
     uniform: bool = False
@@ -74,15 +78,17 @@ class PhotoConfig(OnBase):
     num_inference_steps: int = 50
     """Denoising steps of the whole way."""
     guidance_scale: float | None = None
-    """Classifier-free guidance of the edit; 1 is off; by default 7.5, with ddpm 15."""
+    """Classifier-free guidance of the edit; 1 is off; by default 7.5, with ddpm 15; on the package's model 4 and 6."""
     seed: int = 0
     """Seed of the noise of ddpm; the other inversions draw none."""
     null_text_iterations: int = 10
     """null-text: updates at each step, at most."""
-    null_text_rate: float = 1e-2
-    """null-text: learning rate of the first step; the embedded model needs 0.1."""
+    null_text_rate: float | None = None
+    """null-text: learning rate of the first step; by default 0.01, on the package's model 0.1."""
     null_text_tolerance: float = 1e-5
     """null-text: a step is left when its loss is below this, and a little more at later steps."""
+    fixed_point_iterations: int = 0
+    """Predictions at each step of inverting that make sampling without guidance exact; not for ddpm."""
     attention_maps: bool = False
     """Draw where each word looks, in attention.png."""
     trajectory: Path | None = None

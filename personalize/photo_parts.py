@@ -53,7 +53,8 @@ def prepared(
     trajectory = invert(
         model, frame.pixels, "" if settings.controller == "mutual" else source,
         "ddim" if joint else settings.inversion, steps=settings.steps, strength=settings.share, seed=settings.seed,
-        null_text=settings.null_text, folder=folder, cache=cache, hooks=(maps,) if maps else (),
+        null_text=settings.null_text, fixed_point=settings.fixed_point, folder=folder, cache=cache,
+        hooks=(maps,) if maps else (),
         guidance_scale=settings.guidance if settings.inversion == "null-text" else None,
     )  # fmt: skip
     blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, mask)

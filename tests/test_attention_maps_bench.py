@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from personalize.dynamic_prompts import DynamicSettings
 from tests.bench import attention_maps as bench
-from tests.bench.attention_maps import MapsBench, figures, judged, measures
+from tests.bench.attention_maps import MapsBench, figures, guess, judged, measures
 from tests.tiny import tiny
 
 
 def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     world = {"nouns": ["cat", "dog", "fox"], "styles": ["3d"], "backgrounds": ["beach", "snow"]}
     (tmp_path / "world.json").write_text(json.dumps(world))
-    monkeypatch.setattr(bench, "DynamicSettings", lambda **more: DynamicSettings(updates=1, **more))
-    options = MapsBench(scenes=1, model=tmp_path, steps=(2,), output_dir=tmp_path / "out")
+    options = MapsBench(scenes=1, model=tmp_path, steps=(2,), updates=1, output_dir=tmp_path / "out")
     found = bench.run(options, tiny("sd1"))
     assert {"iou gain, direct", "U9 win rate, 2 steps", "U10 background gain", "U11 iou"} <= set(found)
     assert found["units, direct"]["value"] <= 2 + 2 * 3 and found["U9 win rate, 2 steps"]["asked"] == 0.65
@@ -38,12 +36,19 @@ def test_measures_of_perfect_and_of_blank_maps():
     assert blank["iou"] == 0.5 == blank["off"] and abs(blank["overlap"] - 1) < 1e-6
 
 
+def test_a_guessed_background_is_compared_cell_by_cell():
+    mask = np.zeros((32, 32), bool)
+    mask[:, :16] = True
+    right = torch.arange(16).expand(16, 16) >= 8
+    assert guess(right, [mask]) == 1 and guess(~right, [mask]) == 0 == guess(None, [mask])
+
+
 def test_a_gain_must_have_its_interval_above_zero_and_a_share_its_value():
     assert judged("iou gain, direct", 0.1, -0.01, 0.2, 9)["met"] is False
     assert judged("iou gain, direct", 0.1, 0.01, 0.2, 9)["met"] is True
     assert judged("U9 win rate, 50 steps", 0.65, 0.5, 0.8, 9)["met"] is True
     assert judged("units, direct", 900, 800, 1000, 9)["met"] is None
-    rows = [{"part": "maps", "plain": {"iou": 0.2, "best": 0.3, "overlap": 0.9, "off": 0.5},
+    rows = [{"part": "maps", "background": 1.0, "plain": {"iou": 0.2, "best": 0.3, "overlap": 0.9, "off": 0.5},
              "direct": {"iou": 0.4, "best": 0.5, "overlap": 0.5, "off": 0.3, "units": 100}}] * 3  # fmt: skip
     assert figures(rows)["iou gain, direct"] == {
         "value": 0.2, "low": 0.2, "high": 0.2, "n": 3, "asked": 0.0, "met": True}  # fmt: skip

@@ -102,6 +102,16 @@ def test_dpl_c62_the_round_trip_halves_up_to_200_steps():
     assert errors[0] < 0.1 and errors[1] < 0.7 * errors[0] and errors[2] < 0.7 * errors[1]
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd2v"])
+def test_dpl_c62_fixed_points_lead_back(name):
+    """Through fp32 latents; in 6 steps, where each is longest and plain inversion errs most."""
+    model = shared(name)
+    plain, solved = (inverted("ddim", name, steps=6, fixed_point=count) for count in (0, 10))
+    errors = [relative(one.replay(model, 1.0), one.latents[0]) for one in (plain, solved)]
+    assert errors[1] < 1e-4 < 1e-2 < errors[0]
+    assert plain.key != solved.key and torch.equal(plain.latents[0], solved.latents[0])
+
+
 def test_dpl_c62_companion_levels_that_are_one_too_high_spoil_it():
     """The naive pairing takes the picture for latents at t, not t − s, and ends a step above where sampling begins."""
     model = shared()
@@ -192,3 +202,8 @@ def test_half_precision(dtype, methods):
 def test_mistakes(arguments, says):
     with pytest.raises(UserError, match=says):
         invert(shared(), smooth(), *arguments, steps=2)
+
+
+def test_fixed_points_are_not_for_ddpm():
+    with pytest.raises(UserError, match="2 fixed-point iterations of ddpm: give 0 or more, and none to ddpm"):
+        inverted("ddpm", fixed_point=2)

@@ -19,8 +19,8 @@ STOREYS = (
     "nouns randomness recipes replacing scenes token_files",
     "alignment attention captions concepts frames lean loading lora lora_layers mixing model noun_groups phantoms "
     "pickles quantisation reader_names text_lora",
-    "background_mask controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion moves "
-    "multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
+    "background_mask calibrated controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion "
+    "moves multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
     "adapter attachment benchmarks bundled captured catalogue catalogue_table checkpoints choosing cli commands "
     "compatibility concept_data concept_learning concept_maps concept_training conversion coverage data drag_command "
     "dragging edit_command editor evaluation exporting formats guards hub inspection launching learning localization "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 from PIL import Image
 
 from personalize.cli import main
+from personalize.dynamic_prompts import DynamicSettings
+from personalize.null_text import NullText
 from personalize.photo_command import box
 from tests.photos import photo
 from tests.tiny import tiny_folder
@@ -37,12 +40,14 @@ def test_a_report_edits_nothing(places, tmp_path, capsys):
 
 def test_everything_is_drawn_and_written_down(places, tmp_path):
     words = ["--swap", "cat=fox", "--dpl", "--dpl_updates", "1", "--background_mask", places[1] / "mask.png",
-             "--uniform", "--mask", places[1] / "mask.png", "--strict_background", "--attention_maps"]  # fmt: skip
+             "--uniform", "--mask", places[1] / "mask.png", "--strict_background", "--attention_maps",
+             "--fixed_point_iterations", "1"]  # fmt: skip
     assert run(places, *words, "--output_dir", tmp_path / "out") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"edited.png", "nouns.png", "masks.png", "attention.png"} <= names
     about = json.loads((tmp_path / "out" / "edit.json").read_text())["settings"]
-    assert about["dynamic"]["updates"] == 1 and about["uniform"]["until"] == 0.2
+    assert about["dynamic"] == asdict(DynamicSettings(updates=1)) and about["uniform"]["until"] == 0.2
+    assert about["fixed_point"] == 1 and about["null_text"] == asdict(NullText())  # this base is not the package's
     edited, before = Image.open(tmp_path / "out" / "edited.png"), Image.open(places[1] / "photo.png")
     assert edited.crop((32, 0, 64, 64)).tobytes() == before.convert("RGB").crop((32, 0, 64, 64)).tobytes()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from personalize.attention import hooked
+from personalize.calibrated import suited
 from personalize.dynamic_prompts import DynamicSettings, disjoint_loss
 from personalize.frames import Frame
 from personalize.inversion import invert
@@ -64,8 +65,18 @@ class MapsBench:
     """Fit noun maps beside null-text too, which takes ten times as long."""
     steps: tuple[int, ...] = (50,)
     """Denoising steps; several for the reconstruction, the first for the rest."""
-    disjoint: float = 0.05
+    split: str = "bench/attention-maps"
+    """Scenes; settings are calibrated on those of calibration/attention-maps."""
+    updates: int | None = None
+    """Dynamic prompts: updates at each step; this and the next four are, if not given, what suits the model."""
+    balancing: float | None = None
+    """Weight of the balancing loss."""
+    disjoint: float | None = None
     """Weight of the disjoint loss."""
+    background: float | None = None
+    """Weight of the background loss."""
+    cap: float | None = None
+    """How far a row may go from its word, as a share of the word's length."""
     words_only: bool = False
     """Padding does not compete in the balancing loss."""
     output_dir: Path = Path("runs/bench/attention_maps")
@@ -77,18 +88,20 @@ class Bench:
 
     def __init__(self, options: MapsBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model = options, model or StableDiffusion.load(options.model)
+        names = ("updates", "balancing", "disjoint", "background", "cap", "words_only")
+        given = {name: getattr(options, name) for name in names}
+        self.dynamic = suited(DynamicSettings, self.model.name, **given)
+        self.null_text = suited(NullText, self.model.name)
         self.world = world_of(options.model)
         stamp = {
-            "weights": weights_of(self.model),
-            **self.world,
-            "disjoint": options.disjoint,
-            "words_only": options.words_only,
-            "first": options.steps[0],
-        }
+            "weights": weights_of(self.model), **self.world,
+            "split": options.split, "first": options.steps[0],
+            "dynamic": asdict(self.dynamic), "null_text": asdict(self.null_text),
+        }  # fmt: skip
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, seed: int, objects: int) -> Scene:
-        return random_scene(seed, split="bench/attention-maps", objects=objects, **self.world)
+        return random_scene(seed, split=self.options.split, objects=objects, **self.world)
 
     @torch.no_grad()
     def maps(self, seed: int) -> dict[str, Any]:
@@ -101,33 +114,34 @@ class Bench:
         made = invert(model, frame.pixels, prompt, "direct", steps=steps, hooks=(seen,))
         things = Things([thing.noun.replace("_", " ") for thing in scene.objects])
         found = survey(model, frame, made, prompt, things, seen)
-        settings = DynamicSettings(disjoint=self.options.disjoint, words_only=self.options.words_only)
         plain = located(model, made, found.groups, [made.conditioning] * steps)
-        row: dict[str, Any] = {"plain": measures(plain, masks)}
-        for name, null in (("direct", None), ("null-text", NullText() if self.options.null_text else None)):
+        row: dict[str, Any] = {"plain": measures(plain, masks), "background": guess(found.background, masks)}
+        for name, null in (("direct", None), ("null-text", self.null_text if self.options.null_text else None)):
             if name == "null-text" and null is None:
                 continue
-            rows, after = localize(model, made, prompt, found, settings, size=size, null_text=null)
+            rows, after = localize(model, made, prompt, found, self.dynamic, size=size, null_text=null)
             told = rows.conditionings(model, [prompt], size)
-            row[name] = measures(located(model, after, found.groups, told), masks) | {
-                "units": steps + rows.passes + 2 * rows.backward,
-                "drift": max(rows.drift),
-                "notes": list(found.notes),
-            }
+            row[name] = measures(located(model, after, found.groups, told), masks)
+            row[name] |= {"units": steps + rows.passes + 2 * rows.backward, "drift": max(rows.drift)}
         return {"part": "maps", "seed": seed, **row}
 
     @torch.no_grad()
     def reconstruction(self, seed: int, steps: int) -> dict[str, Any]:
-        """U9: uniform maps against the caption at w = 1 and at w = 7.5, from the same photo in as many steps."""
+        """U9: uniform maps against the caption at w = 1 and at w = 7.5, from the same photo in as many steps.
+
+        "null" is the empty prompt with ordinary maps: what is left of a difference from it is due to the maps alone.
+        """
         scene, model = self.scene(seed, 1), self.model
         picture = render(scene, model.resolution)[0]
         clean = model.encode(as_pixels(picture[None]).to(model.device))
         up, down = moves(model, steps, inverse=True), moves(model, steps)
         told = model.prompts([caption(scene)], (model.resolution,) * 2)
         plain = Edit(told, guidance_scale=1)
+        null = Edit(model.null(1, (model.resolution,) * 2), guidance_scale=1)
         noisy = denoise(model, clean, plain, up)
         found = {
             "uniform": reconstruct(model, clean, up, down), "caption": denoise(model, noisy, plain, down),
+            "null": denoise(model, denoise(model, clean, null, up), null, down),
             "guided": denoise(model, noisy, Edit(told), down), "ceiling": clean,
         }  # fmt: skip
         row: dict[str, Any] = {}
@@ -141,7 +155,7 @@ class Bench:
     @torch.no_grad()
     def masks(self, seed: int) -> dict[str, Any]:
         """U10 to U12: one object becomes another, by Prompt-to-Prompt after direct inversion, with and without."""
-        task = random_task("object", seed, split="bench/attention-maps", objects=1, **self.world)
+        task = random_task("object", seed, split=self.options.split, objects=1, **self.world)
         model, steps = self.model, self.options.steps[0]
         before, (true,) = render(task.before, model.resolution)
         outside = ~(true | render(task.after, model.resolution)[1][0])
@@ -179,6 +193,15 @@ def measures(maps: Tensor, masks: Sequence[np.ndarray]) -> dict[str, Any]:
             "off": float(np.mean(off))}  # fmt: skip
 
 
+def guess(background: Tensor | None, masks: Sequence[np.ndarray]) -> float:
+    """IoU of the guessed background (h, w) with the cells of which the things cover less than half; 0 without one."""
+    if background is None:
+        return 0.0
+    things = torch.from_numpy(np.any(masks, axis=0))[None, None].float()
+    share = interpolate(things, background.shape[-2:], mode="area")[0, 0]
+    return iou(background.numpy(), (share < 0.5).numpy())
+
+
 def drifts(model: StableDiffusion, clean: Tensor, edit: Edit, up: Moves) -> list[float]:
     """‖ε(z_t, t) − ε(z_{t−Δ}, t)‖ at every step of an inversion, which takes them for equal."""
     run, found = trajectory(model, clean, edit, up), []
@@ -196,6 +219,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every figure of the rows there are: value, 95 % interval, n, what is asked, met or not."""
     found: dict[str, tuple[float, float, float, int]] = {}
     maps = [row for row in rows if row["part"] == "maps"]
+    if right := [row["background"] for row in maps]:
+        found["guessed background"] = (float(np.mean(right)), *mean_interval(right), len(right))
     for name in ("direct", "null-text"):
         if pairs := [(row[name]["iou"], row["plain"]["iou"]) for row in maps if name in row]:
             found[f"iou gain, {name}"] = (*paired_interval(*zip(*pairs, strict=True)), len(pairs))
@@ -211,6 +236,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         uniform, told, guided = zip(*pairs, strict=True)
         wins, n = sum(a > b for a, b in zip(uniform, told, strict=True)), len(pairs)
         found[f"U9 gain over the caption, {steps} steps"] = (*paired_interval(uniform, told), n)
+        null = [row["null"]["db"] for row in ours]
+        found[f"gain over the empty prompt, {steps} steps"] = (*paired_interval(uniform, null), n)
         found[f"U9 gain over w = 7.5, {steps} steps"] = (*paired_interval(uniform, guided), n)
         found[f"U9 win rate, {steps} steps"] = (wins / n, *wilson(wins, n), n)
         steady = [row["steadier"] for row in ours]

@@ -25,6 +25,7 @@ import torch
 import tyro
 from PIL import Image
 
+from personalize.calibrated import guidance, suited
 from personalize.controls import ControlSettings
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.editor import Editor, Sampling
@@ -57,7 +58,7 @@ class Made:
 Maker = Callable[["Bench", Task, Image.Image], Made]
 
 
-def edited(inversion: str, **choice: Any) -> Maker:
+def edited(inversion: str, *, dpl: bool = False, **choice: Any) -> Maker:
     """An edit after one of the inversions; `choice` are fields of PhotoSettings.  Dynamic nouns are the scene's own."""
 
     def make(bench: Bench, task: Task, photo: Image.Image) -> Made:
@@ -66,8 +67,9 @@ def edited(inversion: str, **choice: Any) -> Maker:
             cross_replace_steps=options.cross_replace_steps, self_replace_steps=options.self_replace_steps
         )
         settings = PhotoSettings(
-            inversion, options.steps, guidance_scale=options.guidance_scale, control=control,
-            null_text=NullText(rate=options.null_text_rate), **choice,
+            inversion, options.steps, guidance_scale=bench.guidance(inversion), control=control,
+            null_text=NullText(rate=options.null_text_rate),
+            dynamic=suited(DynamicSettings, bench.model.name) if dpl else None, **choice,
         )  # fmt: skip
         things = Things([thing.noun.replace("_", " ") for thing in task.before.objects])
         wish = Wish(task.target_prompt, things=things)
@@ -83,7 +85,7 @@ def do_nothing(bench: Bench, task: Task, photo: Image.Image) -> Made:
 
 def base(bench: Bench, task: Task, photo: Image.Image) -> Made:
     """The target prompt drawn from noise: what a photo's edit must beat in fidelity."""
-    sampling = Sampling(bench.options.steps, guidance_scale=bench.options.guidance_scale or 7.5)
+    sampling = Sampling(bench.options.steps, guidance_scale=bench.guidance("direct") or 7.5)
     drawn = np.asarray(Editor(bench.model).base(task.target_prompt, sampling=sampling)[0])
     return Made(drawn, drawn)
 
@@ -92,7 +94,7 @@ ARMS: dict[str, Maker] = {  # the rows of the table; another method is another r
     DO_NOTHING: do_nothing,
     BASE: base,
     **{f"P2P + {method}": edited(method) for method in METHODS},
-    **{f"P2P + DPL + {method}": edited(method, dynamic=DynamicSettings()) for method in ("direct", "null-text")},
+    **{f"P2P + DPL + {method}": edited(method, dpl=True) for method in ("direct", "null-text")},
     **{f"mutual + {method}": edited(method, controller="mutual") for method in ("ddim", "direct")},
     **{f"UAM + P2P + {method}": edited(method, uniform=UniformSettings()) for method in ("ddim", "direct")},
     **{
@@ -119,7 +121,7 @@ class PhotoBench(BenchOptions):
     steps: int = 50
     """Denoising steps."""
     guidance_scale: float | None = None
-    """Guidance of the edit; by default each method's own."""
+    """Guidance of the edit; by default what suits the model, or else each method's own."""
     cross_replace_steps: float = 0.8
     """Share of the steps with the source's text maps."""
     self_replace_steps: float = 0.5
@@ -138,12 +140,18 @@ class Bench:
         self.world = world_of(options.model)
         names = ("objects", "steps", "guidance_scale", "cross_replace_steps", "self_replace_steps", "null_text_rate")
         settings = {name: getattr(options, name) for name in names}
+        settings |= {"guidance": [self.guidance(method) for method in METHODS]}
+        settings |= {"dynamic": asdict(suited(DynamicSettings, self.model.name))}
         stamp = {"weights": weights_of(self.model), **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
         wanted = [DO_NOTHING, BASE, *(options.arms or ARMS)]
         if unknown := [arm for arm in wanted if arm not in ARMS]:
             raise SystemExit(f"unknown arms {unknown}: choose from {list(ARMS)}")
         self.arms = list(dict.fromkeys(wanted))
+
+    def guidance(self, inversion: str) -> float | None:
+        given = self.options.guidance_scale
+        return guidance(self.model.name, inversion) if given is None else given
 
     def tasks(self) -> list[Task]:
         world = {**self.world, "new_styles": self.world["styles"], "split": SPLIT, "objects": self.options.objects}
