@@ -287,8 +287,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
+    setattr(root.get_submodule(path.rpartition(".")[0]), path.split(".")[-1], module)
 
 
 def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
