@@ -10,45 +10,32 @@ import csv
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
-from personalize.adapter import check_target
+from personalize.adapter import Adapter, check_target
 from personalize.captions import find_caption
-from personalize.data import find_picture
+from personalize.catalogue_table import DONE, FAILED, RESULTS, Item, outcome, read_items
 from personalize.errors import UserError
-from personalize.files import plain_name, write_file
-from personalize.images import fit, load_image
+from personalize.files import write_file
+from personalize.images import fit, fitted_size, load_image
 from personalize.learning import learning
 from personalize.model import StableDiffusion
-from personalize.options import nearest
 from personalize.preview import preview
 from personalize.recipes import Recipe
+from personalize.several import learn_several
 from personalize.teams import Team
 from personalize.verify import MANIFEST
 
-OWN_COLUMNS = ("image", "caption", "name")
-DONE, FAILED = "done", "failed"
-RESULTS = "results"  # folder of the outcomes, beside the adapters
+__all__ = ["DONE", "Catalogue", "Item", "Results", "finished", "learn_row", "read_items", "run", "write_table"]
 COLUMNS = ("line", "name", "status", "reason", "adapter", "caption", "updates", "loss", "reconstruction_db", "seconds")
-_YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
-
-
-@dataclass(frozen=True)
-class Item:
-    """One row: the picture to learn, its words if the table has them, the adapter's name, and options of its own."""
-
-    line: int
-    name: str
-    image: Path
-    caption: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +48,7 @@ class Catalogue:
     resolution: int | None = None
     caption_model: str | None = None
     preview_steps: int = 0
+    adapters_per_batch: int = 1
 
     def recipe_of(self, item: Item) -> Recipe:
         return replace(self.recipe, **item.options)
@@ -72,91 +60,6 @@ class Catalogue:
             "resolution": self.resolution, "recipe": asdict(self.recipe_of(item)),
         }  # fmt: skip
         return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read_items(table: str | Path, recipe: Recipe) -> tuple[list[Item], list[dict[str, Any]]]:
-    """The rows of a CSV file that can be learned, and the outcomes of those that cannot.
-
-    Columns: image (beside the table, or absolute), caption, name, and any field of `Recipe`; an empty cell is the
-    default, an empty name the picture's.
-
-    Raises:
-        UserError: no such file, not UTF-8, no column "image", an unknown column, or no row at all.
-    """
-    rows = _rows(Path(table))
-    items, failed, names = [], [], {}
-    for line, row in rows:
-        try:
-            item = _item(Path(table).parent, line, row, recipe)
-            if (first := names.setdefault(item.name.casefold(), line)) != line:
-                raise UserError(f"the name {item.name!r} is taken by line {first}: give each row its own")
-            items.append(item)
-        except UserError as error:
-            failed.append(outcome(line, row.get("name") or row.get("image") or "", FAILED, reason=str(error)))
-    return items, failed
-
-
-def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line, column → cell) of every row that is not empty."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{table} is not UTF-8 text: save the table as UTF-8 CSV") from None
-    reader = csv.DictReader(StringIO(text, newline=""), restkey="")
-    columns, known = list(reader.fieldnames or ()), [*OWN_COLUMNS, *(one.name for one in fields(Recipe))]
-    if "image" not in columns:
-        raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}: expected image, caption, name, …")
-    if unknown := [column for column in columns if column not in known]:
-        raise UserError(f"unknown column {unknown[0]!r} in {table}: {nearest(unknown[0], known)}")
-    rows = []
-    for row in reader:
-        cells = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str) or value is None}
-        if any(cells.values()):
-            rows.append((reader.line_num, cells | ({"": "more"} if row.get("") else {})))
-    if not rows:
-        raise UserError(f"{table} has no row below its header")
-    return rows
-
-
-def _item(home: Path, line: int, row: Mapping[str, str], recipe: Recipe) -> Item:
-    """The row as an item; UserError, without anything being loaded, if it cannot be learned."""
-    if "" in row:
-        raise UserError("the row has more cells than the header has columns: put quotes around cells with commas")
-    if not row["image"]:
-        raise UserError("the cell of the column image is empty: name a picture file")
-    image = find_picture(home / row["image"])
-    name = plain_name(row.get("name") or image.stem)
-    if name.startswith(".") or name.casefold() == RESULTS:
-        raise UserError(f"an adapter cannot be called {name!r}: choose another name")
-    hints = get_type_hints(Recipe)
-    given = {key: text for key, text in row.items() if text and key not in OWN_COLUMNS}
-    options = {key: _value(key, hints[key], text) for key, text in given.items()}
-    replace(recipe, **options)  # raises if the values cannot work
-    return Item(line, name, image, row.get("caption") or None, options)
-
-
-def _value(name: str, hint: Any, text: str) -> Any:
-    """A cell as the recipe's field `name` wants it."""
-    kinds = set(get_args(hint)) - {type(None)} or {hint}
-    if bool in kinds and text.lower() in _YES | _NO:
-        return text.lower() in _YES
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    if str in kinds or text in kinds:
-        return text
-    raise UserError(f"column {name}: {text!r} is not of the kind {_kind(hint)}")
-
-
-def _kind(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def outcome(line: int, name: str, status: str, **more: Any) -> dict[str, Any]:
-    return {"line": line, "name": name, "status": status, **more}
 
 
 class Results:
@@ -218,24 +121,82 @@ def learn_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_pr
     return row | {"seconds": round(time.monotonic() - started, 1)}
 
 
+def learn_rows(
+    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str = "no"
+) -> Iterator[dict[str, Any]]:
+    """Learn rows together, in one batch; if that fails, one at a time, which tells whose fault it was."""
+    started, several = time.monotonic(), []
+    if len(items) > 1:
+        try:
+            several = _learned_together(model, items, catalogue, mixed_precision)
+        except Exception as error:
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"lines {items[0].line} to {items[-1].line} are learned one at a time: {first}", flush=True)
+    seconds = round((time.monotonic() - started) / len(items), 1)
+    for item, told in zip(items, several, strict=False):
+        yield outcome(item.line, item.name, DONE, digest=catalogue.digest(item), **told) | {"seconds": seconds}
+    for item in items if not several else ():
+        yield learn_row(model, item, catalogue, mixed_precision)
+
+
 def _learned(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str) -> dict[str, Any]:
-    recipe, folder = catalogue.recipe_of(item), catalogue.output_dir / item.name
-    check_target(folder)
-    caption = find_caption(item.image, item.caption, catalogue.caption_model)
-    pixels, _ = fit(load_image(item.image), catalogue.resolution or model.resolution, 8 * model.factor)
-    accelerator = Accelerator(
-        cpu=model.device.type == "cpu", mixed_precision=mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-    )  # fmt: skip
-    loss = float("nan")
+    pixels, caption = _shown(model, item, catalogue)
+    recipe, loss = catalogue.recipe_of(item), float("nan")
+    accelerator = _accelerator(model, recipe, mixed_precision)
     with learning(model, pixels, caption, recipe, accelerator=accelerator) as run:
         for report in run.steps():
             loss = float(report.losses["loss"])
-        adapter, updates = run.adapter(), run.update
-    figures, pictures = preview(model, adapter, pixels, steps=catalogue.preview_steps, seed=recipe.seed)
+        adapter = run.adapter()
+    return _saved(model, item, catalogue, pixels, adapter, loss)
+
+
+def _learned_together(
+    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str
+) -> list[dict[str, Any]]:
+    shown, recipe = [_shown(model, item, catalogue) for item in items], catalogue.recipe_of(items[0])
+    found = learn_several(model, shown, recipe, accelerator=_accelerator(model, recipe, mixed_precision))
+    rows = zip(items, shown, found, strict=True)
+    return [_saved(model, item, catalogue, pixels, *learned) for item, (pixels, _), learned in rows]
+
+
+def _shown(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple[Tensor, str]:
+    """The row's picture as pixels, and its words."""
+    check_target(catalogue.output_dir / item.name)
+    caption = find_caption(item.image, item.caption, catalogue.caption_model)
+    return fit(load_image(item.image), catalogue.resolution or model.resolution, 8 * model.factor)[0], caption
+
+
+def _accelerator(model: StableDiffusion, recipe: Recipe, mixed_precision: str) -> Accelerator:
+    accumulation = recipe.gradient_accumulation_steps
+    cpu = model.device.type == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation)
+
+
+def _saved(
+    model: StableDiffusion, item: Item, catalogue: Catalogue, pixels: Tensor, adapter: Adapter, loss: float
+) -> dict[str, Any]:
+    """What the outcome says of an adapter that has been learned, once it is saved."""
+    folder, seed = catalogue.output_dir / item.name, catalogue.recipe_of(item).seed
+    figures, pictures = preview(model, adapter, pixels, steps=catalogue.preview_steps, seed=seed)
     replace(adapter, info={**adapter.info, **figures}).save(folder, pictures=pictures)
-    told = {"adapter": str(folder), "caption": caption, "updates": updates, "loss": round(loss, 5)}
-    return told | {key: value for key, value in figures.items() if key in COLUMNS}
+    known = {"caption": adapter.info["caption"], "updates": adapter.info["updates"], "loss": round(loss, 5)}
+    return {"adapter": str(folder), **known, **{key: figures[key] for key in figures if key in COLUMNS}}
+
+
+def grouped(items: Sequence[Item], catalogue: Catalogue, resolution: int, multiple: int) -> list[list[Item]]:
+    """Rows of one recipe and one size, up to `adapters_per_batch` of them together, in the order of their firsts."""
+    groups: dict[Any, list[list[Item]]] = {}
+    for item in items:
+        try:
+            picture = load_image(item.image)
+            size = fitted_size(picture.height, picture.width, resolution, multiple)
+        except Exception:  # whoever learns it will say what is wrong
+            size = item.line
+        last = groups.setdefault((catalogue.recipe_of(item), size), [[]])
+        if len(last[-1]) == catalogue.adapters_per_batch:
+            last.append([])
+        last[-1].append(item)
+    return sorted((group for several in groups.values() for group in several), key=lambda group: items.index(group[0]))
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -266,14 +227,20 @@ def run(
         print(f"{len(items) - len(pending)} of {len(items)} rows are finished already", flush=True)
     mine = pending[team.index :: team.count]
     model = load() if mine else None
-    for item in mine:
+    for group in _groups(model, mine, catalogue):
         assert model is not None
-        row = learn_row(model, item, catalogue, mixed_precision)
-        results.add(row)
-        say(row)
+        for row in learn_rows(model, group, catalogue, mixed_precision):
+            results.add(row)
+            say(row)
     keys = {f"{item.line}:{item.name}" for item in items} | {f"{row['line']}:{row['name']}" for row in refused}
     everything = {key: row for rows in team.gathered(results.rows()) for key, row in rows.items()}
     return [row for key, row in everything.items() if key in keys]
+
+
+def _groups(model: StableDiffusion | None, items: Sequence[Item], catalogue: Catalogue) -> list[list[Item]]:
+    if model is None or catalogue.adapters_per_batch == 1:
+        return [[item] for item in items]
+    return grouped(items, catalogue, catalogue.resolution or model.resolution, 8 * model.factor)
 
 
 def say(row: Mapping[str, Any]) -> None:

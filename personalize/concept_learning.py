@@ -23,7 +23,8 @@ from personalize.attention import attention_sites
 from personalize.concept_data import ConceptPicture, ConceptSamples, Example, check_prompt, digest
 from personalize.concepts import ConceptRows, initial_rows, installed, state
 from personalize.errors import UserError
-from personalize.learning import Learning, left_as_found, versions
+from personalize.lean import lean
+from personalize.learning import Learning, versions
 from personalize.lora import add_lora, lora_aside, lora_state
 from personalize.model import StableDiffusion
 from personalize.multi_concept import (
@@ -34,7 +35,7 @@ from personalize.multi_concept import (
     text_projections,
 )
 from personalize.recipes import ConceptRecipe
-from personalize.training import recomputing
+from personalize.training import left_as_found, recomputing
 
 
 @contextmanager
@@ -57,6 +58,7 @@ def teaching(
     rows = {s.token: initial_rows(model, s, recipe.initializer(i)) for i, s in enumerate(picture.subjects)}
     with ExitStack() as stack:
         stack.enter_context(left_as_found(model))
+        stack.enter_context(lean(model.unet))
         stack.enter_context(recomputing(model.unet, recipe.gradient_checkpointing))
         layers = stack.enter_context(installed(model, rows, trainable=True))
         if recipe.full_kv:

@@ -26,19 +26,35 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from personalize import __version__, checkpoints
 from personalize.adapter import Adapter
+from personalize.captured import replay
 from personalize.checkpoints import Checkpoint
 from personalize.concept_data import Example, class_pixels, digest
 from personalize.data import Pictures, Share
 from personalize.errors import UserError
 from personalize.formats import diffusers_file
-from personalize.lora import add_lora, lora_aside, lora_state, module_names, remove_lora
+from personalize.lean import in_precision, lean
+from personalize.lora import add_lora, lora_aside, lora_state, module_names
 from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImage
 from personalize.recipes import Recipe
 from personalize.text_lora import add_text_lora, text_lora_state
-from personalize.training import EarlyStop, StepReport, adam, fit, recomputing
+from personalize.training import (
+    EarlyStop,
+    StepReport,
+    adam,
+    fit,
+    left_as_found,
+    products,
+    recomputing,
+    without_autocast,
+)  # fmt: skip
 
-MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing")  # between a run and its resumption
+MAY_DIFFER = (
+    "max_train_samples",
+    "max_train_steps",
+    "gradient_checkpointing",
+    "cuda_graph",
+)  # between a run and its resumption
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -65,7 +81,10 @@ def learning(
         UserError: settings that cannot work, or a model that already carries an adapter.
     """
     recipe = recipe or Recipe()
-    with left_as_found(model), recomputing(model.unet, recipe.gradient_checkpointing):
+    with (
+        left_as_found(model), in_precision(model.unet, products(model, accelerator)), lean(model.unet),
+        recomputing(model.unet, recipe.gradient_checkpointing),
+    ):  # fmt: skip
         yield Learning(model, pixels, caption, recipe, masks, examples, accelerator)
 
 
@@ -82,20 +101,6 @@ def learn(
         for _ in run.steps():
             pass
         return run.adapter()
-
-
-@contextmanager
-def left_as_found(model: StableDiffusion) -> Iterator[None]:
-    """Take the adapters away afterwards, and put every `requires_grad` back."""
-    parts = (model.unet, *model.text_encoders)
-    flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
-    try:
-        yield
-    finally:
-        for part in parts:
-            remove_lora(part)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag).grad = None
 
 
 class Learning:
@@ -143,6 +148,7 @@ class Learning:
                 f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches, "
                 f"the recipe {recipe.gradient_accumulation_steps}: make the accelerator with the recipe's number"
             )
+        without_autocast(self.accelerator, model.dtype == torch.bfloat16 and "quantisation" not in self.base)
         self.share = Share(
             recipe.train_batch_size, recipe.gradient_accumulation_steps,
             self.accelerator.process_index, self.accelerator.num_processes,
@@ -192,18 +198,16 @@ class Learning:
             NonFiniteError: a loss or gradient is no number; the adapter is that of the last finished update.
         """
         recipe, first = self.recipe, self.update
-        stop = None
-        if recipe.early_stop_loss is not None:
-            stop = EarlyStop(recipe.early_stop_loss, self.share.samples)
-        for report in fit(
-            self._prepared,
-            self.picture.batches(self.share, first, self.updates),
-            self.optimizer,
-            accelerator=self.accelerator,
-            max_grad_norm=recipe.max_grad_norm,
-            first_update=first,
-            early_stop=stop,
-        ):
+        stop = recipe.early_stop_loss and EarlyStop(recipe.early_stop_loss, self.share.samples)
+        batches = self.picture.batches(self.share, first, self.updates)
+        if getattr(recipe, "cuda_graph", False):
+            reports = replay(self, batches)
+        else:
+            reports = fit(
+                self._prepared, batches, self.optimizer, accelerator=self.accelerator,
+                max_grad_norm=recipe.max_grad_norm, first_update=first, early_stop=stop or None,
+            )  # fmt: skip
+        for report in reports:
             self.update = report.update
             yield report
         if first < self.update and not self._moved():

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 
 import torch
 from diffusers.models.attention_processor import Attention
-from peft import LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from personalize.errors import UserError
 from personalize.forgetting import ForgettingRule, Role, degrees
+from personalize.lora_layers import lora_config
 from personalize.randomness import generator
 
 ADAPTER = "personalize"  # peft's name for it
@@ -271,7 +272,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
         raise UserError(f"this UNet has no layer {unknown[0]!r}: the adapter was made for another base model")
     if not names:
         raise UserError("no module was named for the adapter: choose some of module_names(unet)")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=r"\d+", init_lora_weights=False)  # pyright: ignore
+    config = lora_config(r"\d+", rank, alpha)
     box = nn.ModuleDict({str(number): leaves[name] for number, name in enumerate(names)})  # no UNet to be searched
     box.is_loaded_in_4bit = getattr(unet, "is_loaded_in_4bit", False)  # pyright: ignore
     flags = [(parameter, parameter.requires_grad) for parameter in box.parameters()]
@@ -286,8 +287,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
+    setattr(root.get_submodule(path.rpartition(".")[0]), path.split(".")[-1], module)
 
 
 def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:

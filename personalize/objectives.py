@@ -71,6 +71,17 @@ class SingleImage(nn.Module):
 
         `weights` m (b, 1, h, w) may be absent.  With `prior`, the second half of the batch are class pictures.
         """
+        errors, weights = self.errors(batch)
+        own = len(errors) // 2 if self._prior else len(errors)
+        parts = {"mse": errors[:own].mean().detach()}
+        total = (weights * errors)[:own].mean()
+        if self._prior:
+            total = total + self.prior_loss_weight * (weights * errors)[own:].mean()
+            parts["prior"] = errors[own:].mean().detach()
+        return LossTerms(total, parts)
+
+    def errors(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean squared error of each sample, and what it counts, both (b,)."""
         model, latents, noise, timesteps = self._model[0], batch["latents"], batch["noise"], batch["timesteps"]
         noisy = model.noised(latents, noise, timesteps)
         output = model.predict(noisy, timesteps, self.told(batch["rows"]))
@@ -80,13 +91,7 @@ class SingleImage(nn.Module):
         weights = torch.ones_like(errors)
         if self.snr_gamma is not None:
             weights = min_snr_weight(model.alphas_cumprod, timesteps, self.snr_gamma, model.prediction_type)
-        own = len(errors) // 2 if self._prior else len(errors)
-        parts = {"mse": errors[:own].mean().detach()}
-        total = (weights * errors)[:own].mean()
-        if self._prior:
-            total = total + self.prior_loss_weight * (weights * errors)[own:].mean()
-            parts["prior"] = errors[own:].mean().detach()
-        return LossTerms(total, parts)
+        return errors, weights
 
     def told(self, rows: Tensor) -> Conditioning:
         """What the UNet is told of samples with captions `rows` (b,)."""

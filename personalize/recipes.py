@@ -151,6 +151,8 @@ class Recipe(LoraRecipe):
     """Samples per batch and process; with class pictures, as many of these on top."""
     gradient_accumulation_steps: int = 1
     """Batches per update; `--train_batch_size 1 --gradient_accumulation_steps 10` learns the same in less memory."""
+    cuda_graph: bool = False
+    """Replay the whole update as one CUDA graph, which spares the host's time; one process."""
     resample_latents: bool = False
     """Draw new latents from the picture's posterior for each sample, instead of once."""
     mask_weight: float = 0.9

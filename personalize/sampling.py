@@ -26,6 +26,7 @@ from torch import Tensor
 
 from personalize.attention import AttentionHook, hooked
 from personalize.errors import UserError
+from personalize.lean import halves_alike, lean
 from personalize.lora import Rules, scaled
 from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import SCHEDULERS, Move, Moves, Step, blow_up, moves
@@ -102,7 +103,7 @@ def denoise(
     latents = latents.to(model.device, torch.float32)
     edit = _with_null(model, latents, edit)
     solver = _Solver(model, moves, _generators(moves, seeds, len(latents)))
-    with _scaled(model.unet, edit):
+    with lean(model.unet), _scaled(model.unet, edit):
         for index, move in enumerate(moves):
             step = Step(**vars(move), index=index, count=len(moves))
             output = _guided(model, latents, edit, step)
@@ -156,7 +157,8 @@ def _guided(model: StableDiffusion, latents: Tensor, edit: Edit, step: Step) -> 
             return model.predict(latents, step.timestep, cond)
     assert edit.negative is not None
     both = Conditioning.cat([_rows(edit.negative, step, latents), cond])
-    with hooked(model.unet, edit.hooks, step=step, branches=("null", "cond")):
+    alike = halves_alike(model.unet, wanted=not edit.hooks)
+    with hooked(model.unet, edit.hooks, step=step, branches=("null", "cond")), alike:
         null, told = model.predict(torch.cat([latents, latents]), step.timestep, both).chunk(2)
     scale = torch.as_tensor(edit.guidance_scale, device=latents.device).view(-1, 1, 1, 1)
     return null + scale * (told - null)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from personalize import checkpoints, hub
+from personalize.captured import check_capturable
 from personalize.errors import UserError
 from personalize.learning import Learning
 from personalize.memory import check_fits, estimate
@@ -40,6 +41,9 @@ def accelerated(config: Any) -> Accelerator:
     if config.mixed_precision != "no" and not accelerator.native_amp:  # fp16 on a CPU would silently be fp32
         where = accelerator.device.type
         raise UserError(f"--mixed_precision {config.mixed_precision} does not work on this {where}: use bf16 or no")
+    if getattr(config, "cuda_graph", False):
+        autocast = config.mixed_precision == "fp16" or config.load_in_4bit
+        check_capturable(config, accelerator.device, accelerator.num_processes, autocast=autocast)
     if config.push_to_hub and accelerator.is_main_process:
         hub.repository(repository(config), private=config.person)
     return accelerator
@@ -58,14 +62,14 @@ def repository(config: Any) -> str:
 
 
 def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = False) -> StableDiffusion:
-    """The base in the precision that `config` asks for: on accelerators bf16 means bf16 weights, in half the memory.
+    """The base in the precision that `config` asks for: bf16 means bf16 weights, in half the memory.
 
     Under fp16 the UNet stays fp32 behind autocast, and so it does for `full_weights` to be trained.  In 4 bits what
     is left is bf16 everywhere; what that saves is printed.
     """
     if full_weights and config.load_in_4bit:
         raise UserError("full_kv trains the base's own weights, which cannot be in 4 bits: leave one of them out")
-    half = config.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not full_weights
+    half = config.mixed_precision == "bf16" and not full_weights
     model = StableDiffusion.load(
         config.pretrained_model_name_or_path, device=accelerator.device,
         dtype=torch.bfloat16 if half or config.load_in_4bit else torch.float32,

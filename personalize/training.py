@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from personalize.errors import UserError
+from personalize.lora import remove_lora
 from personalize.losses import LossTerms
+from personalize.model import StableDiffusion
 
 
 def adam(
@@ -27,12 +30,42 @@ def adam(
         UserError: bitsandbytes is not installed.
     """
     if not use_8bit:
-        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cuda", "cpu"))
+        on_cuda = device.type == "cuda"  # where a graph may hold it: its step number lives there
+        fused = on_cuda or device.type == "cpu"
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused, capturable=on_cuda)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError("use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
     return AdamW8bit(groups, weight_decay=weight_decay)
+
+
+@contextmanager
+def left_as_found(model: StableDiffusion) -> Iterator[None]:
+    """Take the adapters away afterwards, and put every `requires_grad` back."""
+    parts = (model.unet, *model.text_encoders)
+    flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+    try:
+        yield
+    finally:
+        for part in parts:
+            remove_lora(part)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag).grad = None
+
+
+def products(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
+    """What the base's weights have to be turned into for `accelerator`'s precision; None: they stay as they are.
+
+    bf16 weights need no autocast, which casts weights and norms anew in each pass; fp16's overflow needs its fp32.
+    """
+    wanted = accelerator is not None and accelerator.mixed_precision == "bf16" and model.dtype == torch.float32
+    return torch.bfloat16 if wanted else None
+
+
+def without_autocast(accelerator: Accelerator, wanted: bool) -> None:
+    """Let what `accelerator` prepares from now on run in the precision of its weights, if `wanted`."""
+    accelerator.autocast_handler = AutocastKwargs(enabled=not wanted)  # pyright: ignore
 
 
 @contextmanager
@@ -102,6 +135,7 @@ def fit(
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
     """
     update, sums, losses = first_update, {}, {}
+    learns = {name: p for name, p in objective.named_parameters() if p.requires_grad}  # asked once: UNets are large
     accelerator.step = 0  # an accumulation that was broken off before leaves nothing behind
     for batch in batches:
         with accelerator.accumulate(objective):
@@ -113,7 +147,7 @@ def fit(
                 if early_stop is not None and early_stop(update, losses["loss"]):
                     optimizer.zero_grad(set_to_none=True)
                     return
-                _guard(objective, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1)
+                _guard(objective, learns, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1)
             rates = tuple(group["lr"] for group in optimizer.param_groups)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -137,6 +171,7 @@ def _means(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tenso
 
 def _guard(
     objective: nn.Module,
+    learns: dict[str, nn.Parameter],
     batch: dict[str, Tensor],
     loss: Tensor,
     optimizer: torch.optim.Optimizer,
@@ -151,8 +186,8 @@ def _guard(
     """
     if not torch.isfinite(loss):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {_cause(objective, batch)}; {_ADVICE}")
-    named = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {_cause(objective, batch)}; {ADVICE}")
+    named = {name: p.grad for name, p in learns.items() if p.grad is not None}
     accelerator.unscale_gradients(optimizer)
     norm = get_total_norm(named.values())
     if not torch.isfinite(norm):
@@ -160,9 +195,9 @@ def _guard(
         overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
         if bad is not None and not overflow:
             optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {_ADVICE}")
+            raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {ADVICE}")
     elif max_grad_norm is not None:
-        parameters = [p for p in objective.parameters() if p.grad is not None]
+        parameters = [p for p in learns.values() if p.grad is not None]
         clip_grads_with_norm_(parameters, max_grad_norm, norm)
 
 
@@ -175,4 +210,4 @@ def _cause(objective: nn.Module, batch: dict[str, Tensor]) -> str:
     return f"for {name} is not finite" if name else "though all it was made of is finite: the forward pass overflowed"
 
 
-_ADVICE = "nothing was changed by this update: lower --learning_rate, or use --mixed_precision no"
+ADVICE = "nothing was changed by this update: lower --learning_rate, or use --mixed_precision no"

@@ -225,3 +225,28 @@ def test_outcomes_are_json_lines(shop, pretended):
     learned(shop, table(shop, "cat.png,a cat,cat", "gone.png,a dog,gone"), load=object)
     lines = (shop / "out" / "results" / "process-0.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["name"] for line in lines) == ["cat", "gone"]
+
+
+def test_speed_rows_of_one_size_are_learned_together(shop, capsys):
+    """Two squares in one batch, the wide one and the broken one by themselves; what is saved is what is said."""
+    Image.new("RGB", (128, 64), "grey").save(shop / "wide.png")
+    path = table(shop, "cat.png,a cat,", "wide.png,a wall,", "broken.png,a cat,x", "dog.png,a dog,")
+    items, refused = read_items(path, SHORT)
+    shared = Catalogue(shop / "out", SHORT, adapters_per_batch=4)
+    groups = catalogue.grouped(items, shared, 64, 32)
+    assert [[item.name for item in group] for group in groups] == [["cat", "dog"], ["wide"], ["x"]]
+    rows = {row["name"]: row for row in run(items, refused, shared, lambda: tiny("sd1"), Team())}
+    assert {name: row["status"] for name, row in rows.items()} == dict(cat="done", dog="done", wide="done", x="failed")
+    assert "one at a time" not in capsys.readouterr().out
+    for name in ("cat", "dog"):
+        adapter = Adapter.load(shop / "out" / name)
+        assert adapter.info["caption"] == f"a {name}" and adapter.info["updates"] == rows[name]["updates"] == 2
+
+
+def test_speed_rows_that_fail_together_are_tried_alone(shop, capsys, monkeypatch):
+    monkeypatch.setattr(catalogue, "learn_several", lambda *_, **__: (_ for _ in ()).throw(MemoryError("too large")))
+    items, refused = read_items(table(shop, "cat.png,a cat,", "dog.png,a dog,"), SHORT)
+    shared = Catalogue(shop / "out", SHORT, adapters_per_batch=2)
+    rows = run(items, refused, shared, lambda: tiny("sd1"), Team())
+    assert [row["status"] for row in rows] == ["done", "done"]
+    assert "lines 2 to 3 are learned one at a time: too large" in capsys.readouterr().out

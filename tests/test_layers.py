@@ -17,16 +17,16 @@ PACKAGE = ROOT / "personalize"
 STOREYS = (
     "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses "
     "nouns randomness recipes replacing scenes token_files",
-    "alignment attention captions concepts frames loading lora mixing model noun_groups phantoms pickles "
-    "quantisation reader_names text_lora",
+    "alignment attention captions concepts frames lean loading lora lora_layers mixing model noun_groups phantoms "
+    "pickles quantisation reader_names text_lora",
     "background_mask calibrated controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion "
     "moves multi_concept mutual null_text objectives pretraining sampling text_maps trajectories uniform views world",
-    "adapter attachment benchmarks bundled catalogue checkpoints choosing cli commands compatibility concept_data "
-    "concept_learning concept_maps concept_training conversion coverage data drag_command dragging edit_command "
-    "editor evaluation exporting formats guards hub inspection launching learning localization memory merged_base "
-    "merging metrics model_card options photo photo_command photo_options photo_parts pictures preview quickstart "
-    "regularisation scene_scorer scorer_training scorers scoring settings stages subject teams trainer training "
-    "validation verify __main__",
+    "adapter attachment benchmarks bundled captured catalogue catalogue_table checkpoints choosing cli commands "
+    "compatibility concept_data concept_learning concept_maps concept_training conversion coverage data drag_command "
+    "dragging edit_command editor evaluation exporting formats guards hub inspection launching learning localization "
+    "memory merged_base merging metrics model_card options photo photo_command photo_options photo_parts pictures "
+    "preview quickstart regularisation scene_scorer scorer_training scorers scoring settings several stages subject "
+    "teams trainer training validation verify __main__",
 )
 LIBRARIES = (
     "torch numpy PIL safetensors",

@@ -140,7 +140,8 @@ def test_no_picture_is_an_error() -> None:
 
 def test_every_preset_holds_known_options_that_differ_from_the_defaults() -> None:
     presets = sorted((ROOT / "configs").glob("*/single_image.yaml"))
-    assert {path.parent.name for path in presets} == {"embedded", "sd15", "sd21", "sdxl", "low_memory", "dreambooth"}
+    names = {"embedded", "sd15", "sd21", "sdxl", "low_memory", "fast", "dreambooth"}
+    assert {path.parent.name for path in presets} == names
     known = {field.name: field.default for field in fields(SCRIPT.Config)}
     for path in presets:
         for name, value in (yaml.safe_load(path.read_text()) or {}).items():

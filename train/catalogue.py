@@ -36,6 +36,8 @@ class Config(Recipe, Base):
     """Precision of the forward pass; all that learns and the loss are always fp32."""
     load_in_4bit: bool = False
     """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
+    adapters_per_batch: int = 1
+    """Rows of one size that are learned in one batch; pays where `train_batch_size` is small."""
     preview_steps: int = 0
     """Denoising steps of the reconstruction shown and measured on each card; 0 draws none."""
 
@@ -46,14 +48,20 @@ def main(config: Config) -> Path:
 
     from personalize import teams
     from personalize.catalogue import DONE, Catalogue, read_items, run, write_table
+    from personalize.several import check_together
     from personalize.trainer import load_base
 
     recipe = chosen(config, Recipe)
+    if config.adapters_per_batch < 1:
+        raise UserError(f"adapters_per_batch must be 1 or more, got {config.adapters_per_batch}")
+    if config.adapters_per_batch > 1:
+        check_together(recipe)
     items, refused = read_items(config.items, recipe)
     base = "@".join(filter(None, [config.pretrained_model_name_or_path or "embedded", config.revision]))
     catalogue = Catalogue(
-        config.output_dir, recipe, base, config.resolution, config.caption_model, config.preview_steps
-    )
+        config.output_dir, recipe, base, config.resolution, config.caption_model, config.preview_steps,
+        config.adapters_per_batch,
+    )  # fmt: skip
     team = teams.join()
 
     def load() -> StableDiffusion:

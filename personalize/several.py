@@ -1,0 +1,126 @@
+"""Several adapters learned in one batch: one pass through the base for n pictures, each sample with a LoRA of its own.
+
+    L = Σ over adapters of (mean over the adapter's own samples)
+
+so that each adapter gets exactly the gradient that it would get alone; AdamW works entry by entry, so that n adapters
+are one with a leading dimension.  What is learned equals one run after another up to the rounding of other batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from personalize.adapter import Adapter
+from personalize.data import Share
+from personalize.errors import UserError
+from personalize.learning import Learning, learning, versions
+from personalize.lora import PREFIX, lora_layers
+from personalize.lora_layers import several
+from personalize.losses import LossTerms
+from personalize.model import Conditioning, StableDiffusion
+from personalize.objectives import SingleImage
+from personalize.recipes import Recipe
+from personalize.training import StepReport, adam, fit
+
+Rows = dict[str, tuple[nn.Parameter, nn.Parameter]]
+
+
+class SeveralImages(nn.Module):
+    """The objective of n adapters: that of one picture, summed; owns their stacked A and B, and a source row each."""
+
+    def __init__(self, inner: SingleImage, rows: Rows) -> None:
+        super().__init__()
+        self.inner, self.count = inner, len(inner.embeds)
+        self.pairs = nn.ParameterList([parameter for pair in rows.values() for parameter in pair])
+
+    def forward(self, batch: dict[str, Tensor]) -> LossTerms:
+        errors, weights = self.inner.errors(batch)
+        each = (weights * errors).view(self.count, -1).mean(1)  # (n,)
+        parts = {str(number): loss for number, loss in enumerate(errors.detach().view(self.count, -1).mean(1))}
+        return LossTerms(each.sum(), parts)
+
+
+def check_together(recipe: Recipe) -> None:
+    """UserError, in one line, if adapters cannot be learned together under `recipe`."""
+    obstacles = (
+        (recipe.train_text_encoder, "train_text_encoder, whose encoders would need several LoRAs"),
+        (recipe.early_stop_loss is not None, "early_stop_loss, which ends each at another update"),
+        (recipe.max_grad_norm is not None, "max_grad_norm, which is of one adapter"),
+        (recipe.use_8bit_adam, "use_8bit_adam, whose scales would be shared"),
+        (recipe.cuda_graph, "cuda_graph, which holds one adapter"),
+    )
+    for hinders, reason in obstacles:
+        if hinders:
+            raise UserError(f"adapters_per_batch does not go with {reason}")
+
+
+def learn_several(
+    model: StableDiffusion,
+    pictures: Sequence[tuple[Tensor, str]],
+    recipe: Recipe,
+    *,
+    accelerator: Accelerator | None = None,
+) -> list[tuple[Adapter, float]]:
+    """An adapter and its last loss for each (pixels (1, 3, H, W), caption), all of one size; see `learning`.
+
+    Raises:
+        UserError: a recipe under which they cannot be learned together.
+        NonFiniteError: the loss or gradient of any one is no number.
+    """
+    check_together(recipe)
+    if len({pixels.shape for pixels, _ in pictures}) != 1:
+        raise ValueError("pictures that are learned together need one size")
+    runs, starts = [], []
+    for pixels, caption in pictures:
+        with learning(model, pixels, caption, recipe, accelerator=accelerator) as run:
+            runs.append(run)
+            starts.append([p.detach().clone() for p in run.objective.adapter_parameters()])
+    with learning(model, *pictures[0], recipe, accelerator=accelerator) as host:
+        layers = lora_layers(model.unet)
+        stacked = [nn.Parameter(torch.stack(parts)) for parts in zip(*starts, strict=True)]
+        rows = dict(zip(layers, zip(stacked[::2], stacked[1::2], strict=True), strict=True))
+        inner = SingleImage(model, _sources(runs), standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma)
+        with several(layers, rows):
+            last = [report.losses for report in _steps(host, runs, SeveralImages(inner, rows))][-1]
+    return [(_adapter(run, rows, inner, number), float(last[str(number)])) for number, run in enumerate(runs)]
+
+
+def _sources(runs: Sequence[Learning]) -> Conditioning:
+    """The captions' conditioning, a row for each adapter."""
+    return Conditioning.cat([run.objective.source() for run in runs])
+
+
+def _steps(host: Learning, runs: Sequence[Learning], objective: SeveralImages) -> Iterator[StepReport]:
+    recipe, inner = host.recipe, objective.inner
+    text = [p for p in (inner.embeds, inner.pooled) if p is not None and p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": list(objective.pairs), "lr": recipe.learning_rate}]
+    groups += [{"params": text, "lr": recipe.text_embedding_lr}] if text else []
+    prepared, optimizer = host.accelerator.prepare(objective, adam(groups, host.model.device))
+    return fit(prepared, _batches(runs, host.share, host.updates), optimizer, accelerator=host.accelerator)
+
+
+def _batches(runs: Sequence[Learning], share: Share, updates: int) -> Iterator[dict[str, Tensor]]:
+    """Every run's own batches, one run's samples after another's."""
+    for batches in zip(*(run.picture.batches(share, 0, updates) for run in runs), strict=True):
+        joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        counts = [len(batch["rows"]) for batch in batches]
+        yield joined | {"rows": torch.arange(len(runs)).repeat_interleave(torch.tensor(counts))}
+
+
+def _adapter(run: Learning, rows: Rows, inner: SingleImage, number: int) -> Adapter:
+    """What adapter `number` has become."""
+    lora = {
+        f"{PREFIX}{name}.lora_{letter}.weight": pair[index].detach()[number].float().cpu().clone()
+        for name, pair in rows.items()
+        for index, letter in enumerate("AB")
+    }
+    learned = {"embeds": inner.embeds, "pooled": inner.pooled}
+    source = {key: p.detach()[number : number + 1].cpu().clone() for key, p in learned.items() if p is not None}
+    recipe = run.recipe
+    info = {**run.about(), "updates": run.updates, "versions": versions()}
+    return Adapter(lora, recipe.rank, recipe.alpha, None if recipe.sourceless else source, info)

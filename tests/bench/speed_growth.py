@@ -1,0 +1,126 @@
+"""How cost grows: with samples, resolution, rank, concepts and rows of a catalogue; the exponent, and a plot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from personalize import bundled
+from personalize.catalogue import Catalogue, Item, learn_row
+from personalize.concept_data import ConceptPicture
+from personalize.concept_learning import teaching
+from personalize.concepts import Subject
+from personalize.learning import learning
+from personalize.recipes import ConceptRecipe, Recipe
+from tests.bench.arms import exponent, facts, spread
+from tests.bench.speed_bases import base
+from tests.bench.speed_setup import picture, run_of, stepper
+
+if TYPE_CHECKING:
+    from personalize.model import StableDiffusion
+    from tests.bench.speed import SpeedBench
+
+Timer = Callable[[float], list[float]]
+
+
+def growth(bench: SpeedBench) -> list[dict[str, Any]]:
+    """A row for each kind: milliseconds at its sizes, and the exponent of cost over size."""
+    model = base(bench.base)
+    native = bench.latent or model.unet.config.sample_size
+    kinds: dict[str, tuple[Sequence[float], Timer]] = {
+        "samples": ((8, 16, 32, 64), lambda n: _repeated(bench, lambda: _learned(model, int(n), bench))),
+        "pixels": ([(native * f) ** 2 for f in (0.5, 1, 1.5, 2)],
+                   lambda n: _updates(bench, lambda: run_of(model, bench.batch, bench.rank, round(n**0.5)))),
+        "rank": ((4, 8, 16, 32, 64), lambda n: _updates(bench, lambda: run_of(model, bench.batch, int(n), native))),
+        "concepts": ((1, 2, 3), lambda n: _repeated(bench, lambda: _concepts(model, int(n), bench))),
+        "catalogue rows": ((1, 2, 4), lambda n: _repeated(bench, lambda: _rows(model, int(n), bench))),
+    }  # fmt: skip
+    rows, lines = [], {}
+    for kind, (sizes, timer) in kinds.items():
+        times = [timer(size) for size in sizes]
+        medians = [float(np.median(values)) for values in times]
+        power = exponent(sizes, medians)
+        lines[f"{kind}: {power:.2f}"] = (sizes, medians)
+        rows.append(
+            facts(model.device) | {"part": "growth", "arm": f"{kind}, exponent", **spread(times[-1])}
+            | {"sizes": list(sizes), "ms": medians, "ratio": power, "ratio_ci95": [0, 0], "ratio_to": "log-log slope"}
+        )  # fmt: skip
+    plot(lines, bench.output_dir / "growth.png")
+    return rows
+
+
+def _updates(bench: SpeedBench, opened: Callable[[], AbstractContextManager[Any]]) -> list[float]:
+    """Milliseconds of single updates of a run, after one that warms up."""
+    with opened() as run:
+        step = stepper(run)
+        step()
+        return _repeated(bench, step)
+
+
+def _repeated(bench: SpeedBench, call: Callable[[], Any]) -> list[float]:
+    read = time.process_time if bench.clock == "cpu" else time.perf_counter
+    times = []
+    for _ in range(max(2, bench.groups // 5)):
+        start = read()
+        call()
+        times.append(1e3 * (read() - start))
+    return times
+
+
+def _learned(model: StableDiffusion, samples: int, bench: SpeedBench) -> None:
+    recipe = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=max(samples, bench.batch))
+    with learning(model, picture(model.resolution), "a photo of a cat", recipe) as run:
+        for _ in run.steps():
+            pass
+
+
+def _concepts(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
+    subjects = tuple(Subject(f"<c{number}>", noun) for number, noun in enumerate(("cat", "dog", "car")[:count]))
+    recipe = ConceptRecipe(rank=bench.rank, max_train_steps=4, gradient_accumulation_steps=1, initializer_token="class")
+    with teaching(model, ConceptPicture(bundled.bundled(0).picture, subjects), recipe) as run:
+        for _ in run.steps():
+            pass
+
+
+def _rows(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
+    recipe = replace(Recipe(rank=bench.rank, train_batch_size=bench.batch), max_train_samples=2 * bench.batch)
+    with TemporaryDirectory() as place:
+        file = Path(place) / "picture.png"
+        bundled.bundled(0).picture.save(file)
+        catalogue = Catalogue(Path(place) / "out", recipe)
+        for number in range(count):
+            row = learn_row(model, Item(number, str(number), file, "a photo of a cat"), catalogue)
+            assert row["status"] == "done", row
+
+
+def plot(lines: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, side: int = 640) -> Path:
+    """Log-log plot: each line relative to its own first point, so that slopes are exponents."""
+    image = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(image)
+    scaled = {name: (np.log2(np.divide(x, x[0])), np.log2(np.divide(y, y[0]))) for name, (x, y) in lines.items()}
+    top = max(1.0, *(float(max(x.max(), y.max())) for x, y in scaled.values()))
+    margin, room = 50, side - 100
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return margin + room * x / top, side - margin - room * max(y, 0.0) / top
+
+    draw.line([place(0, top), place(0, 0), place(top, 0)], fill="black")
+    draw.line([place(0, 0), place(top, top)], fill="lightgrey")
+    colours = ("crimson", "royalblue", "seagreen", "darkorange", "purple")
+    for number, (name, (x, y)) in enumerate(scaled.items()):
+        points = [place(float(a), float(b)) for a, b in zip(x, y, strict=True)]
+        draw.line(points, fill=colours[number % 5], width=3)
+        draw.text((margin + 10, 15 + 14 * number), name, fill=colours[number % 5])
+    draw.text((side // 2 - 90, side - 30), "size / first size (log2, grey: exponent 1)", fill="black")
+    draw.text((4, margin - 20), "cost / first", fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path

@@ -1,0 +1,141 @@
+"""What the speed bench measures on: bases, a training step, and the switches between its arms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft.tuners.lora import Conv2d, Linear
+from torch import Tensor
+
+from personalize import bundled, lora_layers
+from personalize.learning import Learning, learning
+from personalize.model import StableDiffusion
+from personalize.randomness import generator
+from personalize.recipes import Recipe
+from tests.bench.arms import Arm, measure
+from tests.bench.speed_bases import base
+
+if TYPE_CHECKING:
+    from tests.bench.speed import SpeedBench
+
+Rows = list[dict[str, Any]]
+
+
+def entered(*contexts: Callable[[], Any]) -> Callable[[], Any]:
+    """One context of several."""
+
+    @contextmanager
+    def together():
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            yield
+
+    return together
+
+
+def model_of(bench: SpeedBench) -> StableDiffusion:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return base(bench.base, torch.bfloat16 if bench.mixed_precision == "bf16" else torch.float32, device)
+
+
+def timed(bench: SpeedBench, part: str, arms: list[Arm], **more: Any) -> Rows:
+    device = model_of(bench).device
+    more = {
+        "groups": bench.groups,
+        "calls": bench.calls,
+        "clock": bench.clock,
+        "device": device,
+        "seconds": bench.seconds,
+    } | more
+    return [row | {"batch": bench.batch, "rank": bench.rank} for row in measure(part, arms, **more)]
+
+
+def picture(side: int) -> Tensor:
+    """The bundled picture as pixels (1, 3, side, side) in [−1, 1]."""
+    image = bundled.bundled(0).picture.convert("RGB").resize((side, side))
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, side, side, 3).permute(
+        0, 3, 1, 2
+    ).float() / 127.5 - 1  # fmt: skip
+
+
+def latents(model: StableDiffusion, rows: int, side: int | None) -> Tensor:
+    side = side or int(model.unet.config.sample_size)
+    return torch.randn(rows, 4, side, side, generator=generator(0, "bench")).to(model.device)
+
+
+@contextmanager
+def run_of(model: StableDiffusion, batch: int, rank: int, side: int | None) -> Iterator[Learning]:
+    """A run of single-image tuning with `batch` samples an update, on the bundled picture."""
+    recipe = Recipe(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
+    pixels = picture((side or model.unet.config.sample_size) * model.factor)
+    with learning(model, pixels, "a photo of a cat", recipe, accelerator=accelerated(model)) as run:
+        yield run
+
+
+def accelerated(model: StableDiffusion) -> Accelerator:
+    """An accelerator in the base's own precision; Accelerate, which keeps one to a process, is told to forget."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    low = model.dtype == torch.bfloat16
+    return Accelerator(cpu=model.device.type == "cpu", mixed_precision="bf16" if low else "no")
+
+
+def stepper(run: Learning, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
+    """A call that makes one update of `run`, without what the loop around it does."""
+    batch = next(run.picture.batches(run.share, 0, 1))
+    batch = {key: value.to(run.model.device) for key, value in batch.items()}
+    chosen = optimizer or run.optimizer
+
+    def step() -> None:
+        run._prepared(batch).total.backward()
+        chosen.step()
+        chosen.zero_grad(set_to_none=True)
+
+    return step
+
+
+@contextmanager
+def pefts_layers() -> Iterator[None]:
+    """Run the body on the forward functions of peft's own LoRA layers."""
+    ours = lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward
+    lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward = Linear.forward, Conv2d.forward  # pyright: ignore
+    try:
+        yield
+    finally:
+        lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward = ours
+
+
+@contextmanager
+def not_lean(unet: Any) -> Iterator[None]:
+    """Run the body as if `lean` were not entered: the attributes that it has put there are set aside."""
+    names = ("output_scale_factor", "rescale_output_factor", "_get_output_for_continuous_inputs", "forward")
+    taken = []
+    for module in unet.modules():
+        for name in names:
+            value = vars(module).get(name)
+            if (
+                type(value).__module__ == "personalize.lean"
+                or getattr(getattr(value, "func", None), "__module__", "") == "personalize.lean"
+            ):
+                taken.append((vars(module), name, vars(module).pop(name)))
+                if name.endswith("factor"):
+                    vars(module)[name] = 1.0
+    try:
+        yield
+    finally:
+        for own, name, value in taken:
+            own[name] = value
+
+
+@contextmanager
+def channels_last(unet: Any, wanted: bool = True) -> Iterator[None]:
+    unet.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
+    try:
+        yield
+    finally:
+        unet.to(memory_format=torch.contiguous_format)

@@ -1,0 +1,135 @@
+"""The speed bench's own instruments: turns, ratios, exponents, refusals; and that its arms are what they say."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from personalize import lora_layers
+from personalize.lean import lean
+from tests.bench import arms, speed, speed_growth, speed_parts, speed_reference
+from tests.bench.arms import Arm, exponent, measure, ratio, refuse_if_busy, table
+from tests.bench.speed_setup import not_lean, pefts_layers
+from tests.tiny import tiny_sd1
+
+
+def test_arms_take_turns_in_their_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of its own: arm b takes half of a's time, and the machine slows down all the while."""
+    seen, now, state = [], [0.0], ["none"]
+
+    @contextmanager
+    def inside(name: str):
+        state[0] = name
+        yield
+        state[0] = "none"
+
+    def run(name: str, takes: float):
+        assert state[0] == name
+        seen.append(name)
+        now[0] += takes * 1.1 ** len(seen)
+
+    monkeypatch.setattr(arms.time, "perf_counter", lambda: now[0])
+    both = [
+        Arm("a", lambda: run("a", 2.0), lambda: inside("a")),
+        Arm("b", lambda: run("b", 1.0), lambda: inside("b"), {"why": "half"}),
+    ]
+    first, second = measure("part", both, groups=4, warmup=0)
+    assert "".join(seen) == "abba" * 2 and state == ["none"]
+    assert (first["ratio"], first["ratio_to"], second["why"], second["groups"]) == (1.0, "a", "half", 4)
+    assert second["ratio"] == pytest.approx(2, rel=0.02)  # slower by a tenth a call, which turns average out
+    measured = measure("part", both, groups=9, warmup=0, seconds=1e-9)
+    assert measured[0]["groups"] == 2  # no further group after that long
+
+
+def test_ratios_have_intervals_and_costs_exponents() -> None:
+    found = ratio([2.0, 2.2, 1.8, 2.0], [1.0, 1.0, 1.0, 1.0])
+    assert found["ratio"] == 2.0 and found["ratio_ci95"][0] < 2.0 < found["ratio_ci95"][1]
+    assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+def test_a_busy_machine_is_refused_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "foreign_load", lambda: 0.8)
+    with pytest.raises(SystemExit, match="0.8 cores are busy"):
+        refuse_if_busy(False)
+    assert refuse_if_busy(True) == 0.8
+
+
+def test_parts_are_measured_once_and_one_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def fine(bench: speed.SpeedBench) -> list[dict]:
+        calls.append(bench.batch)
+        return measure("fine", [Arm("one", lambda: None)], groups=2)
+
+    def failing(bench: speed.SpeedBench) -> list[dict]:
+        raise RuntimeError("no room\nfor more")
+
+    monkeypatch.setattr(speed, "refuse_if_busy", lambda force: 0.0)
+    monkeypatch.setattr(speed_parts, "PARTS", {"failing": failing, "fine": fine})
+    bench = speed.SpeedBench(only=["failing", "fine"], output_dir=tmp_path, batch=3)
+    for _ in range(2):
+        text = speed.main(bench)
+    assert (
+        calls == [3] and "| fine | one |" in text and "part failing was left out: no room\n" in capsys.readouterr().out
+    )
+    rows = [json.loads(line) for line in (tmp_path / "embedded-no-3-native.jsonl").read_text().splitlines()]
+    assert rows[1]["arm"] == "one" and {"commit", "torch", "load_average", "wall_s", "foreign_load"} <= set(rows[1])
+    assert (tmp_path / "embedded-no-3-native.md").read_text() == text == table(rows[1:2])
+    with pytest.raises(SystemExit, match="no part 'nothing'"):
+        speed.main(speed.SpeedBench(only=["nothing"], output_dir=tmp_path))
+
+
+def test_arms_are_what_they_say() -> None:
+    unet = tiny_sd1().unet
+    plain = {name: set(vars(module)) for name, module in unet.named_modules()}
+    with lean(unet):
+        assert any(
+            type(vars(m).get("output_scale_factor")) is not float for m in unet.modules() if "time_emb_proj" in dir(m)
+        )
+        with not_lean(unet):
+            assert {name: set(vars(module)) for name, module in unet.named_modules()} == plain
+    ours = lora_layers.LeanLinear.forward
+    with pefts_layers():
+        assert lora_layers.LeanLinear.forward is not ours
+    assert lora_layers.LeanLinear.forward is ours
+
+
+def test_their_script_gets_our_modules_and_whole_batches(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"config = dict(\n    {speed_reference.TARGETS}\n)\n")
+    (tmp_path / "picture.jpg").write_bytes(b"picture")
+    copy = speed_reference.patch(script, tiny_sd1(), tmp_path, 4)
+    assert copy.read_text().count(".attn1.to_q'") == 13 and len(list((tmp_path / "pictures").iterdir())) == 12
+    script.write_text("nothing of the kind")
+    with pytest.raises(SystemExit, match="another version"):
+        speed_reference.patch(script, tiny_sd1(), tmp_path, 4)
+
+
+def test_growth_is_drawn(tmp_path: Path) -> None:
+    file = speed_growth.plot(
+        {"samples: 1.00": ([1, 2, 4], [1, 2, 4]), "rank: 0.10": ([4, 8], [1.0, 1.1])}, tmp_path / "g.png"
+    )
+    assert file.is_file() and file.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_reference_child_marks_every_step(tmp_path: Path) -> None:
+    from tests.bench.reference_child import main
+
+    script = tmp_path / "theirs.py"
+    script.write_text(
+        "import sys, torch\np = torch.nn.Parameter(torch.ones(1))\no = torch.optim.AdamW([p])\n"
+        "for _ in range(int(sys.argv[1])):\n    p.grad = p.detach() * 1\n    o.step()\n"
+    )
+    before = torch.optim.AdamW.step
+    try:
+        main(tmp_path / "marks.json", script, ["3"])
+    finally:
+        torch.optim.AdamW.step = before
+    ends = json.loads((tmp_path / "marks.json").read_text())["ends"]
+    assert len(ends) == 3 and ends == sorted(ends)
