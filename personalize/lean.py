@@ -30,13 +30,13 @@ class _One:
 
 
 @contextmanager
-def lean(unet: nn.Module) -> Iterator[None]:
-    """Run the body with the short ways open; contexts may go inside one another."""
+def lean(unet: nn.Module, *, exact: bool = False) -> Iterator[None]:
+    """Run the body with the short ways open, if `exact` only those that change no bit; contexts may be nested."""
     done: list[tuple[dict[str, Any], str, Any]] = []
     flowing = unet.get_submodule("conv_in").weight.is_contiguous(memory_format=torch.channels_last)  # pyright: ignore
     try:
         for module in unet.modules():
-            for name, value in _shorter(module, flowing):
+            for name, value in _shorter(module, flowing, exact):
                 own = vars(module)
                 done.append((own, name, own.get(name, _ABSENT)))
                 own[name] = value
@@ -62,10 +62,12 @@ def in_precision(unet: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
             parameter.data = values
 
 
-def _shorter(module: nn.Module, flowing: bool) -> Iterator[tuple[str, Any]]:
+def _shorter(module: nn.Module, flowing: bool, exact: bool) -> Iterator[tuple[str, Any]]:
     """Attributes of `module` that spare a pass, by name; `flowing`: pictures are laid out channels last."""
     own = vars(module)
     yield from ((name, _One()) for name in _DIVISORS if type(own.get(name)) in (int, float) and own[name] == 1)
+    if exact:
+        return
     if type(module) is GEGLU and "forward" not in own and next(module.parameters()).device.type == "cpu":
         yield "forward", partial(_gated, module)
     if flowing and type(module) is Transformer2DModel and module.is_input_continuous:

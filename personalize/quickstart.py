@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from personalize.commands import QuickstartConfig
 
 SHOWABLE = 24.0  # dB: a base whose autoencoder keeps less of a picture cannot show it
-VARIANTS = {"all that was learned": Setting(), "half of the decoder forgotten": Setting(forget="decoder=0.5")}
+VARIANTS = {  # near the picture: on scene 0 the edits keep 2 dB more of it than at alpha 0.8, and as many are right
+    "all that was learned": Setting(1.0, 1.2),
+    "half of the decoder forgotten": Setting(1.0, 1.2, forget="decoder=0.5"),
+}
 SAMPLING = Sampling(steps=25)
 
 

@@ -103,7 +103,7 @@ def denoise(
     latents = latents.to(model.device, torch.float32)
     edit = _with_null(model, latents, edit)
     solver = _Solver(model, moves, _generators(moves, seeds, len(latents)))
-    with lean(model.unet), _scaled(model.unet, edit):
+    with lean(model.unet, exact=_exact(model)), _scaled(model.unet, edit):
         for index, move in enumerate(moves):
             step = Step(**vars(move), index=index, count=len(moves))
             output = _guided(model, latents, edit, step)
@@ -149,6 +149,11 @@ def ddim(x0: Tensor, eps: Tensor, alpha_next: float, sigma: float = 0.0, noise: 
     return moved if noise is None else moved + sigma * noise
 
 
+def _exact(model: StableDiffusion) -> bool:
+    """Whether sampling has to agree with stock pipelines to 1e-5: in fp32, where shorter ways would round otherwise."""
+    return model.dtype == torch.float32
+
+
 def _guided(model: StableDiffusion, latents: Tensor, edit: Edit, step: Step) -> Tensor:
     """The raw output after guidance; null rows first, in one batch."""
     cond = _rows(edit.conditioning, step, latents)
@@ -157,7 +162,7 @@ def _guided(model: StableDiffusion, latents: Tensor, edit: Edit, step: Step) -> 
             return model.predict(latents, step.timestep, cond)
     assert edit.negative is not None
     both = Conditioning.cat([_rows(edit.negative, step, latents), cond])
-    alike = halves_alike(model.unet, wanted=not edit.hooks)
+    alike = halves_alike(model.unet, wanted=not edit.hooks and not _exact(model))
     with hooked(model.unet, edit.hooks, step=step, branches=("null", "cond")), alike:
         null, told = model.predict(torch.cat([latents, latents]), step.timestep, both).chunk(2)
     scale = torch.as_tensor(edit.guidance_scale, device=latents.device).view(-1, 1, 1, 1)
