@@ -7,7 +7,8 @@ from PIL import Image
 
 from personalize import Editor, StableDiffusion
 from personalize.bundled import bundled
-from personalize.catalogue import Catalogue, read_items, run, write_table
+from personalize.catalogue import Catalogue, run, write_table
+from personalize.catalogue_table import read_items
 from personalize.recipes import Recipe
 from personalize.settings import Sampling
 from personalize.teams import Team

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from personalize.adapter import Adapter, check_target
 from personalize.captions import find_caption
-from personalize.catalogue_table import DONE, FAILED, RESULTS, Item, outcome, read_items
+from personalize.catalogue_table import DONE, FAILED, RESULTS, Item, outcome
 from personalize.errors import UserError
 from personalize.files import write_file
 from personalize.images import fit, fitted_size, load_image
@@ -34,7 +34,6 @@ from personalize.several import learn_several
 from personalize.teams import Team
 from personalize.verify import MANIFEST
 
-__all__ = ["DONE", "Catalogue", "Item", "Results", "finished", "learn_row", "read_items", "run", "write_table"]
 COLUMNS = ("line", "name", "status", "reason", "adapter", "caption", "updates", "loss", "reconstruction_db", "seconds")
 
 

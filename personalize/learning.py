@@ -198,14 +198,15 @@ class Learning:
             NonFiniteError: a loss or gradient is no number; the adapter is that of the last finished update.
         """
         recipe, first = self.recipe, self.update
-        stop = recipe.early_stop_loss and EarlyStop(recipe.early_stop_loss, self.share.samples)
+        below = recipe.early_stop_loss
+        stop = None if below is None else EarlyStop(below, self.share.samples)
         batches = self.picture.batches(self.share, first, self.updates)
         if getattr(recipe, "cuda_graph", False):
             reports = replay(self, batches)
         else:
             reports = fit(
                 self._prepared, batches, self.optimizer, accelerator=self.accelerator,
-                max_grad_norm=recipe.max_grad_norm, first_update=first, early_stop=stop or None,
+                max_grad_norm=recipe.max_grad_norm, first_update=first, early_stop=stop,
             )  # fmt: skip
         for report in reports:
             self.update = report.update

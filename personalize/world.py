@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +16,7 @@ from transformers import CLIPTokenizer
 
 from personalize import scenes
 from personalize.errors import UserError
+from personalize.images import to_pixels
 from personalize.pretraining import tokenize
 from personalize.randomness import generator
 
@@ -43,11 +45,7 @@ def check_styles(styles: Sequence[str]) -> None:
 
 def pixels_of(scene: scenes.Scene, size: int) -> Tensor:
     """`scene` as pixels (3, size, size) in [−1, 1]."""
-    return as_pixels(scenes.render(scene, size)[0])
-
-
-def as_pixels(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return to_pixels(Image.fromarray(scenes.render(scene, size)[0]))[0]
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class Rendered(Dataset):
         covers = torch.zeros(2, self.size // 4, self.size // 4)
         for number, mask in enumerate(masks):
             covers[number] = avg_pool2d(torch.from_numpy(mask).float()[None], 4)[0]
-        return as_pixels(image), (255 * covers).round().byte()
+        return to_pixels(Image.fromarray(image))[0], (255 * covers).round().byte()
 
 
 @torch.inference_mode()

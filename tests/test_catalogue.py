@@ -13,7 +13,8 @@ from PIL import Image
 
 from personalize import catalogue
 from personalize.adapter import Adapter
-from personalize.catalogue import Catalogue, Results, finished, read_items, run, write_table
+from personalize.catalogue import Catalogue, Results, finished, run, write_table
+from personalize.catalogue_table import read_items
 from personalize.errors import UserError
 from personalize.recipes import Recipe
 from personalize.teams import Team

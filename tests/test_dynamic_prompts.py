@@ -11,8 +11,6 @@ from functools import cache
 import pytest
 import torch
 
-from personalize.attention import attention_sites, hooked
-from personalize.concepts import installed
 from personalize.dynamic_prompts import (
     DynamicFit,
     DynamicSettings,
@@ -27,10 +25,9 @@ from personalize.dynamic_prompts import (
 )
 from personalize.errors import UserError
 from personalize.moves import Step, moves
-from personalize.noun_groups import NounGroup, group_maps, noun_groups
+from personalize.noun_groups import NounGroup, noun_groups
 from personalize.null_text import NullFit, NullText
 from personalize.sampling import Edit, denoise, trajectory
-from personalize.text_maps import InversionMaps, StageMaps, stage_attention, text_level
 from tests.tiny import NAMES, tiny, tiny_sd1
 
 PROMPT, SIZE = "a cat and a dog", (64, 64)
@@ -152,54 +149,6 @@ def test_dpl_c05_gradcheck():
         assert torch.autograd.gradcheck(loss, [maps])
 
 
-# -- nouns as tokens ------------------------------------------------------------------------------------------------
-
-
-def test_dpl_c02_nouns_are_found_by_character_offsets():
-    """ "beachball" is no word of the tiny tokenizer, so it has several pieces; splitting at spaces would miss all."""
-    model = tiny_sd1()
-    text = "A Cat, a beachball and a dog"
-    pieces = model.tokens("beachball")
-    assert len(pieces) > 1
-    groups = noun_groups(model, text)
-    assert [group.name for group in groups] == ["cat", "beachball", "dog"]
-    assert [len(group.positions) for group in groups] == [1, len(pieces), 1]
-    dog = model.tokens(text).index("dog") + 1
-    assert groups[2].positions == (dog,) != (text.split().index("dog") + 1,)
-
-
-def test_dpl_c02_repeated_nouns_and_synonyms_are_one_thing():
-    model = tiny_sd1()
-    (cats,) = noun_groups(model, "a cat and a cat")
-    assert cats.positions == (2, 5) and len(cats.ids[0]) == 1
-    (both,) = noun_groups(model, "a cat and a fox", ["cat=fox"])
-    assert both.positions == (2, 5) and len(both.ids[0]) == 2 and both.name == "cat/fox"
-    attention = torch.rand(4, 4, 77)
-    torch.testing.assert_close(group_maps(attention, [both])[0], attention[..., [2, 5]].mean(-1))
-
-
-def test_dpl_c02_named_nouns_override_and_wrong_ones_are_refused():
-    model = tiny_sd1()
-    assert [group.name for group in noun_groups(model, PROMPT, ["dog"])] == ["dog"]
-    for named, words in ((["dogs"], "did you mean dog"), (["cat", "Cat"], "named twice")):
-        with pytest.raises(UserError, match=words):
-            noun_groups(model, PROMPT, named)
-    with pytest.raises(UserError, match="no noun was found"):
-        noun_groups(model, "in the red")
-
-
-def test_dpl_c02_a_learned_token_can_be_a_noun():
-    model = tiny_sd1()
-    rows = {"<cat1>": {"text_encoder": torch.randn(2, 32)}}
-    with installed(model, rows):
-        (group,) = noun_groups(model, "a <cat1> on the beach", ["<cat1>"])
-        assert group.positions == (2, 3)
-        plain = model.prompts(["a <cat1>"]).embeds
-        with noun_rows(model, [group]) as (layer,):
-            torch.testing.assert_close(layer.weight.data, rows["<cat1>"]["text_encoder"], rtol=0, atol=0)
-            assert torch.equal(model.prompts(["a <cat1>"]).embeds, plain)
-
-
 # -- 6.6: the fit ---------------------------------------------------------------------------------------------------
 
 
@@ -311,39 +260,6 @@ def test_dpl_c06_settings_out_of_range_are_refused():
     for wrong in ({"updates": -1}, {"rate": 0}, {"disjoint": -0.1}):
         with pytest.raises(UserError):
             DynamicSettings(**wrong)
-
-
-# -- 6.4: the maps --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_dpl_c04_stage_maps_are_means_of_all_layers_of_the_stage(name: str):
-    """Cut off behind the last layer or not, the maps are the same; both paths are in them."""
-    model = tiny(name)
-    told, step = model.prompts([PROMPT], SIZE), step_of(model)
-    attention = stage_attention(model, latents(), step, told)
-    assert (attention >= 0).all() and (attention.sum(-1) - 1).abs().max() < 1e-5
-    assert torch.equal(attention, stage_attention(model, latents(), step, told))
-    whole = InversionMaps(model, (16, 16))
-    with torch.no_grad(), hooked(model.unet, [whole], step=step):
-        model.predict(latents(), step.timestep, told)
-    torch.testing.assert_close(whole.text()[0], attention.detach(), rtol=0, atol=1e-6)
-    sites = attention_sites(model.unet)
-    ours = [sites[one] for one in StageMaps(model, (16, 16)).names]
-    assert {site.place for site in ours} >= {"down", "up"} and {site.level for site in ours} == {text_level(model)}
-    assert name != "sd1" or len(ours) == 5
-    rows = whole.self_attention()
-    torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:2]))
-    assert all(processor.__class__.__name__ != "_Processor" for processor in model.unet.attn_processors.values())
-
-
-def test_inversion_maps_are_of_every_step():
-    model = tiny_sd1()
-    maps = InversionMaps(model, (16, 16))
-    edit = Edit(model.prompts([PROMPT]), guidance_scale=1, hooks=(maps,))
-    denoise(model, latents(), edit, moves(model, 3, inverse=True))
-    assert maps.text().shape == (3, 16, 16, 77) and maps.self_attention().shape == (16, 16, 256)
-    assert not torch.equal(maps.text()[0], maps.text()[2])
 
 
 @pytest.mark.slow  # a minute: ten steps of two inner loops each

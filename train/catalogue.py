@@ -47,7 +47,8 @@ def main(config: Config) -> Path:
     from accelerate import Accelerator
 
     from personalize import teams
-    from personalize.catalogue import DONE, Catalogue, read_items, run, write_table
+    from personalize.catalogue import Catalogue, run, write_table
+    from personalize.catalogue_table import DONE, read_items
     from personalize.several import check_together
     from personalize.trainer import load_base
 

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from personalize import bundled
-from personalize.catalogue import Catalogue, Item, learn_row
+from personalize.catalogue import Catalogue, learn_row
+from personalize.catalogue_table import Item
 from personalize.concept_data import ConceptPicture
 from personalize.concept_learning import teaching
 from personalize.concepts import Subject
