@@ -67,8 +67,8 @@ class DragSettings:
     """First and last timestep, of 0..999, at which attention is read."""
     window: int = 3
     """Side of the square around a handle whose attention is averaged; odd."""
-    fill: Literal["attention", "attention_raw", "bnni"] = "attention"
-    """Of what was left: attention with repaired variance, the paper's to the letter, or FastDrag's neighbours."""
+    fill: Literal["bnni", "attention", "attention_raw"] = "bnni"
+    """Of what was left: FastDrag's neighbours, attention with repaired variance, or the paper's to the letter."""
     top_k: int = 8
     """Weights that the repaired fill keeps."""
     fill_noise: Literal["white", "source"] = "white"
@@ -203,11 +203,11 @@ def filled(run: Run, source: Tensor, mask: Tensor, correlation: Correlation, set
     """
     z, clean, alpha = run.latents[-1], run.clean[-1], run.moves.steps[-1].alpha_next
     void, result = source < 0, moved(run.latents[-1], source)
-    if settings.fill == "bnni":
-        return neighbours(result, void)
     omega = ~mask if settings.mode == "move" else ~void
     if bool(void.any()) and not bool(omega.any()):
         raise UserError("the mask covers the whole picture, nothing is left to fill from: give a smaller mask")
+    if settings.fill == "bnni":
+        return neighbours(result, void)
     cells = void.nonzero()
     if settings.fill == "attention_raw":
         contents = averaged(z, cells, omega, correlation.rows)
