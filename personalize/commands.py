@@ -61,8 +61,8 @@ class EditConfig(OnBase):
     """Pictures (seeds) for each combination."""
     num_inference_steps: int = 50
     """Denoising steps."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance; 1 is off."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is off; by default 7.5, with the package's model 4."""
     scheduler: str = "ddim"
     """Sampler, e.g. ddim, euler, euler_a, dpm++_2m, ddpm."""
     height: int | None = None

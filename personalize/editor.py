@@ -18,6 +18,7 @@ from PIL import Image
 
 from personalize.adapter import Adapter
 from personalize.attachment import loaded
+from personalize.calibrated import drawing
 from personalize.captions import aligned
 from personalize.choosing import Trial, ranked, search
 from personalize.concepts import installed
@@ -195,9 +196,10 @@ class Editor:
         strength = setting.strength if setting else 0.0
         learned = self.adapter is not None and has_text(self.adapter.lora) and not self.model.zero_null
         negative = self._encoded(negative_prompt, size, strength) if negative_prompt or learned else None
-        edit = Edit(told, negative, sampling.guidance_scale)
+        scale = drawing(self.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
+        edit = Edit(told, negative, scale)
         if setting is not None and self._adapter.lora:
-            edit = Edit(told, negative, sampling.guidance_scale, rule=rules(setting.forget), strength=setting.strength)
+            edit = Edit(told, negative, scale, rule=rules(setting.forget), strength=setting.strength)
         steps = moves(self.model, sampling.steps, sampling.scheduler)
         with self._applied(setting is not None):
             latents = sample(self.model, edit, seeds, steps, size)

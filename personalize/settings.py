@@ -20,11 +20,11 @@ from personalize.verify import MANIFEST
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: `steps` of `scheduler`, guidance (1 is off), size (H, W) in pixels."""
+    """How pictures are drawn: `steps` of `scheduler`, guidance (1 off, None what suits the base), size (H, W) in px."""
 
     steps: int = 50
     scheduler: str = "ddim"
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     size: tuple[int, int] | None = None
 
 

@@ -170,3 +170,10 @@ def test_a_prompt_is_worded_like_the_caption(places, capsys):
     assert "Worded like the caption: “a cat in the snow”" in capsys.readouterr().out
     (found,) = json.loads((places[2] / "out" / "edits.json").read_text())
     assert found["prompt"] == "a cat in the snow"
+
+
+@pytest.mark.parametrize(("name", "scale"), [("", 7.5), ("embedded", 4.0)])
+def test_guidance_that_is_not_given_is_what_suits_the_base(editor, monkeypatch, name, scale):
+    monkeypatch.setattr(editor.model, "name", name)
+    given = editor.base("a dog", sampling=Sampling(steps=2, guidance_scale=scale))[0]
+    assert editor.base("a dog", sampling=SHORT)[0].tobytes() == given.tobytes()

@@ -13,6 +13,7 @@ base without adapter asked for the classes.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,8 +81,12 @@ class MultiConceptBench:
     """Pictures of each prompt."""
     steps: int = 30
     """Denoising steps."""
+    guidance_scale: float = 4.0
+    """Guidance of every picture; at the published 7.5 the embedded model's colours run over."""
     updates: int = 250
     """Updates of each training."""
+    token_learning_rate: float = 2e-3
+    """Rate of the new words' rows; at 5e-4 the embedded model learns next to nothing of a thing's look."""
     class_images: int = 48
     """Regularisation pictures, drawn by the base for each pair of classes."""
     nouns: tuple[str, ...] = ()
@@ -98,7 +103,7 @@ class Bench:
     def __init__(self, options: MultiConceptBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model, self.judge = options, model or StableDiffusion.load(options.model), Judge.load()
         self.world = world_of(options.model, nouns=options.nouns, styles=(HELD_OUT_STYLE,))
-        names = ("budget", "steps", "updates", "class_images")
+        names = ("budget", "steps", "guidance_scale", "updates", "token_learning_rate", "class_images")
         settings = {name: getattr(options, name) for name in names}
         stamp = {"weights": weights_of(self.model), "split": SPLIT, **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
@@ -125,15 +130,21 @@ class Bench:
     def recipe(self, arm: str, seed: int) -> ConceptRecipe:
         weight = CALIBRATION_WEIGHT if arm == CALIBRATED else 0.0
         return ConceptRecipe(
-            initializer_token="class", max_train_steps=self.options.updates, calibration_weight=weight, seed=seed
-        )
+            initializer_token="class", max_train_steps=self.options.updates, calibration_weight=weight, seed=seed,
+            token_learning_rate=self.options.token_learning_rate,
+        )  # fmt: skip
 
-    def pictures(self, prompt: str, adapter: Adapter | None) -> np.ndarray:
-        """`budget` pictures of `prompt`, (b, H, W, 3) uint8, with the same seeds for every arm."""
+    def pictures(self, prompt: str, adapter: Adapter | None, label: str) -> np.ndarray:
+        """`budget` pictures of `prompt`, (b, H, W, 3) uint8, with the same seeds for every arm; kept as a strip."""
         model, seeds = self.model, range(self.options.budget)
         with torch.no_grad(), equipped(model, adapter):
-            latents = sample(model, Edit(model.prompts([prompt])), list(seeds), moves(model, self.options.steps))
-        return as_bytes(model.decode(latents).cpu())
+            edit = Edit(model.prompts([prompt]), guidance_scale=self.options.guidance_scale)
+            latents = sample(model, edit, list(seeds), moves(model, self.options.steps))
+        drawn = as_bytes(model.decode(latents).cpu())
+        folder = self.options.output_dir / "pictures"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.concatenate(list(drawn), 1)).save(folder / f"{label}, {re.sub('[<>]', '', prompt)}.png")
+        return drawn
 
 
 def measured(bench: Bench, index: int, arm: str) -> dict[str, Any]:
@@ -150,7 +161,7 @@ def measured(bench: Bench, index: int, arm: str) -> dict[str, Any]:
     for name, found in (("iou_noun", maps.nouns), ("iou_modifier", maps.modifiers)):
         row[name] = float(np.mean([map_iou(one, mask) for one, mask in zip(found, masks, strict=True)]))
     phrases = [f"a {subject.phrase}" for subject in picture.subjects]
-    return row | judged(bench, index, scene, phrases, lambda prompt: bench.pictures(prompt, adapter))
+    return row | judged(bench, index, scene, phrases, lambda prompt: bench.pictures(prompt, adapter, f"{index} {arm}"))
 
 
 def map_iou(attention: torch.Tensor, mask: np.ndarray) -> float:
@@ -189,7 +200,7 @@ def controls(bench: Bench, index: int) -> None:
     phrases = [noun_phrase(thing.noun) for thing in scene.objects]
     same = np.stack([image] * bench.options.budget)
     bench.cells.once(f"{DO_NOTHING}/{index}", lambda: judged(bench, index, scene, phrases, lambda _: same))
-    drawn = lambda prompt: bench.pictures(prompt, None)  # noqa: E731
+    drawn = lambda prompt: bench.pictures(prompt, None, f"{index} base")  # noqa: E731
     bench.cells.once(f"{BASE}/{index}", lambda: judged(bench, index, scene, phrases, drawn))
 
 

@@ -24,6 +24,7 @@ import tyro
 from PIL import Image
 
 from personalize.adapter import Adapter
+from personalize.calibrated import drawing
 from personalize.choosing import SWEEP, search
 from personalize.editor import Editor
 from personalize.images import psnr, to_image, to_pixels
@@ -170,7 +171,8 @@ class Bench:
                 alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
             )  # fmt: skip
         with worn(model, learned, rules(setting.forget)):
-            latents = sample(model, Edit(told), [seed], moves(model, self.options.steps))
+            edit = Edit(told, guidance_scale=drawing(model.name))
+            latents = sample(model, edit, [seed], moves(model, self.options.steps))
         return to_image(model.decode(latents))
 
     def reconstruction(self, index: int) -> dict[str, float]:
