@@ -201,7 +201,7 @@ class Learning:
         below = recipe.early_stop_loss
         stop = None if below is None else EarlyStop(below, self.share.samples)
         batches = self.picture.batches(self.share, first, self.updates)
-        if getattr(recipe, "cuda_graph", False):
+        if recipe.cuda_graph:
             reports = replay(self, batches)
         else:
             reports = fit(

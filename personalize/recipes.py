@@ -240,6 +240,11 @@ class ConceptRecipe(LoraRecipe):
     def early_stop_loss(self) -> None:
         """Never stops early: the loss says little about likeness."""
 
+    @property
+    def cuda_graph(self) -> bool:
+        """Never: what a batch shows, and so which maps are read, differs from update to update."""
+        return False
+
     def initializer(self, index: int) -> str:
         """The word whose row concept `index` starts from; "class" is its own class phrase."""
         words = self.initializer_token.split("+")

@@ -41,7 +41,7 @@ def accelerated(config: Any) -> Accelerator:
     if config.mixed_precision != "no" and not accelerator.native_amp:  # fp16 on a CPU would silently be fp32
         where = accelerator.device.type
         raise UserError(f"--mixed_precision {config.mixed_precision} does not work on this {where}: use bf16 or no")
-    if getattr(config, "cuda_graph", False):
+    if config.cuda_graph:
         autocast = config.mixed_precision == "fp16" or config.load_in_4bit
         check_capturable(config, accelerator.device, accelerator.num_processes, autocast=autocast)
     if config.push_to_hub and accelerator.is_main_process:
