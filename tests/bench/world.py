@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from personalize.model import StableDiffusion
 from personalize.scenes import BACKGROUNDS, NOUNS, TRAINING_STYLES
+
+PRIME = 65521  # the largest below 2¹⁶: products of two remainders can be added up in 64 bits
 
 
 def world_of(folder: Path, *, nouns: Sequence[str] = (), styles: Sequence[str] = ()) -> dict[str, Sequence[str]]:
@@ -28,6 +31,10 @@ def weights_of(model: StableDiffusion) -> list[str]:
 
 
 def _fingerprint(part: nn.Module) -> str:
-    """Of the sum and the sum of squares of each weight."""
-    sums = [(name, float(w.double().sum()), float(w.double().square().sum())) for name, w in part.state_dict().items()]
+    """Of two sums over each weight's bits, the second by place; integers, so that no number of threads changes them."""
+    sums = []
+    for name, weight in part.state_dict().items():
+        bits = weight.detach().cpu().float().contiguous().view(torch.int32).flatten().long()
+        places = torch.arange(bits.numel()) % PRIME
+        sums.append((name, int(bits.sum()), int((bits % PRIME * places).sum())))
     return sha256(repr(sums).encode()).hexdigest()[:16]
