@@ -98,12 +98,14 @@ class DragConfig(OnBase):
     """Higher values, up to 1, move less of the picture."""
     displacement: Literal["attention", "stretch"] = "attention"
     """How far cells go in `deform`: by attention, or by distance as FastDrag has it."""
+    fill: Literal["bnni", "attention", "attention_raw"] = "bnni"
+    """What comes where something went away: its neighbours, what attention looks at there with noise, or without."""
     num_inference_steps: int = 50
     """Denoising steps of the whole way."""
     strength: float = 0.7
     """Share of the way that is inverted and sampled."""
     seed: int = 42
-    """Seed of the noise where something went away."""
+    """Seed of the noise of `--fill attention`."""
     resolution: int | None = None
     """Larger pictures are scaled down to about its square in pixels; by default the base model's own."""
     paste: bool = False

@@ -24,7 +24,7 @@ def run(config: DragConfig) -> Path:
     points = interleaved(config.from_, config.to)
     settings = DragSettings(
         mode=config.mode, steps=config.num_inference_steps, strength=config.strength,
-        displacement=config.displacement, mask_threshold=config.mask_threshold, seed=config.seed,
+        displacement=config.displacement, fill=config.fill, mask_threshold=config.mask_threshold, seed=config.seed,
     )  # fmt: skip
     editor = Editor.configured(config, (config.adapter,) if config.adapter else ())
     found = editor.drag(

@@ -79,3 +79,12 @@ def test_points_are_paired_in_their_order():
     assert interleaved(("1,2", "5,6.5"), ("3,4", "7,8")) == [(1, 2), (3, 4), (5, 6.5), (7, 8)]
     with pytest.raises(UserError, match="got '1,2,3'"):
         interleaved(("1,2,3",), ("4,5",))
+
+
+def test_the_fill_is_as_asked_and_its_seed_counts(places):
+    drawn = []
+    for words in ([], ["--fill", "attention"], ["--fill", "attention", "--seed", "7"]):
+        mask = ["--mask", str(places[2] / "mask.png")]
+        assert run(places, "--from", "20,24", "--to", "44,34", *mask, *words) == 0
+        drawn.append((places[2] / "out" / "dragged.png").read_bytes())
+    assert len(set(drawn)) == 3
