@@ -198,8 +198,7 @@ class Learning:
             NonFiniteError: a loss or gradient is no number; the adapter is that of the last finished update.
         """
         recipe, first = self.recipe, self.update
-        below = recipe.early_stop_loss
-        stop = None if below is None else EarlyStop(below, self.share.samples)
+        stop = None if recipe.early_stop_loss is None else EarlyStop(recipe.early_stop_loss, self.share.samples)
         batches = self.picture.batches(self.share, first, self.updates)
         if recipe.cuda_graph:
             reports = replay(self, batches)

@@ -165,7 +165,7 @@ def load_lora(unet: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: fl
 def remove_lora(unet: nn.Module) -> None:
     """Put the base modules back; the very same objects as before.  Nothing happens if there is no adapter."""
     for name, layer in lora_layers(unet).items():
-        _put(unet, name, layer.get_base_layer())
+        unet.set_submodule(name, layer.get_base_layer())
     if ADAPTER in getattr(unet, "peft_config", {}):
         del unet.peft_config
 
@@ -181,7 +181,7 @@ def lora_aside(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, config, layers in taken:
             for name, layer in layers.items():
-                _put(module, name, layer)  # pyright: ignore
+                module.set_submodule(name, layer)  # pyright: ignore
             if config is not None:
                 module.peft_config = config  # pyright: ignore
 
@@ -280,14 +280,10 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     for name, layer in zip(names, box.values(), strict=True):
-        _put(unet, name, layer)
+        unet.set_submodule(name, layer)
     config.target_modules = "|".join(map(re.escape, names))
     unet.peft_config = {ADAPTER: config}  # pyright: ignore
     return dict(zip(names, box.values(), strict=True))  # pyright: ignore
-
-
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    setattr(root.get_submodule(path.rpartition(".")[0]), path.split(".")[-1], module)
 
 
 def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from personalize.adapter import Adapter
 from personalize.attachment import equipped
+from personalize.calibrated import drawing
 from personalize.concept_data import ConceptPicture, Example
 from personalize.concept_learning import ConceptRecipe, teaching
 from personalize.concept_maps import concept_maps
@@ -49,7 +50,7 @@ from personalize.scenes import (
 )
 from tests.bench.attention_auc import coverage
 from tests.bench.cells import Cells
-from tests.bench.contract import BASE, DO_NOTHING, iou
+from tests.bench.contract import BASE, DO_NOTHING, iou, picture_file
 from tests.bench.intervals import mean_interval, paired_interval
 from tests.bench.judge import Judge, as_bytes
 from tests.bench.world import weights_of, world_of
@@ -81,8 +82,6 @@ class MultiConceptBench:
     """Pictures of each prompt."""
     steps: int = 30
     """Denoising steps."""
-    guidance_scale: float = 4.0
-    """Guidance of every picture; at the published 7.5 the embedded model's colours run over."""
     updates: int = 250
     """Updates of each training."""
     token_learning_rate: float = 2e-3
@@ -103,7 +102,7 @@ class Bench:
     def __init__(self, options: MultiConceptBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model, self.judge = options, model or StableDiffusion.load(options.model), Judge.load()
         self.world = world_of(options.model, nouns=options.nouns, styles=(HELD_OUT_STYLE,))
-        names = ("budget", "steps", "guidance_scale", "updates", "token_learning_rate", "class_images")
+        names = ("budget", "steps", "updates", "token_learning_rate", "class_images")
         settings = {name: getattr(options, name) for name in names}
         stamp = {"weights": weights_of(self.model), "split": SPLIT, **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
@@ -138,12 +137,12 @@ class Bench:
         """`budget` pictures of `prompt`, (b, H, W, 3) uint8, with the same seeds for every arm; kept as a strip."""
         model, seeds = self.model, range(self.options.budget)
         with torch.no_grad(), equipped(model, adapter):
-            edit = Edit(model.prompts([prompt]), guidance_scale=self.options.guidance_scale)
+            edit = Edit(model.prompts([prompt]), guidance_scale=drawing(model.name))
             latents = sample(model, edit, list(seeds), moves(model, self.options.steps))
         drawn = as_bytes(model.decode(latents).cpu())
-        folder = self.options.output_dir / "pictures"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(np.concatenate(list(drawn), 1)).save(folder / f"{label}, {re.sub('[<>]', '', prompt)}.png")
+        file = picture_file(self.cells, f"{label}, {re.sub('[<>]', '', prompt)}")
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.concatenate(list(drawn), 1)).save(file)
         return drawn
 
 

@@ -85,7 +85,7 @@ def do_nothing(bench: Bench, task: Task, photo: Image.Image) -> Made:
 
 def base(bench: Bench, task: Task, photo: Image.Image) -> Made:
     """The target prompt drawn from noise: what a photo's edit must beat in fidelity."""
-    sampling = Sampling(bench.options.steps, guidance_scale=bench.guidance("direct") or 7.5)
+    sampling = Sampling(bench.options.steps, guidance_scale=bench.options.guidance_scale)
     drawn = np.asarray(Editor(bench.model).base(task.target_prompt, sampling=sampling)[0])
     return Made(drawn, drawn)
 

@@ -52,9 +52,7 @@ class JudgeConfig:
     refining_scenes: int = 24000
     """Further scenes for the second phase, rendered at 128 px and averaged down, as most pictures reach the judge."""
     refining_steps: int = 2500
-    """Updates of each cycle of the second phase."""
-    refining_cycles: int = 1
-    """How often the second phase is gone through, each time with a cycle of the learning rate of its own."""
+    """Updates of the second phase."""
     test_scenes: int = 4000
     """Held-out scenes the accuracy is measured on."""
     train_batch_size: int = 64
@@ -87,11 +85,10 @@ def main(config: JudgeConfig) -> None:
     print(json.dumps(report))
 
 
-def phases(config: JudgeConfig) -> list[Phase]:
-    end, last, rate, steps = config.max_train_steps, config.scenes, config.learning_rate, config.refining_steps
-    begins = [end + cycle * steps for cycle in range(config.refining_cycles)]
-    refining = [Phase(b, b + steps, last, last + config.refining_scenes, 2 * SIDE, rate / 4) for b in begins]
-    return [Phase(0, end, 0, last, SIDE, rate), *refining]
+def phases(config: JudgeConfig) -> tuple[Phase, Phase]:
+    end, last, rate = config.max_train_steps, config.scenes, config.learning_rate
+    refining = Phase(end, end + config.refining_steps, last, last + config.refining_scenes, 2 * SIDE, rate / 4)
+    return Phase(0, end, 0, last, SIDE, rate), refining
 
 
 def scenes_of(config: JudgeConfig, phase: Phase) -> dict[str, np.ndarray]:
@@ -127,7 +124,7 @@ def labelled(scene: Scene, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def train(config: JudgeConfig, net: JudgeNet) -> JudgeNet:
-    """Run (or finish) every phase; returns the averaged network, which is also exported at every checkpoint."""
+    """Run (or finish) both phases; returns the averaged network, which is also exported at every checkpoint."""
     net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=average, use_buffers=True)
