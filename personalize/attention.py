@@ -174,8 +174,7 @@ def stage_side(model: Any, target: int = 16) -> int:
 
 
 def _attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
-    names = (name.removesuffix(".processor") for name in unet.attn_processors)
-    return {name: unet.get_submodule(name) for name in names}  # pyright: ignore
+    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
 
 
 class _Hooking:

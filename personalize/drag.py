@@ -156,7 +156,8 @@ def drag(
     _check_steps(upward, settings)
     run = trajectory(model, latents, edit, upward)
     began = time.perf_counter()
-    sites = [attention_sites(model.unet, size)[name] for name in reading.names]
+    every = attention_sites(model.unet, size)
+    sites = [every[name] for name in reading.names]
     correlation = Correlation(reading.kept, sites, size, model.device)
     rows = [correlation.around(cell, settings.window) for cell in cells]
     ratios = torch.stack([ratio(row, cell, settings.window) for row, cell in zip(rows, cells, strict=True)])

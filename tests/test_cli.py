@@ -231,6 +231,7 @@ def test_a_script_started_by_hand_does_the_same(room: Path, monkeypatch, capsys)
     assert not ended.value.code and capsys.readouterr().out == "Config(rank=4, learning_rate=0.0001)\n"
 
 
+@pytest.mark.slow  # four interpreters that import torch, one after the other
 def test_two_processes_share_the_cores_and_pass_on_one_line(room: Path):
     code = f"""
 from pathlib import Path

@@ -38,7 +38,7 @@ def off(one, other):
     return int(np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max())
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_kohya_file_with_text_encoders_draws_what_diffusers_draws(tmp_path, name):
     """One level of 255 is a rounding of the last bit."""
     model = tiny(name)

@@ -102,7 +102,7 @@ def test_dpl_c62_the_round_trip_halves_up_to_200_steps():
     assert errors[0] < 0.1 and errors[1] < 0.7 * errors[0] and errors[2] < 0.7 * errors[1]
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2v"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2v", marks=pytest.mark.slow)])
 def test_dpl_c62_fixed_points_lead_back(name):
     """Through fp32 latents; in 6 steps, where each is longest and plain inversion errs most."""
     model = shared(name)

@@ -111,7 +111,10 @@ def test_speed_passes_that_differ_from_the_start_share_nothing() -> None:
         assert not any("forward" in vars(module) for module in unet.modules())
 
 
-@pytest.mark.parametrize("hooks", [(), (AttentionHook(),)], ids=["shared", "hooked"])
+@pytest.mark.parametrize(
+    "hooks",
+    [pytest.param((), id="shared"), pytest.param((AttentionHook(),), id="hooked", marks=pytest.mark.slow)],
+)
 def test_speed_guided_samples_stay_what_they_were(hooks: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 not a bit is changed; the short ways of half precision stay within 1e-4 of it, after ten steps, of which
     each multiplies the last one's rounding."""

@@ -157,7 +157,7 @@ def test_sdxl_learns_tokens_and_pooled_vector() -> None:
     with torch.no_grad():
         start = model.prompts([CAPTION], (64, 64))
     adapter = learn(model, pixels(), CAPTION, replace(SMALL, max_train_samples=1))
-    assert adapter.source is not None and start.pooled is not None and len(adapter.lora) == 2 * 480
+    assert adapter.source is not None and start.pooled is not None and len(adapter.lora) == 2 * 200
     assert not torch.equal(adapter.source["embeds"], start.embeds)
     assert not torch.equal(adapter.source["pooled"], start.pooled)
 

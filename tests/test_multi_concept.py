@@ -148,10 +148,9 @@ def test_disendiff_e_gradient_reaches_lora_and_tokens_and_nothing_else() -> None
                 for side in "AB":
                     assert bool(grads[f"{name}.{part}.lora_{side}.personalize.weight"].any()), (name, part, side)
     remove_lora(model.unet)
-    for name, value in before.items():
-        assert torch.equal(dict(model.text_encoders[0].named_parameters())[name], value)
-    for name, value in unet.items():
-        assert torch.equal(dict(model.unet.named_parameters())[name], value)
+    for module, values in ((model.text_encoders[0], before), (model.unet, unet)):
+        after = dict(module.named_parameters())
+        assert all(torch.equal(after[name], value) for name, value in values.items())
 
 
 def test_disendiff_e_attention_alone_reaches_nineteen_tensors_at_the_first_step() -> None:

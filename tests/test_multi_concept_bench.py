@@ -14,6 +14,7 @@ from tests.tiny import tiny
 pytestmark = pytest.mark.skipif(not judge.WEIGHTS.is_file(), reason="the judge's weights are not here")
 
 
+@pytest.mark.slow  # two learned adapters and all their edits
 def test_a_scene_is_measured_resumed_and_tabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = MultiConceptBench(
         model=tmp_path, output_dir=tmp_path / "out", scenes=1, budget=1, steps=2, updates=1, class_images=1,

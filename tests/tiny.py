@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch.nn import Module, Parameter
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from personalize.model import StableDiffusion
@@ -36,7 +38,7 @@ def tiny_sd2v() -> StableDiffusion:
 
 
 def tiny_sdxl() -> StableDiffusion:
-    """SDXL in miniature: stages of 0, 2 and 10 transformer blocks, two text encoders, pooled embedding, time ids."""
+    """SDXL in miniature: stages of 0, 2 and 3 transformer blocks, two text encoders, pooled embedding, time ids."""
     return tiny("sdxl")
 
 
@@ -48,9 +50,23 @@ def tiny(name: str) -> StableDiffusion:
 def tiny_pipeline(name: str) -> Any:
     """A fresh stock pipeline `name` in NAMES, frozen, fp32, on the CPU."""
     pipe = _built(name)
-    copies = {key: deepcopy(part) for key, part in pipe.components.items()}
+    copies = {key: _twin(part) if key == "unet" else deepcopy(part) for key, part in pipe.components.items()}
     extra = {"requires_safety_checker": False} if name != "sdxl" else {"add_watermarker": False}
     return type(pipe)(**copies, **extra)
+
+
+def _twin(module: Module) -> Module:
+    """deepcopy(module) in a fraction of the time, for modules that hold nothing but settings, weights and modules."""
+    twin = module.__new__(type(module))
+    held = vars(twin)
+    for key, value in vars(module).items():
+        held[key] = value.copy() if type(value) in (dict, OrderedDict, set) else value
+    for key, weight in module._parameters.items():
+        if weight is not None:
+            held["_parameters"][key] = Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    for key, child in module._modules.items():
+        held["_modules"][key] = None if child is None else _twin(child)
+    return twin
 
 
 def tiny_folder(name: str, path: str | Path) -> Path:
@@ -112,7 +128,7 @@ def _sdxl() -> StableDiffusionXLPipeline:
         sample_size=16, layers_per_block=2, block_out_channels=(16, 32, 64), norm_num_groups=GROUPS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(2, 4, 8), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2, 3), attention_head_dim=(2, 4, 8), use_linear_projection=True,
         cross_attention_dim=32 + 40, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=40 + 6 * 8,
     )  # fmt: skip

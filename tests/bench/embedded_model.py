@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,6 +73,8 @@ class EmbeddedModelBench:
     """Nouns to ask for, when not those of world.json."""
     styles: tuple[str, ...] = ()
     """Styles to ask for, when not those of world.json."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Of the UNet; "no" is fp32 on a processor, bf16 on a GPU that has it."""
     threads: int = 2
     """Processor cores to use."""
 
@@ -82,10 +84,11 @@ class Bench:
 
     def __init__(self, options: EmbeddedModelBench, model: StableDiffusion | None = None) -> None:
         self.options = options
-        self.model = model or StableDiffusion.load(options.model)
+        dtype = torch.bfloat16 if options.mixed_precision == "bf16" else None
+        self.model = model or StableDiffusion.load(options.model, dtype=dtype)
         self.judge = Judge.load()
         self.world = world_of(options.model, nouns=options.nouns, styles=options.styles)
-        settings = {key: getattr(options, key) for key in ("scheduler", "steps", "guidance_scale")}
+        settings = {key: getattr(options, key) for key in ("scheduler", "steps", "guidance_scale", "mixed_precision")}
         stamp = {"weights": weights_of(self.model), "split": SPLIT, **settings, **self.world}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 

@@ -115,6 +115,7 @@ def markdown(found: Row) -> str:
     """figures.md from figures.json's content."""
     options = found["options"]
     drawn = f"{options['scheduler']}, {options['steps']} steps, guidance {options['guidance_scale']:g}"
+    drawn += ", bf16" if options.get("mixed_precision") == "bf16" else ""
     lines = [
         f"Pictures: {drawn}. Scenes and prompts: split `{found['split']}`, numbers 0 to n − 1.",
         "Intervals: 95 %, Wilson for percentages, bootstrap for means.",
