@@ -11,7 +11,7 @@ import torch
 
 from personalize import lora_layers
 from personalize.lean import lean
-from tests.bench import arms, speed, speed_growth, speed_parts, speed_reference
+from tests.bench import arms, speed, speed_growth, speed_jobs, speed_parts, speed_reference, speed_setup
 from tests.bench.arms import Arm, exponent, measure, ratio, refuse_if_busy, table
 from tests.bench.speed_setup import not_lean, pefts_layers
 from tests.tiny import tiny_sd1
@@ -98,6 +98,19 @@ def test_arms_are_what_they_say() -> None:
     with pefts_layers():
         assert lora_layers.LeanLinear.forward is not ours
     assert lora_layers.LeanLinear.forward is ours
+
+
+@pytest.mark.slow  # nine adapters
+def test_jobs_are_done_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_sd1()
+    for room in (speed_jobs, speed_setup):
+        monkeypatch.setattr(room, "model_of", lambda bench: model)
+    monkeypatch.setattr(speed_jobs, "UPDATES", 1)
+    monkeypatch.setattr(speed_jobs, "STEPS", 2)
+    monkeypatch.setattr(speed_jobs, "ROWS", 2)
+    rows = speed_jobs.jobs(speed.SpeedBench(batch=1, rank=2, groups=1))
+    names = ["one adapter", "2 rows of a catalogue", "an edit of 2 guided steps", "a drag"]
+    assert [row["arm"] for row in rows] == names and all(row["ms_median"] > 0 for row in rows)
 
 
 def test_their_script_gets_our_modules_and_whole_batches(tmp_path: Path) -> None:

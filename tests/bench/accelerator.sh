@@ -9,13 +9,14 @@ bench() {  # bench SECONDS ARGUMENTS …
         --only ${3//,/ } "${@:4}" || echo "left out or cut short: ${*:2}"
 }
 nvidia-smi --query-gpu=name,clocks.sm,power.draw --format=csv,noheader
+bench 65 sd15 jobs --batch 10 --groups 8 --seconds 15
 bench 45 sd15 ceiling --groups 10 --seconds 20
-bench 80 sd15 together,lora,passes,layout --batch 10 --groups 12 --calls 3 --seconds 10
+bench 60 sd15 together,lora,passes,layout --batch 10 --groups 12 --calls 3 --seconds 10
 bench 60 sd15 batches,graph,adapters --groups 8 --calls 3 --seconds 5
-bench 60 sd15 call,pictures,grid --groups 12 --seconds 8
+bench 45 sd15 call,pictures,grid --groups 12 --seconds 8
 bench 45 sd15 memory --batch 2
-bench 75 sdxl together,graph --batch 1 --groups 6 --seconds 10
+bench 60 sdxl together,graph --batch 1 --groups 6 --seconds 10
 bench 45 sdxl memory --batch 1
-[ -n "$1" ] && bench 60 sd15 reference --batch 10 --groups 5 --steps 12 --reference "$1"
+[ -n "$1" ] && bench 50 sd15 reference --batch 10 --groups 5 --steps 12 --reference "$1"
 nvidia-smi --query-gpu=name,clocks.sm,power.draw --format=csv,noheader
 cat "$out"/*/*.md

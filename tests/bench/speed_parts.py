@@ -20,6 +20,7 @@ from tests.bench.speed_bases import base
 from tests.bench.speed_device import ceiling, graph, memory
 from tests.bench.speed_drawing import call, grid, pictures
 from tests.bench.speed_growth import growth
+from tests.bench.speed_jobs import jobs
 from tests.bench.speed_reference import reference
 from tests.bench.speed_setup import (
     Rows,
@@ -185,5 +186,5 @@ DEFAULT: dict[str, Callable[[SpeedBench], Rows]] = {
     "together": together, "batches": batches, "call": call, "pictures": pictures, "grid": grid, "adapters": adapters,
 }  # fmt: skip
 PARTS = DEFAULT | {
-    "ceiling": ceiling, "graph": graph, "memory": memory, "reference": reference, "growth": growth,
+    "ceiling": ceiling, "graph": graph, "memory": memory, "reference": reference, "growth": growth, "jobs": jobs,
 }  # fmt: skip
