@@ -227,7 +227,8 @@ class _Hooking:
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
         """Let recomputed blocks find the hooks again when the body is over."""
-        modules = [module for module in self.unet.modules() if getattr(module, "gradient_checkpointing", False)]
+        every = self.unet.modules() if torch.is_grad_enabled() else ()  # without gradients nothing is computed again
+        modules = [module for module in every if getattr(module, "gradient_checkpointing", False)]
         before = [module._gradient_checkpointing_func for module in modules]
         try:
             for module, checkpoint in zip(modules, before, strict=True):
