@@ -34,7 +34,7 @@ from personalize.errors import UserError
 from personalize.formats import diffusers_file
 from personalize.lean import in_precision, lean
 from personalize.lora import add_lora, lora_aside, lora_state, module_names
-from personalize.model import Conditioning, StableDiffusion
+from personalize.model import StableDiffusion
 from personalize.objectives import SingleImage
 from personalize.recipes import Recipe
 from personalize.text_lora import add_text_lora, text_lora_state
@@ -49,15 +49,9 @@ from personalize.training import (
     without_autocast,
 )  # fmt: skip
 
-MAY_DIFFER = (
-    "max_train_samples",
-    "max_train_steps",
-    "gradient_checkpointing",
-    "cuda_graph",
-)  # between a run and its resumption
+# between a run and its resumption
+MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing", "cuda_graph")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-
-
 Captions = str | Sequence[str]  # one for all pictures, or one each
 
 
@@ -85,7 +79,9 @@ def learning(
         left_as_found(model), in_precision(model.unet, products(model, accelerator)), lean(model.unet),
         recomputing(model.unet, recipe.gradient_checkpointing),
     ):  # fmt: skip
-        yield Learning(model, pixels, caption, recipe, masks, examples, accelerator)
+        run = Learning(model, pixels, caption, recipe, masks, examples, accelerator)
+        run.adapt()
+        yield run
 
 
 def learn(
@@ -104,7 +100,10 @@ def learn(
 
 
 class Learning:
-    """One run.  Make it with `learning`, which cleans up; `update` counts the finished updates of `updates`."""
+    """One run.  Make it with `learning`, which cleans up; `update` counts the finished updates of `updates`.
+
+    By itself it is what a run needs of its pictures and captions; `adapt` alters the model.
+    """
 
     def __init__(
         self,
@@ -127,14 +126,9 @@ class Learning:
         rows = [self.captions.index(text) for text in told]
         self.picture = replace(self._pictures(pixels, masks, rows), prior=self._prior(examples, masks is not None))
         self.data_sha256 = digest(pixels, masks, *(part for example in examples for part in example.parts()))
-        texts = (*self.captions, *self.class_captions)
+        self.texts = (*self.captions, *self.class_captions)
         with torch.no_grad():
-            encoded = model.prompts(texts, self.size)
-        names = module_names(model.unet, model.family, recipe.targets)
-        add_lora(model.unet, names, recipe.rank, recipe.alpha, recipe.seed)
-        if recipe.train_text_encoder:
-            add_text_lora(model, recipe.rank, recipe.alpha, recipe.seed, recipe.targets)
-        self._prepare(encoded, texts if recipe.train_text_encoder else ())
+            self.told = model.prompts(self.texts, self.size)
 
     def _begin(self, model: StableDiffusion, recipe: Any, accelerator: Accelerator | None) -> None:
         """What every kind of run has: model, recipe, accelerator, and this process's share of the samples."""
@@ -177,12 +171,17 @@ class Learning:
         weights = torch.ones_like(prior.mean[:, :1]) if masked else None
         return replace(prior, purpose="class ", resample=True, weights=weights)
 
-    def _prepare(self, told: Conditioning, texts: Sequence[str]) -> None:
-        recipe, own = self.recipe, len(self.captions)
+    def adapt(self) -> None:
+        """Put a fresh adapter into the model, and make the objective and its optimiser."""
+        model, recipe, told, own = self.model, self.recipe, self.told, len(self.captions)
+        names = module_names(model.unet, model.family, recipe.targets)
+        add_lora(model.unet, names, recipe.rank, recipe.alpha, recipe.seed)
+        if recipe.train_text_encoder:
+            add_text_lora(model, recipe.rank, recipe.alpha, recipe.seed, recipe.targets)
         self.objective = SingleImage(
-            self.model, told[:own], standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma,
+            model, told[:own], standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma,
             prior=told[own:] if self.class_captions else None, prior_loss_weight=recipe.prior_loss_weight,
-            texts=texts, size=self.size,
+            texts=self.texts if recipe.train_text_encoder else (), size=self.size,
         )  # fmt: skip
         groups = self.objective.groups(recipe.learning_rate, recipe.text_embedding_lr, recipe.text_encoder_lr)
         self._optimise(groups)

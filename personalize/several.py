@@ -75,24 +75,16 @@ def learn_several(
     check_together(recipe)
     if len({pixels.shape for pixels, _ in pictures}) != 1:
         raise ValueError("pictures that are learned together need one size")
-    runs, starts = [], []
-    for pixels, caption in pictures:
-        with learning(model, pixels, caption, recipe, accelerator=accelerator) as run:
-            runs.append(run)
-            starts.append([p.detach().clone() for p in run.objective.adapter_parameters()])
+    runs = [Learning(model, pixels, caption, recipe, None, (), accelerator) for pixels, caption in pictures]
     with learning(model, *pictures[0], recipe, accelerator=accelerator) as host:
-        layers = lora_layers(model.unet)
-        stacked = [nn.Parameter(torch.stack(parts)) for parts in zip(*starts, strict=True)]
+        layers, start = lora_layers(model.unet), host.objective.adapter_parameters()  # of one seed, and so of all
+        stacked = [nn.Parameter(p.detach().expand(len(runs), *p.shape).clone()) for p in start]
         rows = dict(zip(layers, zip(stacked[::2], stacked[1::2], strict=True), strict=True))
-        inner = SingleImage(model, _sources(runs), standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma)
+        told = Conditioning.cat([run.told for run in runs])
+        inner = SingleImage(model, told, standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma)
         with several(layers, rows):
             last = [report.losses for report in _steps(host, runs, SeveralImages(inner, rows))][-1]
     return [(_adapter(run, rows, inner, number), float(last[str(number)])) for number, run in enumerate(runs)]
-
-
-def _sources(runs: Sequence[Learning]) -> Conditioning:
-    """The captions' conditioning, a row for each adapter."""
-    return Conditioning.cat([run.objective.source() for run in runs])
 
 
 def _steps(host: Learning, runs: Sequence[Learning], objective: SeveralImages) -> Iterator[StepReport]:
