@@ -28,18 +28,22 @@ EMBEDDED: dict[type, dict[str, Any]] = {
 # inversion, background PSNR against the true edit is 25.4 and 31.1 dB at 4, where it is 22.2 and 28.8 at 7.5; 2.5 was
 # no better.  After ddpm it is 31.4 dB at 6, and 25.1 at 15, on the one photo tried.  Of pictures drawn from noise, too:
 # the replay of quickstart's first scene is 17.3 dB at 4 and at 2.5, 17.1 at 7.5, where its faces have eyes to spare.
-GUIDANCE = {"ddpm": 6.0}
-GUIDANCE_ELSE = 4.0
+GUIDANCE = {"embedded": 4.0, "published": 7.5}
+AFTER_DDPM = {"embedded": 6.0, "published": 15.0}
 
 
-def guidance(base: str, inversion: str) -> float | None:
-    """Guidance of an edit after `inversion` that suits the base of that name; None where it is the published one."""
-    return GUIDANCE.get(inversion, GUIDANCE_ELSE) if base == "embedded" else None
+def guidance(base: str, inversion: str) -> float:
+    """Guidance of a photo's edit after `inversion` that suits the base of that name."""
+    return AFTER_DDPM[_known(base)] if inversion == "ddpm" else GUIDANCE[_known(base)]
 
 
 def drawing(base: str) -> float:
     """Guidance of pictures drawn from noise that suits the base of that name."""
-    return GUIDANCE_ELSE if base == "embedded" else 7.5
+    return GUIDANCE[_known(base)]
+
+
+def _known(base: str) -> str:
+    return "embedded" if base == "embedded" else "published"
 
 
 def suited(kind: type[SettingsT], base: str, **given: Any) -> SettingsT:

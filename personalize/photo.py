@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from personalize import calibrated
 from personalize.adapter import Adapter
 from personalize.alignment import JOINTS, Tokens, swapped, tokenised
 from personalize.attachment import equipped
@@ -42,7 +43,6 @@ from personalize.trajectories import Trajectory
 from personalize.uniform import UniformSettings
 
 PUNCTUATION = ".,;:!?'’-()"  # has no place in the sheet of words
-GUIDANCE = {"ddpm": 15.0}  # of the edit, where it is not 7.5
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ class PhotoSettings:
     strength: float | None = None
     """Share of the way that is inverted; by default all of it, with ddpm 0.64."""
     guidance_scale: float | None = None
-    """Of the edit; by default 7.5, with ddpm 15."""
+    """Of the edit; by default what suits the base: 7.5, with ddpm 15; on the package's model 4 and 6."""
     seed: int = 0
-    null_text: NullText = NullText()
+    null_text: NullText | None = None
+    """How null embeddings are fitted; by default as suits the base."""
     fixed_point: int = 0
     """Fixed-point iterations at each step of inverting."""
     controller: Literal["p2p", "mutual"] = "p2p"
@@ -100,9 +101,11 @@ class PhotoSettings:
         if self.controller == "mutual" and self.dynamic is not None:
             raise UserError("mutual attention has no source prompt whose nouns could be dynamic: use one of them")
 
-    @property
-    def guidance(self) -> float:
-        return GUIDANCE.get(self.inversion, 7.5) if self.guidance_scale is None else self.guidance_scale
+    def guidance(self, base: str) -> float:
+        return calibrated.guidance(base, self.inversion) if self.guidance_scale is None else self.guidance_scale
+
+    def fit(self, base: str) -> NullText:
+        return self.null_text or calibrated.suited(NullText, base)
 
     @property
     def share(self) -> float:
@@ -169,8 +172,9 @@ def edit_photo(
         same = tokenised(model, target).ids == told.ids and all(factor == 1 for factor in wish.weights.values())
         guide = None if same else _controls(model, frame, told, target, wish, settings, attention)
         part = prepared(model, frame, source, wish, settings, folder, cache, plain=same)
-        latents = part.trajectory.replay(model, settings.guidance) if guide is None else _sampled(
-            model, frame, part, source, target, guide, settings.guidance
+        scale = settings.guidance(model.name)
+        latents = part.trajectory.replay(model, scale) if guide is None else _sampled(
+            model, frame, part, source, target, guide, scale
         )  # fmt: skip
         nouns = None if part.dynamic is None or not attention else noun_sheet(model, frame, part)
     pixels = model.decode(latents).cpu()

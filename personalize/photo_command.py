@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from personalize.calibrated import guidance, suited
+from personalize.calibrated import suited
 from personalize.controls import ControlSettings
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.editor import Editor
@@ -80,9 +80,8 @@ def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
         DynamicSettings, base, updates=config.dpl_updates, balancing=config.dpl_balancing, disjoint=config.dpl_disjoint,
         background=config.dpl_background, words_only=config.dpl_words_only,
     )  # fmt: skip
-    scale = guidance(base, config.inversion) if config.guidance_scale is None else config.guidance_scale
     return PhotoSettings(
-        config.inversion, config.num_inference_steps, guidance_scale=scale, seed=config.seed,
+        config.inversion, config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,
         fixed_point=config.fixed_point_iterations, null_text=null_text, controller=config.controller,
         dynamic=dynamic if config.dpl else None, uniform=_uniform(config), resolution=config.resolution,
         control=ControlSettings(

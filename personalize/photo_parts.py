@@ -49,21 +49,22 @@ def prepared(
     if dynamic is not None:
         noun_groups(model, source, wish.things.nouns)  # mistakes are found before anything is inverted
     maps = InversionMaps(model, cells(model, frame)) if dynamic else None
+    scale, fit = settings.guidance(model.name), settings.fit(model.name)
     joint = dynamic is not None and settings.inversion == "null-text"  # null embeddings are fitted with the nouns
     trajectory = invert(
         model, frame.pixels, "" if settings.controller == "mutual" else source,
         "ddim" if joint else settings.inversion, steps=settings.steps, strength=settings.share, seed=settings.seed,
-        null_text=settings.null_text, fixed_point=settings.fixed_point, folder=folder, cache=cache,
+        null_text=fit, fixed_point=settings.fixed_point, folder=folder, cache=cache,
         hooks=(maps,) if maps else (),
-        guidance_scale=settings.guidance if settings.inversion == "null-text" else None,
+        guidance_scale=scale if settings.inversion == "null-text" else None,
     )  # fmt: skip
     blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, mask)
     if dynamic is None:
         return Part(trajectory, blend=blend)
     found = survey(model, frame, trajectory, source, wish.things, maps)
     rows, trajectory = localize(
-        model, trajectory, source, found, dynamic, size=pixel_size(frame), guidance_scale=settings.guidance,
-        null_text=settings.null_text if joint else None, cache=cache,
+        model, trajectory, source, found, dynamic, size=pixel_size(frame), guidance_scale=scale,
+        null_text=fit if joint else None, cache=cache,
     )  # fmt: skip
     return Part(trajectory, found, rows, blend)
 

@@ -30,6 +30,14 @@ def edited(wish, settings=SHORT, picture=None, **more):
     return edit_photo(shared(), picture or photo(), SOURCE, wish, settings, **more)
 
 
+def test_what_is_not_given_is_what_suits_the_base():
+    plain = PhotoSettings("ddpm")
+    assert [plain.guidance(base) for base in ("embedded", "another")] == [6, 15]
+    assert (plain.fit("embedded").rate, plain.fit("another")) == (0.1, NullText())
+    chosen = PhotoSettings(guidance_scale=2.5, null_text=NullText(rate=0.3))
+    assert chosen.guidance("embedded") == 2.5 and chosen.fit("embedded").rate == 0.3
+
+
 @pytest.mark.parametrize("method", ["direct", "null-text", "ddpm"])
 def test_the_target_is_another_picture_of_the_photos_size(method):
     found = edited(Wish(TARGET), replace(SHORT, inversion=method), photo(30, 20), attention=method == "direct")

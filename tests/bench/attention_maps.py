@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from personalize.attention import hooked
-from personalize.calibrated import guidance, suited
+from personalize.calibrated import suited
 from personalize.dynamic_prompts import DynamicSettings, disjoint_loss
 from personalize.frames import Frame
 from personalize.inversion import invert
@@ -164,7 +164,7 @@ class Bench:
         for name, choice in (("plain", None), ("uniform", uniform)):
             made = edit_photo(
                 model, Image.fromarray(before), task.source_prompt, Wish(task.target_prompt),
-                PhotoSettings("direct", steps, guidance_scale=guidance(model.name, "direct"), uniform=choice),
+                PhotoSettings("direct", steps, uniform=choice),
             )  # fmt: skip
             pictures[name], region = np.asarray(made.image), made.region
         assert region is not None

@@ -149,7 +149,7 @@ class Bench:
             raise SystemExit(f"unknown arms {unknown}: choose from {list(ARMS)}")
         self.arms = list(dict.fromkeys(wanted))
 
-    def guidance(self, inversion: str) -> float | None:
+    def guidance(self, inversion: str) -> float:
         given = self.options.guidance_scale
         return guidance(self.model.name, inversion) if given is None else given
 
