@@ -53,7 +53,7 @@ def test_sites_say_where_they_are():
     sites = attention_sites(tiny_sd1().unet, (16, 24))
     assert len(sites) == 32 and sum(site.cross for site in sites.values()) == 16
     down = sites["down_blocks.1.attentions.0.transformer_blocks.0.attn2"]
-    assert (down.place, down.level, down.cross, down.heads, down.height, down.width) == ("down", 1, True, 4, 8, 12)
+    assert (down.place, down.level, down.cross, down.heads, down.height, down.width) == ("down", 1, True, 2, 8, 12)
     up = sites["up_blocks.3.attentions.2.transformer_blocks.0.attn1"]
     assert (up.place, up.level, up.cross, up.height, up.width) == ("up", 0, False, 16, 24)
     middle = sites["mid_block.attentions.0.transformer_blocks.0.attn2"]
@@ -67,7 +67,7 @@ def test_maps_have_the_size_their_site_says_also_for_odd_latents():
     assert len(store.maps) == 16
     for name, site in store.sites.items():
         assert store.grid(name).shape == (2, site.heads, site.height, site.width, 77)
-        torch.testing.assert_close(store.maps[name].sum(-1), torch.ones(2, 4, site.height * site.width))
+        torch.testing.assert_close(store.maps[name].sum(-1), torch.ones(2, site.heads, site.height * site.width))
     assert {(site.height, site.width) for site in store.sites.values()} == {(12, 18), (6, 9), (3, 5), (2, 3)}
 
 

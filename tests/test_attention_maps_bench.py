@@ -15,6 +15,7 @@ from tests.bench.attention_maps import MapsBench, figures, guess, judged, measur
 from tests.tiny import tiny
 
 
+@pytest.mark.slow  # a bench in miniature
 def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     world = {"nouns": ["cat", "dog", "fox"], "styles": ["3d"], "backgrounds": ["beach", "snow"]}
     (tmp_path / "world.json").write_text(json.dumps(world))

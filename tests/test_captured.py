@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_speed_static_step_equals_the_loop(accumulation: int) -> None:
     recipe = replace(SMALL, gradient_accumulation_steps=accumulation)
     with run_of(recipe) as run:

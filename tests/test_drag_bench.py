@@ -70,6 +70,7 @@ def test_tasks_stay_in_the_frame_and_go_as_far_as_asked(twin):
         assert len(task.before.objects) == 1 + twin and task.before.objects[1:] == task.after.objects[1:]
 
 
+@pytest.mark.slow  # a bench in miniature
 def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     model = tiny_sd1()
     arms = ("move", "deform")

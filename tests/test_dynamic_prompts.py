@@ -45,7 +45,7 @@ def attentive(name: str = "sd1"):
     with torch.no_grad():
         for key, weight in model.unet.named_parameters():
             if key.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
-                weight.mul_(3)
+                weight.mul_(2)
     return model
 
 

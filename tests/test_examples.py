@@ -42,7 +42,12 @@ def test_there_are_examples():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+LONG = {"catalogue", "two_concepts"}  # learn two adapters, or tokens and regularisation
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in EXAMPLES]
+)
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main = load_script(path).main

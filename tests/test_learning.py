@@ -140,7 +140,7 @@ def test_forgedit_c20_both_parts_learn_and_both_are_needed() -> None:
     with torch.no_grad():
         start = model.prompts([CAPTION])
     first = probe_loss(model, start)
-    quick = Recipe(rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=64, train_batch_size=4)
+    quick = Recipe(rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=32, train_batch_size=2)
     adapter = learn(model, pixels(), CAPTION, quick)
     assert adapter.source is not None
     learned = Conditioning(adapter.source["embeds"])
@@ -169,6 +169,7 @@ def test_speed_picture_and_prompt_are_encoded_once_and_for_all(monkeypatch: pyte
     assert torch.equal(kept, model.prompts([CAPTION]).embeds)
 
 
+@pytest.mark.slow  # two adapters of twelve updates
 def test_speed_a_bf16_base_learns_what_an_fp32_base_learns() -> None:
     """Probe losses, both in fp32: 2.51 before, 1.616 and 1.617 after; a fiftieth of them allows for other rounding."""
     recipe = replace(SMALL, rank=4, max_train_samples=24, train_batch_size=2, text_embedding_lr=3e-2)
@@ -246,7 +247,7 @@ def test_class_pictures_are_learned_beside_their_own_caption(model: StableDiffus
         assert again.data_sha256 != run.data_sha256
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_text_encoders_learn_in_the_place_of_the_source(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     weights = [{key: value.clone() for key, value in part.state_dict().items()} for part in model.text_encoders]

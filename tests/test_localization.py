@@ -160,7 +160,9 @@ def test_uniform_u12_outside_the_mask_strict_is_the_photo_to_the_bit():
         assert found.image.crop((0, 0, 32, 64)).tobytes() != photo().crop((0, 0, 32, 64)).tobytes()
 
 
-@pytest.mark.parametrize(("controller", "inversion"), [("p2p", "ddim"), ("mutual", "direct")])
+@pytest.mark.parametrize(
+    ("controller", "inversion"), [("p2p", "ddim"), pytest.param("mutual", "direct", marks=pytest.mark.slow)]
+)
 def test_uniform_maps_go_with_both_controllers(controller: str, inversion: str):
     model = tiny_sd1()
     processors = dict(model.unet.attn_processors)

@@ -128,7 +128,7 @@ def test_forgedit_c05_stages_are_mapped_by_role_not_by_index(real: dict) -> None
     assert {name[:26] for name in chosen(real["sdxl"], "nolayout")} == {"down_blocks.2.attentions.1"}
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2v", marks=pytest.mark.slow), "sdxl"])
 def test_added_saved_loaded_and_removed_without_a_trace(name: str) -> None:
     model = tiny(name)
     flags = [p.requires_grad for p in model.unet.parameters()]

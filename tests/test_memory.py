@@ -37,7 +37,7 @@ def allocated(run: Learning) -> int:
 @pytest.mark.parametrize(
     ("model", "recipe"),
     [
-        (tiny_sd1, SMALL),
+        pytest.param(tiny_sd1, SMALL, marks=pytest.mark.slow),
         (tiny_sd1, replace(SMALL, gradient_checkpointing=True)),
         pytest.param(StableDiffusion.load, replace(SMALL, rank=16, targets="full"), marks=pytest.mark.slow),
     ],

@@ -61,7 +61,7 @@ def make(model, want=EVERYTHING):
     return Adapter(lora, 4, 6.0, None, {"base": {**model.identity, "prediction_type": model.prediction_type}})
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2v", marks=pytest.mark.slow), "sdxl"])
 def test_a_single_file_draws_what_the_adapter_draws(name, tmp_path, tiny_configs):
     model = with_attention(tiny(name))
     adapter = make(model)

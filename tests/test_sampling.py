@@ -52,7 +52,7 @@ class Gentle:
         return 0.05 * self.inner.predict(latents, timestep, conditioning)
 
 
-@pytest.mark.parametrize(("name", "bound"), [("sd1", 0.1), ("sd2v", 0.2)])
+@pytest.mark.parametrize(("name", "bound"), [("sd1", 0.1), pytest.param("sd2v", 0.2, marks=pytest.mark.slow)])
 def test_invert_and_replay_returns_the_latents(name, bound):
     """First order in the step: twice the steps about halve the relative error; the bounds are these random UNets'."""
     model = tiny(name)

@@ -59,6 +59,7 @@ def test_command_line_trains_saves_and_resumes(
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes() == again
 
 
+@pytest.mark.slow  # each by itself is tried elsewhere
 def test_everything_at_once(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,9 @@ def options(folder: Path) -> SimpleNamespace:
     return SimpleNamespace(output_dir=folder, validation_prompt=PROMPT, num_validation_images=2, preview_steps=1)
 
 
-@pytest.mark.parametrize("text", [False, True], ids=["source", "text_encoders"])
+@pytest.mark.parametrize(
+    "text", [pytest.param(False, id="source", marks=pytest.mark.slow), pytest.param(True, id="text_encoders")]
+)
 def test_they_are_what_inference_gives_and_the_run_does_not_notice(text: bool, tmp_path: Path) -> None:
     model, settings = tiny_sd1(), replace(SMALL, max_train_samples=2, train_text_encoder=text)
     plain = learn(model, pixels(), CAPTION, settings)

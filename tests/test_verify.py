@@ -155,7 +155,7 @@ def test_a_changed_source_embedding_is_found(folder):
     assert problems(folder)[SOURCE] == ["tensor embeds is not what was saved"]
 
 
-@pytest.mark.parametrize(("name", "text"), [("sd1", True), ("sdxl", True)])
+@pytest.mark.parametrize(("name", "text"), [("sd1", True), pytest.param("sdxl", True, marks=pytest.mark.slow)])
 def test_a_base_model_checks_shapes_and_diffusers_own_loader_without_a_trace(tmp_path, name, text):
     model, adapter = make(name, text)
     before, names = predict(model), [name for name, _ in model.unet.named_modules()]

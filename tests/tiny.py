@@ -101,7 +101,7 @@ def _enliven(unet: UNet2DConditionModel) -> None:
 def _sd1() -> StableDiffusionPipeline:
     unet = UNet2DConditionModel(
         sample_size=16, layers_per_block=2, block_out_channels=(16, 32, 64, 64), norm_num_groups=GROUPS,
-        cross_attention_dim=32, attention_head_dim=4,
+        cross_attention_dim=32, attention_head_dim=2,
     )  # fmt: skip
     tokenizer = build_tokenizer(WORDS)
     return StableDiffusionPipeline(
