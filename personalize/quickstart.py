@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from personalize.commands import QuickstartConfig
 
 SHOWABLE = 24.0  # dB: a base whose autoencoder keeps less of a picture cannot show it
-VARIANTS = {  # near the picture: on scene 0, at guidance 7.5, as many are right as at alpha 0.8, 2 dB more identity
+VARIANTS = {  # near the picture, and obedient: tests/bench/results/quickstart.md has what was tried
     "all that was learned": Setting(1.0, 1.2),
     "two fifths of the decoder forgotten": Setting(1.0, 1.2, forget="decoder=0.6"),
 }
