@@ -81,5 +81,5 @@ def contact_sheet(tasks: Sequence[Task], arms: Sequence[str], cells: Cells, *, s
         pictures: list[Image.Image | None] = [Image.fromarray(render(s, size)[0]) for s in (task.before, task.after)]
         files = [picture_file(cells, f"{arm}/{task.name}") for arm in arms]
         rows.append(pictures + [Image.open(file) if file.is_file() else None for file in files])
-        labels.append(f"{task.source_prompt}, to {task.target_prompt}")
+        labels.append(task.target_prompt)
     return grid(rows, columns=("before", "truth", *arms), labels=labels, cell=size)
