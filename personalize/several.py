@@ -75,8 +75,8 @@ def learn_several(
     check_together(recipe)
     if len({pixels.shape for pixels, _ in pictures}) != 1:
         raise ValueError("pictures that are learned together need one size")
-    runs = [Learning(model, pixels, caption, recipe, None, (), accelerator) for pixels, caption in pictures]
     with learning(model, *pictures[0], recipe, accelerator=accelerator) as host:
+        runs = [host] + [Learning(model, *picture, recipe, None, (), accelerator) for picture in pictures[1:]]
         layers, start = lora_layers(model.unet), host.objective.adapter_parameters()  # of one seed, and so of all
         stacked = [nn.Parameter(p.detach().expand(len(runs), *p.shape).clone()) for p in start]
         rows = dict(zip(layers, zip(stacked[::2], stacked[1::2], strict=True), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -30,11 +31,12 @@ def jobs(bench: SpeedBench) -> Rows:
     """
     model, groups = model_of(bench), max(2, bench.groups // 4)
     side = (bench.latent or int(model.unet.config.sample_size)) * model.factor
-    pixels, seen = picture(side), to_image(picture(side))
+    pixels = picture(side)
+    seen = to_image(pixels)
     plain = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=UPDATES * bench.batch)
     recipes = {"one adapter": plain}
     if model.device.type == "cuda":
-        recipes["one adapter, as a graph"] = Recipe(**{**vars(plain), "cuda_graph": True})
+        recipes["one adapter, as a graph"] = replace(plain, cuda_graph=True)
     accelerator = accelerated(model)
     adapter = learn(model, pixels, CAPTION, plain, accelerator=accelerator)
     arms = [
