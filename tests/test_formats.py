@@ -54,7 +54,7 @@ CASES = [
     ("sd1", ATTENTION, False, 1.0),
     pytest.param("sd2v", TRANSFORMER, True, 4.0, marks=pytest.mark.slow),  # linear projections, as in the next
     ("sdxl", SHALLOW, True, 8.0),
-    pytest.param("sdxl", EVERYTHING, True, 8.0, marks=pytest.mark.slow),  # 661 modules, loaded thrice
+    pytest.param("sdxl", EVERYTHING, True, 8.0, marks=pytest.mark.slow),  # the further blocks too
 ]
 
 

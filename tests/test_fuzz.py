@@ -147,7 +147,7 @@ def one(kind, seeds, folder, changes, place, value):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "examples", [EXAMPLES // 10, pytest.param(2_500, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+    "examples", [EXAMPLES // len(KINDS), pytest.param(2_500, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
 def test_mutated_files_are_read_or_refused_in_one_line(kind, examples, seeds, tmp_path, capfd):
     (tmp_path / "mine").mkdir()
