@@ -68,7 +68,13 @@ def run(
     batches = ({key: value.to(accelerator.device) for key, value in one.items()} for one in source)
     means, started = {}, time.monotonic()
     for report in fit(
-        prepared, batches, optimizer, accelerator=accelerator, scheduler=schedule, max_grad_norm=1.0, first_update=first
+        prepared,
+        batches,
+        optimizer,
+        accelerator=accelerator,
+        lr_scheduler=schedule,
+        max_grad_norm=1.0,
+        first_update=first,
     ):
         if ema is not None:
             ema.step(objective.parameters())

@@ -119,14 +119,14 @@ def fit(
     optimizer: torch.optim.Optimizer,
     *,
     accelerator: Accelerator,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     max_grad_norm: float | None = None,
     first_update: int = 0,
     early_stop: EarlyStop | None = None,
 ) -> Iterator[StepReport]:
     """Train `objective` on `batches`, yielding after each optimiser update.
 
-    `objective`, `optimizer` and `scheduler` must come out of `accelerator.prepare`; `batches` are this process's own,
+    `objective`, `optimizer` and `lr_scheduler` must come out of `accelerator.prepare`; `batches` are this process's,
     `accelerator.gradient_accumulation_steps` of them to an update, of equal size.  The reported losses are means over
     those batches.  `early_stop` ends the loop before its update is applied.  The caller's `for` body logs, saves and
     stops: there are no callbacks.
@@ -152,8 +152,8 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if accelerator.sync_gradients:
-            if scheduler is not None:
-                scheduler.step()
+            if lr_scheduler is not None:
+                lr_scheduler.step()
             update, sums = update + 1, {}
             yield StepReport(update, losses, rates)
 
