@@ -11,7 +11,7 @@ import torch
 
 from personalize import lora_layers
 from personalize.lean import lean
-from tests.bench import arms, speed, speed_growth, speed_jobs, speed_parts, speed_reference, speed_setup
+from tests.bench import arms, speed, speed_drawing, speed_growth, speed_jobs, speed_parts, speed_reference, speed_setup
 from tests.bench.arms import Arm, exponent, measure, ratio, refuse_if_busy, table
 from tests.bench.speed_setup import not_lean, pefts_layers
 from tests.tiny import tiny_sd1
@@ -100,6 +100,20 @@ def test_arms_are_what_they_say() -> None:
     assert lora_layers.LeanLinear.forward is ours
 
 
+@pytest.mark.slow  # every arm of every part, some of thirty steps
+@pytest.mark.parametrize("part", list(speed_parts.DEFAULT))
+def test_a_part_measures_every_arm(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_sd1()
+    for room in (speed_drawing, speed_parts, speed_setup):
+        monkeypatch.setattr(room, "model_of", lambda bench: model)
+    monkeypatch.setattr(speed_parts, "base", lambda name: model)
+    before = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
+    rows = speed_parts.DEFAULT[part](speed.SpeedBench(batch=1, rank=2, groups=1))
+    assert len(rows) == len({row["arm"] for row in rows}) > 1 and all(row["ms_median"] > 0 for row in rows)
+    after = dict(model.unet.named_parameters())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.slow  # nine adapters
 def test_jobs_are_done_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_sd1()
@@ -131,18 +145,31 @@ def test_growth_is_drawn(tmp_path: Path) -> None:
     assert file.is_file() and file.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_reference_child_marks_every_step(tmp_path: Path) -> None:
+def test_the_reference_child_marks_beginning_updates_and_saving(tmp_path: Path) -> None:
     from tests.bench.reference_child import main
 
     script = tmp_path / "theirs.py"
     script.write_text(
-        "import sys, torch\np = torch.nn.Parameter(torch.ones(1))\no = torch.optim.AdamW([p])\n"
-        "for _ in range(int(sys.argv[1])):\n    p.grad = p.detach() * 1\n    o.step()\n"
+        "import sys, torch\n"
+        "from diffusers import UNet2DConditionModel\n"
+        "from diffusers.loaders import StableDiffusionLoraLoaderMixin as Saver\n"
+        "from peft import LoraConfig\n"
+        "from peft.utils import get_peft_model_state_dict\n"
+        "from tests.tiny import tiny_sd1\n"
+        "unet = tiny_sd1().unet\n"
+        "unet.add_adapter(LoraConfig(r=2, target_modules=['to_q']))\n"
+        "o = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])\n"
+        "for _ in range(int(sys.argv[1])):\n    o.step()\n"
+        "Saver.save_lora_weights(sys.argv[2], unet_lora_layers=get_peft_model_state_dict(unet))\n"
     )
     before = torch.optim.AdamW.step
-    try:
-        main(tmp_path / "marks.json", script, ["3"])
-    finally:
-        torch.optim.AdamW.step = before
-    ends = json.loads((tmp_path / "marks.json").read_text())["ends"]
-    assert len(ends) == 3 and ends == sorted(ends)
+    main(tmp_path / "marks.json", script, ["3", str(tmp_path)])
+    assert torch.optim.AdamW.step is before
+    marks = json.loads((tmp_path / "marks.json").read_text())
+    (began,), (saved,) = marks["began"], marks["saved"]
+    assert len(marks["steps"]) == 3 and [began, *marks["steps"], saved] == sorted([began, *marks["steps"], saved])
+
+
+def test_a_run_is_timed_whole_and_from_update_to_update() -> None:
+    run = speed_reference.run_of_marks(10.0, [13.0, 14.0, 16.0], 19.0)
+    assert run.whole == pytest.approx(3000) and run.updates == pytest.approx([1000, 2000])

@@ -70,7 +70,7 @@ def main(bench: SpeedBench) -> str:
     for name in wanted:
         rows = None if f"done/{name}" in cells else _measured(name, PARTS[name], bench)
         for row in rows or ():
-            cells.add(f"{name}/{row['arm']}", row | {"foreign_load": load})
+            cells.add(f"{name}/{row['part']}/{row['arm']}", row | {"foreign_load": load})
             print(table([row]).splitlines()[-1], flush=True)
         if rows:
             cells.add(f"done/{name}", {})

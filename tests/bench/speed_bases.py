@@ -76,4 +76,5 @@ def _text(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:
 
 
 def _scheduler() -> DDIMScheduler:
-    return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    noise: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return DDIMScheduler(**noise, steps_offset=1, clip_sample=False)

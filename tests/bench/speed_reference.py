@@ -1,8 +1,8 @@
 """Ours against diffusers' own `train_dreambooth_lora.py`: same base, modules, rank, resolution, batch and precision.
 
-Its folder gets ten copies of the picture, for with one its batches are of one.  Its time is that between the ends of
-its optimiser steps, without loading, the prompt and saving; ours is everything between the
-picture's file and the adapter's.
+Its folder gets ten copies of the picture, for with one its batches are of one.  Both are timed from a loaded base to
+the adapter's file: theirs from the moment its UNet gets the adapter, ours from the picture's file.  What longer runs
+take is the time from the end of one update to that of the next.
 Its flags are the fastest it has: text embeddings computed beforehand, no validation, no checkpoints.
 """
 
@@ -13,16 +13,18 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from personalize import bundled
 from personalize.images import fit, load_image
-from personalize.learning import learn
+from personalize.learning import learning
 from personalize.lora import module_names
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.recipes import Recipe
@@ -39,14 +41,27 @@ SIDE = 1024  # of the picture's file
 CAPTION = "a photo of a cat"
 
 
+class Run(NamedTuple):
+    """Milliseconds: of the whole run divided by its updates, and of each update but the first."""
+
+    whole: float
+    updates: list[float]
+
+
+def run_of_marks(began: float, steps: list[float], saved: float) -> Run:
+    """From seconds: when the run began, when each update ended, when the adapter was saved."""
+    updates = [1e3 * (after - before) for before, after in pairwise(steps)]
+    return Run(1e3 * (saved - began) / len(steps), updates)
+
+
 def reference(bench: SpeedBench) -> list[dict[str, Any]]:
-    """Milliseconds per update of ours and theirs, end to end, in turns."""
+    """Milliseconds per update of theirs and ours, in turns: the whole run, and each update but the first."""
     if bench.reference is None:
         raise SystemExit("part reference needs --reference: a diffusers checkout, or its train_dreambooth_lora.py")
     script = bench.reference if bench.reference.is_file() else bench.reference / SCRIPT
     model = model_of(bench)
-    theirs: list[float] = []
-    ours: list[float] = []
+    theirs: list[Run] = []
+    ours: list[Run] = []
     with TemporaryDirectory() as place:
         work = Path(place)
         picture = work / "picture.jpg"
@@ -55,17 +70,20 @@ def reference(bench: SpeedBench) -> list[dict[str, Any]]:
         folder = _folder(bench.base, model, work)
         side = (bench.latent or model.unet.config.sample_size) * model.factor
         for group in range(max(2, bench.groups // 5)):
-            turns = [lambda: theirs.extend(_theirs(bench, patched, folder, side, work)),
+            turns = [lambda: theirs.append(_theirs(bench, patched, folder, side, work)),
                      lambda: ours.append(_ours(bench, model, picture, side, work))]  # fmt: skip
             for turn in turns if group % 2 == 0 else turns[::-1]:
                 turn()
-    common = facts(model.device) | {"part": "end to end", "groups": len(ours), "clock": "wall", "batch": bench.batch}
-    count = len(ours)
-    medians = [float(np.median(part)) for part in np.array_split(theirs, count)]
-    return [
-        common | {"arm": "diffusers' script", **spread(theirs), **ratio(medians, medians), "ratio_to": "itself"},
-        common | {"arm": "ours", **spread(ours), **ratio(medians, ours), "ratio_to": "diffusers' script"},
-    ]
+    common = facts(model.device) | {"groups": len(ours), "clock": "wall", "batch": bench.batch, "updates": bench.steps}
+    rows = []
+    for part, pick in (("end to end", lambda run: [run.whole]), ("each further update", lambda run: run.updates)):
+        first = [float(np.median(pick(run))) for run in theirs]
+        for arm, runs in (("diffusers' script", theirs), ("ours", ours)):
+            times = [pick(run) for run in runs]
+            row = common | {"part": part, "arm": arm, **spread([time for one in times for time in one])}
+            medians = [float(np.median(one)) for one in times]
+            rows.append(row | ratio(first, medians) | {"ratio_to": "diffusers' script"})
+    return rows
 
 
 def patch(script: Path, model: StableDiffusion, work: Path, batch: int) -> Path:
@@ -93,8 +111,7 @@ def _folder(name: str, model: StableDiffusion, work: Path) -> Path:
     return work / "base"
 
 
-def _theirs(bench: SpeedBench, script: Path, folder: Path, side: int, work: Path) -> list[float]:
-    """Milliseconds of each update but the first."""
+def _theirs(bench: SpeedBench, script: Path, folder: Path, side: int, work: Path) -> Run:
     marks = work / "marks.json"
     arguments = {
         "pretrained_model_name_or_path": folder, "instance_data_dir": work / "pictures", "instance_prompt": CAPTION,
@@ -114,15 +131,20 @@ def _theirs(bench: SpeedBench, script: Path, folder: Path, side: int, work: Path
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ)
     if done.returncode or not marks.is_file():
         raise SystemExit(f"diffusers' script failed: {done.stderr.strip().splitlines()[-1:]}")
-    ends = json.loads(marks.read_text(encoding="utf-8"))["ends"]
+    found = json.loads(marks.read_text(encoding="utf-8"))
     marks.unlink()
-    return [1e3 * (after - before) for before, after in zip(ends, ends[1:], strict=False)]
+    return run_of_marks(found["began"][0], found["steps"], found["saved"][-1])
 
 
-def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, work: Path) -> float:
-    """Milliseconds per update of everything between the picture's file and the adapter's."""
-    start = time.perf_counter()
+def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, work: Path) -> Run:
+    began = time.perf_counter()
     pixels, _ = fit(load_image(picture), side, 8 * model.factor)
     recipe = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=bench.steps * bench.batch)
-    learn(model, pixels, CAPTION, recipe, accelerator=accelerated(model)).save(work / "ours" / str(time.time_ns()))
-    return 1e3 * (time.perf_counter() - start) / bench.steps
+    steps = []
+    with learning(model, pixels, CAPTION, recipe, accelerator=accelerated(model)) as run:
+        for _ in run.steps():
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            steps.append(time.perf_counter())
+        run.adapter().save(work / "ours" / str(time.time_ns()))
+    return run_of_marks(began, steps, time.perf_counter())
