@@ -114,6 +114,16 @@ def test_a_part_measures_every_arm(part: str, monkeypatch: pytest.MonkeyPatch) -
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow  # fifteen sizes
+def test_growth_is_measured_for_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_growth, "base", lambda name, model=tiny_sd1(): model)
+    rows = speed_growth.growth(speed.SpeedBench(batch=1, rank=2, groups=1, output_dir=tmp_path))
+    kinds = ["samples", "pixels", "rank", "concepts", "catalogue rows"]
+    assert [row["arm"] for row in rows] == [f"{kind}, exponent" for kind in kinds]
+    assert all(min(row["ms"]) > 0 and row["ratio"] == exponent(row["sizes"], row["ms"]) for row in rows)
+    assert (tmp_path / "growth.png").is_file()
+
+
 @pytest.mark.slow  # nine adapters
 def test_jobs_are_done_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_sd1()
