@@ -11,7 +11,7 @@ from personalize.scenes import Scene, SceneObject
 from tests.bench import attention_auc, embedded_model
 from tests.bench.attention_auc import auc, coverage, point_inside, token_positions
 from tests.bench.embedded_model import FIGURES, EmbeddedModelBench
-from tests.bench.figure_tables import LINES
+from tests.bench.figure_tables import LINES, nouns_found
 from tests.tiny import tiny_sd1
 
 
@@ -57,6 +57,14 @@ def test_other_settings_or_unknown_figures_are_refused(tmp_path, model):
         embedded_model.run(_options(tmp_path, only=("autoencoder",), guidance_scale=2.0), model)
     with pytest.raises(ValueError, match=", ".join(FIGURES)):
         embedded_model.run(_options(tmp_path, only=("beauty",)), model)
+
+
+def test_nouns_that_are_rarely_there_come_first():
+    rows = [{"asked": ["cat", "dog"], "seen": ["cat"]}, {"asked": ["cat", "fox"], "seen": ["cat", "dog"]}]
+    found = nouns_found([*rows, {"asked": ["dog", "fox"], "seen": ["dog", "fox"]}])
+    assert [(noun, figure["value"], figure["n"]) for noun, figure in found.items()] == [
+        ("dog", 50, 2), ("fox", 50, 2), ("cat", 100, 2),
+    ]  # fmt: skip
 
 
 def test_auc_counts_ties_half():

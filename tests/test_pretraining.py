@@ -126,6 +126,16 @@ def tiny_autoencoder():
     )  # fmt: skip
 
 
+def test_a_third_of_the_scenes_is_of_hard_nouns_with_as_many_pairs_among_them(tmp_path):
+    trainer, hard = script(), ("rocket", "house", "guitar")
+    found = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6, hard_nouns=hard), 600)
+    held = [{thing.noun for thing in scene.objects} <= set(hard) for scene in found]
+    assert all(held[2::3]) and 0.5 < np.mean([len(scene.objects) == 2 for scene in found[2::3]]) < 0.7
+    assert np.mean(held) < 0.4 and np.mean([len(scene.objects) == 2 for scene in found]) == 0.6
+    usual = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6), 600)
+    assert [s for i, s in enumerate(found) if i % 3 < 2] == [s for i, s in enumerate(usual) if i % 3 < 2]
+
+
 def test_scenes_for_the_autoencoder_are_pixels():
     pixels = torch.stack([world.Crops(64, seed=0)[sample] for sample in range(8)])
     assert pixels.shape == (8, 3, 64, 64) and pixels.min() >= -1 and pixels.max() <= 1

@@ -116,7 +116,8 @@ def test_a_part_measures_every_arm(part: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow  # fifteen sizes
 def test_growth_is_measured_for_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_growth, "base", lambda name, model=tiny_sd1(): model)
+    model = tiny_sd1()
+    monkeypatch.setattr(speed_growth, "base", lambda name: model)
     rows = speed_growth.growth(speed.SpeedBench(batch=1, rank=2, groups=1, output_dir=tmp_path))
     kinds = ["samples", "pixels", "rank", "concepts", "catalogue rows"]
     assert [row["arm"] for row in rows] == [f"{kind}, exponent" for kind in kinds]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from personalize.pretraining import TextToImageObjective
+    from personalize.scenes import Scene
     from personalize.stages import Stage
     from personalize.world import LatentPool
 
@@ -45,7 +46,9 @@ class Config:
     scene_pools: tuple[int, int] = (8000, 5000)
     """Scenes rendered and encoded ahead for the two diffusion stages."""
     pairs: float = 0.5
-    """Share of those scenes with two objects, the harder kind."""
+    """Share of those scenes with two objects, the harder kind; not thirds, if there are hard nouns."""
+    hard_nouns: tuple[str, ...] = ()
+    """Nouns that a third of those scenes take theirs from, such as those that came out worst so far."""
     nouns: tuple[str, ...] = CORE_NOUNS
     """Nouns of the world (the autoencoder sees all)."""
     styles: tuple[str, ...] = ("3d", "drawing")
@@ -126,19 +129,27 @@ def networks(folder: Path | None = None, grounding_weight: float = 0.0) -> TextT
     return TextToImageObjective(unet, text_encoder, build_scheduler(), grounding_weight)
 
 
+def training_scenes(config: Config, count: int) -> list[Scene]:
+    """Scenes of the split "train": those with two objects spread evenly, hard nouns in each third one."""
+    from personalize.scenes import random_scene
+
+    nouns = (config.nouns, config.nouns, config.hard_nouns or config.nouns)
+    objects = [1 + int((index + 1) * config.pairs) - int(index * config.pairs) for index in range(count)]
+    return [random_scene(i, nouns=nouns[i % 3], styles=config.styles, objects=n) for i, n in enumerate(objects)]
+
+
 def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
     """The stage's encoded scenes, made once and kept; at 64 px the first thousand set the VAE's scaling factor."""
     import torch
     from diffusers import AutoencoderKL
 
     from personalize.pretraining import build_tokenizer
-    from personalize.scenes import random_scene
     from personalize.world import LatentPool, encoded, vocabulary
 
     size, count = int(stage.removeprefix("diffusion_")), config.scene_pools[STAGES.index(stage) - 1]
-    objects = [1 + int((index + 1) * config.pairs) - int(index * config.pairs) for index in range(count)]
-    world = [random_scene(i, nouns=config.nouns, styles=config.styles, objects=n) for i, n in enumerate(objects)]
-    path = config.output_dir / f"pool_{size}_{count}_{config.pairs:g}.pt"
+    world = training_scenes(config, count)
+    name = "_".join(["pool", str(size), str(count), f"{config.pairs:g}", *config.hard_nouns])
+    path = config.output_dir / f"{name}.pt"
     if accelerator.is_main_process and not path.is_file():
         vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)
         with accelerator.autocast():

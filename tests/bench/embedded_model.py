@@ -45,7 +45,6 @@ from tests.bench.figure_tables import figures, markdown
 from tests.bench.judge import Judge, as_bytes, as_pixels
 from tests.bench.world import weights_of, world_of
 
-SPLIT = "bench"
 INVERSION_STEPS = 50
 TIMED_RUNS = 3
 SHEET_SIDE = 8  # prompts to a row and to a column
@@ -59,6 +58,8 @@ class EmbeddedModelBench:
     """Where results go, and where finished ones are found again."""
     only: tuple[str, ...] = ()
     """Figures to measure; all when empty."""
+    split: str = "bench"
+    """Stream of scenes and prompts; to choose settings take another one than that of the figures."""
     n: int = 500
     """Prompts or scenes for each figure."""
     batch: int = 16
@@ -89,12 +90,12 @@ class Bench:
         self.judge = Judge.load()
         self.world = world_of(options.model, nouns=options.nouns, styles=options.styles)
         settings = {key: getattr(options, key) for key in ("scheduler", "steps", "guidance_scale", "mixed_precision")}
-        stamp = {"weights": weights_of(self.model), "split": SPLIT, **settings, **self.world}
+        stamp = {"weights": weights_of(self.model), "split": options.split, **settings, **self.world}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, index: int, *, objects: int | None = None, styles: Sequence[str] = ()) -> Scene:
         world = self.world | ({"styles": styles} if styles else {})
-        return random_scene(index, split=SPLIT, objects=objects, **world)
+        return random_scene(index, split=self.options.split, objects=objects, **world)
 
     def missing(self, group: str) -> Iterator[list[int]]:
         """Numbers of the group's cells that are still to be done, a batch at a time."""
@@ -135,7 +136,8 @@ def prompts_drawn(bench: Bench, group: str, objects: int) -> None:
         for index, scene, text, verdict in zip(batch, scenes, texts, verdicts, strict=True):
             asked = {thing.noun for thing in scene.objects}
             styled = text.startswith(STYLES[scene.objects[0].style])
-            row = {"prompt": text, "seen": sorted(verdict.nouns), "seen_background": verdict.background}
+            row = {"prompt": text, "asked": sorted(asked)}
+            row |= {"seen": sorted(verdict.nouns), "seen_background": verdict.background}
             row |= {"object": asked <= verdict.nouns, "exact": asked == verdict.nouns}
             row |= {"background": verdict.background == scene.background}
             row |= {"style": verdict.style == scene.objects[0].style if styled else None}
@@ -239,7 +241,7 @@ def run(options: EmbeddedModelBench, model: StableDiffusion | None = None) -> di
     for measure in dict.fromkeys(FIGURES[name] for name in options.only or FIGURES):
         measure(bench)
     found = {"nouns": len(bench.world["nouns"]), "model": str(options.model)}
-    found |= {"options": _plain(options), "split": SPLIT}
+    found |= {"options": _plain(options), "split": options.split}
     found["figures"] = figures(bench.cells.rows, options.n)
     (options.output_dir / "figures.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (options.output_dir / "figures.md").write_text(markdown(found), encoding="utf-8")

@@ -33,6 +33,7 @@ def figures(rows: dict[str, Row], n: int) -> dict[str, Any]:
     found["right_style_when_asked"] = proportion([row["style"] for row in one if row["style"] is not None])
     found["both_present"] = proportion([row["object"] for row in two])
     found["background_of_pairs"] = proportion([row["background"] for row in two])
+    found["nouns_of_pairs"] = nouns_found(two)
     maps = groups.get("attention", [])
     found["noun_map_auc"] = best_band(table(maps, "cross"), NOUN_BAND, STAGE, maps, "cross")
     found["self_attention_auc"] = best_cell(table(maps, "self"))
@@ -63,6 +64,16 @@ def proportion(values: Sequence[bool]) -> Row:
         "n": len(values),
         "unit": "%",
     }
+
+
+def nouns_found(rows: Sequence[Row]) -> dict[str, Row]:
+    """How often each noun is there where it was asked for, the rarest first."""
+    seen: dict[str, list[bool]] = {}
+    for row in rows:
+        for noun in row["asked"]:
+            seen.setdefault(noun, []).append(noun in row["seen"])
+    every = {noun: proportion(values) for noun, values in seen.items()}
+    return dict(sorted(every.items(), key=lambda item: (item[1]["value"], item[0])))
 
 
 def table(rows: Sequence[Row], kind: str) -> dict[str, dict[str, Row]]:
@@ -129,6 +140,9 @@ def markdown(found: Row) -> str:
             figure = found["figures"][name]
             where = f" ({figure['layer']}, t {'–'.join(figure['timesteps'])})" if "layer" in figure else ""
             lines.append(f"| {words}{where} | {target} | {floor} | {shown(figure, digits)} | {figure['n']} |")
+    if "nouns_of_pairs" in found["figures"]:
+        each = (f"{noun} {figure['value']:.0f}" for noun, figure in found["figures"]["nouns_of_pairs"].items())
+        lines += ["", f"Of two that were asked for, each is there, %: {', '.join(each)}."]
     for kind, title in (("cross", "The noun's cross-attention map"), ("self", "Self-attention row of a cell inside")):
         lines += auc_table(found["figures"].get(f"{kind}_table", {}), f"{title} against the true mask, AUC")
     return "\n".join(lines) + "\n"

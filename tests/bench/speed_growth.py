@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from personalize import bundled
 from personalize.catalogue import Catalogue, learn_row
@@ -104,24 +104,30 @@ def _rows(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
 
 def plot(lines: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, side: int = 640) -> Path:
     """Log-log plot: each line relative to its own first point, so that slopes are exponents."""
-    image = Image.new("RGB", (side, side), "white")
-    draw = ImageDraw.Draw(image)
     scaled = {name: (np.log2(np.divide(x, x[0])), np.log2(np.divide(y, y[0]))) for name, (x, y) in lines.items()}
-    top = max(1.0, *(float(max(x.max(), y.max())) for x, y in scaled.values()))
-    margin, room = 50, side - 100
+    top = float(np.ceil(max(1.0, *(max(x.max(), y.max()) for x, y in scaled.values()))))
+    image = Image.new("RGB", (2 * side, 2 * side), "white")  # drawn at twice the size: smooth lines
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    margin, room = 140, 2 * side - 220
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return margin + room * x / top, side - margin - room * max(y, 0.0) / top
+        return margin + room * x / top, 2 * side - margin - room * max(y, 0.0) / top
 
-    draw.line([place(0, top), place(0, 0), place(top, 0)], fill="black")
-    draw.line([place(0, 0), place(top, top)], fill="lightgrey")
+    for power in range(int(top) + 1):
+        draw.line([place(power, 0), place(power, top)], fill="gainsboro", width=2)
+        draw.line([place(0, power), place(top, power)], fill="gainsboro", width=2)
+        draw.text((place(power, 0)[0], place(0, 0)[1] + 14), str(2**power), fill="black", font=font, anchor="mt")
+        draw.text((margin - 14, place(0, power)[1]), str(2**power), fill="black", font=font, anchor="rm")
+    draw.line([place(0, 0), place(top, top)], fill="darkgrey", width=3)
+    draw.text((side, 2 * side - 44), "size over the smallest (grey: as cost)", fill="black", font=font, anchor="mm")
+    draw.text((margin, 30), "cost over that of the smallest", fill="black", font=font)
     colours = ("crimson", "royalblue", "seagreen", "darkorange", "purple")
     for number, (name, (x, y)) in enumerate(scaled.items()):
         points = [place(float(a), float(b)) for a, b in zip(x, y, strict=True)]
-        draw.line(points, fill=colours[number % 5], width=3)
-        draw.text((margin + 10, 15 + 14 * number), name, fill=colours[number % 5])
-    draw.text((side // 2 - 90, side - 30), "size / first size (log2, grey: exponent 1)", fill="black")
-    draw.text((4, margin - 20), "cost / first", fill="black")
+        draw.line(points, fill=colours[number % 5], width=6, joint="curve")
+        for left, upper in points:
+            draw.ellipse([left - 9, upper - 9, left + 9, upper + 9], fill=colours[number % 5])
+        draw.text((margin + 24, 90 + 36 * number), name, fill=colours[number % 5], font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    image.resize((side, side), Image.Resampling.LANCZOS).save(path)
     return path
