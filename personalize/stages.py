@@ -68,14 +68,9 @@ def run(
     batches = ({key: value.to(accelerator.device) for key, value in one.items()} for one in source)
     means, started = {}, time.monotonic()
     for report in fit(
-        prepared,
-        batches,
-        optimizer,
-        accelerator=accelerator,
-        lr_scheduler=schedule,
-        max_grad_norm=1.0,
+        prepared, batches, optimizer, accelerator=accelerator, lr_scheduler=schedule, max_grad_norm=1.0,
         first_update=first,
-    ):
+    ):  # fmt: skip
         if ema is not None:
             ema.step(objective.parameters())
         means = {key: 0.98 * means.get(key, float(value)) + 0.02 * float(value) for key, value in report.losses.items()}

@@ -101,14 +101,9 @@ def train(config: Config, net: ScorerNet) -> ScorerNet:
     data, first, started = ScorerData(**scenes(config), seed=config.seed), state["update"], time.monotonic()
     batches = (data.batch(u, range(u * size, (u + 1) * size)) for u in range(first, steps))
     for report in fit(
-        prepared,
-        batches,
-        optimizer,
-        accelerator=accelerator,
-        lr_scheduler=schedule,
-        max_grad_norm=1.0,
+        prepared, batches, optimizer, accelerator=accelerator, lr_scheduler=schedule, max_grad_norm=1.0,
         first_update=first,
-    ):
+    ):  # fmt: skip
         averaged.update_parameters(net)
         if report.update % 50 == 0:
             figures = {name: round(float(value), 4) for name, value in report.losses.items()}
