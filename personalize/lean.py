@@ -17,8 +17,11 @@ import torch
 from diffusers import Transformer2DModel
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import conv2d, gelu, linear
 
+from personalize import winograd
+
+WIDE, LARGE = 256, 32 * 32  # channels and cells from which fewer products repay two more passes over the picture
 _DIVISORS = ("output_scale_factor", "rescale_output_factor")
 
 
@@ -67,11 +70,13 @@ def _shorter(module: nn.Module, flowing: bool, exact: bool) -> Iterator[tuple[st
     own = vars(module)
     yield from ((name, _One()) for name in _DIVISORS if type(own.get(name)) in (int, float) and own[name] == 1)
     if exact:
-        if getattr(own.get("forward"), "func", None) is _gated:  # opened by a context around this one
+        if getattr(own.get("forward"), "func", None) in (_gated, _convolved):  # opened by a context around this one
             yield "forward", _ABSENT
         return
     if type(module) is GEGLU and "forward" not in own and next(module.parameters()).device.type == "cpu":
         yield "forward", partial(_gated, module)
+    if type(module) is nn.Conv2d and "forward" not in own and _tileable(module):
+        yield "forward", partial(_convolved, module)
     if flowing and type(module) is Transformer2DModel and module.is_input_continuous:
         yield "_get_output_for_continuous_inputs", partial(_output, module)
 
@@ -85,6 +90,23 @@ def _gated(module: Any, x: Tensor) -> Tensor:
         values, gates = module.proj(x).chunk(2, -1)
         gates = gelu(gates.contiguous())
     return values * gates if gates.requires_grad else gates.mul_(values)
+
+
+def _tileable(module: nn.Conv2d) -> bool:
+    """Whether `module` is a wide 3×3 convolution on the CPU that keeps the picture's size."""
+    weight = module.weight
+    usual = module.stride == module.padding == module.dilation == (1, 1) and module.padding_mode == "zeros"
+    dense = module.groups == 1 and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= WIDE
+    return usual and dense and weight.is_contiguous() and weight.device.type == "cpu"
+
+
+def _convolved(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution, by Winograd where that is faster: in fp32, frozen, of pictures large enough."""
+    weight, (height, width) = module.weight, x.shape[-2:]
+    fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if fp32 and not (weight.requires_grad or height % 2 or width % 2) and height * width >= LARGE:
+        return winograd.convolution(x, weight, module.bias)
+    return conv2d(x, weight, module.bias, padding=1)
 
 
 def _output(module: Any, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int,

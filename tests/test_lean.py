@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from personalize import lean as lean_room
 from personalize import lora, sampling
 from personalize.attention import AttentionHook
 from personalize.lean import halves_alike, in_precision, lean
@@ -73,6 +74,39 @@ def test_speed_lean_gradients_equal() -> None:
         short = torch.autograd.grad(answer(model.unet).square().mean(), parameters)
     largest = max(float(g.abs().max()) for g in plain)
     assert all((a - b).abs().max() <= ROUNDING * largest for a, b in zip(short, plain, strict=True))
+
+
+def test_speed_wide_convolutions_take_fewer_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every 3×3 convolution of the tiny UNet counting as wide and every picture as large."""
+    monkeypatch.setattr(lean_room, "WIDE", 1)
+    monkeypatch.setattr(lean_room, "LARGE", 1)
+    unet = tiny_sd1().unet.requires_grad_(False)
+    same_size = [
+        m for m in unet.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) and m.stride == (1, 1)
+    ]
+    text = drawn(2, 77, 32, purpose="text")
+
+    def differentiated() -> tuple[Tensor, Tensor, Operators]:
+        x = drawn(2, 4, 16, 16).requires_grad_()
+        with Operators() as ran:
+            y = unet(x, torch.tensor([300, 300]), text).sample
+        return y.detach(), torch.autograd.grad(y.square().mean(), x)[0], ran
+
+    (plain, slope, direct), before = differentiated(), attributes(unet)
+    with lean(unet):
+        short, own, tiled = differentiated()
+        with torch.autocast("cpu", torch.bfloat16), Operators() as low:
+            answer(unet)
+        with lean(unet, exact=True):
+            assert torch.equal(differentiated()[0], plain)
+    assert (
+        direct.count("convolution") - tiled.count("convolution")
+        == len(same_size)
+        == tiled.count("bmm") - direct.count("bmm")
+    )
+    assert low.count("convolution") == direct.count("convolution") and attributes(unet) == before
+    for found, expected in ((short, plain), (own, slope)):
+        assert not torch.equal(found, expected) and (found - expected).abs().max() <= ROUNDING * expected.abs().max()
 
 
 def test_speed_nothing_is_divided_by_one_and_no_trace_is_left() -> None:

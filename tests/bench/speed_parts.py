@@ -25,6 +25,7 @@ from tests.bench.speed_reference import reference
 from tests.bench.speed_setup import (
     Rows,
     channels_last,
+    direct_convolutions,
     entered,
     model_of,
     not_lean,
@@ -47,11 +48,15 @@ def lora(bench: SpeedBench) -> Rows:
 
 
 def passes(bench: SpeedBench) -> Rows:
-    """An update with diffusers' UNet as it is, and lean."""
+    """An update with diffusers' UNet as it is, and lean, with direct convolutions and with fewer products."""
     model = model_of(bench)
     with run_of(model, bench.batch, bench.rank, bench.latent) as run:
         step = stepper(run)
-        arms = [Arm("as it is", step, lambda: not_lean(model.unet)), Arm("lean", step)]
+        arms = [
+            Arm("as it is", step, lambda: not_lean(model.unet)),
+            Arm("lean, direct convolutions", step, direct_convolutions),
+            Arm("lean", step),
+        ]
         return timed(bench, "lean update", arms)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from accelerate.state import AcceleratorState
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor
 
-from personalize import bundled, lora_layers
+from personalize import bundled, lean, lora_layers
 from personalize.learning import Learning, learning
 from personalize.model import StableDiffusion
 from personalize.randomness import generator
@@ -130,6 +131,16 @@ def not_lean(unet: Any) -> Iterator[None]:
     finally:
         for own, name, value in taken:
             own[name] = value
+
+
+@contextmanager
+def direct_convolutions() -> Iterator[None]:
+    """Run the body with no picture large enough for Winograd's convolutions."""
+    large, lean.LARGE = lean.LARGE, sys.maxsize
+    try:
+        yield
+    finally:
+        lean.LARGE = large
 
 
 @contextmanager
