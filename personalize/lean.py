@@ -1,4 +1,4 @@
-"""The same UNet with fewer passes over memory: nothing is divided by one, nothing laid out anew for nothing.
+"""The same UNet with less work: nothing is divided by one or laid out anew for nothing, wide convolutions are tiled.
 
     with lean(unet):        # trace-free; results differ by rounding alone
         unet(...)
