@@ -19,9 +19,9 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, gelu, linear
 
-from personalize import winograd
+from personalize.winograd import Workspace, convolution
 
-WIDE, LARGE = 256, 32 * 32  # channels and cells from which fewer products repay two more passes over the picture
+WIDE, LARGE = 256, 16 * 16  # channels and cells from which fewer products repay two more passes over the picture
 _DIVISORS = ("output_scale_factor", "rescale_output_factor")
 
 
@@ -37,9 +37,10 @@ def lean(unet: nn.Module, *, exact: bool = False) -> Iterator[None]:
     """Run the body with the short ways open, if `exact` only those that change no bit; contexts may be nested."""
     done: list[tuple[dict[str, Any], str, Any]] = []
     flowing = unet.get_submodule("conv_in").weight.is_contiguous(memory_format=torch.channels_last)  # pyright: ignore
+    workspace = Workspace()
     try:
         for module in unet.modules():
-            for name, value in _shorter(module, flowing, exact):
+            for name, value in _shorter(module, flowing, exact, workspace):
                 own = vars(module)
                 done.append((own, name, own.get(name, _ABSENT)))
                 own.pop(name) if value is _ABSENT else own.update({name: value})
@@ -65,7 +66,7 @@ def in_precision(unet: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
             parameter.data = values
 
 
-def _shorter(module: nn.Module, flowing: bool, exact: bool) -> Iterator[tuple[str, Any]]:
+def _shorter(module: nn.Module, flowing: bool, exact: bool, workspace: Workspace) -> Iterator[tuple[str, Any]]:
     """Attributes of `module` that spare a pass, by name; `flowing`: pictures are laid out channels last."""
     own = vars(module)
     yield from ((name, _One()) for name in _DIVISORS if type(own.get(name)) in (int, float) and own[name] == 1)
@@ -76,7 +77,7 @@ def _shorter(module: nn.Module, flowing: bool, exact: bool) -> Iterator[tuple[st
     if type(module) is GEGLU and "forward" not in own and next(module.parameters()).device.type == "cpu":
         yield "forward", partial(_gated, module)
     if type(module) is nn.Conv2d and "forward" not in own and _tileable(module):
-        yield "forward", partial(_convolved, module)
+        yield "forward", partial(_convolved, module, workspace)
     if flowing and type(module) is Transformer2DModel and module.is_input_continuous:
         yield "_get_output_for_continuous_inputs", partial(_output, module)
 
@@ -100,12 +101,12 @@ def _tileable(module: nn.Conv2d) -> bool:
     return usual and dense and weight.is_contiguous() and weight.device.type == "cpu"
 
 
-def _convolved(module: nn.Conv2d, x: Tensor) -> Tensor:
+def _convolved(module: nn.Conv2d, workspace: Workspace, x: Tensor) -> Tensor:
     """The convolution, by Winograd where that is faster: in fp32, frozen, of pictures large enough."""
     weight, (height, width) = module.weight, x.shape[-2:]
     fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if fp32 and not (weight.requires_grad or height % 2 or width % 2) and height * width >= LARGE:
-        return winograd.convolution(x, weight, module.bias)
+        return convolution(x, weight, module.bias, workspace)
     return conv2d(x, weight, module.bias, padding=1)
 
 
