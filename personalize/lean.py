@@ -1,4 +1,4 @@
-"""The same UNet with less work: nothing is divided by one or laid out anew for nothing, wide convolutions are tiled.
+"""The same UNet with less work: nothing is divided by one, laid out anew or given back for nothing; fewer products.
 
     with lean(unet):        # trace-free; results differ by rounding alone
         unet(...)
@@ -9,9 +9,9 @@ Layers are changed by attributes of their own that shadow those of their class, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import Transformer2DModel
@@ -19,6 +19,7 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, gelu, linear
 
+from personalize.pages import kept_pages
 from personalize.winograd import Workspace, convolution
 
 WIDE, LARGE = 256, 16 * 16  # channels and cells from which fewer products repay two more passes over the picture
@@ -36,15 +37,16 @@ class _One:
 def lean(unet: nn.Module, *, exact: bool = False) -> Iterator[None]:
     """Run the body with the short ways open, if `exact` only those that change no bit; contexts may be nested."""
     done: list[tuple[dict[str, Any], str, Any]] = []
-    flowing = unet.get_submodule("conv_in").weight.is_contiguous(memory_format=torch.channels_last)  # pyright: ignore
-    workspace = Workspace()
+    first, workspace = cast(Tensor, unet.get_submodule("conv_in").weight), Workspace()
+    flowing = first.is_contiguous(memory_format=torch.channels_last)
     try:
         for module in unet.modules():
             for name, value in _shorter(module, flowing, exact, workspace):
                 own = vars(module)
                 done.append((own, name, own.get(name, _ABSENT)))
                 own.pop(name) if value is _ABSENT else own.update({name: value})
-        yield
+        with kept_pages() if first.device.type == "cpu" else nullcontext():
+            yield
     finally:
         for own, name, before in reversed(done):
             own.pop(name) if before is _ABSENT else own.update({name: before})

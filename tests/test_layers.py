@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
     "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses "
-    "nouns randomness recipes replacing scenes token_files winograd",
+    "nouns pages randomness recipes replacing scenes token_files winograd",
     "alignment attention captions concepts frames lean loading lora lora_layers mixing model noun_groups phantoms "
     "pickles quantisation reader_names text_lora",
     "background_mask calibrated controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion "

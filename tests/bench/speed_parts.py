@@ -13,6 +13,7 @@ from personalize.lora import _pair, lora_layers
 from personalize.lora_layers import several
 from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImage
+from personalize.pages import kept_pages
 from personalize.several import SeveralImages
 from personalize.training import adam
 from tests.bench.arms import Arm
@@ -48,13 +49,14 @@ def lora(bench: SpeedBench) -> Rows:
 
 
 def passes(bench: SpeedBench) -> Rows:
-    """An update with diffusers' UNet as it is, and lean, with direct convolutions and with fewer products."""
+    """An update with diffusers' UNet as it is, and lean, with and without its means that are the CPU's alone."""
     model = model_of(bench)
     with run_of(model, bench.batch, bench.rank, bench.latent) as run:
         step = stepper(run)
         arms = [
             Arm("as it is", step, lambda: not_lean(model.unet)),
             Arm("lean, direct convolutions", step, direct_convolutions),
+            Arm("lean, memory given back", step, lambda: kept_pages(False)),
             Arm("lean", step),
         ]
         return timed(bench, "lean update", arms)

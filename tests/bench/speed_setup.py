@@ -16,6 +16,7 @@ from torch import Tensor
 from personalize import bundled, lean, lora_layers
 from personalize.learning import Learning, learning
 from personalize.model import StableDiffusion
+from personalize.pages import kept_pages
 from personalize.randomness import generator
 from personalize.recipes import Recipe
 from tests.bench.arms import Arm, measure
@@ -127,7 +128,8 @@ def not_lean(unet: Any) -> Iterator[None]:
                 if name.endswith("factor"):
                     vars(module)[name] = 1.0
     try:
-        yield
+        with kept_pages(False):
+            yield
     finally:
         for own, name, value in taken:
             own[name] = value
