@@ -34,5 +34,6 @@ def kept_pages(wanted: bool = True) -> Iterator[None]:
 
 def _set(kept: bool) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in (_KEPT if kept else _RETURNED).items() if mallopt else ():
-        mallopt(option, value)
+    if mallopt is not None:
+        for option, value in (_KEPT if kept else _RETURNED).items():
+            mallopt(option, value)

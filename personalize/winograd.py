@@ -57,10 +57,10 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,), workspace = ctx.saved_tensors, ctx.workspace
-        filters = _filters(weight, workspace).mT
-        return _pixels(_tiles(gradient, _BACKWARD, workspace), filters, None, _BACKWARD, workspace), None, None, None
+        tiles, filters = _tiles(gradients[0], _BACKWARD, workspace), _filters(weight, workspace).mT
+        return _pixels(tiles, filters, None, _BACKWARD, workspace), None, None, None
 
 
 def _filters(weight: Tensor, workspace: Workspace) -> Tensor:
