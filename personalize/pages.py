@@ -1,7 +1,7 @@
 """Memory that the process keeps between uses.
 
 glibc gives blocks above 32 MiB back to the system as soon as they are free, and the system clears every page of them
-when they are asked for again: an eighth of the time of an update of SD 1.5 on two cores.
+when they are asked for again.
 """
 
 from __future__ import annotations

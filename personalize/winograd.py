@@ -2,8 +2,8 @@
 
     Y = Aᵀ [ (G g Gᵀ) ⊙ (Bᵀ d B) ] A        F(2×2, 3×3); d: a 4×4 tile of pixels, g: a filter, Y: 2×2 pixels
 
-Channels are summed between ⊙ and A, by 16 matrix products.  Filters are transformed anew in each call, which costs a
-picture of 32×32 cells a tenth, and nothing is kept but the memory that calls share.
+Channels are summed between ⊙ and A, by 16 matrix products.  Filters are transformed anew in each call, and nothing is
+kept but the memory that calls share.
 
 Reference: Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308, section 4.1.
 """
@@ -65,9 +65,9 @@ class _Convolution(torch.autograd.Function):
 
 def _filters(weight: Tensor, workspace: Workspace) -> Tensor:
     """G g Gᵀ of filters (k, c, 3, 3), as (16, k, c)."""
-    g = weight.new_tensor(_FILTER)
-    filters = workspace.take("filters", weight, 16, weight[:, :, 0, 0].numel())
-    return torch.mm(torch.kron(g, g), weight.reshape(-1, 9).T, out=filters).view(16, *weight.shape[:2])
+    k, c, g = *weight.shape[:2], weight.new_tensor(_FILTER)
+    filters = workspace.take("filters", weight, 16, k * c)
+    return torch.mm(torch.kron(g, g), weight.reshape(-1, 9).T, out=filters).view(16, k, c)
 
 
 def _tiles(x: Tensor, order: tuple[int, ...], workspace: Workspace) -> Tensor:
