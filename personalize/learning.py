@@ -151,7 +151,8 @@ class Learning:
     def _pictures(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> Pictures:
         """Encoded pictures with their captions' rows, and what `masks` make of the loss."""
         model, recipe = self.model, self.recipe
-        posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, for the sake of memory
+        with lean(model.vae.encoder):
+            posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, for the sake of memory
         mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
         weights = None
         if masks is not None:

@@ -104,7 +104,10 @@ class LeanLinear(Linear, _Lean):
         if self._rows is not None:
             return self._several(x, *self._rows)
         name = self._plain(x, args or kwargs)
-        return super().forward(x, *args, **kwargs) if name is None else _LinearProduct.apply(*self._operands(x, name))  # pyright: ignore
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        product = _product if torch.is_grad_enabled() else linear  # pictures are those of the base to the last bit
+        return _LinearProduct.apply(*self._operands(x, name), product)  # pyright: ignore
 
     def _several(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y, count = self.base_layer(x), len(a)
@@ -132,11 +135,22 @@ class LeanConv2d(Conv2d, _Lean):
         return y.add_((rows @ u.flatten(2)).view(y.shape), alpha=self._strength())
 
 
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear(x, w, bias)`, without gradients; in fp32 by oneDNN where it would be by MKL, slower unless Intel's."""
+    fp32 = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"
+    if _ONEDNN is None or not (fp32 and torch.backends.mkldnn.enabled):
+        return linear(x, w, bias)
+    return _ONEDNN(x, w, bias, "none", [], "")
+
+
 class _LinearProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low_a: Tensor,
-                low_b: Tensor, scale: float) -> Tensor:  # fmt: skip
-        y, flat = linear(x, w, bias), x.reshape(-1, x.shape[-1])
+                low_b: Tensor, scale: float, product: Any) -> Tensor:  # fmt: skip
+        y, flat = product(x, w, bias), x.reshape(-1, x.shape[-1])
         u = flat @ low_a.t()
         y.view(-1, y.shape[-1]).addmm_(u, low_b.t(), alpha=scale)
         ctx.save_for_backward(flat, u, w, low_a, low_b)
@@ -150,8 +164,8 @@ class _LinearProduct(torch.autograd.Function):
         gy = grads[0].reshape(-1, grads[0].shape[-1])
         gu = (gy @ low_b).mul_(ctx.scale)
         ga, gb = gu.t() @ x, (gy.t() @ u).mul_(ctx.scale)
-        gx = (gy @ w).addmm_(gu, low_a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None, None, None
+        gx = _product(gy, w.t()).addmm_(gu, low_a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None, None, None, None
 
 
 class _ConvProduct(torch.autograd.Function):

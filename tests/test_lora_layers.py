@@ -91,12 +91,46 @@ def test_speed_lora_layer_gradcheck(name: str) -> None:
     def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         values = layer._operands(x, lora.ADAPTER)
         if isinstance(layer, LeanLinear):
-            return lora_layers._LinearProduct.apply(*values[:3], a, b, a.detach(), b.detach(), values[-1])
+            parts = (*values[:3], a, b, a.detach(), b.detach(), values[-1], lora_layers._product)
+            return lora_layers._LinearProduct.apply(*parts)
         how = (layer.base_layer.stride, layer.base_layer.padding, layer.base_layer.dilation)
         return lora_layers._ConvProduct.apply(*values[:3], a, b, a.detach(), b.detach(), values[-1], how)
 
     x = x.double().requires_grad_()
     assert torch.autograd.gradcheck(product, (x, a, b))
+
+
+@pytest.mark.skipif(lora_layers._ONEDNN is None, reason="this torch multiplies by another library than MKL")
+def test_speed_products_of_a_cpu_are_onednns_while_learning_only() -> None:
+    """In fp32: pictures keep the base's own products, to the last bit."""
+    ran: list[tuple[str, torch.dtype]] = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
+            if "_linear_pointwise" in str(func):
+                ran.append((str(func), args[0].dtype))
+            return func(*args, **(kwargs or {}))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, x = adapted(nn.Linear(24, 40), dtype), drawn(2, 6, 24, dtype=dtype)
+        with Operators():
+            with torch.no_grad():
+                layer(x)
+            assert not ran
+            y = layer(x.requires_grad_())
+            y.sum().backward()
+        assert len(ran) == (2 if dtype == torch.float32 else 0), "of the output and of the input's gradient"
+        ran.clear()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 77, 300])
+def test_speed_products_by_onednn_equal(rows: int) -> None:
+    """Of matrices however they lie in memory: sums of 96 products of N(0, 1) are near 10, rounded at 1e-6."""
+    w, bias = drawn(40, 96, purpose="w"), drawn(40, purpose="bias")
+    for x in (drawn(rows, 96), drawn(96, rows).t(), drawn(2, rows, 96), drawn(rows, 2, 192)[..., ::2]):
+        for weight in (w, w.t().contiguous().t()):
+            expected = nn.functional.linear(x, weight, bias)
+            torch.testing.assert_close(lora_layers._product(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

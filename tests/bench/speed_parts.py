@@ -31,6 +31,7 @@ from tests.bench.speed_setup import (
     model_of,
     not_lean,
     pefts_layers,
+    plain_products,
     run_of,
     stepper,
     timed,
@@ -45,7 +46,12 @@ def lora(bench: SpeedBench) -> Rows:
     model = model_of(bench)
     with run_of(model, bench.batch, bench.rank, bench.latent) as run:
         step = stepper(run)
-        return timed(bench, "lora layer", [Arm("peft's layers", step, pefts_layers), Arm("our layers", step)])
+        arms = [
+            Arm("peft's layers", step, pefts_layers),
+            Arm("our layers, products not by oneDNN", step, plain_products),
+            Arm("our layers", step),
+        ]
+        return timed(bench, "lora layer", arms)
 
 
 def passes(bench: SpeedBench) -> Rows:

@@ -146,6 +146,16 @@ def direct_convolutions() -> Iterator[None]:
 
 
 @contextmanager
+def plain_products() -> Iterator[None]:
+    """Run the body with the products of our LoRA layers made by torch's own choice of library."""
+    onednn, lora_layers._ONEDNN = lora_layers._ONEDNN, None
+    try:
+        yield
+    finally:
+        lora_layers._ONEDNN = onednn
+
+
+@contextmanager
 def channels_last(unet: Any, wanted: bool = True) -> Iterator[None]:
     unet.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
     try:
