@@ -1,6 +1,6 @@
 """The same UNet with less work: nothing is divided by one, laid out anew or given back for nothing; fewer products.
 
-    with lean(unet):        # trace-free; results differ by rounding alone
+    with lean(unet):        # trace-free; results differ by rounding alone; so for the encoder of a VAE
         unet(...)
 
 Layers are changed by attributes of their own that shadow those of their class, and that are gone afterwards.

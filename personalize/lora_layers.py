@@ -139,7 +139,7 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear(x, w, bias)`, without gradients; in fp32 by oneDNN where it would be by MKL, slower unless Intel's."""
+    """`linear(x, w, bias)`, without gradients; in fp32 by oneDNN where it would be by MKL, slower on AMD's CPUs."""
     fp32 = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"
     if _ONEDNN is None or not (fp32 and torch.backends.mkldnn.enabled):
         return linear(x, w, bias)

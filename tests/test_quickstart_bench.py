@@ -9,6 +9,7 @@ from personalize.quickstart import VARIANTS
 from personalize.scenes import render
 from tests.bench import quickstart
 from tests.bench.judge import Judge
+from tests.lora_states import random_adapter
 from tests.tiny import tiny
 
 
@@ -32,3 +33,15 @@ def test_true_results_are_right_and_the_unchanged_source_is_not(tmp_path, monkey
     assert found["replay"] == 60.0 and found["base"] < 20, "60 dB is what equal pictures count"
     text = quickstart.table([{"scene": 0, **found, "learned": 70, "command": 140}])
     assert "4 of 4" in text and "0 of 4" in text and "base: 1 of 1 scenes" in text
+
+
+def test_shares_of_the_decoder_are_drawn_from_the_same_adapter_and_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "SAMPLING", Sampling(steps=1))
+    model = tiny("sd1")
+    random_adapter(model).save(tmp_path / "scene-0" / "adapter")
+    options = quickstart.QuickstartBench(output_dir=tmp_path, shares=(1, 0.5))
+    found = quickstart.with_share(options, 0, 1, model, Judge.load())
+    assert set(found) == {"1", "0.5"} and found["1"]["gains"] != found["0.5"]["gains"]
+    assert all(len(row["right"]) == len(row["gains"]) == 4 for row in found.values())
+    text = quickstart.share_table(options, [{"1": {"right": [True, False], "gains": [1.0, 2.0]}, "0.5": found["0.5"]}])
+    assert "| 1 | 1.0 | +1.5 |" in text

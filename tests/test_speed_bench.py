@@ -9,12 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from personalize import lora_layers
+from personalize import lora_layers, pages
 from personalize.lean import lean
-from tests.bench import arms, speed, speed_drawing, speed_growth, speed_jobs, speed_parts, speed_reference, speed_setup
+from tests.bench import (
+    arms,
+    speed,
+    speed_drawing,
+    speed_growth,
+    speed_jobs,
+    speed_pages,
+    speed_parts,
+    speed_reference,
+    speed_setup,
+)
 from tests.bench.arms import Arm, exponent, measure, ratio, refuse_if_busy, table
 from tests.bench.speed_setup import not_lean, pefts_layers
-from tests.tiny import tiny_sd1
+from tests.tiny import tiny_folder, tiny_sd1
 
 
 def test_arms_take_turns_in_their_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +146,16 @@ def test_jobs_are_done_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = speed_jobs.jobs(speed.SpeedBench(batch=1, rank=2, groups=1))
     names = ["one adapter", "2 rows of a catalogue", "an edit of 2 guided steps", "a drag"]
     assert [row["arm"] for row in rows] == names and all(row["ms_median"] > 0 for row in rows)
+
+
+@pytest.mark.slow  # two processes that import everything
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU's memory")
+def test_kept_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    untouched = pages._set
+    bench = speed.SpeedBench(base=str(tiny_folder("sd1", tmp_path)), batch=1, rank=2, groups=1)
+    rows = speed_pages.kept(bench)
+    assert [row["arm"] for row in rows] == list(speed_pages.ARMS) and all(row["ms_median"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1.0 and pages._set is untouched
 
 
 def test_their_script_gets_our_modules_and_whole_batches(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.bench.quickstart                # on an idle machine; about three minutes a scene
     python -m tests.bench.quickstart --scenes 0 3
+    python -m tests.bench.quickstart --shares 1 0.6 0.5 0.4 --share_seeds 1 2    # choose the second row's share, too
 
 Goals: replayed source at least 6 dB nearer the source than the base's own sample, on 4 of 5 scenes; in one row of the
 sheet at least 3 of the 4 edits judged right, and identity at least 3 dB above the base's sample of the same prompts;
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 import tyro
 from PIL import Image
 
+from personalize.attachment import loaded
 from personalize.bundled import bundled
 from personalize.editor import Editor
 from personalize.model import StableDiffusion
@@ -45,6 +47,10 @@ class QuickstartBench:
     """Bundled scenes to take."""
     seed: int = 0
     """Seed of the training and of the pictures."""
+    shares: tuple[float, ...] = ()
+    """Shares of the decoder kept, with which the same adapters' edits are drawn again and judged."""
+    share_seeds: tuple[int, ...] = (1, 2)
+    """Seeds of those pictures."""
 
 
 def quickstart(options: QuickstartBench, scene: int) -> dict[str, Any]:
@@ -63,22 +69,54 @@ def drawn(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
     return [np.asarray(Image.open(folder / "pictures" / f"{name}.png")) for name in names]
 
 
+def tasks_of(scene: int) -> list[Task]:
+    example = bundled(scene)
+    assert example.scene is not None
+    after = [change.truth or example.scene for change in example.changes]
+    return [Task(c.kind, c.prompt, example.scene, t) for c, t in zip(example.changes, after, strict=True)]
+
+
+def plain_scores(tasks: list[Task], editor: Editor, seed: int, judge: Judge) -> list[dict[str, Any]]:
+    """What the judge says of the base's own pictures."""
+    pictures = [np.asarray(editor.base(t.name, seeds=[seed], sampling=SAMPLING)[0]) for t in tasks]
+    return [asdict(score(*pair, judge)) for pair in zip(tasks, pictures, strict=True)]
+
+
+def judged(
+    tasks: list[Task], pictures: list[np.ndarray], plain: list[dict[str, Any]], judge: Judge
+) -> dict[str, list[Any]]:
+    """Which pictures are right, and their identity above that of `plain`, the base's scores, in dB."""
+    found = [asdict(score(*pair, judge)) for pair in zip(tasks, pictures, strict=True)]
+    gains = [mine["psnr"] - theirs["psnr"] for mine, theirs in zip(found, plain, strict=True)]
+    return {"right": [one["success"] for one in found], "gains": np.round(gains, 2).tolist()}
+
+
+def with_share(
+    options: QuickstartBench, scene: int, seed: int, model: StableDiffusion, judge: Judge
+) -> dict[str, dict[str, list[Any]]]:
+    """By share: the edits of the second row, drawn from another seed with that share of the decoder kept."""
+    tasks, folder = tasks_of(scene), options.output_dir / f"scene-{scene}" / "adapter"
+    second = list(VARIANTS.values())[1]
+    rows = {}
+    with Editor(model, loaded(folder)) as editor:
+        plain = plain_scores(tasks, editor, seed, judge)
+        for share in options.shares:
+            setting = replace(second, forget="none" if share == 1 else f"decoder={share:g}")
+            edits = [np.asarray(editor.edit(t.name, setting, seeds=[seed], sampling=SAMPLING)[0]) for t in tasks]
+            rows[f"{share:g}"] = judged(tasks, edits, plain, judge)
+    return rows
+
+
 def measured(options: QuickstartBench, scene: int, model: StableDiffusion, judge: Judge) -> dict[str, Any]:
     """Replay gain in dB; for each row of the sheet the edits judged right, and identity above the base's, in dB."""
-    example, folder = bundled(scene), options.output_dir / f"scene-{scene}"
-    assert example.scene is not None
+    folder = options.output_dir / f"scene-{scene}"
     source, replay, own = drawn(folder, ("source", "replay", "base"))
-    after = [change.truth or example.scene for change in example.changes]
-    tasks = [Task(c.kind, c.prompt, example.scene, t) for c, t in zip(example.changes, after, strict=True)]
-    editor = Editor(model)
-    bases = [np.asarray(editor.base(t.name, seeds=[options.seed], sampling=SAMPLING)[0]) for t in tasks]
-    plain = [asdict(score(*pair, judge)) for pair in zip(tasks, bases, strict=True)]
+    tasks = tasks_of(scene)
+    plain = plain_scores(tasks, Editor(model), options.seed, judge)
     rows = {}
     for number, variant in enumerate(VARIANTS):
         edits = drawn(folder, (f"edit-{number * len(tasks) + k:03d}" for k in range(len(tasks))))
-        found = [asdict(score(*pair, judge)) for pair in zip(tasks, edits, strict=True)]
-        gains = [mine["psnr"] - theirs["psnr"] for mine, theirs in zip(found, plain, strict=True)]
-        rows[variant] = {"right": [one["success"] for one in found], "gains": np.round(gains, 2).tolist()}
+        rows[variant] = judged(tasks, edits, plain, judge)
     replayed, alone = psnr(replay, source), psnr(own, source)
     return {"replay": replayed, "base": alone, "rows": rows, "base_right": [one["success"] for one in plain]}
 
@@ -105,6 +143,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def share_table(options: QuickstartBench, found: list[dict[str, Any]]) -> str:
+    """Markdown: means over scenes and seeds, for each share."""
+    lines = ["| share of the decoder kept | edits right, of 4 | identity above the base, dB |", "|---|---|---|"]
+    for share in (f"{share:g}" for share in options.shares):
+        right = np.mean([sum(rows[share]["right"]) for rows in found])
+        gain = np.mean([np.mean(rows[share]["gains"]) for rows in found])
+        lines.append(f"| {share} | {right:.1f} | {gain:+.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def reached(row: dict[str, Any]) -> bool:
     return sum(row["right"]) >= EDITS_RIGHT and float(np.mean(row["gains"])) >= IDENTITY_GAIN
 
@@ -120,6 +168,14 @@ def run(options: QuickstartBench) -> str:
         sheets.append({"scene": scene, **found, **times})
         print(f"scene {scene}: done", flush=True)
     text = table(sheets)
+    if options.shares:
+        named = ",".join(f"{share:g}" for share in options.shares)
+        pairs = [(scene, seed) for seed in options.share_seeds for scene in options.scenes]
+        found = [
+            cells.once(f"shares/{named}/{s}/{seed}", lambda s=s, seed=seed: with_share(options, s, seed, model, judge))
+            for s, seed in pairs
+        ]
+        text += "\n" + share_table(options, found)
     (options.output_dir / "table.md").write_text(text, encoding="utf-8")
     (options.output_dir / "figures.json").write_text(json.dumps(sheets, indent=1) + "\n", encoding="utf-8")
     return text

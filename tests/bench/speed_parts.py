@@ -13,7 +13,6 @@ from personalize.lora import _pair, lora_layers
 from personalize.lora_layers import several
 from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImage
-from personalize.pages import kept_pages
 from personalize.several import SeveralImages
 from personalize.training import adam
 from tests.bench.arms import Arm
@@ -22,6 +21,7 @@ from tests.bench.speed_device import ceiling, graph, memory
 from tests.bench.speed_drawing import call, grid, pictures
 from tests.bench.speed_growth import growth
 from tests.bench.speed_jobs import jobs
+from tests.bench.speed_pages import kept
 from tests.bench.speed_reference import reference
 from tests.bench.speed_setup import (
     Rows,
@@ -55,14 +55,13 @@ def lora(bench: SpeedBench) -> Rows:
 
 
 def passes(bench: SpeedBench) -> Rows:
-    """An update with diffusers' UNet as it is, and lean, with and without its means that are the CPU's alone."""
+    """An update with diffusers' UNet as it is, and lean, with direct convolutions and with its own."""
     model = model_of(bench)
     with run_of(model, bench.batch, bench.rank, bench.latent) as run:
         step = stepper(run)
         arms = [
             Arm("as it is", step, lambda: not_lean(model.unet)),
             Arm("lean, direct convolutions", step, direct_convolutions),
-            Arm("lean, memory given back", step, lambda: kept_pages(False)),
             Arm("lean", step),
         ]
         return timed(bench, "lean update", arms)
@@ -200,4 +199,5 @@ DEFAULT: dict[str, Callable[[SpeedBench], Rows]] = {
 }  # fmt: skip
 PARTS = DEFAULT | {
     "ceiling": ceiling, "graph": graph, "memory": memory, "reference": reference, "growth": growth, "jobs": jobs,
+    "pages": kept,
 }  # fmt: skip
