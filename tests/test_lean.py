@@ -109,6 +109,21 @@ def test_speed_wide_convolutions_take_fewer_products(monkeypatch: pytest.MonkeyP
         assert not torch.equal(found, expected) and (found - expected).abs().max() <= ROUNDING * expected.abs().max()
 
 
+def test_speed_lean_encoder_equals_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture's latents, with every 3×3 convolution counting as wide and every picture as large."""
+    monkeypatch.setattr(lean_room, "WIDE", 1)
+    monkeypatch.setattr(lean_room, "LARGE", 1)
+    model, pixels = tiny_sd1(), drawn(1, 3, 32, 32).clamp(-1, 1)
+    encoder = model.vae.encoder.requires_grad_(False)
+    with Operators() as direct:
+        plain, before = model.posterior(pixels), attributes(encoder)
+    with lean(encoder), Operators() as tiled:
+        short = model.posterior(pixels)
+    assert tiled.count("convolution") < direct.count("convolution") and attributes(encoder) == before
+    for found, expected in zip(short, plain, strict=True):
+        assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
+
+
 def test_speed_nothing_is_divided_by_one_and_no_trace_is_left() -> None:
     unet = tiny_sd1().unet
     before = attributes(unet)
