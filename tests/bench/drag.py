@@ -30,7 +30,7 @@ from personalize.scenes import random_scene, render
 from tests.bench.attention_auc import coverage
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task, psnr, structure_distance
-from tests.bench.drag_calibration import calibration_row, chosen, table
+from tests.bench.drag_calibration import calibration_row, chosen, of_defaults, table
 from tests.bench.drag_figures import ABLATED, DISTANCES, PASTE, ablations, figures
 from tests.bench.drag_measures import (
     centroid_shift,
@@ -45,6 +45,7 @@ from tests.bench.drag_measures import (
     seam,
 )  # fmt: skip
 from tests.bench.figure_tables import average
+from tests.bench.intervals import paired_interval
 from tests.bench.judge import as_bytes, as_pixels
 from tests.bench.world import weights_of, world_of
 
@@ -197,7 +198,9 @@ def run(options: DragBench, model: StableDiffusion | None = None) -> dict[str, A
     bench, began, found = Bench(options, model), time.monotonic(), {}
     if not options.only or "calibration" in options.only:
         rows = bench.calibration()
-        best = chosen(rows)
+        best, defaults = chosen(rows), of_defaults(rows, bench.settings)
+        difference, low, high = paired_interval(defaults, best["iou"])
+        found["D9 defaults"] = {"iou": average(defaults, ""), "above the chosen": [difference, low, high]}
         found["D9"] = best | {
             "auc": average([v for v in best["auc"] if v is not None], ""),
             "iou": average(best["iou"], ""),

@@ -92,6 +92,13 @@ def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"reader": name, "threshold": float(tau), "auc": aucs, "iou": ious}
 
 
+def of_defaults(rows: Sequence[dict[str, Any]], settings: DragSettings) -> list[float]:
+    """IoU on odd scenes of what `settings` themselves read, by their own threshold."""
+    reader = next(name for name, where in READERS.items() if where == (settings.map_places, settings.map_levels))
+    name, tau = f"{reader} {settings.map_timesteps}", str(settings.mask_threshold)
+    return [row["readers"][name]["iou"][tau] for row in rows[1::2]]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean AUC of every layer and band on even scenes, then mean AUC and best mean IoU of every reader and band."""
     even, bands = rows[::2], [str(band) for band in BANDS if str(band) in next(iter(rows[0]["sites"].values()))]

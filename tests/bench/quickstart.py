@@ -1,6 +1,6 @@
 """What a newcomer gets: `personalize quickstart` on the five bundled scenes, timed, measured and judged.
 
-    python -m tests.bench.quickstart                # on an idle machine; about three minutes a scene
+    python -m tests.bench.quickstart                # on an idle machine; about two minutes a scene
     python -m tests.bench.quickstart --scenes 0 3
     python -m tests.bench.quickstart --shares 1 0.6 0.5 0.4 --share_seeds 1 2    # choose the second row's share, too
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def lora(bench: SpeedBench) -> Rows:
-    """An update with peft's LoRA layers, and with ours."""
+    """An update with peft's LoRA layers, and with ours, their products by torch's own choice of library and by ours."""
     model = model_of(bench)
     with run_of(model, bench.batch, bench.rank, bench.latent) as run:
         step = stepper(run)
