@@ -9,18 +9,18 @@ from personalize import Editor, StableDiffusion
 from personalize.bundled import bundled
 from personalize.catalogue import Catalogue, run, write_table
 from personalize.catalogue_table import read_items
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from personalize.settings import Sampling
-from personalize.teams import Team
+from personalize.teams import ProcessGroup
 
 
 def main(
     table: str | None = None, *, base: str | Path | None = None, output_dir: str | Path = "my-catalogue",
-    recipe: Recipe | None = None, steps: int = 30,
+    recipe: SingleImageConfig | None = None, steps: int = 30,
 ) -> Image.Image:  # fmt: skip
-    folder, recipe, model = Path(output_dir), recipe or Recipe(), StableDiffusion.load(base)
+    folder, recipe, model = Path(output_dir), recipe or SingleImageConfig(), StableDiffusion.load(base)
     items, refused = read_items(table or bundled_table(folder), recipe)
-    rows = run(items, refused, Catalogue(folder, recipe, model.name), lambda: model, Team())
+    rows = run(items, refused, Catalogue(folder, recipe, model.name), lambda: model, ProcessGroup())
     write_table(rows, folder / "results.csv")
     learned = [row for row in rows if row["status"] == "done"]
     return Editor.load(learned[-1]["adapter"], base).reconstruct(sampling=Sampling(steps=steps))[0]

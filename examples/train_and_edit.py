@@ -8,9 +8,9 @@ from PIL import Image
 from personalize import Editor, StableDiffusion
 from personalize.bundled import bundled
 from personalize.editor import Sampling
-from personalize.images import fit, load_image
+from personalize.images import fitted_pixels, load_image
 from personalize.learning import learn
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 
 
 def main(
@@ -20,12 +20,12 @@ def main(
     *,
     base: str | Path | None = None,  # the embedded model; or a folder, a hub id, a .safetensors checkpoint
     output_dir: str | Path = "my-subject",
-    recipe: Recipe | None = None,
+    recipe: SingleImageConfig | None = None,
     steps: int = 30,
 ) -> Image.Image:
     model = StableDiffusion.load(base)
     picture = load_image(photo) if photo else bundled(0).picture
-    pixels, _ = fit(picture, model.resolution, 8 * model.factor)
+    pixels, _ = fitted_pixels(picture, model.resolution, 8 * model.factor)
     adapter = learn(model, pixels, caption, recipe)
     adapter.save(output_dir)
     edited = Editor(model, adapter).edit(prompt, beta=1.2, forget="decoder=0.5", sampling=Sampling(steps=steps))[0]

@@ -18,12 +18,12 @@ from personalize.errors import UserError
 from personalize.training import ADVICE, NonFiniteError, StepReport
 
 if TYPE_CHECKING:
-    from personalize.learning import Learning
+    from personalize.learning import SingleImageRun
 
 WARM = 3  # updates made before the capture, on its stream: libraries allocate and choose kernels in the first ones
 
 
-class StaticStep:
+class GraphedStep:
     """An update without arguments, results or branches: it works on tensors that stay where they are.
 
     Args:
@@ -78,16 +78,16 @@ class StaticStep:
         self.count += 1
 
 
-def replay(run: Learning, batches: Iterable[dict[str, Tensor]]) -> Iterator[StepReport]:
+def replay(run: SingleImageRun, batches: Iterable[dict[str, Tensor]]) -> Iterator[StepReport]:
     """The updates of `run` on `batches`, as replays of one graph; UserError if its settings do not allow that."""
     autocast = run.accelerator.mixed_precision == "fp16" or "quantisation" in run.base
     check_capturable(run.recipe, run.model.device, run.share.processes, autocast=autocast)
     more = {"max_grad_norm": run.recipe.max_grad_norm, "accumulation": run.share.accumulation}
-    step = StaticStep(run.objective, batches, run.optimizer.optimizer, run.model.device, **more)
+    step = GraphedStep(run.objective, batches, run.optimizer.optimizer, run.model.device, **more)
     return replayed(step, run.update)
 
 
-def replayed(step: StaticStep, first_update: int = 0) -> Iterator[StepReport]:
+def replayed(step: GraphedStep, first_update: int = 0) -> Iterator[StepReport]:
     """Make all updates of `step`: on CUDA as replays of one graph, elsewhere as calls.
 
     Raises:
@@ -107,7 +107,7 @@ def replayed(step: StaticStep, first_update: int = 0) -> Iterator[StepReport]:
         yield StepReport(first_update + number + 1, {"loss": step.losses[number]}, rates)
 
 
-def _beside(step: StaticStep) -> None:
+def _beside(step: GraphedStep) -> None:
     """One call on a stream of its own, as CUDA wants it before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -116,7 +116,7 @@ def _beside(step: StaticStep) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def _captured(step: StaticStep) -> Any:
+def _captured(step: GraphedStep) -> Any:
     """A call that replays the update; capturing carries nothing out."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

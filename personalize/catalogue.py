@@ -25,13 +25,13 @@ from personalize.captions import find_caption
 from personalize.catalogue_table import DONE, FAILED, RESULTS, Item, outcome
 from personalize.errors import UserError
 from personalize.files import write_file
-from personalize.images import fit, fitted_size, load_image
-from personalize.learning import learning
+from personalize.images import fitted_pixels, fitted_size, load_image
+from personalize.learning import single_image_run
 from personalize.model import StableDiffusion
 from personalize.preview import preview
-from personalize.recipes import Recipe
-from personalize.several import learn_several
-from personalize.teams import Team
+from personalize.recipes import SingleImageConfig
+from personalize.several import learn_batched
+from personalize.teams import ProcessGroup
 from personalize.verify import MANIFEST
 
 COLUMNS = ("line", "name", "status", "reason", "adapter", "caption", "updates", "loss", "reconstruction_db", "seconds")
@@ -42,14 +42,14 @@ class Catalogue:
     """What all rows have in common."""
 
     output_dir: Path
-    recipe: Recipe
+    recipe: SingleImageConfig
     base: str = "embedded"  # and its revision: rows made with another base are made again
     resolution: int | None = None
     caption_model: str | None = None
     preview_steps: int = 0
     adapters_per_batch: int = 1
 
-    def recipe_of(self, item: Item) -> Recipe:
+    def recipe_of(self, item: Item) -> SingleImageConfig:
         return replace(self.recipe, **item.options)
 
     def digest(self, item: Item) -> str:
@@ -142,7 +142,7 @@ def _learned(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_pre
     pixels, caption = _shown(model, item, catalogue)
     recipe, loss = catalogue.recipe_of(item), float("nan")
     accelerator = _accelerator(model, recipe, mixed_precision)
-    with learning(model, pixels, caption, recipe, accelerator=accelerator) as run:
+    with single_image_run(model, pixels, caption, recipe, accelerator=accelerator) as run:
         for report in run.steps():
             loss = float(report.losses["loss"])
         adapter = run.adapter()
@@ -153,7 +153,7 @@ def _learned_together(
     model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str
 ) -> list[dict[str, Any]]:
     shown, recipe = [_shown(model, item, catalogue) for item in items], catalogue.recipe_of(items[0])
-    found = learn_several(model, shown, recipe, accelerator=_accelerator(model, recipe, mixed_precision))
+    found = learn_batched(model, shown, recipe, accelerator=_accelerator(model, recipe, mixed_precision))
     rows = zip(items, shown, found, strict=True)
     return [_saved(model, item, catalogue, pixels, *learned) for item, (pixels, _), learned in rows]
 
@@ -162,10 +162,10 @@ def _shown(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple[Te
     """The row's picture as pixels, and its words."""
     check_target(catalogue.output_dir / item.name)
     caption = find_caption(item.image, item.caption, catalogue.caption_model)
-    return fit(load_image(item.image), catalogue.resolution or model.resolution, 8 * model.factor)[0], caption
+    return fitted_pixels(load_image(item.image), catalogue.resolution or model.resolution, 8 * model.factor)[0], caption
 
 
-def _accelerator(model: StableDiffusion, recipe: Recipe, mixed_precision: str) -> Accelerator:
+def _accelerator(model: StableDiffusion, recipe: SingleImageConfig, mixed_precision: str) -> Accelerator:
     accumulation = recipe.gradient_accumulation_steps
     cpu = model.device.type == "cpu"
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation)
@@ -212,7 +212,7 @@ def run(
     refused: Sequence[Mapping[str, Any]],
     catalogue: Catalogue,
     load: Callable[[], StableDiffusion],
-    team: Team,
+    team: ProcessGroup,
     mixed_precision: str = "no",
 ) -> list[dict[str, Any]]:
     """Learn every row that is not finished yet; returns the outcomes of all rows of the table, of all processes."""

@@ -13,7 +13,7 @@ from personalize.data import find_picture
 from personalize.errors import UserError
 from personalize.files import plain_name
 from personalize.options import nearest
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 
 OWN_COLUMNS = ("image", "caption", "name")
 DONE, FAILED = "done", "failed"
@@ -32,10 +32,10 @@ class Item:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_items(table: str | Path, recipe: Recipe) -> tuple[list[Item], list[dict[str, Any]]]:
+def read_items(table: str | Path, recipe: SingleImageConfig) -> tuple[list[Item], list[dict[str, Any]]]:
     """The rows of a CSV file that can be learned, and the outcomes of those that cannot.
 
-    Columns: image (beside the table, or absolute), caption, name, and any field of `Recipe`; an empty cell is the
+    Columns: image (beside the table, or absolute), caption, name, and any field of `SingleImageConfig`; an empty cell is the
     default, an empty name the picture's.
 
     Raises:
@@ -61,7 +61,7 @@ def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
     except UnicodeDecodeError:
         raise UserError(f"{table} is not UTF-8 text: save the table as UTF-8 CSV") from None
     reader = csv.DictReader(StringIO(text, newline=""), restkey="")
-    columns, known = list(reader.fieldnames or ()), [*OWN_COLUMNS, *(one.name for one in fields(Recipe))]
+    columns, known = list(reader.fieldnames or ()), [*OWN_COLUMNS, *(one.name for one in fields(SingleImageConfig))]
     if "image" not in columns:
         raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}: expected image, caption, name, …")
     if unknown := [column for column in columns if column not in known]:
@@ -76,7 +76,7 @@ def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
-def _item(home: Path, line: int, row: Mapping[str, str], recipe: Recipe) -> Item:
+def _item(home: Path, line: int, row: Mapping[str, str], recipe: SingleImageConfig) -> Item:
     """The row as an item; UserError, without anything being loaded, if it cannot be learned."""
     if "" in row:
         raise UserError("the row has more cells than the header has columns: put quotes around cells with commas")
@@ -86,7 +86,7 @@ def _item(home: Path, line: int, row: Mapping[str, str], recipe: Recipe) -> Item
     name = plain_name(row.get("name") or image.stem)
     if name.startswith(".") or name.casefold() == RESULTS:
         raise UserError(f"an adapter cannot be called {name!r}: choose another name")
-    hints = get_type_hints(Recipe)
+    hints = get_type_hints(SingleImageConfig)
     given = {key: text for key, text in row.items() if text and key not in OWN_COLUMNS}
     options = {key: _value(key, hints[key], text) for key, text in given.items()}
     replace(recipe, **options)  # raises if the values cannot work

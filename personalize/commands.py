@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from personalize.photo_options import PhotoConfig
-from personalize.recipes import OnBase
+from personalize.recipes import InferenceOptions
 
 
 @dataclass(frozen=True)
-class EditConfig(OnBase):
+class EditConfig(InferenceOptions):
     """Edit the picture that an adapter was trained on.
 
     Given a photo instead of an adapter, `edit` does something else: see personalize edit photo.png --help.
@@ -74,7 +74,7 @@ class EditConfig(OnBase):
 
 
 @dataclass(frozen=True)
-class DragConfig(OnBase):
+class DragConfig(InferenceOptions):
     """Drag points of a picture: what lies at each --from goes to its --to; nothing is trained.
 
     Writes the picture, the mask of what moved, an overlay to check both, and where the points arrived.

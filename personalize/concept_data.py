@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from personalize.concepts import Subject, check_new, installed, locate
-from personalize.data import Share
+from personalize.data import SampleShard
 from personalize.errors import UserError
-from personalize.images import cut, load_image, to_pixels
+from personalize.images import resize_and_crop, load_image, to_pixels
 from personalize.model import StableDiffusion
 from personalize.randomness import generator
 from personalize.views import arranged, canvas_mask, draw_order, draw_view, shown, squared
@@ -76,7 +76,7 @@ def check_prompt(model: StableDiffusion, picture: ConceptPicture) -> None:
 
 
 @dataclass(frozen=True)
-class Example:
+class ClassImage:
     """A regularisation picture, as a file or in memory, and what it shows."""
 
     caption: str
@@ -91,9 +91,9 @@ class Example:
         return self.caption.encode(), content
 
 
-def class_pixels(examples: Sequence[Example], size: tuple[int, int]) -> Tensor:
+def class_pixels(examples: Sequence[ClassImage], size: tuple[int, int]) -> Tensor:
     """All pictures cut to `size` (H, W), as pixels (n, 3, H, W)."""
-    return torch.cat([to_pixels(cut(example.open().convert("RGB"), size)) for example in examples])
+    return torch.cat([to_pixels(resize_and_crop(example.open().convert("RGB"), size)) for example in examples])
 
 
 def digest(*parts: Tensor | bytes | None) -> str:
@@ -107,20 +107,20 @@ def digest(*parts: Tensor | bytes | None) -> str:
 
 
 @dataclass
-class ConceptSamples:
-    """Batches for `MultiConcept`, made while the tokens are in `model`."""
+class ConceptDataset:
+    """Batches for `MultiConceptObjective`, made while the tokens are in `model`."""
 
     model: StableDiffusion
     picture: ConceptPicture
     side: int
     seed: int
-    examples: Sequence[Example] = ()
+    examples: Sequence[ClassImage] = ()
     augment: bool = True
     swap: float = 0.5
     _places: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
     _encoded: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
-    def batches(self, share: Share, first: int, last: int) -> Iterator[dict[str, Any]]:
+    def batches(self, share: SampleShard, first: int, last: int) -> Iterator[dict[str, Any]]:
         """This process's batches of updates `first` … `last` − 1."""
         for update in range(first, last):
             for micro in range(share.accumulation):

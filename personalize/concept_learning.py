@@ -20,66 +20,66 @@ from torch import Tensor
 
 from personalize.adapter import Adapter
 from personalize.attention import attention_sites
-from personalize.concept_data import ConceptPicture, ConceptSamples, Example, check_prompt, digest
+from personalize.concept_data import ClassImage, ConceptDataset, ConceptPicture, check_prompt, digest
 from personalize.concepts import ConceptRows, initial_rows, installed, state
 from personalize.errors import UserError
-from personalize.lean import lean
-from personalize.learning import Learning, versions
+from personalize.lean import fast_paths
+from personalize.learning import SingleImageRun, versions
 from personalize.lora import add_lora, lora_aside, lora_state
 from personalize.model import StableDiffusion
 from personalize.multi_concept import (
-    MultiConcept,
+    MultiConceptObjective,
     calibration_layers,
     full_weights,
     low_rank,
     text_projections,
 )
-from personalize.recipes import ConceptRecipe
-from personalize.training import left_as_found, recomputing
+from personalize.recipes import MultiConceptConfig
+from personalize.training import gradient_checkpointing, restored
 
 
 @contextmanager
-def teaching(
+def multi_concept_run(
     model: StableDiffusion,
     picture: ConceptPicture,
-    recipe: ConceptRecipe | None = None,
+    recipe: MultiConceptConfig | None = None,
     *,
-    examples: Sequence[Example] = (),
+    examples: Sequence[ClassImage] = (),
     resolution: int | None = None,
     accelerator: Accelerator | None = None,
-) -> Iterator[ConceptLearning]:
+) -> Iterator[MultiConceptRun]:
     """A run that learns the subjects of `picture`, with `examples` as regularisation; on leaving, `model` is as it was.
 
     Raises:
         UserError: settings that cannot work, a prompt that does not name every subject once, tokens that are taken.
     """
-    recipe = recipe or ConceptRecipe()
+    recipe = recipe or MultiConceptConfig()
     check_prompt(model, picture)
     rows = {s.token: initial_rows(model, s, recipe.initializer(i)) for i, s in enumerate(picture.subjects)}
     with ExitStack() as stack:
-        stack.enter_context(left_as_found(model))
-        stack.enter_context(lean(model.unet))
-        stack.enter_context(recomputing(model.unet, recipe.gradient_checkpointing))
+        stack.enter_context(restored(model))
+        stack.enter_context(fast_paths(model.unet))
+        stack.enter_context(gradient_checkpointing(model.unet, recipe.gradient_checkpointing))
         layers = stack.enter_context(installed(model, rows, trainable=True))
         if recipe.full_kv:
             base = stack.enter_context(full_weights(model.unet))
         else:
             base = {}
             add_lora(model.unet, text_projections(model.unet), recipe.rank, recipe.alpha, recipe.seed)
-        yield ConceptLearning(model, picture, recipe, layers, base, examples, resolution, accelerator)
+        yield MultiConceptRun(model, picture, recipe, layers, base, examples, resolution, accelerator)
 
 
-class ConceptLearning(Learning):
-    """One run.  Make it with `teaching`, which cleans up; `update` counts the finished updates of `updates`."""
+class MultiConceptRun(SingleImageRun):
+    """One run.  Make it with `multi_concept_run`, which cleans up; `update` counts the finished updates of `updates`."""
 
     def __init__(
         self,
         model: StableDiffusion,
         subject_picture: ConceptPicture,
-        recipe: ConceptRecipe,
+        recipe: MultiConceptConfig,
         layers: list[ConceptRows],
         base: dict[str, Tensor],
-        examples: Sequence[Example],
+        examples: Sequence[ClassImage],
         resolution: int | None,
         accelerator: Accelerator | None,
     ) -> None:
@@ -92,12 +92,12 @@ class ConceptLearning(Learning):
         if side < multiple:
             raise UserError(f"resolution {resolution} px is too small: this base model needs at least {multiple} px")
         self.size = (side, side)
-        self.picture = ConceptSamples(  # pyright: ignore
+        self.picture = ConceptDataset(  # pyright: ignore
             model, subject_picture, side, recipe.seed, examples, recipe.augment, recipe.swap_subjects
         )
         self.data_sha256 = _digest(subject_picture, examples)
         self.map_layers = self._layers_of_maps()
-        self.objective = MultiConcept(  # pyright: ignore
+        self.objective = MultiConceptObjective(  # pyright: ignore
             model, layers, calibration_weight=recipe.calibration_weight, prior_loss_weight=recipe.prior_loss_weight,
             mask_weight=self.anchoring, full_kv=recipe.full_kv,
         )  # fmt: skip
@@ -133,7 +133,7 @@ class ConceptLearning(Learning):
 
     @contextmanager
     def showing(self) -> Iterator[Adapter]:
-        """As in `Learning`; the tokens stay in the model, where a prompt finds them as they are now."""
+        """As in `SingleImageRun`; the tokens stay in the model, where a prompt finds them as they are now."""
         learned = {name: self.model.unet.get_submodule(name).weight for name in self.weights_before}
         now = {name: weight.detach().clone() for name, weight in learned.items()}
         adapter = replace(self.adapter(), concepts={})
@@ -161,7 +161,7 @@ class ConceptLearning(Learning):
         return {"subjects": subjects, "calibrated": self.map_layers, **kind}
 
 
-def _digest(picture: ConceptPicture, examples: Sequence[Example]) -> str:
+def _digest(picture: ConceptPicture, examples: Sequence[ClassImage]) -> str:
     """One hash of the picture, its masks, and the regularisation captions and pictures."""
     images = (picture.image, *picture.masks)
     own = [part for image in images for part in (f"{image.size}".encode(), image.tobytes())]

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from personalize.concept_data import ConceptPicture
-from personalize.concept_learning import ConceptLearning
+from personalize.concept_learning import MultiConceptRun
 from personalize.concept_maps import ConceptMaps, concept_maps, map_sheet
 from personalize.concepts import TOKEN, Subject
 from personalize.data import find_picture
@@ -48,10 +48,10 @@ def read_subjects(
     return tuple(found)
 
 
-class Stages:
+class MapSnapshots:
     """The attention maps of a run at several moments, if they are wanted, as one picture for the card."""
 
-    def __init__(self, run: ConceptLearning, picture: ConceptPicture, *, wanted: bool) -> None:
+    def __init__(self, run: MultiConceptRun, picture: ConceptPicture, *, wanted: bool) -> None:
         self.run, self.wanted = run, wanted
         self.image: Image.Image = picture.image.resize(run.size, Image.Resampling.LANCZOS)
         self.subjects, self.maps = picture.subjects, dict[str, ConceptMaps]()

@@ -39,7 +39,7 @@ def find_picture(place: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Share:
+class SampleShard:
     """How an update's samples are dealt out: batches of `batch`, `accumulation` of them, on each of `processes`."""
 
     batch: int
@@ -69,7 +69,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class LatentDataset:
     """The cached posteriors of p encoded pictures: `mean` and `std` (p, c, h, w), scaled.
 
     z₀ = mean + std · ξ with one ξ a picture for the whole run, or a new one for each sample if `resample`.
@@ -87,7 +87,7 @@ class Pictures:
     train_timesteps: int = 1000
     rows: tuple[int, ...] = (0,)
     weights: Tensor | None = None
-    prior: Pictures | None = None
+    prior: LatentDataset | None = None
     purpose: str = ""
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class Pictures:
         }
         return row if self.weights is None else row | {"weights": self.weights[number]}
 
-    def batches(self, share: Share, first: int, last: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, share: SampleShard, first: int, last: int) -> Iterator[dict[str, Tensor]]:
         """This process's batches of updates `first` … `last` − 1, stacked along b; the pictures take turns."""
         for update in range(first, last):
             for micro in range(share.accumulation):

@@ -28,25 +28,25 @@ from personalize import __version__, checkpoints
 from personalize.adapter import Adapter
 from personalize.captured import replay
 from personalize.checkpoints import Checkpoint
-from personalize.concept_data import Example, class_pixels, digest
-from personalize.data import Pictures, Share
+from personalize.concept_data import ClassImage, class_pixels, digest
+from personalize.data import LatentDataset, SampleShard
 from personalize.errors import UserError
 from personalize.formats import diffusers_file
-from personalize.lean import in_precision, lean
+from personalize.lean import fast_paths, in_precision
 from personalize.lora import add_lora, lora_aside, lora_state, module_names
 from personalize.model import StableDiffusion
-from personalize.objectives import SingleImage
-from personalize.recipes import Recipe
+from personalize.objectives import SingleImageObjective
+from personalize.recipes import SingleImageConfig
 from personalize.text_lora import add_text_lora, text_lora_state
 from personalize.training import (
     EarlyStop,
     StepReport,
-    adam,
-    fit,
-    left_as_found,
-    products,
-    recomputing,
-    without_autocast,
+    adamw,
+    gradient_checkpointing,
+    restored,
+    set_autocast,
+    training_dtype,
+    training_steps,
 )  # fmt: skip
 
 # between a run and its resumption
@@ -56,30 +56,30 @@ Captions = str | Sequence[str]  # one for all pictures, or one each
 
 
 @contextmanager
-def learning(
+def single_image_run(
     model: StableDiffusion,
     pixels: Tensor,
     caption: Captions,
-    recipe: Recipe | None = None,
+    recipe: SingleImageConfig | None = None,
     *,
     masks: Tensor | None = None,
-    examples: Sequence[Example] = (),
+    examples: Sequence[ClassImage] = (),
     accelerator: Accelerator | None = None,
-) -> Iterator[Learning]:
+) -> Iterator[SingleImageRun]:
     """A run that learns `pixels` (p, 3, H, W) in [−1, 1] as `caption`; on leaving, `model` is as it was.
 
-    masks: (p, 1, H, W) in [0, 1], where the subject is; see `Recipe.mask_weight`.
+    masks: (p, 1, H, W) in [0, 1], where the subject is; see `SingleImageConfig.mask_weight`.
     examples: class pictures with their captions, for prior preservation; cut to H×W.
 
     Raises:
         UserError: settings that cannot work, or a model that already carries an adapter.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or SingleImageConfig()
     with (
-        left_as_found(model), in_precision(model.unet, products(model, accelerator)), lean(model.unet),
-        recomputing(model.unet, recipe.gradient_checkpointing),
+        restored(model), in_precision(model.unet, training_dtype(model, accelerator)), fast_paths(model.unet),
+        gradient_checkpointing(model.unet, recipe.gradient_checkpointing),
     ):  # fmt: skip
-        run = Learning(model, pixels, caption, recipe, masks, examples, accelerator)
+        run = SingleImageRun(model, pixels, caption, recipe, masks, examples, accelerator)
         run.adapt()
         yield run
 
@@ -88,19 +88,19 @@ def learn(
     model: StableDiffusion,
     pixels: Tensor,
     caption: Captions,
-    recipe: Recipe | None = None,
+    recipe: SingleImageConfig | None = None,
     *,
     accelerator: Accelerator | None = None,
 ) -> Adapter:
-    """Learn `pixels` (p, 3, H, W) in [−1, 1] as `caption`, silently, and return the adapter; see `learning`."""
-    with learning(model, pixels, caption, recipe, accelerator=accelerator) as run:
+    """Learn `pixels` (p, 3, H, W) in [−1, 1] as `caption`, silently, and return the adapter; see `single_image_run`."""
+    with single_image_run(model, pixels, caption, recipe, accelerator=accelerator) as run:
         for _ in run.steps():
             pass
         return run.adapter()
 
 
-class Learning:
-    """One run.  Make it with `learning`, which cleans up; `update` counts the finished updates of `updates`.
+class SingleImageRun:
+    """One run.  Make it with `single_image_run`, which cleans up; `update` counts the finished updates of `updates`.
 
     By itself it is what a run needs of its pictures and captions; `adapt` alters the model.
     """
@@ -110,9 +110,9 @@ class Learning:
         model: StableDiffusion,
         pixels: Tensor,
         caption: Captions,
-        recipe: Recipe,
+        recipe: SingleImageConfig,
         masks: Tensor | None,
-        examples: Sequence[Example],
+        examples: Sequence[ClassImage],
         accelerator: Accelerator | None,
     ) -> None:
         self._begin(model, recipe, accelerator)
@@ -142,17 +142,16 @@ class Learning:
                 f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches, "
                 f"the recipe {recipe.gradient_accumulation_steps}: make the accelerator with the recipe's number"
             )
-        without_autocast(self.accelerator, model.dtype == torch.bfloat16 and "quantisation" not in self.base)
-        self.share = Share(
+        set_autocast(self.accelerator, model.dtype == torch.bfloat16 and "quantisation" not in self.base)
+        self.share = SampleShard(
             recipe.train_batch_size, recipe.gradient_accumulation_steps,
             self.accelerator.process_index, self.accelerator.num_processes,
         )  # fmt: skip
 
-    def _pictures(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> Pictures:
+    def _pictures(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> LatentDataset:
         """Encoded pictures with their captions' rows, and what `masks` make of the loss."""
         model, recipe = self.model, self.recipe
-        with lean(model.vae.encoder):
-            posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, for the sake of memory
+        posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, for the sake of memory
         mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
         weights = None
         if masks is not None:
@@ -161,9 +160,9 @@ class Learning:
             if not bool(weights.flatten(1).any(1).all()):
                 raise UserError("a mask is black wherever its picture is used: paint white where the subject is")
         steps = len(model.alphas_cumprod)
-        return Pictures(mean, std, recipe.seed, recipe.resample_latents, steps, tuple(rows), weights)
+        return LatentDataset(mean, std, recipe.seed, recipe.resample_latents, steps, tuple(rows), weights)
 
-    def _prior(self, examples: Sequence[Example], masked: bool) -> Pictures | None:
+    def _prior(self, examples: Sequence[ClassImage], masked: bool) -> LatentDataset | None:
         """Encoded class pictures, their captions' rows behind those of the subject's."""
         if not examples:
             return None
@@ -179,8 +178,8 @@ class Learning:
         add_lora(model.unet, names, recipe.rank, recipe.alpha, recipe.seed)
         if recipe.train_text_encoder:
             add_text_lora(model, recipe.rank, recipe.alpha, recipe.seed, recipe.targets)
-        self.objective = SingleImage(
-            model, told[:own], standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma,
+        self.objective = SingleImageObjective(
+            model, told[:own], standalone=recipe.source_embedding_frozen, snr_gamma=recipe.snr_gamma,
             prior=told[own:] if self.class_captions else None, prior_loss_weight=recipe.prior_loss_weight,
             texts=self.texts if recipe.train_text_encoder else (), size=self.size,
         )  # fmt: skip
@@ -188,7 +187,7 @@ class Learning:
         self._optimise(groups)
 
     def _optimise(self, groups: list[dict[str, Any]]) -> None:
-        optimizer = adam(groups, self.model.device, use_8bit=self.recipe.use_8bit_adam)
+        optimizer = adamw(groups, self.model.device, use_8bit=self.recipe.use_8bit_adam)
         self._prepared, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
 
     def steps(self) -> Iterator[StepReport]:
@@ -203,7 +202,7 @@ class Learning:
         if recipe.cuda_graph:
             reports = replay(self, batches)
         else:
-            reports = fit(
+            reports = training_steps(
                 self._prepared, batches, self.optimizer, accelerator=self.accelerator,
                 max_grad_norm=recipe.max_grad_norm, first_update=first, early_stop=stop,
             )  # fmt: skip
@@ -232,7 +231,7 @@ class Learning:
             lora=self._lora(),
             rank=self.recipe.rank,
             alpha=self.recipe.alpha,
-            source=None if self.recipe.sourceless else source,
+            source=None if self.recipe.without_source_embedding else source,
             info={**self.about(), "updates": self.update, "versions": versions(), **info},
         )
 
@@ -263,7 +262,7 @@ class Learning:
     def _own(self) -> dict[str, Any]:
         """What only this kind of run has to say of itself."""
         several = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
-        return {**several, "targets": self.recipe.targets, "standalone": self.recipe.sourceless}
+        return {**several, "targets": self.recipe.targets, "standalone": self.recipe.without_source_embedding}
 
     def save_checkpoint(self, output_dir: str | Path, limit: int | None = None) -> Path:
         """Write `output_dir/checkpoint-N` (on the main process), with an adapter file other programs can load."""

@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from personalize.data import Share
+from personalize.data import SampleShard
 from personalize.errors import UserError
 from personalize.quantisation import held
 
 if TYPE_CHECKING:
-    from personalize.learning import Learning
+    from personalize.learning import SingleImageRun
 
 SMALL_TENSOR, BLOCK = 4096, 256  # of bitsandbytes' 8-bit optimisers
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes, on the device that trains; `sample` is one sample's share of the activations."""
 
     base: int
@@ -61,7 +61,7 @@ class Estimate:
         )
 
 
-def estimate(run: Learning) -> Estimate:
+def estimate(run: SingleImageRun) -> MemoryEstimate:
     """What `run` will take; one sample is tried for it, which changes nothing.
 
     Raises:
@@ -73,10 +73,10 @@ def estimate(run: Learning) -> Estimate:
     parts = (run.model.unet, run.model.vae, *run.model.text_encoders)
     moments = [_eight_bit(size) if run.recipe.use_8bit_adam else 8 * size for size in sizes]
     base = sum(map(held, parts)) - sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
-    return Estimate(base, adapter, adapter, sum(moments), _tried(run, learns), run.recipe.train_batch_size)
+    return MemoryEstimate(base, adapter, adapter, sum(moments), _tried(run, learns), run.recipe.train_batch_size)
 
 
-def check_fits(expected: Estimate, run: Learning) -> str | None:
+def check_fits(expected: MemoryEstimate, run: SingleImageRun) -> str | None:
     """A sentence of advice if `expected` is more than is free now besides the base; None if it fits."""
     free = _free(run.model.device)
     wanted = expected.total - expected.base - expected.adapter  # these two are there already
@@ -96,7 +96,7 @@ def _free(device: torch.device) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def _cheaper(run: Learning) -> str:
+def _cheaper(run: SingleImageRun) -> str:
     recipe, small = run.recipe, "quantisation" in run.base
     steps = [
         (recipe.train_batch_size > 1, "--train_batch_size 1 and more --gradient_accumulation_steps"),
@@ -115,12 +115,12 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _tried(run: Learning, learns: list[nn.Parameter]) -> int:
+def _tried(run: SingleImageRun, learns: list[nn.Parameter]) -> int:
     """The peak of live bytes over one sample's forward and backward pass."""
-    batch: Any = next(run.picture.batches(Share(1), 0, 1))
+    batch: Any = next(run.picture.batches(SampleShard(1), 0, 1))
     here = [*_tensors(run.objective), *_tensors(run.model.unet), *(t for t in batch.values() if isinstance(t, Tensor))]
     try:
-        with Live(here) as live, run.accelerator.autocast():
+        with LiveBytes(here) as live, run.accelerator.autocast():
             torch.autograd.grad(run.objective(batch).total, learns, allow_unused=True)
     except torch.OutOfMemoryError:
         raise UserError(f"not even one sample fits into memory: {_cheaper(run)}") from None
@@ -132,7 +132,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-class Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Inside it, `now` counts the bytes of all tensors made inside that are still alive; `peak` is its maximum."""
 
     def __init__(self, known: list[Tensor]) -> None:

@@ -100,7 +100,7 @@ def calibration_layers(unet: UNet2DConditionModel, size: tuple[int, int]) -> lis
     return [names[len(names) // 2] for names in rows.values()]
 
 
-class MultiConcept(nn.Module):
+class MultiConceptObjective(nn.Module):
     """The loss above, over everything that learns: the adapter (or the projections' full weights) and the token rows.
 
     Make it inside `concepts.installed(…, trainable=True)`; everything else of the base is frozen.

@@ -12,7 +12,7 @@ from personalize.losses import LossTerms, min_snr_weight
 from personalize.model import Conditioning, StableDiffusion
 
 
-class SingleImage(nn.Module):
+class SingleImageObjective(nn.Module):
     """Overfit the adapter in `model.unet` and the source embeddings e to one captioned picture, or to a few:
 
         L = mean over samples of  w(t) Σ m (y(z₀, ε, t) − f(z_t, t, e))² / (c Σ m)  +  λ · the same of class pictures

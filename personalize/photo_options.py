@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from personalize.recipes import OnBase
+from personalize.recipes import InferenceOptions
 
 
 @dataclass(frozen=True)
-class PhotoConfig(OnBase):
+class PhotoConfig(InferenceOptions):
     """Edit a photo by text: it is inverted, and sampled again with another prompt that looks where the old one looked.
 
     Say what the photo shows, and what it is to show: all of it (--target), or word for word (--swap), or how much of a

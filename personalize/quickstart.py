@@ -16,11 +16,11 @@ from rich.progress import track
 from personalize.bundled import Change, Example, bundled
 from personalize.captions import find_caption
 from personalize.data import find_picture
-from personalize.editor import Editor, Sampling, Setting
+from personalize.editor import Editor, EditStrengths, Sampling
 from personalize.files import write_file
-from personalize.images import fit, load_image, psnr, to_image, to_pixels
+from personalize.images import fitted_pixels, load_image, psnr, to_image, to_pixels
 from personalize.launching import presets
-from personalize.learning import Recipe, learning
+from personalize.learning import SingleImageConfig, single_image_run
 from personalize.model import StableDiffusion
 from personalize.options import read_yaml
 from personalize.pictures import grid, png
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 SHOWABLE = 24.0  # dB: a base whose autoencoder keeps less of a picture cannot show it
 VARIANTS = {  # near the picture, and obedient: tests/bench/results/quickstart.md has what was tried
-    "all that was learned": Setting(1.0, 1.2),
-    "half of the decoder forgotten": Setting(1.0, 1.2, forget="decoder=0.5"),
+    "all that was learned": EditStrengths(1.0, 1.2),
+    "half of the decoder forgotten": EditStrengths(1.0, 1.2, forget="decoder=0.5"),
 }
 SAMPLING = Sampling(15, "dpm++_2m")  # as good as 25 steps of DDIM on all five scenes, for 0.6 of the time
 
@@ -58,11 +58,11 @@ def run(config: QuickstartConfig) -> Path:
     console, started = Console(soft_wrap=True), time.monotonic()
     example = bundled(config.scene) if config.photo is None else own(config.photo, config.caption)
     model = StableDiffusion.load(config.pretrained_model_name_or_path)
-    pixels, _ = fit(example.picture, model.resolution, 8 * model.factor)
+    pixels, _ = fitted_pixels(example.picture, model.resolution, 8 * model.factor)
     round_trip = model.decode(model.encode(pixels)).cpu()
     say_if_unshowable(console, psnr(round_trip, pixels), embedded=config.pretrained_model_name_or_path is None)
     begun = time.monotonic()
-    with learning(model, pixels, example.caption, recipe(config), accelerator=accelerator(model)) as run:
+    with single_image_run(model, pixels, example.caption, recipe(config), accelerator=accelerator(model)) as run:
         for _ in track(run.steps(), f"Learning “{example.caption}”", total=run.updates, console=console):
             pass
         adapter = run.adapter()
@@ -88,12 +88,12 @@ def own(photo: Path, caption: str | None) -> Example:
     return Example(load_image(path), words, tuple(Change("background", f"{words} {place}") for place in places))
 
 
-def recipe(config: QuickstartConfig) -> Recipe:
+def recipe(config: QuickstartConfig) -> SingleImageConfig:
     """The embedded model's preset (the method's own defaults on another base), with the command's seed and length."""
     embedded = config.pretrained_model_name_or_path is None
-    values: dict[str, Any] = read_yaml(presets("single_image")["embedded"], Recipe) if embedded else {}
+    values: dict[str, Any] = read_yaml(presets("single_image")["embedded"], SingleImageConfig) if embedded else {}
     values["seed"] = config.seed
-    chosen = Recipe(**values)
+    chosen = SingleImageConfig(**values)
     if config.max_train_steps is None:
         return chosen
     batch = chosen.train_batch_size * chosen.gradient_accumulation_steps

@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeVar
 
 from personalize.errors import UserError
 
-RecipeT = TypeVar("RecipeT", bound="LoraRecipe")
+ConfigT = TypeVar("RecipeT", bound="LoraTrainingConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class BaseModelOptions:
     """Which base model."""
 
     pretrained_model_name_or_path: str | None = None
@@ -28,7 +28,7 @@ class Base:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnBase(Base):
+class InferenceOptions(BaseModelOptions):
     """Options of every command that draws."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -38,7 +38,7 @@ class OnBase(Base):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Base):
+class RunOptions(BaseModelOptions):
     """How a training run is carried out, which does not decide what is learned."""
 
     output_dir: Path = Path("adapter")
@@ -74,7 +74,7 @@ class Run(Base):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prior:
+class PriorPreservationOptions:
     """Class pictures, which keep a word meaning what it meant (prior preservation)."""
 
     with_prior_preservation: bool = False
@@ -98,7 +98,7 @@ class Prior:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraRecipe:
+class LoraTrainingConfig:
     """What every recipe says."""
 
     rank: int = 16
@@ -126,7 +126,7 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(LoraRecipe):
+class SingleImageConfig(LoraTrainingConfig):
     """How a picture is learned; the defaults are those of the method.
 
     An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes;
@@ -170,12 +170,12 @@ class Recipe(LoraRecipe):
         _share(self, "mask_weight")
 
     @property
-    def frozen_text(self) -> bool:
+    def source_embedding_frozen(self) -> bool:
         """Is the source embedding left at the caption's encoding?"""
-        return self.sourceless or self.train_text_encoder
+        return self.without_source_embedding or self.train_text_encoder
 
     @property
-    def sourceless(self) -> bool:
+    def without_source_embedding(self) -> bool:
         """Does the adapter go without a source embedding?  With text encoders trained, it is the caption's by them."""
         return self.standalone or (self.text_embedding_lr == 0 and not self.train_text_encoder)
 
@@ -184,7 +184,7 @@ CALIBRATION_WEIGHT = 0.0025
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptRecipe(LoraRecipe):
+class MultiConceptConfig(LoraTrainingConfig):
     """How concepts are learned, by LoRA on the keys and values of text attention; the defaults are the method's.
 
     An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes.
@@ -251,7 +251,7 @@ class ConceptRecipe(LoraRecipe):
         return words[index % len(words)]
 
 
-def chosen(config: Any, recipe: type[RecipeT], **changes: Any) -> RecipeT:
+def extract_config(config: Any, recipe: type[ConfigT], **changes: Any) -> ConfigT:
     """The part of a trainer's options that is its recipe."""
     return recipe(**{field.name: getattr(config, field.name) for field in fields(recipe)} | changes)
 

@@ -18,14 +18,14 @@ from typing import Any
 from PIL import Image
 
 from personalize.captions import sidecar_caption
-from personalize.concept_data import Example
+from personalize.concept_data import ClassImage
 from personalize.data import SUFFIXES
 from personalize.errors import UserError
 from personalize.files import read_json, write_folder
 from personalize.images import to_image
 from personalize.model import StableDiffusion
 from personalize.pictures import png
-from personalize.sampling import Edit, moves, sample
+from personalize.sampling import Edit, make_schedule, sample
 from personalize.subject import load_rows, opened
 
 TOLD = "about.json"  # in a folder of drawn pictures: what they were drawn from
@@ -33,8 +33,8 @@ CACHE = Path("~/.cache/personalize/regularisation")
 GUIDANCE, BATCH = 6.0, 4  # Custom Diffusion's guidance
 
 
-def examples(config: Any, model: StableDiffusion, prompt: str, size: tuple[int, int], lead: Any) -> list[Example]:
-    """The class pictures that a trainer's options (`recipes.Prior`) ask for, from the first source that is named.
+def examples(config: Any, model: StableDiffusion, prompt: str, size: tuple[int, int], lead: Any) -> list[ClassImage]:
+    """The class pictures that a trainer's options (`recipes.PriorPreservationOptions`) ask for, from the first source that is named.
 
     `prompt` is what they show, `size` (H, W) that of those which the base draws, on the process that leads (`lead` is
     the accelerator) and for all of them.
@@ -60,7 +60,7 @@ def examples(config: Any, model: StableDiffusion, prompt: str, size: tuple[int, 
         )  # fmt: skip
 
 
-def from_folder(folder: str | Path, class_prompt: str, count: int | None = None) -> list[Example]:
+def from_folder(folder: str | Path, class_prompt: str, count: int | None = None) -> list[ClassImage]:
     """The pictures in `folder` by name, `count` at most, captioned by the .txt beside each, or else by `class_prompt`.
 
     Raises:
@@ -72,10 +72,10 @@ def from_folder(folder: str | Path, class_prompt: str, count: int | None = None)
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise UserError(f"class_data_dir {folder} holds no picture: put PNG or JPEG files into it")
-    return [Example(sidecar_caption(path) or class_prompt, path) for path in paths[:count]]
+    return [ClassImage(sidecar_caption(path) or class_prompt, path) for path in paths[:count]]
 
 
-def from_dataset(name: str, class_prompt: str, count: int, *, image_column: str, caption_column: str) -> list[Example]:
+def from_dataset(name: str, class_prompt: str, count: int, *, image_column: str, caption_column: str) -> list[ClassImage]:
     """The first `count` rows of the training split of a data set: a hub id, or a local folder `load_dataset` knows.
 
     Raises:
@@ -83,7 +83,7 @@ def from_dataset(name: str, class_prompt: str, count: int, *, image_column: str,
     """
     rows = islice(load_rows(f"class_dataset_name {name}", image_column, path=name), count)
     return [
-        Example(" ".join(str(row.get(caption_column) or class_prompt).split()), opened(row[image_column], name))
+        ClassImage(" ".join(str(row.get(caption_column) or class_prompt).split()), opened(row[image_column], name))
         for row in rows
     ]
 
@@ -97,7 +97,7 @@ def from_base(
     steps: int = 50,
     seed: int = 0,
     cache: str | Path | None = None,
-) -> list[Example]:
+) -> list[ClassImage]:
     """`count` pictures (H, W) = `size` that the base draws of `class_prompt`, drawn at most once.
 
     With DDIM, guidance 6 and the seeds `seed`, `seed` + 1, …
@@ -121,7 +121,7 @@ def from_base(
 def _drawn(model: StableDiffusion, about: dict[str, Any]) -> Iterator[Image.Image]:
     size = (about["size"][0], about["size"][1])
     edit = Edit(model.prompts([about["prompt"]], size), None, GUIDANCE)
-    plan = moves(model, about["steps"], "ddim")
+    plan = make_schedule(model, about["steps"], "ddim")
     for first in range(0, about["count"], BATCH):
         seeds = [about["seed"] + number for number in range(first, min(first + BATCH, about["count"]))]
         for row in model.decode(sample(model, edit, seeds, plan, size)):

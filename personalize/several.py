@@ -16,24 +16,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from personalize.adapter import Adapter
-from personalize.data import Share
+from personalize.data import SampleShard
 from personalize.errors import UserError
-from personalize.learning import Learning, learning, versions
+from personalize.learning import SingleImageRun, single_image_run, versions
 from personalize.lora import PREFIX, lora_layers
 from personalize.lora_layers import several
 from personalize.losses import LossTerms
 from personalize.model import Conditioning, StableDiffusion
-from personalize.objectives import SingleImage
-from personalize.recipes import Recipe
-from personalize.training import StepReport, adam, fit
+from personalize.objectives import SingleImageObjective
+from personalize.recipes import SingleImageConfig
+from personalize.training import StepReport, adamw, training_steps
 
 Rows = dict[str, tuple[nn.Parameter, nn.Parameter]]
 
 
-class SeveralImages(nn.Module):
+class BatchedAdapters(nn.Module):
     """The objective of n adapters: that of one picture, summed; owns their stacked A and B, and a source row each."""
 
-    def __init__(self, inner: SingleImage, rows: Rows) -> None:
+    def __init__(self, inner: SingleImageObjective, rows: Rows) -> None:
         super().__init__()
         self.inner, self.count = inner, len(inner.embeds)
         self.pairs = nn.ParameterList([parameter for pair in rows.values() for parameter in pair])
@@ -45,7 +45,7 @@ class SeveralImages(nn.Module):
         return LossTerms(each.sum(), parts)
 
 
-def check_together(recipe: Recipe) -> None:
+def check_batchable(recipe: SingleImageConfig) -> None:
     """UserError, in one line, if adapters cannot be learned together under `recipe`."""
     obstacles = (
         (recipe.train_text_encoder, "train_text_encoder, whose encoders would need several LoRAs"),
@@ -59,44 +59,44 @@ def check_together(recipe: Recipe) -> None:
             raise UserError(f"adapters_per_batch does not go with {reason}")
 
 
-def learn_several(
+def learn_batched(
     model: StableDiffusion,
     pictures: Sequence[tuple[Tensor, str]],
-    recipe: Recipe,
+    recipe: SingleImageConfig,
     *,
     accelerator: Accelerator | None = None,
 ) -> list[tuple[Adapter, float]]:
-    """An adapter and its last loss for each (pixels (1, 3, H, W), caption), all of one size; see `learning`.
+    """An adapter and its last loss for each (pixels (1, 3, H, W), caption), all of one size; see `single_image_run`.
 
     Raises:
         UserError: a recipe under which they cannot be learned together.
         NonFiniteError: the loss or gradient of any one is no number.
     """
-    check_together(recipe)
+    check_batchable(recipe)
     if len({pixels.shape for pixels, _ in pictures}) != 1:
         raise ValueError("pictures that are learned together need one size")
-    with learning(model, *pictures[0], recipe, accelerator=accelerator) as host:
-        runs = [host] + [Learning(model, *picture, recipe, None, (), accelerator) for picture in pictures[1:]]
+    with single_image_run(model, *pictures[0], recipe, accelerator=accelerator) as host:
+        runs = [host] + [SingleImageRun(model, *picture, recipe, None, (), accelerator) for picture in pictures[1:]]
         layers, start = lora_layers(model.unet), host.objective.adapter_parameters()  # of one seed, and so of all
         stacked = [nn.Parameter(p.detach().expand(len(runs), *p.shape).clone()) for p in start]
         rows = dict(zip(layers, zip(stacked[::2], stacked[1::2], strict=True), strict=True))
         told = Conditioning.cat([run.told for run in runs])
-        inner = SingleImage(model, told, standalone=recipe.frozen_text, snr_gamma=recipe.snr_gamma)
+        inner = SingleImageObjective(model, told, standalone=recipe.source_embedding_frozen, snr_gamma=recipe.snr_gamma)
         with several(layers, rows):
-            last = [report.losses for report in _steps(host, runs, SeveralImages(inner, rows))][-1]
+            last = [report.losses for report in _steps(host, runs, BatchedAdapters(inner, rows))][-1]
     return [(_adapter(run, rows, inner, number), float(last[str(number)])) for number, run in enumerate(runs)]
 
 
-def _steps(host: Learning, runs: Sequence[Learning], objective: SeveralImages) -> Iterator[StepReport]:
+def _steps(host: SingleImageRun, runs: Sequence[SingleImageRun], objective: BatchedAdapters) -> Iterator[StepReport]:
     recipe, inner = host.recipe, objective.inner
     text = [p for p in (inner.embeds, inner.pooled) if p is not None and p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": list(objective.pairs), "lr": recipe.learning_rate}]
     groups += [{"params": text, "lr": recipe.text_embedding_lr}] if text else []
-    prepared, optimizer = host.accelerator.prepare(objective, adam(groups, host.model.device))
-    return fit(prepared, _batches(runs, host.share, host.updates), optimizer, accelerator=host.accelerator)
+    prepared, optimizer = host.accelerator.prepare(objective, adamw(groups, host.model.device))
+    return training_steps(prepared, _batches(runs, host.share, host.updates), optimizer, accelerator=host.accelerator)
 
 
-def _batches(runs: Sequence[Learning], share: Share, updates: int) -> Iterator[dict[str, Tensor]]:
+def _batches(runs: Sequence[SingleImageRun], share: SampleShard, updates: int) -> Iterator[dict[str, Tensor]]:
     """Every run's own batches, one run's samples after another's."""
     for batches in zip(*(run.picture.batches(share, 0, updates) for run in runs), strict=True):
         joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -104,7 +104,7 @@ def _batches(runs: Sequence[Learning], share: Share, updates: int) -> Iterator[d
         yield joined | {"rows": torch.arange(len(runs)).repeat_interleave(torch.tensor(counts))}
 
 
-def _adapter(run: Learning, rows: Rows, inner: SingleImage, number: int) -> Adapter:
+def _adapter(run: SingleImageRun, rows: Rows, inner: SingleImageObjective, number: int) -> Adapter:
     """What adapter `number` has become."""
     lora = {
         f"{PREFIX}{name}.lora_{letter}.weight": pair[index].detach()[number].float().cpu().clone()
@@ -115,4 +115,4 @@ def _adapter(run: Learning, rows: Rows, inner: SingleImage, number: int) -> Adap
     source = {key: p.detach()[number : number + 1].cpu().clone() for key, p in learned.items() if p is not None}
     recipe = run.recipe
     info = {**run.about(), "updates": run.updates, "versions": versions()}
-    return Adapter(lora, recipe.rank, recipe.alpha, None if recipe.sourceless else source, info)
+    return Adapter(lora, recipe.rank, recipe.alpha, None if recipe.without_source_embedding else source, info)

@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from personalize.training import fit
+from personalize.training import training_steps
 
 LOG_EVERY = 50  # updates
 Batch = Callable[[int, range], dict[str, Tensor]]  # of an update, by the numbers of its samples
@@ -67,7 +67,7 @@ def run(
     source = DataLoader(_Batches(stage, accelerator, batch, first), batch_size=None, num_workers=stage.workers)
     batches = ({key: value.to(accelerator.device) for key, value in one.items()} for one in source)
     means, started = {}, time.monotonic()
-    for report in fit(
+    for report in training_steps(
         prepared, batches, optimizer, accelerator=accelerator, lr_scheduler=schedule, max_grad_norm=1.0,
         first_update=first,
     ):  # fmt: skip

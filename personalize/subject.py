@@ -20,13 +20,13 @@ from torch import Tensor
 from personalize.captions import describe, find_caption, sidecar_caption
 from personalize.data import find_picture
 from personalize.errors import UserError
-from personalize.images import cut, fitted_size, load_image, read_image, to_pixels
+from personalize.images import resize_and_crop, fitted_size, load_image, read_image, to_pixels
 
 MASK_COLUMN = "mask"  # what 🤗 datasets makes of `mask_file_name`
 
 
 @dataclass(frozen=True)
-class Shown:
+class TrainingImage:
     """One picture: `name` for messages, what it shows, and where its subject is (white), or None: everywhere."""
 
     name: str
@@ -43,7 +43,7 @@ class Shown:
             raise UserError(f"the mask of {self.name} is all black: paint white where the subject is")
 
 
-def read_subject(config: Any) -> list[Shown]:
+def read_subject(config: Any) -> list[TrainingImage]:
     """The pictures that a trainer's options name, in exactly one of its ways.
 
     Raises:
@@ -56,7 +56,7 @@ def read_subject(config: Any) -> list[Shown]:
     if places and not places[0].is_dir():
         path = find_picture(places[0])
         mask = None if config.instance_mask is None else load_image(config.instance_mask)
-        return [Shown(str(path), load_image(path), find_caption(path, config.caption, config.caption_model), mask)]
+        return [TrainingImage(str(path), load_image(path), find_caption(path, config.caption, config.caption_model), mask)]
     if config.instance_mask is not None:
         raise UserError("instance_mask belongs to one picture: in a folder, give mask_file_name in its metadata.jsonl")
     with tempfile.TemporaryDirectory() as cache:  # a folder is read anew each time, so that nothing is ever stale
@@ -102,7 +102,7 @@ def opened(cell: Mapping[str, Any], name: str) -> Image.Image:
     return load_image(cell["path"])
 
 
-def _shown(row: Mapping[str, Any], name: str, config: Any) -> Shown:
+def _shown(row: Mapping[str, Any], name: str, config: Any) -> TrainingImage:
     cell = row[config.image_column]
     path = Path(cell["path"]) if cell.get("path") and cell.get("bytes") is None else None
     image, mask = opened(cell, name), row.get(MASK_COLUMN)
@@ -116,10 +116,10 @@ def _shown(row: Mapping[str, Any], name: str, config: Any) -> Shown:
             f"beside it, into column {config.caption_column!r} of metadata.jsonl, or name a --caption_model"
         )
     name = str(path or name)
-    return Shown(name, image, " ".join(words.split()), None if mask is None else opened(mask, f"the mask of {name}"))
+    return TrainingImage(name, image, " ".join(words.split()), None if mask is None else opened(mask, f"the mask of {name}"))
 
 
-def fitted(shown: Sequence[Shown], resolution: int, multiple: int) -> tuple[Tensor, Tensor | None]:
+def fitted(shown: Sequence[TrainingImage], resolution: int, multiple: int) -> tuple[Tensor, Tensor | None]:
     """All pictures in one size: pixels (p, 3, H, W) in [−1, 1], and masks (p, 1, H, W) in [0, 1] if any has one.
 
     The size is that of `images.fit` where it is the same for all of them, otherwise a square, cut out of the middle.
@@ -127,9 +127,9 @@ def fitted(shown: Sequence[Shown], resolution: int, multiple: int) -> tuple[Tens
     sizes = {fitted_size(one.image.height, one.image.width, resolution, multiple) for one in shown}
     side = resolution // multiple * multiple
     size = sizes.pop() if len(sizes) == 1 else (side, side)
-    pixels = torch.cat([to_pixels(cut(one.image, size)) for one in shown])
+    pixels = torch.cat([to_pixels(resize_and_crop(one.image, size)) for one in shown])
     if all(one.mask is None for one in shown):
         return pixels, None
     white = Image.new("L", (size[1], size[0]), 255)
-    masks = [white if one.mask is None else cut(one.mask, size) for one in shown]
+    masks = [white if one.mask is None else resize_and_crop(one.mask, size) for one in shown]
     return pixels, torch.cat([(to_pixels(mask)[:, :1] + 1) / 2 for mask in masks])

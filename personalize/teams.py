@@ -18,7 +18,7 @@ ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """This process's number among `count`."""
 
     index: int = 0
@@ -33,7 +33,7 @@ class Team:
         return values
 
 
-def join() -> Team:
+def join() -> ProcessGroup:
     """Meet the other processes of this launch (of one machine or several), then let Accelerate see this one alone.
 
     Accelerate's launch makes the process group and picks the device; afterwards an `Accelerator` made here belongs to
@@ -41,7 +41,7 @@ def join() -> Team:
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.accelerator.device_count() == 0
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    team = Team(state.process_index, state.num_processes)
+    team = ProcessGroup(state.process_index, state.num_processes)
     if team.count > 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # the process group stays
         GradientState._reset_state()

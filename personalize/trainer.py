@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from personalize import checkpoints, hub
 from personalize.captured import check_capturable
 from personalize.errors import UserError
-from personalize.learning import Learning
+from personalize.learning import SingleImageRun
 from personalize.memory import check_fits, estimate
 from personalize.model import StableDiffusion
 from personalize.validation import validate
@@ -81,7 +81,7 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
     return model
 
 
-def train(config: Any, run: Learning, name: str) -> None:
+def train(config: Any, run: SingleImageRun, name: str) -> None:
     """Make the updates, with an estimate before, progress, tracking, validation pictures and checkpoints."""
     from rich.progress import Progress
 
@@ -105,7 +105,7 @@ def train(config: Any, run: Learning, name: str) -> None:
                 validate(run, config)
 
 
-def _resume(config: Any, run: Learning) -> None:
+def _resume(config: Any, run: SingleImageRun) -> None:
     checkpoint = checkpoints.find(config.output_dir, config.resume_from_checkpoint)
     if checkpoint is not None:
         run.resume(checkpoint)

@@ -19,7 +19,7 @@ from personalize.losses import LossTerms
 from personalize.model import StableDiffusion
 
 
-def adam(
+def adamw(
     groups: list[dict[str, Any]], device: torch.device, *, use_8bit: bool = False, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """AdamW over `groups`, without decay unless they say so; with `use_8bit` its moments take one byte each.
@@ -41,7 +41,7 @@ def adam(
 
 
 @contextmanager
-def left_as_found(model: StableDiffusion) -> Iterator[None]:
+def restored(model: StableDiffusion) -> Iterator[None]:
     """Take the adapters away afterwards, and put every `requires_grad` back."""
     parts = (model.unet, *model.text_encoders)
     flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
@@ -54,7 +54,7 @@ def left_as_found(model: StableDiffusion) -> Iterator[None]:
             parameter.requires_grad_(flag).grad = None
 
 
-def products(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
+def training_dtype(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
     """What the base's weights have to be turned into for `accelerator`'s precision; None: they stay as they are.
 
     bf16 weights need no autocast, which casts weights and norms anew in each pass; fp16's overflow needs its fp32.
@@ -63,13 +63,13 @@ def products(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
     return torch.bfloat16 if wanted else None
 
 
-def without_autocast(accelerator: Accelerator, wanted: bool) -> None:
+def set_autocast(accelerator: Accelerator, wanted: bool) -> None:
     """Let what `accelerator` prepares from now on run in the precision of its weights, if `wanted`."""
     accelerator.autocast_handler = AutocastKwargs(enabled=not wanted)  # pyright: ignore
 
 
 @contextmanager
-def recomputing(unet: Any, wanted: bool = True) -> Iterator[None]:
+def gradient_checkpointing(unet: Any, wanted: bool = True) -> Iterator[None]:
     """Run the body with gradient checkpointing: of each block only the inputs are kept for the backward pass."""
     blocks = [vars(module) for module in unet.modules() if "gradient_checkpointing" in vars(module)]
     before = [{key: block[key] for key in _CHECKPOINTING if key in block} for block in blocks]
@@ -113,7 +113,7 @@ class EarlyStop:
         return update * self.batch > self.samples and float(loss) < self.loss
 
 
-def fit(
+def training_steps(
     objective: nn.Module,
     batches: Iterable[dict[str, Tensor]],
     optimizer: torch.optim.Optimizer,

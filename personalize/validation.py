@@ -15,18 +15,18 @@ from personalize.files import write_file
 from personalize.pictures import png
 
 if TYPE_CHECKING:
-    from personalize.learning import Learning
+    from personalize.learning import SingleImageRun
 
 FOLDER = "validation"
 
 
-def draw(run: Learning, prompt: str, *, count: int, steps: int) -> list[Image.Image]:
+def draw(run: SingleImageRun, prompt: str, *, count: int, steps: int) -> list[Image.Image]:
     """`count` pictures of `prompt` (seeds 0, 1, …) by the adapter as it is now; the run is left as it was."""
     with run.showing() as adapter:
         return Editor(run.model, adapter).edit(prompt, seeds=range(count), sampling=Sampling(steps))
 
 
-def validate(run: Learning, config: Any) -> list[Path]:
+def validate(run: SingleImageRun, config: Any) -> list[Path]:
     """Draw --validation_prompt, write output_dir/validation/N-i.png, and show the trackers; a failure is a warning.
 
     On the main process only: the others go on and wait at the next update.
@@ -47,7 +47,7 @@ def validate(run: Learning, config: Any) -> list[Path]:
     return paths
 
 
-def _show(run: Learning, images: Sequence[Image.Image]) -> None:
+def _show(run: SingleImageRun, images: Sequence[Image.Image]) -> None:
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             stack = np.stack([np.asarray(image) for image in images])

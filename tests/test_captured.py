@@ -13,33 +13,33 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from personalize import captured
-from personalize.captured import StaticStep, check_capturable, replayed
+from personalize.captured import GraphedStep, check_capturable, replayed
 from personalize.errors import UserError
-from personalize.learning import Learning, learning
+from personalize.learning import SingleImageRun, single_image_run
 from personalize.randomness import generator
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from personalize.training import NonFiniteError
 from tests.tiny import tiny_sd1
 
 HOST = ("_local_scalar_dense", "nonzero", "equal.default", "masked_select", "is_nonzero", "item")
-SMALL = Recipe(rank=2, max_train_samples=8, train_batch_size=2, targets="attention", max_grad_norm=0.5)
+SMALL = SingleImageConfig(rank=2, max_train_samples=8, train_batch_size=2, targets="attention", max_grad_norm=0.5)
 
 
 @contextmanager
-def run_of(recipe: Recipe = SMALL) -> Iterator[Learning]:
+def run_of(recipe: SingleImageConfig = SMALL) -> Iterator[SingleImageRun]:
     pixels = torch.randn(1, 3, 64, 64, generator=generator(0, "picture")).clamp(-1, 1)
-    with learning(tiny_sd1(), pixels, "a red cat", recipe) as run:
+    with single_image_run(tiny_sd1(), pixels, "a red cat", recipe) as run:
         yield run
 
 
-def static(run: Learning) -> StaticStep:
+def static(run: SingleImageRun) -> GraphedStep:
     batches = run.picture.batches(run.share, 0, run.updates)
     norm = run.recipe.max_grad_norm
     more = {"max_grad_norm": norm, "accumulation": run.share.accumulation}
-    return StaticStep(run.objective, batches, run.optimizer.optimizer, run.model.device, **more)  # pyright: ignore
+    return GraphedStep(run.objective, batches, run.optimizer.optimizer, run.model.device, **more)  # pyright: ignore
 
 
-def learned(run: Learning) -> dict[str, Tensor]:
+def learned(run: SingleImageRun) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in run.objective.trainable().items()}
 
 
@@ -134,7 +134,7 @@ def test_speed_graph_equals_the_loop_on_cuda() -> None:
     found = []
     for graphed in (False, True):
         recipe = replace(SMALL, max_train_samples=20, max_grad_norm=None, cuda_graph=graphed)
-        with learning(model, pixels, "a red cat", recipe) as run:
+        with single_image_run(model, pixels, "a red cat", recipe) as run:
             losses = [float(report.losses["loss"]) for report in run.steps()]
             found.append((losses, learned(run)))
     assert len(found[0][0]) == 10 > captured.WARM

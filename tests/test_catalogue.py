@@ -16,12 +16,12 @@ from personalize.adapter import Adapter
 from personalize.catalogue import Catalogue, Results, finished, run, write_table
 from personalize.catalogue_table import read_items
 from personalize.errors import UserError
-from personalize.recipes import Recipe
-from personalize.teams import Team
+from personalize.recipes import SingleImageConfig
+from personalize.teams import ProcessGroup
 from personalize.verify import MANIFEST
 from tests.tiny import tiny
 
-SHORT = Recipe(rank=2, targets="attention", max_train_samples=2, train_batch_size=1)
+SHORT = SingleImageConfig(rank=2, targets="attention", max_train_samples=2, train_batch_size=1)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def learned(shop, path, model=None, load=None):
     """Every row's status by name, after a run."""
     items, refused = read_items(path, SHORT)
     shared = Catalogue(shop / "out", SHORT)
-    rows = run(items, refused, shared, load or (lambda: model or tiny("sd1")), Team())
+    rows = run(items, refused, shared, load or (lambda: model or tiny("sd1")), ProcessGroup())
     return {row["name"]: row for row in rows}
 
 
@@ -208,7 +208,7 @@ def test_rows_are_shared_out_without_gap_or_overlap(shop, monkeypatch):
 
     monkeypatch.setattr(catalogue, "_learned", told)
 
-    class Apart(Team):
+    class Apart(ProcessGroup):
         """What is gathered from the others is known only as far as they have come."""
 
         def gathered(self, value):
@@ -236,7 +236,7 @@ def test_speed_rows_of_one_size_are_learned_together(shop, capsys):
     shared = Catalogue(shop / "out", SHORT, adapters_per_batch=4)
     groups = catalogue.grouped(items, shared, 64, 32)
     assert [[item.name for item in group] for group in groups] == [["cat", "dog"], ["wide"], ["x"]]
-    rows = {row["name"]: row for row in run(items, refused, shared, lambda: tiny("sd1"), Team())}
+    rows = {row["name"]: row for row in run(items, refused, shared, lambda: tiny("sd1"), ProcessGroup())}
     assert {name: row["status"] for name, row in rows.items()} == dict(cat="done", dog="done", wide="done", x="failed")
     assert "one at a time" not in capsys.readouterr().out
     for name in ("cat", "dog"):
@@ -245,9 +245,9 @@ def test_speed_rows_of_one_size_are_learned_together(shop, capsys):
 
 
 def test_speed_rows_that_fail_together_are_tried_alone(shop, capsys, monkeypatch):
-    monkeypatch.setattr(catalogue, "learn_several", lambda *_, **__: (_ for _ in ()).throw(MemoryError("too large")))
+    monkeypatch.setattr(catalogue, "learn_batched", lambda *_, **__: (_ for _ in ()).throw(MemoryError("too large")))
     items, refused = read_items(table(shop, "cat.png,a cat,", "dog.png,a dog,"), SHORT)
     shared = Catalogue(shop / "out", SHORT, adapters_per_batch=2)
-    rows = run(items, refused, shared, lambda: tiny("sd1"), Team())
+    rows = run(items, refused, shared, lambda: tiny("sd1"), ProcessGroup())
     assert [row["status"] for row in rows] == ["done", "done"]
     assert "lines 2 to 3 are learned one at a time: too large" in capsys.readouterr().out

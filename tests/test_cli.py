@@ -163,7 +163,7 @@ def test_every_declared_command_is_there():
 
 
 def test_every_launchable_script_is_whole():
-    names = [(room, path) for room in cli.ROOMS for path in launching.scripts(room).values()]
+    names = [(room, path) for room in cli.SCRIPT_FOLDERS for path in launching.scripts(room).values()]
     assert names
     for room, path in names:
         script = launching.load_script(path)
@@ -172,10 +172,10 @@ def test_every_launchable_script_is_whole():
 
 
 def test_every_option_is_documented():
-    files = {path: "Config" for room in cli.ROOMS for path in launching.scripts(room).values()}
+    files = {path: "Config" for room in cli.SCRIPT_FOLDERS for path in launching.scripts(room).values()}
     classes = [(path, name) for path, name in files.items()]
     classes += [(Path(inspect.getfile(config)), config.__name__) for config, _ in COMMANDS.values()]
-    shared = ["Base", "OnBase", "Run", "Prior", "LoraRecipe", "Recipe", "ConceptRecipe"]
+    shared = ["BaseModelOptions", "InferenceOptions", "RunOptions", "PriorPreservationOptions", "LoraTrainingConfig", "SingleImageConfig", "MultiConceptConfig"]
     classes += [(ROOT / "personalize" / "recipes.py", name) for name in shared]
     for path, name in classes:
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from personalize import checkpoints
 from personalize.adapter import Adapter
 from personalize.attachment import attach
-from personalize.concept_data import ConceptPicture, ConceptSamples, Example
-from personalize.concept_learning import ConceptRecipe, teaching
+from personalize.concept_data import ClassImage, ConceptDataset, ConceptPicture
+from personalize.concept_learning import MultiConceptConfig, multi_concept_run
 from personalize.concept_maps import concept_maps, map_sheet
 from personalize.concepts import Subject, initial_rows, installed
-from personalize.data import Share
+from personalize.data import SampleShard
 from personalize.editor import Editor, Sampling
 from personalize.errors import UserError
 from personalize.images import to_pixels
@@ -24,7 +24,7 @@ from personalize.model import StableDiffusion
 from tests.tiny import tiny, tiny_folder
 
 CAT, DOG = Subject("<cat1>", "cat", 2), Subject("<dog1>", "dog")
-SMALL = ConceptRecipe(rank=2, max_train_steps=2, gradient_accumulation_steps=1, learning_rate=1e-2,
+SMALL = MultiConceptConfig(rank=2, max_train_steps=2, gradient_accumulation_steps=1, learning_rate=1e-2,
                       token_learning_rate=1e-2)  # fmt: skip
 
 
@@ -37,11 +37,11 @@ def photo() -> Image.Image:
 
 
 PICTURE = ConceptPicture(photo(), (CAT, DOG))
-EXAMPLES = (Example("photo of a cat and dog", Image.new("RGB", (64, 64), "gray")),)
+EXAMPLES = (ClassImage("photo of a cat and dog", Image.new("RGB", (64, 64), "gray")),)
 
 
-def taught(model: StableDiffusion, recipe: ConceptRecipe = SMALL, **options: Any) -> Adapter:
-    with teaching(model, PICTURE, recipe, **options) as run:
+def taught(model: StableDiffusion, recipe: MultiConceptConfig = SMALL, **options: Any) -> Adapter:
+    with multi_concept_run(model, PICTURE, recipe, **options) as run:
         for report in run.steps():
             assert bool(report.losses["loss"].isfinite())
         return run.adapter()
@@ -78,14 +78,14 @@ def test_a_run_changes_adapter_and_tokens_and_leaves_no_trace(model: StableDiffu
 
 def test_disendiff_g_resuming_is_equal_to_the_bit(model: StableDiffusion, unbroken: Adapter, tmp_path: Path) -> None:
     torch.manual_seed(99)  # global state plays no part
-    with teaching(model, PICTURE, SMALL, examples=EXAMPLES) as run:
+    with multi_concept_run(model, PICTURE, SMALL, examples=EXAMPLES) as run:
         next(run.steps())
         run.save_checkpoint(tmp_path)
-    with teaching(model, PICTURE, SMALL, examples=EXAMPLES) as run:
+    with multi_concept_run(model, PICTURE, SMALL, examples=EXAMPLES) as run:
         run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
         assert [report.update for report in run.steps()] == [2]
         assert same(run.adapter(), unbroken)
-    with teaching(model, PICTURE, replace(SMALL, calibration_weight=0.5), examples=EXAMPLES) as run:
+    with multi_concept_run(model, PICTURE, replace(SMALL, calibration_weight=0.5), examples=EXAMPLES) as run:
         with pytest.raises(UserError, match="calibration_weight"):
             run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
 
@@ -131,7 +131,7 @@ def test_disendiff_g_weight_zero_is_custom_diffusion_whatever_the_maps_do(
 
 
 def test_full_weights_come_out_as_a_lora_with_its_residual(model: StableDiffusion) -> None:
-    with teaching(model, PICTURE, replace(SMALL, full_kv=True, max_train_steps=1, rank=4)) as run:
+    with multi_concept_run(model, PICTURE, replace(SMALL, full_kv=True, max_train_steps=1, rank=4)) as run:
         list(run.steps())
         adapter = run.adapter()
     assert len(adapter.lora) == 64 and adapter.rank == 4
@@ -141,9 +141,9 @@ def test_full_weights_come_out_as_a_lora_with_its_residual(model: StableDiffusio
 def test_samples_are_keyed_by_update_and_index_and_batches_are_stratified(model: StableDiffusion) -> None:
     rows = {s.token: initial_rows(model, s) for s in (CAT, DOG)}
     with installed(model, rows):
-        data = ConceptSamples(model, PICTURE, 64, 0, EXAMPLES)
-        one, two = list(data.batches(Share(2, 2), 0, 1))
-        again = next(iter(ConceptSamples(model, PICTURE, 64, 0, EXAMPLES).batches(Share(2, 2), 0, 1)))
+        data = ConceptDataset(model, PICTURE, 64, 0, EXAMPLES)
+        one, two = list(data.batches(SampleShard(2, 2), 0, 1))
+        again = next(iter(ConceptDataset(model, PICTURE, 64, 0, EXAMPLES).batches(SampleShard(2, 2), 0, 1)))
     for batch in (one, two):
         assert batch["instance"].tolist() == [True, False]
         assert batch["nouns"][0].sum(-1).tolist() == [1, 1] and batch["modifiers"][0].sum(-1).tolist() == [2, 1]
@@ -155,12 +155,12 @@ def test_samples_are_keyed_by_update_and_index_and_batches_are_stratified(model:
 def test_masks_travel_with_the_picture(model: StableDiffusion) -> None:
     masks = tuple(Image.new("L", (90, 72), 255 * index) for index in range(2))
     picture = replace(PICTURE, image=photo(), masks=masks)
-    with teaching(model, picture, replace(SMALL, max_train_steps=1, mask_weight=0.1)) as run:
+    with multi_concept_run(model, picture, replace(SMALL, max_train_steps=1, mask_weight=0.1)) as run:
         assert {"calibration", "anchoring"} <= next(run.steps()).losses.keys()
 
 
 def test_maps_are_pictures_before_and_after(model: StableDiffusion) -> None:
-    with teaching(model, PICTURE, SMALL) as run:
+    with multi_concept_run(model, PICTURE, SMALL) as run:
         maps = concept_maps(model, to_pixels(PICTURE.image.resize((64, 64))), run.caption, run.subjects, noises=1)
     assert maps.nouns.shape == maps.modifiers.shape == (2, 16, 16)
     sheet = map_sheet(PICTURE.image, PICTURE.subjects, {"before": maps, "after": maps})
@@ -173,9 +173,9 @@ def test_maps_are_pictures_before_and_after(model: StableDiffusion) -> None:
         (lambda: ConceptPicture(photo(), ()), "at least one concept"),
         (lambda: ConceptPicture(photo(), (CAT, DOG), masks=(Image.new("L", (90, 72)),)), "as many masks"),
         (lambda: ConceptPicture(photo(), (CAT,), masks=(Image.new("L", (9, 72)),)), "masks are 9×72 px"),
-        (lambda: ConceptRecipe(rank=0), "rank must be above 0"),
-        (lambda: ConceptRecipe(swap_subjects=2), "share from 0 to 1"),
-        (lambda: ConceptRecipe(calibration_weight=-1), "0 or more"),
+        (lambda: MultiConceptConfig(rank=0), "rank must be above 0"),
+        (lambda: MultiConceptConfig(swap_subjects=2), "share from 0 to 1"),
+        (lambda: MultiConceptConfig(calibration_weight=-1), "0 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(make: Any, message: str) -> None:
@@ -185,14 +185,14 @@ def test_settings_that_cannot_work_are_errors(make: Any, message: str) -> None:
 
 def test_a_prompt_that_misses_a_concept_is_an_error_before_anything_is_touched(model: StableDiffusion) -> None:
     picture = ConceptPicture(photo(), (CAT, DOG), "photo of a <cat1> cat")
-    with pytest.raises(UserError, match="one “<dog1> dog”"), teaching(model, picture, SMALL):
+    with pytest.raises(UserError, match="one “<dog1> dog”"), multi_concept_run(model, picture, SMALL):
         pass
     assert PICTURE.class_prompt == "photo of a cat and dog"
 
 
 def other_adapter(model: StableDiffusion) -> Adapter:
     """An adapter that learned a third word elsewhere."""
-    with teaching(
+    with multi_concept_run(
         model, ConceptPicture(photo(), (Subject("<fox1>", "fox"),)), replace(SMALL, max_train_steps=1)
     ) as run:
         list(run.steps())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalize.data import Pictures, Share, find_picture
+from personalize.data import LatentDataset, SampleShard, find_picture
 from personalize.errors import UserError
 from personalize.randomness import generator
 
@@ -25,22 +25,22 @@ def test_file_or_folder_with_one_picture(tmp_path: Path) -> None:
         find_picture(tmp_path)
 
 
-def picture(seed: int = 0, **settings: Any) -> Pictures:
+def picture(seed: int = 0, **settings: Any) -> LatentDataset:
     mean = torch.randn(1, 4, 8, 8, generator=generator(5, "test picture"))
-    return Pictures(mean, torch.full_like(mean, 0.1), seed, **settings)
+    return LatentDataset(mean, torch.full_like(mean, 0.1), seed, **settings)
 
 
 def test_forgedit_c21_samples_are_counted_exactly() -> None:
-    assert Share(10).updates(400) == 40
-    assert Share(1, 10).updates(400) == 40
-    assert Share(5, 1, 0, 2).updates(400) == 40
-    assert Share(10).updates(409) == 40
+    assert SampleShard(10).updates(400) == 40
+    assert SampleShard(1, 10).updates(400) == 40
+    assert SampleShard(5, 1, 0, 2).updates(400) == 40
+    assert SampleShard(10).updates(409) == 40
     with pytest.raises(UserError, match="one update of 10 samples"):
-        Share(10).updates(9)
+        SampleShard(10).updates(9)
 
 
 def test_forgedit_c21_every_way_of_dealing_out_sees_the_same_samples() -> None:
-    def drawn(*shares: Share) -> dict[str, Tensor]:
+    def drawn(*shares: SampleShard) -> dict[str, Tensor]:
         """Update 3's samples of all processes, in the order of their index."""
         rows = {}
         for share in shares:
@@ -49,28 +49,28 @@ def test_forgedit_c21_every_way_of_dealing_out_sees_the_same_samples() -> None:
         assert sorted(rows) == list(range(shares[0].samples))
         return {str(i): torch.cat([v.flatten() for v in rows[i]]) for i in sorted(rows)}
 
-    one = drawn(Share(4))
-    for others in ([Share(1, 4)], [Share(2, 1, rank, 2) for rank in (0, 1)], [Share(1, 2, rank, 2) for rank in (0, 1)]):
+    one = drawn(SampleShard(4))
+    for others in ([SampleShard(1, 4)], [SampleShard(2, 1, rank, 2) for rank in (0, 1)], [SampleShard(1, 2, rank, 2) for rank in (0, 1)]):
         many = drawn(*others)
         assert all(torch.equal(one[key], many[key]) for key in one)
     assert len({tuple(row.tolist()) for row in one.values()}) == 4  # no sample twice
 
 
 def test_timesteps_and_posterior() -> None:
-    steps = torch.cat([batch["timesteps"] for batch in picture().batches(Share(50), 0, 40)]).double()
+    steps = torch.cat([batch["timesteps"] for batch in picture().batches(SampleShard(50), 0, 40)]).double()
     assert steps.min() >= 0 and steps.max() <= 999
     assert abs(steps.mean() - 499.5) < 4 * 1000 / 12**0.5 / 2000**0.5  # four standard errors of a uniform mean
-    fixed = next(picture().batches(Share(2), 0, 1))["latents"]
+    fixed = next(picture().batches(SampleShard(2), 0, 1))["latents"]
     assert torch.equal(fixed[0], fixed[1])
-    drawn = torch.cat([batch["latents"] for batch in picture(resample=True).batches(Share(50), 0, 4)])
+    drawn = torch.cat([batch["latents"] for batch in picture(resample=True).batches(SampleShard(50), 0, 4)])
     assert not torch.equal(drawn[0], drawn[1])
     assert (drawn.std(0).mean() - 0.1).abs() < 0.01
 
 
 def test_several_pictures_take_turns_over_updates_and_batches() -> None:
     mean = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 8, 8)
-    several = Pictures(mean, torch.zeros(3, 4, 8, 8), 0, rows=(0, 1, 0), weights=torch.ones(3, 1, 8, 8))
-    batches = list(several.batches(Share(2, 2), 0, 2))
+    several = LatentDataset(mean, torch.zeros(3, 4, 8, 8), 0, rows=(0, 1, 0), weights=torch.ones(3, 1, 8, 8))
+    batches = list(several.batches(SampleShard(2, 2), 0, 2))
     seen = torch.cat([batch["latents"][:, 0, 0, 0] for batch in batches]).tolist()
     assert seen == [0, 1, 2, 0, 1, 2, 0, 1] and batches[0]["weights"].shape == (2, 1, 8, 8)
     assert torch.cat([batch["rows"] for batch in batches]).tolist() == [0, 1, 0, 0, 1, 0, 0, 1]
@@ -78,7 +78,7 @@ def test_several_pictures_take_turns_over_updates_and_batches() -> None:
 
 def test_class_pictures_come_behind_and_have_noise_of_their_own() -> None:
     own = picture()
-    both = Pictures(own.mean, own.std, 0, prior=Pictures(own.mean, own.std, 0, rows=(1,), purpose="class "))
-    batch, alone = next(both.batches(Share(2), 0, 1)), next(own.batches(Share(2), 0, 1))
+    both = LatentDataset(own.mean, own.std, 0, prior=LatentDataset(own.mean, own.std, 0, rows=(1,), purpose="class "))
+    batch, alone = next(both.batches(SampleShard(2), 0, 1)), next(own.batches(SampleShard(2), 0, 1))
     assert all(torch.equal(batch[name][:2], alone[name]) for name in alone)
     assert batch["rows"].tolist() == [0, 0, 1, 1] and not torch.equal(batch["noise"][:2], batch["noise"][2:])

@@ -6,15 +6,15 @@ import inspect
 
 import pytest
 
-from personalize.concept_learning import ConceptRecipe
+from personalize.concept_learning import MultiConceptConfig
 from personalize.launching import home, load_script
-from personalize.learning import Recipe
+from personalize.learning import SingleImageConfig
 from tests.lora_states import random_adapter
 from tests.test_dragging import picture
 from tests.tiny import tiny, tiny_folder
 
 EXAMPLES = sorted((home() / "examples").glob("*.py"))
-SHORT = Recipe(rank=2, max_train_samples=2, train_batch_size=1)
+SHORT = SingleImageConfig(rank=2, max_train_samples=2, train_batch_size=1)
 
 
 def arguments(name, place):
@@ -25,7 +25,7 @@ def arguments(name, place):
     if name == "catalogue":
         return {"output_dir": place / "out", "base": base, "recipe": SHORT, "steps": 2}
     if name == "two_concepts":
-        recipe = ConceptRecipe(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
+        recipe = MultiConceptConfig(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
         return {"output_dir": place / "out", "base": base, "recipe": recipe, "steps": 2}
     if name == "edit_photo":
         picture(64, 64).save(place / "photo.png")

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from personalize import checkpoints
 from personalize import learning as learning_module
-from personalize.data import Pictures
+from personalize.data import LatentDataset
 from personalize.files import read_tensors, tensor_bytes, write_file
-from personalize.learning import Learning, learning
-from personalize.recipes import Recipe
+from personalize.learning import SingleImageRun, single_image_run
+from personalize.recipes import SingleImageConfig
 from tests.children import begun, in_child, together
 from tests.test_learning import CAPTION, pixels
 from tests.tiny import tiny_sd1
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-SMALL = Recipe(rank=2, max_train_samples=4, train_batch_size=1, targets="attention")
+SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=1, targets="attention")
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def small_pixels() -> Tensor:
     return torch.nn.functional.interpolate(pixels(), size=(32, 32))
 
 
-def written(run: Learning, path: Path) -> None:
+def written(run: SingleImageRun, path: Path) -> None:
     adapter = run.adapter()
     write_file(path, tensor_bytes({**adapter.lora, **(adapter.source or {})}))
 
 
-def trained(model, folder: Path, recipe: Recipe = SMALL) -> int:
+def trained(model, folder: Path, recipe: SingleImageConfig = SMALL) -> int:
     """Train in `folder`, from its latest checkpoint on, with a checkpoint after every update; where it began."""
-    with learning(model, small_pixels(), CAPTION, recipe) as run:
+    with single_image_run(model, small_pixels(), CAPTION, recipe) as run:
         found = checkpoints.find(folder, "latest")
         if found is not None:
             run.resume(found)
@@ -85,11 +85,11 @@ def test_two_processes_learn_what_one_learns_from_the_doubled_batch(model, tmp_p
     """Sums in another order differ by 1e-7; Adam divides by √v, so that entries hardly in use may show 1e-5 of it."""
     recipe = replace(SMALL, train_batch_size=2, max_train_samples=8)
 
-    def learned(name: str, recipe: Recipe) -> list:
-        drawn, original = [], Pictures.sample
+    def learned(name: str, recipe: SingleImageConfig) -> list:
+        drawn, original = [], LatentDataset.sample
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Pictures, "sample", lambda s, *key: drawn.append(key) or original(s, *key))
-            with learning(model, small_pixels(), CAPTION, recipe) as run:
+            patch.setattr(LatentDataset, "sample", lambda s, *key: drawn.append(key) or original(s, *key))
+            with single_image_run(model, small_pixels(), CAPTION, recipe) as run:
                 losses = [float(report.losses["loss"]) for report in run.steps()]
                 written(run, tmp_path / name)
         return [drawn, losses, run.share.samples]

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from personalize import checkpoints
 from personalize.adapter import Adapter
-from personalize.concept_data import Example
+from personalize.concept_data import ClassImage
 from personalize.errors import UserError
-from personalize.learning import learn, learning
+from personalize.learning import learn, single_image_run
 from personalize.lora import load_lora, remove_lora
 from personalize.model import Conditioning, StableDiffusion
 from personalize.randomness import generator
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from tests.tiny import tiny, tiny_sd1
 
 CAPTION = "a photo of a cat on the beach"
-SMALL = Recipe(rank=2, max_train_samples=4, train_batch_size=1, targets="attention", learning_rate=5e-3)
+SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=1, targets="attention", learning_rate=5e-3)
 
 
 def pixels() -> Tensor:
@@ -65,7 +65,7 @@ def test_forgedit_c23_same_seed_same_adapter_other_seed_another(model: StableDif
 def test_the_model_is_as_it_was_also_after_an_error(model: StableDiffusion) -> None:
     before = {name: (id(module), module.training) for name, module in model.unet.named_modules()}
     weights = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in model.unet.named_parameters()}
-    with pytest.raises(RuntimeError), learning(model, pixels(), CAPTION, SMALL) as run:
+    with pytest.raises(RuntimeError), single_image_run(model, pixels(), CAPTION, SMALL) as run:
         next(run.steps())
         raise RuntimeError
     assert {name: (id(module), module.training) for name, module in model.unet.named_modules()} == before
@@ -83,20 +83,20 @@ def test_the_adapter_says_how_it_was_made(model: StableDiffusion, unbroken: Adap
 
 
 def test_forgedit_c23_resumed_run_is_bit_identical(model: StableDiffusion, unbroken: Adapter, tmp_path: Path) -> None:
-    with learning(model, pixels(), CAPTION, SMALL) as run:
+    with single_image_run(model, pixels(), CAPTION, SMALL) as run:
         steps: Iterator = run.steps()
         for _ in range(2):
             next(steps)
         folder = run.save_checkpoint(tmp_path)
     assert folder == tmp_path / "checkpoint-2"
     assert (folder / "pytorch_lora_weights.safetensors").is_file()
-    with learning(model, pixels(), CAPTION, SMALL) as run:
+    with single_image_run(model, pixels(), CAPTION, SMALL) as run:
         found = checkpoints.find(tmp_path, "latest")
         assert found is not None
         run.resume(found)
         assert [report.update for report in run.steps()] == [3, 4]
         assert same(run.adapter(), unbroken)
-    with learning(model, pixels(), CAPTION, SMALL) as run:  # the naive resume, without the optimiser's state, is not
+    with single_image_run(model, pixels(), CAPTION, SMALL) as run:  # the naive resume, without the optimiser's state, is not
         forgetful = replace(found, optimizer=run.optimizer.state_dict())
         checkpoints.restore(forgetful, run.objective.trainable(), run.optimizer)
         run.update = 2
@@ -105,7 +105,7 @@ def test_forgedit_c23_resumed_run_is_bit_identical(model: StableDiffusion, unbro
 
 
 def test_resuming_another_run_is_refused(model: StableDiffusion, tmp_path: Path) -> None:
-    with learning(model, pixels(), CAPTION, SMALL) as run:
+    with single_image_run(model, pixels(), CAPTION, SMALL) as run:
         next(run.steps())
         run.save_checkpoint(tmp_path)
     for settings, image, message in (
@@ -113,7 +113,7 @@ def test_resuming_another_run_is_refused(model: StableDiffusion, tmp_path: Path)
         (replace(SMALL, rank=3), pixels(), "rank = 2, this run has 3"),
         (replace(SMALL, max_train_samples=5), pixels(), None),
     ):
-        with learning(model, image, CAPTION, settings) as run:
+        with single_image_run(model, image, CAPTION, settings) as run:
             found = checkpoints.find(tmp_path, "checkpoint-1")
             assert found is not None
             if message is None:
@@ -140,7 +140,7 @@ def test_forgedit_c20_both_parts_learn_and_both_are_needed() -> None:
     with torch.no_grad():
         start = model.prompts([CAPTION])
     first = probe_loss(model, start)
-    quick = Recipe(rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=32, train_batch_size=2)
+    quick = SingleImageConfig(rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=32, train_batch_size=2)
     adapter = learn(model, pixels(), CAPTION, quick)
     assert adapter.source is not None
     learned = Conditioning(adapter.source["embeds"])
@@ -164,9 +164,9 @@ def test_sdxl_learns_tokens_and_pooled_vector() -> None:
 
 def test_settings_that_cannot_work_are_refused(model: StableDiffusion) -> None:
     with pytest.raises(UserError, match="rank must be above 0"):
-        Recipe(rank=0)
+        SingleImageConfig(rank=0)
     with pytest.raises(UserError, match="one update of 10 samples"):
-        learn(model, pixels(), CAPTION, Recipe(max_train_samples=3))
+        learn(model, pixels(), CAPTION, SingleImageConfig(max_train_samples=3))
 
 
 def several() -> Tensor:
@@ -175,7 +175,7 @@ def several() -> Tensor:
 
 def test_several_pictures_have_a_row_of_the_source_for_each_caption(model: StableDiffusion) -> None:
     captions = ["a photo of a cat", "a photo of a dog", "a photo of a cat"]
-    with learning(model, several(), captions, replace(SMALL, max_train_samples=3)) as run:
+    with single_image_run(model, several(), captions, replace(SMALL, max_train_samples=3)) as run:
         start = run.objective.embeds.detach().clone()
         list(run.steps())
         moved = (run.objective.embeds - start).abs().amax((1, 2))
@@ -190,16 +190,16 @@ def test_several_pictures_have_a_row_of_the_source_for_each_caption(model: Stabl
 def test_a_mask_makes_the_outside_count_less(model: StableDiffusion) -> None:
     masks = torch.zeros(1, 1, 64, 64)
     masks[..., :32] = 1
-    with learning(model, pixels(), CAPTION, SMALL, masks=masks) as run:
+    with single_image_run(model, pixels(), CAPTION, SMALL, masks=masks) as run:
         weights = next(run.picture.batches(run.share, 0, 1))["weights"]
         assert torch.allclose(weights[..., :8], torch.ones(1, 1, 16, 8))
         assert torch.allclose(weights[..., 8:], torch.full((1, 1, 16, 8), 0.1))
 
 
 def test_class_pictures_are_learned_beside_their_own_caption(model: StableDiffusion) -> None:
-    examples = [Example("a photo of a dog", Image.new("RGB", (70, 90), colour)) for colour in ("red", "blue")]
+    examples = [ClassImage("a photo of a dog", Image.new("RGB", (70, 90), colour)) for colour in ("red", "blue")]
     settings = replace(SMALL, train_batch_size=2)
-    with learning(model, pixels(), CAPTION, settings, examples=examples) as run:
+    with single_image_run(model, pixels(), CAPTION, settings, examples=examples) as run:
         reports = list(run.steps())
         assert all(set(report.losses) == {"loss", "mse", "prior"} for report in reports)
         loss = reports[0].losses
@@ -209,7 +209,7 @@ def test_class_pictures_are_learned_beside_their_own_caption(model: StableDiffus
         assert not torch.equal(batch["latents"][2], batch["latents"][3])  # red and blue
         assert len(run.objective.embeds) == 1  # the class caption's embedding does not learn
     other = [replace(example, caption="a photo of a fox") for example in examples]
-    with learning(model, pixels(), CAPTION, settings, examples=other) as again:
+    with single_image_run(model, pixels(), CAPTION, settings, examples=other) as again:
         assert again.data_sha256 != run.data_sha256
 
 
@@ -218,7 +218,7 @@ def test_text_encoders_learn_in_the_place_of_the_source(name: str, tmp_path: Pat
     model = tiny(name)
     weights = [{key: value.clone() for key, value in part.state_dict().items()} for part in model.text_encoders]
     settings = replace(SMALL, train_text_encoder=True, text_encoder_lr=5e-3, max_train_samples=3)
-    with learning(model, pixels(), CAPTION, settings) as run:
+    with single_image_run(model, pixels(), CAPTION, settings) as run:
         assert "embeds" not in run.objective.trainable()
         list(run.steps())
         learned = run.objective.text_parameters()
@@ -241,14 +241,14 @@ def test_moments_of_8_bits_survive_a_checkpoint_bit_for_bit(model: StableDiffusi
     pytest.importorskip("bitsandbytes")
     settings = replace(SMALL, use_8bit_adam=True, rank=64, max_train_samples=3)  # 64 × 64 is large enough
     whole = learn(model, pixels(), CAPTION, settings)
-    with learning(model, pixels(), CAPTION, settings) as run:
+    with single_image_run(model, pixels(), CAPTION, settings) as run:
         steps = run.steps()
         next(steps), next(steps)
         run.save_checkpoint(tmp_path)
         kinds = {value.dtype for state in run.optimizer.state.values() for value in state.values() if
                  isinstance(value, Tensor)}  # fmt: skip
         assert {torch.uint8, torch.float32} <= kinds
-    with learning(model, pixels(), CAPTION, settings) as run:
+    with single_image_run(model, pixels(), CAPTION, settings) as run:
         found = checkpoints.find(tmp_path, "latest")
         assert found is not None
         run.resume(found)
@@ -259,10 +259,10 @@ def test_moments_of_8_bits_survive_a_checkpoint_bit_for_bit(model: StableDiffusi
 def test_checkpointing_learns_the_same_and_may_change_on_resuming(
     model: StableDiffusion, unbroken: Adapter, tmp_path: Path
 ) -> None:
-    with learning(model, pixels(), CAPTION, SMALL) as run:
+    with single_image_run(model, pixels(), CAPTION, SMALL) as run:
         next(run.steps())
         run.save_checkpoint(tmp_path)
-    with learning(model, pixels(), CAPTION, replace(SMALL, gradient_checkpointing=True)) as run:
+    with single_image_run(model, pixels(), CAPTION, replace(SMALL, gradient_checkpointing=True)) as run:
         found = checkpoints.find(tmp_path, "latest")
         assert found is not None
         run.resume(found)

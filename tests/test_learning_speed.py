@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from personalize.learning import learn, learning
+from personalize.learning import learn, single_image_run
 from personalize.lora import load_lora
 from personalize.model import Conditioning
 from personalize.randomness import generator
@@ -21,7 +21,7 @@ def test_speed_picture_and_prompt_are_encoded_once_and_for_all() -> None:
     for part in (model.vae.encoder, model.text_encoders[0]):
         part.register_forward_hook(lambda module, *_: calls.append(module))
     recipe = replace(SMALL, resample_latents=True, train_text_encoder=False, text_embedding_lr=0.0)
-    with learning(model, pixels(), CAPTION, recipe) as run:
+    with single_image_run(model, pixels(), CAPTION, recipe) as run:
         assert calls == [model.vae.encoder, model.text_encoders[0]]
         seen = [batch["latents"] for batch in run.picture.batches(run.share, 0, run.updates)]
         assert sum(1 for _ in run.steps()) == len(seen) == 4 and len(calls) == 2

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from personalize import lora, lora_layers
 from personalize.lora_layers import LeanConv2d, LeanLinear
 from personalize.randomness import generator
-from personalize.training import adam
+from personalize.training import adamw
 from tests.tiny import tiny, tiny_sd1
 
 CLOSE = 1e-6  # fp32: the same products, summed in another order
@@ -163,7 +163,7 @@ def test_speed_bf16_base_learns_in_fp32(name: str) -> None:
     layer = adapted(base, torch.bfloat16)
     a, b = lora._pair(layer)
     assert a.dtype == b.dtype == torch.float32
-    optimizer = adam([{"params": [a, b], "lr": 1e-5}], torch.device("cpu"))
+    optimizer = adamw([{"params": [a, b], "lr": 1e-5}], torch.device("cpu"))
     start = b.detach().clone()
     for _ in range(20):
         low = layer._operands(x.bfloat16(), lora.ADAPTER)[5:7]

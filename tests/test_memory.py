@@ -9,17 +9,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from personalize import memory
-from personalize.learning import Learning, learning
-from personalize.memory import Estimate, Live, check_fits, estimate
+from personalize.learning import SingleImageRun, single_image_run
+from personalize.memory import LiveBytes, MemoryEstimate, check_fits, estimate
 from personalize.model import StableDiffusion
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from tests.test_learning import CAPTION, pixels
 from tests.tiny import tiny_sd1
 
-SMALL = Recipe(rank=2, max_train_samples=4, train_batch_size=2, targets="attention")
+SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=2, targets="attention")
 
 
-def allocated(run: Learning) -> int:
+def allocated(run: SingleImageRun) -> int:
     """The most bytes at once that the CPU allocator gave out during two updates, by the profiler's log of it.
 
     The second one has the optimiser's moments beside its activations.
@@ -43,12 +43,12 @@ def allocated(run: Learning) -> int:
     ],
     ids=["tiny", "checkpointed", "embedded"],
 )
-def test_what_an_update_takes(model, recipe: Recipe) -> None:
+def test_what_an_update_takes(model, recipe: SingleImageConfig) -> None:
     """Measured: 1 to 4 % too much, for gradients are counted beside the activations that die as they are born."""
     base = model()
     side = base.resolution
     shown = torch.nn.functional.interpolate(pixels(), size=(side, side))
-    with learning(base, shown, CAPTION, recipe) as run:
+    with single_image_run(base, shown, CAPTION, recipe) as run:
         expected = estimate(run)
         real = allocated(run)
     assert expected.total - expected.base - expected.adapter == pytest.approx(real, rel=0.06)
@@ -57,7 +57,7 @@ def test_what_an_update_takes(model, recipe: Recipe) -> None:
 def test_the_trial_changes_nothing_and_counts_what_it_should() -> None:
     model = tiny_sd1()
     loaded = sum(memory.held(part) for part in (model.unet, model.vae, *model.text_encoders))
-    with learning(model, pixels(), CAPTION, SMALL) as run:
+    with single_image_run(model, pixels(), CAPTION, SMALL) as run:
         before = {name: parameter.detach().clone() for name, parameter in run.objective.trainable().items()}
         expected = estimate(run)
         assert all(torch.equal(parameter, before[name]) for name, parameter in run.objective.trainable().items())
@@ -70,7 +70,7 @@ def test_the_trial_changes_nothing_and_counts_what_it_should() -> None:
 
 def test_live_bytes_fall_when_tensors_die() -> None:
     known = torch.zeros(100)
-    with Live([known]) as live:
+    with LiveBytes([known]) as live:
         a = torch.zeros(1000)
         known.add_(1)
         a.view(10, 100)
@@ -84,10 +84,10 @@ def test_live_bytes_fall_when_tensors_die() -> None:
 
 def test_too_much_is_said_with_the_cheapest_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_free", lambda device: 10**9)
-    with learning(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
-        assert check_fits(Estimate(9 * 10**9, 0, 0, 0, 10**8, 2), run) is None  # the base is there already
-        advice = check_fits(Estimate(0, 0, 0, 0, 10**9, 2), run)
+    with single_image_run(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
+        assert check_fits(MemoryEstimate(9 * 10**9, 0, 0, 0, 10**8, 2), run) is None  # the base is there already
+        advice = check_fits(MemoryEstimate(0, 0, 0, 0, 10**9, 2), run)
         assert advice is not None and "1.0 GB of memory are free" in advice and "--train_batch_size 1" in advice
     one = replace(SMALL, train_batch_size=1, gradient_checkpointing=True)
-    with learning(tiny_sd1(), pixels(), CAPTION, one) as run:
-        assert "--load_in_4bit" in str(check_fits(Estimate(0, 0, 0, 0, 2 * 10**9, 1), run))
+    with single_image_run(tiny_sd1(), pixels(), CAPTION, one) as run:
+        assert "--load_in_4bit" in str(check_fits(MemoryEstimate(0, 0, 0, 0, 2 * 10**9, 1), run))

@@ -14,7 +14,7 @@ from personalize.losses import calibration, normalised, smoothed
 from personalize.multi_concept import (
     CalibrationMaps,
     DetachedStart,
-    MultiConcept,
+    MultiConceptObjective,
     calibration_layers,
     full_weights,
     low_rank,
@@ -50,9 +50,9 @@ def batch(model: Any, side: int = 64, rows: int = 1, prior: int = 0) -> dict[str
     }
 
 
-def made(model: Any, rows: Any, **options: Any) -> MultiConcept:
+def made(model: Any, rows: Any, **options: Any) -> MultiConceptObjective:
     add_lora(model.unet, text_projections(model.unet), 2, 2, seed=0)
-    return MultiConcept(model, rows, **options)
+    return MultiConceptObjective(model, rows, **options)
 
 
 def tokens(model: Any) -> dict[str, dict[str, Tensor]]:
@@ -101,7 +101,7 @@ def test_disendiff_d_maps_are_distributions_with_gradient_and_change_no_output()
         assert objective(given).parts.keys() == {"mse", "calibration"}
 
 
-def gradients(objective: MultiConcept, loss: Tensor) -> dict[str, Tensor]:
+def gradients(objective: MultiConceptObjective, loss: Tensor) -> dict[str, Tensor]:
     objective.zero_grad(set_to_none=True)
     loss.backward()
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}

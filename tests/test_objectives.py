@@ -5,21 +5,21 @@ from typing import Any
 import pytest
 import torch
 
-from personalize.data import Share
+from personalize.data import SampleShard
 from personalize.lora import add_lora, lora_layers, module_names, scaled
 from personalize.model import StableDiffusion
-from personalize.objectives import SingleImage
+from personalize.objectives import SingleImageObjective
 from tests.test_data import picture
 from tests.tiny import tiny, tiny_sd1
 
 CAPTION = "a photo of a cat on the beach"
 
 
-def objective(model: StableDiffusion, **settings: Any) -> SingleImage:
+def objective(model: StableDiffusion, **settings: Any) -> SingleImageObjective:
     names = [name for name in module_names(model.unet) if ".resnets.1." in name]  # few: quick to add
     add_lora(model.unet, names, 2, 2, seed=0)
     with torch.no_grad():
-        return SingleImage(model, model.prompts([CAPTION]), **settings)
+        return SingleImageObjective(model, model.prompts([CAPTION]), **settings)
 
 
 def test_forgedit_c18_the_source_starts_as_the_captions_encoding() -> None:
@@ -41,7 +41,7 @@ def test_standalone_leaves_the_source_alone() -> None:
 
 def test_forgedit_c24_prediction_type(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("sd2v")
-    single, batch = objective(model), next(picture().batches(Share(2), 0, 1))
+    single, batch = objective(model), next(picture().batches(SampleShard(2), 0, 1))
     velocity = model.target(batch["latents"], batch["noise"], batch["timesteps"])
     monkeypatch.setattr(model, "predict", lambda *args: velocity)
     assert single(batch).total == 0
@@ -50,7 +50,7 @@ def test_forgedit_c24_prediction_type(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_min_snr_weights_follow_the_prediction_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = {name: value.clone() for name, value in next(picture().batches(Share(1), 0, 1)).items()}
+    batch = {name: value.clone() for name, value in next(picture().batches(SampleShard(1), 0, 1)).items()}
     batch["timesteps"][:] = 0
     for name, divisor in (("sd1", 0.0), ("sd2v", 1.0)):
         model = tiny(name)
@@ -64,12 +64,12 @@ def test_min_snr_weights_follow_the_prediction_type(monkeypatch: pytest.MonkeyPa
 def test_objective_needs_an_adapter() -> None:
     model = tiny_sd1()
     with torch.no_grad(), pytest.raises(ValueError, match="no adapter"):
-        SingleImage(model, model.prompts([CAPTION]))
+        SingleImageObjective(model, model.prompts([CAPTION]))
 
 
 def test_forgedit_c17_training_sees_scales_too() -> None:
     model = tiny_sd1()
-    single, batch = objective(model), next(picture().batches(Share(1), 0, 1))
+    single, batch = objective(model), next(picture().batches(SampleShard(1), 0, 1))
     with torch.no_grad():
         for layer in lora_layers(model.unet).values():
             layer.lora_B["personalize"].weight.fill_(0.1)  # pyright: ignore

@@ -15,14 +15,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from personalize.bundled import bundled
 from personalize.editor import Editor, Sampling
-from personalize.images import fit, psnr, to_pixels
-from personalize.learning import learn, learning
+from personalize.images import fitted_pixels, psnr, to_pixels
+from personalize.learning import learn, single_image_run
 from personalize.loading import CONFIGS, clip_tokenizer
 from personalize.lora import load_lora, remove_lora
 from personalize.memory import estimate
 from personalize.model import Conditioning, StableDiffusion
 from personalize.randomness import generator
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from tests.children import in_child
 
 SAMPLING = Sampling(steps=20)
@@ -54,9 +54,9 @@ def test_two_updates_of_sd15_take_at_most_12_gb() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         model = random_sd15()
-        recipe = Recipe(max_train_samples=2, train_batch_size=1)
-        pixels, _ = fit(bundled(0).picture, 512, 64)
-        with learning(model, pixels, "a photo of a cat", recipe, accelerator=accelerator) as run:
+        recipe = SingleImageConfig(max_train_samples=2, train_batch_size=1)
+        pixels, _ = fitted_pixels(bundled(0).picture, 512, 64)
+        with single_image_run(model, pixels, "a photo of a cat", recipe, accelerator=accelerator) as run:
             expected = estimate(run)
             reports = list(run.steps())
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
@@ -94,10 +94,10 @@ def probe(model: StableDiffusion, pixels: torch.Tensor, told: Conditioning) -> l
 @pytest.mark.hub
 @pytest.mark.timeout(3600)
 def test_forgedit_c20_the_probe_loss_falls_in_every_quarter_of_the_timesteps(real: StableDiffusion) -> None:
-    pixels, size = fit(bundled(0).picture, real.resolution, 8 * real.factor)
+    pixels, size = fitted_pixels(bundled(0).picture, real.resolution, 8 * real.factor)
     with torch.no_grad():
         before = probe(real, pixels, real.prompts([bundled(0).caption], size))
-    adapter = learn(real, pixels, bundled(0).caption, Recipe(train_batch_size=1, gradient_accumulation_steps=10))
+    adapter = learn(real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10))
     source = dict(adapter.source or {})
     load_lora(real.unet, adapter.lora, adapter.rank, adapter.alpha)
     try:
@@ -114,8 +114,8 @@ def test_forgedit_c20_the_probe_loss_falls_in_every_quarter_of_the_timesteps(rea
 @pytest.mark.timeout(7200)
 def test_forgedit_c28_strengths_pull_the_way_their_names_say(real: StableDiffusion) -> None:
     """Away from the source (in dB, means over four seeds): with beta, against alpha, and with every forgetting."""
-    pixels, size = fit(bundled(0).picture, real.resolution, 8 * real.factor)
-    adapter = learn(real, pixels, bundled(0).caption, Recipe(train_batch_size=1, gradient_accumulation_steps=10))
+    pixels, size = fitted_pixels(bundled(0).picture, real.resolution, 8 * real.factor)
+    adapter = learn(real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10))
     editor, prompt = Editor(real, adapter), bundled(0).changes[0].prompt
 
     def near(**strengths: Any) -> float:

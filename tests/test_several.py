@@ -14,12 +14,12 @@ from personalize.errors import UserError
 from personalize.learning import learn
 from personalize.model import StableDiffusion
 from personalize.randomness import generator
-from personalize.recipes import Recipe
-from personalize.several import learn_several
+from personalize.recipes import SingleImageConfig
+from personalize.several import learn_batched
 from personalize.training import NonFiniteError
 from tests.tiny import tiny, tiny_sd1
 
-SMALL = Recipe(rank=2, max_train_samples=4, train_batch_size=2, learning_rate=1e-3)
+SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=2, learning_rate=1e-3)
 
 
 def pictures(count: int = 3) -> list[tuple[Tensor, str]]:
@@ -39,7 +39,7 @@ def test_speed_several_adapters_equal_one_at_a_time() -> None:
     """ΔW within 2e-3, in the median 1e-4: other batch sizes round otherwise, and Adam turns the sign of a gradient near
     zero into a whole step."""
     model = tiny_sd1()
-    together = learn_several(model, pictures(2), SMALL)
+    together = learn_batched(model, pictures(2), SMALL)
     assert not lora.lora_layers(model.unet)  # no trace
     differences = []
     for (adapter, loss), (pixels, caption) in zip(together, pictures(2), strict=True):
@@ -59,17 +59,17 @@ def test_speed_adapters_of_one_batch_do_not_touch_one_another() -> None:
     """Another neighbour, the very same bits; two updates, for A has no gradient in the first."""
     model, (first, second, third) = tiny_sd1(), pictures()
     recipe = replace(SMALL, max_train_samples=2, train_batch_size=1, targets="attention")
-    one, other = learn_several(model, [first, second], recipe), learn_several(model, [first, third], recipe)
+    one, other = learn_batched(model, [first, second], recipe), learn_batched(model, [first, third], recipe)
     assert all(torch.equal(tensor, other[0][0].lora[key]) for key, tensor in one[0][0].lora.items())
     with pytest.raises(NonFiniteError):
-        learn_several(model, [first, (torch.full_like(second[0], torch.nan), "a cat")], recipe)
+        learn_batched(model, [first, (torch.full_like(second[0], torch.nan), "a cat")], recipe)
 
 
 def test_speed_several_adapters_on_sdxl() -> None:
     """Linear projections and pooled vectors: a gradient of each adapter equals the one it gets alone."""
     model: StableDiffusion = tiny("sdxl")
     recipe = replace(SMALL, max_train_samples=2, targets="attention")
-    (adapter, _), _ = learn_several(model, pictures(2), recipe)
+    (adapter, _), _ = learn_batched(model, pictures(2), recipe)
     alone = learn(model, *pictures(1)[0], recipe)
     ours, expected = changes(adapter), changes(alone)
     differences = torch.tensor([float((ours[name] - dw).norm() / dw.norm()) for name, dw in expected.items()])
@@ -79,4 +79,4 @@ def test_speed_several_adapters_on_sdxl() -> None:
 @pytest.mark.parametrize("change", [{"max_grad_norm": 1.0}, {"early_stop_loss": 0.03}, {"train_text_encoder": True}])
 def test_speed_what_does_not_go_together_is_said(change: dict) -> None:
     with pytest.raises(UserError, match=f"adapters_per_batch does not go with {next(iter(change))}"):
-        learn_several(tiny_sd1(), pictures(2), replace(SMALL, **change))
+        learn_batched(tiny_sd1(), pictures(2), replace(SMALL, **change))

@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from personalize.data import Share
+from personalize.data import SampleShard
 from personalize.losses import LossTerms
 from personalize.randomness import generator
-from personalize.training import EarlyStop, NonFiniteError, adam, fit, recomputing
+from personalize.training import EarlyStop, NonFiniteError, adamw, gradient_checkpointing, training_steps
 from tests.test_data import picture
 from tests.test_objectives import objective
 from tests.tiny import tiny_sd1
@@ -32,7 +32,7 @@ def run(line: nn.Module, xs: list[Tensor], accumulation: int = 1, **settings: An
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     optimizer = torch.optim.SGD(line.parameters(), lr=0.1)
     line, optimizer = accelerator.prepare(line, optimizer)
-    return fit(line, ({"x": x} for x in xs), optimizer, accelerator=accelerator, **settings)
+    return training_steps(line, ({"x": x} for x in xs), optimizer, accelerator=accelerator, **settings)
 
 
 def test_forgedit_c18_c19_first_update_moves_each_group_by_its_rate_and_nothing_else() -> None:
@@ -45,10 +45,10 @@ def test_forgedit_c18_c19_first_update_moves_each_group_by_its_rate_and_nothing_
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.Adam(single.groups(5e-3, 1e-3))
     prepared, optimizer = accelerator.prepare(single, optimizer)
-    batches, gradients = picture().batches(Share(2), 0, 1), {}
+    batches, gradients = picture().batches(SampleShard(2), 0, 1), {}
     for name, parameter in single.trainable().items():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: grad.clone()}))
-    reports = list(fit(prepared, batches, optimizer, accelerator=accelerator))
+    reports = list(training_steps(prepared, batches, optimizer, accelerator=accelerator))
     assert [report.learning_rates for report in reports] == [(5e-3, 1e-3)]
     for name, parameter in single.trainable().items():
         moved = (parameter.detach() - before[name]).abs()
@@ -69,11 +69,11 @@ def test_forgedit_c18_c19_first_update_moves_each_group_by_its_rate_and_nothing_
 def test_forgedit_c21_accumulated_update_equals_one_batch() -> None:
     """Adam hides a wrong scale of the gradient, so this is asked of plain SGD."""
     ends = []
-    for share in (Share(4), Share(1, 4)):
+    for share in (SampleShard(4), SampleShard(1, 4)):
         single = objective(tiny_sd1())
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=share.accumulation)
         prepared, optimizer = accelerator.prepare(single, torch.optim.SGD(single.groups(1.0, 1.0)))
-        reports = list(fit(prepared, picture().batches(share, 0, 2), optimizer, accelerator=accelerator))
+        reports = list(training_steps(prepared, picture().batches(share, 0, 2), optimizer, accelerator=accelerator))
         assert [report.update for report in reports] == [1, 2]
         losses = [float(report.losses["loss"]) for report in reports]
         ends.append((losses, {name: parameter.detach() for name, parameter in single.trainable().items()}))
@@ -113,7 +113,7 @@ def test_forgedit_c25_gradients_are_unscaled_before_they_are_clipped_and_used(mo
             scaling(accelerator, monkeypatch)
         prepared, optimizer = accelerator.prepare(line, torch.optim.SGD(line.parameters(), lr=0.1))
         batches = [{"x": torch.tensor([3.0, 0.0, 4.0])}, {"x": torch.tensor([0.3, 0.0, 0.4])}]
-        list(fit(prepared, batches, optimizer, accelerator=accelerator, max_grad_norm=1.0))
+        list(training_steps(prepared, batches, optimizer, accelerator=accelerator, max_grad_norm=1.0))
         ends.append(line.w.detach())
     assert torch.allclose(ends[0], ends[1], rtol=1e-3) and torch.allclose(1 - ends[0], torch.tensor([0.09, 0.0, 0.12]))
     naive = Line()  # as the released code has it: the loss is scaled, the raw optimiser stepped
@@ -129,7 +129,7 @@ def test_an_overflow_under_a_scaler_skips_the_update_and_halves_the_scale(monkey
     accelerator = scaling(Accelerator(cpu=True), monkeypatch, scale=2.0**17)
     prepared, optimizer = accelerator.prepare(line, torch.optim.SGD(line.parameters(), lr=0.1))
     batches = [{"x": torch.ones(3)}] * 2
-    ends = [line.w.detach().clone() for _ in fit(prepared, batches, optimizer, accelerator=accelerator)]
+    ends = [line.w.detach().clone() for _ in training_steps(prepared, batches, optimizer, accelerator=accelerator)]
     assert torch.equal(ends[0], torch.ones(3)) and torch.allclose(ends[1], torch.full((3,), 0.9))
     assert accelerator.scaler is not None and accelerator.scaler.get_scale() == 2.0**16
 
@@ -139,7 +139,7 @@ def test_moments_of_8_bits_learn_nearly_the_same() -> None:
     ends = []
     for use_8bit in (False, True):
         weight = nn.Parameter(torch.linspace(-1, 1, 8192))
-        optimizer = adam([{"params": [weight], "lr": 1e-2}], weight.device, use_8bit=use_8bit)
+        optimizer = adamw([{"params": [weight], "lr": 1e-2}], weight.device, use_8bit=use_8bit)
         for _ in range(20):
             (weight - 2).square().sum().backward()
             optimizer.step()
@@ -156,7 +156,7 @@ def test_speed_fused_adamw_equals_the_default() -> None:
     for fused in (True, False):
         weight = nn.Parameter(torch.linspace(-1, 1, 512))
         groups = [{"params": [weight], "lr": 1e-2}]
-        optimizer = adam(groups, weight.device) if fused else torch.optim.AdamW(groups, weight_decay=0.0, fused=False)
+        optimizer = adamw(groups, weight.device) if fused else torch.optim.AdamW(groups, weight_decay=0.0, fused=False)
         assert optimizer.defaults["fused"] is fused
         for update in range(50):
             weight.grad = torch.randn(512, generator=generator(update, "gradients")) * 10.0 ** (update % 5 - 4)
@@ -168,7 +168,7 @@ def test_speed_fused_adamw_equals_the_default() -> None:
 
 def test_checkpointing_gives_the_same_gradients_and_leaves_no_trace() -> None:
     model = tiny_sd1()
-    single, batch = objective(model), next(picture().batches(Share(2), 0, 1))
+    single, batch = objective(model), next(picture().batches(SampleShard(2), 0, 1))
     learns = list(single.trainable().values())
     states = [dict(vars(module)) for module in model.unet.modules()]
     kept, gradients = [], []
@@ -179,7 +179,7 @@ def test_checkpointing_gives_the_same_gradients_and_leaves_no_trace() -> None:
             count[0] += tensor.numel()
             return tensor
 
-        with recomputing(model.unet, wanted), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with gradient_checkpointing(model.unet, wanted), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             total = single(batch).total
             gradients.append(torch.autograd.grad(total, learns, allow_unused=True))
         kept.append(count[0])

@@ -12,12 +12,12 @@ import torch
 
 from personalize import validation
 from personalize.concept_data import ConceptPicture
-from personalize.concept_learning import teaching
+from personalize.concept_learning import multi_concept_run
 from personalize.concepts import Subject
 from personalize.editor import Editor, Sampling
 from personalize.images import to_image
-from personalize.learning import learn, learning
-from personalize.recipes import ConceptRecipe
+from personalize.learning import learn, single_image_run
+from personalize.recipes import MultiConceptConfig
 from personalize.validation import draw, validate
 from tests.test_learning import CAPTION, SMALL, pixels, same
 from tests.tiny import tiny_sd1
@@ -35,7 +35,7 @@ def options(folder: Path) -> SimpleNamespace:
 def test_they_are_what_inference_gives_and_the_run_does_not_notice(text: bool, tmp_path: Path) -> None:
     model, settings = tiny_sd1(), replace(SMALL, max_train_samples=2, train_text_encoder=text)
     plain = learn(model, pixels(), CAPTION, settings)
-    with learning(model, pixels(), CAPTION, settings) as run:
+    with single_image_run(model, pixels(), CAPTION, settings) as run:
         steps = run.steps()
         next(steps)
         drawn, adapter = draw(run, PROMPT, count=1, steps=1), run.adapter()
@@ -48,7 +48,7 @@ def test_they_are_what_inference_gives_and_the_run_does_not_notice(text: bool, t
 def test_they_are_written_and_shown_to_trackers(tmp_path: Path) -> None:
     shown = {}
     tracker = SimpleNamespace(name="tensorboard", log_images=lambda values, **extra: shown.update(values, **extra))
-    with learning(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
+    with single_image_run(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
         run.accelerator.trackers = [tracker]
         next(run.steps())
         paths = validate(run, options(tmp_path))
@@ -64,7 +64,7 @@ def test_a_failed_one_is_a_warning_and_training_goes_on(tmp_path: Path, monkeypa
         raise torch.OutOfMemoryError("no memory\nat all")
 
     monkeypatch.setattr(validation.Editor, "edit", fail)
-    with learning(model, pixels(), CAPTION, settings) as run:
+    with single_image_run(model, pixels(), CAPTION, settings) as run:
         steps = run.steps()
         next(steps)
         with pytest.warns(UserWarning, match="update 1: no validation pictures, training goes on: no memory$"):
@@ -76,10 +76,10 @@ def test_a_failed_one_is_a_warning_and_training_goes_on(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("full_kv", [False, True])
 def test_several_concepts_are_drawn_with_their_words(full_kv: bool) -> None:
     picture = ConceptPicture(to_image(pixels()), (Subject("<cat1>", "cat"),))
-    recipe = ConceptRecipe(rank=64 if full_kv else 2, max_train_steps=1, full_kv=full_kv, initializer_token="class",
+    recipe = MultiConceptConfig(rank=64 if full_kv else 2, max_train_steps=1, full_kv=full_kv, initializer_token="class",
                            calibration_weight=0.0, gradient_accumulation_steps=1)  # fmt: skip
     model = tiny_sd1()
-    with teaching(model, picture, recipe) as run:
+    with multi_concept_run(model, picture, recipe) as run:
         list(run.steps())
         weights = {name: value.detach().clone() for name, value in run.objective.trainable().items()}
         (drawn,) = draw(run, "a <cat1> cat", count=1, steps=1)

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from personalize.errors import UserError
-from personalize.recipes import Base, Recipe, chosen
+from personalize.recipes import BaseModelOptions, SingleImageConfig, extract_config
 
 if TYPE_CHECKING:
     from personalize.model import StableDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Recipe, Base):
+class Config(SingleImageConfig, BaseModelOptions):
     items: tyro.conf.Positional[Path]
     """Table of the pictures: a CSV file with a header; paths are relative to it."""
     output_dir: Path = Path("adapters")
@@ -49,14 +49,14 @@ def main(config: Config) -> Path:
     from personalize import teams
     from personalize.catalogue import Catalogue, run, write_table
     from personalize.catalogue_table import DONE, read_items
-    from personalize.several import check_together
+    from personalize.several import check_batchable
     from personalize.trainer import load_base
 
-    recipe = chosen(config, Recipe)
+    recipe = extract_config(config, SingleImageConfig)
     if config.adapters_per_batch < 1:
         raise UserError(f"adapters_per_batch must be 1 or more, got {config.adapters_per_batch}")
     if config.adapters_per_batch > 1:
-        check_together(recipe)
+        check_batchable(recipe)
     items, refused = read_items(config.items, recipe)
     base = "@".join(filter(None, [config.pretrained_model_name_or_path or "embedded", config.revision]))
     catalogue = Catalogue(

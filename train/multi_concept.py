@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import tyro
 
 from personalize.errors import UserError
-from personalize.recipes import ConceptRecipe, Prior, Run, chosen
+from personalize.recipes import MultiConceptConfig, PriorPreservationOptions, RunOptions, extract_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from personalize.concept_learning import ConceptLearning
+    from personalize.concept_learning import MultiConceptRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ConceptRecipe, Prior, Run):
+class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
     picture: tyro.conf.Positional[Path | None] = None
     """The picture that shows the concepts; the square in its middle is used."""
     instance_data_dir: Path | None = None
@@ -55,8 +55,8 @@ def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
     from personalize import trainer
     from personalize.adapter import check_target
-    from personalize.concept_learning import teaching
-    from personalize.concept_training import Stages, read_picture
+    from personalize.concept_learning import multi_concept_run
+    from personalize.concept_training import MapSnapshots, read_picture
     from personalize.regularisation import examples
 
     if config.mask_weight and not config.masks:
@@ -68,11 +68,11 @@ def main(config: Config) -> Path:
     multiple = 8 * model.factor
     side = max(multiple, (config.resolution or model.resolution) // multiple * multiple)
     classes = examples(config, model, config.class_prompt or picture.class_prompt, (side, side), accelerator)
-    with teaching(
-        model, picture, chosen(config, ConceptRecipe), examples=classes, resolution=config.resolution,
+    with multi_concept_run(
+        model, picture, extract_config(config, MultiConceptConfig), examples=classes, resolution=config.resolution,
         accelerator=accelerator,
     ) as run:  # fmt: skip
-        stages = Stages(run, picture, wanted=config.attention_maps)
+        stages = MapSnapshots(run, picture, wanted=config.attention_maps)
         describe(run, accelerator)
         stages.look("before")
         trainer.train(config, run, "multi_concept")
@@ -84,7 +84,7 @@ def main(config: Config) -> Path:
     return trainer.finish(config, accelerator)
 
 
-def describe(run: ConceptLearning, accelerator: Accelerator) -> None:
+def describe(run: MultiConceptRun, accelerator: Accelerator) -> None:
     """Say what is learned from what, and which maps are read."""
     count = len(run.picture.examples)
     accelerator.print(f"“{run.caption}” at {run.size[1]}×{run.size[0]} px, {count} regularisation pictures")

@@ -82,7 +82,7 @@ def train(config: Config, net: ScorerNet) -> ScorerNet:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from personalize.scorer_training import ScorerData, ScorerObjective
-    from personalize.training import fit
+    from personalize.training import training_steps
 
     objective = ScorerObjective(net)
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.995))
@@ -100,7 +100,7 @@ def train(config: Config, net: ScorerNet) -> ScorerNet:
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     data, first, started = ScorerData(**scenes(config), seed=config.seed), state["update"], time.monotonic()
     batches = (data.batch(u, range(u * size, (u + 1) * size)) for u in range(first, steps))
-    for report in fit(
+    for report in training_steps(
         prepared, batches, optimizer, accelerator=accelerator, lr_scheduler=schedule, max_grad_norm=1.0,
         first_update=first,
     ):  # fmt: skip

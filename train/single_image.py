@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 import tyro
 
 from personalize.errors import UserError
-from personalize.recipes import Prior, Recipe, Run, chosen
+from personalize.recipes import PriorPreservationOptions, RunOptions, SingleImageConfig, extract_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from personalize.learning import Learning
-    from personalize.subject import Shown
+    from personalize.learning import SingleImageRun
+    from personalize.subject import TrainingImage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Recipe, Prior, Run):
+class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     picture: tyro.conf.Positional[Path | None] = None
     """The picture to learn, of any size, aspect ratio and format; or a folder of several."""
     instance_image: Path | None = None
@@ -51,7 +51,7 @@ def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
     from personalize import trainer
     from personalize.adapter import check_target
-    from personalize.learning import learning
+    from personalize.learning import single_image_run
     from personalize.preview import preview
     from personalize.regularisation import examples
     from personalize.subject import fitted, read_subject
@@ -64,7 +64,7 @@ def main(config: Config) -> Path:
     pixels, masks = fitted(shown, config.resolution or model.resolution, 8 * model.factor)
     size = (pixels.shape[-2], pixels.shape[-1])
     classes = examples(config, model, class_prompt(config), size, accelerator)
-    with learning(
+    with single_image_run(
         model, pixels, [one.caption for one in shown], settings, masks=masks, examples=classes, accelerator=accelerator
     ) as run:
         describe(run, shown, accelerator)
@@ -77,12 +77,12 @@ def main(config: Config) -> Path:
     return trainer.finish(config, accelerator)
 
 
-def recipe(config: Config, processes: int) -> Recipe:
+def recipe(config: Config, processes: int) -> SingleImageConfig:
     """The part of the options that decides how the picture is learned."""
     if config.max_train_steps is None:
-        return chosen(config, Recipe)
+        return extract_config(config, SingleImageConfig)
     batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-    return chosen(config, Recipe, max_train_samples=config.max_train_steps * batch)
+    return extract_config(config, SingleImageConfig, max_train_samples=config.max_train_steps * batch)
 
 
 def class_prompt(config: Config) -> str:
@@ -92,7 +92,7 @@ def class_prompt(config: Config) -> str:
     return config.class_prompt or ""
 
 
-def describe(run: Learning, shown: Sequence[Shown], accelerator: Accelerator) -> None:
+def describe(run: SingleImageRun, shown: Sequence[TrainingImage], accelerator: Accelerator) -> None:
     """Say what is learned and how the base reads its words: mistakes in captions show here."""
     height, width = run.size
     accelerator.print(f"{len(shown)} picture{'s' * (len(shown) > 1)} at {width}×{height} px")

@@ -24,7 +24,7 @@ from personalize.lora import block_roles, module_roles
 from personalize.losses import LossTerms
 from personalize.model import Conditioning, StableDiffusion
 from personalize.randomness import generator
-from personalize.training import fit
+from personalize.training import training_steps
 
 TEXT_RATE = 1e-3
 
@@ -86,7 +86,7 @@ def learn_full(
         accelerator = Accelerator(cpu=model.device.type == "cpu")
         prepared, optimizer = accelerator.prepare(objective, torch.optim.Adam(groups))
         batches = (_batch(model, latents, update, batch) for update in range(samples // batch))
-        for _ in fit(prepared, batches, optimizer, accelerator=accelerator):
+        for _ in training_steps(prepared, batches, optimizer, accelerator=accelerator):
             pass
         learned = {name: parameter.detach().clone() for name, parameter in chosen.items()}
     finally:

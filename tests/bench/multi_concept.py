@@ -26,10 +26,10 @@ import tyro
 from PIL import Image
 
 from personalize.adapter import Adapter
-from personalize.attachment import equipped
-from personalize.calibrated import drawing
-from personalize.concept_data import ConceptPicture, Example
-from personalize.concept_learning import ConceptRecipe, teaching
+from personalize.attachment import applied
+from personalize.calibrated import text_to_image_guidance
+from personalize.concept_data import ClassImage, ConceptPicture
+from personalize.concept_learning import MultiConceptConfig, multi_concept_run
 from personalize.concept_maps import concept_maps
 from personalize.concepts import Subject
 from personalize.images import to_pixels
@@ -37,7 +37,7 @@ from personalize.losses import normalised, separation
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.multi_concept import CALIBRATION_WEIGHT
 from personalize.regularisation import from_base
-from personalize.sampling import Edit, moves, sample
+from personalize.sampling import Edit, make_schedule, sample
 from personalize.scenes import (
     HELD_OUT_STYLE,
     PLACES,
@@ -118,7 +118,7 @@ class Bench:
         prompt = f"a picture of a {subjects[0].phrase} and a {subjects[1].phrase} {place_phrase(scene.background)}"
         return ConceptPicture(Image.fromarray(image), subjects, prompt), masks, scene
 
-    def examples(self, picture: ConceptPicture) -> list[Example]:
+    def examples(self, picture: ConceptPicture) -> list[ClassImage]:
         options = self.options
         cache = options.output_dir / "drawn"
         side = self.model.resolution
@@ -126,9 +126,9 @@ class Bench:
             self.model, picture.class_prompt, options.class_images, size=(side, side), steps=options.steps, cache=cache
         )
 
-    def recipe(self, arm: str, seed: int) -> ConceptRecipe:
+    def recipe(self, arm: str, seed: int) -> MultiConceptConfig:
         weight = CALIBRATION_WEIGHT if arm == CALIBRATED else 0.0
-        return ConceptRecipe(
+        return MultiConceptConfig(
             initializer_token="class", max_train_steps=self.options.updates, calibration_weight=weight, seed=seed,
             token_learning_rate=self.options.token_learning_rate,
         )  # fmt: skip
@@ -136,9 +136,9 @@ class Bench:
     def pictures(self, prompt: str, adapter: Adapter | None, label: str) -> np.ndarray:
         """`budget` pictures of `prompt`, (b, H, W, 3) uint8, with the same seeds for every arm; kept as a strip."""
         model, seeds = self.model, range(self.options.budget)
-        with torch.no_grad(), equipped(model, adapter):
-            edit = Edit(model.prompts([prompt]), guidance_scale=drawing(model.name))
-            latents = sample(model, edit, list(seeds), moves(model, self.options.steps))
+        with torch.no_grad(), applied(model, adapter):
+            edit = Edit(model.prompts([prompt]), guidance_scale=text_to_image_guidance(model.name))
+            latents = sample(model, edit, list(seeds), make_schedule(model, self.options.steps))
         drawn = as_bytes(model.decode(latents).cpu())
         file = picture_file(self.cells, f"{label}, {re.sub('[<>]', '', prompt)}")
         file.parent.mkdir(exist_ok=True)
@@ -150,7 +150,7 @@ def measured(bench: Bench, index: int, arm: str) -> dict[str, Any]:
     """Train `arm` on scene `index`, and measure maps and pictures."""
     picture, masks, scene = bench.task(index)
     started = time.perf_counter()
-    with teaching(bench.model, picture, bench.recipe(arm, index), examples=bench.examples(picture)) as run:
+    with multi_concept_run(bench.model, picture, bench.recipe(arm, index), examples=bench.examples(picture)) as run:
         for _ in run.steps():
             pass
         adapter = run.adapter()
@@ -192,7 +192,7 @@ def judged(
     return {name: float(np.mean(values)) for name, values in means.items()}
 
 
-def controls(bench: Bench, index: int) -> None:
+def make_controls(bench: Bench, index: int) -> None:
     """The picture itself whatever was asked, and the base asked for the classes."""
     scene = bench.scene(index)
     image = render(scene, bench.model.resolution)[0]
@@ -207,9 +207,9 @@ def speed(bench: Bench) -> dict[str, Any]:
     """Seconds of an update with and without calibration, in turn within one run: medians and their ratio."""
     picture, _, _ = bench.task(0)
     count = bench.options.timed_updates
-    recipe = ConceptRecipe(initializer_token="class", max_train_steps=2 * count + 2, swap_subjects=0.0)
+    recipe = MultiConceptConfig(initializer_token="class", max_train_steps=2 * count + 2, swap_subjects=0.0)
     spent: dict[float, list[float]] = {CALIBRATION_WEIGHT: [], 0.0: []}
-    with teaching(bench.model, picture, recipe, examples=bench.examples(picture)) as run:
+    with multi_concept_run(bench.model, picture, recipe, examples=bench.examples(picture)) as run:
         steps = run.steps()
         for number in range(2 * count + 2):
             weight = 0.0 if number % 2 else CALIBRATION_WEIGHT
@@ -247,7 +247,7 @@ def run(options: MultiConceptBench, model: StableDiffusion | None = None) -> str
         for arm in ARMS:
             bench.cells.once(f"{arm}/{index}", lambda index=index, arm=arm: measured(bench, index, arm))
             print(f"scene {index}, {arm}: {bench.cells.rows[f'{arm}/{index}']}", flush=True)
-        controls(bench, index)
+        make_controls(bench, index)
     text = table(bench.cells.rows, options.scenes)
     if options.timed_updates:
         timed = bench.cells.once("speed", lambda: speed(bench))

@@ -24,21 +24,21 @@ import tyro
 from PIL import Image
 
 from personalize.adapter import Adapter
-from personalize.calibrated import drawing
+from personalize.calibrated import text_to_image_guidance
 from personalize.choosing import SWEEP, search
 from personalize.editor import Editor
 from personalize.images import psnr, to_image, to_pixels
 from personalize.launching import presets
 from personalize.learning import learn
-from personalize.mixing import mixed
+from personalize.mixing import edit_conditioning
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.options import read_yaml
-from personalize.recipes import Recipe
-from personalize.sampling import Edit, moves, sample
+from personalize.recipes import SingleImageConfig
+from personalize.sampling import Edit, make_schedule, sample
 from personalize.scene_scorer import SceneScorer
 from personalize.scenes import HELD_OUT_STYLE, render
 from personalize.scoring import Request, Scorer
-from personalize.settings import Sampling, Setting, rules
+from personalize.settings import EditStrengths, Sampling, parse_rule_sum
 from personalize.verify import MANIFEST
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Arm, Task, do_nothing, evaluate, random_task
@@ -92,8 +92,8 @@ class Bench:
         self.options, self.model = options, model or StableDiffusion.load(options.model, dtype=torch.float32)
         self.judge, self.scorer = Judge.load(), scorer or SceneScorer.load()
         self.world = world_of(options.model, nouns=options.nouns)
-        preset = read_yaml(presets("single_image")["embedded"], Recipe) if options.model == EMBEDDED else {}
-        self.recipe = Recipe(**{**preset, "max_train_samples": options.samples})
+        preset = read_yaml(presets("single_image")["embedded"], SingleImageConfig) if options.model == EMBEDDED else {}
+        self.recipe = SingleImageConfig(**{**preset, "max_train_samples": options.samples})
         settings = {name: getattr(options, name) for name in ("budget", "steps", "samples")}
         stamp = {"weights": weights_of(self.model), "split": SPLIT, **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
@@ -162,23 +162,23 @@ class Bench:
 
         return arm
 
-    def drawn(self, learned: FullWeights, prompt: str, setting: Setting, seed: int) -> Image.Image:
+    def drawn(self, learned: FullWeights, prompt: str, setting: EditStrengths, seed: int) -> Image.Image:
         """One picture with full weights, by the same mathematics as the editor's."""
         model = self.model
         with torch.no_grad():
-            told = mixed(
+            told = edit_conditioning(
                 model, learned.source, model.prompts([prompt]),
                 alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
             )  # fmt: skip
-        with worn(model, learned, rules(setting.forget)):
-            edit = Edit(told, guidance_scale=drawing(model.name))
-            latents = sample(model, edit, [seed], moves(model, self.options.steps))
+        with worn(model, learned, parse_rule_sum(setting.forget)):
+            edit = Edit(told, guidance_scale=text_to_image_guidance(model.name))
+            latents = sample(model, edit, [seed], make_schedule(model, self.options.steps))
         return to_image(model.decode(latents))
 
     def reconstruction(self, index: int) -> dict[str, float]:
         """PSNR in dB of the replayed source: by LoRA, by full weights at each rate, and the autoencoder's own."""
         pixels, caption = to_pixels(self.source(index)), self.task(KINDS[0], index).source_prompt
-        replay = Setting(alpha=1.0, beta=0.0)
+        replay = EditStrengths(alpha=1.0, beta=0.0)
         found = {"autoencoder": self.model.decode(self.model.encode(pixels)).cpu()}
         found["LoRA"] = to_pixels(self.editor(index).reconstruct(sampling=self.sampling)[0])
         for rate in self.options.paper_rates:
@@ -199,21 +199,21 @@ def arrays(pictures: Sequence[Image.Image]) -> list[np.ndarray]:
     return [np.asarray(picture) for picture in pictures]
 
 
-def grid_of(name: str) -> list[Setting]:
+def grid_of(name: str) -> list[EditStrengths]:
     """The settings of a fixed arm, in turn; forgetting the encoder goes with a smaller beta, as in the paper."""
     less = 0.3 if name == ENCODER else 0.0
     return [
-        Setting(a, round(b - less, 2), forget=rule) for (a, b), rule in zip(SWEEP, cycle(RULES[name]), strict=False)
+        EditStrengths(a, round(b - less, 2), forget=rule) for (a, b), rule in zip(SWEEP, cycle(RULES[name]), strict=False)
     ]
 
 
-def paper_grid() -> list[Setting]:
+def paper_grid() -> list[EditStrengths]:
     """The paper's ranges and strategies, in the proportions in which its published results were won."""
     mixes = zip(cycle(PAPER_ALPHAS), PAPER_BETAS * 2, cycle(PAPER_RULES), strict=False)
-    return [Setting(a, b, forget=rule) for a, b, rule in mixes]
+    return [EditStrengths(a, b, forget=rule) for a, b, rule in mixes]
 
 
-def spread(settings: Sequence[Setting], budget: int) -> list[tuple[Setting, int]]:
+def spread(settings: Sequence[EditStrengths], budget: int) -> list[tuple[EditStrengths, int]]:
     """`budget` pictures over the settings in turn, each with a seed of its own."""
     return [(setting, seed) for seed, setting in enumerate(islice(cycle(settings), budget))]
 

@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from personalize.captured import StaticStep, _captured
-from personalize.learning import Learning, learning
+from personalize.captured import GraphedStep, _captured
+from personalize.learning import SingleImageRun, single_image_run
 from personalize.memory import estimate
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from tests.bench.arms import Arm, facts, measure
 from tests.bench.speed_bases import base
 from tests.bench.speed_setup import Rows, accelerated, model_of, picture, run_of, stepper, timed
@@ -74,14 +74,14 @@ def graph(bench: SpeedBench) -> Rows:
             for parameter in run.objective.trainable().values():
                 parameter.grad = None
             few = run.picture.batches(run.share, 0, 400)
-            step = StaticStep(run.objective, few, run.optimizer.optimizer, model.device)
+            step = GraphedStep(run.objective, few, run.optimizer.optimizer, model.device)
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
                 for _ in range(3):
                     step()
             replay = _captured(step)
 
-            def again(run: Callable[[], None] = replay, step: StaticStep = step) -> None:
+            def again(run: Callable[[], None] = replay, step: GraphedStep = step) -> None:
                 step.count.zero_()
                 run()
 
@@ -102,13 +102,13 @@ def memory(bench: SpeedBench) -> Rows:
         if small:
             model.quantise()
         for checkpointing in (False, True):
-            recipe = Recipe(
+            recipe = SingleImageConfig(
                 rank=bench.rank, train_batch_size=bench.batch, max_train_samples=2 * bench.batch,
                 gradient_checkpointing=checkpointing,
             )  # fmt: skip
             side = (bench.latent or model.unet.config.sample_size) * model.factor
             accelerator = accelerated(model)
-            with learning(model, picture(side), "a photo of a cat", recipe, accelerator=accelerator) as run:
+            with single_image_run(model, picture(side), "a photo of a cat", recipe, accelerator=accelerator) as run:
                 expected = estimate(run)
                 peak = _peak(run, expected.base + expected.adapter)
             name = f"{'NF4' if small else 'bf16'}{', checkpointed' if checkpointing else ''}"
@@ -119,7 +119,7 @@ def memory(bench: SpeedBench) -> Rows:
     return rows
 
 
-def _peak(run: Learning, there: int) -> int:
+def _peak(run: SingleImageRun, there: int) -> int:
     """Bytes at the peak of all updates; `there` are those of base and adapter."""
     if run.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -17,10 +17,10 @@ from personalize import bundled
 from personalize.catalogue import Catalogue, learn_row
 from personalize.catalogue_table import Item
 from personalize.concept_data import ConceptPicture
-from personalize.concept_learning import teaching
+from personalize.concept_learning import multi_concept_run
 from personalize.concepts import Subject
-from personalize.learning import learning
-from personalize.recipes import ConceptRecipe, Recipe
+from personalize.learning import single_image_run
+from personalize.recipes import MultiConceptConfig, SingleImageConfig
 from tests.bench.arms import exponent, facts, spread
 from tests.bench.speed_bases import base
 from tests.bench.speed_setup import picture, run_of, stepper
@@ -77,22 +77,22 @@ def _repeated(bench: SpeedBench, call: Callable[[], Any]) -> list[float]:
 
 
 def _learned(model: StableDiffusion, samples: int, bench: SpeedBench) -> None:
-    recipe = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=max(samples, bench.batch))
-    with learning(model, picture(model.resolution), "a photo of a cat", recipe) as run:
+    recipe = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=max(samples, bench.batch))
+    with single_image_run(model, picture(model.resolution), "a photo of a cat", recipe) as run:
         for _ in run.steps():
             pass
 
 
 def _concepts(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
     subjects = tuple(Subject(f"<c{number}>", noun) for number, noun in enumerate(("cat", "dog", "car")[:count]))
-    recipe = ConceptRecipe(rank=bench.rank, max_train_steps=4, gradient_accumulation_steps=1, initializer_token="class")
-    with teaching(model, ConceptPicture(bundled.bundled(0).picture, subjects), recipe) as run:
+    recipe = MultiConceptConfig(rank=bench.rank, max_train_steps=4, gradient_accumulation_steps=1, initializer_token="class")
+    with multi_concept_run(model, ConceptPicture(bundled.bundled(0).picture, subjects), recipe) as run:
         for _ in run.steps():
             pass
 
 
 def _rows(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
-    recipe = replace(Recipe(rank=bench.rank, train_batch_size=bench.batch), max_train_samples=2 * bench.batch)
+    recipe = replace(SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch), max_train_samples=2 * bench.batch)
     with TemporaryDirectory() as place:
         file = Path(place) / "picture.png"
         bundled.bundled(0).picture.save(file)

@@ -11,9 +11,9 @@ from personalize.dragging import drag_picture
 from personalize.editor import Editor
 from personalize.images import to_image
 from personalize.learning import learn
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from personalize.settings import Sampling
-from personalize.several import learn_several
+from personalize.several import learn_batched
 from tests.bench.arms import Arm
 from tests.bench.speed_setup import Rows, accelerated, model_of, picture, timed
 
@@ -33,7 +33,7 @@ def jobs(bench: SpeedBench) -> Rows:
     side = (bench.latent or int(model.unet.config.sample_size)) * model.factor
     pixels = picture(side)
     seen = to_image(pixels)
-    plain = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=UPDATES * bench.batch)
+    plain = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=UPDATES * bench.batch)
     recipes = {"one adapter": plain}
     if model.device.type == "cuda":
         recipes["one adapter, as a graph"] = replace(plain, cuda_graph=True)
@@ -46,7 +46,7 @@ def jobs(bench: SpeedBench) -> Rows:
     how = {"groups": groups, "warmup": 0}
     rows = timed(bench, "jobs", arms, **how)
     many = [(pixels, CAPTION)] * ROWS
-    together = Arm(f"{ROWS} rows of a catalogue", lambda: learn_several(model, many, plain, accelerator=accelerator))
+    together = Arm(f"{ROWS} rows of a catalogue", lambda: learn_batched(model, many, plain, accelerator=accelerator))
     rows += timed(bench, "jobs", [together], per=ROWS, **how)
     middle, mask = side / 2, Image.new("L", seen.size)
     mask.paste(255, (side // 4, side // 4, side // 2, side // 2))

@@ -12,9 +12,9 @@ from torch import Tensor
 from personalize.lora import _pair, lora_layers
 from personalize.lora_layers import several
 from personalize.model import Conditioning, StableDiffusion
-from personalize.objectives import SingleImage
-from personalize.several import SeveralImages
-from personalize.training import adam
+from personalize.objectives import SingleImageObjective
+from personalize.several import BatchedAdapters
+from personalize.training import adamw
 from tests.bench.arms import Arm
 from tests.bench.speed_bases import base
 from tests.bench.speed_device import ceiling, graph, memory
@@ -26,12 +26,10 @@ from tests.bench.speed_reference import reference
 from tests.bench.speed_setup import (
     Rows,
     channels_last,
-    direct_convolutions,
     entered,
     model_of,
-    not_lean,
     pefts_layers,
-    plain_products,
+    plain_unet,
     run_of,
     stepper,
     timed,
@@ -42,29 +40,27 @@ if TYPE_CHECKING:
 
 
 def lora(bench: SpeedBench) -> Rows:
-    """An update with peft's LoRA layers, and with ours, their products by torch's own choice of library and by ours."""
+    """An update with peft's LoRA layers, and with ours."""
     model = model_of(bench)
     with run_of(model, bench.batch, bench.rank, bench.latent) as run:
         step = stepper(run)
         arms = [
             Arm("peft's layers", step, pefts_layers),
-            Arm("our layers, products not by oneDNN", step, plain_products),
             Arm("our layers", step),
         ]
         return timed(bench, "lora layer", arms)
 
 
 def passes(bench: SpeedBench) -> Rows:
-    """An update with diffusers' UNet as it is, and lean, with direct convolutions and with its own."""
+    """An update with diffusers' UNet as it is, and with `fast_paths`."""
     model = model_of(bench)
     with run_of(model, bench.batch, bench.rank, bench.latent) as run:
         step = stepper(run)
         arms = [
-            Arm("as it is", step, lambda: not_lean(model.unet)),
-            Arm("lean, direct convolutions", step, direct_convolutions),
-            Arm("lean", step),
+            Arm("as it is", step, lambda: plain_unet(model.unet)),
+            Arm("fast paths", step),
         ]
-        return timed(bench, "lean update", arms)
+        return timed(bench, "fast paths of an update", arms)
 
 
 def layout(bench: SpeedBench) -> Rows:
@@ -144,7 +140,7 @@ def together(bench: SpeedBench) -> Rows:
                 model.unet.eval()
 
         arms = [
-            Arm("as the reference makes it", theirs, entered(pefts_layers, lambda: not_lean(model.unet), training)),
+            Arm("as the reference makes it", theirs, entered(pefts_layers, lambda: plain_unet(model.unet), training)),
             Arm("ours", stepper(run)),
         ]
         return timed(bench, "UNet step", arms)
@@ -171,8 +167,8 @@ def adapters(bench: SpeedBench) -> Rows:
                      for layer in layers.values()]  # fmt: skip
             stacked = dict(zip(layers, map(tuple, pairs), strict=True))
             told = Conditioning.cat([run.objective.source()] * count)
-            objective = SeveralImages(SingleImage(model, told), stacked)  # pyright: ignore
-            optimizer = adam([{"params": list(objective.parameters()), "lr": 1e-6}], model.device)
+            objective = BatchedAdapters(SingleImageObjective(model, told), stacked)  # pyright: ignore
+            optimizer = adamw([{"params": list(objective.parameters()), "lr": 1e-6}], model.device)
             batch = next(run.picture.batches(run.share, 0, 1))
             many = {key: torch.cat([value] * count) for key, value in batch.items()}
             many["rows"] = torch.arange(count).repeat_interleave(bench.batch)

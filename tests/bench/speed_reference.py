@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 
 from personalize import bundled
-from personalize.images import fit, load_image
-from personalize.learning import learning
+from personalize.images import fitted_pixels, load_image
+from personalize.learning import single_image_run
 from personalize.lora import module_names
 from personalize.model import EMBEDDED, StableDiffusion
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from tests.bench.arms import facts, ratio, spread
 from tests.bench.speed_setup import accelerated, model_of
 
@@ -138,10 +138,10 @@ def _theirs(bench: SpeedBench, script: Path, folder: Path, side: int, work: Path
 
 def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, work: Path) -> Run:
     began = time.perf_counter()
-    pixels, _ = fit(load_image(picture), side, 8 * model.factor)
-    recipe = Recipe(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=bench.steps * bench.batch)
+    pixels, _ = fitted_pixels(load_image(picture), side, 8 * model.factor)
+    recipe = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=bench.steps * bench.batch)
     steps = []
-    with learning(model, pixels, CAPTION, recipe, accelerator=accelerated(model)) as run:
+    with single_image_run(model, pixels, CAPTION, recipe, accelerator=accelerated(model)) as run:
         for _ in run.steps():
             if model.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,12 @@ from accelerate.state import AcceleratorState
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor
 
-from personalize import bundled, lean, lora_layers
-from personalize.learning import Learning, learning
+from personalize import bundled, lora_layers
+from personalize.lean import fast_paths
+from personalize.learning import SingleImageRun, single_image_run
 from personalize.model import StableDiffusion
-from personalize.pages import kept_pages
 from personalize.randomness import generator
-from personalize.recipes import Recipe
+from personalize.recipes import SingleImageConfig
 from tests.bench.arms import Arm, measure
 from tests.bench.speed_bases import base
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from tests.bench.speed import SpeedBench
 
 Rows = list[dict[str, Any]]
+_FAST_PATHS = fast_paths.__module__
 
 
 def entered(*contexts: Callable[[], Any]) -> Callable[[], Any]:
@@ -72,11 +72,11 @@ def latents(model: StableDiffusion, rows: int, side: int | None) -> Tensor:
 
 
 @contextmanager
-def run_of(model: StableDiffusion, batch: int, rank: int, side: int | None) -> Iterator[Learning]:
+def run_of(model: StableDiffusion, batch: int, rank: int, side: int | None) -> Iterator[SingleImageRun]:
     """A run of single-image tuning with `batch` samples an update, on the bundled picture."""
-    recipe = Recipe(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
+    recipe = SingleImageConfig(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
     pixels = picture((side or model.unet.config.sample_size) * model.factor)
-    with learning(model, pixels, "a photo of a cat", recipe, accelerator=accelerated(model)) as run:
+    with single_image_run(model, pixels, "a photo of a cat", recipe, accelerator=accelerated(model)) as run:
         yield run
 
 
@@ -87,7 +87,7 @@ def accelerated(model: StableDiffusion) -> Accelerator:
     return Accelerator(cpu=model.device.type == "cpu", mixed_precision="bf16" if low else "no")
 
 
-def stepper(run: Learning, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
+def stepper(run: SingleImageRun, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
     """A call that makes one update of `run`, without what the loop around it does."""
     batch = next(run.picture.batches(run.share, 0, 1))
     batch = {key: value.to(run.model.device) for key, value in batch.items()}
@@ -113,46 +113,22 @@ def pefts_layers() -> Iterator[None]:
 
 
 @contextmanager
-def not_lean(unet: Any) -> Iterator[None]:
-    """Run the body as if `lean` were not entered: the attributes that it has put there are set aside."""
-    names = ("output_scale_factor", "rescale_output_factor", "_get_output_for_continuous_inputs", "forward")
+def plain_unet(unet: Any) -> Iterator[None]:
+    """Run the body as if `fast_paths` were not entered: the attributes that it has put there are set aside."""
+    names = ("output_scale_factor", "rescale_output_factor", "forward")
     taken = []
     for module in unet.modules():
         for name in names:
             value = vars(module).get(name)
-            if (
-                type(value).__module__ == "personalize.lean"
-                or getattr(getattr(value, "func", None), "__module__", "") == "personalize.lean"
-            ):
+            if _FAST_PATHS in (type(value).__module__, getattr(getattr(value, "func", None), "__module__", "")):
                 taken.append((vars(module), name, vars(module).pop(name)))
                 if name.endswith("factor"):
                     vars(module)[name] = 1.0
     try:
-        with kept_pages(False):
-            yield
+        yield
     finally:
         for own, name, value in taken:
             own[name] = value
-
-
-@contextmanager
-def direct_convolutions() -> Iterator[None]:
-    """Run the body with no picture large enough for Winograd's convolutions."""
-    large, lean.LARGE = lean.LARGE, sys.maxsize
-    try:
-        yield
-    finally:
-        lean.LARGE = large
-
-
-@contextmanager
-def plain_products() -> Iterator[None]:
-    """Run the body with the products of our LoRA layers made by torch's own choice of library."""
-    onednn, lora_layers._ONEDNN = lora_layers._ONEDNN, None
-    try:
-        yield
-    finally:
-        lora_layers._ONEDNN = onednn
 
 
 @contextmanager
