@@ -44,7 +44,7 @@ def main(config: Config) -> Path:
     import torch
 
     from personalize.exporting import DTYPES, absent, baked, read_adapter
-    from personalize.merged_base import export_folder, export_single_file, is_standard, merged_parts
+    from personalize.merged_base import export_folder, export_single_file, has_published_sizes, merged_weights
     from personalize.model import StableDiffusion
 
     output = absent(config.output)
@@ -56,10 +56,10 @@ def main(config: Config) -> Path:
         None if base == "embedded" else base, device="cpu", dtype=torch.float32, revision=config.revision,
         variant=config.variant,
     )  # fmt: skip
-    weights, single = merged_parts(model, adapter, any_base=config.any_base), output.suffix == ".safetensors"
+    weights, single = merged_weights(model, adapter, any_base=config.any_base), output.suffix == ".safetensors"
     (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
     print(f"{output}: {len(adapter.lora) // 2} modules merged into {base}, {config.dtype}, verified")
-    if single and not is_standard(model):
+    if single and not has_published_sizes(model):
         print("The base has sizes of its own: graphical programs expect those of the published models.")
     return output
 

@@ -35,14 +35,14 @@ class Config:
 
 def main(config: Config) -> Path:
     """Write the file and say what is in it; returns its path."""
-    from personalize.exporting import DTYPES, baked, export_lora, narrowed, read_adapter
+    from personalize.exporting import DTYPES, baked, export_lora, read_adapter, with_lower_rank
 
     adapter = read_adapter(config.adapter)
     if adapter.source is not None and not adapter.info.get("standalone"):
         print("The source embedding stays behind: without it, the LoRA alone recalls the picture less exactly.")
     adapter = baked(adapter, config.forget, config.strength)
     if config.rank is not None:
-        adapter, reduction = narrowed(adapter, config.rank)
+        adapter, reduction = with_lower_rank(adapter, config.rank)
         print(reduction)
     path = export_lora(adapter, config.output, config.layout, DTYPES[config.dtype])
     print(f"{path}: {len(adapter.lora) // 2} modules, rank {adapter.rank}, {config.layout} layout, verified")

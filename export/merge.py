@@ -28,13 +28,13 @@ class Config:
 
 def main(config: Config) -> Path:
     """Merge, reduce, save, and say what it cost; returns the folder."""
-    from personalize.exporting import absent, merged, narrowed, read_adapter
+    from personalize.exporting import absent, merged, read_adapter, with_lower_rank
 
     output, weights = absent(config.output), config.weights or (1.0,) * len(config.adapters)
     names = [path.resolve().name.removesuffix(".safetensors") for path in config.adapters]
     adapter = merged([read_adapter(path) for path in config.adapters], weights, names)
     if config.rank is not None and config.rank < adapter.rank:
-        adapter, reduction = narrowed(adapter, config.rank)
+        adapter, reduction = with_lower_rank(adapter, config.rank)
         print(reduction)
     adapter.save(output)
     print(f"{output}: {len(adapter.lora) // 2} modules, rank {adapter.rank}, verified")

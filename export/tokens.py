@@ -38,13 +38,13 @@ def main(config: Config) -> Path:
     """Write the files and say what is in them; returns the folder."""
     from personalize.exporting import DTYPES, absent
     from personalize.files import write_folder
-    from personalize.token_files import files_of, named, require_files
+    from personalize.token_files import require_token_files, token_file_contents, token_file_names
 
     concepts, family = read(config)
     layout, dtype = config.layout, DTYPES[config.dtype]
-    files = files_of(concepts, layout=layout, family=family, dtype=dtype)
-    write_folder(absent(config.output), files, check=lambda folder: require_files(folder, concepts, layout, dtype))
-    for name, (token, encoder) in named(concepts, layout).items():
+    files = token_file_contents(concepts, layout=layout, family=family, dtype=dtype)
+    write_folder(absent(config.output), files, check=lambda folder: require_token_files(folder, concepts, layout, dtype))
+    for name, (token, encoder) in token_file_names(concepts, layout).items():
         count = max(len(rows) for rows in concepts[token].values())
         print(f"{config.output / name}: {token}, {count} vector(s), {encoder or 'for graphical programs'}, verified")
     return config.output

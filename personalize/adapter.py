@@ -22,9 +22,9 @@ from personalize.files import plain_name, read_json, read_tensors, tensor_bytes,
 from personalize.lora import load_lora, remove_lora
 from personalize.model import StableDiffusion
 from personalize.model_card import model_card
-from personalize.reader_names import ReaderNames
+from personalize.reader_names import ReaderKeys
 from personalize.text_lora import has_text, text_lora
-from personalize.verify import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, Report
+from personalize.verify import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, VerificationReport
 
 SCHEMA = 1
 CARD = "README.md"
@@ -68,20 +68,20 @@ class Adapter:
         folder: str | Path,
         *,
         pictures: Mapping[str, Image.Image] | None = None,
-        twin_dtype: torch.dtype = torch.float32,
+        kohya_dtype: torch.dtype = torch.float32,
     ) -> Path:
         """Write the folder, all or nothing, after its files have been read back and every ΔW was found right.
 
         An older adapter there is replaced in one step; files that were not part of it stay. Equal adapters give equal
-        bytes. `twin_dtype` is the precision of the kohya-named file, torch.float32 or torch.float16.
+        bytes. `kohya_dtype` is the precision of the kohya-named file, torch.float32 or torch.float16.
 
         Raises:
             UserError: disk full, a folder that cannot be replaced, weights that are not finite or do not fit
-                `twin_dtype`, or files that do not verify. What was there before is untouched.
+                `kohya_dtype`, or files that do not verify. What was there before is untouched.
         """
         folder = Path(folder).resolve()
         check_target(folder)
-        files = self._files(folder.name, pictures or {}, twin_dtype)
+        files = self._files(folder.name, pictures or {}, kohya_dtype)
         old = _owned(folder)
         keep = [entry.name for entry in folder.iterdir() if entry.name not in old] if folder.is_dir() else []
         return write_folder(folder, files, check=lambda written: self.check_files(written, folder.name), keep=keep)
@@ -106,7 +106,7 @@ class Adapter:
         source = None
         if info["source_tensors"]:
             source = read_tensors(folder / SOURCE_FILE).tensors
-            verify.Report((verify.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
+            verify.VerificationReport((verify.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
             _check_source(source)
         concepts = _read_concepts(folder, info.pop("concepts", {}))
         for key in ("schema", "twin", "tensors", "source_tensors", "files"):
@@ -152,23 +152,23 @@ class Adapter:
                 f"the adapter was made for {name}, {other} has other weights: name the base it was trained on"
             )
 
-    def check_files(self, folder: Path, name: str) -> Report:
+    def check_files(self, folder: Path, name: str) -> VerificationReport:
         """Read the files in `folder` as their readers do, compare every ΔW and token with ours; UserError if wrong."""
-        token_files.require_files(folder, self.concepts)
-        modules = formats.pairs(self.lora)
+        token_files.require_token_files(folder, self.concepts)
+        modules = formats.factor_pairs(self.lora)
         live = {module: (a, b, self.alpha / self.rank) for module, (a, b) in modules.items()}
-        twin = twin_name(name, self.concepts)
-        return Report(tuple(verify.compare_files(folder, twin, live, ReaderNames(self.family)))).require()
+        twin = kohya_file_name(name, self.concepts)
+        return VerificationReport(tuple(verify.compare_files(folder, twin, live, ReaderKeys(self.family)))).require()
 
-    def _files(self, name: str, pictures: Mapping[str, Image.Image], twin_dtype: torch.dtype) -> dict[str, bytes]:
-        if formats.one_rank(formats.pairs(self.lora)) != self.rank or not self.alpha > 0:
+    def _files(self, name: str, pictures: Mapping[str, Image.Image], kohya_dtype: torch.dtype) -> dict[str, bytes]:
+        if formats.common_rank(formats.factor_pairs(self.lora)) != self.rank or not self.alpha > 0:
             raise UserError(f"the adapter says rank {self.rank} and alpha {self.alpha}, which its tensors contradict")
-        twin = twin_name(name, self.concepts)
+        twin = kohya_file_name(name, self.concepts)
         metadata = formats.kohya_metadata(title=name, family=self.family, rank=self.rank, info=self.info)
         files = {
             DIFFUSERS_FILE: formats.diffusers_file(self.lora, self.alpha),
-            twin: formats.kohya_file(self.lora, self.alpha, family=self.family, dtype=twin_dtype, metadata=metadata),
-            **token_files.files_of(self.concepts, family=self.family),
+            twin: formats.kohya_file(self.lora, self.alpha, family=self.family, dtype=kohya_dtype, metadata=metadata),
+            **token_files.token_file_contents(self.concepts, family=self.family),
         }
         if self.source is not None:
             _check_source(self.source)
@@ -183,16 +183,16 @@ class Adapter:
 
     def _manifest(self, twin: str, names: list[str]) -> bytes:
         tensors = {
-            f"{module}.lora_{side}.weight": verify.digest(tensor.float())
-            for module, pair in formats.pairs(self.lora).items()
+            f"{module}.lora_{side}.weight": verify.tensor_digest(tensor.float())
+            for module, pair in formats.factor_pairs(self.lora).items()
             for side, tensor in zip("AB", pair, strict=True)
         }
-        source = {key: verify.digest(value.float()) for key, value in sorted((self.source or {}).items())}
+        source = {key: verify.tensor_digest(value.float()) for key, value in sorted((self.source or {}).items())}
         own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": twin, "files": sorted(names)}
         about = {"base": self.base | {"family": self.family}}
         if self.concepts:
             about["concepts"] = {
-                token: {encoder: verify.digest(tensor) for encoder, tensor in token_files.checked(token, rows).items()}
+                token: {encoder: verify.tensor_digest(tensor) for encoder, tensor in token_files.checked_rows(token, rows).items()}
                 for token, rows in self.concepts.items()
             }
         values = dict(sorted(self.info.items())) | own | about | {"source_tensors": source, "tensors": tensors}
@@ -202,20 +202,20 @@ class Adapter:
 def check_target(folder: str | Path) -> None:
     """UserError if an adapter saved at `folder` would overwrite a file of another origin; ask before training."""
     folder = Path(folder).resolve()
-    names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, twin_name(folder.name)]
+    names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, kohya_file_name(folder.name)]
     foreign = [name for name in names if (folder / name).exists() and name not in _owned(folder)]
     if foreign:
         raise UserError(f"{folder} already holds a {foreign[0]} that is not ours: name another output folder")
 
 
-def twin_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
+def kohya_file_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
     """File name of the kohya-named LoRA: graphical programs show it, so it is the folder's, made plain.
 
     The files of `tokens` go first: theirs are the words to write in a prompt.
     """
     plain = re.sub(r"[^\w.-]+", "_", folder_name).strip("._") or "adapter"
     taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem, "learned_embeds", "learned_embeds_2"}
-    taken |= {token_files.plain_token(token).casefold() for token in tokens}
+    taken |= {token_files.token_file_stem(token).casefold() for token in tokens}
     return f"{plain}_lora.safetensors" if plain.casefold() in taken else f"{plain}.safetensors"
 
 
@@ -233,9 +233,9 @@ def _png(image: Image.Image) -> bytes:
 def _imported(path: Path) -> Adapter:
     """An adapter of what one file of another program holds."""
     content = read_tensors(path)
-    held = layouts.contents(content.tensors)
+    held = layouts.classify_tensors(content.tensors)
     about: dict[str, Any] = {"imported": path.name}
-    if held.form.startswith("textual inversion"):
+    if held.file_kind.startswith("textual inversion"):
         concept = token_files.read_concept(path, content=content)
         token = f"<{concept.token}>" if concept.token == path.stem else concept.token
         family = token_files.family_of(concept.rows)
@@ -274,7 +274,7 @@ def _check_manifest(info: Mapping[str, Any], content: formats.LoraFile, folder: 
             f"{folder / DIFFUSERS_FILE} has rank {content.rank} and alpha {content.alpha:g}, {MANIFEST} says "
             f"{info['rank']} and {info['alpha']:g}: the files are not of one adapter"
         )
-    verify.Report((verify.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
+    verify.VerificationReport((verify.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
 
 
 def _read_concepts(folder: Path, told: Any) -> dict[str, dict[str, Tensor]]:
@@ -282,9 +282,9 @@ def _read_concepts(folder: Path, told: Any) -> dict[str, dict[str, Tensor]]:
     if not isinstance(told, dict) or not all(isinstance(rows, dict) for rows in told.values()):
         raise UserError(f"{folder / MANIFEST} is damaged: concepts is of the wrong kind")
     found: dict[str, dict[str, Tensor]] = {token: {} for token in told}
-    for name, (token, encoder) in token_files.named(told, "diffusers").items():
+    for name, (token, encoder) in token_files.token_file_names(told, "diffusers").items():
         concept = token_files.read_concept(folder / name)
-        verify.Report((verify.compare_digests(name, concept.rows, {str(encoder): told[token][encoder]}),)).require()
+        verify.VerificationReport((verify.compare_digests(name, concept.rows, {str(encoder): told[token][encoder]}),)).require()
         found[token] |= concept.rows
     return found
 

@@ -26,8 +26,10 @@ from personalize import launching
 from personalize.commands import COMMANDS, form
 from personalize.errors import UserError
 from personalize.options import HELP, nearest, parse, pull
+from personalize.pages import keep_freed_memory
 
-ROOMS = {"train": "Train an adapter, or the embedded model.", "export": "Carry an adapter out into another format."}
+SCRIPT_FOLDERS = {"train": "Train an adapter, or the embedded model.", "export": "Carry an adapter out into another format."}
+TRAINING = {"train", "quickstart"}  # commands, and the folder of scripts, that train
 USER_ERRNOS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
     errno.ENAMETOOLONG, errno.EEXIST,
@@ -40,10 +42,12 @@ NOISE = {  # start-up remarks of other libraries about optional parts that are n
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    return guarded(lambda: dispatch(list(sys.argv[1:] if argv is None else argv)))
+    own_process = argv is None  # not called by another program
+    return guarded(lambda: dispatch(sys.argv[1:] if argv is None else list(argv), own_process))
 
 
-def dispatch(args: list[str]) -> int:
+def dispatch(args: list[str], own_process: bool = False) -> int:
+    """Run the command that `args` name; a training command may tune `own_process`."""
     if not args or args[0] in HELP:
         print(overview())
         return 0
@@ -53,19 +57,19 @@ def dispatch(args: list[str]) -> int:
     configs, args = pull(args, "config")  # may stand before the command too
     args += [f"--config={file}" for file in configs]
     command, rest = args[0], args[1:]
-    if command in ROOMS:
-        return run_room(command, rest)
+    if command in SCRIPT_FOLDERS:
+        return run_script_of(command, rest, own_process)
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command}: {nearest(command, [*ROOMS, *COMMANDS])}")
+        raise UserError(f"unknown command {command}: {nearest(command, [*SCRIPT_FOLDERS, *COMMANDS])}")
     config, target = COMMANDS[form(command, rest)]
     options = parse(config, rest, prog=f"personalize {command}", description=inspect.getdoc(config) or "")
-    quiet()
+    prepare(own_process and command in TRAINING)
     module, _, function = target.partition(":")
     getattr(importlib.import_module(module), function)(options)
     return 0
 
 
-def run_room(room: str, args: list[str]) -> int:
+def run_script_of(room: str, args: list[str], own_process: bool = False) -> int:
     """`personalize train NAME …` or `personalize export NAME …`."""
     processes, args = pull(args, "num_processes")
     known = launching.scripts(room)
@@ -86,7 +90,7 @@ def run_room(room: str, args: list[str]) -> int:
     count = launching.process_count(processes)
     if count > 1:
         return launching.launch(known[name], args, count)
-    quiet()
+    prepare(own_process and room in TRAINING)
     script.main(config)
     return 0
 
@@ -99,7 +103,7 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
         args = sys.argv[1:] if argv is None else argv
         description = inspect.getdoc(sys.modules[config.__module__]) or ""
         options = parse(config, args, prog=path.name, description=description, presets=launching.presets(path.stem))
-        quiet()
+        prepare(argv is None and path.parent.name in TRAINING)
         run(options)
         return 0
 
@@ -122,6 +126,13 @@ def guarded(call: Callable[[], int]) -> int:
         return launching.complain(f"{(error.strerror or str(error)).lower()}{where}")
 
 
+def prepare(keep_memory: bool) -> None:
+    """What is done between reading the options and the work; `keep_memory` only in a process of our own that trains."""
+    quiet()
+    if keep_memory:
+        keep_freed_memory()
+
+
 def quiet() -> None:
     """Hold back other libraries' known start-up remarks and their bars for loading a few small files."""
     for logger, part in NOISE.items():
@@ -132,7 +143,7 @@ def quiet() -> None:
 
 def overview() -> str:
     """The text of `personalize --help`."""
-    lines = {f"{room} NAME": text for room, text in ROOMS.items() if launching.scripts(room)}
+    lines = {f"{room} NAME": text for room, text in SCRIPT_FOLDERS.items() if launching.scripts(room)}
     lines |= {name: (inspect.getdoc(config) or "").partition("\n")[0] for name, (config, _) in COMMANDS.items()}
     usage = "usage: personalize COMMAND [options]      personalize COMMAND --help      personalize --version"
     return f"{usage}\n\n{_columns(lines)}"

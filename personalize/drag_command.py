@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personalize.drag import DragSettings
-from personalize.dragging import Dragged, Point
+from personalize.dragging import DragResult, Point
 from personalize.editor import Editor
 from personalize.errors import UserError
-from personalize.files import strangers, write_folder
+from personalize.files import unowned_files, write_folder
 from personalize.pictures import png
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ OURS = ("dragged.png", "mask.png", "overlay.png", "drag.json")
 
 def run(config: DragConfig) -> Path:
     """Drag, write the pictures and drag.json, say where the points arrived and how long it took."""
-    points = interleaved(config.from_, config.to)
+    points = interleaved_points(config.from_, config.to)
     settings = DragSettings(
         mode=config.mode, steps=config.num_inference_steps, strength=config.strength,
         displacement=config.displacement, fill=config.fill, mask_threshold=config.mask_threshold, seed=config.seed,
@@ -34,7 +34,7 @@ def run(config: DragConfig) -> Path:
     pictures = {"dragged.png": found.image, "mask.png": found.mask, "overlay.png": found.overlay}
     files = {name: png(picture) for name, picture in pictures.items()}
     files["drag.json"] = json.dumps(summary(points, found), indent=1).encode()
-    write_folder(config.output_dir, files, keep=strangers(config.output_dir, OURS))
+    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OURS))
     for note in found.notes:
         print(f"Note: {note}.")
     for target, arrived, missed in zip(points[1::2], found.arrived, found.missed, strict=True):
@@ -43,7 +43,7 @@ def run(config: DragConfig) -> Path:
     return config.output_dir
 
 
-def interleaved(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Point]:
+def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Point]:
     """Texts "x,y" of --from and --to as points, handle and target in turn.  UserError if their counts differ."""
     if len(handles) != len(targets):
         raise UserError(f"{len(handles)} of --from and {len(targets)} of --to: each --from needs a --to")
@@ -63,7 +63,7 @@ def written(point: Point) -> str:
     return ",".join(f"{part:.4g}" for part in point)
 
 
-def summary(points: list[Point], found: Dragged) -> dict[str, object]:
+def summary(points: list[Point], found: DragResult) -> dict[str, object]:
     """The contents of drag.json."""
     rows = zip(points[::2], points[1::2], found.arrived, found.missed, strict=True)
     drags = [{"from": h, "to": t, "arrived": a, "missed_px": round(m, 2)} for h, t, a, m in rows]

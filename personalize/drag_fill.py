@@ -1,13 +1,17 @@
-"""What comes where something went away: the empty cells U of a warp, filled from the cells Ω that may be looked at.
+"""Filling the latent cells U that a drag left empty, from the other cells Ω.
 
-    Z′[u] = Σ_{q∈Ω} Ā[u, q] Z[q]            Ā: attention of u, renormalised over Ω
+AttentionDrag fills a cell u with a mean of the noisy latents Z, weighted by the attention Ā of u renormalised over Ω:
 
-At the noise levels where drags work Z is mostly noise, and a mean of noises is too small: √(Σ w²) of its size.
-Repaired, the means are of the clean estimates, over the heaviest weights only, with noise at full strength on top:
+    Z′[u] = Σ_{q∈Ω} Ā[u, q] Z[q]                          (1)
 
-    Z′[u] = √ᾱ Σ Ā[u, q] x̂0[q] + √(1−ᾱ) n
+At the noise levels at which a drag works Z is mostly noise, and averaging independent noise shrinks its standard
+deviation by √(Σ_q Ā[u, q]²): the filled cells have too little noise.  Our variant averages the clean estimates x̂0
+instead, over the few largest weights, and adds noise n of the full standard deviation:
 
-References: AttentionDrag, arXiv 2506.13301, stage 3; FastDrag, arXiv 2405.15769, for the neighbours' interpolation.
+    Z′[u] = √ᾱ Σ_q Ā[u, q] x̂0[q] + √(1−ᾱ) n[u]           (2)
+
+References: AttentionDrag, arXiv 2506.13301, stage 3; FastDrag, arXiv 2405.15769, for "bilateral nearest neighbor
+interpolation" (BNNI).
 """
 
 from __future__ import annotations
@@ -19,24 +23,25 @@ import torch
 from torch import Tensor
 
 Rows = Callable[[Tensor], Tensor]  # cells (m, 2) → their attention (m, h, w)
-CHUNK = 256  # cells whose attention is held at a time
+CHUNK = 256  # cells whose attention rows are in memory at a time
 
 
-def repaired(z: Tensor, clean: Tensor, alpha: float, cells: Tensor, omega: Tensor, rows: Rows, top: int,
+def attention_fill(z: Tensor, clean: Tensor, alpha: float, cells: Tensor, omega: Tensor, rows: Rows, top: int,
              noise: Tensor | None) -> Tensor:  # fmt: skip
-    """Contents (c, m) of the empty `cells` (m, 2), mean and noise as in the module's second equation.
+    """Contents (c, m) of the empty `cells` (m, 2) by equation (2), whose noise has the full standard deviation.
 
     Args:
-        z, clean: latents at the level ᾱ = `alpha`, and their clean estimates x̂0, (1, c, h, w).
+        z, clean: the latents at the noise level ᾱ = `alpha` and their clean estimates x̂0, both (1, c, h, w).
         omega: Ω, boolean (h, w).
-        top: how many weights are kept.
-        noise: n (1, c, h, w) in units of the noise in Ω, whose root mean square it is given per channel; None takes
-            that of the heaviest cell.
+        rows: gives the attention (m, h, w) of cells (m, 2).
+        top: number of weights kept for each cell.
+        noise: standard normal n (1, c, h, w), scaled for each channel to the root mean square of the noise in Ω.  With
+            None, n[u] is the noise that z has at the cell with the largest weight.
     """
     if len(cells) == 0:
         return z.new_zeros(z.shape[1], 0)
     eps = ((z - alpha**0.5 * clean) / (1 - alpha) ** 0.5)[0].flatten(1)
-    weights, index = (torch.cat(parts) for parts in zip(*_heaviest(cells, omega, rows, top), strict=True))
+    weights, index = (torch.cat(parts) for parts in zip(*_largest_weights(cells, omega, rows, top), strict=True))
     means = (clean[0].flatten(1)[:, index.to(z.device)] * weights.to(z)).sum(-1)
     if noise is None:
         drawn = eps[:, index[:, 0].to(z.device)]
@@ -46,43 +51,44 @@ def repaired(z: Tensor, clean: Tensor, alpha: float, cells: Tensor, omega: Tenso
     return alpha**0.5 * means + (1 - alpha) ** 0.5 * drawn
 
 
-def averaged(z: Tensor, cells: Tensor, omega: Tensor, rows: Rows) -> Tensor:
-    """Contents (c, m) by the first equation, to the letter: too little noise, for comparison."""
+def raw_attention_fill(z: Tensor, cells: Tensor, omega: Tensor, rows: Rows) -> Tensor:
+    """Contents (c, m) of the empty `cells` (m, 2) by equation (1), exactly as published; it has too little noise."""
     if len(cells) == 0:
         return z.new_zeros(z.shape[1], 0)
     flat = z[0].flatten(1)
-    parts = [flat @ _over(part, omega, rows).to(z).T for part in cells.split(CHUNK)]
+    parts = [flat @ _renormalised(part, omega, rows).to(z).T for part in cells.split(CHUNK)]
     return torch.cat(parts, 1)
 
 
-def neighbours(moved: Tensor, void: Tensor) -> Tensor:
-    """FastDrag's fill (1, c, h, w): the nearest full cells left, right, above and below, weighted by 1 / distance.
+def bnni_fill(latents: Tensor, void: Tensor) -> Tensor:
+    """FastDrag's BNNI: `latents` (1, c, h, w) with the empty cells `void` (h, w) filled from their row and column.
 
-    In raster order, cells that were filled before count as full.
+    Each gets the mean of the nearest full cells to its left, its right, above and below, weighted by 1 / distance.
+    Cells are filled in raster order, and a filled cell counts as full for the next ones.
     """
-    values, full = moved[0].cpu().numpy().copy(), ~void.numpy()
+    values, full = latents[0].cpu().numpy().copy(), ~void.numpy()
     for y, x in void.nonzero().tolist():
-        found = [(x - i, values[:, y, i]) for i in np.flatnonzero(full[y, :x])[-1:]]
-        found += [(i + 1, values[:, y, x + 1 + i]) for i in np.flatnonzero(full[y, x + 1 :])[:1]]
-        found += [(y - i, values[:, i, x]) for i in np.flatnonzero(full[:y, x])[-1:]]
-        found += [(i + 1, values[:, y + 1 + i, x]) for i in np.flatnonzero(full[y + 1 :, x])[:1]]
-        total = sum(1 / distance for distance, _ in found)
-        if found:
-            values[:, y, x] = sum(value / distance for distance, value in found) / total
+        nearest = [(x - i, values[:, y, i]) for i in np.flatnonzero(full[y, :x])[-1:]]
+        nearest += [(i + 1, values[:, y, x + 1 + i]) for i in np.flatnonzero(full[y, x + 1 :])[:1]]
+        nearest += [(y - i, values[:, i, x]) for i in np.flatnonzero(full[:y, x])[-1:]]
+        nearest += [(i + 1, values[:, y + 1 + i, x]) for i in np.flatnonzero(full[y + 1 :, x])[:1]]
+        total = sum(1 / distance for distance, _ in nearest)
+        if nearest:
+            values[:, y, x] = sum(value / distance for distance, value in nearest) / total
             full[y, x] = True
-    return torch.from_numpy(values)[None].to(moved)
+    return torch.from_numpy(values)[None].to(latents)
 
 
-def _heaviest(cells: Tensor, omega: Tensor, rows: Rows, top: int) -> list[tuple[Tensor, Tensor]]:
-    """Per chunk: the `top` largest weights (m, top), summing to one, and the flat cells they belong to."""
-    found = []
+def _largest_weights(cells: Tensor, omega: Tensor, rows: Rows, top: int) -> list[tuple[Tensor, Tensor]]:
+    """For each chunk of `cells`: the `top` largest weights (m, top), summing to one, and their flat indices."""
+    chunks = []
     for part in cells.split(CHUNK):
-        weights, index = _over(part, omega, rows).topk(min(top, int(omega.sum())), dim=1)
-        found.append((weights / weights.sum(1, keepdim=True), index))
-    return found
+        weights, index = _renormalised(part, omega, rows).topk(min(top, int(omega.sum())), dim=1)
+        chunks.append((weights / weights.sum(1, keepdim=True), index))
+    return chunks
 
 
-def _over(cells: Tensor, omega: Tensor, rows: Rows) -> Tensor:
-    """Ā (m, h w): attention of `cells`, zero outside Ω, summing to one."""
+def _renormalised(cells: Tensor, omega: Tensor, rows: Rows) -> Tensor:
+    """Ā (m, h w): the attention of `cells`, set to zero outside Ω and scaled to sum to one."""
     weights = (rows(cells) + 1e-12).flatten(1) * omega.flatten()
     return weights / weights.sum(1, keepdim=True)

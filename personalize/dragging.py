@@ -1,6 +1,6 @@
-"""Pictures dragged by points, whatever their size.
+"""Dragging points of pictures of any size: from pixels to latent cells, through `personalize.drag`, and back.
 
-Points are (x, y) in pixels of the picture as given, handle and target in turn: handle, target, handle, target, …
+Points are (x, y) in pixels of the picture as given, in the order handle, target, handle, target, ….
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from personalize.adapter import Adapter
-from personalize.attachment import equipped
-from personalize.drag import DEFAULTS, Drag, DragSettings, drag, move_length
+from personalize.attachment import applied
+from personalize.drag import DEFAULTS, DragSettings, LatentDrag, drag, rounded_length
 from personalize.errors import UserError
 from personalize.frames import Frame, Picture, Point, opened
-from personalize.mixing import mixed
+from personalize.mixing import edit_conditioning
 from personalize.model import Conditioning, StableDiffusion
 
 _MASK, _HANDLE, _TARGET = (255, 214, 10), (230, 57, 70), (29, 120, 240)
 
 
 @dataclass(frozen=True)
-class Dragged:
-    """A dragged picture; all pictures have the size of the one given.
+class DragResult:
+    """The result of `drag_picture`; all its pictures have the size of the source.
 
-    mask: white where cells moved.  overlay: the source with mask, handles (red), targets (blue) and where the handles
-    were found (rings).  arrived: those places (x, y) in pixels, to the nearest latent cell.  missed: their distances
-    from the targets, px.  seconds: of the whole; edit_seconds: of the warp alone.  notes: what the user should know.
+    mask: white where cells were moved.
+    overlay: the source with the mask, the handles (red), the targets (blue) and the places where they arrived (rings).
+    arrived: where each handle was found in the result, (x, y) in pixels, to the nearest latent cell.
+    missed: distance of each from its target, in pixels.
+    seconds: duration of everything; edit_seconds: of the warp alone.
+    notes: sentences about what the user may not expect.
+    drag: the same drag on the latent grid.
     """
 
     image: Image.Image
@@ -43,7 +47,7 @@ class Dragged:
     seconds: float
     edit_seconds: float
     notes: tuple[str, ...]
-    drag: Drag
+    drag: LatentDrag
 
 
 def drag_picture(
@@ -57,43 +61,42 @@ def drag_picture(
     settings: DragSettings = DEFAULTS,
     resolution: int | None = None,
     paste: bool = False,
-) -> Dragged:
-    """Drag what lies at each handle of `points` to its target.
+) -> DragResult:
+    """Move what is at each handle of `points` to its target.
 
     Args:
-        points: handle and target in turn, (x, y) in pixels.
-        mask: white where the picture may move; without it the handles' attention says so.
-        prompt: what the picture shows; by default what the adapter learned, or nothing.
-        resolution: pictures above its square in pixels are scaled down; by default the base's own.
-        paste: put the source's own pixels where nothing was to change; the autoencoder blurs them otherwise.
+        points: handles and targets alternating, (x, y) in pixels.
+        mask: white where things may move; by default it is computed from the attention of the handles.
+        prompt: what the picture shows; by default the adapter's learned source embedding or caption, or nothing.
+        resolution: larger pictures are scaled down to about resolution² pixels; by default the base model's own.
+        paste: copy the source's pixels to where nothing was to change, which the autoencoder would blur.
 
     Raises:
-        UserError: no points, a handle without target, points outside the picture, and what `personalize.drag` raises.
+        UserError: there are no points, a handle has no target, a point is outside the picture; or see `drag`.
     """
     began = time.perf_counter()
     picture = opened(picture)
-    handles, targets = pairs(points, picture.size)
+    handles, targets = handles_and_targets(points, picture.size)
     frame = Frame.of(model, picture, resolution)
     allowed = None if mask is None else frame.mask_to_cells(opened(mask))
     starts, ends = [frame.to_cells(point) for point in handles], [frame.to_cells(point) for point in targets]
-    with equipped(model, adapter):
-        told = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
-        found = drag(model, model.encode(frame.pixels), told, starts, ends, settings, allowed, frame.visible)
-    image = frame.to_picture(model.decode(found.latents))
+    with applied(model, adapter):
+        source = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
+        result = drag(model, model.encode(frame.pixels), source, starts, ends, settings, allowed, frame.visible)
+    image = frame.to_picture(model.decode(result.latents))
     if paste:
-        image = pasted(image, frame.picture, frame.mask_to_picture(found.region), frame.factor)
-    arrived = tuple(frame.to_point(at) for at in places(found, starts))
+        image = pasted(image, frame.picture, frame.mask_to_picture(result.region), frame.factor)
+    arrived = tuple(frame.to_point(at) for at in arrival_points(result, starts))
     missed = tuple(math.dist(at, target) for at, target in zip(arrived, targets, strict=True))
-    shown = frame.mask_to_picture(found.mask)
-    sheet = overlay(frame.picture, shown, handles, targets, arrived)
-    said = notes(frame, found, starts, ends, settings, allowed)
-    return Dragged(
-        image, shown, sheet, arrived, missed, time.perf_counter() - began, found.edit_seconds, said, found
-    )  # fmt: skip
+    moved = frame.mask_to_picture(result.mask)
+    marked = overlay(frame.picture, moved, handles, targets, arrived)
+    sentences = notes(frame, result, starts, ends, settings, allowed)
+    seconds = time.perf_counter() - began
+    return DragResult(image, moved, marked, arrived, missed, seconds, result.edit_seconds, sentences, result)
 
 
-def pairs(points: Sequence[Point], size: tuple[int, int]) -> tuple[list[Point], list[Point]]:
-    """Handles and targets of `points`, all of them within a picture of `size` (W, H).  UserError if they are not."""
+def handles_and_targets(points: Sequence[Point], size: tuple[int, int]) -> tuple[list[Point], list[Point]]:
+    """The handles and the targets of `points`.  UserError unless all are within a picture of `size` (W, H)."""
     if not len(points):
         raise UserError("there are no points: give a handle and a target, each as x,y in pixels")
     if len(points) % 2:
@@ -112,48 +115,48 @@ def pairs(points: Sequence[Point], size: tuple[int, int]) -> tuple[list[Point], 
 def conditioning(
     model: StableDiffusion, adapter: Adapter | None, prompt: str | None, size: tuple[int, int]
 ) -> Conditioning:
-    """`prompt`; or else the adapter's source embedding, or its caption; or else the empty prompt.
+    """The conditioning of a drag: of `prompt`, else the adapter's source embedding or caption, else the empty prompt.
 
-    Inside `equipped`, prompts are read with the adapter's change of the text encoders, and may say its tokens.
+    Call it inside `applied(model, adapter)`, so that the text encoders have the adapter's LoRA and learned tokens.
     """
     caption = "" if adapter is None else str(adapter.info.get("caption", ""))
-    told = model.prompts([caption if prompt is None else prompt], size)
+    prompted = model.prompts([caption if prompt is None else prompt], size)
     learned = adapter.source if adapter is not None and prompt is None else None
-    return mixed(model, learned, told, alpha=1.0, beta=0.0)
+    return edit_conditioning(model, learned, prompted, alpha=1.0, beta=0.0)
 
 
-def places(found: Drag, handles: Sequence[Point]) -> list[Point]:
-    """Where handles were found, (x, y) in latent cells: as far within their new cells as they were in the old ones."""
-    return [(x % 1 + column, y % 1 + row) for (x, y), (row, column) in zip(handles, found.arrived, strict=True)]
+def arrival_points(result: LatentDrag, handles: Sequence[Point]) -> list[Point]:
+    """Where the handles arrived, (x, y) in latent cells, each with the offset inside its cell that it had before."""
+    return [(x % 1 + column, y % 1 + row) for (x, y), (row, column) in zip(handles, result.arrived, strict=True)]
 
 
 def notes(
-    frame: Frame, found: Drag, handles: Sequence[Point], targets: Sequence[Point], settings: DragSettings,
+    frame: Frame, result: LatentDrag, handles: Sequence[Point], targets: Sequence[Point], settings: DragSettings,
     mask: Tensor | None,
 ) -> tuple[str, ...]:  # fmt: skip
-    """What may not be as the user expects: drags under one cell, thresholds that were changed, masks without handle."""
-    said = []
+    """What the user may not expect: drags shorter than a cell, changed thresholds, handles outside the mask."""
+    sentences = []
     for number, (handle, target) in enumerate(zip(handles, targets, strict=True), 1):
         vector = [end - start for start, end in zip(handle, target, strict=True)]
-        if any(vector) and move_length(vector) == 0:
+        if any(vector) and rounded_length(vector) == 0:
             cell = frame.to_point((1, 1))[0]
-            said.append(f"drag {number} is shorter than half a latent cell ({cell:.3g} px a cell): nothing moves by it")
+            sentences.append(f"drag {number} is shorter than half a latent cell (a cell is {cell:.3g} px): it moves nothing")
         if mask is not None and not mask[int(handle[1]), int(handle[0])]:
-            said.append(f"handle {number} lies outside the mask")
-    for number, threshold in enumerate(found.thresholds, 1):
+            sentences.append(f"handle {number} lies outside the mask")
+    for number, threshold in enumerate(result.thresholds, 1):
         if threshold != settings.mask_threshold:
             fault = "large" if threshold > settings.mask_threshold else "small"
-            said.append(
+            sentences.append(
                 f"the mask of handle {number} was too {fault} at threshold {settings.mask_threshold:g}, so it is "
                 f"{threshold:.3g}: the handle may lie on the background or an edge; look at the overlay or give a mask"
             )
-    if not found.mask.any():
-        said.append("the mask holds no cell")
-    return tuple(said)
+    if not result.mask.any():
+        sentences.append("the mask contains no cell")
+    return tuple(sentences)
 
 
 def pasted(image: Image.Image, source: Image.Image, region: Image.Image, blend: int) -> Image.Image:
-    """`image` inside `region`, `source` outside it to the bit; inside, the border fades over about `blend` pixels."""
+    """`image` inside the white `region`, exactly `source` outside; inside, the border is soft over about `blend` px."""
     soft = np.asarray(region.filter(ImageFilter.GaussianBlur(blend / 2)), np.int16)
     alpha = np.where(np.asarray(region) > 0, (2 * soft - 255).clip(0, 255), 0).astype(np.uint8)
     return Image.composite(image, source, Image.fromarray(alpha))
@@ -166,14 +169,14 @@ def overlay(
     targets: Sequence[Point],
     arrived: Sequence[Point],
 ) -> Image.Image:
-    """`picture` with `mask` in yellow, arrows from handles (red) to targets (blue), and rings where handles arrived."""
+    """`picture` with `mask` in yellow, lines from handles (red) to targets (blue), and rings where handles arrived."""
     tint = Image.composite(Image.new("RGB", picture.size, _MASK), picture, mask)
-    sheet = Image.blend(picture, tint, 0.45)
-    pen, dot = ImageDraw.Draw(sheet), max(2, max(picture.size) // 64)
-    for handle, target, found in zip(handles, targets, arrived, strict=True):
+    marked = Image.blend(picture, tint, 0.45)
+    pen, dot = ImageDraw.Draw(marked), max(2, max(picture.size) // 64)
+    for handle, target, arrival in zip(handles, targets, arrived, strict=True):
         pen.line([handle, target], (255, 255, 255), max(1, dot // 2))
         for (x, y), colour in ((handle, _HANDLE), (target, _TARGET)):
             pen.ellipse((x - dot, y - dot, x + dot, y + dot), colour, (255, 255, 255))
-        x, y = found
+        x, y = arrival
         pen.ellipse((x - 2 * dot, y - 2 * dot, x + 2 * dot, y + 2 * dot), None, (20, 20, 24), max(1, dot // 2))
-    return sheet
+    return marked

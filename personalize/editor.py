@@ -17,24 +17,24 @@ import torch
 from PIL import Image
 
 from personalize.adapter import Adapter
-from personalize.attachment import loaded
-from personalize.calibrated import drawing
+from personalize.attachment import load_adapters
+from personalize.calibrated import text_to_image_guidance
 from personalize.captions import aligned
 from personalize.choosing import Trial, ranked, search
 from personalize.concepts import installed
 from personalize.drag import DEFAULTS, DragSettings
-from personalize.dragging import Dragged, Point, drag_picture
+from personalize.dragging import DragResult, Point, drag_picture
 from personalize.errors import UserError
 from personalize.frames import Picture
 from personalize.images import to_image
 from personalize.lora import without_lora
-from personalize.mixing import mixed
+from personalize.mixing import edit_conditioning
 from personalize.model import Conditioning, StableDiffusion
-from personalize.photo import PHOTO_DEFAULTS, Edited, PhotoSettings, Wish, edit_photo
-from personalize.sampling import Edit, moves, sample
+from personalize.photo import PHOTO_DEFAULTS, EditRequest, EditResult, PhotoSettings, edit_photo
+from personalize.sampling import Edit, make_schedule, sample
 from personalize.scorers import find_scorer
 from personalize.scoring import Request, Scorer
-from personalize.settings import PLAIN, STANDARD, Sampling, Setting, rules
+from personalize.settings import DEFAULT_SAMPLING, DEFAULT_STRENGTHS, EditStrengths, Sampling, parse_rule_sum
 from personalize.text_lora import has_text
 
 
@@ -73,7 +73,7 @@ class Editor:
         Raises:
             UserError: no adapter there, it does not belong to this base's family, or two of them share a token.
         """
-        adapter = loaded(folder)
+        adapter = load_adapters(folder)
         named = base if base is not None else adapter.info.get("base", {}).get("name")
         return Editor(StableDiffusion.load(None if named in (None, "", "embedded") else named, **settings), adapter)
 
@@ -87,30 +87,30 @@ class Editor:
         return Editor.load(adapters, base, **about) if adapters else Editor(StableDiffusion.load(base, **about))
 
     def edit(
-        self, prompt: str, setting: Setting = PLAIN, *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
-        sampling: Sampling = STANDARD, **strengths: Any,
+        self, prompt: str, setting: EditStrengths = DEFAULT_STRENGTHS, *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
+        sampling: Sampling = DEFAULT_SAMPLING, **strengths: Any,
     ) -> list[Image.Image]:  # fmt: skip
-        """Pictures of the adapter's subject as `prompt` says, one per seed; `strengths` are fields of `Setting`.
+        """Pictures of the adapter's subject as `prompt` says, one per seed; `strengths` are fields of `EditStrengths`.
 
         Raises:
             UserError: an empty prompt, or a forgetting rule that is unknown or selects nothing.
         """
         if not prompt.strip():
             raise UserError("the prompt is empty: say what the picture should show")
-        setting = Setting(**(asdict(setting) | strengths))
+        setting = EditStrengths(**(asdict(setting) | strengths))
         size = sampling.size or self.size
-        told = mixed(
+        told = edit_conditioning(
             self.model, self._adapter.source, self._encoded(prompt, size, setting.strength),
             alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
         )  # fmt: skip
         return self._draw(told, setting, seeds, negative_prompt, sampling)
 
-    def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = STANDARD) -> list[Image.Image]:
+    def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = DEFAULT_SAMPLING) -> list[Image.Image]:
         """The source as the adapter remembers it: its source embedding (or its caption, if it has none) unedited."""
         return self.edit(self.caption or "a picture", alpha=1.0, beta=0.0, seeds=seeds, sampling=sampling)
 
     def base(
-        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "", sampling: Sampling = STANDARD
+        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "", sampling: Sampling = DEFAULT_SAMPLING
     ) -> list[Image.Image]:
         """What the base model draws for `prompt` without the adapter: the control of every comparison."""
         told = self._encoded(prompt, sampling.size or self.size)
@@ -118,7 +118,7 @@ class Editor:
 
     def choose(
         self, prompt: str, source: Image.Image, *, budget: int = 16, seed: int = 0, scorer: Scorer | None = None,
-        negative_prompt: str = "", sampling: Sampling = STANDARD,
+        negative_prompt: str = "", sampling: Sampling = DEFAULT_SAMPLING,
     ) -> list[Trial]:  # fmt: skip
         """Let the strengths be chosen: `budget` pictures of `prompt`, the best first, each with setting and scores.
 
@@ -137,7 +137,7 @@ class Editor:
     def drag(
         self, points: Sequence[Point], picture: Picture, *, mask: Picture | None = None, prompt: str | None = None,
         settings: DragSettings = DEFAULTS, resolution: int | None = None, paste: bool = False,
-    ) -> Dragged:  # fmt: skip
+    ) -> DragResult:  # fmt: skip
         """Drag what lies at each handle of `points` to its target; works with an adapter and without.
 
         `points` are (x, y) in pixels of `picture`: handle, target, handle, target, …  See `drag_picture`.
@@ -158,11 +158,11 @@ class Editor:
         return str(self.adapter.info.get("caption", "")) if self.adapter else ""
 
     def photo(
-        self, picture: Picture, source: str, wish: Wish, settings: PhotoSettings = PHOTO_DEFAULTS, **more: Any
-    ) -> Edited:
+        self, picture: Picture, source: str, request: EditRequest, settings: PhotoSettings = PHOTO_DEFAULTS, **more: Any
+    ) -> EditResult:
         """Edit a photo that shows `source` by text; works with an adapter and without.  See `edit_photo`."""
         with self._set_aside():
-            return edit_photo(self.model, picture, source, wish, settings, adapter=self.adapter, **more)
+            return edit_photo(self.model, picture, source, request, settings, adapter=self.adapter, **more)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -187,7 +187,7 @@ class Editor:
     def _draw(
         self,
         told: Conditioning,
-        setting: Setting | None,
+        setting: EditStrengths | None,
         seeds: Sequence[int],
         negative_prompt: str,
         sampling: Sampling,
@@ -196,11 +196,11 @@ class Editor:
         strength = setting.strength if setting else 0.0
         learned = self.adapter is not None and has_text(self.adapter.lora) and not self.model.zero_null
         negative = self._encoded(negative_prompt, size, strength) if negative_prompt or learned else None
-        scale = drawing(self.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
+        scale = text_to_image_guidance(self.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
         edit = Edit(told, negative, scale)
         if setting is not None and self._adapter.lora:
-            edit = Edit(told, negative, scale, rule=rules(setting.forget), strength=setting.strength)
-        steps = moves(self.model, sampling.steps, sampling.scheduler)
+            edit = Edit(told, negative, scale, rule=parse_rule_sum(setting.forget), strength=setting.strength)
+        steps = make_schedule(self.model, sampling.steps, sampling.scheduler)
         with self._applied(setting is not None):
             latents = sample(self.model, edit, seeds, steps, size)
         return [to_image(row) for row in self.model.decode(latents)]

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from personalize import formats, lora, verify
-from personalize.adapter import Adapter, twin_name
+from personalize.adapter import Adapter, kohya_file_name
 from personalize.errors import UserError
 from personalize.files import TensorFile, read_json, read_tensors, tensor_bytes, write_file, write_folder
 from personalize.forgetting import parse_rule
 from personalize.lora_names import COMPONENTS
-from personalize.merging import Part, Reduction, concatenated, reduced
-from personalize.reader_names import Factors, ReaderNames, skeleton
+from personalize.merging import RankReduction, WeightedLora, concatenated, reduced
+from personalize.reader_names import Factors, ReaderKeys, empty_unet
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("kohya", "diffusers", "peft")
@@ -71,7 +71,7 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     rules = [parse_rule(text) for text in forget if text != "none"]
     unet = {key: tensor for key, tensor in adapter.lora.items() if key.startswith(lora.PREFIX)}
     text = {key: tensor for key, tensor in adapter.lora.items() if key not in unet and strength}
-    state = lora.baked(skeleton(adapter.family), unet, rules, strength)
+    state = lora.baked(empty_unet(adapter.family), unet, rules, strength)
     state |= {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in text.items()}
     if not state:
         raise UserError("nothing of the adapter is left: forget less, or use a strength other than 0")
@@ -80,7 +80,7 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     return replace(adapter, lora=state, info={**adapter.info, "baked": {"forget": [*forget], "strength": strength}})
 
 
-def narrowed(adapter: Adapter, rank: int) -> tuple[Adapter, Reduction]:
+def with_lower_rank(adapter: Adapter, rank: int) -> tuple[Adapter, RankReduction]:
     """The nearest adapter of `rank`, and what that cost; a `rank` that is not lower is an error."""
     if rank >= adapter.rank:
         raise UserError(f"the adapter has rank {adapter.rank}: --rank must be lower, got {rank}")
@@ -106,7 +106,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
             )
         if (adapter.base.get("sha256") or "") != (first.base.get("sha256") or "") and _both_known(adapter, first):
             raise UserError(f"{name} was made for another base model than {names[0]}: merge adapters of one base")
-    parts = [Part(a.lora, a.alpha / a.rank, weight) for a, weight in zip(adapters, weights, strict=True)]
+    parts = [WeightedLora(a.lora, a.alpha / a.rank, weight) for a, weight in zip(adapters, weights, strict=True)]
     state, rank = concatenated([part for part in parts if part.weight] or parts)
     told = [{"name": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]
     captions = dict.fromkeys(str(adapter.info.get("caption") or "") for adapter in adapters)
@@ -142,12 +142,12 @@ def export_lora(
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     output, strength = Path(output), adapter.alpha / adapter.rank
-    live = {module: (a, b, strength) for module, (a, b) in formats.pairs(adapter.lora).items()}
+    live = {module: (a, b, strength) for module, (a, b) in formats.factor_pairs(adapter.lora).items()}
     if layout == "peft":
         folder = absent(output)
         files = peft_files(adapter, dtype)
         return write_folder(folder, files, check=lambda written: _require_peft(written, live, adapter.family))
-    standard = verify.DIFFUSERS_FILE if layout == "diffusers" else twin_name(output.resolve().name)
+    standard = verify.DIFFUSERS_FILE if layout == "diffusers" else kohya_file_name(output.resolve().name)
     file = absent(output if output.suffix == ".safetensors" else output / standard)
     content = _content(adapter, file.stem, layout, dtype)
     return write_file(file, content, check=lambda written: _require(written, file.name, live, adapter.family, layout))
@@ -173,9 +173,9 @@ def _content(adapter: Adapter, title: str, layout: str, dtype: torch.dtype) -> b
 
 
 def _require(path: Path, name: str, live: Factors, family: str, layout: str) -> None:
-    names = ReaderNames(family)
+    names = ReaderKeys(family)
     read = names.kohya if layout == "kohya" else names.peft
-    verify.Report((verify.compare(name, *read(read_tensors(path)), live),)).require()
+    verify.VerificationReport((verify.compare(name, *read(read_tensors(path)), live),)).require()
 
 
 def peft_files(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
@@ -184,7 +184,7 @@ def peft_files(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str
     Only settings that every peft knows. The first text encoder is named without `text_model.`, as transformers ≥ 5.6
     builds it; that of SDXL's second with it.
     """
-    files, modules = {}, formats.pairs(adapter.lora)
+    files, modules = {}, formats.factor_pairs(adapter.lora)
     parts = [part for part in COMPONENTS if any(module.startswith(f"{part}.") for module in modules)]
     for part in parts:
         own = {module.partition(".")[2]: pair for module, pair in modules.items() if module.startswith(f"{part}.")}
@@ -214,4 +214,4 @@ def _require_peft(folder: Path, live: Factors, family: str) -> None:
             tensors[f"{part}.{nested}{key.removeprefix('base_model.model.')}"] = tensor
         settings |= {f"{part}.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
     content = TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
-    verify.Report((verify.compare(PEFT_WEIGHTS, *ReaderNames(family).peft(content), live),)).require()
+    verify.VerificationReport((verify.compare(PEFT_WEIGHTS, *ReaderKeys(family).peft(content), live),)).require()

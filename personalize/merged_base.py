@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from personalize import formats
 from personalize.adapter import Adapter
-from personalize.checkpoint_layout import TEXT, Weights, original_state
+from personalize.checkpoint_layout import TEXT_ENCODER_PREFIXES, Weights, original_state
 from personalize.errors import UserError
 from personalize.files import Content, tensor_parts, write_file, write_folder
 from personalize.lora_names import with_text_model
@@ -41,7 +41,7 @@ STANDARD = {"sd1": (320, 768), "sd2": (320, 1024), "sdxl": (320, 2048)}  # first
 def parts(model: StableDiffusion) -> dict[str, dict[str, Tensor]]:
     """The weights of "unet", "vae", "text_encoder" (and "text_encoder_2"), the last two always with `text_model.`."""
     modules = {"unet": model.unet, "vae": model.vae}
-    modules |= dict(zip(TEXT[model.family], model.text_encoders, strict=True))
+    modules |= dict(zip(TEXT_ENCODER_PREFIXES[model.family], model.text_encoders, strict=True))
     if any(isinstance(layer, LoraLayer) for module in modules.values() for layer in module.modules()):
         raise UserError("the base model carries an adapter already: unload it before merging another")
     return {
@@ -56,7 +56,7 @@ def _key(component: str, name: str) -> str:
     return with_text_model(component, name).partition(".")[2]
 
 
-def merged_parts(model: StableDiffusion, adapter: Adapter, *, any_base: bool = False) -> dict[str, dict[str, Tensor]]:
+def merged_weights(model: StableDiffusion, adapter: Adapter, *, any_base: bool = False) -> dict[str, dict[str, Tensor]]:
     """The weights of `model` with the adapter in them, by part; changed ones are new, in fp32.
 
     Raises:
@@ -64,7 +64,7 @@ def merged_parts(model: StableDiffusion, adapter: Adapter, *, any_base: bool = F
     """
     adapter.check_base(model, any_base=any_base)
     found, strength = parts(model), adapter.alpha / adapter.rank
-    for module, (a, b) in formats.pairs(adapter.lora).items():
+    for module, (a, b) in formats.factor_pairs(adapter.lora).items():
         component, path = module.split(".", 1)
         weight = found.get(component, {}).get(f"{path}.weight")
         if weight is None or weight.shape != (len(b), *a.shape[1:]):
@@ -77,7 +77,7 @@ def merged_parts(model: StableDiffusion, adapter: Adapter, *, any_base: bool = F
     return found
 
 
-def is_standard(model: StableDiffusion) -> bool:
+def has_published_sizes(model: StableDiffusion) -> bool:
     """Does `model` have the sizes of the published models, which is all that programs for single files expect?"""
     config = model.unet.config
     return (config.block_out_channels[0], config.cross_attention_dim) == STANDARD[model.family]
@@ -107,7 +107,7 @@ def export_single_file(
     }  # fmt: skip
     _require_finite(weights, dtype)
     content = tensor_parts(state, header, dtype)
-    return write_file(output, content, check=lambda path: _require(through_diffusers(path, model), weights, dtype))
+    return write_file(output, content, check=lambda path: _require(read_single_file(path, model), weights, dtype))
 
 
 def export_folder(
@@ -157,14 +157,14 @@ def _edit_json(path: Path, **changes: Any) -> None:
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def through_diffusers(path: Path, model: StableDiffusion) -> dict[str, dict[str, Tensor]]:
+def read_single_file(path: Path, model: StableDiffusion) -> dict[str, dict[str, Tensor]]:
     """The parts of a single file as diffusers' own converters take it apart, in the shape of `parts`."""
     state: dict[str, Any] = _opened(path)
     found = {
         "unet": theirs.convert_ldm_unet_checkpoint(state, config=dict(model.unet.config)),
         "vae": theirs.convert_ldm_vae_checkpoint(state, config=dict(model.vae.config)),
     }
-    for encoder, (component, (prefix, kind)) in zip(model.text_encoders, TEXT[model.family].items(), strict=True):
+    for encoder, (component, (prefix, kind)) in zip(model.text_encoders, TEXT_ENCODER_PREFIXES[model.family].items(), strict=True):
         if kind == "clip":
             found[component] = theirs.convert_ldm_clip_checkpoint(state)
         else:

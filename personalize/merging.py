@@ -3,7 +3,7 @@
     Σ wᵢ ΔWᵢ = [w₁s₁B₁ … wₙsₙBₙ] [A₁; …; Aₙ]        s = alpha / rank: ranks add up, nothing is lost
     ΔW = B A ≈ U_k S_k V_kᵀ                            the nearest matrix of rank k (Eckart–Young)
 
-A LoRA is in the house's names ("<component>.<path>.lora_A.weight" …) with one rank, as `formats.pairs` reads it.
+A LoRA is in the house's names ("<component>.<path>.lora_A.weight" …) with one rank, as `formats.factor_pairs` reads it.
 Convolutions are taken as matrices (out, in·k·k).  Results have alpha = rank: all strength is inside B.
 
 Reference: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.formats import pairs
+from personalize.formats import factor_pairs
 
 State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedLora:
     """One LoRA of a sum: its tensors, its alpha / rank, and its weight in the sum."""
 
     state: State
@@ -34,7 +34,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Reduction:
+class RankReduction:
     """A LoRA of lower rank, and what that cost: ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius) over all, and of each module."""
 
     state: dict[str, Tensor]
@@ -50,7 +50,7 @@ class Reduction:
         )
 
 
-def concatenated(parts: Sequence[Part]) -> tuple[dict[str, Tensor], int]:
+def concatenated(parts: Sequence[WeightedLora]) -> tuple[dict[str, Tensor], int]:
     """Σ weight · ΔW of all `parts` as one LoRA, exactly, and its rank; modules of any part are in it.
 
     Where a module is not in all parts, its factors are filled up with zeros to the one rank.
@@ -62,7 +62,7 @@ def concatenated(parts: Sequence[Part]) -> tuple[dict[str, Tensor], int]:
         raise UserError(f"weights of a sum of adapters must be numbers, got {[part.weight for part in parts]}")
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for part in parts:
-        for module, (a, b) in pairs(part.state).items():
+        for module, (a, b) in factor_pairs(part.state).items():
             found.setdefault(module, []).append((a.float(), b.float() * (part.strength * part.weight)))
     for module, factors in found.items():
         shapes = {(*b.shape[:1], *a.shape[1:]) for a, b in factors}
@@ -73,7 +73,7 @@ def concatenated(parts: Sequence[Part]) -> tuple[dict[str, Tensor], int]:
     return _state({module: _widened(a, b, rank) for module, (a, b) in joined.items()}), rank
 
 
-def reduced(state: State, strength: float, rank: int) -> Reduction:
+def reduced(state: State, strength: float, rank: int) -> RankReduction:
     """The nearest LoRA of `rank` to ΔW = strength · B A, module by module, and the relative errors.
 
     Raises:
@@ -81,7 +81,7 @@ def reduced(state: State, strength: float, rank: int) -> Reduction:
     """
     if rank < 1:
         raise UserError(f"the rank must be a whole number from 1, got {rank}")
-    modules = pairs(state)
+    modules = factor_pairs(state)
     if not modules:
         raise UserError("the adapter holds no LoRA module: there is nothing to reduce")
     found, errors, lost, whole = {}, {}, 0.0, 0.0
@@ -90,7 +90,7 @@ def reduced(state: State, strength: float, rank: int) -> Reduction:
         tail, total = float(kept[rank:].square().sum()), float(kept.square().sum())
         errors[module] = math.sqrt(tail / total) if total else 0.0
         lost, whole = lost + tail, whole + total
-    return Reduction(_state(found), rank, math.sqrt(lost / whole) if whole else 0.0, errors)
+    return RankReduction(_state(found), rank, math.sqrt(lost / whole) if whole else 0.0, errors)
 
 
 def _nearest(a: Tensor, b: Tensor, strength: float, rank: int) -> tuple[tuple[Tensor, Tensor], Tensor]:

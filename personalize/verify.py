@@ -22,7 +22,7 @@ from personalize.errors import Mismatch, UserError
 from personalize.files import TensorFile, plain_name, read_json, read_tensors
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.phantoms import Phantom, phantom
-from personalize.reader_names import Factors, ReaderNames
+from personalize.reader_names import Factors, ReaderKeys
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
 SOURCE_FILE = "source_embedding.safetensors"
@@ -53,7 +53,7 @@ class FileReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerificationReport:
     """What verifying found, file by file."""
 
     files: tuple[FileReport, ...]
@@ -65,7 +65,7 @@ class Report:
     def __str__(self) -> str:
         return "\n".join([*map(str, self.files), "verified" if self.ok else "NOT verified"])
 
-    def require(self) -> Report:
+    def require(self) -> VerificationReport:
         """This report if all is well; else UserError with the first problem and their number."""
         found = [f"{file.file}: {problem}" for file in self.files for problem in file.problems]
         if found:
@@ -83,7 +83,7 @@ class VerifyConfig(Protocol):
     def base(self) -> str | Path | None: ...
 
 
-def run(config: VerifyConfig) -> Report:
+def run(config: VerifyConfig) -> VerificationReport:
     """Verify an adapter folder or a single file, and print the result; `Mismatch` (exit code 1) if anything is wrong.
 
     A file that belongs to an adapter folder stands for the folder.  Without `base` the embedded model or a local base
@@ -112,7 +112,7 @@ def _belongs(path: Path) -> bool:
     return manifest.is_file() and path.name in (read_json(manifest).get("files") or [])
 
 
-def verify_file(path: Path, model: StableDiffusion | None = None) -> Report:
+def verify_file(path: Path, model: StableDiffusion | None = None) -> VerificationReport:
     """Check one LoRA file by itself: every key must lead to a module, and diffusers must compute the same with it.
 
     The file is read through the independent name map; then diffusers' own loader reads it into `model` or, without
@@ -125,18 +125,18 @@ def verify_file(path: Path, model: StableDiffusion | None = None) -> Report:
     kohya = any(key.startswith("lora_") for key in content.tensors)
     family = model.family if model is not None else _family(content, kohya)
     base = model if model is not None else phantom(family)
-    names = ReaderNames(family, base.unet)
+    names = ReaderKeys(family, base.unet)
     live, problems = names.kohya(content) if kohya else names.peft(content)
     if model is None and _unusual(live, names.shapes or {}):
-        base, names = None, ReaderNames(family)
+        base, names = None, ReaderKeys(family)
     read = compare(path.name, live, problems, live, names.shapes)
     stems = {key.removesuffix(ending) for ending in _ENDINGS for key in content.tensors if key.endswith(ending)}
     reports = [replace(read, total=max(len(stems), len(live)))]
     if not live:
         reports = [replace(read, problems=(*read.problems[:1], "no LoRA module that any reader knows is in it"))]
     elif base is not None:
-        reports.append(through_diffusers(path, base, live))
-    return Report(tuple(reports))
+        reports.append(compare_through_diffusers(path, base, live))
+    return VerificationReport(tuple(reports))
 
 
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha")
@@ -144,7 +144,7 @@ _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.w
 
 def _family(content: TensorFile, kohya: bool) -> str:
     """The family whose name map knows most of the keys; between SD 1.x and 2.x the text's width decides."""
-    maps = {family: ReaderNames(family) for family in FAMILIES}
+    maps = {family: ReaderKeys(family) for family in FAMILIES}
     found = {family: (each.kohya if kohya else each.peft)(content)[0] for family, each in maps.items()}
     best = max(FAMILIES, key=lambda family: len(found[family]))
     widths = {a.shape[1] for module, (a, _, _) in found[best].items() if module.endswith("attn2.to_k")}
@@ -157,7 +157,7 @@ def _unusual(live: Factors, shapes: Mapping[str, torch.Size]) -> bool:
     return not any(shape == tuple(shapes[module]) for module, shape in made.items())
 
 
-def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> Report:
+def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> VerificationReport:
     """Compare the files of an adapter folder with what `adapter.json` recorded of the weights, and with one another.
 
     With a `model` the shapes must fit it too, and both files are also loaded through diffusers' own loader into it (and
@@ -172,18 +172,18 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> R
         raise UserError(
             f"the adapter is for the family {family}, the base {model.name} is {model.family}: name another base"
         )
-    names = ReaderNames(family, None if model is None else model.unet)
+    names = ReaderKeys(family, None if model is None else model.unet)
     content = read_tensors(folder / DIFFUSERS_FILE)
     live = {module: (a, b, strength) for module, (a, b, _) in names.peft(content)[0].items()}
     reports = [compare_digests(DIFFUSERS_FILE, content.tensors, digests), *compare_files(folder, twin, live, names)]
     if source:
         reports.append(compare_digests(SOURCE_FILE, read_tensors(folder / SOURCE_FILE).tensors, source))
-    for name, (token, encoder) in token_files.named(concepts).items():
+    for name, (token, encoder) in token_files.token_file_names(concepts).items():
         rows = concepts[token] if encoder is None else {encoder: concepts[token][encoder]}
         reports.append(compare_digests(name, token_files.read_concept(folder / name).rows, rows))
     if model is not None:
-        reports += [through_diffusers(folder / file, model, live) for file in (DIFFUSERS_FILE, twin)]
-    return Report(tuple(reports))
+        reports += [compare_through_diffusers(folder / file, model, live) for file in (DIFFUSERS_FILE, twin)]
+    return VerificationReport(tuple(reports))
 
 
 def _manifest(path: Path) -> tuple[str, str, float, dict[str, str], dict[str, str], dict[str, dict[str, str]]]:
@@ -205,19 +205,19 @@ def compare_digests(file: str, tensors: Mapping[str, Tensor], digests: Mapping[s
     """Compare tensors, bit for bit, with the digests that were taken of them in memory; counts tensors, not modules."""
     wrong = [f"tensor {key} is missing" for key in digests if key not in tensors]
     wrong += [f"tensor {key[:120]} was not in the adapter" for key in tensors if key not in digests]
-    found = {key: digest(tensor) for key, tensor in tensors.items() if key in digests}
+    found = {key: tensor_digest(tensor) for key, tensor in tensors.items() if key in digests}
     wrong += [f"tensor {key} is not what was saved" for key, value in found.items() if value != digests[key]]
     matched = sum(digests[key] == value for key, value in found.items())
     return FileReport(f"{file} as recorded in {MANIFEST}", matched, len(digests), 0.0, "", tuple(wrong), "tensors")
 
 
-def digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
     """16 hexadecimal digits of the SHA-256 of a tensor's shape and bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data).hexdigest()[:16]
 
 
-def through_diffusers(path: Path, model: StableDiffusion | Phantom, live: Factors) -> FileReport:
+def compare_through_diffusers(path: Path, model: StableDiffusion | Phantom, live: Factors) -> FileReport:
     """Load the file into `model` with diffusers' own loader, compare what arrived in each layer, and unload it."""
     parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
     if any(isinstance(module, LoraLayer) for part in parts.values() for module in part.modules()):
@@ -241,7 +241,7 @@ def through_diffusers(path: Path, model: StableDiffusion | Phantom, live: Factor
     return compare(f"{path.name} through diffusers", found, [], live)
 
 
-def compare_files(folder: Path, twin: str, live: Factors, names: ReaderNames) -> list[FileReport]:
+def compare_files(folder: Path, twin: str, live: Factors, names: ReaderKeys) -> list[FileReport]:
     """Reports on both LoRA files of `folder` against the `live` factors."""
     ways = {DIFFUSERS_FILE: names.peft, twin: names.kohya}
     return [compare(file, *read(read_tensors(folder / file)), live, names.shapes) for file, read in ways.items()]

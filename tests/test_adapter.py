@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from personalize import files
-from personalize.adapter import Adapter, check_target, picture_name, twin_name
+from personalize.adapter import Adapter, check_target, kohya_file_name, picture_name
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes
 from tests.lora_states import paths, predict, random_lora
@@ -237,7 +237,7 @@ def test_an_adapter_that_contradicts_itself_is_not_saved(tmp_path, sd1, changes,
 
 
 def test_names():
-    assert [twin_name(name) for name in ("my cat", "a.b-c", "...", "été", "source_embedding")] == [
+    assert [kohya_file_name(name) for name in ("my cat", "a.b-c", "...", "été", "source_embedding")] == [
         "my_cat.safetensors",
         "a.b-c.safetensors",
         "adapter.safetensors",
@@ -250,5 +250,5 @@ def test_names():
 
 
 def test_half_precision_twin(tmp_path, sd1):
-    folder = make(sd1).save(tmp_path / "a", twin_dtype=torch.float16)
+    folder = make(sd1).save(tmp_path / "a", kohya_dtype=torch.float16)
     assert {tensor.dtype for tensor in read_tensors(folder / "a.safetensors").tensors.values()} == {torch.float16}

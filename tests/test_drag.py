@@ -12,11 +12,11 @@ import torch
 from personalize import drag as room
 from personalize.attention import attention_sites
 from personalize.drag import DragSettings, drag
-from personalize.drag_attention import Carried, Projections, finest
+from personalize.drag_attention import KeyValueInjection, QKVRecorder, self_attention_sites
 from personalize.drag_mask import dilated
 from personalize.errors import UserError
-from personalize.moves import moves
-from personalize.sampling import Edit, denoise, trajectory
+from personalize.moves import make_schedule
+from personalize.sampling import Edit, denoise, denoise_with_history
 from tests.tiny import NAMES, tiny, tiny_sd1
 
 SETTINGS = DragSettings(steps=3, strength=0.7)  # two steps up, two down
@@ -57,11 +57,15 @@ def test_attentiondrag_d4_a_drag_of_length_zero_is_inversion_and_sampling_with_i
     model = tiny_sd1()
     settings = replace(SETTINGS, protect=False)
     found = dragged(model, settings, mask=block(), targets=(HANDLE,))
-    sites = finest(attention_sites(model.unet, SIZE), ("up",), None)
-    carrying = Projections([site.name for site in sites], "kv")
+    sites = self_attention_sites(attention_sites(model.unet, SIZE), ("up",), None)
+    carrying = QKVRecorder([site.name for site in sites], "kv")
     plain = Edit(told(model), guidance_scale=1)
-    noisy = denoise(model, latents(), replace(plain, hooks=(carrying,)), moves(model, 3, strength=0.7, inverse=True))
-    again = denoise(model, noisy, replace(plain, hooks=(Carried(carrying.kept),)), moves(model, 3, strength=0.7))
+    noisy = denoise(
+        model, latents(), replace(plain, hooks=(carrying,)), make_schedule(model, 3, strength=0.7, inverse=True)
+    )
+    again = denoise(
+        model, noisy, replace(plain, hooks=(KeyValueInjection(carrying.kept),)), make_schedule(model, 3, strength=0.7)
+    )
     torch.testing.assert_close(found.latents, again, atol=1e-6, rtol=0)
     assert not found.void.any()
 
@@ -83,19 +87,19 @@ def test_attentiondrag_d7_buffers_are_released_and_processors_restored(monkeypat
     model, alive, counts = tiny_sd1(), [], []
     before = dict(model.unet.attn_processors)
 
-    class Watched(Projections):
+    class Watched(QKVRecorder):
         def __init__(self, *args):
             super().__init__(*args)
             alive.append(weakref.ref(self))
 
-    class Counted(Carried):
+    class Counted(KeyValueInjection):
         def __init__(self, kept, *args):
             super().__init__(kept, *args)
             counts.append(len(kept))
             alive.append(weakref.ref(next(iter(kept.values()))[0]))
 
-    monkeypatch.setattr(room, "Projections", Watched)
-    monkeypatch.setattr(room, "Carried", Counted)
+    monkeypatch.setattr(room, "QKVRecorder", Watched)
+    monkeypatch.setattr(room, "KeyValueInjection", Counted)
     found = dragged(model, mask=block())
     gc.collect()
     assert counts == [9 * 2] and len(alive) == 3 and all(reference() is None for reference in alive)
@@ -207,8 +211,8 @@ def test_several_handles():
 def test_the_fill_splits_noise_from_picture_as_inversion_joined_them():
     """z_T = √ᾱ x̂0 + √(1−ᾱ) ε̂ of inversion's last move, so no further prediction is needed. 1e-5: fp32."""
     model = tiny_sd1()
-    plan = moves(model, 3, strength=0.7, inverse=True)
-    run = trajectory(model, latents(), Edit(told(model), guidance_scale=1), plan)
+    plan = make_schedule(model, 3, strength=0.7, inverse=True)
+    run = denoise_with_history(model, latents(), Edit(told(model), guidance_scale=1), plan)
     last = plan.steps[-1]
     _, eps = model.split(model.predict(run.latents[-2], last.timestep, told(model)), run.latents[-2], last.alpha)
     joined = last.alpha_next**0.5 * run.clean[-1] + (1 - last.alpha_next) ** 0.5 * eps.detach()
@@ -241,5 +245,5 @@ def test_drags_that_cannot_be_done_say_why():
         dragged(model, replace(SETTINGS, map_levels=(7,)))
     with pytest.raises(UserError, match="no self-attention at levels"):
         dragged(model, replace(SETTINGS, kv_levels=(7,)))
-    with pytest.raises(UserError, match="no step is within timesteps 700 to 800.*there is 1, 334"):
+    with pytest.raises(UserError, match="no step is within timesteps 700 to 800.*the steps are 1, 334"):
         dragged(model, replace(SETTINGS, map_timesteps=(700, 800)))

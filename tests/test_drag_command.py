@@ -9,7 +9,7 @@ from PIL import Image
 
 from personalize.cli import main
 from personalize.commands import DragConfig
-from personalize.drag_command import interleaved
+from personalize.drag_command import interleaved_points
 from personalize.errors import UserError
 from personalize.options import parse
 from tests.lora_states import random_adapter
@@ -76,9 +76,9 @@ def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
 
 
 def test_points_are_paired_in_their_order():
-    assert interleaved(("1,2", "5,6.5"), ("3,4", "7,8")) == [(1, 2), (3, 4), (5, 6.5), (7, 8)]
+    assert interleaved_points(("1,2", "5,6.5"), ("3,4", "7,8")) == [(1, 2), (3, 4), (5, 6.5), (7, 8)]
     with pytest.raises(UserError, match="got '1,2,3'"):
-        interleaved(("1,2,3",), ("4,5",))
+        interleaved_points(("1,2,3",), ("4,5",))
 
 
 def test_the_fill_is_as_asked_and_its_seed_counts(places):

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from personalize.drag import DragSettings, warp
-from personalize.drag_field import backward, displacement, forward, moved, ratio, stretch
+from personalize.drag_field import (
+    attention_ratio,
+    backward_warp,
+    displacement_field,
+    forward_warp,
+    stretch_factors,
+    warped,
+)
 
 SIDE = 24
 
@@ -23,7 +30,7 @@ def centroid(mass: torch.Tensor) -> torch.Tensor:
 
 def carried(mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Where the mass of a binary object lies after the warp, (h, w)."""
-    return moved(mask.float()[None, None], source)[0, 0]
+    return warped(mask.float()[None, None], source)[0, 0]
 
 
 def rigid(mask, vector, **settings):
@@ -36,7 +43,7 @@ def test_attentiondrag_d2_stretch_factors_of_a_5_by_5_mask():
     """The table of §3, to its three digits."""
     mask = torch.zeros(9, 9, dtype=torch.bool)
     mask[2:7, 2:7] = True
-    found = stretch(mask, (4, 4))
+    found = stretch_factors(mask, (4, 4))
     expected = {(4, 4): 1.0, (4, 5): 0.646, (5, 5): 0.5, (4, 6): 0.293, (5, 6): 0.209, (6, 6): 0.0}
     for cell, value in expected.items():
         assert float(found[cell]) == pytest.approx(value, abs=1e-3)
@@ -48,13 +55,13 @@ def test_attentiondrag_d2_stretch_factors_of_a_5_by_5_mask():
 def test_attentiondrag_d2_no_nan_wherever_the_handle_is(handle):
     mask = torch.zeros(9, 9, dtype=torch.bool)
     mask[2:7, 2:7] = True
-    found = stretch(mask, handle)
+    found = stretch_factors(mask, handle)
     assert found.isfinite().all() and 0 <= found.min() and found.max() <= 1
     if mask[handle]:
         assert found[handle] == 1
     single = torch.zeros(9, 9, dtype=torch.bool)
     single[3, 3] = True
-    assert stretch(single, (3, 3))[3, 3] == 1
+    assert stretch_factors(single, (3, 3))[3, 3] == 1
 
 
 @pytest.mark.parametrize("mapping", ["forward", "backward"])
@@ -92,7 +99,7 @@ def test_the_strongest_claim_wins_and_equals_go_by_raster_order():
     field[0, 0, 1], field[0, 1, 1], field[0, 2, 1] = 3.0, 2.0, 1.0  # all three arrive at cell 3
     mask = torch.tensor([[True, True, True, False, False]])
     for claims, winner in (([0.2, 0.9, 0.5], 1), ([0.2, 0.3, 0.5], 2), ([0.4, 0.4, 0.4], 0)):
-        source = forward(field, mask, torch.tensor([[*claims, 0.0, 0.0]]))
+        source = forward_warp(field, mask, torch.tensor([[*claims, 0.0, 0.0]]))
         assert source.tolist() == [[-1, -1, -1, winner, 4]]
 
 
@@ -100,7 +107,7 @@ def test_deform_moves_each_cell_by_its_ratio():
     """Centroid displacement = mean ratio × |V|, before rounding: exact in fp32, 1e-5."""
     mask, vector = disc(11, 10, 4), torch.tensor([[0.0, 8.0]])
     ratios = torch.rand(1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    field = displacement(ratios, mask[None], [(11, 10)], vector, "distance")
+    field = displacement_field(ratios, mask[None], [(11, 10)], vector, "distance")
     torch.testing.assert_close(field[mask].mean(0), torch.tensor([0.0, 8 * float(ratios[0][mask].mean())]))
     assert not field[~mask].any()
 
@@ -124,7 +131,7 @@ def test_fastdrags_stretch_stops_short():
     """A disc of radius ρ in a circle of radius R goes 1 − 2ρ / 3R of the way; 0.02 for a disc made of cells."""
     thing, mask = disc(24, 20, 5, 48), disc(24, 20, 10, 48)
     for around, circle in ((mask, 10 * 2**0.5), (thing, 5 * 2**0.5)):  # half the diagonal of the bounding box
-        found = stretch(around, (24, 20))[thing].mean()
+        found = stretch_factors(around, (24, 20))[thing].mean()
         assert float(found) == pytest.approx(1 - 2 * 5 / (3 * circle), abs=0.02)
 
 
@@ -134,8 +141,8 @@ def test_mapping_backwards_leaves_no_hole_where_pushing_tears():
     mask[8:16, 4:12] = True
     field = torch.zeros(SIDE, SIDE, 2)
     field[..., 1] = (torch.arange(SIDE) - 4.0).clamp(min=0) * mask  # twice as wide, its left edge fixed
-    torn = forward(field, mask, mask.float())
-    whole = backward(field, mask)
+    torn = forward_warp(field, mask, mask.float())
+    whole = backward_warp(field, mask)
     assert (torn < 0).sum() == 8 * 4 and (whole < 0).sum() == 0
     assert (carried(mask, whole)[8:16, 4:19] == 1).all()
 
@@ -144,26 +151,26 @@ def test_several_pairs_mix_by_distance_ratio_or_the_nearest():
     masks = torch.ones(2, 1, 5, dtype=torch.bool)
     handles, vectors = [(0, 0), (0, 4)], torch.tensor([[0.0, 2.0], [2.0, 0.0]])
     ratios = torch.ones(2, 1, 5)
-    near = displacement(ratios, masks, handles, vectors, "distance")
+    near = displacement_field(ratios, masks, handles, vectors, "distance")
     torch.testing.assert_close(near[0, 2], torch.tensor([1.0, 1.0]))
     torch.testing.assert_close(near[0, 1], torch.tensor([0.5, 1.5]), atol=1e-3, rtol=0)  # 1e-4 is added to distances
     torch.testing.assert_close(near[0, 0], torch.tensor([0.0, 2.0]), atol=1e-3, rtol=0)
-    nearest = displacement(ratios, masks, handles, vectors, "winner")
+    nearest = displacement_field(ratios, masks, handles, vectors, "winner")
     assert nearest[0, 1].tolist() == [0, 2] and nearest[0, 3].tolist() == [2, 0]
     ratios[1] = 0.5  # weights 2/3 and 1/3, times the ratios
-    by_ratio = displacement(ratios, masks, handles, vectors, "ratio")
+    by_ratio = displacement_field(ratios, masks, handles, vectors, "ratio")
     torch.testing.assert_close(by_ratio[0, 3], torch.tensor([1 / 3, 4 / 3]))
 
 
 def test_opposite_drags_do_not_cancel():
     masks, ratios = torch.ones(2, 1, 5, dtype=torch.bool), torch.ones(2, 1, 5)
-    field = displacement(ratios, masks, [(0, 0), (0, 4)], torch.tensor([[0.0, -2.0], [0.0, 2.0]]), "distance")
+    field = displacement_field(ratios, masks, [(0, 0), (0, 4)], torch.tensor([[0.0, -2.0], [0.0, 2.0]]), "distance")
     assert field[0, :, 1].tolist() == [-2, -2, -2, 2, 2]
 
 
 def test_each_handle_moves_only_its_own_mask():
     masks = torch.tensor([[[True, True, False, False]], [[False, False, False, True]]])
-    field = displacement(
+    field = displacement_field(
         torch.ones(2, 1, 4), masks, [(0, 0), (0, 3)], torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "distance"
     )
     assert field[0].tolist() == [[0, 1], [0, 1], [0, 0], [1, 0]]
@@ -173,9 +180,9 @@ def test_ratio_is_one_at_the_handle_and_measured_against_its_surroundings():
     row = torch.full((5, 5), 0.01)
     row[1:4, 1:4] = 0.1
     row[2, 2] = 0.9  # a spike at itself: mean of the square (8 · 0.1 + 0.9) / 9
-    found = ratio(row.clone(), (2, 2), 3)
+    found = attention_ratio(row.clone(), (2, 2), 3)
     assert found[2, 2] == 1
     assert float(found[1, 1]) == pytest.approx(0.1 / (1.7 / 9)) and float(found[0, 0]) == pytest.approx(
         0.01 / (1.7 / 9)
     )
-    assert float(ratio(row.clone(), (2, 2), 1)[1, 1]) == pytest.approx(1 / 9)
+    assert float(attention_ratio(row.clone(), (2, 2), 1)[1, 1]) == pytest.approx(1 / 9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from personalize.drag_fill import averaged, neighbours, repaired
+from personalize.drag_fill import attention_fill, bnni_fill, raw_attention_fill
 from personalize.randomness import generator
 
 SIDE, ALPHA = 32, 0.095  # ᾱ where fifty steps at strength 0.7 arrive
@@ -38,7 +38,7 @@ def noise(seed: int = 1) -> torch.Tensor:
 def test_attentiondrag_d6_repaired_variance_is_that_of_the_surroundings(drawn):
     """±15 %: 144 cells × 4 channels of white noise estimate a deviation to 3 %; sources that repeat, less well."""
     z, clean = noisy()
-    found = repaired(z, clean, ALPHA, CELLS, ~VOID, rows, 8, drawn)
+    found = attention_fill(z, clean, ALPHA, CELLS, ~VOID, rows, 8, drawn)
     assert found.shape == (4, len(CELLS))
     assert float(found.std() / z[0][:, ~VOID].std()) == pytest.approx(1, abs=0.15)
 
@@ -47,8 +47,8 @@ def test_attentiondrag_d6_without_repair_too_little_is_left():
     """The reason for the repair: clearly below 0.7 of the surroundings, by attention and by neighbours."""
     z, _ = noisy()
     around = z[0][:, ~VOID].std()
-    assert float(averaged(z, CELLS, ~VOID, rows).std() / around) < 0.7
-    assert float(neighbours(z * ~VOID, VOID)[0][:, VOID].std() / around) < 0.7
+    assert float(raw_attention_fill(z, CELLS, ~VOID, rows).std() / around) < 0.7
+    assert float(bnni_fill(z * ~VOID, VOID)[0][:, VOID].std() / around) < 0.7
 
 
 def test_attentiondrag_d6_no_source_lies_in_what_is_excluded():
@@ -57,23 +57,23 @@ def test_attentiondrag_d6_no_source_lies_in_what_is_excluded():
     for excluded in (VOID, VOID.roll(2, 1) | VOID):
         spoilt, also = z.clone(), clean.clone()
         spoilt[..., excluded] = also[..., excluded] = 1e30
-        assert repaired(spoilt, also, ALPHA, CELLS, ~excluded, rows, 8, noise()).abs().max() < 10
-        assert repaired(spoilt, also, ALPHA, CELLS, ~excluded, rows, 8, None).abs().max() < 10
-        assert averaged(spoilt, CELLS, ~excluded, rows).abs().max() < 10
+        assert attention_fill(spoilt, also, ALPHA, CELLS, ~excluded, rows, 8, noise()).abs().max() < 10
+        assert attention_fill(spoilt, also, ALPHA, CELLS, ~excluded, rows, 8, None).abs().max() < 10
+        assert raw_attention_fill(spoilt, CELLS, ~excluded, rows).abs().max() < 10
 
 
 def test_attentiondrag_d6_no_cell_is_left_empty():
     z, clean = noisy()
     emptied = z * ~VOID
-    assert (neighbours(emptied, VOID)[0].abs().sum(0)[VOID] > 0).all()
-    assert (repaired(z, clean, ALPHA, CELLS, ~VOID, rows, 8, noise()).abs().sum(0) > 0).all()
-    assert torch.equal(neighbours(emptied, VOID)[0][:, ~VOID], z[0][:, ~VOID]), "full cells stay"
+    assert (bnni_fill(emptied, VOID)[0].abs().sum(0)[VOID] > 0).all()
+    assert (attention_fill(z, clean, ALPHA, CELLS, ~VOID, rows, 8, noise()).abs().sum(0) > 0).all()
+    assert torch.equal(bnni_fill(emptied, VOID)[0][:, ~VOID], z[0][:, ~VOID]), "full cells stay"
 
 
 def test_the_clean_part_is_the_mean_of_the_heaviest():
     """One source each: with k = 1 the fill is the nearest cell's estimate under its own noise, so that cell itself."""
     z, clean = noisy()
-    found = repaired(z, clean, ALPHA, CELLS, ~VOID, rows, 1, None)
+    found = attention_fill(z, clean, ALPHA, CELLS, ~VOID, rows, 1, None)
     index = (rows(CELLS) * ~VOID).flatten(1).argmax(1)
     torch.testing.assert_close(
         found, z[0].flatten(1)[:, index], atol=1e-5, rtol=1e-5
@@ -84,7 +84,7 @@ def test_literal_fill_is_the_renormalised_mean():
     z, _ = noisy()
     weights = (rows(CELLS[:3]) * ~VOID).flatten(1)
     expected = z[0].flatten(1) @ (weights / weights.sum(1, keepdim=True)).T
-    torch.testing.assert_close(averaged(z, CELLS[:3], ~VOID, rows), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(raw_attention_fill(z, CELLS[:3], ~VOID, rows), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_neighbours_by_hand():
@@ -92,7 +92,7 @@ def test_neighbours_by_hand():
     picture = torch.tensor([[[[0.0, -3, 0, 0], [2, 0, 0, 5], [0, 4, 0, 0]]]])
     void = torch.zeros(3, 4, dtype=torch.bool)
     void[1, 1:3] = True
-    found = neighbours(picture, void)
+    found = bnni_fill(picture, void)
     first = (2 / 1 + 5 / 2 - 3 / 1 + 4 / 1) / (1 + 1 / 2 + 1 + 1)
     assert float(found[0, 0, 1, 1]) == pytest.approx(first)
     assert float(found[0, 0, 1, 2]) == pytest.approx((first + 5 + 0 + 0) / 4), "a cell filled before counts"
@@ -101,6 +101,6 @@ def test_neighbours_by_hand():
 def test_nothing_empty_is_nothing_to_do():
     z, clean = noisy()
     none = torch.zeros(0, 2, dtype=torch.long)
-    assert repaired(z, clean, ALPHA, none, ~VOID, rows, 8, noise()).shape == (4, 0)
-    assert averaged(z, none, ~VOID, rows).shape == (4, 0)
-    assert torch.equal(neighbours(z, torch.zeros_like(VOID)), z)
+    assert attention_fill(z, clean, ALPHA, none, ~VOID, rows, 8, noise()).shape == (4, 0)
+    assert raw_attention_fill(z, none, ~VOID, rows).shape == (4, 0)
+    assert torch.equal(bnni_fill(z, torch.zeros_like(VOID)), z)

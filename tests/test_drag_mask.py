@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from personalize.drag_mask import closed, component, dilated, filled, ratio_mask, shared
+from personalize.drag_mask import closed, connected_component, dilated, masks_per_handle, ratio_mask, without_holes
 from personalize.errors import UserError
 
 LIMITS = {"fewest": 9, "most": 0.4}
@@ -35,7 +35,7 @@ def test_attentiondrag_d5_contains_the_handle_in_one_part_and_shrinks_with_the_t
     before = torch.ones(24, 24, dtype=torch.bool)
     for threshold in torch.linspace(0, 1, 11).tolist():
         mask, _ = ratio_mask(ratio, (6, 6), threshold, **LIMITS)
-        assert mask[6, 6] and torch.equal(component(mask, (6, 6)), mask)
+        assert mask[6, 6] and torch.equal(connected_component(mask, (6, 6)), mask)
         assert 9 <= mask.sum() <= int(0.4 * mask.numel())
         assert not (mask & ~before).any(), "a higher threshold gave cells that a lower one had not"
         before = mask
@@ -75,20 +75,20 @@ def test_attention_that_is_the_same_everywhere_is_no_guide():
 
 def test_a_users_mask_is_shared_among_handles():
     mask = drawn("##..#", "##..#", ".....", "#....")
-    first, second = shared(mask, [(0, 0), (1, 4)])
+    first, second = masks_per_handle(mask, [(0, 0), (1, 4)])
     assert torch.equal(first, drawn("##...", "##...", ".....", "#...."))
     assert torch.equal(second, drawn("....#", "....#", ".....", "#...."))
-    everything = shared(mask, [(2, 2)])[0]
+    everything = masks_per_handle(mask, [(2, 2)])[0]
     assert torch.equal(everything, mask), "a handle outside the mask moves all of it"
 
 
 def test_shapes():
     ring = drawn("......", ".####.", ".#..#.", ".####.", "......")
-    assert torch.equal(filled(ring), drawn("......", ".####.", ".####.", ".####.", "......"))
+    assert torch.equal(without_holes(ring), drawn("......", ".####.", ".####.", ".####.", "......"))
     leaky = drawn(".##", "#..", ".##")
-    assert torch.equal(filled(leaky), leaky)
-    assert torch.equal(component(drawn("#..#", ".#..", "...#"), (0, 0)), drawn("#...", ".#..", "...."))
-    assert not component(drawn("#.", ".."), (1, 1)).any()
+    assert torch.equal(without_holes(leaky), leaky)
+    assert torch.equal(connected_component(drawn("#..#", ".#..", "...#"), (0, 0)), drawn("#...", ".#..", "...."))
+    assert not connected_component(drawn("#.", ".."), (1, 1)).any()
     assert torch.equal(closed(drawn("#.#", "...", "#.#")), drawn("###", "###", "###"))
     assert torch.equal(closed(drawn("#...", "....", "....")), drawn("#...", "....", "...."))
     assert torch.equal(dilated(drawn(".....", ".....", "..#.."), 2), drawn("#####", "#####", "#####"))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from personalize.attachment import equipped
+from personalize.attachment import applied
 from personalize.drag import DragSettings
-from personalize.dragging import Frame, conditioning, drag_picture, overlay, pairs
+from personalize.dragging import Frame, conditioning, drag_picture, handles_and_targets, overlay
 from personalize.editor import Editor
 from personalize.errors import UserError
 from tests.lora_states import random_adapter, text_lora
@@ -134,7 +134,7 @@ def test_prompts_are_read_by_the_adapters_text_encoder_and_tokens(model):
     both = replace(adapter, lora={**adapter.lora, **text_lora(model)}, concepts={"<thing>": rows})
     with torch.no_grad():
         dog = model.prompts(["a dog"]).embeds
-    with equipped(model, both):
+    with applied(model, both):
         told = [conditioning(model, both, prompt, (64, 64)).embeds for prompt in ("a <thing>", "a dog")]
     assert not torch.allclose(*told, atol=1e-3) and not torch.allclose(told[1], dog, atol=1e-3)
     one, other = (
@@ -161,7 +161,7 @@ def test_prompts_are_read_by_the_adapters_text_encoder_and_tokens(model):
 )
 def test_points_that_make_no_pairs_in_the_picture_are_refused(points, message):
     with pytest.raises(UserError, match=message):
-        pairs(points, (64, 48))
+        handles_and_targets(points, (64, 48))
 
 
 def test_a_mask_of_another_size_is_refused(model):
@@ -173,7 +173,7 @@ def test_a_mask_of_another_size_is_refused(model):
 def test_attentiondrag_d4_a_drag_under_half_a_cell_is_told(model, target, said):
     """Cells of four pixels: 1 px vanishes by rounding; 2.5 px go a whole cell; no length at all is meant."""
     found = drag_picture(model, picture(), [(20, 24), target], mask=square(), settings=SETTINGS)
-    assert any("drag 1 is shorter than half a latent cell (4 px a cell)" in note for note in found.notes) == said
+    assert any("drag 1 is shorter than half a latent cell (a cell is 4 px)" in note for note in found.notes) == said
 
 
 def test_a_handle_beside_the_mask_or_on_the_background_is_told(model):

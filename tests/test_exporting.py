@@ -11,10 +11,10 @@ from peft import PeftModel
 from personalize import formats, lora
 from personalize.adapter import Adapter
 from personalize.errors import UserError
-from personalize.exporting import LAYOUTS, baked, export_lora, merged, narrowed, read_adapter
+from personalize.exporting import LAYOUTS, baked, export_lora, merged, read_adapter, with_lower_rank
 from personalize.files import read_tensors, tensor_bytes, write_file
 from personalize.forgetting import parse_rule
-from personalize.formats import pairs
+from personalize.formats import factor_pairs
 from tests.lora_states import (
     ATTENTION,
     EVERYTHING,
@@ -40,7 +40,7 @@ def difference(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def through_diffusers(model, path):
+def compare_through_diffusers(model, path):
     pipe = model.pipeline()
     pipe.load_lora_weights(path.parent, weight_name=path.name)
     try:
@@ -69,7 +69,7 @@ def lost(tmp_path, name, want, text, layout):
     model = tiny(name)
     adapter = make(model, want, text)
     path = export_lora(adapter, tmp_path / "out", layout)
-    found = through_peft(name, path) if layout == "peft" else through_diffusers(model, path)
+    found = through_peft(name, path) if layout == "peft" else compare_through_diffusers(model, path)
     expected = added(model, adapter)
     assert difference(predict(tiny(name)), expected) > 0.01
     return difference(found, expected)
@@ -114,10 +114,10 @@ def test_forgedit_c30_worked_in_forgetting_equals_run_time_forgetting(tmp_path, 
     with adapter.apply(model):
         kept = lora.multipliers(model.unet, lora.lora_layers(model.unet), rules)
         assert difference(predict(model), expected) > 0.01  # forgetting matters
-    assert difference(through_diffusers(model, path), expected) < CLOSE
+    assert difference(compare_through_diffusers(model, path), expected) < CLOSE
     dropped = {f"unet.{path}" for path, share in kept.items() if share == 0}
     found = read_adapter(path)
-    assert set(pairs(found.lora)) == set(pairs(adapter.lora)) - dropped
+    assert set(factor_pairs(found.lora)) == set(factor_pairs(adapter.lora)) - dropped
     assert bool(dropped) == any(not rule.degree for rule in rules)
     assert "worked in" in found.info["header"]["ss_training_comment"]
 
@@ -138,24 +138,24 @@ def test_half_precision(tmp_path):
     adapter = make(model, KEYS, False)
     half = export_lora(adapter, tmp_path / "h.safetensors", "kohya", torch.float16)
     assert {tensor.dtype for tensor in read_tensors(half).tensors.values()} == {torch.float16}
-    assert difference(through_diffusers(model, half), added(model, adapter)) < CLOSE_FP16
+    assert difference(compare_through_diffusers(model, half), added(model, adapter)) < CLOSE_FP16
 
 
 def test_a_lower_rank_loses_what_it_says(tmp_path):
     adapter = make(tiny("sd1"), lambda path: KEYS(path) or "mid_block" in path, False)
-    found, reduction = narrowed(adapter, 2)
+    found, reduction = with_lower_rank(adapter, 2)
     path = export_lora(found, tmp_path / "r.safetensors")
     written, lost, whole = read_adapter(path), 0.0, 0.0
     assert (written.rank, written.alpha) == (2, 2.0)
-    for module, (a, b) in pairs(adapter.lora).items():
+    for module, (a, b) in factor_pairs(adapter.lora).items():
         full = b.flatten(1) @ a.flatten(1) * (adapter.alpha / adapter.rank)
-        a, b = pairs(written.lora)[module]
+        a, b = factor_pairs(written.lora)[module]
         wrong = float((full - b.flatten(1) @ a.flatten(1)).square().sum())
         assert (wrong / float(full.square().sum())) ** 0.5 == pytest.approx(reduction.errors[module], abs=1e-5)  # fp32
         lost, whole = lost + wrong, whole + float(full.square().sum())
     assert reduction.error == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
     with pytest.raises(UserError, match="rank 4: --rank must be lower"):
-        narrowed(adapter, 4)
+        with_lower_rank(adapter, 4)
 
 
 def test_merging_adds_up_and_says_of_what(tmp_path):
@@ -167,7 +167,7 @@ def test_merging_adds_up_and_says_of_what(tmp_path):
     folder = both.save(tmp_path / "both")
     expected = tiny("sd1")
     added(expected, replace(first, alpha=first.alpha * 0.5))
-    assert difference(through_diffusers(model, folder / "both.safetensors"), added(expected, negative(second))) < CLOSE
+    assert difference(compare_through_diffusers(model, folder / "both.safetensors"), added(expected, negative(second))) < CLOSE
     found = Adapter.load(folder)
     assert found.rank == 8 and found.info["merged_from"][1] == {"name": "two", "weight": -1.0}
     assert found.concepts.keys() == {"<a>"} and found.info["caption"] == "a cat"

@@ -13,7 +13,7 @@ from personalize import checkpoint_layout, loading, merged_base
 from personalize.adapter import Adapter
 from personalize.errors import UserError
 from personalize.loading import checkpoint_kind
-from personalize.merged_base import export_folder, export_single_file, is_standard, merged_parts
+from personalize.merged_base import export_folder, export_single_file, has_published_sizes, merged_weights
 from personalize.model import StableDiffusion
 from tests.lora_states import EVERYTHING, added, paths, predict, random_lora, text_lora
 from tests.tiny import tiny, tiny_folder
@@ -67,7 +67,7 @@ def test_a_single_file_draws_what_the_adapter_draws(name, tmp_path, tiny_configs
     adapter = make(model)
     tiny_configs(name, model)
     before = predict(model)
-    file = export_single_file(model, merged_parts(model, adapter), tmp_path / "m.safetensors")
+    file = export_single_file(model, merged_weights(model, adapter), tmp_path / "m.safetensors")
     assert torch.equal(predict(model), before)  # the model at hand is as it was
     assert checkpoint_kind(file)[0] == KINDS[name]
     loaded = StableDiffusion.load(file, device="cpu")
@@ -88,7 +88,7 @@ def test_a_single_file_draws_what_the_adapter_draws(name, tmp_path, tiny_configs
 def test_a_folder_draws_what_the_adapter_draws(name, tmp_path):
     model = tiny(name)
     adapter = make(model, lambda path: path.endswith((".to_k", ".conv1")))
-    weights = merged_parts(model, adapter)
+    weights = merged_weights(model, adapter)
     folder = export_folder(model, weights, tmp_path / "model")
     half = export_folder(model, weights, tmp_path / "half", torch.float16)
     expected = added(tiny(name), adapter)
@@ -120,7 +120,7 @@ def test_v_prediction_is_said_where_it_can_be(tmp_path):
     model = tiny("sd2v")
     model.prediction_type = "epsilon"
     file = export_single_file(model, merged_base.parts(model), tmp_path / "sd2.safetensors")
-    assert checkpoint_kind(file) == ("sd21", {}) and not is_standard(model)
+    assert checkpoint_kind(file) == ("sd21", {}) and not has_published_sizes(model)
 
 
 @pytest.mark.parametrize("writer", [export_single_file, export_folder])
@@ -156,9 +156,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     large = merged_base.parts(model)
     large["vae"]["encoder.conv_in.bias"] = torch.full((8,), 1e6)
     for attempt, message in (
-        (lambda: merged_parts(other, adapter), "not for tiny-sdxl"),
-        (lambda: merged_parts(model, replace(adapter, lora=wide)), "it is another base"),
-        (lambda: merged_parts(model, replace(adapter, lora=strange)), "no such module"),
+        (lambda: merged_weights(other, adapter), "not for tiny-sdxl"),
+        (lambda: merged_weights(model, replace(adapter, lora=wide)), "it is another base"),
+        (lambda: merged_weights(model, replace(adapter, lora=strange)), "no such module"),
         (lambda: export_folder(model, large, tmp_path / "x", torch.float16), "vae's encoder.conv_in.bias does not fit"),
     ):
         with pytest.raises(UserError, match=message):

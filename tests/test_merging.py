@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from personalize.errors import UserError
-from personalize.formats import pairs
-from personalize.merging import Part, concatenated, reduced
+from personalize.formats import factor_pairs
+from personalize.merging import WeightedLora, concatenated, reduced
 from tests.lora_states import random_lora
 
 SHAPES = {"up_blocks.1.a.to_q": (12, 8), "up_blocks.1.b.conv1": (6, 5, 3, 3), "up_blocks.1.c.proj_in": (9, 9, 1, 1)}
@@ -13,14 +13,14 @@ FP32 = 1e-6  # entries of order 1e-2 from sums of at most 7 products: rounding o
 
 
 def deltas(state, strength=1.0):
-    return {module: strength * (b.flatten(1) @ a.flatten(1)) for module, (a, b) in pairs(state).items()}
+    return {module: strength * (b.flatten(1) @ a.flatten(1)) for module, (a, b) in factor_pairs(state).items()}
 
 
 def test_a_sum_is_exact_and_holds_the_modules_of_all():
     few = {key: shape for key, shape in SHAPES.items() if "to_q" not in key}
     first, second = random_lora(SHAPES, rank=4), random_lora(few, rank=3, seed=1)
-    state, rank = concatenated([Part(first, 2.0, 0.5), Part(second, 1.0, -1.5)])
-    assert rank == 7 and {a.shape[0] for a, _ in pairs(state).values()} == {7}
+    state, rank = concatenated([WeightedLora(first, 2.0, 0.5), WeightedLora(second, 1.0, -1.5)])
+    assert rank == 7 and {a.shape[0] for a, _ in factor_pairs(state).values()} == {7}
     one, two, found = deltas(first), deltas(second, -1.5), deltas(state)
     assert found.keys() == one.keys()
     for module, matrix in found.items():
@@ -48,7 +48,7 @@ def test_lower_rank_is_the_nearest_matrix_and_states_its_error():
 
 def test_what_has_a_lower_rank_already_loses_nothing():
     state = random_lora(SHAPES, rank=2)
-    doubled, rank = concatenated([Part(state, 1.0, 0.25), Part(state, 1.0, 0.75)])
+    doubled, rank = concatenated([WeightedLora(state, 1.0, 0.25), WeightedLora(state, 1.0, 0.75)])
     found = reduced(doubled, 1.0, 2)
     assert rank == 4 and found.error < 1e-6  # fp32 rounding of the sum
     for module, matrix in deltas(state).items():
@@ -62,8 +62,8 @@ def test_mistakes():
     other = random_lora({key: (7, *shape[1:]) for key, shape in SHAPES.items()})
     for attempt, message in (
         (lambda: concatenated([]), "must be numbers"),
-        (lambda: concatenated([Part(state, 1.0, float("nan"))]), "must be numbers"),
-        (lambda: concatenated([Part(state, 1.0), Part(other, 1.0)]), "different base models"),
+        (lambda: concatenated([WeightedLora(state, 1.0, float("nan"))]), "must be numbers"),
+        (lambda: concatenated([WeightedLora(state, 1.0), WeightedLora(other, 1.0)]), "different base models"),
         (lambda: reduced(state, 1.0, 0), "whole number from 1"),
         (lambda: reduced({}, 1.0, 2), "nothing to reduce"),
     ):

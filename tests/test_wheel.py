@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = [room for room in ("train", "export", "configs") if (ROOT / room).is_dir()]
+SCRIPT_FOLDERS = [room for room in ("train", "export", "configs") if (ROOT / room).is_dir()]
 
 
 def run(*args: object, cwd: Path, path: Path | None = None) -> str:
@@ -51,7 +51,7 @@ def tracked(room: str) -> set[str]:
 
 def test_wheel_holds_the_package_and_the_launchable_folders_and_nothing_else(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = tracked("personalize") | {f"personalize/_launch/{name}" for room in ROOMS for name in tracked(room)}
+    expected = tracked("personalize") | {f"personalize/_launch/{name}" for room in SCRIPT_FOLDERS for name in tracked(room)}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert "personalize/_launch/train/embedded_model.py" in names and "personalize/py.typed" in names
 

@@ -24,7 +24,7 @@ from PIL import Image
 from personalize.drag import DragSettings
 from personalize.dragging import drag_picture
 from personalize.model import EMBEDDED, StableDiffusion
-from personalize.moves import moves
+from personalize.moves import make_schedule
 from personalize.sampling import Edit, denoise
 from personalize.scenes import random_scene, render
 from tests.bench.attention_auc import coverage
@@ -182,7 +182,7 @@ class Bench:
         edit = Edit(self.model.prompts([task.source_prompt], size), guidance_scale=1)
         latents = self.model.encode(as_pixels(before[None]))
         for inverse in (True, False):
-            plan = moves(self.model, self.options.steps, strength=self.options.strength, inverse=inverse)
+            plan = make_schedule(self.model, self.options.steps, strength=self.options.strength, inverse=inverse)
             latents = denoise(self.model, latents, edit, plan)
         return as_bytes(self.model.decode(latents).cpu())[0]
 

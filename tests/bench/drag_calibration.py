@@ -13,12 +13,12 @@ import torch
 
 from personalize.attention import attention_sites
 from personalize.drag import DragSettings
-from personalize.drag_attention import Correlation, Projections, finest
-from personalize.drag_field import ratio
+from personalize.drag_attention import AttentionRows, QKVRecorder, self_attention_sites
+from personalize.drag_field import attention_ratio
 from personalize.drag_mask import ratio_mask
 from personalize.errors import UserError
 from personalize.model import StableDiffusion
-from personalize.moves import moves
+from personalize.moves import make_schedule
 from personalize.sampling import Edit, denoise
 from personalize.scenes import render
 from tests.bench.attention_auc import auc, coverage, site_label
@@ -42,9 +42,9 @@ def calibration_row(model: StableDiffusion, task: Task, settings: DragSettings) 
     picture, masks = render(task.before, size)
     grid = (size // factor, size // factor)
     sites = {name: site for name, site in attention_sites(model.unet, grid).items() if not site.cross}
-    reading = Projections(list(sites), "qk")
+    reading = QKVRecorder(list(sites), "qk")
     edit = Edit(model.prompts([task.source_prompt], (size, size)), guidance_scale=1, hooks=(reading,))
-    plan = moves(model, settings.steps, strength=settings.strength, inverse=True)
+    plan = make_schedule(model, settings.steps, strength=settings.strength, inverse=True)
     denoise(model, model.encode(as_pixels(picture[None])), edit, plan)
     x, y = handle_of(masks[0])
     cell, truth = (int(y) // factor, int(x) // factor), coverage(masks[0], *grid) > 0.5
@@ -56,7 +56,7 @@ def calibration_row(model: StableDiffusion, task: Task, settings: DragSettings) 
         for site in sites.values():
             found["sites"].setdefault(site_label(site), {})[str(band)] = _score(kept, [site], grid, cell, truth)["auc"]
         for name, (places, levels) in READERS.items():
-            if chosen := finest(sites, places, levels):
+            if chosen := self_attention_sites(sites, places, levels):
                 found["readers"][f"{name} {band}"] = _score(kept, chosen, grid, cell, truth, settings)
     return found
 
@@ -65,7 +65,7 @@ def _score(kept, sites, grid, cell, truth, settings: DragSettings | None = None)
     names = {site.name for site in sites}
     ours = {key: value for key, value in kept.items() if key[0] in names}
     window = 3 if settings is None else settings.window
-    found = ratio(Correlation(ours, sites, grid).around(cell, window), cell, window)
+    found = attention_ratio(AttentionRows(ours, sites, grid).around(cell, window), cell, window)
     others = np.ones(grid, bool)
     others[cell] = False
     row: dict[str, Any] = {"auc": auc(found.numpy()[others], truth[others])}
