@@ -7,7 +7,7 @@ from PIL import Image
 
 from personalize import Editor, StableDiffusion
 from personalize.bundled import bundled
-from personalize.photo import PhotoSettings, Wish
+from personalize.photo import EditRequest, PhotoSettings
 
 
 def main(
@@ -20,10 +20,10 @@ def main(
     steps: int = 50,
 ) -> Image.Image:
     source = source or bundled(0).caption
-    wish = Wish(target) if target else Wish(swaps=[("cat", "dog")], local=[("cat", "dog")])
+    request = EditRequest(target) if target else EditRequest(swaps=[("cat", "dog")], local=[("cat", "dog")])
     editor = Editor(StableDiffusion.load(base))
     found = editor.photo(
-        photo or bundled(0).picture, source, wish, PhotoSettings(steps=steps), attention=True,
+        photo or bundled(0).picture, source, request, PhotoSettings(steps=steps), attention=True,
         cache=Path(output_dir) / "trajectories",  # the next edit of this photo begins where this one ended
     )  # fmt: skip
     for name, picture in (("edited", found.image), ("before-after", found.sheet), ("attention", found.attention)):

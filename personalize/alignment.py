@@ -21,7 +21,7 @@ from personalize.errors import UserError
 from personalize.model import StableDiffusion
 
 WORD = re.compile(r"<[^<>\s]+>(?:_\d+)?|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_")
-JOINTS = frozenset(  # words that no adjective stands before
+FUNCTION_WORDS = frozenset(  # words that no adjective stands before
     "a an the and or nor but with without of in on at by to from into onto over under above below behind before beside "
     "near between through across around during for is are was were be as while that which who its his her their".split()
 )
@@ -62,7 +62,7 @@ class Tokens:
         return sum((word.places for word in self.words[first : first + count]), ())
 
 
-def tokenised(model: StableDiffusion, text: str) -> Tokens:
+def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
     """`text` with learned tokens spelled out.  UserError if the text encoder would cut it off."""
     tokenizer = model.tokenizers[0]
     whole = TextualInversionLoaderMixin().maybe_convert_prompt([text], tokenizer)[0]
@@ -150,7 +150,7 @@ def word_swaps(source: Tokens, target: Tokens) -> list[tuple[Span, Span]]:
     return [(old.places, new.places) for old, new in pairs if old.text != new.text]
 
 
-def swapped(source: Tokens, swaps: Sequence[tuple[str, str]]) -> str:
+def swap_words(source: Tokens, swaps: Sequence[tuple[str, str]]) -> str:
     """The source prompt with every occurrence of each old phrase as the new one, all at once.
 
     Raises:
@@ -208,7 +208,7 @@ def adjective_bindings(source: Tokens, target: Tokens) -> list[tuple[Span, Span]
         if kind != "insert" or low >= len(source.words):
             continue
         noun, added = source.words[low], target.words[first:last]
-        plain = all(word.text[0].isalnum() and word.text not in JOINTS for word in (*added, noun))
+        plain = all(word.text[0].isalnum() and word.text not in FUNCTION_WORDS for word in (*added, noun))
         if plain:
             found += [(word.places, noun.places) for word in added]
     return found

@@ -21,7 +21,7 @@ from personalize.concepts import installed
 from personalize.exporting import merged
 from personalize.forgetting import ForgettingRule, parse_rule
 from personalize.lora import scaled
-from personalize.mixing import mixed
+from personalize.mixing import edit_conditioning
 from personalize.model import Conditioning, StableDiffusion
 
 
@@ -58,7 +58,7 @@ class Attached:
         return given
 
     def _conditioning(self, prompt: str, alpha: float, beta: float, gamma: float | None) -> Conditioning:
-        told = mixed(self.model, self.adapter.source, self._encoded(prompt), alpha=alpha, beta=beta, gamma=gamma)
+        told = edit_conditioning(self.model, self.adapter.source, self._encoded(prompt), alpha=alpha, beta=beta, gamma=gamma)
         return told.to(dtype=self.model.dtype)
 
     @torch.no_grad()
@@ -92,15 +92,15 @@ def attach(
     Raises:
         UserError: `folder` is no adapter, it is of another family, or a rule selects nothing of it.
     """
-    adapter = loaded(folder)
+    adapter = load_adapters(folder)
     model = StableDiffusion.from_pipeline(pipe)
-    with equipped(model, adapter, strength, any_base=True), scaled(model.unet, parsed(forget), strength):
+    with applied(model, adapter, strength, any_base=True), scaled(model.unet, parse_rules(forget), strength):
         with _tokenizers(pipe, model):
             yield Attached(model, adapter)
 
 
 @contextmanager
-def equipped(
+def applied(
     model: StableDiffusion, adapter: Adapter | None, text_strength: float = 1.0, *, any_base: bool = False
 ) -> Iterator[None]:
     """Run the body with all of `adapter` in `model`: LoRA in UNet and text encoders, learned tokens; then as before."""
@@ -112,7 +112,7 @@ def equipped(
         yield
 
 
-def loaded(folder: str | Path | Sequence[str | Path]) -> Adapter:
+def load_adapters(folder: str | Path | Sequence[str | Path]) -> Adapter:
     """The adapter in `folder`, or the sum of those in several folders; UserError if they do not go together."""
     if isinstance(folder, str | Path):
         return Adapter.load(folder)
@@ -134,7 +134,7 @@ def _tokenizers(pipe: Any, model: StableDiffusion) -> Iterator[None]:
             setattr(pipe, name, tokenizer)
 
 
-def parsed(forget: str | ForgettingRule | Sequence[str | ForgettingRule] | None) -> list[ForgettingRule]:
+def parse_rules(forget: str | ForgettingRule | Sequence[str | ForgettingRule] | None) -> list[ForgettingRule]:
     """Forgetting rules however they were given."""
     given = [] if forget is None else [forget] if isinstance(forget, str | ForgettingRule) else forget
     return [rule if isinstance(rule, ForgettingRule) else parse_rule(rule) for rule in given]

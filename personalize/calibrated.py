@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from personalize.dynamic_prompts import DynamicSettings
-from personalize.null_text import NullText
+from personalize.null_text import NullTextSettings
 
-SettingsT = TypeVar("SettingsT", DynamicSettings, NullText)
+SettingsT = TypeVar("SettingsT", DynamicSettings, NullTextSettings)
 
 EMBEDDED: dict[type, dict[str, Any]] = {
     # Calibrated before this model's nouns were grounded.
@@ -21,7 +21,7 @@ EMBEDDED: dict[type, dict[str, Any]] = {
     # updates and a cap because rows that went far from their words made maps worse.  See tests/bench/README.md.
     DynamicSettings: {"updates": 4, "balancing": 0.05, "disjoint": 1.0, "background": 1.0, "cap": 0.5},
     # With 0.01 ten updates of a step end far from its target, at 0.28 of the uncorrected error in place of 0.07.
-    NullText: {"rate": 0.1},
+    NullTextSettings: {"rate": 0.1},
 }
 
 # Of edits.  At the published 7.5 (ddpm: 15) colours run over and faces break; on two photos, in 20 steps after direct
@@ -37,7 +37,7 @@ def guidance(base: str, inversion: str) -> float:
     return AFTER_DDPM[_known(base)] if inversion == "ddpm" else GUIDANCE[_known(base)]
 
 
-def drawing(base: str) -> float:
+def text_to_image_guidance(base: str) -> float:
     """Guidance of pictures drawn from noise that suits the base of that name."""
     return GUIDANCE[_known(base)]
 
@@ -46,7 +46,7 @@ def _known(base: str) -> str:
     return "embedded" if base == "embedded" else "published"
 
 
-def suited(kind: type[SettingsT], base: str, **given: Any) -> SettingsT:
+def settings_for(kind: type[SettingsT], base: str, **given: Any) -> SettingsT:
     """Settings of `kind` for the base of that name (`StableDiffusion.name`), but whatever of `given` is not None."""
     calibrated = EMBEDDED[kind] if base == "embedded" else {}
     return kind(**{**calibrated, **{name: value for name, value in given.items() if value is not None}})

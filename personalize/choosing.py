@@ -24,8 +24,8 @@ from PIL import Image
 
 from personalize.errors import UserError
 from personalize.lora import PREFIX, multipliers
-from personalize.scoring import Reading, Request, Scorer
-from personalize.settings import STANDARD, Sampling, Setting, rules
+from personalize.scoring import Request, Scorer, Scores
+from personalize.settings import DEFAULT_SAMPLING, EditStrengths, Sampling, parse_rule_sum
 
 if TYPE_CHECKING:
     from personalize.editor import Editor
@@ -44,10 +44,10 @@ GAMMAS = (0.8, 1.0, 1.2)
 class Trial:
     """One picture of the search, and what the scorer made of it."""
 
-    setting: Setting
+    setting: EditStrengths
     seed: int
     picture: Image.Image
-    reading: Reading
+    reading: Scores
     state: State
 
 
@@ -59,7 +59,7 @@ def search(
     budget: int,
     seed: int = 0,
     negative_prompt: str = "",
-    sampling: Sampling = STANDARD,
+    sampling: Sampling = DEFAULT_SAMPLING,
 ) -> Iterator[Trial]:
     """Draw `budget` pictures one by one, each chosen by what was seen so far, and yield them in that order.
 
@@ -68,10 +68,10 @@ def search(
     """
     if budget < 1:
         raise UserError(f"--budget must be at least 1 picture, got {budget}")
-    ladder, tried = forgettable(editor), []
+    ladder, tried = usable_rules(editor), []
     with editor.held():
         for _ in range(budget):
-            setting, number = proposed(tried, budget, ladder, seed)
+            setting, number = next_proposal(tried, budget, ladder, seed)
             picture = editor.edit(
                 request.prompt, setting, seeds=[number], negative_prompt=negative_prompt, sampling=sampling
             )[0]
@@ -82,17 +82,17 @@ def search(
 
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
     """The best first; of equal ones, those that were drawn earlier."""
-    return sorted(trials, key=lambda trial: -trial.reading.score)
+    return sorted(trials, key=lambda trial: -trial.scores.score)
 
 
-def state(reading: Reading, scorer: Scorer) -> State:
+def state(reading: Scores, scorer: Scorer) -> State:
     """What a picture suffers from, by the scorer's thresholds."""
     if reading.edit >= SUCCESS:
-        return "lost" if reading.identity < 1 - scorer.lost else "good"
-    return "copy" if reading.distance < scorer.copy else "neither"
+        return "lost" if reading.identity < 1 - scorer.lost_distance else "good"
+    return "copy" if reading.distance < scorer.copy_distance else "neither"
 
 
-def forgettable(editor: Editor) -> tuple[str, ...]:
+def usable_rules(editor: Editor) -> tuple[str, ...]:
     """Rules of growing strength that select something of the editor's adapter."""
     lora = editor.adapter.lora if editor.adapter else {}
     names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in lora if key.startswith(PREFIX)]
@@ -104,33 +104,33 @@ def forgettable(editor: Editor) -> tuple[str, ...]:
 
 def _selects(editor: Editor, names: list[str], rule: str) -> bool:
     try:
-        multipliers(editor.model.unet, names, rules(rule))
+        multipliers(editor.model.unet, names, parse_rule_sum(rule))
     except UserError:
         return False
     return True
 
 
-def proposed(tried: Sequence[Trial], budget: int, ladder: Sequence[str], seed: int) -> tuple[Setting, int]:
+def next_proposal(tried: Sequence[Trial], budget: int, ladder: Sequence[str], seed: int) -> tuple[EditStrengths, int]:
     """The next picture to draw: its setting and seed."""
     fresh = seed + len(tried)
     if len(tried) < min((budget + 1) // 2, len(SWEEP)):
-        return Setting(*SWEEP[len(tried)]), fresh
+        return EditStrengths(*SWEEP[len(tried)]), fresh
     best = ranked(tried)[0]
-    done = {(trial.setting, trial.seed) for trial in tried}
-    settings = {trial.setting for trial in tried}
+    done = {(trial.strengths, trial.seed) for trial in tried}
+    settings = {trial.strengths for trial in tried}
     if best.state == "good":  # every third picture a new seed: luck counts as much as strengths
-        options = [(setting, best.seed) for setting in finer(best.setting)]
+        options = [(setting, best.seed) for setting in finer(best.strengths)]
         if len(tried) % 3 == 0:
-            return best.setting, fresh
-        return next((option for option in options if option not in done), (best.setting, fresh))
+            return best.strengths, fresh
+        return next((option for option in options if option not in done), (best.strengths, fresh))
     if best.state == "lost":
-        options = [(setting, best.seed) for setting in gentler(best.setting)]
-        return next((option for option in options if option not in done), (best.setting, fresh))
-    others = forgetting(best.setting, ladder) if best.state == "copy" else subtracting(best.setting)
-    return next(((setting, fresh) for setting in others if setting not in settings), (best.setting, fresh))
+        options = [(setting, best.seed) for setting in gentler(best.strengths)]
+        return next((option for option in options if option not in done), (best.strengths, fresh))
+    others = forgetting(best.strengths, ladder) if best.state == "copy" else subtracting(best.strengths)
+    return next(((setting, fresh) for setting in others if setting not in settings), (best.strengths, fresh))
 
 
-def finer(setting: Setting) -> list[Setting]:
+def finer(setting: EditStrengths) -> list[EditStrengths]:
     """Neighbours of a good setting: more of the source, more of the edit, both, less of each."""
     if setting.gamma is not None:
         return [replace(setting, gamma=round(setting.gamma + step, 3)) for step in (-0.1, 0.1, -0.2, 0.2)]
@@ -138,7 +138,7 @@ def finer(setting: Setting) -> list[Setting]:
     return [_moved(setting, *step) for step in steps]
 
 
-def gentler(setting: Setting) -> list[Setting]:
+def gentler(setting: EditStrengths) -> list[EditStrengths]:
     """Settings that keep more of the source: weaker forgetting on the same side, then more alpha and less beta."""
     if setting.gamma is not None:
         return [replace(setting, gamma=round(setting.gamma - step, 3)) for step in (0.1, 0.2, 0.3)]
@@ -149,18 +149,18 @@ def gentler(setting: Setting) -> list[Setting]:
     return [*(replace(setting, forget=rule) for rule in weaker), *(_moved(setting, *step) for step in steps)]
 
 
-def forgetting(setting: Setting, ladder: Sequence[str]) -> list[Setting]:
+def forgetting(setting: EditStrengths, ladder: Sequence[str]) -> list[EditStrengths]:
     """Settings that forget more than `setting` does, in growing strength; then more of the edit."""
     name = setting.forget.partition("=")[0]
     further = ladder[ladder.index(name) + 1 :] if name in ladder else ladder
-    more = [Setting(0.8, DECODER_BETA if "decoder" in rule else ENCODER_BETA, forget=rule) for rule in further]
+    more = [EditStrengths(0.8, DECODER_BETA if "decoder" in rule else ENCODER_BETA, forget=rule) for rule in further]
     return [*more, *(_moved(setting, alpha, beta) for alpha, beta in ((0.0, 0.4), (-0.1, 0.4), (-0.2, 0.6)))]
 
 
-def subtracting(setting: Setting) -> list[Setting]:
+def subtracting(setting: EditStrengths) -> list[EditStrengths]:
     """Other ways to the edit: subtraction, with the same forgetting."""
-    return [Setting(1.0, 1.0, gamma, setting.forget) for gamma in GAMMAS]
+    return [EditStrengths(1.0, 1.0, gamma, setting.forget) for gamma in GAMMAS]
 
 
-def _moved(setting: Setting, alpha: float, beta: float) -> Setting:
+def _moved(setting: EditStrengths, alpha: float, beta: float) -> EditStrengths:
     return replace(setting, alpha=round(setting.alpha + alpha, 3), beta=round(max(0.1, setting.beta + beta), 3))

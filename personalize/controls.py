@@ -29,7 +29,7 @@ from personalize.alignment import (
     phrase_swaps,
     refinement_mapper,
     replacement_mapper,
-    tokenised,
+    tokenize_prompt,
     word_swaps,
 )
 from personalize.attention import AttentionHook, AttentionSite
@@ -228,7 +228,7 @@ class Controls:
     maps: MapSum | None = None
 
 
-def controls(
+def make_controls(
     model: StableDiffusion,
     source: str,
     targets: str | Sequence[str],
@@ -254,8 +254,8 @@ def controls(
     Raises:
         UserError: a word that is not in its prompt, naming the nearest, or a prompt of more than 77 tokens.
     """
-    told = tokenised(model, source)
-    asked = tuple(tokenised(model, text) for text in ([targets] if isinstance(targets, str) else targets))
+    told = tokenize_prompt(model, source)
+    asked = tuple(tokenize_prompt(model, text) for text in ([targets] if isinstance(targets, str) else targets))
     length = model.tokenizers[0].model_max_length
     alignments = tuple(
         align(told, one, length, settings, phrase_swaps(told, one, swaps) if swaps else ()) for one in asked

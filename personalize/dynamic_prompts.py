@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from personalize.alignment import tokenised
+from personalize.alignment import tokenize_prompt
 from personalize.concepts import ConceptRows
 from personalize.errors import UserError
 from personalize.losses import smoothed
 from personalize.model import Conditioning, StableDiffusion
-from personalize.moves import Moves, Step
+from personalize.moves import Schedule, Step
 from personalize.noun_groups import NounGroup, group_maps
 from personalize.text_maps import stage_attention
 
@@ -199,7 +199,7 @@ class DynamicFit:
     ) -> None:  # fmt: skip
         self.model, self.prompt, self.groups, self.size = model, prompt, tuple(groups), size
         self.background, self.settings = background, settings
-        self.length = len(tokenised(model, prompt).ids) if settings.words_only else None
+        self.length = len(tokenize_prompt(model, prompt).ids) if settings.words_only else None
         self.found = DynamicPrompt(prompt, self.groups)
         self.told: Conditioning | None = None
 
@@ -257,7 +257,7 @@ class DynamicFit:
             layer.weight.data.copy_(anchor + away * share.clamp(max=1))
 
 
-def fit_on_trajectory(fit: DynamicFit, latents: Tensor, down: Moves) -> DynamicPrompt:
+def fit_on_trajectory(fit: DynamicFit, latents: Tensor, down: Schedule) -> DynamicPrompt:
     """Fit at every step of `down` on the photo's own trajectory, `latents` (t+1, 1, c, h, w) from clean to noisy.
 
     With direct inversion the source row is there anyway, so no sampling and no null embedding is needed.

@@ -16,12 +16,12 @@ from rich.progress import track
 from personalize.choosing import Trial, ranked, search
 from personalize.editor import Editor
 from personalize.errors import UserError
-from personalize.files import Content, strangers, write_folder
+from personalize.files import Content, unowned_files, write_folder
 from personalize.images import load_image
 from personalize.pictures import grid, png
 from personalize.scorers import find_scorer
 from personalize.scoring import Request
-from personalize.settings import PLAIN, Sampling, Setting, remember, remembered
+from personalize.settings import DEFAULT_STRENGTHS, EditStrengths, Sampling, remember, remembered
 
 if TYPE_CHECKING:
     from personalize.commands import EditConfig
@@ -41,7 +41,7 @@ def run(config: EditConfig) -> Path:
     size = (config.height or editor.size[0], config.width or editor.size[1])
     sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
     files = chosen(config, editor, prompt, sampling) if config.auto else combinations(config, editor, prompt, sampling)
-    write_folder(config.output_dir, files, keep=strangers(config.output_dir, OURS))
+    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OURS))
     print(f"{sum(name.startswith('edit-') for name in files)} pictures and grid.png in {config.output_dir}")
     return config.output_dir
 
@@ -89,14 +89,14 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
     return files
 
 
-def _settings(config: EditConfig) -> Iterator[Setting]:
+def _settings(config: EditConfig) -> Iterator[EditStrengths]:
     """All combinations; `--gamma` switches from projection to subtraction."""
-    strength = PLAIN.strength if config.strength is None else config.strength
+    strength = DEFAULT_STRENGTHS.strength if config.strength is None else config.strength
     mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [
-        (a, b, None) for a, b in product(config.alpha or (PLAIN.alpha,), config.beta or (PLAIN.beta,))
+        (a, b, None) for a, b in product(config.alpha or (DEFAULT_STRENGTHS.alpha,), config.beta or (DEFAULT_STRENGTHS.beta,))
     ]
-    for mix, forget in product(mixes, config.forget or (PLAIN.forget,)):
-        yield Setting(*mix, forget, strength)
+    for mix, forget in product(mixes, config.forget or (DEFAULT_STRENGTHS.forget,)):
+        yield EditStrengths(*mix, forget, strength)
 
 
 def chosen(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
@@ -113,11 +113,11 @@ def chosen(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) 
     console = Console(soft_wrap=True)
     found = ranked(track(trials, "Choosing", total=config.budget, console=console))
     best = found[0]
-    console.print(f"Best of {len(found)}, by {scorer.name}: {best.setting}, seed {best.seed}; {scores(best)}")
+    console.print(f"Best of {len(found)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")
     if best.state != "good":
         console.print(f"No picture has both the edit and the source (best: {_WORDS[best.state]}); raise --budget.")
     if config.adapter.is_dir():
-        remember(config.adapter, prompt, best.setting, best.seed, _figures(best))
+        remember(config.adapter, prompt, best.strengths, best.seed, _figures(best))
         console.print(f"Remembered in {config.adapter}: the next `edit` with this prompt uses it.")
     files: dict[str, Content] = {f"edit-{place:03d}.png": png(trial.picture) for place, trial in enumerate(found)}
     files["grid.png"] = png(ranked_sheet(found, request))
@@ -139,7 +139,7 @@ def source_picture(config: EditConfig) -> Path:
 def ranked_sheet(trials: Sequence[Trial], request: Request) -> Image.Image:
     """The source, then every picture from best to worst, each above its settings and scores."""
     pictures = [request.source, *(trial.picture for trial in trials)]
-    texts = ["source", *(f"{place}. {trial.setting}  seed {trial.seed}\n{scores(trial)}"
+    texts = ["source", *(f"{place}. {trial.strengths}  seed {trial.seed}\n{scores(trial)}"
                          for place, trial in enumerate(trials, 1))]  # fmt: skip
     rows = [range(start, min(start + COLUMNS, len(pictures))) for start in range(0, len(pictures), COLUMNS)]
     return grid(
@@ -149,20 +149,20 @@ def ranked_sheet(trials: Sequence[Trial], request: Request) -> Image.Image:
 
 
 def scores(trial: Trial) -> str:
-    return f"edit {trial.reading.edit:.2f}  identity {trial.reading.identity:.2f}"
+    return f"edit {trial.scores.edit:.2f}  identity {trial.scores.identity:.2f}"
 
 
 def ranking(trials: Sequence[Trial], request: Request, scorer: str) -> dict[str, object]:
     """The contents of ranking.json."""
     rows = [
-        {"rank": place, "file": f"edit-{place - 1:03d}.png", "seed": trial.seed, **asdict(trial.setting),
-         **_figures(trial), "state": trial.state, "facts": dict(trial.reading.facts)}
+        {"rank": place, "file": f"edit-{place - 1:03d}.png", "seed": trial.seed, **asdict(trial.strengths),
+         **_figures(trial), "state": trial.state, "facts": dict(trial.scores.facts)}
         for place, trial in enumerate(trials, 1)
     ]  # fmt: skip
     return {"prompt": request.prompt, "caption": request.caption, "scorer": scorer, "pictures": rows}
 
 
 def _figures(trial: Trial) -> dict[str, float]:
-    reading = trial.reading
+    reading = trial.scores
     names = ("score", "edit", "identity", "distance")
     return {name: round(getattr(reading, name), 4) for name in names}

@@ -35,18 +35,18 @@ from personalize.frames import Frame, Picture, opened
 from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import Step
 from personalize.noun_groups import NounGroup, group_maps, noun_groups
-from personalize.null_text import NullFit, NullText
+from personalize.null_text import NullFit, NullTextSettings
 from personalize.pictures import grid
 from personalize.sampling import Edit, denoise
 from personalize.text_maps import InversionMaps, stage_attention
-from personalize.trajectories import Trajectory, digest
+from personalize.trajectories import Trajectory, tensor_hash
 
 ROWS, ABOUT = "dynamic.safetensors", "dynamic.json"
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Things:
+class NounRegions:
     """What the user says of the photo's things, in place of what would be found.
 
     nouns: words of the prompt, synonyms joined by "=".  background: a picture, white where no noun belongs; or "auto",
@@ -58,11 +58,11 @@ class Things:
     regions: Mapping[str, Picture | Box] = field(default_factory=dict)
 
 
-THINGS = Things()
+AUTO_REGIONS = NounRegions()
 
 
 @dataclass(frozen=True)
-class Survey:
+class AttentionReport:
     """Where the words look before anything is done.
 
     attention: (t, h, w, l) in the order of sampling.  background: (h, w), for each group its own (k, h, w), or None.
@@ -110,10 +110,10 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(
-    model: StableDiffusion, frame: Frame, trajectory: Trajectory, prompt: str, things: Things = THINGS,
+def report_attention(
+    model: StableDiffusion, frame: Frame, trajectory: Trajectory, prompt: str, things: NounRegions = AUTO_REGIONS,
     maps: InversionMaps | None = None,
-) -> Survey:  # fmt: skip
+) -> AttentionReport:  # fmt: skip
     """Where the nouns of `prompt` look on `trajectory`; `maps` if they were collected while it was made.
 
     Raises:
@@ -121,25 +121,25 @@ def survey(
     """
     groups = tuple(noun_groups(model, prompt, things.nouns))
     if maps is None or not maps.seen:
-        maps = collected(model, trajectory)
+        maps = record_maps(model, trajectory)
     attention = maps.text().flip(0)
     mean, notes = group_maps(attention.mean(0), groups), ()
     size = (int(mean.shape[1]), int(mean.shape[2]))
     if things.regions:
-        return Survey(groups, attention, _outside(frame, groups, things.regions, size))
+        return AttentionReport(groups, attention, _outside(frame, groups, things.regions, size))
     if isinstance(things.background, str) and things.background == "none":
-        return Survey(groups, attention, None)
+        return AttentionReport(groups, attention, None)
     if isinstance(things.background, str) and things.background == "auto":
         background, notes = find_background(maps.self_attention(), mean)
-        return Survey(groups, attention, background, notes)
-    return Survey(groups, attention, _cells(frame, opened(things.background), size))
+        return AttentionReport(groups, attention, background, notes)
+    return AttentionReport(groups, attention, _cells(frame, opened(things.background), size))
 
 
-def collected(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps:
+def record_maps(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps:
     """The maps of a trajectory that was made before: a prediction for each of its moves."""
     latents = trajectory.latents
     maps = InversionMaps(model, (int(latents.shape[-2]), int(latents.shape[-1])))
-    up = list(reversed(trajectory.moves(model).steps))
+    up = list(reversed(trajectory.schedule(model).steps))
     for index, move in enumerate(up):
         step = Step(**vars(replace(move, noise=None)), index=index, count=len(up))
         with hooked(model.unet, [maps], step=step):
@@ -148,9 +148,9 @@ def collected(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps:
 
 
 @torch.no_grad()
-def localize(
-    model: StableDiffusion, trajectory: Trajectory, prompt: str, found: Survey, settings: DynamicSettings,
-    *, size: tuple[int, int] | None = None, guidance_scale: float = 7.5, null_text: NullText | None = None,
+def fit_dynamic_prompt(
+    model: StableDiffusion, trajectory: Trajectory, prompt: str, found: AttentionReport, settings: DynamicSettings,
+    *, size: tuple[int, int] | None = None, guidance_scale: float = 7.5, null_text: NullTextSettings | None = None,
     cache: str | Path | None = None,
 ) -> tuple[DynamicPrompt, Trajectory]:  # fmt: skip
     """Dynamic nouns for every step of `trajectory`, and the trajectory to sample with them.
@@ -163,7 +163,7 @@ def localize(
     place = None if cache is None else Path(cache) / f"dynamic-{_key(about)[:16]}"
     if place is not None and (place / ABOUT).is_file():
         return _loaded(place, trajectory, about, found)
-    fit, down = DynamicFit(model, prompt, found.groups, found.background, settings, size), trajectory.moves(model)
+    fit, down = DynamicFit(model, prompt, found.groups, found.background, settings, size), trajectory.schedule(model)
     if null_text is not None:
         nulls = NullFit(model, trajectory.latents, fit.latest, trajectory.null[:1], guidance_scale, null_text)
         denoise(model, trajectory.start(), Edit(fit, nulls, guidance_scale), down)
@@ -179,15 +179,15 @@ def localize(
 
 
 @torch.no_grad()
-def located(
+def mean_noun_maps(
     model: StableDiffusion, trajectory: Trajectory, groups: Sequence[NounGroup], told: Sequence[Conditioning]
 ) -> Tensor:
     """Mean maps (k, h, w) of the things on the trajectory, under what each step is told: one prediction a step.
 
-    Those of `Survey` are of the inversion, which shows the network each latent at the next level: compare like with
+    Those of `AttentionReport` are of the inversion, which shows the network each latent at the next level: compare like with
     like, the source's own conditioning with that of `DynamicPrompt.conditionings`.
     """
-    maps, down = [], trajectory.moves(model)
+    maps, down = [], trajectory.schedule(model)
     for index, move in enumerate(down):
         step = Step(**vars(move), index=index, count=len(down))
         latents = trajectory.latents[len(down) - index].to(model.device)
@@ -195,7 +195,7 @@ def located(
     return torch.stack(maps).mean(0)
 
 
-def thing_sheet(photo: Image.Image, groups: Sequence[NounGroup], stages: Mapping[str, Tensor]) -> Image.Image:
+def noun_map_sheet(photo: Image.Image, groups: Sequence[NounGroup], stages: Mapping[str, Tensor]) -> Image.Image:
     """One row for each stage ("before", "after"), one column for each thing: where its words look."""
     rows = [[overlay(photo, one) for one in maps] for maps in stages.values()]
     return grid(rows, columns=[group.name for group in groups], labels=list(stages), title="Where each noun looks")
@@ -233,9 +233,9 @@ def _cells(frame: Frame, mask: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def _about(
-    trajectory: Trajectory, prompt: str, found: Survey, settings: DynamicSettings, scale: float, null: NullText | None
+    trajectory: Trajectory, prompt: str, found: AttentionReport, settings: DynamicSettings, scale: float, null: NullTextSettings | None
 ) -> dict[str, Any]:
-    background = None if found.background is None else digest([found.background])
+    background = None if found.background is None else tensor_hash([found.background])
     return {"trajectory": trajectory.key, "prompt": prompt, "groups": [asdict(group) for group in found.groups],
             "background": background, "settings": asdict(settings), "guidance_scale": scale,
             "null_text": None if null is None else asdict(null)}  # fmt: skip
@@ -258,7 +258,7 @@ def _save(place: Path, about: Mapping[str, Any], found: DynamicPrompt, null: Con
 
 
 def _loaded(
-    place: Path, trajectory: Trajectory, about: Mapping[str, Any], found: Survey
+    place: Path, trajectory: Trajectory, about: Mapping[str, Any], found: AttentionReport
 ) -> tuple[DynamicPrompt, Trajectory]:
     told, tensors = read_json(place / ABOUT), read_tensors(place / ROWS).tensors
     content = sha256((place / ROWS).read_bytes()).hexdigest()

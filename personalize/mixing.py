@@ -11,7 +11,7 @@ from personalize.errors import UserError
 from personalize.model import Conditioning, StableDiffusion
 
 
-def mixed(
+def edit_conditioning(
     model: StableDiffusion,
     source: Mapping[str, Tensor] | None,
     target: Conditioning,

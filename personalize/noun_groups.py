@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from personalize.alignment import Tokens, tokenised
+from personalize.alignment import Tokens, tokenize_prompt
 from personalize.errors import UserError
 from personalize.model import StableDiffusion
-from personalize.nouns import things
+from personalize.nouns import depicted_nouns
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def group_maps(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
 
 def _found(prompt: str) -> list[tuple[str, ...]]:
     """Nouns of `prompt`, each once, whatever its case."""
-    return [(word,) for word in dict.fromkeys(noun.text.lower() for noun in things(prompt))]
+    return [(word,) for word in dict.fromkeys(noun.text.lower() for noun in depicted_nouns(prompt))]
 
 
 def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...]) -> NounGroup:
-    read = tokenised(model, prompt)
+    read = tokenize_prompt(model, prompt)
     places = sorted({place for word in words for place in _places(read, word)})
     encoded = [model.ids(tokenizer, [prompt])[0].tolist() for tokenizer in model.tokenizers]
     ids = tuple(tuple(dict.fromkeys(one[place] for place in places)) for one in encoded)

@@ -17,7 +17,7 @@ DETERMINERS = frozenset(
     "another either neither such what which whose one two three four five six seven eight nine ten eleven twelve "
     "fifteen twenty thirty fifty hundred thousand multiple various numerous".split()
 )
-JOINING = frozenset(
+FUNCTION_WORDS = frozenset(
     "of in on at by with without for from to into onto over under above below beneath behind beside besides between "
     "among amongst across along around about against near next off out up down through throughout toward towards upon "
     "within inside outside during before after past until till since while as like than via per atop amid amidst "
@@ -163,7 +163,7 @@ def nouns(text: str) -> list[Noun]:
     return found
 
 
-def things(text: str) -> list[Noun]:
+def depicted_nouns(text: str) -> list[Noun]:
     """What the picture shows: `nouns` without those that say what the picture is, or where in it ("photo", "left")."""
     return [noun for noun in nouns(text) if noun.text.lower() not in MEDIA]
 
@@ -193,7 +193,7 @@ def _idiomatic(words: list[str]) -> list[bool]:
 def _is_noun(word: str, before: str | None, after: str | None, after_noun: bool) -> bool:
     if word.startswith("<"):
         return True
-    if word in DETERMINERS or word in JOINING or word[0].isdigit():
+    if word in DETERMINERS or word in FUNCTION_WORDS or word[0].isdigit():
         return False
     if word in COLOUR_NOUNS or word in SOFT_ADJECTIVES:
         return not _goes_on(after)
@@ -210,7 +210,7 @@ def _is_noun(word: str, before: str | None, after: str | None, after_noun: bool)
 
 def _goes_on(after: str | None) -> bool:
     """Does the noun phrase go on with `after`: is that neither a joining word nor a verb form?"""
-    if after is None or after in JOINING or after in DETERMINERS or after in PARTICIPLES:
+    if after is None or after in FUNCTION_WORDS or after in DETERMINERS or after in PARTICIPLES:
         return False
     return not (after.endswith("ing") and after not in ING_NOUNS | ING_EITHER) and after[:-1] not in VERBS - NOUN_FIRST
 

@@ -1,6 +1,8 @@
-"""Null-text inversion: a null embedding for each step, fitted so that guided sampling follows the trajectory.
+"""Null-text inversion: fit a null embedding for each step so that guided sampling follows the inverted latents.
 
-    L(U) = mean (z*_{t′} − DDIM(z̄_t, ε_U + w (ε_C − ε_U)))²          U (1, l, d), Adam, a few updates a step
+    L(U) = mean (z*_{t′} − DDIM(z̄_t, ε_U + w (ε_C − ε_U)))²          U (1, l, d); a few updates with Adam at each step
+
+z* are the latents of the inversion, z̄ those of guided sampling, ε_C and ε_U the conditional and null predictions.
 
 References: Mokady et al., "Null-text Inversion for Editing Real Images", arXiv 2211.09794, eq. 3 and algorithm 1.
 """
@@ -17,66 +19,68 @@ from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import Step
 from personalize.sampling import Condition, ddim
 
-HALF_SCALE = 2.0**12  # of the loss in half precision, whose gradients would be rounded to nothing
+HALF_SCALE = 2.0**12  # loss scale in fp16, in which the gradients would underflow
 
 
 @dataclass(frozen=True)
-class NullText:
-    """How null embeddings are fitted.  UserError for a value out of its range."""
+class NullTextSettings:
+    """How null embeddings are fitted. Raises UserError for a value out of range."""
 
     iterations: int = 10
-    """Updates at each step at most."""
+    """Maximum number of updates at each step."""
     rate: float = 1e-2
-    """Learning rate of the first step; it falls as 1 − i/(2T) over the steps i of T."""
+    """Learning rate of the first step; at step i of T it is multiplied by 1 − i/(2T)."""
     tolerance: float = 1e-5
-    """A step is left as soon as its loss is below this …"""
+    """The updates of a step end as soon as its loss is below `tolerance` + `growth` · i, i being the step's number."""
     growth: float = 2e-5
-    """… plus this for every step before it, where there are 50; 0 keeps all steps equally exact."""
+    """For 50 steps; with T steps it is multiplied by 50/T. 0 asks the same loss of every step."""
     warm_start: bool = True
-    """Start each step from the embedding the last one found, and not from the empty prompt."""
+    """Start each step at the embedding fitted for the previous one, instead of the empty prompt."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.rate <= 0 or self.tolerance < 0 or self.growth < 0:
             raise UserError(f"null-text takes iterations from 1, a positive rate and no negative tolerance, got {self}")
 
 
-NULL_TEXT = NullText()
+NULL_TEXT = NullTextSettings()
 
 
 class NullFit:
-    """Fits while `denoise` runs: its `negative`.  `rows` holds what was found, `losses` each step's, first to last.
+    """Fits the null embedding of each step while `denoise` samples: it is given to `Edit` as `negative`.
 
-    A step returns the best embedding it has seen, so that none ends worse than it began.  Nothing of the model learns.
+    The result of a step is the embedding with the smallest loss, so that no step ends worse than it began. The weights
+    of the model are not changed. `rows` collects the fitted conditionings, `losses` the losses of each step's updates.
 
     Args:
-        pivots: the trajectory (t+1, 1, c, h, w), clean latents first.
-        told: the source's conditioning, or a function of step and latents.
-        null: where the first step starts, one row.
-        guidance_scale: w of the sampling that is to follow the trajectory.
+        pivots: latents of the inversion (t+1, 1, c, h, w), clean ones first.
+        conditioning: of the source prompt, or a function of step and latents that returns it.
+        null: the conditioning at which the first step starts, one row.
+        guidance_scale: w of the guided sampling.
     """
 
     def __init__(
-        self, model: StableDiffusion, pivots: Tensor, told: Conditioning | Condition, null: Conditioning,
-        guidance_scale: float, settings: NullText,
+        self, model: StableDiffusion, pivots: Tensor, conditioning: Conditioning | Condition, null: Conditioning,
+        guidance_scale: float, settings: NullTextSettings,
     ) -> None:  # fmt: skip
-        self.model, self.pivots, self.told, self.null = model, pivots, told, null
+        self.model, self.pivots, self.conditioning, self.null = model, pivots, conditioning, null
         self.guidance_scale, self.settings = guidance_scale, settings
         self.rows: list[Conditioning] = []
         self.losses: list[list[float]] = []
 
     def __call__(self, step: Step, latents: Tensor) -> Conditioning:
-        started = self.rows[-1] if self.rows and self.settings.warm_start else self.null.to(latents.device)
+        initial = self.rows[-1] if self.rows and self.settings.warm_start else self.null.to(latents.device)
         target = self.pivots[step.count - 1 - step.index].to(latents)
-        told = self.told if isinstance(self.told, Conditioning) else self.told(step, latents)
-        e_cond = self.model.predict(latents, step.timestep, told)
-        embeds = started.embeds.float().clone()
+        given = self.conditioning
+        conditioning = given if isinstance(given, Conditioning) else given(step, latents)
+        e_cond = self.model.predict(latents, step.timestep, conditioning)
+        embeds = initial.embeds.float().clone()
         best, losses = embeds, []
         with torch.enable_grad():
             embeds.requires_grad_(True)
             rate = self.settings.rate * (1 - step.index / (2 * step.count))
             adam = torch.optim.Adam([embeds], lr=rate)
             for number in range(self.settings.iterations + 1):
-                loss = self._loss(latents, e_cond, replace(started, embeds=embeds), target, step)
+                loss = self._loss(latents, e_cond, replace(initial, embeds=embeds), target, step)
                 losses.append(float(loss.detach()))
                 if losses[-1] <= min(losses):
                     best = embeds.detach().clone()
@@ -85,7 +89,7 @@ class NullFit:
                 scale = HALF_SCALE if self.model.dtype == torch.float16 else 1.0
                 embeds.grad = torch.autograd.grad(loss * scale, embeds)[0] / scale
                 adam.step()
-        self.rows.append(replace(started, embeds=best))
+        self.rows.append(replace(initial, embeds=best))
         self.losses.append(losses)
         return self.rows[-1]
 

@@ -1,6 +1,6 @@
 """A photo edited by text: inverted once, then sampled beside itself with another prompt.
 
-photo → latents → trajectory (`personalize.inversion`) → rows source, target under `personalize.controls` → picture
+photo → latents → trajectory (`personalize.inversion`) → rows source, target under `personalize.make_controls` → picture
 
 Beside that, if asked for: nouns that look at their own things (`personalize.localization`), a clean auxiliary picture
 where nothing changes (`personalize.uniform`), and mutual self-attention in the place of Prompt-to-Prompt.
@@ -21,22 +21,22 @@ from torch import Tensor
 
 from personalize import calibrated
 from personalize.adapter import Adapter
-from personalize.alignment import JOINTS, Tokens, swapped, tokenised
-from personalize.attachment import equipped
+from personalize.alignment import FUNCTION_WORDS, Tokens, swap_words, tokenize_prompt
+from personalize.attachment import applied
 from personalize.concept_maps import overlay
-from personalize.controls import Controls, ControlSettings, MapSum, controls
+from personalize.controls import Controls, ControlSettings, MapSum, make_controls
 from personalize.dragging import pasted
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.errors import UserError
 from personalize.frames import Frame, Picture, opened
 from personalize.images import to_image
 from personalize.inversion import STRENGTH
-from personalize.localization import THINGS, Things
+from personalize.localization import AUTO_REGIONS, NounRegions
 from personalize.model import StableDiffusion
-from personalize.moves import moves
+from personalize.moves import make_schedule
 from personalize.mutual import MutualAttention
-from personalize.null_text import NullText
-from personalize.photo_parts import Part, cells, mask_sheet, noun_sheet, pixel_size, prepared
+from personalize.null_text import NullTextSettings
+from personalize.photo_parts import PreparedImage, cells, dynamic_noun_sheet, mask_sheet, pixel_size, prepare_image
 from personalize.pictures import grid
 from personalize.sampling import denoise
 from personalize.trajectories import Trajectory
@@ -46,7 +46,7 @@ PUNCTUATION = ".,;:!?'’-()"  # has no place in the sheet of words
 
 
 @dataclass(frozen=True)
-class Wish:
+class EditRequest:
     """What a photo is to show: `target`, or the source prompt with `swaps` (old, new); one of them, or weights alone.
 
     weights: factors on the attention to words of the target.
@@ -62,7 +62,7 @@ class Wish:
     local: Sequence[tuple[str, str]] = ()
     mask: Picture | None = None
     strict: bool = False
-    things: Things = THINGS
+    regions: NounRegions = AUTO_REGIONS
 
     def prompt(self, source: Tokens) -> str:
         """The target prompt.  UserError if nothing is asked for, or two things, or a swapped word is not there."""
@@ -70,7 +70,7 @@ class Wish:
             raise UserError("a target and words to swap are two ways to say one thing: give one of them")
         if not self.target.strip() and not self.swaps and not self.weights:
             raise UserError("nothing is to change: give a target prompt, words to swap, or weights of words")
-        return self.target.strip() or swapped(source, self.swaps)
+        return self.target.strip() or swap_words(source, self.swaps)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class PhotoSettings:
     guidance_scale: float | None = None
     """Of the edit; by default what suits the base: 7.5, with ddpm 15; on the package's model 4 and 6."""
     seed: int = 0
-    null_text: NullText | None = None
+    null_text: NullTextSettings | None = None
     """How null embeddings are fitted; by default as suits the base."""
     fixed_point: int = 0
     """Fixed-point iterations at each step of inverting."""
@@ -104,8 +104,8 @@ class PhotoSettings:
     def guidance(self, base: str) -> float:
         return calibrated.guidance(base, self.inversion) if self.guidance_scale is None else self.guidance_scale
 
-    def fit(self, base: str) -> NullText:
-        return self.null_text or calibrated.suited(NullText, base)
+    def fit(self, base: str) -> NullTextSettings:
+        return self.null_text or calibrated.settings_for(NullTextSettings, base)
 
     @property
     def share(self) -> float:
@@ -116,7 +116,7 @@ PHOTO_DEFAULTS = PhotoSettings()
 
 
 @dataclass(frozen=True)
-class Edited:
+class EditResult:
     """What came of it; pictures have the photo's size.
 
     reconstruction: the source row, what is left of the photo itself.  sheet: photo, reconstruction and edit in a row.
@@ -145,15 +145,15 @@ def edit_photo(
     model: StableDiffusion,
     picture: Picture,
     source: str,
-    wish: Wish,
+    request: EditRequest,
     settings: PhotoSettings = PHOTO_DEFAULTS,
     *,
     adapter: Adapter | None = None,
     folder: str | Path | None = None,
     cache: str | Path | None = None,
     attention: bool = False,
-) -> Edited:
-    """Edit a photo that shows `source` as `wish` says.
+) -> EditResult:
+    """Edit a photo that shows `source` as `request` says.
 
     Args:
         folder, cache: where the trajectory is kept and found again; see `invert`.
@@ -162,25 +162,25 @@ def edit_photo(
     A target that says what the source says gives the reconstruction, and a note.
 
     Raises:
-        UserError: what `Wish`, `invert` and `controls` refuse; nothing is written then but the trajectory.
+        UserError: what `EditRequest`, `invert` and `make_controls` refuse; nothing is written then but the trajectory.
     """
     began = time.perf_counter()
     frame = Frame.of(model, opened(picture), settings.resolution)
-    with equipped(model, adapter):
-        told = tokenised(model, source)
-        target = wish.prompt(told)
-        same = tokenised(model, target).ids == told.ids and all(factor == 1 for factor in wish.weights.values())
-        guide = None if same else _controls(model, frame, told, target, wish, settings, attention)
-        part = prepared(model, frame, source, wish, settings, folder, cache, plain=same)
+    with applied(model, adapter):
+        told = tokenize_prompt(model, source)
+        target = request.prompt(told)
+        same = tokenize_prompt(model, target).ids == told.ids and all(factor == 1 for factor in request.weights.values())
+        guide = None if same else _controls(model, frame, told, target, request, settings, attention)
+        part = prepare_image(model, frame, source, request, settings, folder, cache, plain=same)
         scale = settings.guidance(model.name)
         latents = part.trajectory.replay(model, scale) if guide is None else _sampled(
             model, frame, part, source, target, guide, scale
         )  # fmt: skip
-        nouns = None if part.dynamic is None or not attention else noun_sheet(model, frame, part)
+        nouns = None if part.dynamic is None or not attention else dynamic_noun_sheet(model, frame, part)
     pixels = model.decode(latents).cpu()
     pictures = [frame.to_picture(row[None]) for row in pixels]
-    if wish.strict and part.blend is not None:
-        pictures[-1] = pasted(pictures[-1], frame.picture, frame.mask_to_picture(part.blend.touched()), frame.factor)
+    if request.strict and part.blend is not None:
+        pictures[-1] = pasted(pictures[-1], frame.picture, frame.mask_to_picture(part.blend.edited_region()), frame.factor)
     drawn = [frame.picture, *pictures] if len(pictures) == 2 else [frame.picture, *pictures * 2]
     sheet = grid([drawn], columns=("photo", "reconstruction", "edit"), title=f"{target} (was: {source})", cell=256)
     maps = None
@@ -189,28 +189,28 @@ def edit_photo(
     notes = ("the target says what the source says: this is the reconstruction",) if guide is None else ()
     notes = (*notes, *(part.found.notes if part.found else ()))
     masks = None if part.blend is None else mask_sheet(frame, part.blend)
-    region = None if part.blend is None else part.blend.touched()
+    region = None if part.blend is None else part.blend.edited_region()
     seconds = time.perf_counter() - began
-    return Edited(drawn[-1], drawn[1], sheet, maps, target, latents, part.trajectory, seconds, notes, nouns, masks,
+    return EditResult(drawn[-1], drawn[1], sheet, maps, target, latents, part.trajectory, seconds, notes, nouns, masks,
                   region)  # fmt: skip
 
 
 def _controls(
-    model: StableDiffusion, frame: Frame, source: Tokens, target: str, wish: Wish, settings: PhotoSettings, maps: bool
+    model: StableDiffusion, frame: Frame, source: Tokens, target: str, request: EditRequest, settings: PhotoSettings, maps: bool
 ) -> Controls:
     if settings.controller == "mutual":
-        if wish.weights or wish.local or maps:
+        if request.weights or request.local or maps:
             raise UserError("weights, local words and attention maps belong to the controller p2p, not to mutual")
-        return Controls((MutualAttention(model),), (), (), source, (tokenised(model, target),))
-    plan = moves(model, settings.steps, strength=settings.share)
-    return controls(
+        return Controls((MutualAttention(model),), (), (), source, (tokenize_prompt(model, target),))
+    plan = make_schedule(model, settings.steps, strength=settings.share)
+    return make_controls(
         model, source.text, target, steps=len(plan), size=cells(model, frame), settings=settings.control,
-        swaps=wish.swaps, weights=wish.weights, blend=wish.local, keep_maps=maps,
+        swaps=request.swaps, weights=request.weights, blend=request.local, keep_maps=maps,
     )  # fmt: skip
 
 
 def _sampled(
-    model: StableDiffusion, frame: Frame, part: Part, source: str, target: str, guide: Controls, guidance: float
+    model: StableDiffusion, frame: Frame, part: PreparedImage, source: str, target: str, guide: Controls, guidance: float
 ) -> Tensor:
     """Latents (2, c, h, w) of source and target."""
     told = model.prompts([target], pixel_size(frame))
@@ -221,7 +221,7 @@ def _sampled(
     if part.dynamic is not None:
         rows = part.dynamic.conditionings(model, [source, target], pixel_size(frame))
         edit = replace(edit, conditioning=lambda step, latents: rows[step.index])
-    return denoise(model, part.trajectory.start(2), edit, part.trajectory.moves(model))
+    return denoise(model, part.trajectory.start(2), edit, part.trajectory.schedule(model))
 
 
 def word_sheet(guide: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
@@ -229,7 +229,7 @@ def word_sheet(guide: Controls, maps: MapSum, pictures: Sequence[Image.Image], s
     height, width = size
     rows, words = [], []
     for heat, tokens, picture in zip(maps.mean().cpu(), (guide.source, *guide.targets), pictures, strict=True):
-        words.append([word for word in tokens.words if word.text[-1] not in PUNCTUATION and word.text not in JOINTS])
+        words.append([word for word in tokens.words if word.text[-1] not in PUNCTUATION and word.text not in FUNCTION_WORDS])
         marked = [overlay(picture, heat[..., list(word.places)].sum(-1)) for word in words[-1]]
         rows.append([one.crop((0, 0, width, height)) for one in marked])
     pairs = zip_longest(*([word.text for word in row] for row in words), fillvalue="–")

@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from personalize.calibrated import suited
+from personalize.calibrated import settings_for
 from personalize.controls import ControlSettings
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.editor import Editor
 from personalize.errors import UserError
-from personalize.files import strangers, write_folder
+from personalize.files import unowned_files, write_folder
 from personalize.images import load_image, psnr, to_pixels
-from personalize.localization import Box, Things
-from personalize.null_text import NullText
-from personalize.photo import Edited, PhotoSettings, Wish
+from personalize.localization import Box, NounRegions
+from personalize.null_text import NullTextSettings
+from personalize.photo import EditRequest, EditResult, PhotoSettings
 from personalize.photo_parts import report_photo
 from personalize.pictures import png
 from personalize.uniform import UniformSettings
@@ -34,7 +34,7 @@ def run(config: PhotoConfig) -> Path:
     """Edit, write the pictures and edit.json, and say how long it took."""
     swaps = [pair(text) for text in config.swap]
     local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
-    wish = Wish(
+    request = EditRequest(
         config.target, swaps, dict(weight(text) for text in config.weight), local, config.mask,
         config.strict_background, _things(config),
     )  # fmt: skip
@@ -44,15 +44,15 @@ def run(config: PhotoConfig) -> Path:
     if config.report:
         return _report(config, editor, photo, settings)
     found = editor.photo(
-        photo, config.source, wish, settings, folder=config.trajectory, attention=config.attention_maps,
+        photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps,
         cache=config.output_dir / KEPT,
     )  # fmt: skip
     files = {"edited.png": png(found.image), "before-after.png": png(found.sheet)}
     drawn = {"attention.png": found.attention, "nouns.png": found.nouns, "masks.png": found.masks}
     files |= {name: png(picture) for name, picture in drawn.items() if picture is not None}
     kept = psnr(to_pixels(found.reconstruction), to_pixels(photo))
-    files["edit.json"] = json.dumps(summary(config.source, wish, settings, found, kept), indent=1).encode()
-    write_folder(config.output_dir, files, keep=strangers(config.output_dir, OURS))
+    files["edit.json"] = json.dumps(summary(config.source, request, settings, found, kept), indent=1).encode()
+    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OURS))
     for note in found.notes:
         print(f"Note: {note}.")
     print(f"“{found.target}”: {found.seconds:.1f} s, reconstruction {kept:.1f} dB; edited.png in {config.output_dir}")
@@ -65,18 +65,18 @@ def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: P
         editor.model, photo, config.source, _things(config), settings, adapter=editor.adapter,
         cache=config.output_dir / KEPT,
     )  # fmt: skip
-    write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=strangers(config.output_dir, ("nouns.png",)))
+    write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=unowned_files(config.output_dir, ("nouns.png",)))
     print(*found.sentences(), f"nouns.png in {config.output_dir}", sep="\n")
     return config.output_dir
 
 
 def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
     """As the options say; where they say nothing, as suits the base of that name."""
-    null_text = suited(
-        NullText, base, iterations=config.null_text_iterations, rate=config.null_text_rate,
+    null_text = settings_for(
+        NullTextSettings, base, iterations=config.null_text_iterations, rate=config.null_text_rate,
         tolerance=config.null_text_tolerance,
     )  # fmt: skip
-    dynamic = suited(
+    dynamic = settings_for(
         DynamicSettings, base, updates=config.dpl_updates, balancing=config.dpl_balancing, disjoint=config.dpl_disjoint,
         background=config.dpl_background, words_only=config.dpl_words_only,
     )  # fmt: skip
@@ -102,10 +102,10 @@ def _uniform(config: PhotoConfig) -> UniformSettings | None:
     )  # fmt: skip
 
 
-def _things(config: PhotoConfig) -> Things:
+def _things(config: PhotoConfig) -> NounRegions:
     regions = {noun: box(where) or Path(where) for noun, where in map(pair, config.region)}
     plain = config.background_mask in ("auto", "none")
-    return Things(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
+    return NounRegions(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
 
 
 def box(text: str) -> Box | None:
@@ -134,10 +134,10 @@ def weight(text: str) -> tuple[str, float]:
         raise UserError(f"{text!r}: write word=factor, for example fluffy=3") from None
 
 
-def summary(source: str, wish: Wish, settings: PhotoSettings, found: Edited, kept: float) -> dict[str, object]:
+def summary(source: str, request: EditRequest, settings: PhotoSettings, found: EditResult, kept: float) -> dict[str, object]:
     """The contents of edit.json."""
     return {
-        "source": source, "target": found.target, "weights": dict(wish.weights), "local": list(wish.local),
+        "source": source, "target": found.target, "weights": dict(request.weights), "local": list(request.local),
         "settings": asdict(settings), "trajectory": found.trajectory.key, "reconstruction_db": round(kept, 2),
         "seconds": round(found.seconds, 2), "notes": found.notes,
     }  # fmt: skip

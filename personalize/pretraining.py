@@ -199,12 +199,12 @@ class TextToImageObjective(nn.Module):
         total = (debiased_weight(self.scheduler.alphas_cumprod, batch["timesteps"]) * errors).mean()
         parts = {"mse": errors.mean().detach()}
         if self.grounding_weight:
-            parts["grounding"] = ungrounded(store, batch["masks"], batch["nouns"])
+            parts["grounding"] = noun_grounding_loss(store, batch["masks"], batch["nouns"])
             total = total + self.grounding_weight * parts["grounding"]
         return LossTerms(total, {name: part.detach() for name, part in parts.items()})
 
 
-def ungrounded(store: MapStore, masks: Tensor, nouns: Tensor) -> Tensor:
+def noun_grounding_loss(store: MapStore, masks: Tensor, nouns: Tensor) -> Tensor:
     """Mean grounding loss over the sites of `store` and the things whose `nouns` (b, k) are not 0."""
     named, losses = nouns > 0, []
     for name, site in store.sites.items():

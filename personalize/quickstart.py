@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from personalize.bundled import Change, Example, bundled
+from personalize.bundled import SampleEdit, SampleImage, bundled
 from personalize.captions import find_caption
 from personalize.data import find_picture
 from personalize.editor import Editor, EditStrengths, Sampling
@@ -80,12 +80,12 @@ def run(config: QuickstartConfig) -> Path:
     return config.output_dir
 
 
-def own(photo: Path, caption: str | None) -> Example:
+def own(photo: Path, caption: str | None) -> SampleImage:
     """The user's picture, with edits that fit any caption."""
     path = find_picture(photo)
     words = find_caption(path, caption)
     places = ("on the beach", "in the snow", "on a red background")
-    return Example(load_image(path), words, tuple(Change("background", f"{words} {place}") for place in places))
+    return SampleImage(load_image(path), words, tuple(SampleEdit("background", f"{words} {place}") for place in places))
 
 
 def recipe(config: QuickstartConfig) -> SingleImageConfig:
@@ -118,19 +118,19 @@ def say_if_unshowable(console: Console, ceiling: float, *, embedded: bool) -> No
         )
 
 
-def shown(editor: Editor, example: Example, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int) -> Outcome:
+def shown(editor: Editor, example: SampleImage, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int) -> Outcome:
     """Every picture of the sheet, all from the noise of `seed`."""
     with editor:
         replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
         base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
         edits = {
-            name: [editor.edit(one.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for one in example.changes]
+            name: [editor.edit(one.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for one in example.edits]
             for name, setting in VARIANTS.items()
         }
     return Outcome(pixels, round_trip, replay, base, edits)
 
 
-def sheet(outcome: Outcome, example: Example) -> Image.Image:
+def sheet(outcome: Outcome, example: SampleImage) -> Image.Image:
     """The labelled contact sheet: source, replay and base above, then the edits, a row for each variant."""
     top = [to_image(outcome.source), to_image(outcome.replay), to_image(outcome.base)]
     head = grid(
@@ -139,7 +139,7 @@ def sheet(outcome: Outcome, example: Example) -> Image.Image:
         labels=["learned"],
         title=example.caption,
     )
-    prompts = [change.prompt for change in example.changes]
+    prompts = [change.prompt for change in example.edits]
     body = grid(list(outcome.edits.values()), columns=prompts, labels=list(outcome.edits))
     page = Image.new("RGB", (max(head.width, body.width), head.height + body.height), (255, 255, 255))
     page.paste(head, (0, 0))
@@ -147,7 +147,7 @@ def sheet(outcome: Outcome, example: Example) -> Image.Image:
     return page
 
 
-def report(console: Console, outcome: Outcome, example: Example, folder: Path, sheet_path: Path) -> None:
+def report(console: Console, outcome: Outcome, example: SampleImage, folder: Path, sheet_path: Path) -> None:
     """The figures that need no judge, where everything is, and what to try next."""
     ceiling, replay, base = (psnr(p, outcome.source) for p in (outcome.round_trip, outcome.replay, outcome.base))
     console.print(f"Replayed source: {replay:.1f} dB (autoencoder ceiling {ceiling:.1f}, base model alone {base:.1f}).")
@@ -156,7 +156,5 @@ def report(console: Console, outcome: Outcome, example: Example, folder: Path, s
         console.print(f"Drift from the replay, {name}: " + ", ".join(f"{value:.1f} dB" for value in drift))
     console.print(f"Adapter, verified: {folder}\nContact sheet:     {sheet_path}")
     console.print("Next, try:", style="bold")
-    console.print(
-        f'  personalize edit {folder} --prompt "{example.changes[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4'
-    )
+    console.print(f'  personalize edit {folder} --prompt "{example.edits[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4')
     console.print('  personalize quickstart YOUR_PICTURE.png --caption "what it shows"')

@@ -19,10 +19,9 @@ from PIL import Image
 
 from personalize.captions import sidecar_caption
 from personalize.concept_data import ClassImage
-from personalize.data import SUFFIXES
 from personalize.errors import UserError
 from personalize.files import read_json, write_folder
-from personalize.images import to_image
+from personalize.images import IMAGE_SUFFIXES, to_image
 from personalize.model import StableDiffusion
 from personalize.pictures import png
 from personalize.sampling import Edit, make_schedule, sample
@@ -69,7 +68,7 @@ def from_folder(folder: str | Path, class_prompt: str, count: int | None = None)
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"class_data_dir {folder} is no folder: name one with regularisation pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         raise UserError(f"class_data_dir {folder} holds no picture: put PNG or JPEG files into it")
     return [ClassImage(sidecar_caption(path) or class_prompt, path) for path in paths[:count]]

@@ -1,12 +1,13 @@
-"""The one denoising loop: sampling, inversion and replay are lists of moves t → t′ carried out by `denoise`.
+"""The denoising loop: `denoise` carries out a schedule of transitions t → t′ for sampling, inversion and replay alike.
 
-With the network's raw output split into estimates x̂0 and ε̂ at the incoming level ᾱ, a move to the level ᾱ′ is
+The UNet's raw output at the level ᾱ is split into estimates x̂0 and ε̂. A transition to the level ᾱ′ is then
 
-    z′ = √ᾱ′ x̂0 + √(1 − ᾱ′ − σ²) ε̂ + σ n          n: stored noise, or drawn per image; σ = 0 is DDIM
+    z′ = √ᾱ′ x̂0 + √(1 − ᾱ′ − σ²) ε̂ + σ n          n: stored noise, or drawn for each image; σ = 0 is DDIM
 
-Latents (b, c, h, w) are variance preserving throughout, z = √ᾱ x0 + √(1−ᾱ) ε, whatever the scheduler uses inside.
-Batch layout: row 0 is the source, rows 1 … the targets (where there is such a pair). With guidance the UNet sees the
-rows twice, the null pass first, then the conditional pass; attention hooks see the two apart (`site.branch`).
+Latents (b, c, h, w) are variance preserving, z = √ᾱ x0 + √(1−ᾱ) ε, also where a diffusers scheduler scales them
+otherwise inside. An edit of an image has the source in row 0 of the batch and the targets in rows 1 …. With guidance
+the batch goes through the UNet twice at once: the unconditional (null) half first, then the conditional half.
+Attention hooks are called for each half separately (`site.branch`).
 
 References: Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502, eq. 12;
 Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598, eq. 6.
@@ -26,27 +27,27 @@ from torch import Tensor
 
 from personalize.attention import AttentionHook, hooked
 from personalize.errors import UserError
-from personalize.lean import halves_alike, lean
+from personalize.lean import fast_paths, shared_guidance_prefix
 from personalize.lora import Rules, scaled
 from personalize.model import Conditioning, StableDiffusion
-from personalize.moves import SCHEDULERS, Move, Moves, Step, blow_up, moves
+from personalize.moves import SCHEDULERS, Schedule, Step, Transition, make_schedule, variance_scale
 from personalize.randomness import generator
 
 __all__ = [
-    "SCHEDULERS", "Edit", "LatentEdit", "Move", "Moves", "Run", "Step",
-    "ddim", "denoise", "initial_latents", "moves", "sample", "trajectory",
+    "SCHEDULERS", "Edit", "LatentEdit", "DenoisingHistory", "Schedule", "Step", "Transition",
+    "ddim", "denoise", "denoise_with_history", "initial_latents", "make_schedule", "sample",
 ]  # fmt: skip
 
 
 class LatentEdit:
-    """Changes latents during the loop; the identity unless overridden."""
+    """Base class for what changes the latents during the loop; both methods return their input unless overridden."""
 
     def clean(self, x0: Tensor, step: Step) -> Tensor:
-        """Before the move: the estimate of the clean latents (after guidance). In a DDIM move ε̂ stays as it was."""
+        """Change x̂0 (b, c, h, w), the guided estimate of the clean latents, before a transition; ε̂ is not changed."""
         return x0
 
     def latents(self, z: Tensor, step: Step) -> Tensor:
-        """After the move: the latents at level `step.end`."""
+        """Change the latents (b, c, h, w) after a transition, when they are at the level `step.end`."""
         return z
 
 
@@ -55,17 +56,19 @@ Condition = Callable[[Step, Tensor], Conditioning]
 
 @dataclass(frozen=True)
 class Edit:
-    """What to do while denoising: a value; two edits are combined by joining their tuples.
+    """The conditioning, guidance, attention hooks and latent edits of one call of `denoise`.
 
     Args:
-        conditioning: of the prompts, one row or one per row of the latents; or `condition(step, latents)`, called
-            before each prediction, outside the hooks, without gradients (an inner optimisation enables them itself).
-        negative: the same for the null pass; None is what the base takes for "no prompt".
-        guidance_scale: w in ε̂ = ε_null + w (ε_cond − ε_null), diffusers' meaning: 1 is off. One number, or one per row.
-        hooks: attention hooks, applied in their order.
-        latent_edits: latent edits, applied in their order.
-        rule: what the adapter forgets (see `personalize.lora.scaled`), or a function unet → context manager.
-        strength: of the adapter.
+        conditioning: of the prompts, one row or one for each row of the latents; or a function of step and latents
+            that returns it. The function is called before each prediction, without attention hooks and without
+            gradients; one that optimises something enables gradients itself.
+        negative: the same for the unconditional pass; None is the base model's conditioning for "no prompt".
+        guidance_scale: w in  ε̂ = ε_null + w (ε_cond − ε_null), as in diffusers: 1 is off. One number, or one per row.
+        hooks: attention hooks, called in this order.
+        latent_edits: latent edits, called in this order.
+        rule: forgetting rules for the adapter (see `personalize.lora.scaled`), or a function that takes the UNet and
+            returns a context manager.
+        strength: factor on the whole adapter.
     """
 
     conditioning: Conditioning | Condition
@@ -78,55 +81,59 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run's `latents` (t+1, b, c, h, w), the start included, and `clean` estimates (t, b, c, h, w)."""
+class DenoisingHistory:
+    """What `denoise_with_history` recorded: `latents` (t+1, b, c, h, w), the initial ones first, and x̂0 as `clean`.
 
-    moves: Moves
+    `clean` (t, b, c, h, w) are the estimates of the clean latents, after all latent edits.
+    """
+
+    schedule: Schedule
     latents: Tensor
     clean: Tensor
 
 
 @torch.no_grad()
 def denoise(
-    model: StableDiffusion, latents: Tensor, edit: Edit, moves: Moves, *, seeds: Sequence[int] | None = None
+    model: StableDiffusion, latents: Tensor, edit: Edit, schedule: Schedule, *, seeds: Sequence[int] | None = None
 ) -> Tensor:
-    """Carry out `moves` on `latents` (b, c, h, w) under `edit`; returns the latents at the last level, fp32.
+    """Carry out `schedule` on `latents` (b, c, h, w) under `edit`; returns the latents at the last level in fp32.
 
-    `seeds`, one per row, are needed where noise is drawn; equal seeds draw equal noise.
+    `seeds`, one per row, are needed where noise is drawn; rows of equal seed draw equal noise.
 
     Raises:
-        ValueError: rows of latents, conditionings or seeds that do not match, or noise without seeds.
-        UserError: an attention hook without a site, a rule without a module.
+        ValueError: the schedule is empty; latents, conditionings and seeds differ in their number of rows; or noise is
+            to be drawn and there are no seeds.
+        UserError: an attention hook matches no attention layer, or a forgetting rule matches no LoRA layer.
     """
-    if not len(moves):
-        raise ValueError("there are no moves to carry out: ask `moves` for at least one step")
+    if not len(schedule):
+        raise ValueError("the schedule is empty: call `make_schedule` with at least one step")
     latents = latents.to(model.device, torch.float32)
     edit = _with_null(model, latents, edit)
-    solver = _Solver(model, moves, _generators(moves, seeds, len(latents)))
-    with lean(model.unet, exact=_exact(model)), _scaled(model.unet, edit):
-        for index, move in enumerate(moves):
-            step = Step(**vars(move), index=index, count=len(moves))
+    solver = _Solver(model, schedule, _generators(schedule, seeds, len(latents)))
+    with fast_paths(model.unet, exact=_exact(model)), _scaled(model.unet, edit):
+        for index, transition in enumerate(schedule):
+            step = Step(**vars(transition), index=index, count=len(schedule))
             output = _guided(model, latents, edit, step)
-            latents = solver.move(output, latents, edit, step)
+            latents = solver.step(output, latents, edit, step)
             for change in edit.latent_edits:
                 latents = change.latents(latents, step)
     return latents
 
 
-def trajectory(
-    model: StableDiffusion, latents: Tensor, edit: Edit, moves: Moves, *, seeds: Sequence[int] | None = None
-) -> Run:
-    """`denoise`, remembering every latent and clean estimate as they were after all edits."""
+def denoise_with_history(
+    model: StableDiffusion, latents: Tensor, edit: Edit, schedule: Schedule, *, seeds: Sequence[int] | None = None
+) -> DenoisingHistory:
+    """`denoise`, but returns the latents and estimates x̂0 of all steps, as they were after all latent edits."""
     record = _Record()
-    denoise(model, latents, replace(edit, latent_edits=(*edit.latent_edits, record)), moves, seeds=seeds)
+    denoise(model, latents, replace(edit, latent_edits=(*edit.latent_edits, record)), schedule, seeds=seeds)
     start = latents.to(model.device, torch.float32)
-    return Run(moves, torch.stack([start, *record.z]), torch.stack(record.x0))
+    return DenoisingHistory(schedule, torch.stack([start, *record.z]), torch.stack(record.x0))
 
 
 def initial_latents(model: StableDiffusion, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
-    """Unit noise, one row per seed, for pictures of `size` (H, W) in pixels.
+    """Unit noise (b, c, h, w), one row for each seed, for images of `size` (H, W) in pixels.
 
-    Raises UserError unless both are multiples of `model.factor`.
+    Raises UserError unless both sides are multiples of `model.factor`.
     """
     height, width = size or (model.resolution, model.resolution)
     if height % model.factor or width % model.factor or min(height, width) < model.factor:
@@ -136,52 +143,52 @@ def initial_latents(model: StableDiffusion, seeds: Sequence[int], size: tuple[in
 
 
 def sample(
-    model: StableDiffusion, edit: Edit, seeds: Sequence[int], moves: Moves, size: tuple[int, int] | None = None
+    model: StableDiffusion, edit: Edit, seeds: Sequence[int], schedule: Schedule, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Clean latents from noise, one row per seed."""
-    return denoise(model, moves.begin(initial_latents(model, seeds, size)), edit, moves, seeds=seeds)
+    """Sample clean latents (b, c, h, w) from noise, one row for each seed."""
+    return denoise(model, schedule.begin(initial_latents(model, seeds, size)), edit, schedule, seeds=seeds)
 
 
 def ddim(x0: Tensor, eps: Tensor, alpha_next: float, sigma: float = 0.0, noise: Tensor | None = None) -> Tensor:
-    """z′ = √ᾱ′ x0 + √(1 − ᾱ′ − σ²) ε + σ n."""
+    """Latents at the level ᾱ′ = `alpha_next`:  z′ = √ᾱ′ x0 + √(1 − ᾱ′ − σ²) ε + σ n."""
     alpha = torch.as_tensor(alpha_next, dtype=x0.dtype, device=x0.device)  # rounded to fp32 first, as diffusers does
-    moved = alpha.sqrt() * x0 + (1 - alpha - sigma**2).clamp(min=0).sqrt() * eps
-    return moved if noise is None else moved + sigma * noise
+    latents = alpha.sqrt() * x0 + (1 - alpha - sigma**2).clamp(min=0).sqrt() * eps
+    return latents if noise is None else latents + sigma * noise
 
 
 def _exact(model: StableDiffusion) -> bool:
-    """Whether sampling has to agree with stock pipelines to 1e-5: in fp32, where shorter ways would round otherwise."""
+    """Whether sampling must agree with diffusers' pipelines to 1e-5: in fp32, where faster paths round otherwise."""
     return model.dtype == torch.float32
 
 
 def _guided(model: StableDiffusion, latents: Tensor, edit: Edit, step: Step) -> Tensor:
-    """The raw output after guidance; null rows first, in one batch."""
+    """The UNet's raw output after guidance; both halves are one batch, the unconditional rows first."""
     cond = _rows(edit.conditioning, step, latents)
     if edit.guidance_scale == 1:
         with hooked(model.unet, edit.hooks, step=step, branches=("cond",)):
             return model.predict(latents, step.timestep, cond)
     assert edit.negative is not None
     both = Conditioning.cat([_rows(edit.negative, step, latents), cond])
-    alike = halves_alike(model.unet, wanted=not edit.hooks and not _exact(model))
-    with hooked(model.unet, edit.hooks, step=step, branches=("null", "cond")), alike:
-        null, told = model.predict(torch.cat([latents, latents]), step.timestep, both).chunk(2)
+    shared = shared_guidance_prefix(model.unet, wanted=not edit.hooks and not _exact(model))
+    with hooked(model.unet, edit.hooks, step=step, branches=("null", "cond")), shared:
+        null, conditional = model.predict(torch.cat([latents, latents]), step.timestep, both).chunk(2)
     scale = torch.as_tensor(edit.guidance_scale, device=latents.device).view(-1, 1, 1, 1)
-    return null + scale * (told - null)
+    return null + scale * (conditional - null)
 
 
 def _rows(conditioning: Conditioning | Condition, step: Step, latents: Tensor) -> Conditioning:
-    """One row of conditioning per row of latents."""
-    found = conditioning if isinstance(conditioning, Conditioning) else conditioning(step, latents)
-    found = found.to(latents.device)
-    if len(found) == 1:
-        return found.repeat(len(latents))
-    if len(found) != len(latents):
-        raise ValueError(f"{len(found)} rows of conditioning for {len(latents)} rows of latents: give one, or as many")
-    return found
+    """The conditioning of one step, with one row for each row of the latents."""
+    rows = conditioning if isinstance(conditioning, Conditioning) else conditioning(step, latents)
+    rows = rows.to(latents.device)
+    if len(rows) == 1:
+        return rows.repeat(len(latents))
+    if len(rows) != len(latents):
+        raise ValueError(f"{len(rows)} rows of conditioning for {len(latents)} rows of latents: give one, or as many")
+    return rows
 
 
 def _with_null(model: StableDiffusion, latents: Tensor, edit: Edit) -> Edit:
-    """`edit` with the base's own "no prompt" where guidance needs one and none is given."""
+    """`edit`, with the base model's conditioning for "no prompt" as `negative` if guidance needs one and has none."""
     if edit.guidance_scale == 1 or edit.negative is not None:
         return edit
     height, width = (side * model.factor for side in latents.shape[-2:])
@@ -195,38 +202,39 @@ def _scaled(unet: Any, edit: Edit) -> AbstractContextManager[None]:
     return nullcontext() if edit.rule is None and edit.strength == 1 else scaled(unet, edit.rule, edit.strength)
 
 
-def _generators(moves: Moves, seeds: Sequence[int] | None, count: int) -> list[torch.Generator] | None:
+def _generators(schedule: Schedule, seeds: Sequence[int] | None, count: int) -> list[torch.Generator] | None:
     if seeds is not None and len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} rows of latents: give one for each")
-    if seeds is None and moves.draw_noise:
-        raise ValueError("these moves draw noise: give `denoise` one seed for each row of latents")
-    return [generator(seed, "moves") for seed in seeds] if seeds is not None and moves.draw_noise else None
+    if seeds is None and schedule.draw_noise:
+        raise ValueError("this schedule draws noise: give `denoise` one seed for each row of latents")
+    # The purpose "moves" is part of what is drawn: another word would give other images for the same seed.
+    return [generator(seed, "moves") for seed in seeds] if seeds is not None and schedule.draw_noise else None
 
 
 @dataclass
 class _Solver:
-    """Does the moves: by the DDIM formula, or by a private copy of the stock scheduler."""
+    """Computes the transitions: by the DDIM formula, or with a copy of the schedule's diffusers scheduler."""
 
     model: StableDiffusion
-    moves: Moves
+    schedule: Schedule
     generators: list[torch.Generator] | None
     scheduler: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.moves.scheduler is not None:
-            self.scheduler = deepcopy(self.moves.scheduler)
-            if self.moves.first and hasattr(self.scheduler, "set_begin_index"):
-                self.scheduler.set_begin_index(self.moves.first)
+        if self.schedule.scheduler is not None:
+            self.scheduler = deepcopy(self.schedule.scheduler)
+            if self.schedule.first and hasattr(self.scheduler, "set_begin_index"):
+                self.scheduler.set_begin_index(self.schedule.first)
 
-    def move(self, output: Tensor, latents: Tensor, edit: Edit, step: Step) -> Tensor:
+    def step(self, output: Tensor, latents: Tensor, edit: Edit, step: Step) -> Tensor:
         edited = any(type(change).clean is not LatentEdit.clean for change in edit.latent_edits)
         if self.scheduler is not None and not edited:
-            return self._stock(output, latents, step)
+            return self._scheduler_step(output, latents, step)
         x0, eps = self.model.split(output, latents, step.alpha)
         for change in edit.latent_edits:
             x0 = change.clean(x0, step)
         if self.scheduler is not None:
-            return self._stock(self.model.joined(x0, latents, step.alpha), latents, step)
+            return self._scheduler_step(self.model.joined(x0, latents, step.alpha), latents, step)
         return ddim(x0, eps, step.alpha_next, step.sigma, self._noise(latents, step))
 
     def _noise(self, latents: Tensor, step: Step) -> Tensor | None:
@@ -235,18 +243,21 @@ class _Solver:
         assert self.generators is not None
         return torch.stack([torch.randn(latents.shape[1:], generator=one) for one in self.generators]).to(latents)
 
-    def _stock(self, output: Tensor, latents: Tensor, step: Step) -> Tensor:
-        """The scheduler's own step, in its own scaling of the latents."""
-        index = self.moves.first + step.index
+    def _scheduler_step(self, output: Tensor, latents: Tensor, step: Step) -> Tensor:
+        """The diffusers scheduler's own step; it sees the latents in its own scaling."""
+        index = self.schedule.first + step.index
         timestep = self.scheduler.timesteps[index]
-        native = latents * blow_up(self.scheduler, index)
-        self.scheduler.scale_model_input(native, timestep)  # some schedulers insist
-        known = inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": self.generators} if "generator" in known and self.generators is not None else {}
-        return self.scheduler.step(output, timestep, native, **extra).prev_sample / blow_up(self.scheduler, index + 1)
+        scaled_latents = latents * variance_scale(self.scheduler, index)
+        self.scheduler.scale_model_input(scaled_latents, timestep)  # some schedulers raise without this call
+        accepted = inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": self.generators} if "generator" in accepted and self.generators is not None else {}
+        after = self.scheduler.step(output, timestep, scaled_latents, **extra).prev_sample
+        return after / variance_scale(self.scheduler, index + 1)
 
 
 class _Record(LatentEdit):
+    """Keeps the latents and the estimates x̂0 of every step, and changes nothing."""
+
     def __init__(self) -> None:
         self.z: list[Tensor] = []
         self.x0: list[Tensor] = []

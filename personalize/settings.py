@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from personalize.attachment import parsed
+from personalize.attachment import parse_rules
 from personalize.errors import UserError
 from personalize.files import read_json, write_file
 from personalize.forgetting import RULES
@@ -29,7 +29,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Setting:
+class EditStrengths:
     """The strengths of one edit; `gamma` given means subtraction, otherwise projection with `alpha` and `beta`."""
 
     alpha: float = 0.8
@@ -44,15 +44,15 @@ class Setting:
         return mix + forgotten + ("" if self.strength == 1 else f"  strength {self.strength:g}")
 
 
-STANDARD, PLAIN = Sampling(), Setting()  # how pictures are drawn, and how strongly, if nothing else is said
+DEFAULT_SAMPLING, DEFAULT_STRENGTHS = Sampling(), EditStrengths()  # how pictures are drawn, and how strongly, if nothing else is said
 
 
-def rules(text: str) -> list[Any]:
+def parse_rule_sum(text: str) -> list[Any]:
     """Forgetting rules of "a" or "a+b", where a published name may itself hold a plus."""
-    return parsed([text] if text.partition("=")[0] in RULES else text.split("+")) if text != "none" else []
+    return parse_rules([text] if text.partition("=")[0] in RULES else text.split("+")) if text != "none" else []
 
 
-def remember(folder: str | Path, prompt: str, setting: Setting, seed: int, scores: Mapping[str, Any]) -> None:
+def remember(folder: str | Path, prompt: str, setting: EditStrengths, seed: int, scores: Mapping[str, Any]) -> None:
     """Write the best setting for `prompt` into the adapter in `folder`, in the place of an older one.
 
     Raises:
@@ -66,18 +66,18 @@ def remember(folder: str | Path, prompt: str, setting: Setting, seed: int, score
     write_file(path, (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def remembered(info: Mapping[str, Any], prompt: str) -> tuple[Setting, int] | None:
+def remembered(info: Mapping[str, Any], prompt: str) -> tuple[EditStrengths, int] | None:
     """The setting and seed that an adapter's `info` holds for `prompt`; UserError if the entry is damaged."""
     edits = info.get("edits")
     entry = edits.get(_key(prompt)) if isinstance(edits, dict) else None
     if entry is None:
         return None
     try:
-        setting = Setting(**{field.name: entry[field.name] for field in fields(Setting)})
+        setting = EditStrengths(**{field.name: entry[field.name] for field in fields(EditStrengths)})
         numbers = [setting.alpha, setting.beta, setting.strength, entry["seed"], setting.gamma or 0.0]
         if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError
-        rules(setting.forget)
+        parse_rule_sum(setting.forget)
         return setting, int(entry["seed"])
     except (KeyError, TypeError, AttributeError):
         raise UserError(

@@ -1,7 +1,7 @@
-"""What inverting a picture leaves behind: its latents from clean to noisy and what replays them, kept in a folder.
+"""The result of inverting an image: its latents from clean to noisy and what sampling needs to return, in a folder.
 
-A `Trajectory` says what it was made of: picture, prompt, base, noise schedule, adapter and settings.  The hash of all
-that is its `key`, by which it is found again; one that was made of anything else is refused.
+A `Trajectory` records its inputs in `about`: image, prompt, base model, noise schedule, adapter and settings. Their
+hash is its `key`, which names it in a cache. A trajectory whose inputs differ from the wanted ones is refused.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from personalize.errors import UserError
 from personalize.files import read_json, read_tensors, tensor_bytes, write_folder
 from personalize.lora import lora_layers
 from personalize.model import Conditioning, StableDiffusion
-from personalize.moves import Moves, Step, moves
+from personalize.moves import Schedule, Step, make_schedule
 from personalize.sampling import Edit, LatentEdit, denoise
 
 SCHEMA = 1
 TENSORS, MANIFEST = "trajectory.safetensors", "trajectory.json"
 PARTS = ("embeds", "pooled", "time_ids")  # of a conditioning
-LEAST_SIGMA = 1e-4  # of a stored noise whose step has none: what it must correct is carried all the same
+LEAST_SIGMA = 1e-4  # a last step with σ = 0 could not apply its stored noise, which corrects the latents exactly
+CONDITIONING_KEY = "told"  # the key of the conditioning's hash in trajectory.json; files written so far have it
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The way of one picture from its latents to noise, and what it takes to come back.
+    """The latents of one image at every noise level of its inversion, and what sampling them back requires.
 
-    latents: (t+1, 1, c, h, w) fp32 on the CPU; number j is the one after j moves up: 0 the picture's, t the noisiest.
+    latents: (t+1, 1, c, h, w), fp32 on the CPU; number j is the result of j inversion steps: 0 is the encoded image, t
+        the noisiest.
     conditioning: of the source prompt, one row.
-    null: of the null pass: one row, or t rows in the order of sampling (null-text).
-    noise: (t, 1, c, h, w) in the order of sampling, where the moves have noise (ddpm).
-    about: what it was made of; see `made_of`.
+    null: of the unconditional pass: one row, or t rows in the order of sampling (null-text inversion).
+    noise: the noise of stochastic steps (ddpm), (t, 1, c, h, w) in the order of sampling.
+    about: the inputs it was computed from, see `fingerprint`.
     """
 
     latents: Tensor
@@ -53,55 +55,54 @@ class Trajectory:
 
     @property
     def key(self) -> str:
-        """Hash of what it was made of."""
-        return key_of(self.about)
+        """SHA-256 of the inputs, in hex digits."""
+        return fingerprint_hash(self.about)
 
-    def moves(self, model: StableDiffusion) -> Moves:
-        """From noise back to the picture, with the stored noise if there is any.  UserError as in `check`."""
+    def schedule(self, model: StableDiffusion) -> Schedule:
+        """The schedule from noise back to the image, with the stored noise if any; UserError as in `check`."""
         self.check(model)
         eta = 0.0 if self.noise is None else 1.0
-        plan = moves(model, self.about["steps"], strength=self.about["strength"], eta=eta)
-        if self.noise is None:
-            return plan
-        return with_noise(plan, self.noise)
+        down = make_schedule(model, self.about["steps"], strength=self.about["strength"], eta=eta)
+        return down if self.noise is None else with_noise(down, self.noise)
 
     def start(self, rows: int = 1) -> Tensor:
-        """The noisiest latents, `rows` times."""
+        """The noisiest latents (rows, c, h, w), from which sampling starts; all rows are equal."""
         return self.latents[-1].repeat(rows, 1, 1, 1)
 
     def edit(
         self, targets: Conditioning | None = None, *, guidance_scale: float = 7.5,
         hooks: Sequence[AttentionHook] = (), latent_edits: Sequence[LatentEdit] = (),
     ) -> Edit:  # fmt: skip
-        """Sampling of the source (row 0) and of `targets` (rows 1 …) from `start`; the latent edits come after pinning.
+        """The edit that samples the source (row 0) and `targets` (rows 1 …) from `start`.
 
-        The source row of "ddpm" keeps the guidance it was solved with.  A method that varies conditionings from step to
-        step replaces `conditioning` or `negative` of the edit by a function.
+        With direct inversion the source row is pinned to the trajectory after each step, before `latent_edits`. The
+        source row of ddpm inversion keeps the guidance scale it was inverted with. A method whose conditioning varies
+        by step replaces `conditioning` or `negative` of the returned edit by a function.
         """
-        told = self.conditioning
+        conditioning = self.conditioning
         if targets is not None:
-            told = Conditioning.cat([told.to(targets.embeds.device), targets])
-        own = self.about["guidance_scale"] if self.noise is not None else guidance_scale
-        scales = (own, *[guidance_scale] * (len(told) - 1))
+            conditioning = Conditioning.cat([conditioning.to(targets.embeds.device), targets])
+        source_scale = self.about["guidance_scale"] if self.noise is not None else guidance_scale
+        scales = (source_scale, *[guidance_scale] * (len(conditioning) - 1))
         pins = (Pinned(self),) if self.method == "direct" else ()
         null = self.null if len(self.null) == 1 else self.null_at
-        scale = scales if len(set(scales)) > 1 else own
-        return Edit(told, null, scale, hooks=tuple(hooks), latent_edits=(*pins, *latent_edits))
+        scale = scales if len(set(scales)) > 1 else source_scale
+        return Edit(conditioning, null, scale, hooks=tuple(hooks), latent_edits=(*pins, *latent_edits))
 
     def null_at(self, step: Step, latents: Tensor) -> Conditioning:
-        """The null pass's row of one step."""
+        """The unconditional row (1, l, d) of one step, where every step has its own."""
         return self.null[step.index : step.index + 1]
 
     def replay(self, model: StableDiffusion, guidance_scale: float = 7.5) -> Tensor:
-        """Clean latents (1, c, h, w) of the source, sampled again."""
-        return denoise(model, self.start(), self.edit(guidance_scale=guidance_scale), self.moves(model))
+        """Sample the source back from noise: clean latents (1, c, h, w)."""
+        return denoise(model, self.start(), self.edit(guidance_scale=guidance_scale), self.schedule(model))
 
     def check(self, model: StableDiffusion) -> None:
-        """Raises UserError unless `model` is the base, in the noise schedule and with the adapter, it was made with."""
-        self.require(identity(model))
+        """Raise UserError unless `model` has the base, noise schedule and adapter that the image was inverted with."""
+        self.require(model_fingerprint(model))
 
     def require(self, wanted: Mapping[str, Any], where: str | Path = "") -> None:
-        """Raises UserError, naming the first difference, unless it was made of what `wanted` says."""
+        """Raise UserError, naming the first difference, unless the inputs in `about` are as `wanted` says."""
         named = f" in {where}" if str(where) else ""
         for name, value in wanted.items():
             if self.about.get(name) != value:
@@ -112,10 +113,10 @@ class Trajectory:
                 )
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder`, all or nothing: the tensors, and as JSON what they were made of."""
+        """Write the tensors, and the inputs as JSON, into `folder`; it is written completely or not at all."""
         tensors = {"latents": self.latents}
-        for stem, told in (("conditioning", self.conditioning), ("null", self.null)):
-            parts = {f"{stem}.{part}": getattr(told, part) for part in PARTS}
+        for stem, rows in (("conditioning", self.conditioning), ("null", self.null)):
+            parts = {f"{stem}.{part}": getattr(rows, part) for part in PARTS}
             tensors |= {name: tensor.cpu() for name, tensor in parts.items() if tensor is not None}
         if self.noise is not None:
             tensors["noise"] = self.noise
@@ -126,7 +127,7 @@ class Trajectory:
 
     @staticmethod
     def load(folder: str | Path) -> Trajectory:
-        """Read a folder that `save` wrote.  UserError if it is none, is damaged, or of a later version."""
+        """Read a folder that `save` wrote; UserError if it holds no trajectory, is damaged or has another schema."""
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} holds no trajectory: it has no {MANIFEST}; name the folder inversion wrote")
@@ -136,15 +137,15 @@ class Trajectory:
         tensors = read_tensors(folder / TENSORS).tensors
         if sha256((folder / TENSORS).read_bytes()).hexdigest() != about.pop("sha256", None):
             raise UserError(f"{folder / TENSORS} is not what was saved with its {MANIFEST}: invert the picture again")
-        told, null = (
+        conditioning, null = (
             Conditioning(*(tensors.get(f"{stem}.{part}") for part in PARTS))  # pyright: ignore[reportArgumentType]
             for stem in ("conditioning", "null")
         )
-        return Trajectory(tensors["latents"], told, null, about, tensors.get("noise"))
+        return Trajectory(tensors["latents"], conditioning, null, about, tensors.get("noise"))
 
 
 class Pinned(LatentEdit):
-    """Direct inversion: after every move the source row is put back on the trajectory; the other rows are not touched.
+    """Direct inversion: sets the source row to the stored latents after every step; the other rows are not changed.
 
         z_src ← z_src + (z*_{t′} − z_src) = z*_{t′}
 
@@ -158,48 +159,53 @@ class Pinned(LatentEdit):
         return torch.cat([self.pivots[step.count - 1 - step.index].to(z), z[1:]])
 
 
-_WORDS = {"base": "base model", "schedule": "noise schedule", "image": "picture", "told": "text encoder or token"}
+_WORDS = {  # what error messages call an input
+    "base": "base model", "schedule": "noise schedule", "image": "image", CONDITIONING_KEY: "text encoder or token",
+}  # fmt: skip
 
 
-def with_noise(plan: Moves, noise: Tensor) -> Moves:
-    """The moves of `plan` with stored `noise` (t, 1, c, h, w); every one has a σ."""
-    pairs = zip(plan.steps, noise, strict=True)
-    return replace(plan, steps=tuple(replace(move, noise=n, sigma=max(move.sigma, LEAST_SIGMA)) for move, n in pairs))
+def with_noise(schedule: Schedule, noise: Tensor) -> Schedule:
+    """`schedule` with stored `noise` (t, 1, c, h, w); every transition gets a σ of at least `LEAST_SIGMA`."""
+    pairs = zip(schedule.steps, noise, strict=True)
+    steps = (replace(step, noise=n, sigma=max(step.sigma, LEAST_SIGMA)) for step, n in pairs)
+    return replace(schedule, steps=tuple(steps))
 
 
-def identity(model: StableDiffusion) -> dict[str, Any]:
-    """What of `model` a trajectory depends on: the base, its noise schedule, and the adapter in its UNet, as hashes."""
-    schedule = digest([model.alphas_cumprod, torch.tensor(model.final_alpha)], model.prediction_type)
+def model_fingerprint(model: StableDiffusion) -> dict[str, Any]:
+    """SHA-256 hashes of what a trajectory depends on in `model`: base, noise schedule and the adapter in its UNet."""
+    schedule = tensor_hash([model.alphas_cumprod, torch.tensor(model.final_alpha)], model.prediction_type)
     layers = lora_layers(model.unet)
     adapter = None
     if layers:
         state = {name: tensor for name, tensor in model.unet.state_dict().items() if ".lora_" in name}
-        adapter = digest(state.values(), repr([(name, layer.scaling) for name, layer in layers.items()]))
+        adapter = tensor_hash(state.values(), repr([(name, layer.scaling) for name, layer in layers.items()]))
     return {"base": model.identity["sha256"], "schedule": schedule, "adapter": adapter}
 
 
-def made_of(
-    model: StableDiffusion, pixels: Tensor, prompt: str, told: Conditioning, settings: Mapping[str, Any]
+def fingerprint(
+    model: StableDiffusion, pixels: Tensor, prompt: str, conditioning: Conditioning, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything a trajectory depends on, JSON-able: its `about`."""
-    parts = [getattr(told, part) for part in PARTS]
-    hashes = {"image": digest([pixels]), "told": digest([part for part in parts if part is not None])}
+    """All inputs of an inversion as JSON values, tensors as hashes: what `Trajectory.about` holds."""
+    parts = [part for part in (getattr(conditioning, name) for name in PARTS) if part is not None]
+    hashes = {"image": tensor_hash([pixels]), CONDITIONING_KEY: tensor_hash(parts)}
     about = {"precision": str(model.dtype), "name": model.name, "prompt": prompt, "size": list(pixels.shape[-2:])}
-    return {**settings, **identity(model), **about, **hashes}
+    return {**settings, **model_fingerprint(model), **about, **hashes}
 
 
-def key_of(about: Mapping[str, Any]) -> str:
+def fingerprint_hash(about: Mapping[str, Any]) -> str:
+    """SHA-256 of a `fingerprint`, in hex digits; the base model's name does not count, its weights do."""
     return sha256(json.dumps({**about, "name": ""}, sort_keys=True).encode()).hexdigest()
 
 
-def digest(tensors: Any, text: str = "") -> str:
-    """SHA-256 of tensors, bit by bit, and of `text`."""
-    found = sha256(text.encode())
+def tensor_hash(tensors: Any, text: str = "") -> str:
+    """SHA-256 of `text` and of the bytes of tensors, in hex digits."""
+    total = sha256(text.encode())
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _short(value: Any) -> str:
+    """A value for an error message; hashes are cut to 8 digits."""
     text = json.dumps(value, ensure_ascii=False)
     return f"{text[1:9]}…" if isinstance(value, str) and len(value) == 64 else text

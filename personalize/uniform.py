@@ -25,8 +25,8 @@ from torch.nn.functional import max_pool2d
 from personalize.attention import AttentionHook, AttentionSite
 from personalize.errors import UserError
 from personalize.model import StableDiffusion
-from personalize.moves import Moves, Step
-from personalize.sampling import Edit, LatentEdit, denoise, trajectory
+from personalize.moves import Schedule, Step
+from personalize.sampling import Edit, LatentEdit, denoise, denoise_with_history
 
 AUXILIARIES = ("u", "stored", "z0")
 REDUCTIONS = (None, "any", "mean")
@@ -131,7 +131,7 @@ class UniformBlend(LatentEdit):
             dilate=self.settings.dilate, reduce=self.settings.reduce,
         )  # fmt: skip
 
-    def touched(self) -> Tensor:
+    def edited_region(self) -> Tensor:
         """Boolean (h, w): where any channel of the first target was edited at any blended step."""
         if not self.masks:
             raise ValueError("no step was blended: raise `until` or the number of steps")
@@ -145,14 +145,14 @@ def uniform_edit(model: StableDiffusion, size: tuple[int, int]) -> Edit:
     return Edit(nothing, guidance_scale=1.0, hooks=(UniformMaps(),))
 
 
-def reconstruct(model: StableDiffusion, clean: Tensor, up: Moves, down: Moves) -> Tensor:
+def reconstruct(model: StableDiffusion, clean: Tensor, up: Schedule, down: Schedule) -> Tensor:
     """`clean` latents (1, c, h, w) inverted by `up` and sampled back by `down`, both with uniform maps."""
     edit = uniform_edit(model, _pixels(model, clean))
     return denoise(model, denoise(model, clean, edit, up), edit, down)
 
 
-def auxiliary(
-    model: StableDiffusion, clean: Tensor, up: Moves, down: Moves, settings: UniformSettings
+def auxiliary_estimates(
+    model: StableDiffusion, clean: Tensor, up: Schedule, down: Schedule, settings: UniformSettings
 ) -> dict[float, Tensor]:
     """x̂0_u (1, c, h, w) of every step of `down` that is blended, by timestep; `up` inverts what `down` samples.
 
@@ -165,7 +165,7 @@ def auxiliary(
     edit = uniform_edit(model, _pixels(model, clean))
     first = numbers[0] if settings.auxiliary == "stored" else 0
     start = denoise(model, clean, edit, replace(up, steps=up.steps[: len(up) - first]))
-    found = trajectory(model, start, edit, down[first:]).clean
+    found = denoise_with_history(model, start, edit, down[first:]).clean
     return {starts[number]: found[number - first] for number in numbers}
 
 

@@ -12,8 +12,8 @@ from personalize.alignment import (
     phrase_swaps,
     refinement_mapper,
     replacement_mapper,
-    swapped,
-    tokenised,
+    swap_words,
+    tokenize_prompt,
     word_swaps,
 )
 from personalize.concepts import installed
@@ -114,7 +114,7 @@ def test_swaps_that_do_not_fit_are_refused(swaps):
 
 
 def test_words_are_found_by_their_characters():
-    told = tokenised(model(), "A red Cat, sitting on  the unicorns and a cat")
+    told = tokenize_prompt(model(), "A red Cat, sitting on  the unicorns and a cat")
     assert [word.text for word in told.words] == "a red cat , sitting on the unicorns and a cat".split()
     assert told.find("cat") == [(3,), (18,)] and told.find("CAT,") == [(3, 4)]
     assert told.find("unicorns") == [tuple(range(8, 16))]  # spelled out, letter by letter
@@ -123,7 +123,7 @@ def test_words_are_found_by_their_characters():
 
 
 def test_a_word_that_is_not_there_names_the_nearest():
-    told = tokenised(model(), "a cat on the beach")
+    told = tokenize_prompt(model(), "a cat on the beach")
     with pytest.raises(
         UserError, match="the word 'beech' is not in the prompt 'a cat on the beach': did you mean beach"
     ):
@@ -133,46 +133,46 @@ def test_a_word_that_is_not_there_names_the_nearest():
 
 
 def test_prompts_of_more_than_77_tokens_are_refused_and_77_are_not():
-    assert len(tokenised(model(), "cat " * 75).ids) == 77
+    assert len(tokenize_prompt(model(), "cat " * 75).ids) == 77
     with pytest.raises(UserError, match="the prompt has 78 tokens with its start and end mark, .* reads 77: shorten"):
-        tokenised(model(), "cat " * 76)
+        tokenize_prompt(model(), "cat " * 76)
 
 
 def test_learned_tokens_of_several_vectors_are_one_word():
     base = model()
     with installed(base, {"<cat1>": {"text_encoder": torch.zeros(2, 32)}}):
-        told = tokenised(base, "a <cat1> cat")
+        told = tokenize_prompt(base, "a <cat1> cat")
         assert told.find("<cat1>") == [(2,)] and told.find("cat") == [(4,)] and len(told.ids) == 6
 
 
 def test_words_that_differ_are_swapped():
     base = model()
-    pairs = word_swaps(tokenised(base, "a cat on the snow"), tokenised(base, "A dog on the mountain"))
+    pairs = word_swaps(tokenize_prompt(base, "a cat on the snow"), tokenize_prompt(base, "A dog on the mountain"))
     assert pairs == [((2,), (2,)), ((5,), (5,))]
     with pytest.raises(UserError, match="has 5 and .* 3: use mode refine"):
-        word_swaps(tokenised(base, "a cat on the snow"), tokenised(base, "a dog sitting"))
+        word_swaps(tokenize_prompt(base, "a cat on the snow"), tokenize_prompt(base, "a dog sitting"))
 
 
 def test_swapped_prompts():
-    told = tokenised(model(), "a cat and a Cat on a category")
-    assert swapped(told, [("cat", "red dog")]) == "a red dog and a red dog on a category"
-    assert swapped(told, [("cat", "fox"), ("a cat", "the cat")]) == "the cat and the cat on a category"
+    told = tokenize_prompt(model(), "a cat and a Cat on a category")
+    assert swap_words(told, [("cat", "red dog")]) == "a red dog and a red dog on a category"
+    assert swap_words(told, [("cat", "fox"), ("a cat", "the cat")]) == "the cat and the cat on a category"
     with pytest.raises(UserError, match="the word 'dog' is not in the prompt"):
-        swapped(told, [("dog", "cat")])
+        swap_words(told, [("dog", "cat")])
 
 
 def test_phrases_are_swapped_at_once_also_for_words_that_stand_there_already():
-    source = tokenised(model(), "a cat and a dog")
+    source = tokenize_prompt(model(), "a cat and a dog")
     for swaps, target, expected in (
         ([("cat", "dog")], "a dog and a dog", [((2,), (2,))]),
         ([("cat", "dog"), ("dog", "cat")], "a dog and a cat", [((2,), (2,)), ((5,), (5,))]),
         ([("cat", "red fox")], "a red fox and a dog", [((2,), (2, 3))]),
         ([("a dog", "snow")], "a cat and snow", [((4, 5), (4,))]),
     ):
-        assert swapped(source, swaps) == target
-        assert phrase_swaps(source, tokenised(model(), target), swaps) == expected
+        assert swap_words(source, swaps) == target
+        assert phrase_swaps(source, tokenize_prompt(model(), target), swaps) == expected
     with pytest.raises(UserError, match="replacing cat by fox in 'a cat and a dog' does not give 'a fox on the dog'"):
-        phrase_swaps(source, tokenised(model(), "a fox on the dog"), [("cat", "fox")])
+        phrase_swaps(source, tokenize_prompt(model(), "a fox on the dog"), [("cat", "fox")])
 
 
 @pytest.mark.parametrize(
@@ -190,4 +190,4 @@ def test_phrases_are_swapped_at_once_also_for_words_that_stand_there_already():
 )
 def test_dpl_c67_adjectives_find_their_noun(source, target, expected):
     base = model()
-    assert adjective_bindings(tokenised(base, source), tokenised(base, target)) == expected
+    assert adjective_bindings(tokenize_prompt(base, source), tokenize_prompt(base, target)) == expected

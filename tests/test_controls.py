@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from personalize.alignment import tokenised
+from personalize.alignment import tokenize_prompt
 from personalize.attention import AttentionSite, MapStore, hooked
 from personalize.controls import (
     Alignment,
@@ -18,13 +18,13 @@ from personalize.controls import (
     SelfControl,
     TextControl,
     align,
-    controls,
+    make_controls,
 )
 from personalize.errors import UserError
 from personalize.inversion import invert
 from personalize.moves import Step
 from personalize.multi_concept import calibration_layers
-from personalize.sampling import denoise, trajectory
+from personalize.sampling import denoise, denoise_with_history
 from tests.photos import SIZE, SOURCE, TARGET, shared, smooth
 
 STEPS, LATENTS = 4, (8, 8)
@@ -42,11 +42,11 @@ def maps(rows=2, length=77, seed=0):
 
 
 def told(text):
-    return tokenised(shared(), text)
+    return tokenize_prompt(shared(), text)
 
 
 def hook(source, target, weights=None, **settings):
-    made = controls(
+    made = make_controls(
         shared(), source, target, steps=10, size=LATENTS, weights=weights, settings=ControlSettings(**settings)
     )
     return made.hooks[0]
@@ -98,7 +98,7 @@ def test_steps_are_counted_by_the_loop_and_words_may_have_their_own():
 
 
 def test_several_targets_have_alignments_of_their_own():
-    made = controls(shared(), SOURCE, [TARGET, "a fox on the beach"], steps=10, size=LATENTS)
+    made = make_controls(shared(), SOURCE, [TARGET, "a fox on the beach"], steps=10, size=LATENTS)
     assert [one.mode for one in made.alignments] == ["replace", "refine"]
     p = maps(3)
     found = made.hooks[0].probs(p, site())
@@ -177,10 +177,10 @@ def ddim():
 def sampled(run, target, settings=PLAIN, hooks=(), **more):
     """Latents (2, c, h, w) of source and target."""
     model = shared()
-    made = controls(model, SOURCE, target, steps=STEPS, size=LATENTS, settings=settings, **more)
+    made = make_controls(model, SOURCE, target, steps=STEPS, size=LATENTS, settings=settings, **more)
     with torch.no_grad():
         edit = run.edit(model.prompts([target], SIZE), hooks=(*made.hooks, *hooks), latent_edits=made.latent_edits)
-    return denoise(model, run.start(2), edit, run.moves(model))
+    return denoise(model, run.start(2), edit, run.schedule(model))
 
 
 @pytest.mark.parametrize(("share", "blend"), [(0.0, False), (0.4, True), (0.8, False)])
@@ -197,9 +197,9 @@ def test_dpl_c67_without_controls_it_is_plain_guided_sampling(ddim):
     found = sampled(ddim, TARGET, ControlSettings(cross_replace_steps=0, self_replace_steps=0))
     with torch.no_grad():
         edit = replace(ddim.edit(), conditioning=model.prompts([TARGET], SIZE))
-    alone = denoise(model, ddim.start(), edit, ddim.moves(model))
+    alone = denoise(model, ddim.start(), edit, ddim.schedule(model))
     torch.testing.assert_close(found[1:], alone, atol=1e-4, rtol=1e-4)
-    source = denoise(model, ddim.start(), ddim.edit(), ddim.moves(model))
+    source = denoise(model, ddim.start(), ddim.edit(), ddim.schedule(model))
     torch.testing.assert_close(found[:1], source, atol=1e-4, rtol=1e-4)
 
 
@@ -216,10 +216,10 @@ def test_dpl_c67_word_swap_through_all_steps_keeps_every_map(ddim):
 def test_dpl_c67_outside_the_blend_the_target_is_the_source(ddim):
     model = shared()
     settings = ControlSettings(blend_start=0, blend_threshold=0.9)
-    made = controls(model, SOURCE, TARGET, steps=STEPS, size=LATENTS, settings=settings, blend=[("cat", "dog")])
+    made = make_controls(model, SOURCE, TARGET, steps=STEPS, size=LATENTS, settings=settings, blend=[("cat", "dog")])
     with torch.no_grad():
         edit = ddim.edit(model.prompts([TARGET], SIZE), hooks=made.hooks, latent_edits=made.latent_edits)
-    rows = trajectory(model, ddim.start(2), edit, ddim.moves(model)).latents[-1]
+    rows = denoise_with_history(model, ddim.start(2), edit, ddim.schedule(model)).latents[-1]
     blend: Any = made.latent_edits[0]
     outside = ~blend.mask(LATENTS)[1].expand_as(rows[1])
     assert 0 < outside.float().mean() < 1
@@ -232,7 +232,7 @@ def test_layers_are_left_as_they_were_when_the_body_raises(ddim):
     wrong = TextControl([Alignment(torch.eye(5), torch.zeros(5))], [torch.ones(5)], [torch.zeros(5)], [torch.ones(5)])
     with torch.no_grad(), pytest.raises(RuntimeError):
         edit = ddim.edit(model.prompts([TARGET], SIZE), hooks=(wrong,))
-        denoise(model, ddim.start(2), edit, ddim.moves(model))
+        denoise(model, ddim.start(2), edit, ddim.schedule(model))
     assert {name: id(one) for name, one in model.unet.attn_processors.items()} == before
 
 
@@ -247,7 +247,7 @@ def test_layers_are_left_as_they_were_when_the_body_raises(ddim):
 )
 def test_mistakes_name_the_word(more, says):
     with pytest.raises(UserError, match=says):
-        controls(shared(), SOURCE, TARGET, steps=4, size=LATENTS, **more)
+        make_controls(shared(), SOURCE, TARGET, steps=4, size=LATENTS, **more)
 
 
 @pytest.mark.parametrize("wrong", [{"cross_replace_steps": 1.2}, {"blend_threshold": -0.1}, {"mode": "swap"}])

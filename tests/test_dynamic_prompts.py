@@ -24,10 +24,10 @@ from personalize.dynamic_prompts import (
     thresholds,
 )
 from personalize.errors import UserError
-from personalize.moves import Step, moves
+from personalize.moves import Step, make_schedule
 from personalize.noun_groups import NounGroup, noun_groups
-from personalize.null_text import NullFit, NullText
-from personalize.sampling import Edit, denoise, trajectory
+from personalize.null_text import NullFit, NullTextSettings
+from personalize.sampling import Edit, denoise, denoise_with_history
 from tests.tiny import NAMES, tiny, tiny_sd1
 
 PROMPT, SIZE = "a cat and a dog", (64, 64)
@@ -58,7 +58,7 @@ def half() -> torch.Tensor:
 
 
 def step_of(model, index: int = 0, count: int = 4) -> Step:
-    return Step(**vars(moves(model, count).steps[index]), index=index, count=count)
+    return Step(**vars(make_schedule(model, count).steps[index]), index=index, count=count)
 
 
 # -- 6.5: the losses ------------------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def test_dpl_c06_steps_start_where_the_last_one_ended_and_stop_when_good_enough(
     groups = noun_groups(model, PROMPT)
     few = DynamicSettings(updates=2, rate=5e-2)
     fit = DynamicFit(model, PROMPT, groups, half(), few)
-    run = trajectory(model, latents(), Edit(model.prompts([PROMPT]), guidance_scale=1), moves(model, 3, inverse=True))
-    found = fit_on_trajectory(fit, run.latents, moves(model, 3))
+    run = denoise_with_history(model, latents(), Edit(model.prompts([PROMPT]), guidance_scale=1), make_schedule(model, 3, inverse=True))
+    found = fit_on_trajectory(fit, run.latents, make_schedule(model, 3))
     assert len(found.rows) == len(found.first) == 3 and found.backward == found.passes == 3 * few.updates
     assert found.drift[0] < found.drift[-1]
     step = step_of(model)
@@ -210,9 +210,9 @@ def test_dpl_c06_steps_start_where_the_last_one_ended_and_stop_when_good_enough(
 def test_dpl_c06_without_losses_or_updates_it_is_null_text_alone(settings: DynamicSettings):
     """To the bit: rows are those of the table, and the null embeddings are null-text's."""
     model = tiny_sd1()
-    told, null, down = model.prompts([PROMPT]), model.null(), moves(model, 2)
-    run = trajectory(model, latents(), Edit(told, guidance_scale=1), moves(model, 2, inverse=True))
-    few = NullText(iterations=1)
+    told, null, down = model.prompts([PROMPT]), model.null(), make_schedule(model, 2)
+    run = denoise_with_history(model, latents(), Edit(told, guidance_scale=1), make_schedule(model, 2, inverse=True))
+    few = NullTextSettings(iterations=1)
     plain = NullFit(model, run.latents, told, null, 7.5, few)
     denoise(model, run.latents[-1], Edit(told, plain, 7.5), down)
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), settings)
@@ -225,10 +225,10 @@ def test_dpl_c06_without_losses_or_updates_it_is_null_text_alone(settings: Dynam
 def test_dpl_c06_replay_needs_the_rows_of_every_step():
     """Fitted conditionings come back exactly; those of the first step for all do not (companion)."""
     model = attentive()
-    run = trajectory(model, latents(), Edit(model.prompts([PROMPT]), guidance_scale=1), moves(model, 2, inverse=True))
+    run = denoise_with_history(model, latents(), Edit(model.prompts([PROMPT]), guidance_scale=1), make_schedule(model, 2, inverse=True))
     told = []
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), DynamicSettings(updates=2, rate=5e-2))
-    for index, move in enumerate(moves(model, 2)):
+    for index, move in enumerate(make_schedule(model, 2)):
         told.append(fit(Step(**vars(move), index=index, count=2), run.latents[2 - index]))
     again = fit.found.conditionings(model, [PROMPT, "a cat and a fox"])
     assert all(torch.equal(a.embeds, b.embeds[:1]) for a, b in zip(told, again, strict=True))
@@ -266,12 +266,12 @@ def test_dpl_c06_settings_out_of_range_are_refused():
 def test_dpl_c06_reconstruction_beside_null_text_is_as_good_as_null_texts_own():
     """Not worse by more than 10 % of the squared error, as the spec proposes; to be confirmed on the embedded model."""
     model = attentive()
-    told, null, down = model.prompts([PROMPT]), model.null(), moves(model, 10)
-    run = trajectory(model, latents(), Edit(told, guidance_scale=1), moves(model, 10, inverse=True))
+    told, null, down = model.prompts([PROMPT]), model.null(), make_schedule(model, 10)
+    run = denoise_with_history(model, latents(), Edit(told, guidance_scale=1), make_schedule(model, 10, inverse=True))
     errors = []
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half())
     for conditioning, source in ((told, told), (fit, fit.latest)):
-        nulls = NullFit(model, run.latents, source, null, 7.5, NullText())
+        nulls = NullFit(model, run.latents, source, null, 7.5, NullTextSettings())
         found = denoise(model, run.latents[-1], Edit(conditioning, nulls, 7.5), down)
         errors.append(float((found - latents()).square().mean()))
     assert errors[1] < 1.1 * errors[0]

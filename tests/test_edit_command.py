@@ -9,7 +9,7 @@ from PIL import Image
 
 from personalize.adapter import Adapter
 from personalize.cli import main
-from personalize.settings import Setting, remembered
+from personalize.settings import EditStrengths, remembered
 from tests.lora_states import random_adapter
 from tests.tiny import tiny, tiny_folder
 from tests.tiny_scorers import clip_folder, dino_folder
@@ -48,7 +48,7 @@ def test_auto_ranks_shows_and_remembers(places, capsys):
     assert Image.open(out / "grid.png").width > 4 * 192, "four to a row"
     chosen = remembered(Adapter.load(adapter).info, PROMPT)
     best = {key: rows[0][key] for key in ("alpha", "beta", "gamma", "forget", "strength")}
-    assert chosen == (Setting(**best), rows[0]["seed"])
+    assert chosen == (EditStrengths(**best), rows[0]["seed"])
     first = (out / rows[0]["file"]).read_bytes()
     assert edit(places, "--prompt", PROMPT) == 0
     assert "Using what --auto chose" in capsys.readouterr().out

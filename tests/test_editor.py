@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from personalize.cli import main
-from personalize.editor import Editor, Sampling, Setting, rules
+from personalize.editor import Editor, EditStrengths, Sampling, parse_rule_sum
 from personalize.errors import UserError
 from personalize.settings import remember
 from tests.lora_states import random_adapter
@@ -46,9 +46,9 @@ def test_forgedit_c27_strength_zero_with_the_prompt_alone_is_the_base(editor):
 def test_strengths_and_rules_show(editor):
     pictures = [
         editor.edit("a dog in the snow", setting, sampling=SHORT)[0]
-        for setting in (Setting(), Setting(beta=2.0), Setting(alpha=0.2), Setting(gamma=0.9), Setting(forget="decoder"),
-                        Setting(forget="decoder=0.5"), Setting(forget="encoderattn+encoder1"),
-                        Setting(forget="encoder+decoder"))
+        for setting in (EditStrengths(), EditStrengths(beta=2.0), EditStrengths(alpha=0.2), EditStrengths(gamma=0.9), EditStrengths(forget="decoder"),
+                        EditStrengths(forget="decoder=0.5"), EditStrengths(forget="encoderattn+encoder1"),
+                        EditStrengths(forget="encoder+decoder"))
     ]  # fmt: skip
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 
@@ -70,9 +70,9 @@ def test_nothing_is_left_in_the_base(editor):
 
 
 def test_a_rule_with_a_plus_in_its_name_is_one_rule():
-    assert [str(rule) for rule in rules("encoderattn+encoder1=0.5")] == ["encoderattn+encoder1=0.5"]
-    assert [str(rule) for rule in rules("encoder+decoder=0.5")] == ["noencoder", "nodecoder=0.5"]
-    assert rules("none") == []
+    assert [str(rule) for rule in parse_rule_sum("encoderattn+encoder1=0.5")] == ["encoderattn+encoder1=0.5"]
+    assert [str(rule) for rule in parse_rule_sum("encoder+decoder=0.5")] == ["noencoder", "nodecoder=0.5"]
+    assert parse_rule_sum("none") == []
 
 
 def test_an_empty_prompt_is_refused(editor):
@@ -131,7 +131,7 @@ def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
 
 def test_an_open_editor_holds_the_adapter_and_draws_the_same(editor):
     """Also the base without it, and after the block the base is as before."""
-    prompt, setting = "a dog in the snow", Setting(forget="decoder=0.5")
+    prompt, setting = "a dog in the snow", EditStrengths(forget="decoder=0.5")
     apart = [editor.edit(prompt, setting, sampling=SHORT)[0], editor.base(prompt, sampling=SHORT)[0]]
     before = {name: tensor.clone() for name, tensor in editor.model.unet.state_dict().items()}
     with editor as held:
@@ -154,7 +154,7 @@ def test_an_open_editor_leaves_no_trace_when_its_body_raises(editor):
 
 def test_strengths_that_were_not_given_are_the_remembered_ones(places, capsys):
     base, adapter, place = places
-    remember(adapter, "a cat in the snow", Setting(alpha=0.7, beta=1.5, forget="encoderattn"), 9, {})
+    remember(adapter, "a cat in the snow", EditStrengths(alpha=0.7, beta=1.5, forget="encoderattn"), 9, {})
     assert edit(places, "--prompt", "a cat in the snow") == 0
     assert "Using what --auto chose" in capsys.readouterr().out
     (found,) = json.loads((place / "out" / "edits.json").read_text())

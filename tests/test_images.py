@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.images import MIN_SIDE, fit, fitted_size, load_image, psnr, to_image, to_pixels
+from personalize.images import MIN_SIDE, fitted_pixels, fitted_size, load_image, psnr, to_image, to_pixels
 
 
 def gradient(width: int = 48, height: int = 32) -> Image.Image:
@@ -120,7 +120,7 @@ def test_fit_cuts_instead_of_squashing() -> None:
     disc.paste(255, (115, 115, 215, 215))
     wide = Image.new("L", (500, 330), 0)
     wide.paste(disc, (85, 0))
-    pixels, size = fit(wide.convert("RGB"), 128, 32)
+    pixels, size = fitted_pixels(wide.convert("RGB"), 128, 32)
     assert pixels.shape[-2:] == size and size != (128, 128)
     rows, columns = (pixels[0, 0] > 0).nonzero(as_tuple=True)
     assert abs((rows.max() - rows.min()) - (columns.max() - columns.min())) <= 1  # a square stays one
@@ -128,7 +128,7 @@ def test_fit_cuts_instead_of_squashing() -> None:
 
 def test_fit_of_a_fitting_picture_changes_nothing() -> None:
     image = gradient(128, 128)
-    pixels, size = fit(image, 128, 32)
+    pixels, size = fitted_pixels(image, 128, 32)
     assert size == (128, 128) and torch.equal(pixels, to_pixels(image))
 
 

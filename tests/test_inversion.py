@@ -10,12 +10,12 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from personalize.errors import UserError
 from personalize.inversion import METHODS, invert
-from personalize.moves import Moves, moves
-from personalize.null_text import NullText
-from personalize.sampling import Edit, ddim, denoise, trajectory
+from personalize.moves import Schedule, make_schedule
+from personalize.null_text import NullTextSettings
+from personalize.sampling import Edit, ddim, denoise, denoise_with_history
 from tests.photos import SIZE, SOURCE, TARGET, gentle, photo, relative, shared, smooth
 
-QUICK = NullText(iterations=1)
+QUICK = NullTextSettings(iterations=1)
 SDXL = pytest.param("sdxl", marks=pytest.mark.slow)  # in the default run test_trajectories inverts and replays it
 
 
@@ -41,7 +41,7 @@ def test_dpl_c61_levels():
 def test_dpl_c61_up_and_down_with_one_answer_is_the_identity(name, dtype, bound):
     model, draw = shared(name), torch.Generator().manual_seed(0)
     z, answer = (torch.randn(1, 4, 8, 8, generator=draw, dtype=dtype) for _ in range(2))
-    for up in list(moves(model, 50, inverse=True))[:40]:  # above, 1/√ᾱ beyond 5 multiplies the rounding
+    for up in list(make_schedule(model, 50, inverse=True))[:40]:  # above, 1/√ᾱ beyond 5 multiplies the rounding
         _, eps = model.split(answer, z, up.alpha)
         alpha = torch.tensor(up.alpha, dtype=dtype)
         x0 = (z - (1 - alpha).sqrt() * eps) / alpha.sqrt()
@@ -83,8 +83,8 @@ def test_dpl_c61_the_network_sees_the_lower_latents_and_the_upper_timestep(monke
 def round_trip(model, steps, up=None, guidance_scale=1.0):
     """Relative error of the latents after inverting and sampling."""
     clean, edit = model.encode(smooth()), Edit(told(model), guidance_scale=1)
-    noisy = denoise(model, clean, edit, up or moves(model, steps, inverse=True))
-    back = denoise(model, noisy, replace(edit, guidance_scale=guidance_scale), moves(model, steps))
+    noisy = denoise(model, clean, edit, up or make_schedule(model, steps, inverse=True))
+    back = denoise(model, noisy, replace(edit, guidance_scale=guidance_scale), make_schedule(model, steps))
     return relative(back, clean)
 
 
@@ -115,20 +115,20 @@ def test_dpl_c62_fixed_points_lead_back(name):
 def test_dpl_c62_companion_levels_that_are_one_too_high_spoil_it():
     """The naive pairing takes the picture for latents at t, not t − s, and ends a step above where sampling begins."""
     model = shared()
-    down = list(reversed(moves(model, 10).steps))
+    down = list(reversed(make_schedule(model, 10).steps))
     ends = [move.start for move in down[1:]] + [999]
     pairs = zip(down, ends, strict=True)
     naive = tuple(replace(m, start=m.start, end=e, alpha_next=model.alpha(int(e))) for m, e in pairs)
-    assert round_trip(model, 10, Moves(naive)) > 2 * round_trip(model, 10)
+    assert round_trip(model, 10, Schedule(naive)) > 2 * round_trip(model, 10)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2v", SDXL])
 def test_dpl_c63_direct_puts_the_source_on_the_trajectory_and_leaves_the_target(name):
     model, found = shared(name), inverted(name=name, steps=3)
     edit = found.edit(told(model, TARGET))
-    rows = trajectory(model, found.start(2), edit, found.moves(model)).latents
+    rows = denoise_with_history(model, found.start(2), edit, found.schedule(model)).latents
     assert (rows[:, :1] - found.latents.flip(0)).abs().max() <= 1e-6
-    free = trajectory(model, found.start(2), replace(edit, latent_edits=()), found.moves(model)).latents
+    free = denoise_with_history(model, found.start(2), replace(edit, latent_edits=()), found.schedule(model)).latents
     assert torch.equal(rows[:, 1], free[:, 1])
     assert relative(free[-1, :1], found.latents[0]) > 0.2  # companion: without it the source is lost
     assert torch.equal(found.replay(model), found.latents[0])
@@ -155,7 +155,7 @@ def test_dpl_c63_ddpm_is_exact_too_where_the_last_step_has_no_noise():
     model = gentle()
     model.final_alpha = 1.0
     found = invert(model, smooth(), SOURCE, "ddpm", steps=4, strength=1.0)
-    assert min(move.sigma for move in moves(model, 4, eta=1.0)) == 0
+    assert min(move.sigma for move in make_schedule(model, 4, eta=1.0)) == 0
     assert relative(found.replay(model), found.latents[0]) < 1e-4
     silent = replace(found, noise=torch.zeros_like(found.noise))
     assert relative(silent.replay(model), found.latents[0]) > 0.5  # companion: it is the stored noise that does it
@@ -164,7 +164,7 @@ def test_dpl_c63_ddpm_is_exact_too_where_the_last_step_has_no_noise():
 def test_dpl_c63_ddpm_versions_of_the_picture_are_independent():
     """Noise of neighbouring levels has nothing in common, unlike on a DDIM trajectory."""
     found, model = inverted("ddpm", steps=12, strength=1.0), shared()
-    alphas = [move.alpha for move in reversed(found.moves(model).steps)]
+    alphas = [move.alpha for move in reversed(found.schedule(model).steps)]
     noise = torch.stack([(z - a**0.5 * found.latents[0]) for z, a in zip(found.latents[1:], alphas, strict=True)])
     rows = torch.nn.functional.normalize(noise.flatten(1), dim=1)
     off = (rows @ rows.T - torch.eye(12)).abs()
@@ -174,7 +174,7 @@ def test_dpl_c63_ddpm_versions_of_the_picture_are_independent():
 def test_a_share_of_the_way_and_pictures_of_any_size():
     model = shared()
     found = invert(model, photo(50, 37), SOURCE, steps=5, strength=0.6)
-    assert found.latents.shape == (4, 1, 4, 16, 16) and [int(m.start) for m in found.moves(model)] == [401, 201, 1]
+    assert found.latents.shape == (4, 1, 4, 16, 16) and [int(m.start) for m in found.schedule(model)] == [401, 201, 1]
     assert found.about["size"] == [64, 64]
 
 

@@ -1,4 +1,4 @@
-"""The lean UNet: the same answers up to rounding, fewer passes, and no trace afterwards."""
+"""The UNet's fast paths: the same answers up to rounding, fewer operators, and no trace afterwards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from personalize import lean as lean_room
 from personalize import lora, sampling
 from personalize.attention import AttentionHook
-from personalize.lean import halves_alike, in_precision, lean
-from personalize.moves import moves
+from personalize.lean import fast_paths, in_precision, shared_guidance_prefix
+from personalize.moves import make_schedule
 from personalize.randomness import generator
 from personalize.sampling import Edit, sample
 from tests.tiny import NAMES, tiny, tiny_sd1
@@ -53,75 +52,40 @@ def attributes(unet) -> list[tuple[set[str], int]]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_speed_lean_unet_equals_the_unet(name: str, layout: torch.memory_format) -> None:
+def test_speed_fast_paths_equal_the_unet(name: str, layout: torch.memory_format) -> None:
     unet = tiny(name).unet
     with torch.no_grad():
         plain = answer(unet)
         unet.to(memory_format=layout)
-        with lean(unet), lean(unet):  # one inside the other, as when a picture is drawn while learning
+        with fast_paths(unet), fast_paths(unet):  # one inside the other, as when a picture is drawn while learning
             short = answer(unet)
     assert 0 < plain.abs().max() and (short - plain).abs().max() <= ROUNDING * plain.abs().max()
 
 
-def test_speed_lean_gradients_equal() -> None:
+def test_speed_gradients_of_fast_paths_equal() -> None:
     model = tiny_sd1()
     parameters = lora.add_lora(model.unet, lora.module_names(model.unet), 2, 2.0, seed=0)
     with torch.no_grad():
         for b in parameters[1::2]:
             b.copy_(0.1 * drawn(*b.shape))
     plain = torch.autograd.grad(answer(model.unet).square().mean(), parameters)
-    with lean(model.unet):
+    with fast_paths(model.unet):
         short = torch.autograd.grad(answer(model.unet).square().mean(), parameters)
     largest = max(float(g.abs().max()) for g in plain)
     assert all((a - b).abs().max() <= ROUNDING * largest for a, b in zip(short, plain, strict=True))
 
 
-def test_speed_wide_convolutions_take_fewer_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every 3×3 convolution of the tiny UNet counting as wide and every picture as large."""
-    monkeypatch.setattr(lean_room, "WIDE", 1)
-    monkeypatch.setattr(lean_room, "LARGE", 1)
-    unet = tiny_sd1().unet.requires_grad_(False)
-    same_size = [
-        m for m in unet.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) and m.stride == (1, 1)
-    ]
-    text = drawn(2, 77, 32, purpose="text")
-
-    def differentiated() -> tuple[Tensor, Tensor, Operators]:
-        x = drawn(2, 4, 16, 16).requires_grad_()
-        with Operators() as ran:
-            y = unet(x, torch.tensor([300, 300]), text).sample
-        return y.detach(), torch.autograd.grad(y.square().mean(), x)[0], ran
-
-    (plain, slope, direct), before = differentiated(), attributes(unet)
-    with lean(unet):
-        short, own, tiled = differentiated()
-        with torch.autocast("cpu", torch.bfloat16), Operators() as low:
-            answer(unet)
-        with lean(unet, exact=True):
-            assert torch.equal(differentiated()[0], plain)
-    assert (
-        direct.count("convolution") - tiled.count("convolution")
-        == len(same_size)
-        == tiled.count("bmm") - direct.count("bmm")
-    )
-    assert low.count("convolution") == direct.count("convolution") and attributes(unet) == before
-    for found, expected in ((short, plain), (own, slope)):
-        assert not torch.equal(found, expected) and (found - expected).abs().max() <= ROUNDING * expected.abs().max()
-
-
-def test_speed_lean_encoder_equals_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture's latents, with every 3×3 convolution counting as wide and every picture as large."""
-    monkeypatch.setattr(lean_room, "WIDE", 1)
-    monkeypatch.setattr(lean_room, "LARGE", 1)
-    model, pixels = tiny_sd1(), drawn(1, 3, 32, 32).clamp(-1, 1)
-    encoder = model.vae.encoder.requires_grad_(False)
-    with Operators() as direct:
-        plain, before = model.posterior(pixels), attributes(encoder)
-    with lean(encoder), Operators() as tiled:
-        short = model.posterior(pixels)
-    assert tiled.count("convolution") < direct.count("convolution") and attributes(encoder) == before
-    for found, expected in zip(short, plain, strict=True):
-        assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
+def test_speed_exact_fast_paths_change_no_bit_even_inside_others() -> None:
+    unet = tiny_sd1().unet
+    with torch.no_grad():
+        plain, before = answer(unet), attributes(unet)
+        with fast_paths(unet):
+            assert not torch.equal(answer(unet), plain)
+            inside = attributes(unet)
+            with fast_paths(unet, exact=True):
+                assert torch.equal(answer(unet), plain)
+            assert attributes(unet) == inside
+    assert attributes(unet) == before
 
 
 def test_speed_nothing_is_divided_by_one_and_no_trace_is_left() -> None:
@@ -129,11 +93,11 @@ def test_speed_nothing_is_divided_by_one_and_no_trace_is_left() -> None:
     before = attributes(unet)
     with torch.no_grad(), Operators() as plain:
         answer(unet)
-    with torch.no_grad(), lean(unet), Operators() as short:
+    with torch.no_grad(), fast_paths(unet), Operators() as short:
         answer(unet)
     assert plain.count("div") >= 54 and short.count("div") <= plain.count("div") - 54  # 22 resnets, 32 attentions
     assert attributes(unet) == before
-    with pytest.raises(KeyError), lean(unet), halves_alike(unet), in_precision(unet, torch.bfloat16):
+    with pytest.raises(KeyError), fast_paths(unet), shared_guidance_prefix(unet), in_precision(unet, torch.bfloat16):
         raise KeyError
     assert attributes(unet) == before and answer(unet).dtype == torch.float32
 
@@ -143,7 +107,7 @@ def test_speed_what_both_passes_share_is_computed_once() -> None:
     x, text = drawn(1, 4, 16, 16).repeat(2, 1, 1, 1), drawn(2, 77, 32, purpose="text")
     with torch.no_grad(), Operators() as plain:
         expected = unet(x, torch.tensor(300), text).sample
-    with torch.no_grad(), halves_alike(unet), Operators() as shared:
+    with torch.no_grad(), shared_guidance_prefix(unet), Operators() as shared:
         found = unet(x, torch.tensor(300), text).sample
     assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
     assert not torch.equal(expected[0], expected[1])  # the text does make a difference
@@ -156,7 +120,7 @@ def test_speed_what_both_passes_share_is_computed_once() -> None:
 
 def test_speed_passes_that_differ_from_the_start_share_nothing() -> None:
     unet = tiny("sdxl").unet
-    with halves_alike(unet):
+    with shared_guidance_prefix(unet):
         assert not any("forward" in vars(module) for module in unet.modules())
 
 
@@ -170,13 +134,13 @@ def test_speed_guided_samples_stay_what_they_were(hooks: tuple, monkeypatch: pyt
     model = tiny_sd1()
     with torch.no_grad():
         edit = Edit(model.prompts(["a red cat", "a dog"]), hooks=hooks)
-    exact = sample(model, edit, [1, 2], moves(model, 5))
+    exact = sample(model, edit, [1, 2], make_schedule(model, 5))
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "_exact", lambda model: False)
-        short = sample(model, edit, [1, 2], moves(model, 5))
-    monkeypatch.setattr(sampling, "lean", lambda unet, exact: nullcontext())
-    monkeypatch.setattr(sampling, "halves_alike", lambda unet, wanted: nullcontext())
-    plain = sample(model, edit, [1, 2], moves(model, 5))
+        short = sample(model, edit, [1, 2], make_schedule(model, 5))
+    monkeypatch.setattr(sampling, "fast_paths", lambda unet, exact: nullcontext())
+    monkeypatch.setattr(sampling, "shared_guidance_prefix", lambda unet, wanted: nullcontext())
+    plain = sample(model, edit, [1, 2], make_schedule(model, 5))
     assert torch.equal(exact, plain) and not torch.equal(short, plain)
     assert (short - plain).abs().max() <= 1e-4 * plain.abs().max()
 

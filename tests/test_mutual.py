@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from personalize.attention import AttentionHook, attention_sites
-from personalize.moves import moves
-from personalize.mutual import MutualAttention, finer_decoder
+from personalize.moves import make_schedule
+from personalize.mutual import MutualAttention, fine_decoder_sites
 from personalize.sampling import Edit, denoise
 from tests.tiny import NAMES, tiny, tiny_sd1
 
@@ -34,10 +34,10 @@ class Keys(AttentionHook):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_target_sees_the_source_in_both_passes_from_the_step_on(name: str):
     model = tiny(name)
-    names = finer_decoder(model)
+    names = fine_decoder_sites(model)
     seen = Keys(names)
     edit = Edit(model.prompts(["a cat", "a dog"], (64, 64)), hooks=(MutualAttention(model, start=1), seen))
-    found = denoise(model, latents().repeat(2, 1, 1, 1), edit, moves(model, 2))
+    found = denoise(model, latents().repeat(2, 1, 1, 1), edit, make_schedule(model, 2))
     assert found.isfinite().all()
     assert seen.equal[1, "null"] == {(True, False)} and seen.equal[1, "cond"] == {(True, False)}
     assert (False, False) in seen.equal[0, "cond"]
@@ -46,14 +46,14 @@ def test_the_target_sees_the_source_in_both_passes_from_the_step_on(name: str):
 def test_the_layers_are_the_last_six_of_the_sixteen():
     model = tiny_sd1()
     ours = [n for n, site in attention_sites(model.unet).items() if not site.cross and site.place != "mid"]
-    mine = finer_decoder(model)
+    mine = fine_decoder_sites(model)
     assert len(ours) + 1 == 16 and mine == frozenset(ours[-6:])
 
 
 def test_the_source_row_does_not_know_that_there_is_a_target():
     """Beyond batching noise, 1e-4 as for Prompt-to-Prompt (dpl 6.7)."""
     model = tiny_sd1()
-    start, down = latents(), moves(model, 2)
+    start, down = latents(), make_schedule(model, 2)
     alone = denoise(model, start, Edit(model.prompts(["a cat"])), down)
     edit = Edit(model.prompts(["a cat", "a dog"]), hooks=(MutualAttention(model, start=0),))
     both = denoise(model, start.repeat(2, 1, 1, 1), edit, down)
@@ -64,7 +64,7 @@ def test_an_identity_edit_returns_the_source_row():
     """Equal rows, equal operations; 1e-5 for rows of one batch that a kernel may treat in another order."""
     model = tiny_sd1()
     edit = Edit(model.prompts(["a cat"] * 2), hooks=(MutualAttention(model, start=0),))
-    found = denoise(model, latents().repeat(2, 1, 1, 1), edit, moves(model, 2))
+    found = denoise(model, latents().repeat(2, 1, 1, 1), edit, make_schedule(model, 2))
     assert (found[0] - found[1]).abs().max() < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_it_draws_the_target_nearer_to_the_source():
     model = tiny_sd1()
     start, told = latents().repeat(2, 1, 1, 1), model.prompts(["a cat", "a dog sitting on the beach"])
     runs = [
-        denoise(model, start, Edit(told, hooks=hooks), moves(model, 3)) for hooks in ((), (MutualAttention(model, 0),))
+        denoise(model, start, Edit(told, hooks=hooks), make_schedule(model, 3)) for hooks in ((), (MutualAttention(model, 0),))
     ]
     plain, mutual = ((run[0] - run[1]).norm() for run in runs)
     assert mutual < plain

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from personalize.nouns import noun_words, nouns, things
+from personalize.nouns import depicted_nouns, noun_words, nouns
 
 LINES = (Path(__file__).parent / "noun_captions.txt").read_text(encoding="utf-8").splitlines()
 CAPTIONS = [line for line in LINES if not line.startswith("#")]
@@ -49,11 +49,11 @@ def test_at_least_95_percent_of_the_nouns_are_found_and_as_many_of_the_found_are
 
 def test_word_lists_without_context_would_not_do():
     """Companion: to call every word a noun that joins nothing finds all, and half of what it finds is none."""
-    from personalize.nouns import DETERMINERS, JOINING
+    from personalize.nouns import DETERMINERS, FUNCTION_WORDS
 
     def naive(text: str) -> list[int]:
         words = re.finditer(r"[^\W_]+(?:['’\-][^\W_]+)*", text)
-        return [word.start() for word in words if word[0].lower() not in DETERMINERS | JOINING]
+        return [word.start() for word in words if word[0].lower() not in DETERMINERS | FUNCTION_WORDS]
 
     recall, precision = counts(CAPTIONS, naive)
     assert recall > 0.95 > 0.8 > precision
@@ -74,5 +74,5 @@ def test_word_lists_without_context_would_not_do():
     ],
 )
 def test_things_of_a_caption(text: str, expected: list[str]):
-    assert [noun.text for noun in things(text)] == expected
+    assert [noun.text for noun in depicted_nouns(text)] == expected
     assert all(text[noun.start : noun.end] == noun.text for noun in nouns(text))

@@ -9,12 +9,12 @@ from personalize.bundled import bundled
 from personalize.errors import UserError
 from personalize.inversion import invert
 from personalize.model import StableDiffusion
-from personalize.null_text import NullFit, NullText
+from personalize.null_text import NullFit, NullTextSettings
 from personalize.sampling import Edit, denoise
 from tests.photos import SOURCE, photo, relative, shared, smooth
 
 STEPS = 4
-EXACT = NullText(iterations=6, rate=0.1, tolerance=0, growth=0)  # a random network needs ten times the rate
+EXACT = NullTextSettings(iterations=6, rate=0.1, tolerance=0, growth=0)  # a random network needs ten times the rate
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def fitted(plain, settings, guidance_scale=7.5):
     model = shared("sd2v")
     fit = NullFit(model, plain.latents, plain.conditioning, plain.null, guidance_scale, settings)
     edit = Edit(plain.conditioning, fit, guidance_scale)
-    return fit, relative(denoise(model, plain.start(), edit, plain.moves(model)), plain.latents[0])
+    return fit, relative(denoise(model, plain.start(), edit, plain.schedule(model)), plain.latents[0])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_dpl_c63_null_text_follows_the_trajectory(plain, warm):
 
 
 def test_dpl_c63_companion_starting_every_step_afresh_is_worse(plain, warm):
-    _, cold = fitted(plain, NullText(6, 0.1, 0, 0, warm_start=False))
+    _, cold = fitted(plain, NullTextSettings(6, 0.1, 0, 0, warm_start=False))
     assert cold > 1.2 * warm[1]
 
 
@@ -67,7 +67,7 @@ def test_dpl_c63_null_text_on_the_embedded_model():
     model, example = StableDiffusion.load(), bundled(0)
     about = (model, example.picture, example.caption)
     plain = invert(*about, "ddim", steps=8)
-    found = invert(*about, "null-text", steps=8, null_text=NullText(rate=0.1, tolerance=1e-6, growth=0))
+    found = invert(*about, "null-text", steps=8, null_text=NullTextSettings(rate=0.1, tolerance=1e-6, growth=0))
     error, free, lower = (
         relative(one.replay(model, scale), plain.latents[0])
         for one, scale in ((found, 7.5), (plain, 7.5), (plain, 1.0))
@@ -76,15 +76,15 @@ def test_dpl_c63_null_text_on_the_embedded_model():
 
 
 def test_a_step_is_left_when_it_is_good_enough(plain):
-    fit, _ = fitted(plain, NullText(iterations=4, tolerance=1e3))
+    fit, _ = fitted(plain, NullTextSettings(iterations=4, tolerance=1e3))
     assert [len(losses) for losses in fit.losses] == [1] * STEPS
     assert all(torch.equal(row.embeds, plain.null.embeds) for row in fit.rows)
-    growing, _ = fitted(plain, NullText(iterations=1, tolerance=0.0, growth=1e3))
+    growing, _ = fitted(plain, NullTextSettings(iterations=1, tolerance=0.0, growth=1e3))
     assert [len(losses) for losses in growing.losses] == [2] + [1] * (STEPS - 1)
 
 
 def test_dpl_c63_replay_from_disk_is_the_end_of_the_fit(tmp_path):
-    model, quick = shared("sd2v"), NullText(iterations=2, rate=0.1)
+    model, quick = shared("sd2v"), NullTextSettings(iterations=2, rate=0.1)
     ends = []
     original = NullFit.__call__
 
@@ -109,4 +109,4 @@ def test_dpl_c63_replay_from_disk_is_the_end_of_the_fit(tmp_path):
 @pytest.mark.parametrize("wrong", [{"iterations": 0}, {"rate": 0.0}, {"tolerance": -1.0}, {"growth": -1.0}])
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="null-text takes"):
-        NullText(**wrong)
+        NullTextSettings(**wrong)

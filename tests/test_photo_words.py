@@ -10,7 +10,7 @@ from PIL import Image
 
 from personalize.cli import main
 from personalize.dynamic_prompts import DynamicSettings
-from personalize.null_text import NullText
+from personalize.null_text import NullTextSettings
 from personalize.photo_command import box
 from tests.photos import photo
 from tests.tiny import tiny_folder
@@ -47,7 +47,7 @@ def test_everything_is_drawn_and_written_down(places, tmp_path):
     assert {"edited.png", "nouns.png", "masks.png", "attention.png"} <= names
     about = json.loads((tmp_path / "out" / "edit.json").read_text())["settings"]
     assert about["dynamic"] == asdict(DynamicSettings(updates=1)) and about["uniform"]["until"] == 0.2
-    assert about["fixed_point"] == 1 and about["null_text"] == asdict(NullText())  # this base is not the package's
+    assert about["fixed_point"] == 1 and about["null_text"] == asdict(NullTextSettings())  # this base is not the package's
     edited, before = Image.open(tmp_path / "out" / "edited.png"), Image.open(places[1] / "photo.png")
     assert edited.crop((32, 0, 64, 64)).tobytes() == before.convert("RGB").crop((32, 0, 64, 64)).tobytes()
 

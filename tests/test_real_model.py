@@ -116,7 +116,7 @@ def test_forgedit_c28_strengths_pull_the_way_their_names_say(real: StableDiffusi
     """Away from the source (in dB, means over four seeds): with beta, against alpha, and with every forgetting."""
     pixels, size = fitted_pixels(bundled(0).picture, real.resolution, 8 * real.factor)
     adapter = learn(real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10))
-    editor, prompt = Editor(real, adapter), bundled(0).changes[0].prompt
+    editor, prompt = Editor(real, adapter), bundled(0).edits[0].prompt
 
     def near(**strengths: Any) -> float:
         drawn = editor.edit(prompt, seeds=range(4), sampling=SAMPLING, **strengths)

@@ -8,8 +8,8 @@ from personalize.attention import AttentionHook, MapStore
 from personalize.errors import UserError
 from personalize.forgetting import parse_rule
 from personalize.lora import add_lora, module_names
-from personalize.moves import Moves, moves
-from personalize.sampling import Edit, LatentEdit, ddim, denoise, initial_latents, sample, trajectory
+from personalize.moves import Schedule, make_schedule
+from personalize.sampling import Edit, LatentEdit, ddim, denoise, denoise_with_history, initial_latents, sample
 from tests.tiny import NAMES, tiny, tiny_sd1
 
 SIZE = (32, 32)
@@ -25,7 +25,7 @@ def noise(model, *seeds):
 
 def test_dpl_1_1_timesteps_and_pairing_of_inversion():
     model = tiny_sd1()
-    down, up = moves(model, 50), moves(model, 50, inverse=True)
+    down, up = make_schedule(model, 50), make_schedule(model, 50, inverse=True)
     assert [int(move.timestep) for move in down] == list(range(981, 0, -20))
     assert (down.steps[-1].start, down.steps[-1].end) == (1, -19)
     assert down.steps[-1].alpha_next == pytest.approx(0.999150, rel=1e-5)
@@ -35,7 +35,7 @@ def test_dpl_1_1_timesteps_and_pairing_of_inversion():
 
 
 def test_attentiondrag_2_2_strength_keeps_the_clean_end():
-    plan = moves(tiny_sd1(), 10, strength=0.7)
+    plan = make_schedule(tiny_sd1(), 10, strength=0.7)
     assert [int(move.timestep) for move in plan] == [601, 501, 401, 301, 201, 101, 1]
 
 
@@ -60,8 +60,8 @@ def test_invert_and_replay_returns_the_latents(name, bound):
     clean = noise(model)
     errors = []
     for steps in (10, 20):
-        noisy = denoise(model, clean, plain(model), moves(model, steps, inverse=True))
-        replay = denoise(model, noisy, plain(model), moves(model, steps))
+        noisy = denoise(model, clean, plain(model), make_schedule(model, steps, inverse=True))
+        replay = denoise(model, noisy, plain(model), make_schedule(model, steps))
         errors.append(float((replay - clean).norm() / clean.norm()))
     assert errors[1] < bound and errors[1] < 0.8 * errors[0]
 
@@ -75,15 +75,15 @@ def test_replay_is_exact_when_the_noise_does_not_depend_on_the_latents():
             return torch.sin(torch.arange(latents.numel()).float() + timestep).view_as(latents)
 
     fixed, clean = Constant(model), noise(model)
-    noisy = denoise(fixed, clean, plain(model), moves(model, 20, inverse=True))
+    noisy = denoise(fixed, clean, plain(model), make_schedule(model, 20, inverse=True))
     assert (noisy - clean).abs().max() > 0.5
-    torch.testing.assert_close(denoise(fixed, noisy, plain(model), moves(model, 20)), clean, atol=1e-4, rtol=0)
+    torch.testing.assert_close(denoise(fixed, noisy, plain(model), make_schedule(model, 20)), clean, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_is_drawn_by_its_own_seed(name):
     model = tiny(name)
-    edit, plan = plain(model, 2.0), moves(model, 3, eta=1.0)
+    edit, plan = plain(model, 2.0), make_schedule(model, 3, eta=1.0)
     together = sample(model, edit, [5, 6], plan, SIZE)
     alone = sample(model, edit, [6], plan, SIZE)
     torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-4)  # batches sum in another order
@@ -95,7 +95,7 @@ def test_guidance_one_is_one_pass_and_rows_may_be_guided_differently():
     model, calls = tiny_sd1(), []
     original = model.unet.forward
     model.unet.forward = lambda sample, *args, **kwargs: calls.append(len(sample)) or original(sample, *args, **kwargs)
-    both, plan = noise(model, 1, 2), moves(model, 2)
+    both, plan = noise(model, 1, 2), make_schedule(model, 2)
     off, on = (denoise(model, both, plain(model, scale), plan) for scale in (1.0, 4.0))
     assert calls == [2, 2, 4, 4]
     mixed = denoise(model, both, plain(model, (1.0, 4.0)), plan)
@@ -116,9 +116,9 @@ def test_condition_is_asked_at_each_step_and_may_optimise():
 
     store = MapStore(side=8)
     edit = Edit(base, negative=condition, guidance_scale=2.0, hooks=(store,))
-    varied = denoise(model, noise(model), edit, moves(model, 3))
+    varied = denoise(model, noise(model), edit, make_schedule(model, 3))
     assert asked == [(0, 3, 667, 1, True), (1, 3, 334, 1, True), (2, 3, 1, 1, True)]
-    constant = denoise(model, noise(model), replace(edit, negative=base, hooks=()), moves(model, 3))
+    constant = denoise(model, noise(model), replace(edit, negative=base, hooks=()), make_schedule(model, 3))
     torch.testing.assert_close(varied, constant, atol=1e-4, rtol=1e-4)  # explicit softmax against fused
 
 
@@ -133,12 +133,12 @@ def test_hooks_see_step_and_branch():
             seen.append((site.branch, site.step.index, int(site.step.timestep)))
             return False
 
-    denoise(model, noise(model), plain(model, 2.0, hooks=(Look(),)), moves(model, 2))
+    denoise(model, noise(model), plain(model, 2.0, hooks=(Look(),)), make_schedule(model, 2))
     assert set(seen) == {("null", 0, 501), ("cond", 0, 501), ("null", 1, 1), ("cond", 1, 1)}
 
 
 def test_identity_parts_change_nothing():
-    model, plan, start = tiny_sd1(), moves(tiny_sd1(), 3), noise(tiny_sd1())
+    model, plan, start = tiny_sd1(), make_schedule(tiny_sd1(), 3), noise(tiny_sd1())
     edit = plain(model, 2.0)
     full = replace(edit, hooks=(AttentionHook(),), latent_edits=(LatentEdit(),))
     torch.testing.assert_close(
@@ -156,16 +156,16 @@ def test_clean_edits_decide_where_the_moves_end(scheduler):
         def clean(self, x0, step):
             return wanted if step.index == step.count - 1 else x0
 
-    plan = moves(model, 3, scheduler)
+    plan = make_schedule(model, 3, scheduler)
     if scheduler == "ddim":  # its last level is ᾱ(0), not 1
-        plan = Moves((*plan.steps[:-1], replace(plan.steps[-1], alpha_next=1.0)))
+        plan = Schedule((*plan.steps[:-1], replace(plan.steps[-1], alpha_next=1.0)))
     result = denoise(model, plan.begin(noise(model)), plain(model, latent_edits=(Overwrite(),)), plan)
     torch.testing.assert_close(result, wanted, atol=1e-4, rtol=0)
 
 
 def test_latent_edits_can_pin_the_source_row():
-    model, plan = tiny_sd1(), moves(tiny_sd1(), 3)
-    pivots = trajectory(model, noise(model, 1), plain(model), plan).latents
+    model, plan = tiny_sd1(), make_schedule(tiny_sd1(), 3)
+    pivots = denoise_with_history(model, noise(model, 1), plain(model), plan).latents
 
     class Pin(LatentEdit):
         def latents(self, z, step):
@@ -178,7 +178,7 @@ def test_latent_edits_can_pin_the_source_row():
 def test_stored_noise_reconstructs_any_path():
     """Edit-friendly DDPM: solve for the noise of each move on the same loop, then replay it. 1e-3: divided by σ."""
     model = tiny_sd1()
-    plan = moves(model, 4, eta=1.0)
+    plan = make_schedule(model, 4, eta=1.0)
     clean, draws = noise(model), torch.randn(5, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     alphas = [plan.steps[0].alpha, *(move.alpha_next for move in plan)]
     path = [a**0.5 * clean + (1 - a) ** 0.5 * n for a, n in zip(alphas, draws, strict=True)]
@@ -189,18 +189,18 @@ def test_stored_noise_reconstructs_any_path():
             solved.append((path[step.index + 1] - z) / step.sigma if step.sigma else torch.zeros_like(z))
             return path[step.index + 1]
 
-    silent = Moves(tuple(replace(move, noise=torch.zeros_like(clean)) for move in plan))
+    silent = Schedule(tuple(replace(move, noise=torch.zeros_like(clean)) for move in plan))
     denoise(model, path[0], plain(model, latent_edits=(Solve(),)), silent)
-    stored = Moves(tuple(replace(move, noise=n) for move, n in zip(plan, solved, strict=True)))
-    replayed = trajectory(model, path[0], plain(model), stored)
+    stored = Schedule(tuple(replace(move, noise=n) for move, n in zip(plan, solved, strict=True)))
+    replayed = denoise_with_history(model, path[0], plain(model), stored)
     torch.testing.assert_close(replayed.latents[-2], path[-2], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "pndm"])
 def test_trajectories_remember_latents_and_clean_estimates(scheduler):
     model = tiny_sd1()
-    plan, start = moves(model, 4, scheduler), noise(model, 1, 2)
-    run = trajectory(model, start, plain(model), plan)
+    plan, start = make_schedule(model, 4, scheduler), noise(model, 1, 2)
+    run = denoise_with_history(model, start, plain(model), plan)
     assert run.latents.shape == (len(plan) + 1, 2, 4, 8, 8) and run.clean.shape == (len(plan), 2, 4, 8, 8)
     assert torch.equal(run.latents[0], start)
     torch.testing.assert_close(run.latents[-1], denoise(model, start, plain(model), plan), atol=1e-3, rtol=1e-3)
@@ -212,7 +212,7 @@ def test_trajectories_remember_latents_and_clean_estimates(scheduler):
 def test_slices_of_moves_continue_where_they_were_cut():
     model = tiny_sd1()
     for scheduler in ("ddim", "euler"):
-        plan, start = moves(model, 4, scheduler), noise(model)
+        plan, start = make_schedule(model, 4, scheduler), noise(model)
         half = denoise(model, start, plain(model), plan[:2])
         torch.testing.assert_close(
             denoise(model, half, plain(model), plan[2:]),
@@ -224,7 +224,7 @@ def test_slices_of_moves_continue_where_they_were_cut():
 
 def test_rule_and_strength_scale_the_adapter_within_the_loop_only():
     model = tiny_sd1()
-    start, plan = noise(model), moves(model, 2)
+    start, plan = noise(model), make_schedule(model, 2)
     base = denoise(model, start, plain(model), plan)
     add_lora(model.unet, module_names(model.unet), 2, 2, 0)
     with torch.no_grad():
@@ -255,13 +255,13 @@ def test_a_rule_may_be_any_context_and_is_left_also_when_the_loop_raises():
             raise RuntimeError("inside an edit")
 
     with pytest.raises(RuntimeError, match="inside an edit"):
-        denoise(model, noise(model), plain(model, rule=rule, latent_edits=(Fails(),)), moves(model, 2))
+        denoise(model, noise(model), plain(model, rule=rule, latent_edits=(Fails(),)), make_schedule(model, 2))
     assert log == [True, "left"]
 
 
 def test_the_plan_is_not_used_up():
     model = tiny_sd1()
-    plan, start = moves(model, 3, "dpm++_2m"), noise(model)
+    plan, start = make_schedule(model, 3, "dpm++_2m"), noise(model)
     assert torch.equal(denoise(model, start, plain(model), plan), denoise(model, start, plain(model), plan))
 
 
@@ -275,24 +275,24 @@ def test_mistakes_are_named():
     model = tiny_sd1()
     start, edit = noise(model, 1, 2), plain(model)
     with pytest.raises(UserError, match="unknown scheduler 'ddmi'.*ddim, ddpm"):
-        moves(model, 3, "ddmi")
+        make_schedule(model, 3, "ddmi")
     with pytest.raises(UserError, match="only ddim"):
-        moves(model, 3, "euler", inverse=True)
+        make_schedule(model, 3, "euler", inverse=True)
     with pytest.raises(UserError, match="leaves no step"):
-        moves(model, 3, strength=0.1)
+        make_schedule(model, 3, strength=0.1)
     with pytest.raises(UserError, match="choose 1 to 999"):
-        moves(model, 0)
+        make_schedule(model, 0)
     with pytest.raises(UserError, match="choose 1 to 999"):
-        moves(model, 1000)
+        make_schedule(model, 1000)
     with pytest.raises(UserError, match="eta at 0"):
-        moves(model, 3, inverse=True, eta=1.0)
+        make_schedule(model, 3, inverse=True, eta=1.0)
     with pytest.raises(UserError, match="multiples of 4"):
         initial_latents(model, [0], (30, 32))
-    with pytest.raises(ValueError, match="no moves"):
-        denoise(model, start, edit, moves(model, 3)[:0])
+    with pytest.raises(ValueError, match="schedule is empty"):
+        denoise(model, start, edit, make_schedule(model, 3)[:0])
     with pytest.raises(ValueError, match="one seed for each"):
-        denoise(model, start, edit, moves(model, 3, "euler_a"))
+        denoise(model, start, edit, make_schedule(model, 3, "euler_a"))
     with pytest.raises(ValueError, match="3 seeds for 2 rows"):
-        denoise(model, start, edit, moves(model, 3, "euler_a"), seeds=[1, 2, 3])
+        denoise(model, start, edit, make_schedule(model, 3, "euler_a"), seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="3 rows of conditioning for 2"):
-        denoise(model, start, Edit(edit.conditioning.repeat(3), guidance_scale=1), moves(model, 3))
+        denoise(model, start, Edit(edit.conditioning.repeat(3), guidance_scale=1), make_schedule(model, 3))

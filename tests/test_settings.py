@@ -8,12 +8,12 @@ import pytest
 
 from personalize.adapter import Adapter
 from personalize.errors import UserError
-from personalize.settings import Setting, remember, remembered
+from personalize.settings import EditStrengths, remember, remembered
 from personalize.verify import MANIFEST
 from tests.lora_states import random_adapter
 from tests.tiny import tiny
 
-CHOSEN = Setting(alpha=0.7, beta=1.4, forget="decoderattn=0.5")
+CHOSEN = EditStrengths(alpha=0.7, beta=1.4, forget="decoderattn=0.5")
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,10 @@ def saved(tmp_path_factory):
 def test_the_best_setting_is_remembered_with_the_adapter(saved):
     before = Adapter.load(saved)
     remember(saved, "a dog  in the snow", CHOSEN, 5, {"score": 0.8})
-    remember(saved, "a dog on the beach", Setting(gamma=0.9), 6, {"score": 0.7})
+    remember(saved, "a dog on the beach", EditStrengths(gamma=0.9), 6, {"score": 0.7})
     adapter = Adapter.load(saved)
     assert remembered(adapter.info, "a dog in the snow ") == (CHOSEN, 5)
-    assert remembered(adapter.info, "a dog on the beach") == (Setting(gamma=0.9), 6)
+    assert remembered(adapter.info, "a dog on the beach") == (EditStrengths(gamma=0.9), 6)
     assert remembered(adapter.info, "a cat") is None and remembered(before.info, "a dog in the snow") is None
     assert {key: adapter.lora[key].tolist() for key in adapter.lora} == {k: v.tolist() for k, v in before.lora.items()}
     again = adapter.save(saved)  # edits are part of what an adapter records of itself
@@ -36,8 +36,8 @@ def test_the_best_setting_is_remembered_with_the_adapter(saved):
 
 def test_a_newer_best_takes_the_place_of_the_older(saved):
     remember(saved, "a dog", CHOSEN, 5, {})
-    remember(saved, "a dog", Setting(), 1, {})
-    assert remembered(json.loads((saved / MANIFEST).read_text()), "a dog") == (Setting(), 1)
+    remember(saved, "a dog", EditStrengths(), 1, {})
+    assert remembered(json.loads((saved / MANIFEST).read_text()), "a dog") == (EditStrengths(), 1)
 
 
 @pytest.mark.parametrize("entry", [{}, {"alpha": 1}, "much", {"alpha": "x", "beta": 1, "gamma": None, "forget": "none",

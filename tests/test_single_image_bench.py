@@ -11,7 +11,7 @@ from personalize.lora import module_names
 from personalize.model import Conditioning
 from personalize.randomness import generator
 from personalize.scene_scorer import SceneScorer, ScorerNet
-from personalize.settings import rules
+from personalize.settings import parse_rule_sum
 from tests.bench import judge, single_image
 from tests.bench.full_weights import learn_full, trained_names, worn
 from tests.bench.single_image import AUTO, DECODER, ENCODER, KINDS, NONE, RULES, SingleImageBench, grid_of, run, spread
@@ -88,9 +88,9 @@ def test_full_weights_are_worn_forgotten_and_taken_off(model, learned):
     before = output(model)
     with worn(model, learned):
         whole = output(model)
-    with worn(model, learned, rules("encoder+decoder")):
+    with worn(model, learned, parse_rule_sum("encoder+decoder")):
         nothing = output(model)
-    with worn(model, learned, rules("decoder")):
+    with worn(model, learned, parse_rule_sum("decoder")):
         half = output(model)
     assert torch.equal(before, output(model)), "no trace"
     assert torch.equal(before, nothing), "both sides forgotten is the base, for the middle was not trained"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from personalize.attention import attention_sites, hooked
-from personalize.moves import Step, moves
+from personalize.moves import Step, make_schedule
 from personalize.sampling import Edit, denoise
 from personalize.text_maps import InversionMaps, StageMaps, stage_attention, text_level
 from tests.tiny import NAMES, tiny, tiny_sd1
@@ -22,7 +22,7 @@ def latents() -> torch.Tensor:
 def test_dpl_c04_stage_maps_are_means_of_all_layers_of_the_stage(name: str):
     """Cut off behind the last layer or not, the maps are the same; both paths are in them."""
     model = tiny(name)
-    told, step = model.prompts([PROMPT], SIZE), Step(**vars(moves(model, 4).steps[0]), index=0, count=4)
+    told, step = model.prompts([PROMPT], SIZE), Step(**vars(make_schedule(model, 4).steps[0]), index=0, count=4)
     attention = stage_attention(model, latents(), step, told)
     assert (attention >= 0).all() and (attention.sum(-1) - 1).abs().max() < 1e-5
     assert torch.equal(attention, stage_attention(model, latents(), step, told))
@@ -43,6 +43,6 @@ def test_inversion_maps_are_of_every_step():
     model = tiny_sd1()
     maps = InversionMaps(model, (16, 16))
     edit = Edit(model.prompts([PROMPT]), guidance_scale=1, hooks=(maps,))
-    denoise(model, latents(), edit, moves(model, 3, inverse=True))
+    denoise(model, latents(), edit, make_schedule(model, 3, inverse=True))
     assert maps.text().shape == (3, 16, 16, 77) and maps.self_attention().shape == (16, 16, 256)
     assert not torch.equal(maps.text()[0], maps.text()[2])

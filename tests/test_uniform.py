@@ -10,13 +10,13 @@ from diffusers import DDIMScheduler
 
 from personalize.attention import AttentionHook, attention_sites, hooked
 from personalize.errors import UserError
-from personalize.moves import Move, Moves, Step, moves
-from personalize.sampling import Edit, denoise, trajectory
+from personalize.moves import Schedule, Step, Transition, make_schedule
+from personalize.sampling import Edit, denoise, denoise_with_history
 from personalize.uniform import (
     UniformBlend,
     UniformMaps,
     UniformSettings,
-    auxiliary,
+    auxiliary_estimates,
     edit_mask,
     reconstruct,
     uniform_edit,
@@ -81,7 +81,7 @@ def test_uniform_u1_output_is_one_vector_whatever_the_picture():
 def test_uniform_u2_reconstruction_does_not_know_the_caption():
     """It is never told one; the ordinary replay is, and differs."""
     model = tiny_sd1()
-    plan = moves(model, 2, inverse=True), moves(model, 2)
+    plan = make_schedule(model, 2, inverse=True), make_schedule(model, 2)
     edits = uniform_edit(model, SIZE), uniform_edit(model, SIZE)
     assert torch.equal(edits[0].conditioning.embeds, model.prompts([""]).embeds)
     once, again = (reconstruct(model, latents(), *plan) for _ in range(2))
@@ -165,10 +165,10 @@ def test_uniform_u5_nine_steps_are_blended_with_growing_quantiles():
     assert counts == [9, 10]
 
 
-def plan(count: int = 4) -> Moves:
+def plan(count: int = 4) -> Schedule:
     """Moves whose second half is below T_mask; their ᾱ do not matter here."""
     times = [900, 500, 150, 50][:count]
-    return Moves(tuple(Move(t, t - 1, t, 0.5, 0.6) for t in times))
+    return Schedule(tuple(Transition(t, t - 1, t, 0.5, 0.6) for t in times))
 
 
 def steps(count: int = 4) -> list[Step]:
@@ -194,7 +194,7 @@ def test_uniform_u6_kept_cells_are_the_auxiliary_to_the_bit_and_the_rest_is_unto
 def test_uniform_u6_where_all_is_edited_the_step_is_an_ordinary_ddim_step():
     model, everything = tiny_sd1(), torch.ones(16, 16, dtype=torch.bool)
     told = model.prompts(["a cat", "a dog"])
-    down = moves(model, 2)
+    down = make_schedule(model, 2)
     clean = {move.start: latents() for move in down}
     blend = UniformBlend(clean, UniformSettings(until=1.0), mask=everything)
     start = latents().repeat(2, 1, 1, 1)
@@ -206,14 +206,14 @@ def test_uniform_u7_an_identity_edit_is_the_auxiliary_where_it_is_blended():
     """Δ = 0, so nothing is edited, at the first blended step.  Later ones see what that blending itself changed, unless
     the source is blended too; here the last step alone is below T_mask, so that the picture is the auxiliary's."""
     model = tiny_sd1()
-    up, down = moves(model, 2, inverse=True), moves(model, 2)
+    up, down = make_schedule(model, 2, inverse=True), make_schedule(model, 2)
     settings = UniformSettings(until=0.25)
-    clean = auxiliary(model, latents(), up, down, settings)
+    clean = auxiliary_estimates(model, latents(), up, down, settings)
     blend = UniformBlend(clean, settings)
     told = model.prompts(["a cat"] * 2)
     start = denoise(model, latents(), Edit(told[:1], guidance_scale=1), up).repeat(2, 1, 1, 1)
-    run = trajectory(model, start, Edit(told, latent_edits=(blend,)), down)
-    assert [*blend.masks] == [*clean] == [1] and not blend.touched().any()
+    run = denoise_with_history(model, start, Edit(told, latent_edits=(blend,)), down)
+    assert [*blend.masks] == [*clean] == [1] and not blend.edited_region().any()
     assert torch.equal(run.clean[-1][1], clean[1][0]) and not torch.equal(run.clean[-1][0], clean[1][0])
 
 
@@ -234,9 +234,9 @@ def test_uniform_u13_costs_350_rows_in_the_reference_mode():
         return plain(z, *args)
 
     model.predict = counting
-    up, down = moves(model, 2, inverse=True), moves(model, 2)
+    up, down = make_schedule(model, 2, inverse=True), make_schedule(model, 2)
     settings = UniformSettings()
-    clean = auxiliary(model, latents(), up, down, settings)
+    clean = auxiliary_estimates(model, latents(), up, down, settings)
     start = denoise(model, latents(), Edit(model.prompts(["a cat"]), guidance_scale=1), up).repeat(2, 1, 1, 1)
     edit = Edit(model.prompts(["a cat", "a dog"]), latent_edits=(UniformBlend(clean, settings),))
     denoise(model, start, edit, down)
@@ -253,16 +253,16 @@ def test_uniform_u14_auxiliaries_and_what_they_cost(mode: str, rows: int):
         return plain(z, *args)
 
     model.predict = counting
-    up, down = moves(model, 4, inverse=True), moves(model, 4)
+    up, down = make_schedule(model, 4, inverse=True), make_schedule(model, 4)
     settings = UniformSettings(auxiliary=mode, until=0.5)  # the steps at 251 and 1 are below T_mask
-    clean = auxiliary(model, latents(), up, down, settings)
+    clean = auxiliary_estimates(model, latents(), up, down, settings)
     assert sorted(clean) == [1, 251] and count.rows == rows
     if mode == "z0":
         assert torch.equal(clean[1], latents())
     if mode == "stored":
         edit = uniform_edit(model, SIZE)
-        stored = trajectory(model, latents(), edit, up).latents[2]
-        assert torch.equal(clean[251], trajectory(model, stored, edit, down[2:]).clean[0])
+        stored = denoise_with_history(model, latents(), edit, up).latents[2]
+        assert torch.equal(clean[251], denoise_with_history(model, stored, edit, down[2:]).clean[0])
 
 
 def test_settings_out_of_range_are_refused():

@@ -25,16 +25,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from personalize.attention import hooked
-from personalize.calibrated import suited
+from personalize.calibrated import settings_for
 from personalize.dynamic_prompts import DynamicSettings, disjoint_loss
 from personalize.frames import Frame
 from personalize.inversion import invert
-from personalize.localization import Things, localize, located, survey
+from personalize.localization import NounRegions, fit_dynamic_prompt, mean_noun_maps, report_attention
 from personalize.model import EMBEDDED, Conditioning, StableDiffusion
-from personalize.moves import Moves, moves
-from personalize.null_text import NullText
-from personalize.photo import PhotoSettings, Wish, edit_photo
-from personalize.sampling import Edit, denoise, trajectory
+from personalize.moves import Schedule, make_schedule
+from personalize.null_text import NullTextSettings
+from personalize.photo import EditRequest, PhotoSettings, edit_photo
+from personalize.sampling import Edit, denoise, denoise_with_history
 from personalize.scenes import Scene, random_scene, render
 from personalize.text_maps import InversionMaps
 from personalize.uniform import UniformSettings, reconstruct, uniform_edit
@@ -90,8 +90,8 @@ class Bench:
         self.options, self.model = options, model or StableDiffusion.load(options.model)
         names = ("updates", "balancing", "disjoint", "background", "cap", "words_only")
         given = {name: getattr(options, name) for name in names}
-        self.dynamic = suited(DynamicSettings, self.model.name, **given)
-        self.null_text = suited(NullText, self.model.name)
+        self.dynamic = settings_for(DynamicSettings, self.model.name, **given)
+        self.null_text = settings_for(NullTextSettings, self.model.name)
         self.world = world_of(options.model)
         stamp = {
             "weights": weights_of(self.model), **self.world,
@@ -112,16 +112,16 @@ class Bench:
         size = (model.resolution,) * 2
         seen = InversionMaps(model, tuple(side // model.factor for side in size))
         made = invert(model, frame.pixels, prompt, "direct", steps=steps, hooks=(seen,))
-        things = Things([thing.noun.replace("_", " ") for thing in scene.objects])
-        found = survey(model, frame, made, prompt, things, seen)
-        plain = located(model, made, found.groups, [made.conditioning] * steps)
+        things = NounRegions([thing.noun.replace("_", " ") for thing in scene.objects])
+        found = report_attention(model, frame, made, prompt, things, seen)
+        plain = mean_noun_maps(model, made, found.groups, [made.conditioning] * steps)
         row: dict[str, Any] = {"plain": measures(plain, masks), "background": guess(found.background, masks)}
         for name, null in (("direct", None), ("null-text", self.null_text if self.options.null_text else None)):
             if name == "null-text" and null is None:
                 continue
-            rows, after = localize(model, made, prompt, found, self.dynamic, size=size, null_text=null)
+            rows, after = fit_dynamic_prompt(model, made, prompt, found, self.dynamic, size=size, null_text=null)
             told = rows.conditionings(model, [prompt], size)
-            row[name] = measures(located(model, after, found.groups, told), masks)
+            row[name] = measures(mean_noun_maps(model, after, found.groups, told), masks)
             row[name] |= {"units": steps + rows.passes + 2 * rows.backward, "drift": max(rows.drift)}
         return {"part": "maps", "seed": seed, **row}
 
@@ -134,7 +134,7 @@ class Bench:
         scene, model = self.scene(seed, 1), self.model
         picture = render(scene, model.resolution)[0]
         clean = model.encode(as_pixels(picture[None]).to(model.device))
-        up, down = moves(model, steps, inverse=True), moves(model, steps)
+        up, down = make_schedule(model, steps, inverse=True), make_schedule(model, steps)
         told = model.prompts([caption(scene)], (model.resolution,) * 2)
         plain = Edit(told, guidance_scale=1)
         null = Edit(model.null(1, (model.resolution,) * 2), guidance_scale=1)
@@ -163,13 +163,13 @@ class Bench:
         pictures, region = {}, None
         for name, choice in (("plain", None), ("uniform", uniform)):
             made = edit_photo(
-                model, Image.fromarray(before), task.source_prompt, Wish(task.target_prompt),
+                model, Image.fromarray(before), task.source_prompt, EditRequest(task.target_prompt),
                 PhotoSettings("direct", steps, uniform=choice),
             )  # fmt: skip
             pictures[name], region = np.asarray(made.image), made.region
         assert region is not None
         clean = model.encode(as_pixels(before[None]).to(model.device))
-        again = reconstruct(model, clean, moves(model, steps, inverse=True), moves(model, steps))
+        again = reconstruct(model, clean, make_schedule(model, steps, inverse=True), make_schedule(model, steps))
         back = as_bytes(model.decode(again).cpu())[0]
         change = {name: float(np.abs(p.astype(float) - before)[true].mean()) for name, p in pictures.items()}
         found = np.kron(region.numpy(), np.ones((model.factor, model.factor), bool))
@@ -202,9 +202,9 @@ def guess(background: Tensor | None, masks: Sequence[np.ndarray]) -> float:
     return iou(background.numpy(), (share < 0.5).numpy())
 
 
-def drifts(model: StableDiffusion, clean: Tensor, edit: Edit, up: Moves) -> list[float]:
+def drifts(model: StableDiffusion, clean: Tensor, edit: Edit, up: Schedule) -> list[float]:
     """‖ε(z_t, t) − ε(z_{t−Δ}, t)‖ at every step of an inversion, which takes them for equal."""
-    run, found = trajectory(model, clean, edit, up), []
+    run, found = denoise_with_history(model, clean, edit, up), []
     assert isinstance(edit.conditioning, Conditioning)
     for index, move in enumerate(up):
         outputs = []

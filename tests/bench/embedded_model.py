@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from personalize.model import EMBEDDED, StableDiffusion
-from personalize.moves import moves
+from personalize.moves import make_schedule
 from personalize.pictures import grid
 from personalize.sampling import Edit, denoise, sample
 from personalize.scenes import (
@@ -108,7 +108,7 @@ class Bench:
         """Pictures (b, 3, H, W) of `prompts`, drawn as the options say."""
         with torch.no_grad():
             edit = Edit(self.model.prompts(list(prompts)), guidance_scale=self.options.guidance_scale)
-            ways = moves(self.model, self.options.steps, self.options.scheduler)
+            ways = make_schedule(self.model, self.options.steps, self.options.scheduler)
             return self.model.decode(sample(self.model, edit, seeds, ways)).cpu()
 
     def renders(self, scenes: Sequence[Scene]) -> np.ndarray:
@@ -170,7 +170,7 @@ def attention(bench: Bench) -> None:
 def inversion(bench: Bench) -> None:
     """DDIM to noise and back at guidance 1, told the caption; PSNR against the scene, and the autoencoder's own."""
     model = bench.model
-    ahead, back = (moves(model, INVERSION_STEPS, inverse=inverse) for inverse in (True, False))
+    ahead, back = (make_schedule(model, INVERSION_STEPS, inverse=inverse) for inverse in (True, False))
     for batch in bench.missing("inversion"):
         scenes = [bench.scene(index) for index in batch]
         images = bench.renders(scenes)

@@ -25,15 +25,15 @@ import torch
 import tyro
 from PIL import Image
 
-from personalize.calibrated import guidance, suited
+from personalize.calibrated import guidance, settings_for
 from personalize.controls import ControlSettings
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.editor import Editor, Sampling
 from personalize.inversion import METHODS
-from personalize.localization import Things
+from personalize.localization import NounRegions
 from personalize.model import EMBEDDED, StableDiffusion
-from personalize.null_text import NullText
-from personalize.photo import PhotoSettings, Wish, edit_photo
+from personalize.null_text import NullTextSettings
+from personalize.photo import EditRequest, PhotoSettings, edit_photo
 from personalize.scenes import render
 from personalize.uniform import UniformSettings
 from tests.bench.cells import Cells
@@ -68,12 +68,12 @@ def edited(inversion: str, *, dpl: bool = False, **choice: Any) -> Maker:
         )
         settings = PhotoSettings(
             inversion, options.steps, guidance_scale=bench.guidance(inversion), control=control,
-            null_text=NullText(rate=options.null_text_rate),
-            dynamic=suited(DynamicSettings, bench.model.name) if dpl else None, **choice,
+            null_text=NullTextSettings(rate=options.null_text_rate),
+            dynamic=settings_for(DynamicSettings, bench.model.name) if dpl else None, **choice,
         )  # fmt: skip
-        things = Things([thing.noun.replace("_", " ") for thing in task.before.objects])
-        wish = Wish(task.target_prompt, things=things)
-        found = edit_photo(bench.model, photo, task.source_prompt, wish, settings)
+        things = NounRegions([thing.noun.replace("_", " ") for thing in task.before.objects])
+        request = EditRequest(task.target_prompt, regions=things)
+        found = edit_photo(bench.model, photo, task.source_prompt, request, settings)
         return Made(np.asarray(found.image), np.asarray(found.reconstruction))
 
     return make
@@ -141,7 +141,7 @@ class Bench:
         names = ("objects", "steps", "guidance_scale", "cross_replace_steps", "self_replace_steps", "null_text_rate")
         settings = {name: getattr(options, name) for name in names}
         settings |= {"guidance": [self.guidance(method) for method in METHODS]}
-        settings |= {"dynamic": asdict(suited(DynamicSettings, self.model.name))}
+        settings |= {"dynamic": asdict(settings_for(DynamicSettings, self.model.name))}
         stamp = {"weights": weights_of(self.model), **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
         wanted = [DO_NOTHING, BASE, *(options.arms or ARMS)]

@@ -10,10 +10,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from personalize.lean import halves_alike, in_precision, lean
+from personalize.lean import fast_paths, in_precision, shared_guidance_prefix
 from personalize.lora import add_lora, module_names, remove_lora
 from personalize.model import Conditioning, StableDiffusion
-from personalize.moves import moves
+from personalize.moves import make_schedule
 from personalize.sampling import Edit, denoise, initial_latents
 from tests.bench.arms import Arm
 from tests.bench.speed_setup import Rows, channels_last, entered, latents, model_of, timed
@@ -41,13 +41,14 @@ def call(bench: SpeedBench) -> Rows:
     arms = [
         Arm("one batch of two", one_batch),
         Arm("two calls", two_calls),
-        Arm("lean", one_batch, lambda: lean(unet)),
-        Arm("shared beginning", one_batch, lambda: halves_alike(unet)),
+        Arm("fast paths", one_batch, lambda: fast_paths(unet)),
+        Arm("shared prefix", one_batch, lambda: shared_guidance_prefix(unet)),
         Arm("keys and values of the text kept", one_batch, lambda: kept_text(unet)),
         Arm("channels last", one_batch, lambda: channels_last(unet)),
-        Arm("lean, shared beginning", one_batch, entered(lambda: lean(unet), lambda: halves_alike(unet))),
-        Arm("the same in bf16", one_batch, entered(lambda: in_precision(unet, torch.bfloat16), lambda: lean(unet),
-                                                   lambda: halves_alike(unet))),
+        Arm("fast paths, shared prefix", one_batch, entered(lambda: fast_paths(unet),
+                                                            lambda: shared_guidance_prefix(unet))),
+        Arm("the same in bf16", one_batch, entered(lambda: in_precision(unet, torch.bfloat16),
+                                                   lambda: fast_paths(unet), lambda: shared_guidance_prefix(unet))),
     ]  # fmt: skip
     return timed(bench, "guided call", arms)
 
@@ -82,14 +83,15 @@ def pictures(bench: SpeedBench) -> Rows:
     """A whole guided picture of 30 steps, decoded, as `Editor` draws it: fp32 as diffusers does it, ours, bf16."""
     model = model_of(bench)
     edit = Edit(told_of(model)[1:])
-    plan = moves(model, 30)
+    plan = make_schedule(model, 30)
     start = initial_latents(model, [0], None)
 
     def draw() -> None:
         model.decode(denoise(model, start, edit, plan))
 
     def stock() -> Any:
-        as_it_is: dict[str, Any] = dict.fromkeys(("lean", "halves_alike"), lambda *_, **__: nullcontext())
+        names = ("fast_paths", "shared_guidance_prefix")
+        as_it_is: dict[str, Any] = dict.fromkeys(names, lambda *_, **__: nullcontext())
         return patch.multiple("personalize.sampling", **as_it_is)
 
     arms = [
@@ -107,7 +109,7 @@ def grid(bench: SpeedBench) -> Rows:
     try:
         told = told_of(model)[1:]
         start = latents(model, count, bench.latent)
-        plan = moves(model, steps)
+        plan = make_schedule(model, steps)
 
         def single() -> None:
             for row in range(count):

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from personalize.moves import SCHEDULERS, moves
+from personalize.moves import SCHEDULERS, make_schedule
 from personalize.randomness import generator
 from personalize.sampling import Edit, ddim, denoise, initial_latents, sample
 from tests.tiny import NAMES, tiny, tiny_sd1, tiny_sdxl
@@ -41,7 +41,7 @@ def test_ddim_equals_the_stock_pipeline(name, negative):
     edit = Edit(
         model.prompts(PROMPTS, size), None if negative is None else model.prompts(negative, size), guidance_scale=3.0
     )
-    found = denoise(model, noise, edit, moves(model, 4))
+    found = denoise(model, noise, edit, make_schedule(model, 4))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -51,7 +51,7 @@ def test_ddim_without_guidance_and_off_square_equals_the_stock_pipeline(name):
     noise = initial_latents(model, SEEDS, (24, 32))
     call = {"prompt": PROMPTS, "num_inference_steps": 3, "guidance_scale": 1.0, "height": 24, "width": 32}
     expected = stock_latents(model, noise, **call)
-    found = denoise(model, noise, Edit(model.prompts(PROMPTS, (24, 32)), guidance_scale=1.0), moves(model, 3))
+    found = denoise(model, noise, Edit(model.prompts(PROMPTS, (24, 32)), guidance_scale=1.0), make_schedule(model, 3))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -71,7 +71,7 @@ def test_every_scheduler_equals_the_stock_pipeline(name, spacing):
         model, noise, cls.from_config(model.scheduler.config, **settings), prompt=PROMPTS, num_inference_steps=6,
         guidance_scale=2.0, generator=[generator(seed, "moves") for seed in SEEDS], height=32, width=32,
     )  # fmt: skip
-    found = sample(model, Edit(model.prompts(PROMPTS), guidance_scale=2.0), SEEDS, moves(model, 6, name), size)
+    found = sample(model, Edit(model.prompts(PROMPTS), guidance_scale=2.0), SEEDS, make_schedule(model, 6, name), size)
     scale = float(expected.abs().max())
     torch.testing.assert_close(found / scale, expected / scale, atol=1e-4 if name != "ddim" else 1e-5, rtol=0)
 
@@ -84,7 +84,7 @@ def test_ddpm_noise_of_ddim_equals_the_stock_pipelines():
         model, noise, prompt=PROMPTS, num_inference_steps=4, guidance_scale=2.0, eta=0.7, generator=draws, height=32,
         width=32,
     )  # fmt: skip
-    plan = moves(model, 4, eta=0.7)
+    plan = make_schedule(model, 4, eta=0.7)
     found = denoise(model, noise, Edit(model.prompts(PROMPTS), guidance_scale=2.0), plan, seeds=SEEDS)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -99,7 +99,7 @@ def test_image_to_image_equals_the_stock_pipeline(name):
     draw = torch.Generator().manual_seed(9)
     clean = model.encode(pixels, draw)
     noise = torch.randn(clean.shape, generator=draw)
-    plan = moves(model, 6, name, strength=0.6)
+    plan = make_schedule(model, 6, name, strength=0.6)
     found = denoise(model, plan.begin(noise, clean), Edit(model.prompts(PROMPTS[:1]), guidance_scale=2.0), plan)
     torch.testing.assert_close(found, expected, atol=1e-4 if name != "ddim" else 1e-5, rtol=0)
 
@@ -121,7 +121,7 @@ def test_sdxl_schedulers_equal_the_stock_pipeline(name):
     noise = initial_latents(model, SEEDS)
     stock = cls.from_config(model.scheduler.config, **settings)
     expected = stock_latents(model, noise, stock, prompt=PROMPTS, num_inference_steps=4, guidance_scale=2.0)
-    found = sample(model, Edit(model.prompts(PROMPTS), guidance_scale=2.0), SEEDS, moves(model, 4, name))
+    found = sample(model, Edit(model.prompts(PROMPTS), guidance_scale=2.0), SEEDS, make_schedule(model, 4, name))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -131,7 +131,7 @@ def test_inverse_moves_visit_the_stock_inverse_schedulers_levels(steps):
     model = tiny_sd1()
     stock = diffusers.DDIMInverseScheduler.from_config(model.scheduler.config)
     stock.set_timesteps(steps)
-    plan = moves(model, steps, inverse=True)
+    plan = make_schedule(model, steps, inverse=True)
     assert [int(move.timestep) for move in plan] == stock.timesteps.tolist()
     z, output = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     for move in plan:
