@@ -1,4 +1,4 @@
-"""What stands behind the things of a scene: plain colours, and places painted by a formula each."""
+"""Backgrounds of scenes: plain colours, and places that are each painted by a formula."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ COLOURS = {  # RGB in [0, 1]
 
 
 @lru_cache(maxsize=128)
-def painted(name: str, size: int) -> np.ndarray:
-    """The background painted at twice the size and averaged down: (size, size, 3) float in [0, 1]."""
+def paint_background(name: str, size: int) -> np.ndarray:
+    """The background `name` as (size, size, 3) float32 RGB in [0, 1], painted at twice the size and averaged down."""
     axis = (np.arange(2 * size, dtype=np.float32) + 0.5) / (2 * size)
     v, u = np.meshgrid(axis, axis, indexing="ij")
     paint = _PAINTERS.get(name) or (lambda u, v: _flat_colour(COLOURS[name], v))
-    fine = paint(u, v).reshape(size, 2, size, 2, 3)
-    return fine.mean((1, 3)).clip(0, 1).astype(np.float32)
+    enlarged = paint(u, v).reshape(size, 2, size, 2, 3)
+    return enlarged.mean((1, 3)).clip(0, 1).astype(np.float32)
 
 
 def _flat_colour(rgb: Sequence[float], v: np.ndarray) -> np.ndarray:
@@ -40,7 +40,10 @@ def _flat_colour(rgb: Sequence[float], v: np.ndarray) -> np.ndarray:
 
 
 def _bands(v: np.ndarray, *bands: tuple[object, Sequence[float]]) -> np.ndarray:
-    """Horizontal bands, each (where it starts, its colour), from the top down; a start may vary along the frame."""
+    """Horizontal bands from the top down, each given as (the v where it starts, its colour).
+
+    A start may be an array like `v`, for a border that is not straight.
+    """
     out = np.broadcast_to(np.asarray(bands[0][1], np.float32), (*v.shape, 3)).copy()
     for start, rgb in bands[1:]:
         out[v >= start] = rgb

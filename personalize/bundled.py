@@ -1,4 +1,7 @@
-"""The five scenes that ship with the package: subjects in an art style the embedded model has never seen."""
+"""Five sample pictures that ship with the package, each with four edits to try.
+
+Their subjects are drawn in an art style that the embedded model was not trained on.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ from personalize.scenes import HELD_OUT_STYLE, Scene, SceneObject, captions, ren
 
 
 @dataclass(frozen=True)
-class Change:
-    """One edit: the `kind` of it, the `prompt` that asks for it, and the scene that would be its true outcome."""
+class SampleEdit:
+    """An edit of a sample picture: its kind ("background", "object", "style"), its prompt, and its true result.
+
+    truth: the scene that the edit asks for; None if it is not known.
+    """
 
     kind: str
     prompt: str
@@ -20,12 +26,15 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A picture to learn, what it shows, and edits to try on it; `scene` is what it was rendered from, if it was."""
+class SampleImage:
+    """A picture to learn, its caption, and edits to try on it.
+
+    scene: what the picture was rendered from; None for a user's own picture.
+    """
 
     picture: Image.Image
     caption: str
-    changes: tuple[Change, ...]
+    edits: tuple[SampleEdit, ...]
     scene: Scene | None = None
 
 
@@ -38,23 +47,23 @@ _SUBJECTS = (  # noun, background, size, two other backgrounds, another noun
 )
 
 
-def bundled(index: int) -> Example:
-    """Scene `index`, with four edits: two backgrounds, another object, another style.
+def bundled(index: int) -> SampleImage:
+    """Sample picture `index` (0 to 4), with four edits: two other backgrounds, another object, another style.
 
     Raises:
-        UserError: there is no such scene.
+        UserError: there is no sample of that number.
     """
     if not 0 <= index < len(_SUBJECTS):
         raise UserError(f"there is no bundled scene {index}: choose 0 to {len(_SUBJECTS) - 1}")
     noun, background, size, places, other = _SUBJECTS[index]
     scene = Scene(background, (SceneObject(noun, HELD_OUT_STYLE, 0.5, 0.53, size),))
-    drawn = scene.with_style("drawing")
-    changes = [Change("background", wording(after), after) for after in map(scene.with_background, places)]
-    changes.append(Change("object", wording(scene.with_object(0, noun=other)), scene.with_object(0, noun=other)))
-    changes.append(Change("style", captions(drawn)[0], drawn))
-    return Example(Image.fromarray(render(scene)[0]), wording(scene), tuple(changes), scene)
+    swapped, drawing = scene.with_object(0, noun=other), scene.with_style("drawing")
+    edits = [SampleEdit("background", unstyled_caption(after), after) for after in map(scene.with_background, places)]
+    edits.append(SampleEdit("object", unstyled_caption(swapped), swapped))
+    edits.append(SampleEdit("style", captions(drawing)[0], drawing))
+    return SampleImage(Image.fromarray(render(scene)[0]), unstyled_caption(scene), tuple(edits), scene)
 
 
-def wording(scene: Scene) -> str:
-    """The caption that names no style but is worded like those that do: "a picture of a cat on the beach"."""
+def unstyled_caption(scene: Scene) -> str:
+    """The caption that names no style, but has as many words as those that do: "a picture of a cat on the beach"."""
     return captions(scene)[1]

@@ -69,7 +69,7 @@ def search(
     if budget < 1:
         raise UserError(f"--budget must be at least 1 picture, got {budget}")
     ladder, tried = usable_rules(editor), []
-    with editor.held():
+    with editor.applied_throughout():
         for _ in range(budget):
             setting, number = next_proposal(tried, budget, ladder, seed)
             picture = editor.edit(

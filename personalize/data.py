@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.images import IMAGE_SUFFIXES
 from personalize.randomness import generator
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
 def find_picture(place: str | Path) -> Path:
@@ -31,7 +30,7 @@ def find_picture(place: str | Path) -> Path:
         raise UserError(f"{place}: no such file or folder; check the path of the picture")
     if place.is_file():
         return place
-    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if len(pictures) != 1:
         found = ", ".join(path.name for path in pictures[:3]) or "none"
         raise UserError(f"{place} must hold exactly one picture, found {len(pictures)} ({found}): name the file itself")

@@ -1,4 +1,4 @@
-"""`personalize evaluate`: edited pictures of a benchmark measured against its photos, prompts and masks."""
+"""`personalize evaluate`: measure edited pictures of a benchmark against its source pictures, prompts and masks."""
 
 from __future__ import annotations
 
@@ -13,38 +13,44 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.benchmarks import Item, find_result, read_benchmark, shortfall
+from personalize.benchmarks import BenchmarkItem, find_result, read_benchmark, size_warning
 from personalize.errors import UserError
 from personalize.files import write_file
 from personalize.images import load_image, to_pixels
-from personalize.metrics import ClipScore, Lpips, Metric, Missing, Pair, Structure, loaded, metrics
+from personalize.metrics import ClipScore, ImagePair, Lpips, Metric, Structure, Unavailable, metrics, or_unavailable
 from personalize.model import default_device
 
 if TYPE_CHECKING:
     from personalize.commands import EvaluateConfig
 
-RESAMPLES = 10_000
+RESAMPLES = 10_000  # of the bootstrap
 
 
 def run(config: EvaluateConfig) -> Path:
-    """Measure what is there, print the table, write every value, and say what was not measured and why."""
+    """Measure the results that exist, print a table, and write every value to `config.output`; returns that file.
+
+    A metric that could not be measured is named in the table with the reason.
+
+    Raises:
+        UserError: the folder is no benchmark, or there is no result at all.
+    """
     name, items = read_benchmark(config.benchmark, allow_pickle=config.allow_pickle)
     device = torch.device("cpu") if config.cpu else default_device()
     columns = metrics(
-        loaded(lambda: Structure(config.structure_model, device)),
-        loaded(lambda: ClipScore(config.clip_model, device)),
-        loaded(lambda: Lpips(config.lpips_backbone, device)),
+        or_unavailable(lambda: Structure(config.structure_model, device)),
+        or_unavailable(lambda: ClipScore(config.clip_model, device)),
+        or_unavailable(lambda: Lpips(config.lpips_backbone, device)),
     )
-    pairs = [(item, find_result(config.results, item)) for item in items]
-    there = [(item, path) for item, path in pairs if path is not None]
-    if not there:
+    results = [(item, find_result(config.results, item)) for item in items]
+    present = [(item, path) for item, path in results if path is not None]
+    if not present:
         raise UserError(
             f"{config.results} holds no result of {name}'s {len(items)} items: the first would be "
             f"{config.results / items[0].result}.png"
         )
-    rows = [measured(item, path, columns) for item, path in there]
-    table = summary(rows, columns)
-    about = {
+    rows = [measure_item(item, path, columns) for item, path in present]
+    table = summarize(rows, columns)
+    report = {
         "benchmark": name,
         "items": len(items),
         "measured": len(rows),
@@ -53,29 +59,33 @@ def run(config: EvaluateConfig) -> Path:
             "clip": config.clip_model,
             "lpips": str(config.lpips_backbone or ""),
         },
+        "summary": table,
+        "rows": rows,
     }
-    found = {**about, "summary": table, "rows": rows}
-    write_file(config.output, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=True).encode())
-    if lacking := shortfall(name, items):
-        print(lacking)
-    print(f"{name}: {len(rows)} of {len(items)} results\n\n{written(table)}\n\nevery value in {config.output}")
+    write_file(config.output, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=True).encode())
+    if warning := size_warning(name, items):
+        print(warning)
+    print(f"{name}: {len(rows)} of {len(items)} results\n\n{format_table(table)}\n\nevery value in {config.output}")
     return config.output
 
 
-def measured(item: Item, result: Path, columns: Sequence[Metric]) -> dict[str, Any]:
-    """One item's values by column; a text where there is none, saying why."""
-    pair = pair_of(item, result)
+def measure_item(item: BenchmarkItem, result: Path, columns: Sequence[Metric]) -> dict[str, Any]:
+    """One item's values by column; where a metric cannot be measured, a text that says why."""
+    pair = load_pair(item, result)
     values: dict[str, float | str] = {}
     for column in columns:
         try:
             values[column.name] = column.measure(pair)
-        except Missing as reason:
+        except Unavailable as reason:
             values[column.name] = f"not measured: {reason}"
     return {"item": item.name, "kind": item.kind, **values}
 
 
-def pair_of(item: Item, result: Path) -> Pair:
-    """The item's pictures at the photo's size.  Of a strip of panels, as PnPInversion saves them, the last is taken."""
+def load_pair(item: BenchmarkItem, result: Path) -> ImagePair:
+    """The item's source and result, with the result and the mask resized to the source.
+
+    A result that is a strip of panels of the source's size, as PnPInversion saves them, is cut to its last panel.
+    """
     source, edited = load_image(item.source), load_image(result)
     width, height = source.size
     if edited.height == height and edited.width > width and edited.width % width == 0:
@@ -83,32 +93,36 @@ def pair_of(item: Item, result: Path) -> Pair:
     edited = edited if edited.size == source.size else edited.resize(source.size, Image.Resampling.LANCZOS)
     mask = item.mask
     if mask is not None and tuple(mask.shape) != (height, width):
-        drawn = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
-        mask = torch.from_numpy(np.array(drawn.resize((width, height), Image.Resampling.NEAREST)) > 127)
-    return Pair(_unit(source), _unit(edited), mask, item.source_prompt, item.target_prompt)
+        image = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
+        mask = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.NEAREST)) > 127)
+    return ImagePair(_unit_range(source), _unit_range(edited), mask, item.source_prompt, item.target_prompt)
 
 
-def summary(rows: Sequence[dict[str, Any]], columns: Sequence[Metric]) -> dict[str, dict[str, Any]]:
-    """For each column: mean in its unit, 95 % interval, n, how many were infinite, and why values are missing."""
-    found = {}
+def summarize(rows: Sequence[dict[str, Any]], columns: Sequence[Metric]) -> dict[str, dict[str, Any]]:
+    """For each column: the mean in its unit with a 95 % interval, n, and what was left out of the mean.
+
+    Infinite values (PSNR of equal pictures) are left out and counted; the reasons for missing values are listed.
+    """
+    table = {}
     for column in columns:
         values = [row[column.name] for row in rows]
         numbers = [value * column.factor for value in values if isinstance(value, float)]
         finite = [value for value in numbers if math.isfinite(value)]
         reasons = sorted({value for value in values if isinstance(value, str)})
         low, high = mean_interval(finite) if len(finite) > 1 else (None, None)
-        found[column.name] = {
-            "unit": f"×{column.factor:g}" if column.factor != 1 else "", "better": "↑" if column.larger else "↓",
+        table[column.name] = {
+            "unit": f"×{column.factor:g}" if column.factor != 1 else "",
+            "better": "↑" if column.larger_is_better else "↓",
             "mean": sum(finite) / len(finite) if finite else None, "low": low, "high": high, "n": len(finite),
             "infinite": len(numbers) - len(finite), "missing": reasons,
         }  # fmt: skip
-    return found
+    return table
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean: 10,000 resamples, always the same ones for the same n.
+    """95 % percentile bootstrap interval (low, high) of the mean, by 10,000 resamples; (−∞, ∞) for a single value.
 
-    Infinite on both sides for fewer than two values.
+    The resamples depend on the number of values alone, so that a figure is the same each time.
     """
     data = np.asarray(values, np.float64)
     if len(data) < 2:
@@ -120,7 +134,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def written(table: dict[str, dict[str, Any]]) -> str:
+def format_table(table: dict[str, dict[str, Any]]) -> str:
     """The table as text: one line for each metric, its mean or the reason why there is none."""
     lines = []
     for name, one in table.items():
@@ -136,5 +150,6 @@ def written(table: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _unit(picture: Image.Image) -> Tensor:
+def _unit_range(picture: Image.Image) -> Tensor:
+    """Pixels (1, 3, H, W) in [0, 1]."""
     return (to_pixels(picture) + 1) / 2

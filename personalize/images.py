@@ -19,6 +19,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MIN_SIDE = 16  # px
 MAX_PIXELS = 150_000_000  # decoded size is 3 bytes a pixel; checked in the header, before anything is decoded
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow's decoders raise
@@ -115,7 +116,7 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).numpy())
 
 
-def fit(image: Image.Image, resolution: int, multiple: int) -> tuple[Tensor, tuple[int, int]]:
+def fitted_pixels(image: Image.Image, resolution: int, multiple: int) -> tuple[Tensor, tuple[int, int]]:
     """Resize to about resolution² pixels with both sides multiples of `multiple`, keeping the aspect ratio.
 
     The size is `fitted_size`; what sticks out of it after an even resize is cut off equally on both sides.
@@ -124,10 +125,10 @@ def fit(image: Image.Image, resolution: int, multiple: int) -> tuple[Tensor, tup
         pixels (1, 3, H, W) in [−1, 1] and the size (H, W).
     """
     size = fitted_size(image.height, image.width, resolution, multiple)
-    return to_pixels(cut(image, size)), size
+    return to_pixels(resize_and_crop(image, size)), size
 
 
-def cut(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize evenly until `size` (H, W) is covered, and cut off what sticks out, equally on both sides."""
     height, width = size
     scale = min(image.width / width, image.height / height)  # picture px per output px

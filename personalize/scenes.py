@@ -1,12 +1,12 @@
-"""A small world with exact ground truth: openly licensed emoji art at known places on known backgrounds.
+"""Scenes: the embedded model's world, openly licensed emoji art at chosen positions on chosen backgrounds.
 
-A `Scene` is a value.  Rendering it is deterministic, its masks are exact, its captions are true, and because it
-is a value the true result of an edit is another scene, rendered again:
+A `Scene` is a frozen value.  It renders deterministically, with an exact mask for each object and true captions.  The
+true result of an edit is another scene, which can be rendered too:
 
     before = random_scene(7)
-    after = before.with_background("beach")          # what "… on the beach" ought to look like
+    after = before.with_background("beach")          # what the edit "… on the beach" should give
 
-Coordinates are fractions of the frame (x to the right, y down), so one scene renders at every size.
+Coordinates are fractions of the frame (x to the right, y down), so that a scene can be rendered at any size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image, ImageFilter
 
-from personalize.backgrounds import COLOURS, painted
+from personalize.backgrounds import COLOURS, paint_background
 
 SPRITES = Path(__file__).parent / "sprites"
 
@@ -31,7 +31,7 @@ STYLES = {
     "flat": "a sticker of",
 }
 ANY_STYLE = "a picture of"
-HELD_OUT_STYLE = "flat"  # never shown to the autoencoder, the text encoder or the UNet
+HELD_OUT_STYLE = "flat"  # the autoencoder, the text encoder and the UNet were not trained on it
 TRAINING_STYLES = tuple(style for style in STYLES if style != HELD_OUT_STYLE)
 
 NOUNS = tuple(
@@ -58,7 +58,15 @@ BACKGROUNDS = (*COLOURS, *PLACES)
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One sprite: its longest side is `size` of the frame, its centre (`x`, `y`), turned by `angle` degrees."""
+    """One object of a scene: the sprite of `noun` in `style`, with its centre at (`x`, `y`).
+
+    size: its longest side, as a fraction of the frame.
+    angle: degrees, counter-clockwise.
+    flip: mirrored left to right.
+
+    Raises:
+        ValueError: there is no such style, or no sprite of the noun in it.
+    """
 
     noun: str
     style: str
@@ -77,7 +85,11 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and its objects, later ones in front."""
+    """A background and the objects before it; later objects cover earlier ones.
+
+    Raises:
+        ValueError: there is no such background.
+    """
 
     background: str
     objects: tuple[SceneObject, ...]
@@ -87,6 +99,7 @@ class Scene:
             raise ValueError(f"unknown background {self.background!r}: choose one of {', '.join(BACKGROUNDS)}")
 
     def with_background(self, background: str) -> Scene:
+        """This scene on another background."""
         return replace(self, background=background)
 
     def with_object(self, index: int, **changes: object) -> Scene:
@@ -96,15 +109,17 @@ class Scene:
         return replace(self, objects=tuple(objects))
 
     def with_style(self, style: str) -> Scene:
+        """This scene with all objects in another style."""
         return replace(self, objects=tuple(replace(thing, style=style) for thing in self.objects))
 
-    def moved(self, index: int, dx: float, dy: float) -> Scene:
-        """This scene with object `index` shifted by (`dx`, `dy`) fractions of the frame."""
+    def with_object_shifted(self, index: int, dx: float, dy: float) -> Scene:
+        """This scene with object `index` shifted by (`dx`, `dy`), in fractions of the frame."""
         thing = self.objects[index]
         return self.with_object(index, x=thing.x + dx, y=thing.y + dy)
 
 
 def sprite_path(noun: str, style: str) -> Path:
+    """Where the sprite of `noun` in `style` is, or would be if there is none."""
     return SPRITES / style / f"{noun}.webp"
 
 
@@ -117,11 +132,16 @@ def noun_phrase(noun: str) -> str:
 
 
 def place_phrase(background: str) -> str:
+    """`beach` → "on the beach", `red` → "on a red background"."""
     return PLACES.get(background) or f"on {'an' if background[0] in 'aeiou' else 'a'} {background} background"
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Every true caption of `scene`: naming its style or not; of two objects, in each order, or left and right."""
+    """Every true caption of `scene`.
+
+    Each names the objects and the background; the first one also names the style, if all objects have the same.  Two
+    objects are named in each order, and once as left and right.
+    """
     where = place_phrase(scene.background)
     things = sorted(scene.objects, key=lambda thing: thing.x)
     phrases = [noun_phrase(thing.noun) for thing in things]
@@ -144,10 +164,15 @@ def random_scene(
     backgrounds: Sequence[str] = BACKGROUNDS,
     objects: int | None = None,
 ) -> Scene:
-    """Draw scene number `seed` of `split`: streams of different splits are disjoint by construction.
+    """Scene number `seed` of the data split `split`; the random numbers of different splits are independent.
 
-    One object has size 0.50–0.78; two (a third of the scenes when `objects` is None) have size 0.32–0.44, one in
-    each half of the frame, of different nouns and the same style.  Angles lie within ±10°.
+    A scene has one object of size 0.50–0.78, or two of size 0.32–0.44 with different nouns and the same style, one in
+    each half of the frame.  Angles are within ±10°.
+
+    objects: 1 or 2; None for two objects in a third of the scenes.
+
+    Raises:
+        ValueError: another number of objects.
     """
     rng = np.random.default_rng([crc32(split.encode()), seed])
     count = objects if objects is not None else (2 if rng.random() < 1 / 3 else 1)
@@ -170,14 +195,14 @@ def random_scene(
 
 
 def render(scene: Scene, size: int = 128) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Draw `scene`: an RGB image (size, size, 3) uint8 and one boolean mask (size, size) per object.
+    """Render `scene` as an RGB image (size, size, 3) uint8, with one boolean mask (size, size) per object.
 
-    A mask holds the pixels of which its object covers more than half and no object before it covers more than half.
+    A mask is True at the pixels of which its object covers more than half and no object in front of it does.
     """
-    canvas = painted(scene.background, size).copy()  # (size, size, 3) float in [0, 1]
+    canvas = paint_background(scene.background, size).copy()  # (size, size, 3) float in [0, 1]
     masks: list[np.ndarray] = []
     for thing in scene.objects:
-        colour, alpha = _placed(thing, size)
+        colour, alpha = _render_object(thing, size)
         shadow = _shadow(alpha)
         canvas *= 1 - 0.3 * shadow[..., None] * (1 - alpha[..., None])
         canvas = canvas * (1 - alpha[..., None]) + colour
@@ -191,22 +216,23 @@ def _sprite(noun: str, style: str) -> Image.Image:
     return Image.open(sprite_path(noun, style)).convert("RGBA")
 
 
-def _placed(thing: SceneObject, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The turned sprite on an empty frame: premultiplied colour (size, size, 3) and alpha (size, size), in [0, 1]."""
-    art = _sprite(thing.noun, thing.style)
+def _render_object(thing: SceneObject, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """One object alone: premultiplied colour (size, size, 3) and alpha (size, size), both in [0, 1]."""
+    sprite = _sprite(thing.noun, thing.style)
     if thing.flip:
-        art = art.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    scale = thing.size * size / max(art.size)
-    art = art.resize((max(1, round(art.width * scale)), max(1, round(art.height * scale))), Image.Resampling.LANCZOS)
-    art = art.rotate(thing.angle, Image.Resampling.BICUBIC, expand=True)
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    scale = thing.size * size / max(sprite.size)
+    width, height = (max(1, round(side * scale)) for side in sprite.size)
+    sprite = sprite.resize((width, height), Image.Resampling.LANCZOS)
+    sprite = sprite.rotate(thing.angle, Image.Resampling.BICUBIC, expand=True)
     frame = Image.new("RGBA", (size, size))
-    frame.paste(art, (round(thing.x * size - art.width / 2), round(thing.y * size - art.height / 2)))
+    frame.paste(sprite, (round(thing.x * size - sprite.width / 2), round(thing.y * size - sprite.height / 2)))
     pixels = np.asarray(frame, np.float32) / 255
     return pixels[..., :3] * pixels[..., 3:], pixels[..., 3]
 
 
 def _shadow(alpha: np.ndarray) -> np.ndarray:
-    """A soft shadow (size, size) in [0, 1]: `alpha` blurred, and shifted a little down and to the right."""
+    """An object's soft shadow (size, size) in [0, 1]: `alpha` shifted a little down and to the right, and blurred."""
     size = len(alpha)
     down, right = round(0.02 * size), round(0.012 * size)
     shifted = np.zeros_like(alpha)

@@ -15,7 +15,7 @@ from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sam
 
 from personalize.losses import LossTerms
 from personalize.randomness import generator
-from personalize.scene_scorer import CELLS, SIDE, SceneScorer, ScorerNet, shrunk
+from personalize.scene_scorer import CELLS, SIDE, SceneScorer, ScorerNet, resized
 from personalize.scenes import BACKGROUNDS, NOUNS, STYLES, Scene, random_scene, render
 
 NOTHING = 0  # class of a cell without a thing; noun n in style s is 1 + 4 n + s
@@ -35,7 +35,7 @@ def rendered(split: str, indices: Sequence[int], change: Change | None = None) -
     rows = [labelled(scene_of(split, index)) for index in indices]
     pixels, cells, background = (torch.stack(column) for column in zip(*rows, strict=True))
     pixels = pixels.float() / 127.5 - 1
-    small = shrunk(pixels if change is None else change(pixels))
+    small = resized(pixels if change is None else change(pixels))
     return {"pixels": ((small + 1) * 127.5).round().clamp(0, 255).byte(), "cells": cells, "background": background}
 
 
@@ -62,7 +62,7 @@ class ScorerData:
         rng = generator(self.seed, "scorer", update, samples.start)
         rows = torch.randint(len(self.pixels), (len(samples),), generator=rng)
         pixels, cells = moved(self.pixels[rows].float() / 127.5 - 1, self.cells[rows], rng)
-        return {"pixels": spoilt(pixels, rng), "cells": cells, "background": self.background[rows]}
+        return {"pixels": degraded(pixels, rng), "cells": cells, "background": self.background[rows]}
 
 
 def moved(pixels: Tensor, cells: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def moved(pixels: Tensor, cells: Tensor, rng: torch.Generator) -> tuple[Tensor, 
     return pixels, moved[:, 0].round().long()
 
 
-def spoilt(pixels: Tensor, rng: torch.Generator) -> Tensor:
+def degraded(pixels: Tensor, rng: torch.Generator) -> Tensor:
     """Half of the pictures at 0.35 to 1 of their resolution, all with other colours, noise and soft stains.
 
     Stains are smooth noise, the look of latents that were not cleaned of all of theirs.
@@ -126,9 +126,9 @@ def accuracy(scorer: SceneScorer, split: str, count: int, change: Change | None 
         scene = scene_of(split, index)
         pixels = torch.from_numpy(render(scene, RENDERED)[0])
         if change is not None:
-            spoilt = change(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
-            pixels = ((spoilt[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte()
-        seen = scorer.look([Image.fromarray(pixels.numpy())])[0]
+            degraded = change(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
+            pixels = ((degraded[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte()
+        seen = scorer.recognize([Image.fromarray(pixels.numpy())])[0]
         found = {noun for noun, chance in zip(NOUNS, seen.nouns.tolist(), strict=True) if chance > 0.5}
         styles = {thing.style for thing in scene.objects}
         right.append(

@@ -1,4 +1,4 @@
-"""What a candidate picture is worth: how far the edit is there, against how much of the source is still there."""
+"""Scores of candidate pictures: how far each shows the requested edit, and how much of the source it keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLIP_WEIGHT = 2.5
 
 @dataclass(frozen=True)
 class Request:
-    """An edit as a scorer sees it: the target `prompt`, the `caption` of the `source` picture, and that picture."""
+    """What a scorer compares pictures with: the target `prompt`, the `source` picture, and that picture's `caption`."""
 
     prompt: str
     caption: str
@@ -23,10 +23,13 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Scores of one picture: `edit` and `identity` in [0, 1], its `distance` from the source as a whole, and `facts`.
+class Scores:
+    """Scores of one picture.
 
-    `identity` may leave out what the prompt is to change, `distance` never does: it tells copies of the source.
+    edit: how far it shows the edit, in [0, 1].
+    identity: how much of the source it keeps, in [0, 1]; regions that the prompt changes may be left out.
+    distance: of the whole picture from the source, ≥ 0, with nothing left out; near 0 for a copy of the source.
+    facts: further figures by name, for the report.
     """
 
     edit: float
@@ -36,26 +39,27 @@ class Reading:
 
     @property
     def score(self) -> float:
-        """√(edit · identity): a picture that lacks one of the two is worth nothing."""
+        """√(edit · identity), in [0, 1]; 0 for a picture that lacks either of the two."""
         return (max(0.0, self.edit) * max(0.0, self.identity)) ** 0.5
 
 
 class Scorer(Protocol):
-    """Reads pictures for a request; `name` says what it is made of.
+    """Scores pictures for a request.
 
-    `copy`: a picture without the edit is a copy of the source if its distance is below; `lost`: one with the edit has
-    lost the source if its identity is below 1 − lost.
+    name: the networks it uses, for the report.
+    copy_distance: a picture without the edit is a copy of the source if its distance is below this.
+    lost_distance: a picture with the edit has lost the source if its identity is below 1 − lost_distance.
     """
 
     name: str
-    copy: float
-    lost: float
+    copy_distance: float
+    lost_distance: float
 
-    def __call__(self, pictures: Sequence[Image.Image], request: Request) -> list[Reading]: ...
+    def __call__(self, pictures: Sequence[Image.Image], request: Request) -> list[Scores]: ...
 
 
 def clip_score(image: Tensor, text: Tensor) -> Tensor:
-    """CLIPScore = 2.5 · max(cos, 0) of image and text embeddings (b, d), (b,).
+    """CLIPScore, 2.5 · max(cos, 0), of image and text embeddings (b, d), as (b,).
 
     References: Hessel et al., arXiv 2104.08718, eq. 1.
     """

@@ -20,7 +20,7 @@ from personalize.images import to_pixels
 from personalize.pretraining import tokenize
 from personalize.randomness import generator
 
-MORE_WORDS = "an and on the left right background photo of my".split()  # beside the phrases of `scenes`
+EXTRA_WORDS = "an and on the left right background photo of my".split()  # beside the phrases of `scenes`
 
 
 def vocabulary() -> list[str]:
@@ -31,7 +31,7 @@ def vocabulary() -> list[str]:
         *scenes.PLACES.values(),
         *map(scenes.noun_phrase, scenes.NOUNS),
     ]
-    return sorted({word for phrase in phrases for word in phrase.split()} | {*scenes.COLOURS, *MORE_WORDS})
+    return sorted({word for phrase in phrases for word in phrase.split()} | {*scenes.COLOURS, *EXTRA_WORDS})
 
 
 def check_styles(styles: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ def check_styles(styles: Sequence[str]) -> None:
         )
 
 
-def pixels_of(scene: scenes.Scene, size: int) -> Tensor:
+def scene_pixels(scene: scenes.Scene, size: int) -> Tensor:
     """`scene` as pixels (3, size, size) in [−1, 1]."""
     return to_pixels(Image.fromarray(scenes.render(scene, size)[0]))[0]
 
@@ -60,9 +60,9 @@ class Crops:
         rng = np.random.default_rng([self.seed, sample])
         scene = scenes.random_scene(sample, styles=self.styles)
         if rng.random() < 0.4:
-            return pixels_of(scene, self.side)
+            return scene_pixels(scene, self.side)
         left, top = rng.integers(0, self.side + 1, 2)
-        return pixels_of(scene, 2 * self.side)[:, top : top + self.side, left : left + self.side]
+        return scene_pixels(scene, 2 * self.side)[:, top : top + self.side, left : left + self.side]
 
     def batch(self, update: int, samples: range) -> dict[str, Tensor]:
         """`pixels` of `samples`, and the unit noise of their posteriors' draws."""
@@ -113,7 +113,7 @@ class LatentPool:
         return found
 
 
-class Rendered(Dataset):
+class RenderedScenes(Dataset):
     """Scenes as pixels and masks (2, side/4, side/4) uint8 in 255ths, for loader workers."""
 
     def __init__(self, world: Sequence[scenes.Scene], size: int) -> None:
@@ -131,12 +131,12 @@ class Rendered(Dataset):
 
 
 @torch.inference_mode()
-def encoded(
+def encode_scenes(
     world: Sequence[scenes.Scene], size: int, vae: AutoencoderKL, *, workers: int = 0, batch: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Mean latents (N, 4, size/4, size/4) of `world`, unscaled, fp32, and masks; `workers` processes render ahead."""
     vae.eval()
-    loader = DataLoader(Rendered(world, size), batch_size=batch, num_workers=workers)
+    loader = DataLoader(RenderedScenes(world, size), batch_size=batch, num_workers=workers)
     parts = [
         (vae.encode(pixels.to(vae.device), return_dict=False)[0].mean.float().cpu(), masks) for pixels, masks in loader
     ]

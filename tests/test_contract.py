@@ -46,7 +46,7 @@ def test_region_of_each_edit():
     np.testing.assert_array_equal(found("object", swapped), ~(masks[0] | render(swapped, SIZE)[1][0]))
     drawn = scene.with_style("drawing")
     np.testing.assert_array_equal(found("style", drawn), ~np.any([*masks, *render(drawn, SIZE)[1]], axis=0))
-    assert found("move", scene.moved(0, 0.1, 0.1)).all()
+    assert found("move", scene.with_object_shifted(0, 0.1, 0.1)).all()
 
 
 def test_random_tasks_change_one_thing_and_are_reproducible():

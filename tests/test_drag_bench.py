@@ -29,7 +29,7 @@ from tests.tiny import tiny_sd1
 
 SIZE = 96
 BEFORE = Scene("teal", (SceneObject("cat", "3d", 0.35, 0.5, 0.36),))
-AFTER = BEFORE.moved(0, 0.25, -0.125)  # 24 px right, 12 px up
+AFTER = BEFORE.with_object_shifted(0, 0.25, -0.125)  # 24 px right, 12 px up
 
 
 @pytest.fixture(scope="module")

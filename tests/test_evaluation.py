@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from personalize.benchmarks import decode_mask, read_benchmark, read_list, shortfall
+from personalize.benchmarks import decode_mask, read_benchmark, read_edit_list, size_warning
 from personalize.cli import main
 from personalize.errors import UserError
 from personalize.evaluation import mean_interval
@@ -90,7 +90,7 @@ def test_tedbench(tmp_path):
     assert code == 0 and found["measured"] == 1 and found["rows"][0]["psnr"] == "not measured: no mask"
     path = folder / "input_list.json"
     path.write_text(json.dumps({"bird.jpg": ["a", "b"]}))
-    assert read_list(path) == [("bird.jpg", "a"), ("bird.jpg", "b")]
+    assert read_edit_list(path) == [("bird.jpg", "a"), ("bird.jpg", "b")]
     path.write_text(json.dumps([["../secret.jpg", "x"]]))
     with pytest.raises(UserError, match="leads out of"):
         read_benchmark(folder)
@@ -99,9 +99,9 @@ def test_tedbench(tmp_path):
 def test_forgedit_c32_tedbench_is_a_hundred_edits_of_forty_pictures(tmp_path):
     listed = [[f"{number % 40}.jpg", f"edit {number}"] for number in range(100)]
     (tmp_path / "input_list.json").write_text(json.dumps(listed))
-    assert shortfall(*read_benchmark(tmp_path)) == ""
+    assert size_warning(*read_benchmark(tmp_path)) == ""
     (tmp_path / "input_list.json").write_text(json.dumps(listed[:-1]))
-    assert "100 edits of 40 pictures, this folder 99 of 40" in shortfall(*read_benchmark(tmp_path))
+    assert "100 edits of 40 pictures, this folder 99 of 40" in size_warning(*read_benchmark(tmp_path))
 
 
 def test_dragbench_reads_arrays_of_pickles_if_allowed_and_nothing_else(tmp_path, capsys):

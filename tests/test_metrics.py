@@ -9,7 +9,18 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, ViTConfig, ViTModel
 
-from personalize.metrics import ClipScore, Lpips, Missing, Pair, Structure, loaded, metrics, mse, psnr, ssim
+from personalize.metrics import (
+    ClipScore,
+    ImagePair,
+    Lpips,
+    Structure,
+    Unavailable,
+    metrics,
+    mse,
+    or_unavailable,
+    psnr,
+    ssim,
+)
 from personalize.pretraining import build_tokenizer
 from tests.tiny import WORDS
 
@@ -69,7 +80,7 @@ def test_uniform_u8_the_whole_frame_flatters_by_the_share_of_the_background():
     """Whole-frame PSNR of masked pictures = PSNR of the region + 10 log₁₀(total / background), exactly."""
     mask = left_half()
     mask[:, :24] = True  # a quarter is background
-    pair = Pair(picture(0), picture(1), mask)
+    pair = ImagePair(picture(0), picture(1), mask)
     region = psnr(pair.source[..., 24:], pair.edited[..., 24:])
     assert psnr(*pair.background()) == pytest.approx(region + 10 * math.log10(4), abs=1e-9)
 
@@ -77,14 +88,14 @@ def test_uniform_u8_the_whole_frame_flatters_by_the_share_of_the_background():
 def test_dpl_c08_masked_metrics_ignore_what_is_inside_the_mask():
     source, edited = picture(), picture()
     edited[..., :16] = 0.3
-    assert psnr(*Pair(source, edited, left_half()).background()) == math.inf
+    assert psnr(*ImagePair(source, edited, left_half()).background()) == math.inf
     assert psnr(source, edited) < 20  # companion: without the mask the edit counts as damage
 
 
 def test_uniform_u8_without_background_there_is_no_number():
     for mask, words in ((None, "no mask"), (torch.ones(32, 32, dtype=torch.bool), "no background")):
-        with pytest.raises(Missing, match=words):
-            Pair(picture(), picture(), mask).background()
+        with pytest.raises(Unavailable, match=words):
+            ImagePair(picture(), picture(), mask).background()
 
 
 @needs_torchmetrics
@@ -117,24 +128,24 @@ def test_clip_score_is_a_hundred_times_the_cosine_and_never_negative(clip: str):
 
 
 def test_columns_say_why_they_are_missing(vit: str, clip: str):
-    gone = loaded(lambda: Structure("nowhere/at-all"))
-    assert isinstance(gone, Missing) and "cannot be loaded" in str(gone)
-    columns = metrics(gone, loaded(lambda: ClipScore(clip)), loaded(lambda: Lpips(None)))
+    gone = or_unavailable(lambda: Structure("nowhere/at-all"))
+    assert isinstance(gone, Unavailable) and "cannot be loaded" in str(gone)
+    columns = metrics(gone, or_unavailable(lambda: ClipScore(clip)), or_unavailable(lambda: Lpips(None)))
     assert [column.name for column in columns][:7] == ["structure", "psnr", "lpips", "mse", "ssim", "clip whole",
                                                        "clip edited"]  # fmt: skip
-    pair = Pair(picture(), picture(1), left_half(), "a cat", "a dog")
+    pair = ImagePair(picture(), picture(1), left_half(), "a cat", "a dog")
     by_name = {column.name: column for column in columns}
-    with pytest.raises(Missing, match="cannot be loaded"):
+    with pytest.raises(Unavailable, match="cannot be loaded"):
         by_name["structure"].measure(pair)
-    with pytest.raises(Missing, match="lpips"):
+    with pytest.raises(Unavailable, match="lpips"):
         by_name["lpips"].measure(pair)
     assert by_name["clip whole"].measure(pair) >= 0 and by_name["clip edited"].measure(pair) >= 0
-    with pytest.raises(Missing, match="no prompt"):
-        by_name["clip whole"].measure(Pair(picture(), picture()))
-    with pytest.raises(Missing, match="no mask"):
-        by_name["clip edited"].measure(Pair(picture(), picture(), None, "", "a dog"))
+    with pytest.raises(Unavailable, match="no prompt"):
+        by_name["clip whole"].measure(ImagePair(picture(), picture()))
+    with pytest.raises(Unavailable, match="no mask"):
+        by_name["clip edited"].measure(ImagePair(picture(), picture(), None, "", "a dog"))
     for kind in (Structure, ClipScore):
-        with pytest.raises(Missing, match="name a folder or hub id"):
+        with pytest.raises(Unavailable, match="name a folder or hub id"):
             kind(None)
 
 
@@ -148,5 +159,5 @@ def test_uniform_u8_lpips(tmp_path):
     distance = Lpips(file)
     assert distance(picture(side=64), picture(side=64)) == 0 and distance(picture(side=64), picture(1, side=64)) > 0
     torch.save({"features.0.weight": torch.zeros(1)}, file)
-    with pytest.raises(Missing, match="is not torchvision's squeezenet1_1"):
+    with pytest.raises(Unavailable, match="is not torchvision's squeezenet1_1"):
         Lpips(file)

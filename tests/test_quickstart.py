@@ -73,8 +73,8 @@ def test_the_bundled_scenes_are_of_the_held_out_style_and_their_edits_true():
     for index in range(5):
         example = bundled(index)
         assert example.scene is not None and example.scene.objects[0].style == HELD_OUT_STYLE
-        assert example.caption in captions(example.scene) and len(example.changes) == 4
-        assert all(change.truth is not None and change.prompt in captions(change.truth) for change in example.changes)
-        assert {change.kind for change in example.changes} == {"background", "object", "style"}
+        assert example.caption in captions(example.scene) and len(example.edits) == 4
+        assert all(change.truth is not None and change.prompt in captions(change.truth) for change in example.edits)
+        assert {change.kind for change in example.edits} == {"background", "object", "style"}
     with pytest.raises(UserError, match="choose 0 to 4"):
         bundled(5)

@@ -20,7 +20,7 @@ def test_true_results_are_right_and_the_unchanged_source_is_not(tmp_path, monkey
     assert example.scene is not None
     grey = np.full((128, 128, 3), 128, np.uint8)
     source = render(example.scene)[0]
-    truths = [render(change.truth)[0] for change in example.changes if change.truth]
+    truths = [render(change.truth)[0] for change in example.edits if change.truth]
     named = {"source": source, "replay": source, "base": grey}
     named |= {f"edit-{k:03d}": picture for k, picture in enumerate([*truths, *[source] * 4])}
     for name, picture in named.items():

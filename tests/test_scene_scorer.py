@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.scene_scorer import WEIGHTS, SceneScorer, ScorerNet, save, words_of
+from personalize.scene_scorer import WEIGHTS, SceneScorer, ScorerNet, parse_prompt, save
 from personalize.scenes import STYLES, Scene, SceneObject, captions, random_scene, render
 from personalize.scorer_training import accuracy
 from personalize.scoring import Request
@@ -44,7 +44,7 @@ def read(scorer, scene: Scene, prompt: str, caption: str = "a picture of a cat o
     ],
 )
 def test_words(text, nouns, background, style):
-    found = words_of(text)
+    found = parse_prompt(text)
     assert (found.nouns, found.background, found.style) == (nouns, background, style)
 
 
@@ -53,9 +53,9 @@ def test_every_caption_of_a_scene_says_what_is_in_it():
         scene = random_scene(seed, split="words", styles=tuple(STYLES))
         styled, *others = captions(scene)
         for text in (styled, *others):
-            found = words_of(text)
+            found = parse_prompt(text)
             assert found.nouns == {thing.noun for thing in scene.objects} and found.background == scene.background
-        assert words_of(styled).style == scene.objects[0].style
+        assert parse_prompt(styled).style == scene.objects[0].style
 
 
 @there
@@ -90,8 +90,8 @@ def test_the_true_result_of_an_edit_beats_the_source_and_another_scene(scorer, a
     other = read(scorer, Scene("night", (SceneObject("car", "3d", 0.4, 0.6, 0.5),)), prompt)
     assert truth.edit > 0.5 > source.edit and truth.score > max(source.score, other.score)
     assert truth.identity > 0.6 > other.identity, "what the prompt does not change counts, wherever it lies"
-    assert source.distance == pytest.approx(0, abs=1e-5) and source.distance < scorer.copy
-    assert other.identity < 1 - scorer.lost
+    assert source.distance == pytest.approx(0, abs=1e-5) and source.distance < scorer.copy_distance
+    assert other.identity < 1 - scorer.lost_distance
 
 
 @there

@@ -53,7 +53,7 @@ def test_splits_are_disjoint():
 def test_render_is_deterministic_also_with_cold_caches():
     first, first_masks = render(CAT, 96)
     scenes._sprite.cache_clear()
-    backgrounds.painted.cache_clear()
+    backgrounds.paint_background.cache_clear()
     again, again_masks = render(CAT, 96)
     assert np.array_equal(first, again) and np.array_equal(first_masks[0], again_masks[0])
     assert first.shape == (96, 96, 3) and first.dtype == np.uint8 and first_masks[0].dtype == bool
@@ -61,23 +61,23 @@ def test_render_is_deterministic_also_with_cold_caches():
 
 @pytest.mark.parametrize("background", scenes.BACKGROUNDS)
 def test_every_background_is_its_own(background: str):
-    picture = backgrounds.painted(background, 32)
+    picture = backgrounds.paint_background(background, 32)
     assert picture.shape == (32, 32, 3) and picture.min() >= 0 and picture.max() <= 1
-    others = [backgrounds.painted(other, 32) for other in scenes.BACKGROUNDS if other != background]
+    others = [backgrounds.paint_background(other, 32) for other in scenes.BACKGROUNDS if other != background]
     assert min(float(np.abs(picture - other).mean()) for other in others) > 0.01
 
 
 def test_mask_is_exactly_where_the_object_covers_the_background():
     """Where the sprite and its shadow are absent the bare background shows, where it is solid the sprite does."""
     mask = render(CAT, 64)[1][0]
-    alpha = scenes._placed(CAT.objects[0], 64)[1]
+    alpha = scenes._render_object(CAT.objects[0], 64)[1]
     assert np.array_equal(mask, alpha > 0.5) and 0.02 < mask.mean() < 0.5
-    bare = backgrounds.painted("beach", 64)
+    bare = backgrounds.paint_background("beach", 64)
     shown = render(CAT, 64)[0] / 255
     untouched = (alpha == 0) & (scenes._shadow(alpha) == 0)
     assert np.abs(shown - bare)[untouched].max() <= 0.5 / 255 + 1e-6  # rounding to 8 bits
     solid = alpha == 1
-    art = scenes._placed(CAT.objects[0], 64)[0]
+    art = scenes._render_object(CAT.objects[0], 64)[0]
     assert solid.any() and np.abs(shown - art)[solid].max() <= 0.5 / 255 + 1e-6
 
 
@@ -115,21 +115,21 @@ def test_an_edit_is_another_scene():
     assert CAT.with_background("snow") == Scene("snow", CAT.objects)
     assert CAT.with_object(0, noun="dog").objects[0].noun == "dog"
     assert PAIR.with_style("modern").objects[1].style == "modern"
-    moved = CAT.moved(0, 0.25, -0.125)
+    moved = CAT.with_object_shifted(0, 0.25, -0.125)
     assert (moved.objects[0].x, moved.objects[0].y) == (0.65, 0.375)
     assert CAT.background == "beach" and CAT.objects[0].noun == "cat"  # the original is what it was
 
 
 def test_moving_by_whole_pixels_moves_the_mask_by_as_many():
     before = render(CAT, 64)[1][0]
-    after = render(CAT.moved(0, 8 / 64, -4 / 64), 64)[1][0]
+    after = render(CAT.with_object_shifted(0, 8 / 64, -4 / 64), 64)[1][0]
     assert np.array_equal(np.roll(before, (-4, 8), (0, 1)), after)
 
 
 def test_changing_the_background_keeps_the_object():
     first, masks = render(CAT, 64)
     second, masks_again = render(CAT.with_background("night"), 64)
-    inside = scenes._placed(CAT.objects[0], 64)[1] == 1
+    inside = scenes._render_object(CAT.objects[0], 64)[1] == 1
     assert np.array_equal(masks[0], masks_again[0])
     assert np.array_equal(first[inside], second[inside]) and not np.array_equal(first[~masks[0]], second[~masks[0]])
 

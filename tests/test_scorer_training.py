@@ -12,7 +12,7 @@ from personalize.launching import home, load_script
 from personalize.randomness import generator
 from personalize.scene_scorer import SceneScorer, ScorerNet
 from personalize.scenes import NOUNS, STYLES, Scene, SceneObject
-from personalize.scorer_training import NOTHING, ScorerData, ScorerObjective, labelled, moved, rendered, spoilt
+from personalize.scorer_training import NOTHING, ScorerData, ScorerObjective, degraded, labelled, moved, rendered
 
 SCRIPT = load_script(home() / "train" / "scorer.py")
 
@@ -37,7 +37,7 @@ def test_pictures_move_with_their_labels():
 
 def test_spoilt_pictures_stay_pictures():
     pixels = rendered("test", range(8))["pixels"].float() / 127.5 - 1
-    bad = spoilt(pixels, generator(0, "test"))
+    bad = degraded(pixels, generator(0, "test"))
     assert bad.shape == pixels.shape and bad.abs().max() <= 1 and 0.01 < (bad - pixels).abs().mean() < 0.3
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.scorers import ClipScorer, find_scorer, identity
+from personalize.scorers import ClipScorer, find_scorer, identity_distance
 from personalize.scoring import Request
 from tests.tiny_scorers import clip_folder, dino_folder
 
@@ -32,7 +32,7 @@ def test_clip_and_dino_read_pictures(folders):
 
 def test_the_edit_is_the_prompts_share_against_the_caption(folders):
     """With prompt and caption exchanged the two shares add up to one."""
-    scorer = ClipScorer(folders[0], identity(str(folders[1])))
+    scorer = ClipScorer(folders[0], identity_distance(str(folders[1])))
     (there,) = scorer([GRADIENT], REQUEST)
     (back,) = scorer([GRADIENT], Request(REQUEST.caption, REQUEST.prompt, RED))
     assert there.edit + back.edit == pytest.approx(1, abs=1e-5)  # a softmax over two
@@ -44,7 +44,7 @@ def test_forgedit_c32_lpips_of_a_picture_with_itself_is_zero(monkeypatch):
     lpips = pytest.importorskip("lpips")
     original = lpips.LPIPS
     monkeypatch.setattr(lpips, "LPIPS", lambda **told: original(**told, pretrained=False, pnet_rand=True))
-    same, other = identity("alex")(GRADIENT, [GRADIENT, RED])
+    same, other = identity_distance("alex")(GRADIENT, [GRADIENT, RED])
     assert same == 0 and other > 0
 
 
@@ -65,4 +65,4 @@ def test_lpips_that_is_not_installed_is_said_in_one_line(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match="personalize.metrics"):
-        identity("vgg")
+        identity_distance("vgg")

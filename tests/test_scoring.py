@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from personalize.scoring import Reading, clip_score
+from personalize.scoring import Scores, clip_score
 
 
 def test_forgedit_c32_clip_score_is_two_and_a_half_times_the_positive_cosine():
@@ -14,5 +14,5 @@ def test_forgedit_c32_clip_score_is_two_and_a_half_times_the_positive_cosine():
 
 
 def test_a_picture_without_one_of_the_two_is_worth_nothing():
-    assert Reading(1.0, 0.0, 0.9).score == 0 and Reading(0.0, 1.0, 0.0).score == 0
-    assert Reading(0.6, 0.6, 0.3).score > Reading(1.0, 0.3, 0.3).score, "balance counts"
+    assert Scores(1.0, 0.0, 0.9).score == 0 and Scores(0.0, 1.0, 0.0).score == 0
+    assert Scores(0.6, 0.6, 0.3).score > Scores(1.0, 0.3, 0.3).score, "balance counts"

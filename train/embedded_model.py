@@ -144,7 +144,7 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
     from diffusers import AutoencoderKL
 
     from personalize.pretraining import build_tokenizer
-    from personalize.world import LatentPool, encoded, vocabulary
+    from personalize.world import LatentPool, encode_scenes, vocabulary
 
     size, count = int(stage.removeprefix("diffusion_")), config.scene_pools[STAGES.index(stage) - 1]
     world = training_scenes(config, count)
@@ -153,7 +153,7 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
     if accelerator.is_main_process and not path.is_file():
         vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)
         with accelerator.autocast():
-            latents, masks = encoded(world, size, vae, workers=config.dataloader_num_workers)
+            latents, masks = encode_scenes(world, size, vae, workers=config.dataloader_num_workers)
         if stage == "diffusion_64" and config.init_from is None:
             vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()))
             vae.save_config(config.output_dir / "vae")

@@ -14,7 +14,7 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, interpolate, p
 
 def degraded(pixels: Tensor, owner: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
     """Shift and scale `pixels` with their `owner` map (b, H, W), then degrade half of the pictures."""
-    pixels, owner = moved(pixels, owner, rng)
+    pixels, owner = shifted_and_scaled(pixels, owner, rng)
     out = pixels.clone()
     order = torch.randperm(len(pixels), generator=rng)
     rows = order[: len(order) // 2]
@@ -36,7 +36,7 @@ def _uniform(rng: Generator, low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), generator=rng))
 
 
-def moved(pixels: Tensor, owner: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
+def shifted_and_scaled(pixels: Tensor, owner: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
     """Shift by up to 4 % and scale by up to 8 %, repeating the border; the owner map by nearest neighbours."""
     b = len(pixels)
     theta = torch.zeros(b, 2, 3)

@@ -34,7 +34,7 @@ def drag_task(scene: Scene, seed: int, distance: float, *, twin: bool = False) -
     before = Scene(
         scene.background, (SceneObject(thing.noun, thing.style, x, y, size, thing.angle, thing.flip), *others)
     )
-    return Task("move", f"drag/{distance:.4f}/{'twin/' if twin else ''}{seed}", before, before.moved(0, dx, dy))
+    return Task("move", f"drag/{distance:.4f}/{'twin/' if twin else ''}{seed}", before, before.with_object_shifted(0, dx, dy))
 
 
 def handle_of(mask: np.ndarray) -> tuple[float, float]:

@@ -27,7 +27,7 @@ import torch
 import tyro
 from PIL import Image
 
-from personalize.attachment import loaded
+from personalize.attachment import load_adapters
 from personalize.bundled import bundled
 from personalize.editor import Editor
 from personalize.model import StableDiffusion
@@ -72,8 +72,8 @@ def drawn(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
 def tasks_of(scene: int) -> list[Task]:
     example = bundled(scene)
     assert example.scene is not None
-    after = [change.truth or example.scene for change in example.changes]
-    return [Task(c.kind, c.prompt, example.scene, t) for c, t in zip(example.changes, after, strict=True)]
+    after = [change.truth or example.scene for change in example.edits]
+    return [Task(c.kind, c.prompt, example.scene, t) for c, t in zip(example.edits, after, strict=True)]
 
 
 def plain_scores(tasks: list[Task], editor: Editor, seed: int, judge: Judge) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def with_share(
     tasks, folder = tasks_of(scene), options.output_dir / f"scene-{scene}" / "adapter"
     second = list(VARIANTS.values())[1]
     rows = {}
-    with Editor(model, loaded(folder)) as editor:
+    with Editor(model, load_adapters(folder)) as editor:
         plain = plain_scores(tasks, editor, seed, judge)
         for share in options.shares:
             setting = replace(second, forget="none" if share == 1 else f"decoder={share:g}")
