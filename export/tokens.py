@@ -36,14 +36,15 @@ class Config:
 
 def main(config: Config) -> Path:
     """Write the files and say what is in them; returns the folder."""
-    from personalize.exporting import DTYPES, absent
+    from personalize.exporting import DTYPES, require_absent
     from personalize.files import write_folder
     from personalize.token_files import require_token_files, token_file_contents, token_file_names
 
     concepts, family = read(config)
     layout, dtype = config.layout, DTYPES[config.dtype]
     files = token_file_contents(concepts, layout=layout, family=family, dtype=dtype)
-    write_folder(absent(config.output), files, check=lambda folder: require_token_files(folder, concepts, layout, dtype))
+    output = require_absent(config.output)
+    write_folder(output, files, check=lambda folder: require_token_files(folder, concepts, layout, dtype))
     for name, (token, encoder) in token_file_names(concepts, layout).items():
         count = max(len(rows) for rows in concepts[token].values())
         print(f"{config.output / name}: {token}, {count} vector(s), {encoder or 'for graphical programs'}, verified")

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize import formats, layouts, token_files, verify
+from personalize import formats, token_files, verify
+from personalize.conversion import read_foreign_file
 from personalize.errors import UserError
 from personalize.files import plain_name, read_json, read_tensors, tensor_bytes, write_folder
 from personalize.lora import load_lora, remove_lora
@@ -97,7 +98,9 @@ class Adapter:
         """
         folder = Path(folder)
         if folder.is_file():
-            return _imported(folder)
+            return _load_file(folder)
+        if not folder.exists():
+            raise UserError(f"{folder} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
         info = read_json(folder / MANIFEST)
@@ -157,17 +160,17 @@ class Adapter:
         token_files.require_token_files(folder, self.concepts)
         modules = formats.factor_pairs(self.lora)
         live = {module: (a, b, self.alpha / self.rank) for module, (a, b) in modules.items()}
-        twin = kohya_file_name(name, self.concepts)
-        return VerificationReport(tuple(verify.compare_files(folder, twin, live, ReaderKeys(self.family)))).require()
+        kohya_file = kohya_file_name(name, self.concepts)
+        return VerificationReport(tuple(verify.compare_files(folder, kohya_file, live, ReaderKeys(self.family)))).require()
 
     def _files(self, name: str, pictures: Mapping[str, Image.Image], kohya_dtype: torch.dtype) -> dict[str, bytes]:
         if formats.common_rank(formats.factor_pairs(self.lora)) != self.rank or not self.alpha > 0:
             raise UserError(f"the adapter says rank {self.rank} and alpha {self.alpha}, which its tensors contradict")
-        twin = kohya_file_name(name, self.concepts)
+        kohya_file = kohya_file_name(name, self.concepts)
         metadata = formats.kohya_metadata(title=name, family=self.family, rank=self.rank, info=self.info)
         files = {
             DIFFUSERS_FILE: formats.diffusers_file(self.lora, self.alpha),
-            twin: formats.kohya_file(self.lora, self.alpha, family=self.family, dtype=kohya_dtype, metadata=metadata),
+            kohya_file: formats.kohya_file(self.lora, self.alpha, family=self.family, dtype=kohya_dtype, metadata=metadata),
             **token_files.token_file_contents(self.concepts, family=self.family),
         }
         if self.source is not None:
@@ -176,19 +179,19 @@ class Adapter:
             about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
             files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)
         shown = {picture_name(key): _png(image) for key, image in pictures.items()}
-        card = model_card(name=name, twin=twin, adapter=self, pictures=list(shown))
+        card = model_card(name=name, kohya_file=kohya_file, adapter=self, pictures=list(shown))
         files |= {**shown, CARD: card.encode()}
-        files[MANIFEST] = self._manifest(twin, [*files, MANIFEST])
+        files[MANIFEST] = self._manifest(kohya_file, [*files, MANIFEST])
         return files
 
-    def _manifest(self, twin: str, names: list[str]) -> bytes:
+    def _manifest(self, kohya_file: str, names: list[str]) -> bytes:
         tensors = {
             f"{module}.lora_{side}.weight": verify.tensor_digest(tensor.float())
             for module, pair in formats.factor_pairs(self.lora).items()
             for side, tensor in zip("AB", pair, strict=True)
         }
         source = {key: verify.tensor_digest(value.float()) for key, value in sorted((self.source or {}).items())}
-        own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": twin, "files": sorted(names)}
+        own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": kohya_file, "files": sorted(names)}
         about = {"base": self.base | {"family": self.family}}
         if self.concepts:
             about["concepts"] = {
@@ -230,20 +233,16 @@ def _png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _imported(path: Path) -> Adapter:
-    """An adapter of what one file of another program holds."""
-    content = read_tensors(path)
-    held = layouts.classify_tensors(content.tensors)
-    about: dict[str, Any] = {"imported": path.name}
-    if held.file_kind.startswith("textual inversion"):
-        concept = token_files.read_concept(path, content=content)
-        token = f"<{concept.token}>" if concept.token == path.stem else concept.token
-        family = token_files.family_of(concept.rows)
-        about["base"] = {"family": family} if family else {}
-        return Adapter({}, 1, 1.0, None, about, {token: concept.rows})
-    found = formats.read_lora(path, content)
-    about["base"] = {"family": found.family} if found.family else {}
-    return Adapter(found.state, found.rank, found.alpha, None, about)
+def _load_file(path: Path) -> Adapter:
+    """The adapter in a LoRA or textual-inversion file of another program; its metadata is kept in `info["header"]`."""
+    content = read_foreign_file(path, read_tensors(path))
+    if isinstance(content, formats.LoraFile):
+        info = {"imported": path.name, "base": content.base, "header": content.header}
+        return Adapter(content.state, content.rank, content.alpha, None, info)
+    token = f"<{content.token}>" if content.token == path.stem else content.token
+    family = token_files.family_of(content.rows)
+    info = {"imported": path.name, "base": {"family": family} if family else {}}
+    return Adapter({}, 1, 1.0, None, info, {token: content.rows})
 
 
 def _owned(folder: Path) -> set[str]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from personalize.layouts import Contents
+from personalize.layouts import FileContents
 
 YES, PARTLY, NO = "yes", "partly", "no"
 UIS = ("A1111", "Forge", "ComfyUI", "InvokeAI")
@@ -66,27 +66,27 @@ class Finding:
     programs: Mapping[str, str] = field(default_factory=dict)
 
 
-def readers(found: Contents, findings: list[Finding]) -> dict[str, tuple[str, str]]:
+def readers(found: FileContents, findings: list[Finding]) -> dict[str, tuple[str, str]]:
     """Program → ("yes" | "partly" | "no", reason)."""
     return {program: _verdict(program, found, findings) for program in PROGRAMS}
 
 
-def _verdict(program: str, found: Contents, findings: list[Finding]) -> tuple[str, str]:
-    if not found.modules and not found.form:
+def _verdict(program: str, found: FileContents, findings: list[Finding]) -> tuple[str, str]:
+    if not found.modules and not found.file_kind:
         return NO, "nothing known is in it"
-    tables = [SPELLINGS[spelling] for spelling in found.spellings]
-    tables += [ALGORITHMS.get(kind, ALGORITHMS["LyCORIS"]) for kind in set(found.kinds) - PLAIN]
-    tables += [FORMS[found.form]] if found.form in FORMS else []
+    tables = [SPELLINGS[spelling] for spelling in found.naming_schemes]
+    tables += [ALGORITHMS.get(kind, ALGORITHMS["LyCORIS"]) for kind in set(found.algorithm_counts) - PLAIN]
+    tables += [FORMS[found.file_kind]] if found.file_kind in FORMS else []
     reasons = [table[program] for table in tables if program in table]
     reasons += [(finding.programs[program], finding.text) for finding in findings if program in finding.programs]
-    if program == "personalize" and set(found.kinds) - PLAIN:
+    if program == "personalize" and set(found.algorithm_counts) - PLAIN:
         reasons.append((NO, "reads and converts plain LoRA only"))
     worst = max(reasons, key=lambda reason: (YES, PARTLY, NO).index(reason[0]), default=(YES, ""))
-    embedding = found.form.startswith("textual inversion") and program in UIS
+    embedding = found.file_kind.startswith("textual inversion") and program in UIS
     return (YES, TRIGGER if embedding else "") if worst[0] == YES else worst
 
 
-def findings(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+def findings(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
     """What is wrong with the names and the metadata of a file; the numbers are `inspection`'s business."""
     checks = (
         _leftover,
@@ -101,24 +101,24 @@ def findings(found: Contents, metadata: Mapping[str, str], family: str | None) -
     return [finding for check in checks for finding in check(found, metadata, family)]
 
 
-def _leftover(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+def _leftover(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
     out = []
-    if found.unknown and not found.form:
-        shown = found.unknown[0][:80]
-        out.append(Finding(f"{len(found.unknown)} key(s) belong to nothing known, first {shown!r}", {"Forge": PARTLY}))
-    if found.doubled:
+    if found.unknown_keys and not found.file_kind:
+        shown = found.unknown_keys[0][:80]
+        out.append(Finding(f"{len(found.unknown_keys)} key(s) belong to nothing known, first {shown!r}", {"Forge": PARTLY}))
+    if found.duplicate_keys:
         out.append(
-            Finding(f"{len(found.doubled)} key(s) repeat another under a second name", dict.fromkeys(PROGRAMS, PARTLY))
+            Finding(f"{len(found.duplicate_keys)} key(s) repeat another under a second name", dict.fromkeys(PROGRAMS, PARTLY))
         )
     return out
 
 
-def _mixed_style(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+def _mixed_style(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
     """diffusers judges the UNet by its first key: if that is PEFT's style, attention keys of the other are skipped."""
-    if not (found.spellings["PEFT"] and found.spellings["diffusers"]):
+    if not (found.naming_schemes["PEFT"] and found.naming_schemes["diffusers"]):
         return []
     unet = sorted(module for module in found.modules if module.startswith("unet."))
-    old = [module for module in unet if found.styles.get(module) == "diffusers"]
+    old = [module for module in unet if found.module_schemes.get(module) == "diffusers"]
     if not old or old[0] == unet[0]:
         return []
     return [
@@ -130,8 +130,8 @@ def _mixed_style(found: Contents, metadata: Mapping[str, str], family: str | Non
     ]
 
 
-def _text_model(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    flat = [m for m, stem in found.stems.items() if m.startswith("text_") and "text_model" not in stem]
+def _text_model(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    flat = [m for m, stem in found.key_stems.items() if m.startswith("text_") and "text_model" not in stem]
     flat = [module for module in flat if "text_projection" not in module]
     if not flat:
         return []
@@ -139,7 +139,7 @@ def _text_model(found: Contents, metadata: Mapping[str, str], family: str | None
     return [Finding(text, dict.fromkeys(OTHERS, PARTLY))]
 
 
-def _uneven_alpha(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+def _uneven_alpha(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
     """Alphas or ranks that differ among attention modules of one part: right for kohya's tools, wrong in diffusers."""
     out = []
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -147,36 +147,36 @@ def _uneven_alpha(found: Contents, metadata: Mapping[str, str], family: str | No
         own = [p for m, p in found.modules.items() if m.startswith(f"{part}.") and marks in m and "A" in p]
         alphas = {(float(p["alpha"]) if p["alpha"].numel() == 1 else -1.0) if "alpha" in p else None for p in own}
         ranks = {p["A"].shape[0] if p["A"].ndim else 0 for p in own}
-        if found.spellings["kohya"] and (len(alphas) > 1 or len(ranks) > 1):
+        if found.naming_schemes["kohya"] and (len(alphas) > 1 or len(ranks) > 1):
             text = f"alphas or ranks differ among the attention modules of {part}: diffusers takes wrong strengths"
             out.append(Finding(f"{text}, silently; convert bakes them in", {"diffusers": NO}))
     return out
 
 
-def _metadata_beside_alpha(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+def _metadata_beside_alpha(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
     alphas = any("alpha" in parts for parts in found.modules.values())
     told = "lora_adapter_metadata" in metadata
     if told and alphas:
         return [
-            Finding("lora_adapter_metadata stands beside alpha keys: diffusers refuses such a file", {"diffusers": NO})
+            Finding("it has both lora_adapter_metadata and alpha keys: diffusers refuses such a file", {"diffusers": NO})
         ]
-    if not told and not alphas and (found.spellings["PEFT"] or found.spellings["diffusers"]):
+    if not told and not alphas and (found.naming_schemes["PEFT"] or found.naming_schemes["diffusers"]):
         return [Finding("nothing says what alpha is: readers take alpha = rank, right only if it was trained so")]
     return []
 
 
-def _block_names(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+def _block_names(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
     flat = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks|add_embedding|time_embedding|conv_)")
-    new = [module for module, stem in found.stems.items() if flat.match(stem)]
+    new = [module for module, stem in found.key_stems.items() if flat.match(stem)]
     if family != "sdxl" or not new:
         return []
     text = f"{len(new)} SDXL module(s) have diffusers' block names, which tools that know the original ones reject"
     return [Finding(f"{text}; convert --to kohya renames them", {"sd-scripts": NO, "InvokeAI": PARTLY})]
 
 
-def _shelves(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+def _shelves(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
     """A1111 sorts a LoRA by its metadata, and hides what it takes for another family."""
-    if not metadata or not found.spellings["kohya"] or family not in ("sd2", "sdxl"):
+    if not metadata or not found.naming_schemes["kohya"] or family not in ("sd2", "sdxl"):
         return []
     version = metadata.get("ss_base_model_version", "")
     right = version.startswith("sdxl_") if family == "sdxl" else metadata.get("ss_v2") == "True"
@@ -184,7 +184,7 @@ def _shelves(found: Contents, metadata: Mapping[str, str], family: str | None) -
     return [] if right else [Finding(f"{text}; convert --to kohya writes them", {"A1111": PARTLY})]
 
 
-def _token(found: Contents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    if found.form in ("textual inversion, A1111 form", "textual inversion, SDXL form"):
+def _token(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    if found.file_kind in ("textual inversion, A1111 form", "textual inversion, SDXL form"):
         return [Finding(f"the file does not name its token: {TRIGGER}")]
     return []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from personalize.reader_names import leaves, skeleton
+from personalize.reader_names import adaptable_layers, empty_unet
 
 KINDS = ("self-attention", "cross-attention", "feed-forward", "projection", "resnet", "sampler", "other")
 LAYERS = {"sd1": (12,), "sd2": (23,), "sdxl": (12, 32)}  # of the text encoders
@@ -17,7 +17,7 @@ CELL, LINE, LEFT = (112, 30), 30, 132
 
 
 @dataclass(frozen=True)
-class Row:
+class BlockCoverage:
     """One block: modules changed and modules there are, by kind, and the Frobenius norm of its whole ΔW."""
 
     block: str
@@ -29,12 +29,12 @@ class Row:
         return sum(have for have, _ in self.counts.values())
 
 
-def table(modules: Mapping[str, float | None], family: str | None) -> list[Row]:
+def coverage_table(modules: Mapping[str, float | None], family: str | None) -> list[BlockCoverage]:
     """Rows in the model's order for `modules` (house's name → norm of ΔW, None if not computed).
 
     What there is to change is counted on the architecture of `family`; without one only what is changed is known.
     """
-    there = [f"unet.{path}" for path, _ in leaves(skeleton(family))] if family else []
+    there = [f"unet.{path}" for path, _ in adaptable_layers(empty_unet(family))] if family else []
     there += [module for module in _text_modules(family) if module.split(".")[0] in {m.split(".")[0] for m in modules}]
     known = set(there)
     counts: dict[str, dict[str, list[int]]] = {}
@@ -43,7 +43,7 @@ def table(modules: Mapping[str, float | None], family: str | None) -> list[Row]:
         cell[0] += module in modules
         cell[1] += 1
     return [
-        Row(block, {kind: (have, all_) for kind, (have, all_) in cells.items()}, _norm(block, modules))
+        BlockCoverage(block, {kind: (have, all_) for kind, (have, all_) in cells.items()}, _norm(block, modules))
         for block, cells in sorted(counts.items(), key=lambda item: _order(item[0]))
     ]
 
@@ -97,7 +97,7 @@ def norm_of(a: Tensor, b: Tensor, strength: float) -> float:
     return strength * float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0)) ** 0.5
 
 
-def text(rows: list[Row]) -> str:
+def coverage_text(rows: list[BlockCoverage]) -> str:
     """The table for a terminal; "3/8" is changed/there, "-" is a kind the block does not have."""
     kinds = [kind for kind in KINDS if any(kind in row.counts for row in rows)]
     lines = [["block", *kinds, "|ΔW|"]]
@@ -110,7 +110,7 @@ def text(rows: list[Row]) -> str:
     )
 
 
-def picture(rows: list[Row], title: str) -> Image.Image:
+def coverage_picture(rows: list[BlockCoverage], title: str) -> Image.Image:
     """The table as a picture: the darker a cell, the larger the share of its modules that is changed."""
     kinds = [kind for kind in KINDS if any(kind in row.counts for row in rows)]
     width, height = CELL

@@ -53,7 +53,7 @@ def write_file(path: str | Path, content: Content, *, check: Callable[[Path], ob
     path = Path(path)
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        leftovers.clear(path)
+        leftovers.remove_stale(path)
         partial = leftovers.hidden_name(path)
         try:
             _write_synced(partial, content)
@@ -91,12 +91,12 @@ def write_folder(
         raise UserError(f"{path} is where this program runs and cannot be replaced: name a folder inside it")
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        leftovers.clear(path)
+        leftovers.remove_stale(path)
         partial = leftovers.hidden_name(path)
         try:
             partial.mkdir()
             for name in set(keep) - set(files):
-                replacing.carry_over(path / name, partial / name)
+                replacing.link_or_copy(path / name, partial / name)
             for name, content in files.items():
                 target = partial.joinpath(*map(plain_name, name.split("/")))
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def write_folder(
                 replacing.sync_folder(folder)
             if check is not None:
                 check(partial)
-            replacing.take_place(partial, path)
+            replacing.replace_folder(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # holds the old folder after an exchange
         replacing.sync_folder(path.parent)
@@ -119,7 +119,7 @@ def plain_name(name: str) -> str:
     return name
 
 
-def strangers(folder: Path, ours: tuple[str, ...]) -> list[str]:
+def unowned_files(folder: Path, ours: tuple[str, ...]) -> list[str]:
     """Names in `folder` that do not begin like one of `ours`: somebody else's, not to be touched."""
     return [path.name for path in folder.iterdir() if not path.name.startswith(ours)] if folder.is_dir() else []
 

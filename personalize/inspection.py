@@ -17,10 +17,10 @@ from torch import Tensor
 from personalize import compatibility, coverage, layouts
 from personalize.errors import UserError
 from personalize.files import TensorFile, write_file
-from personalize.layouts import Contents
+from personalize.layouts import FileContents
 from personalize.pickles import is_pickle, read_any
 from personalize.pictures import png
-from personalize.reader_names import leaves, skeleton
+from personalize.reader_names import adaptable_layers, empty_unet
 
 if TYPE_CHECKING:
     from personalize.commands import InspectConfig
@@ -46,7 +46,7 @@ class Inspection:
     ranks: dict[str, int]
     strengths: dict[str, int]
     """alpha / rank → modules."""
-    rows: list[coverage.Row]
+    rows: list[coverage.BlockCoverage]
     tokens: list[dict[str, Any]]
     readers: dict[str, tuple[str, str]]
     problems: list[str]
@@ -60,7 +60,7 @@ def run(config: InspectConfig) -> Inspection:
         if not found.rows:
             raise UserError(f"{config.file} changes no module: there is no coverage to draw")
         title = f"{Path(found.file).name}: {found.layout}, {FAMILIES[found.family]}"
-        write_file(config.picture, png(coverage.picture(found.rows, title)))
+        write_file(config.picture, png(coverage.coverage_picture(found.rows, title)))
     print(json.dumps(asdict(found), indent=2, ensure_ascii=False) if config.json else report(found))
     return found
 
@@ -75,8 +75,8 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     if path.is_dir():
         raise UserError(f"{path} is a folder: name one of its files, or verify the folder with `personalize verify`")
     content = read_any(path, allow_pickle=allow_pickle)
-    found = layouts.contents(content.tensors)
-    family, reason = layouts.family(found, content.metadata)
+    found = layouts.classify_tensors(content.tensors)
+    family, reason = layouts.detect_family(found, content.metadata)
     strengths, problems = _strengths(found, content.metadata)
     findings = compatibility.findings(found, content.metadata, family)
     problems = [finding.text for finding in findings] + problems + _number_problems(found) + _foreign(found, family)
@@ -87,7 +87,7 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     tensors = [*factors, *found.embeddings.values()]
     return Inspection(
         file=str(path), bytes=path.stat().st_size, layout=layout(found), family=family, family_by=reason,
-        algorithms=dict(found.kinds), components=dict(Counter(m.partition(".")[0] for m in found.modules)),
+        algorithms=dict(found.algorithm_counts), components=dict(Counter(m.partition(".")[0] for m in found.modules)),
         parameters=sum(tensor.numel() for tensor in tensors),
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
         ranks=_counts(parts["A"].shape[0] for parts in found.modules.values() if "A" in parts and parts["A"].ndim),
@@ -96,11 +96,11 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     )  # fmt: skip
 
 
-def layout(found: Contents) -> str:
+def layout(found: FileContents) -> str:
     """One phrase for what the file is."""
-    spelled = " and ".join(found.spellings) + " names" if found.spellings else ""
-    kinds = " and ".join(sorted(found.kinds))
-    words = [f"{kinds} in {spelled}" if kinds and spelled else spelled, found.form]
+    spelled = " and ".join(found.naming_schemes) + " names" if found.naming_schemes else ""
+    kinds = " and ".join(sorted(found.algorithm_counts))
+    words = [f"{kinds} in {spelled}" if kinds and spelled else spelled, found.file_kind]
     return ", ".join(word for word in words if word) or "nothing known"
 
 
@@ -109,23 +109,23 @@ def _counts(values: Any) -> dict[str, int]:
     return {f"{value:.6g}": count for value, count in sorted(counted.items())}
 
 
-def _strengths(found: Contents, metadata: Mapping[str, str]) -> tuple[dict[str, float], list[str]]:
+def _strengths(found: FileContents, metadata: Mapping[str, str]) -> tuple[dict[str, float], list[str]]:
     """alpha / rank of every module that has one, and what is wrong with the rest."""
     strengths, problems = {}, []
     try:
-        told = layouts.settings(metadata, "the file")
+        told = layouts.peft_settings(metadata, "the file")
     except UserError as error:
         told, problems = {}, [str(error)]
     for module, parts in found.modules.items():
         if "A" in parts and parts["A"].ndim and parts["A"].shape[0]:
             try:
-                strengths[module] = layouts.strength(module, parts, told)
+                strengths[module] = layouts.scaling(module, parts, told)
             except UserError as error:
                 problems.append(str(error))
     return strengths, problems
 
 
-def _number_problems(found: Contents) -> list[str]:
+def _number_problems(found: FileContents) -> list[str]:
     """Halves, shapes that make no pair, numbers that are not finite, and modules that change nothing."""
     problems, still = [], 0
     for module, parts in found.modules.items():
@@ -150,30 +150,30 @@ def _makes_pair(a: Tensor, b: Tensor) -> bool:
     return a.ndim == b.ndim and a.ndim in (2, 4) and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
 
 
-def _foreign(found: Contents, family: str | None) -> list[str]:
+def _foreign(found: FileContents, family: str | None) -> list[str]:
     """Modules that the family's UNet does not have."""
     if family is None:
         return ["the family cannot be told: it may be for a model of another kind"] if found.modules else []
-    there = {f"unet.{path}" for path, _ in leaves(skeleton(family))}
+    there = {f"unet.{path}" for path, _ in adaptable_layers(empty_unet(family))}
     foreign = [module for module in found.modules if module.startswith("unet.") and module not in there]
     return [f"{len(foreign)} module(s) are not in a UNet of {family}, first {foreign[0][:120]!r}"] if foreign else []
 
 
-def _rows(found: Contents, strengths: Mapping[str, float], family: str | None) -> list[coverage.Row]:
+def _rows(found: FileContents, strengths: Mapping[str, float], family: str | None) -> list[coverage.BlockCoverage]:
     norms: dict[str, float | None] = {}
     for module, parts in found.modules.items():
         plain = found.algorithms.get(module) == {"LoRA"} and "A" in parts and "B" in parts
         whole = plain and module in strengths and _makes_pair(parts["A"], parts["B"])
         norms[module] = coverage.norm_of(parts["A"], parts["B"], strengths[module]) if whole else None
-    return coverage.table(norms, family) if norms else []
+    return coverage.coverage_table(norms, family) if norms else []
 
 
-def _tokens(found: Contents, content: TensorFile, path: Path) -> list[dict[str, Any]]:
+def _tokens(found: FileContents, content: TensorFile, path: Path) -> list[dict[str, Any]]:
     """Learned token vectors: key, what calls them, how many, how wide."""
     tokens = []
     for key, tensor in found.embeddings.items():
         name = content.metadata.get("name") or path.stem
-        word = key if found.form.endswith("diffusers form") else key.split(".")[1] if "bundle_emb." in key else name
+        word = key if found.file_kind.endswith("diffusers form") else key.split(".")[1] if "bundle_emb." in key else name
         shape = (1, *tensor.shape) if tensor.ndim == 1 else tuple(tensor.shape)
         tokens.append(
             {"key": key, "token": word, "vectors": shape[0] if shape else 0, "width": shape[-1] if shape else 0}
@@ -197,7 +197,7 @@ def report(found: Inspection) -> str:
             f"token       {token['token']}: {token['vectors']} vector(s) of width {token['width']} ({token['key']})"
         )
     if found.rows:
-        lines += ["", coverage.text(found.rows)]
+        lines += ["", coverage.coverage_text(found.rows)]
     lines += ["", "read by"]
     lines += [f"  {name:12}{verdict:8}{reason}".rstrip() for name, (verdict, reason) in found.readers.items()]
     if found.problems:

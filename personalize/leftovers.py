@@ -20,10 +20,10 @@ DAY = 86_400  # seconds
 
 def hidden_name(path: Path, ending: str = "partial") -> Path:
     """A fresh name beside `path`: "partial" for something unfinished, "old" for a folder about to be replaced."""
-    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{token_hex(4)}.{ending}")
+    return path.with_name(f".{path.name}.{_machine_id()}-{os.getpid()}-{token_hex(4)}.{ending}")
 
 
-def clear(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Remove what killed writers of `path` left beside it; an old folder moved aside, and not replaced, comes back."""
     pattern = re.compile(re.escape(f".{path.name}.") + r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.(old|partial)")
     found = [(entry, match) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
@@ -38,13 +38,13 @@ def clear(path: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _machine() -> str:
+def _machine_id() -> str:
     return f"{crc32(socket.gethostname().encode()):08x}"
 
 
 def _at_work(machine: str, process: int, entry: Path) -> bool:
     """May the writer of `entry` still be at it?"""
-    if machine != _machine() or os.name == "nt":  # asking after a process would end it on Windows
+    if machine != _machine_id() or os.name == "nt":  # asking after a process would end it on Windows
         try:
             return time.time() - entry.lstat().st_mtime < DAY
         except OSError:

@@ -1,8 +1,10 @@
-"""Names of LoRA modules: the house's, kohya's flattened ones, and the original SDXL code's block names.
+"""Names of LoRA modules: canonical names, kohya's flattened names, and the block names of the original SDXL code.
 
-The house says "<component>.<path>": diffusers' path in the UNet, and in text encoders a path that starts with
-`text_model.`, whatever the installed transformers calls it.  kohya flattens paths with underscores, and for SDXL first
-translates them into those of the original code, which is all that most graphical programs know.
+A canonical name, as used throughout this project, is "<component>.<path>": the component is `unet`, `text_encoder` or
+`text_encoder_2`; the path is diffusers' path in the UNet, and in a text encoder one that starts with `text_model.` even
+where the installed version of transformers leaves that level out.  kohya's tools write paths with underscores instead
+of dots, and for SDXL first translate them into the paths of the original code, which are the only ones that most
+graphical programs know.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ KOHYA_PREFIXES = {
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
 }
-WORDS = """
+NAMES_WITH_UNDERSCORES = """
     input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection time_embed label_emb
     down_blocks mid_block up_blocks transformer_blocks conv_in conv_out conv_shortcut time_embedding add_embedding
     linear_1 linear_2 time_emb_proj proj_in proj_out to_q to_k to_v to_out text_model self_attn q_proj k_proj v_proj
     out_proj text_projection
 """.split()
-WORD = re.compile(rf"(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})(?=_|$)|[^_]+")
+PATH_PART = re.compile(rf"(?:{'|'.join(sorted(NAMES_WITH_UNDERSCORES, key=len, reverse=True))})(?=_|$)|[^_]+")
 ORIGINAL_NAMES = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -42,7 +44,7 @@ ORIGINAL_RESNET = {
 
 
 def kohya_name(module: str, family: str) -> str:
-    """ "lora_unet_…", "lora_te_…", "lora_te1_…" or "lora_te2_…" for a module in the house's names."""
+    """kohya's name for a canonical module name: "lora_unet_…", "lora_te_…", "lora_te1_…" or "lora_te2_…"."""
     component, path = module.split(".", 1)
     if component == "unet":
         return "lora_unet_" + (original_name(path) if family == "sdxl" else path).replace(".", "_")
@@ -51,7 +53,13 @@ def kohya_name(module: str, family: str) -> str:
 
 
 def original_name(path: str) -> str:
-    """A module's path in the original SDXL code for its path in diffusers' UNet (two resnets down, three up)."""
+    """Translate a path in diffusers' SDXL UNet into the path in the original code.
+
+    The block numbers follow from two resnets per down block and three per up block.
+
+    Raises:
+        UserError: a path that the SDXL UNet does not have.
+    """
     if path in ORIGINAL_NAMES:
         return ORIGINAL_NAMES[path]
     if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", path):
@@ -69,7 +77,7 @@ def original_name(path: str) -> str:
 
 
 def diffusers_name(path: str) -> str:
-    """The way back: a path in diffusers' UNet for a path in the original code; other paths are returned as they are."""
+    """Translate a path in the original SDXL code into diffusers' path; any other path is returned unchanged."""
     for ours, theirs in ORIGINAL_NAMES.items():
         if path == theirs:
             return ours
@@ -90,10 +98,14 @@ def diffusers_name(path: str) -> str:
 
 
 def module_name(stem: str) -> str:
-    """The house's name of a module for the part of a file's key before its ending."""
+    """The canonical module name for the stem of a key, the part before ".lora_A.weight" and the like.
+
+    Raises:
+        UserError: a stem that begins with no component and none of kohya's prefixes.
+    """
     for prefix, component in KOHYA_PREFIXES.items():
         if stem.startswith(f"{prefix}_"):
-            path = ".".join(WORD.findall(stem.removeprefix(f"{prefix}_")))
+            path = ".".join(PATH_PART.findall(stem.removeprefix(f"{prefix}_")))
             return with_text_model(component, diffusers_name(path) if component == "unet" else path)
     component, _, path = stem.partition(".")
     if component not in COMPONENTS or not path:
@@ -102,9 +114,11 @@ def module_name(stem: str) -> str:
 
 
 def with_text_model(component: str, path: str) -> str:
+    """The canonical module name, which in text encoders includes `text_model.`, for a path with or without it."""
     nested = component == "unet" or path.startswith(("text_model.", "text_projection"))
     return f"{component}.{path}" if nested else f"{component}.text_model.{path}"
 
 
 def _inner_name(inner: str) -> str:
+    """diffusers' name of a layer inside a resnet for the original code's name."""
     return next((ours for ours, theirs in ORIGINAL_RESNET.items() if inner == theirs), inner)

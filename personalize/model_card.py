@@ -1,4 +1,4 @@
-"""The README.md of an adapter folder: what it is, how to use it where, and what it cannot do."""
+"""The model card of an adapter folder, its README.md: what it is, how each program uses it, and its limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from personalize.token_files import named, plain_token
+from personalize.token_files import token_file_names, token_file_stem
 
 if TYPE_CHECKING:
     from personalize.adapter import Adapter
@@ -18,8 +18,11 @@ TAGS = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-di
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
-def model_card(*, name: str, twin: str, adapter: Adapter, pictures: Sequence[str]) -> str:
-    """The card's text: front matter for the hub, pictures, trigger, snippets, other programs, limits and consent."""
+def model_card(*, name: str, kohya_file: str, adapter: Adapter, pictures: Sequence[str]) -> str:
+    """The card as Markdown: front matter for the hub, pictures, trigger words, code, other programs, limits, consent.
+
+    name: of the folder.  kohya_file: file name of the LoRA in kohya's names.  pictures: file names in the folder.
+    """
     parts = [
         _front_matter(adapter, pictures),
         _summary(name, adapter),
@@ -28,7 +31,7 @@ def model_card(*, name: str, twin: str, adapter: Adapter, pictures: Sequence[str
         _tokens(adapter),
         _editing(adapter),
         _stock(adapter),
-        _other_programs(twin, adapter),
+        _other_programs(kohya_file, adapter),
         _limits(adapter),
         _consent(adapter),
     ]
@@ -40,18 +43,18 @@ def _caption(adapter: Adapter) -> str:
 
 
 def _standalone(adapter: Adapter) -> bool:
-    """Was it trained to work without the source embedding?"""
+    """True if the adapter was trained to work without a source embedding, or has none."""
     return adapter.source is None or bool(adapter.info.get("standalone"))
 
 
 def _base(adapter: Adapter) -> str:
-    """The base's name without the folders of the machine it was trained on."""
+    """Name of the base model: a hub id, or the last part of a path, since folders of the trainer's machine mean nothing."""
     name = str(adapter.base.get("name") or "an unnamed base")
     return name if re.fullmatch(HUB_ID, name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def _front_matter(adapter: Adapter, pictures: Sequence[str]) -> str:
-    """YAML; every string is written as JSON, which YAML reads as the same string."""
+    """The YAML front matter; strings are written as JSON, which YAML reads as the same strings."""
     tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", TAGS[adapter.family], "personalize"]
     lines = ["library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
     if re.fullmatch(HUB_ID, _base(adapter)):  # the hub refuses a card whose base_model is no hub id
@@ -72,30 +75,28 @@ def _summary(name: str, adapter: Adapter) -> str:
     return (
         f"# {name}\n\n{_origin(adapter)} {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
         f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
-        "Both LoRA files were read back after writing, and every change of weight in them was found right."
+        "Both LoRA files were read back after writing, and every weight change in them was verified."
         + _fidelity(adapter)
     )
 
 
 def _fidelity(adapter: Adapter) -> str:
-    """How exactly the picture comes back, and the most that this base's autoencoder allows."""
+    """A sentence on how exactly the picture is reconstructed, and on the limit that the autoencoder sets."""
     replay, ceiling = (adapter.info.get(key) for key in ("reconstruction_db", "autoencoder_db"))
     if not isinstance(replay, int | float) or not isinstance(ceiling, int | float):
         return ""
     return (
-        f" Replayed, the picture is {replay:.1f} dB from the source (PSNR), {ceiling - replay:.1f} dB below what the "
-        "base's autoencoder makes of it."
+        f" The reconstructed picture has a PSNR of {replay:.1f} dB to the source, {ceiling - replay:.1f} dB below what "
+        "the base's autoencoder reaches."
     )
 
 
 def _origin(adapter: Adapter) -> str:
-    """What it was made of: one picture, or other adapters with their weights."""
-    parts = adapter.info.get("merged_from") or ()
-    return (
-        " + ".join(f"{part['weight']:g} × {part['name']}" for part in parts) + ", for"
-        if parts
-        else f"{_count(adapter)}, learned by"
-    )
+    """What the adapter was made from: pictures, or other adapters with their weights."""
+    sources = adapter.info.get("merged_from") or ()
+    if not sources:
+        return f"{_count(adapter)}, learned by"
+    return " + ".join(f"{source['weight']:g} × {source['name']}" for source in sources) + ", for"
 
 
 def _count(adapter: Adapter) -> str:
@@ -117,19 +118,19 @@ def _trigger(adapter: Adapter) -> str:
 
 
 def _tokens(adapter: Adapter) -> str:
-    """The learned tokens: the word for each program, and the files that must be loaded."""
+    """The learned tokens: the word to write in each program, and the files to load."""
     if not adapter.concepts:
         return ""
     rows = ["| token | vectors | in A1111, Forge, InvokeAI | in ComfyUI |", "|---|---|---|---|"]
     for token, concept in adapter.concepts.items():
-        word, count = plain_token(token), max(len(tensor) for tensor in concept.values())
+        word, count = token_file_stem(token), max(len(tensor) for tensor in concept.values())
         rows.append(f"| `{token}` | {count} | `{word}` | `embedding:{word}` |")
     lines = []
-    for name, (_, encoder) in named(adapter.concepts, "diffusers").items():
+    for name, (_, encoder) in token_file_names(adapter.concepts, "diffusers").items():
         number = "_2" if encoder == "text_encoder_2" else ""
         extra = f", text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number}"
-        told = extra if adapter.family == "sdxl" else ""
-        lines.append(f'pipe.load_textual_inversion("path/to/this/folder", weight_name={json.dumps(name)}{told})')
+        arguments = extra if adapter.family == "sdxl" else ""
+        lines.append(f'pipe.load_textual_inversion("path/to/this/folder", weight_name={json.dumps(name)}{arguments})')
     code = "\n".join(lines)
     return (
         "## Learned tokens\n\nCopy the file named after the word to the program's embeddings folder.\n\n"
@@ -139,7 +140,7 @@ def _tokens(adapter: Adapter) -> str:
 
 
 def _load(adapter: Adapter) -> str:
-    """The Python lines that make `pipe`, the base model in stock diffusers."""
+    """Python code that makes `pipe`, the base model in plain diffusers."""
     name = "StableDiffusionXLPipeline" if adapter.family == "sdxl" else "StableDiffusionPipeline"
     base = _base(adapter)
     if base == "embedded":
@@ -154,7 +155,8 @@ def _editing(adapter: Adapter) -> str:
         return ""
     return f"""## Editing, in diffusers with personalize
 
-The source embedding holds what words do not say about the picture; it needs a program that takes prompt embeddings.
+The source embedding holds what the caption does not say about the picture. Only programs that accept prompt
+embeddings can use it.
 
 ```python
 import personalize
@@ -177,16 +179,16 @@ image = pipe({prompt}).images[0]
 ```"""
 
 
-def _other_programs(twin: str, adapter: Adapter) -> str:
+def _other_programs(kohya_file: str, adapter: Adapter) -> str:
     if _base(adapter) == "embedded":
         return (
-            f"## Other programs\n\n`{twin}` is the same LoRA in the names graphical programs read. The embedded model "
+            f"## Other programs\n\n`{kohya_file}` is the same LoRA in the names graphical programs read. The embedded model "
             "is a small one of its own: this adapter fits no other checkpoint; train on one of yours to use it there."
         )
-    stem = twin.removesuffix(".safetensors")
+    stem = kohya_file.removesuffix(".safetensors")
     return f"""## Other programs
 
-Use `{twin}` with any {FAMILIES[adapter.family]} checkpoint close to the base; strength 1 is what was trained.
+Use `{kohya_file}` with any {FAMILIES[adapter.family]} checkpoint close to the base; strength 1 is what was trained.
 
 * **AUTOMATIC1111, Forge**: copy it to `models/Lora`, write `<lora:{stem}:1>` and the trigger words in the prompt.
 * **ComfyUI**: copy it to `models/loras`, put a *Load LoRA* node after the checkpoint.

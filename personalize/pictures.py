@@ -60,7 +60,7 @@ def grid(
         for x, picture in enumerate(row):
             corner = (left + _GAP + x * (cell + _GAP), top + y * tall)
             if picture is not None:
-                fitted = contained(picture, cell)
+                fitted = scaled_to_side(picture, cell)
                 offset = ((cell - fitted.width) // 2, (cell - fitted.height) // 2)
                 sheet.paste(fitted, (corner[0] + offset[0], corner[1] + offset[1]))
             if below:
@@ -72,7 +72,7 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(part for line in text.splitlines() for part in wrap(line, width))
 
 
-def contained(picture: Image.Image, side: int) -> Image.Image:
+def scaled_to_side(picture: Image.Image, side: int) -> Image.Image:
     """`picture` in RGB, scaled so that its longer side is `side` pixels; small ones grow with sharp edges."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

@@ -1,8 +1,9 @@
-"""Under which key a reader looks for each module's LoRA: name maps derived from a real UNet, for `verify` alone.
+"""The key under which each program looks for a module's LoRA, derived from a real UNet, to verify written files.
 
-The modules of a UNet are walked (on the meta device if no base is at hand), and each is given the keys that diffusers
-and the graphical programs would look for.  For SDXL the walk counts blocks as the original code does when it builds
-them.  Nothing of `formats` or `lora_names` is used here, so that an error there cannot hide itself.
+For every module of a UNet (on the meta device if no base model is loaded) the keys are listed that diffusers and the
+graphical programs look for.  For SDXL, blocks are counted in the order in which the original code builds them.  Nothing
+from `formats` or `lora_names` is used here: a mistake in the names they write must not pass verification because the
+same mistake is made in reading.
 """
 
 from __future__ import annotations
@@ -19,23 +20,28 @@ from torch import Tensor, nn
 
 from personalize.files import TensorFile
 
-TEXT_LAYERS = 32  # of the deepest text encoder of these families
+TEXT_LAYERS = 32  # in the deepest text encoder of the three families
 TEXT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
-"""By module, "<component>.<path>": A, B and alpha / r."""
+"""For each module, by its canonical name "<component>.<path>": A (r, in[, k, k]), B (out, r[, 1, 1]) and alpha / r."""
 
 
-class ReaderNames:
-    """Every key a reader looks for, and the module it puts it into: "<component>.<path>" with `text_model.`."""
+class ReaderKeys:
+    """Every key that diffusers or a graphical program looks for in a LoRA file, and the module it belongs to.
+
+    Args:
+        family: "sd1", "sd2" or "sdxl".
+        unet: the base model's UNet, whose shapes are then known too; without one an empty UNet of the family is used.
+    """
 
     def __init__(self, family: str, unet: nn.Module | None = None) -> None:
-        walked = skeleton(family) if unet is None else unet
-        paths = dict(leaves(walked))
-        self.shapes = None if unet is None else {f"unet.{path}": layer.weight.shape for path, layer in paths.items()}
-        flat = original_paths(walked) if family == "sdxl" else {path: path for path in paths}
-        self._kohya = {"lora_unet_" + key.replace(".", "_"): f"unet.{path}" for key, path in flat.items()}
-        self._peft = {f"unet.{path}": f"unet.{path}" for path in paths}
+        reference = empty_unet(family) if unet is None else unet
+        layers = dict(adaptable_layers(reference))
+        self.shapes = None if unet is None else {f"unet.{path}": layer.weight.shape for path, layer in layers.items()}
+        paths = original_paths(reference) if family == "sdxl" else {path: path for path in layers}
+        self._kohya = {"lora_unet_" + key.replace(".", "_"): f"unet.{path}" for key, path in paths.items()}
+        self._peft = {f"unet.{path}": f"unet.{path}" for path in layers}
         encoders = (
             {"lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
             if family == "sdxl"
@@ -47,11 +53,11 @@ class ReaderNames:
                 self._kohya[f"{prefix}_{path.replace('.', '_')}"] = f"{component}.{path}"
 
     def kohya(self, content: TensorFile) -> tuple[Factors, list[str]]:
-        """Factors as a graphical program reads them: `lora_down`, `lora_up`, and an alpha per module (default: r)."""
+        """The LoRA as a graphical program reads it, and problems: one alpha per module, by default r."""
         suffixes = {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha"}
-        grouped, problems = _grouped(content.tensors, suffixes, self._kohya)
+        grouped, problems = _by_module(content.tensors, suffixes, self._kohya)
         if "lora_adapter_metadata" in content.metadata and any(key.endswith(".alpha") for key in content.tensors):
-            problems.append("lora_adapter_metadata stands beside alpha keys: diffusers refuses such a file")
+            problems.append("it has both lora_adapter_metadata and alpha keys: diffusers refuses such a file")
         factors = {}
         for module, parts in grouped.items():
             rank = parts["A"].shape[0]
@@ -60,8 +66,8 @@ class ReaderNames:
         return factors, problems
 
     def peft(self, content: TensorFile) -> tuple[Factors, list[str]]:
-        """Factors as diffusers reads them: one alpha per component out of the metadata, or 1 without."""
-        grouped, problems = _grouped(content.tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, self._peft)
+        """The LoRA as diffusers reads it, and problems: one alpha per component from the metadata, by default r."""
+        grouped, problems = _by_module(content.tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, self._peft)
         try:
             settings = json.loads(content.metadata["lora_adapter_metadata"])
             factors = {}
@@ -79,88 +85,91 @@ class ReaderNames:
         return factors, problems
 
 
-def _grouped(
-    tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], table: Mapping[str, str]
+def _by_module(
+    tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], modules: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Tensors by module and role; keys no reader knows and modules lacking a factor become problems."""
+    """Tensors by module and role, and as problems: keys that no program looks for, and modules without A or B."""
     grouped: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
-        module = table.get(key.removesuffix(suffix)) if suffix else None
+        module = modules.get(key.removesuffix(suffix)) if suffix else None
         if suffix is None or module is None:
             problems.append(f"no reader knows the key {key[:120]!r}")
         else:
             grouped.setdefault(module, {})[suffixes[suffix]] = tensor
-    whole = {}
+    complete = {}
     for module, parts in grouped.items():
         if "A" in parts and "B" in parts and parts["A"].ndim > 1 and parts["B"].ndim > 1:
-            whole[module] = parts
+            complete[module] = parts
         else:
             problems.append(f"module {module} has only {sorted(parts)}")
-    return whole, problems
+    return complete, problems
 
 
-def leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every linear layer and convolution with its path, those under an adapter by the path they have without it."""
+def adaptable_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every linear layer and convolution in `module` with its path; of a peft LoRA layer, the base layer."""
     for name, child in module.named_children():
-        here = f"{path}.{name}" if path else name
+        child_path = f"{path}.{name}" if path else name
         if isinstance(child, LoraLayer):
-            yield here, child.get_base_layer()
+            yield child_path, child.get_base_layer()
         elif isinstance(child, nn.Linear | nn.Conv2d):
-            yield here, child
+            yield child_path, child
         else:
-            yield from leaves(child, here)
+            yield from adaptable_layers(child, child_path)
 
 
 def original_paths(unet: nn.Module) -> dict[str, str]:
-    """Paths in the original SDXL code → paths in `unet`, by appending blocks as that code does and counting them."""
+    """For every layer's path in the original SDXL code, its path in diffusers' `unet`.
+
+    The original code appends blocks to three lists (`input_blocks`, `middle_block`, `output_blocks`) while it builds
+    the UNet; the same order is followed here, and the blocks are counted.
+    """
     unet_: Any = unet
-    places: list[tuple[str, str]] = [("input_blocks.0.0", "conv_in"), ("out.2", "conv_out")]
-    places += [(f"time_embed.{2 * i}", f"time_embedding.linear_{i + 1}") for i in (0, 1)]
-    places += [(f"label_emb.0.{2 * i}", f"add_embedding.linear_{i + 1}") for i in (0, 1)]
-    rows = [["conv_in"]]
+    prefixes: list[tuple[str, str]] = [("input_blocks.0.0", "conv_in"), ("out.2", "conv_out")]
+    prefixes += [(f"time_embed.{2 * i}", f"time_embedding.linear_{i + 1}") for i in (0, 1)]
+    prefixes += [(f"label_emb.0.{2 * i}", f"add_embedding.linear_{i + 1}") for i in (0, 1)]
+    blocks = [["conv_in"]]
     for b, block in enumerate(unet_.down_blocks):
-        rows += _rows(block, f"down_blocks.{b}")
-        rows += [[f"down_blocks.{b}.downsamplers.0"]] if block.downsamplers else []
-    places += [(f"input_blocks.{n}.{k}", path) for n, row in enumerate(rows) for k, path in enumerate(row) if n]
-    places += [
-        (f"middle_block.{k}", f"mid_block.{path}") for k, path in enumerate(("resnets.0", "attentions.0", "resnets.1"))
-    ]
-    rows = []
+        blocks += _original_blocks(block, f"down_blocks.{b}")
+        blocks += [[f"down_blocks.{b}.downsamplers.0"]] if block.downsamplers else []
+    prefixes += [(f"input_blocks.{n}.{k}", path) for n, paths in enumerate(blocks) for k, path in enumerate(paths) if n]
+    middle = ("resnets.0", "attentions.0", "resnets.1")
+    prefixes += [(f"middle_block.{k}", f"mid_block.{path}") for k, path in enumerate(middle)]
+    blocks = []
     for b, block in enumerate(unet_.up_blocks):
-        rows += _rows(block, f"up_blocks.{b}")
-        rows[-1] += [f"up_blocks.{b}.upsamplers.0"] if block.upsamplers else []
-    places += [(f"output_blocks.{n}.{k}", path) for n, row in enumerate(rows) for k, path in enumerate(row)]
-    found = {}
-    for path, _ in leaves(unet):
-        original, place = next((o, p) for o, p in places if path == p or path.startswith(f"{p}."))
-        found[(original + _inner(path.removeprefix(place), place)).removesuffix(".")] = path
-    return found
+        blocks += _original_blocks(block, f"up_blocks.{b}")
+        blocks[-1] += [f"up_blocks.{b}.upsamplers.0"] if block.upsamplers else []
+    prefixes += [(f"output_blocks.{n}.{k}", path) for n, paths in enumerate(blocks) for k, path in enumerate(paths)]
+    names = {}
+    for path, _ in adaptable_layers(unet):
+        original, prefix = next((o, p) for o, p in prefixes if path == p or path.startswith(f"{p}."))
+        names[(original + _original_layer(path.removeprefix(prefix), prefix)).removesuffix(".")] = path
+    return names
 
 
-def _rows(block: Any, path: str) -> list[list[str]]:
-    """One row of layers per resnet of a block: the resnet, and the attention after it where there is one."""
+def _original_blocks(block: Any, path: str) -> list[list[str]]:
+    """The blocks of the original code that one of diffusers' blocks is made of: each a resnet and its attention."""
     attends = bool(getattr(block, "attentions", None))
     return [
         [f"{path}.resnets.{i}", *([f"{path}.attentions.{i}"] if attends else [])] for i in range(len(block.resnets))
     ]
 
 
-def _inner(rest: str, place: str) -> str:
-    """A layer's name inside its block in the original code; attentions and the rest keep theirs."""
-    if "resnets" in place:
-        order = {".conv1": ".in_layers.2", ".conv2": ".out_layers.3", ".time_emb_proj": ".emb_layers.1"}
-        return (order | {".conv_shortcut": ".skip_connection"})[rest]
-    return ".op" if "downsamplers" in place else rest
+def _original_layer(name: str, prefix: str) -> str:
+    """A layer's name inside its block in the original code; it differs from diffusers' in resnets and downsamplers."""
+    if "resnets" in prefix:
+        names = {".conv1": ".in_layers.2", ".conv2": ".out_layers.3", ".time_emb_proj": ".emb_layers.1"}
+        return (names | {".conv_shortcut": ".skip_connection"})[name]
+    return ".op" if "downsamplers" in prefix else name
 
 
 @cache
-def skeleton(family: str) -> UNet2DConditionModel:
-    """A UNet with the module names of `family`, without weights: narrow, on the meta device; not to be altered."""
-    widths: dict[str, Any] = {"norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 4}
+def empty_unet(family: str) -> UNet2DConditionModel:
+    """A UNet on the meta device with the module names of `family` and few channels; cached, so not to be altered."""
+    config: dict[str, Any] = {"norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 4}
     if family == "sdxl":
-        widths |= {
+        config |= {
             "block_out_channels": (4, 8, 16),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -170,10 +179,11 @@ def skeleton(family: str) -> UNet2DConditionModel:
             "projection_class_embeddings_input_dim": 8,
         }
     else:
-        widths["block_out_channels"] = (4, 8, 16, 16)  # a change of width brings a conv_shortcut
+        config["block_out_channels"] = (4, 8, 16, 16)  # where the width changes, a resnet has a conv_shortcut
     with torch.device("meta"):
-        return UNet2DConditionModel(use_linear_projection=family != "sd1", **widths)
+        return UNet2DConditionModel(use_linear_projection=family != "sd1", **config)
 
 
 def _text_paths() -> list[str]:
+    """Paths of the layers of a text encoder that can have a LoRA."""
     return [f"text_model.encoder.layers.{n}.{module}" for n in range(TEXT_LAYERS) for module in TEXT_MODULES]

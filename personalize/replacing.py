@@ -10,10 +10,10 @@ from pathlib import Path
 from personalize import leftovers
 
 
-def carry_over(source: str | Path, target: str | Path) -> None:
+def link_or_copy(source: str | Path, target: str | Path) -> None:
     """Hard links to a file, or to all files of a folder; copies where the disk has no links."""
     if os.path.isdir(source) and not os.path.islink(source):
-        shutil.copytree(source, target, symlinks=True, copy_function=carry_over)
+        shutil.copytree(source, target, symlinks=True, copy_function=link_or_copy)
         return
     try:
         os.link(source, target, follow_symlinks=False)
@@ -21,11 +21,11 @@ def carry_over(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def take_place(partial: Path, path: Path) -> None:
+def replace_folder(partial: Path, path: Path) -> None:
     """Rename `partial` to `path`; an older folder ends at `partial`'s name, and is never lost on the way."""
     if not path.exists():
         os.rename(partial, path)
-    elif not _exchange(partial, path):
+    elif not _swap_folders(partial, path):
         old = leftovers.hidden_name(path, "old")
         os.rename(path, old)
         try:
@@ -36,7 +36,7 @@ def take_place(partial: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchange(first: Path, second: Path) -> bool:
+def _swap_folders(first: Path, second: Path) -> bool:
     """Swap two folders in one step where the system knows how (Linux's renameat2); False if it does not."""
     try:
         rename = CDLL(None).renameat2

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from personalize.files import tensor_bytes, write_file
-from personalize.reader_names import original_paths, skeleton
+from personalize.reader_names import empty_unet, original_paths
 
 OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
@@ -29,7 +29,7 @@ def delta(a, b, strength=1.0):
 @cache
 def original_names():
     """diffusers' path → the original code's path, for SDXL."""
-    return {path: original for original, path in original_paths(skeleton("sdxl")).items()}
+    return {path: original for original, path in original_paths(empty_unet("sdxl")).items()}
 
 
 def kohya_stem(module, family, *, blocks="original", nested=True):
@@ -96,7 +96,7 @@ def small_state(family="sd1", rank=4, width=8, text=False, want=lambda path: ".a
     """A LoRA on the modules of `family`'s UNet at a tiny width, with the family's text width where it tells."""
     told = {"sd1": 768, "sd2": 1024, "sdxl": 2048}[family]
     state = {}
-    for number, (path, layer) in enumerate(skeleton(family).named_modules()):
+    for number, (path, layer) in enumerate(empty_unet(family).named_modules()):
         if not isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) or not want(path):
             continue
         kernel = layer.weight.shape[2:]

@@ -11,13 +11,13 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from personalize.checkpoint_layout import TEXT, UNET, VAE, original_state, unet_name
+from personalize.checkpoint_layout import TEXT_ENCODER_PREFIXES, UNET_PREFIX, VAE_PREFIX, original_state, unet_name
 from personalize.errors import UserError
 from personalize.files import tensor_parts, write_file
 from personalize.loading import CONFIGS
 from personalize.merged_base import parts
 from personalize.model import StableDiffusion
-from personalize.reader_names import original_paths, skeleton
+from personalize.reader_names import empty_unet, original_paths
 from tests.original_layout import original_layout
 from tests.tiny import tiny
 
@@ -34,7 +34,7 @@ def meta(kind):
     with torch.device("meta"):
         modules = {"unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))}
         modules["vae"] = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-        for name in TEXT[PUBLISHED[kind][0]]:
+        for name in TEXT_ENCODER_PREFIXES[PUBLISHED[kind][0]]:
             modules[name] = classes[name](CLIPTextConfig.from_pretrained(folder / name))
     return modules
 
@@ -52,13 +52,13 @@ def test_published_sizes_go_there_and_back(kind):
     family, unet, vae, text = PUBLISHED[kind]
     modules = meta(kind)
     state = original_state({name: named(name, module) for name, module in modules.items()}, family)
-    counts = {prefix: sum(key.startswith(prefix) for key in state) for prefix in (UNET, VAE, *text)}
-    assert counts == {UNET: unet, VAE: vae} | text
+    counts = {prefix: sum(key.startswith(prefix) for key in state) for prefix in (UNET_PREFIX, VAE_PREFIX, *text)}
+    assert counts == {UNET_PREFIX: unet, VAE_PREFIX: vae} | text
     back = {
         "unet": convert_ldm_unet_checkpoint(state, config=dict(modules["unet"].config)),
         "vae": convert_ldm_vae_checkpoint(state, config=dict(modules["vae"].config)),
     }
-    for name, (prefix, form) in TEXT[family].items():
+    for name, (prefix, form) in TEXT_ENCODER_PREFIXES[family].items():
         open_clip = form == "open_clip"
         back[name] = (
             convert_open_clip_checkpoint(modules[name], state, prefix)
@@ -79,7 +79,7 @@ def test_names_and_values_equal_those_written_down_elsewhere(name):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_unet_names_equal_those_found_by_counting_blocks(family):
-    unet = skeleton(family)
+    unet = empty_unet(family)
     attending = {f"up_blocks.{i}" for i, block in enumerate(unet.up_blocks) if getattr(block, "attentions", None)}
     for theirs, ours in original_paths(unet).items():
         assert unet_name(f"{ours}.weight", attending) == f"{theirs}.weight"

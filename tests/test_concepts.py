@@ -149,10 +149,10 @@ def test_rows_of_another_base_are_refused_and_leave_no_trace() -> None:
 def stock(model: StableDiffusion, concepts: dict[str, dict[str, Tensor]], folder: Any) -> Any:
     """A stock pipeline of `model`'s parts, with the tokens read from the files that diffusers reads."""
     pipe = model.pipeline()
-    for name, (token, encoder) in token_files.named(concepts, "diffusers").items():
+    for name, (token, encoder) in token_files.token_file_names(concepts, "diffusers").items():
         assert encoder is not None
         path = folder / name
-        path.write_bytes(token_files.diffusers_file(token_files.Concept(token, concepts[token]), encoder))
+        path.write_bytes(token_files.diffusers_file(token_files.LearnedToken(token, concepts[token]), encoder))
         ending = "_2" if encoder == "text_encoder_2" else ""
         parts = {"text_encoder": getattr(pipe, encoder), "tokenizer": getattr(pipe, f"tokenizer{ending}")}
         pipe.load_textual_inversion(str(path), token=token, **parts)

@@ -11,7 +11,7 @@ from personalize import conversion, formats
 from personalize.errors import UserError
 from personalize.files import read_json, read_tensors
 from personalize.formats import diffusers_file, read_lora
-from personalize.reader_names import ReaderNames
+from personalize.reader_names import ReaderKeys
 from personalize.token_files import read_concept
 from personalize.verify import verify_file
 from tests.foreign_files import delta, diffusers, kohya, modules, old_diffusers, save, small_state, uneven
@@ -33,7 +33,7 @@ def convert(file, to, output, **options):
 def deltas(path, family):
     """ΔW by module, as the independent map reads the file."""
     content = read_tensors(path)
-    names = ReaderNames(family)
+    names = ReaderKeys(family)
     kohya_names = any(key.startswith("lora_") for key in content.tensors)
     found, problems = names.kohya(content) if kohya_names else names.peft(content)
     assert not problems

@@ -11,7 +11,7 @@ from peft import PeftModel
 from personalize import formats, lora
 from personalize.adapter import Adapter
 from personalize.errors import UserError
-from personalize.exporting import LAYOUTS, baked, export_lora, merged, read_adapter, with_lower_rank
+from personalize.exporting import LAYOUTS, baked, export_lora, merged, with_lower_rank
 from personalize.files import read_tensors, tensor_bytes, write_file
 from personalize.forgetting import parse_rule
 from personalize.formats import factor_pairs
@@ -116,7 +116,7 @@ def test_forgedit_c30_worked_in_forgetting_equals_run_time_forgetting(tmp_path, 
         assert difference(predict(model), expected) > 0.01  # forgetting matters
     assert difference(compare_through_diffusers(model, path), expected) < CLOSE
     dropped = {f"unet.{path}" for path, share in kept.items() if share == 0}
-    found = read_adapter(path)
+    found = Adapter.load(path)
     assert set(factor_pairs(found.lora)) == set(factor_pairs(adapter.lora)) - dropped
     assert bool(dropped) == any(not rule.degree for rule in rules)
     assert "worked in" in found.info["header"]["ss_training_comment"]
@@ -145,7 +145,7 @@ def test_a_lower_rank_loses_what_it_says(tmp_path):
     adapter = make(tiny("sd1"), lambda path: KEYS(path) or "mid_block" in path, False)
     found, reduction = with_lower_rank(adapter, 2)
     path = export_lora(found, tmp_path / "r.safetensors")
-    written, lost, whole = read_adapter(path), 0.0, 0.0
+    written, lost, whole = Adapter.load(path), 0.0, 0.0
     assert (written.rank, written.alpha) == (2, 2.0)
     for module, (a, b) in factor_pairs(adapter.lora).items():
         full = b.flatten(1) @ a.flatten(1) * (adapter.alpha / adapter.rank)
@@ -189,7 +189,7 @@ def test_a_foreign_file_keeps_its_header(tmp_path):
     model = tiny("sd2v")
     header = {"ss_base_model_version": "sd_v2_v", "ss_v2": "True", "ss_tag_frequency": "{}", "ss_network_dim": "99"}
     data = formats.kohya_file(make(model, ATTENTION, False).lora, 8.0, family="sd2", metadata=header)
-    adapter = read_adapter(write_file(tmp_path / "theirs.safetensors", data))
+    adapter = Adapter.load(write_file(tmp_path / "theirs.safetensors", data))
     adapter = replace(adapter, info=adapter.info | {"base": adapter.base | {"family": "sd2"}})
     found = read_tensors(export_lora(adapter, tmp_path / "ours.safetensors")).metadata
     assert found["ss_tag_frequency"] == "{}" and found["ss_base_model_version"] == "sd_v2_v"
@@ -220,7 +220,7 @@ def test_a_file_that_is_not_right_never_appears(tmp_path, monkeypatch, layout):
         return tensor_bytes(tensors | {first: tensors[first] * 1.01}, *rest)
 
     monkeypatch.setattr("personalize.formats.tensor_bytes", spoilt)
-    monkeypatch.setattr("personalize.exporting.tensor_bytes", spoilt)
+    monkeypatch.setattr("personalize.conversion.tensor_bytes", spoilt)
     with pytest.raises(UserError, match="does not verify, 1 problem"):
         export_lora(adapter, tmp_path / "out", layout)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -234,7 +234,7 @@ def test_mistakes(tmp_path):
         (lambda: baked(adapter, ["decodr"]), "unknown forgetting rule"),
         (lambda: baked(adapter, ["encoderattn"]), "forgets nothing here"),
         (lambda: export_lora(adapter, tmp_path / "x", "a1111"), "unknown layout"),
-        (lambda: read_adapter(tmp_path / "nothing"), "no adapter at"),
+        (lambda: Adapter.load(tmp_path / "nothing"), "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             attempt()

@@ -68,7 +68,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("exchange", [False, True])
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, before, exchange):
     if not exchange:
-        monkeypatch.setattr(replacing, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(replacing, "_swap_folders", lambda first, second: False)
     target, new = tmp_path / "adapter", {"a": b"x" * 300, "b": b"y" * 300}
     if before:
         write_folder(target, {"a": b"old", "gone": b"old"})
@@ -90,7 +90,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, before,
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_faults_of_the_disk_itself_leave_the_old_folder(tmp_path, monkeypatch, call):
     target = write_folder(tmp_path / "adapter", {"a": b"old"})
-    monkeypatch.setattr(replacing, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(replacing, "_swap_folders", lambda first, second: False)
     real, calls = getattr(os, call), []
 
     def failing(*args):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes, write_file
-from personalize.formats import diffusers_file, family_of, kohya_file, kohya_metadata, pairs, read_lora
+from personalize.formats import diffusers_file, factor_pairs, family_of, kohya_file, kohya_metadata, read_lora
 from tests.lora_states import ATTENTION, EVERYTHING, SHALLOW, TRANSFORMER, paths, predict, random_lora, text_lora
 from tests.tiny import tiny
 
@@ -29,7 +29,7 @@ def with_merged(model, state, strength):
         for path, layer in part.named_modules()
     }
     with torch.no_grad():
-        for module, (a, b) in pairs(state).items():
+        for module, (a, b) in factor_pairs(state).items():
             component, path = module.split(".", 1)
             weight = modules[component, path.removeprefix("text_model.")].weight
             weight += strength * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
@@ -182,7 +182,7 @@ def test_mixed_ranks_and_alphas_are_made_one_without_changing_any_weight(tmp_pat
     found = read_lora(tmp_path / "k.safetensors")
     assert (found.rank, found.alpha) == (4, 4.0)
     stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
-    made = {m: up @ down for m, (down, up) in pairs(found.state).items()}
+    made = {m: up @ down for m, (down, up) in factor_pairs(found.state).items()}
     # fp32: a product of two numbers near 1, scaled before instead of after
     torch.testing.assert_close(made[f"{stem}.to_q"], 3 * (b @ a), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(made[f"{stem}.to_k"], d @ c, atol=1e-6, rtol=1e-6)

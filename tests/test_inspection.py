@@ -137,7 +137,7 @@ def test_other_algorithms_are_recognised_and_named(tmp_path, name):
     tensors = {key: torch.ones(shape) for key, shape in OTHERS[name].items()}
     found = inspected(tmp_path, tensors, {"ss_base_model_version": "sd_v1"})
     assert found.algorithms[name] and name in found.layout and found.family == "sd1"
-    assert sum(found.components.values()) == len({m for m in layouts.contents(tensors).modules})
+    assert sum(found.components.values()) == len({m for m in layouts.classify_tensors(tensors).modules})
     assert not any("belong to nothing known" in problem for problem in found.problems)
     assert verdicts(found)["personalize"] == ("yes" if name == "Tucker LoCon" else "no")
     if name in ("LoHa", "LoKr", "DoRA"):
@@ -203,7 +203,7 @@ def test_coverage_counts_what_there_is(tmp_path, state):
     parts = [pair for module, pair in modules(state).items() if module.startswith("unet.mid_block.")]
     expected = sum(float((b @ a).double().square().sum()) for a, b in parts) ** 0.5
     assert rows["mid_block"].norm == pytest.approx(expected, rel=1e-5)  # fp32 products, double Gram matrices
-    assert "4/4" in coverage.text(list(rows.values()))
+    assert "4/4" in coverage.coverage_text(list(rows.values()))
 
 
 def test_the_command_prints_text_json_and_a_picture(tmp_path, state, capsys):

@@ -36,7 +36,7 @@ def counting(hit):
         return call
 
     for place, name in (
-        (files, "create_file"), (os, "fsync"), (os, "replace"), (os, "rename"), (replacing, "take_place"),
+        (files, "create_file"), (os, "fsync"), (os, "replace"), (os, "rename"), (replacing, "replace_folder"),
         (replacing, "sync_folder"), (files.shutil, "rmtree"),
     ):  # fmt: skip
         setattr(place, name, wrapped(getattr(place, name)))
@@ -59,7 +59,7 @@ def forked(save, *, at=None, delay=None, exchange=True):
         try:
             torch.set_num_threads(1)  # the parent's threads were not copied
             if not exchange:
-                replacing._exchange = lambda first, second: False
+                replacing._swap_folders = lambda first, second: False
             counting(hit)
             save()
         finally:
@@ -91,7 +91,7 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(tmp_path, adapters,
     for at in moments(count, steps):
         old.save(folder)
         forked(lambda: new.save(folder), at=at, exchange=exchange)
-        leftovers.clear(folder)  # what the next save begins with
+        leftovers.remove_stale(folder)  # what the next save begins with
         found = Adapter.load(folder)
         seen.add((same(found, old), same(found, new)))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dry", "mine"]
@@ -134,7 +134,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, monkeyp
         os._exit(0)
     os.waitpid(child, 0)
     dead = leftovers.hidden_name(target).name.replace(f"-{os.getpid()}-", f"-{child}-")
-    elsewhere = dead.replace(leftovers._machine(), "00000000")
+    elsewhere = dead.replace(leftovers._machine_id(), "00000000")
     names = [leftovers.hidden_name(target).name, dead, elsewhere, ".mine.notes.partial", ".other" + dead[5:], ".mine"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -154,5 +154,5 @@ def test_a_folder_moved_aside_and_not_replaced_comes_back(tmp_path):
     os.waitpid(child, 0)
     aside = leftovers.hidden_name(target, "old").name.replace(f"-{os.getpid()}-", f"-{child}-")
     target.rename(tmp_path / aside)
-    leftovers.clear(target)
+    leftovers.remove_stale(target)
     assert (target / "a").read_bytes() == b"1" and [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -3,7 +3,7 @@
 import pytest
 
 from personalize.lora_names import diffusers_name, kohya_name, module_name, original_name
-from personalize.reader_names import skeleton
+from personalize.reader_names import empty_unet
 from tests.lora_states import ATTENTION, TRANSFORMER, paths
 
 TABLE = {  # diffusers' path: flattened path in the original SDXL code
@@ -37,7 +37,7 @@ def test_sdxl_names_equal_the_table(path):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_every_module_name_survives_the_way_there_and_back(family):
-    modules = [f"unet.{path}" for path in paths(skeleton(family))]
+    modules = [f"unet.{path}" for path in paths(empty_unet(family))]
     modules += [f"text_encoder.text_model.encoder.layers.11.{m}" for m in ("self_attn.out_proj", "mlp.fc1")]
     names = {kohya_name(module, family) for module in modules}
     assert len(names) == len(modules)
@@ -49,6 +49,6 @@ def test_every_module_name_survives_the_way_there_and_back(family):
 )
 def test_module_counts_of_the_families(family, counts):
     """Attention, all of the transformers, and resnets with samplers on top: counted on the full-size architectures."""
-    unet = skeleton(family)
+    unet = empty_unet(family)
     lo_con = lambda path: path.endswith((".conv1", ".conv2", ".conv_shortcut", ".time_emb_proj", ".conv"))  # noqa: E731
     assert tuple(len(paths(unet, want)) for want in (ATTENTION, TRANSFORMER, lo_con)) == counts

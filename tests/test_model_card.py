@@ -16,7 +16,7 @@ def card(source=True, pictures=(), concepts=None, **info):
     info = {"base": base, "caption": 'a "photo" of my cat: at home', **info}
     embeds = {"embeds": torch.zeros(1, 77, 8)} if source else None
     adapter = Adapter(lora, 4, 4.0, embeds, info, concepts or {})
-    return model_card(name="my-cat", twin="my-cat.safetensors", adapter=adapter, pictures=list(pictures))
+    return model_card(name="my-cat", kohya_file="my-cat.safetensors", adapter=adapter, pictures=list(pictures))
 
 
 def front(text):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from personalize.pictures import contained, grid, png
+from personalize.pictures import grid, png, scaled_to_side
 
 
 def test_a_grid_holds_every_picture_at_its_place():
@@ -17,7 +17,7 @@ def test_a_grid_holds_every_picture_at_its_place():
 
 
 def test_pictures_keep_their_shape():
-    assert contained(Image.new("RGB", (200, 100)), 64).size == (64, 32)
+    assert scaled_to_side(Image.new("RGB", (200, 100)), 64).size == (64, 32)
 
 
 def test_a_grid_of_nothing_is_refused():

@@ -8,7 +8,16 @@ import torch
 from personalize.adapter import Adapter
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes, write_file, write_folder
-from personalize.token_files import Concept, checked, files_of, named, plain_token, read_concept, require_files, ui_file
+from personalize.token_files import (
+    LearnedToken,
+    checked_rows,
+    read_concept,
+    require_token_files,
+    token_file_contents,
+    token_file_names,
+    token_file_stem,
+    ui_file,
+)
 from personalize.verify import verify_folder
 from tests.lora_states import ATTENTION, paths, random_lora
 from tests.tiny import tiny
@@ -24,19 +33,19 @@ XL = {"<my-cat>": rows(2, text_encoder=32, text_encoder_2=40)}
 
 
 def test_names_say_the_token_and_the_reader():
-    assert [plain_token(token) for token in ("<my-cat>", "a/../b", "<>", "été")] == ["my-cat", "a_.._b", "token", "été"]
-    assert named(TWO) == {
+    assert [token_file_stem(token) for token in ("<my-cat>", "a/../b", "<>", "été")] == ["my-cat", "a_.._b", "token", "été"]
+    assert token_file_names(TWO) == {
         "my-cat.safetensors": ("<my-cat>", None),
         "my-cat_learned_embeds.safetensors": ("<my-cat>", "text_encoder"),
         "dog.safetensors": ("dog", None),
         "dog_learned_embeds.safetensors": ("dog", "text_encoder"),
     }
-    assert list(named(XL, "diffusers")) == ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
+    assert list(token_file_names(XL, "diffusers")) == ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
 
 
 def test_forms(tmp_path):
-    write_folder(tmp_path / "sd", files_of(TWO))
-    write_folder(tmp_path / "xl", files_of(XL, family="sdxl", dtype=torch.float16))
+    write_folder(tmp_path / "sd", token_file_contents(TWO))
+    write_folder(tmp_path / "xl", token_file_contents(XL, family="sdxl", dtype=torch.float16))
     keys = {path.name: set(read_tensors(path).tensors) for path in (tmp_path / "sd").iterdir()}
     assert keys == {
         "my-cat.safetensors": {"emb_params"},
@@ -50,8 +59,8 @@ def test_forms(tmp_path):
         "clip_g": (2, 40),
     }
     assert content.metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
-    require_files(tmp_path / "sd", TWO)
-    require_files(tmp_path / "xl", XL, dtype=torch.float16)
+    require_token_files(tmp_path / "sd", TWO)
+    require_token_files(tmp_path / "xl", XL, dtype=torch.float16)
     second = read_concept(tmp_path / "xl" / "learned_embeds_2.safetensors")
     assert second.token == "<my-cat>" and set(second.rows) == {"text_encoder_2"}
     first = read_concept(tmp_path / "sd" / "my-cat.safetensors", "<my-cat>")
@@ -61,7 +70,7 @@ def test_forms(tmp_path):
 def test_stock_diffusers_reads_them(tmp_path):
     model = tiny("sd1")
     pipe = model.pipeline()
-    write_folder(tmp_path / "one", files_of({"<my-cat>": rows(3)}))
+    write_folder(tmp_path / "one", token_file_contents({"<my-cat>": rows(3)}))
     pipe.load_textual_inversion(tmp_path / "one")  # finds learned_embeds.safetensors, and the token in it
     ids = pipe.tokenizer(pipe.maybe_convert_prompt("a <my-cat>", pipe.tokenizer), add_special_tokens=False).input_ids
     table = pipe.text_encoder.get_input_embeddings().weight
@@ -74,7 +83,7 @@ def test_stock_diffusers_reads_them(tmp_path):
 
 def test_stock_diffusers_reads_sdxl_file_by_file(tmp_path):
     pipe = tiny("sdxl").pipeline()
-    write_folder(tmp_path / "xl", files_of(XL, family="sdxl"))
+    write_folder(tmp_path / "xl", token_file_contents(XL, family="sdxl"))
     for ending, tokenizer, encoder in (
         ("", pipe.tokenizer, pipe.text_encoder),
         ("_2", pipe.tokenizer_2, pipe.text_encoder_2),
@@ -103,7 +112,7 @@ def test_forms_of_other_programs(tmp_path, tensors, expected):
 
 
 def test_an_sdxl_concept_of_one_encoder_keeps_its_key(tmp_path):
-    path = write_file(tmp_path / "x.safetensors", ui_file(Concept("x", rows()), family="sdxl"))
+    path = write_file(tmp_path / "x.safetensors", ui_file(LearnedToken("x", rows()), family="sdxl"))
     assert set(read_tensors(path).tensors) == {"clip_l"}
 
 
@@ -122,7 +131,7 @@ def test_an_sdxl_concept_of_one_encoder_keeps_its_key(tmp_path):
 )
 def test_rows_that_cannot_be(token, values, message):
     with pytest.raises(UserError, match=message):
-        checked(token, values)
+        checked_rows(token, values)
 
 
 def test_files_that_cannot_be(tmp_path):
@@ -131,11 +140,11 @@ def test_files_that_cannot_be(tmp_path):
     for attempt, message in (
         (lambda: read_concept(lora), "holds 2 tensors"),
         (lambda: read_concept(write_file(tmp_path / "t.safetensors", twice)), "twice"),
-        (lambda: files_of({"<cat>": rows(), "CAT": rows()}), "another token is"),
-        (lambda: files_of({"clip_l": rows()}), "word of the file formats"),
-        (lambda: files_of({"x": {"text_encoder": torch.full((1, 4), 1e6)}}, dtype=torch.float16), "does not fit"),
-        (lambda: files_of(XL, family="sd1"), "which sd1 does not have"),
-        (lambda: named(XL, "kohya"), "unknown layout"),
+        (lambda: token_file_contents({"<cat>": rows(), "CAT": rows()}), "another token is"),
+        (lambda: token_file_contents({"clip_l": rows()}), "word of the file formats"),
+        (lambda: token_file_contents({"x": {"text_encoder": torch.full((1, 4), 1e6)}}, dtype=torch.float16), "does not fit"),
+        (lambda: token_file_contents(XL, family="sd1"), "which sd1 does not have"),
+        (lambda: token_file_names(XL, "kohya"), "unknown layout"),
     ):
         with pytest.raises(UserError, match=message):
             attempt()
@@ -147,12 +156,12 @@ def test_an_adapter_carries_concepts(tmp_path):
     adapter = Adapter(lora, 4, 4.0, None, {"base": model.identity}, TWO)
     folder = adapter.save(tmp_path / "my-cat")
     names = {path.name for path in folder.iterdir()}
-    assert set(named(TWO)) | {"my-cat_lora.safetensors"} <= names  # the LoRA gives way to the trigger's name
+    assert set(token_file_names(TWO)) | {"my-cat_lora.safetensors"} <= names  # the LoRA gives way to the trigger's name
     found = Adapter.load(folder)
     assert found.info == adapter.info and found.concepts.keys() == TWO.keys()
     for token, values in TWO.items():
         assert torch.equal(found.concepts[token]["text_encoder"], values["text_encoder"])
-    require_files(folder, found.concepts)
+    require_token_files(folder, found.concepts)
     assert verify_folder(folder).ok
     spoilt = tensor_bytes({"dog": torch.zeros(1, 32)})
     (folder / "dog_learned_embeds.safetensors").write_bytes(spoilt)

@@ -10,7 +10,7 @@ from test_formats import CLOSE, difference, through_loader, with_merged
 from personalize.errors import UserError
 from personalize.files import read_tensors, write_file
 from personalize.formats import diffusers_file, kohya_file, read_lora
-from personalize.token_files import files_of
+from personalize.token_files import token_file_contents
 from tests.foreign_files import delta, diffusers, kohya, modules, save
 from tests.lora_states import ATTENTION, paths, predict, random_lora, text_lora
 from tests.tiny import tiny
@@ -140,7 +140,7 @@ def test_diffusers_raises_at_embeddings_bundled_into_a_lora_so_ours_are_files_of
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         through_loader(model, tmp_path / "bundle.safetensors")
     rows = {"<my-cat>": {"text_encoder": torch.randn(1, 32)}}
-    assert not any("lora" in name for name in files_of(rows))
+    assert not any("lora" in name for name in token_file_contents(rows))
     write_file(tmp_path / "ours.safetensors", kohya_file(state, 4.0, family="sd1"))
     assert not any("bundle_emb" in key for key in read_tensors(tmp_path / "ours.safetensors").tensors)
 

@@ -13,7 +13,7 @@ from personalize import formats, verify
 from personalize.adapter import Adapter
 from personalize.errors import UserError
 from personalize.files import read_tensors, tensor_bytes
-from personalize.reader_names import ReaderNames, original_paths, skeleton
+from personalize.reader_names import ReaderKeys, empty_unet, original_paths
 from personalize.verify import verify_folder
 from tests.lora_states import ATTENTION, paths, predict, random_lora, text_lora
 from tests.tiny import tiny
@@ -191,7 +191,7 @@ def test_a_wrong_width_is_found_by_shape(folder):
     attention = model.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     attention.to_k = torch.nn.Linear(64, 32, bias=False)
     report = verify.compare_files(
-        folder, TWIN, {MODULE: (torch.ones(4, 64), torch.ones(64, 4), 1.0)}, ReaderNames("sd1", model.unet)
+        folder, TWIN, {MODULE: (torch.ones(4, 64), torch.ones(64, 4), 1.0)}, ReaderKeys("sd1", model.unet)
     )
     assert any(f"{MODULE} has shape (64, 64), the base model's has (32, 64)" in p for p in report[0].problems)
 
@@ -230,7 +230,7 @@ def test_the_name_maps_of_writer_and_verifier_share_no_code():
 def test_both_maps_agree_on_every_module_of_sdxl():
     from personalize.lora_names import original_name
 
-    unet = skeleton("sdxl")
+    unet = empty_unet("sdxl")
     assert original_paths(unet) == {original_name(path): path for path in paths(unet)}
 
 
