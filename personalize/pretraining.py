@@ -1,6 +1,6 @@
-"""The embedded model from nothing: its tokenizer, its three networks, and the two objectives that train them."""
+"""The embedded model's architecture: its tokenizer, its three networks, and the two objectives that train them."""
 
-# diffusers and transformers annotate less than they accept and return
+# the annotations of diffusers and transformers are narrower than what they accept and return
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KL_WEIGHT = 1e-4
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable stand-ins that byte-level BPE uses for the 256 byte values, in byte order."""
+    """The 256 printable characters by which byte-level BPE represents the 256 byte values, in byte order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     spare = iter(range(256, 512))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
@@ -55,7 +55,7 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer in which each of `words` is one token and any other text falls back to bytes."""
+    """A CLIP tokenizer in which each of `words` is one token; any other text is split into bytes."""
     merges = learn_merges(sorted(set(words)))
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
@@ -66,6 +66,7 @@ def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder of 4 layers and width 128 for `tokenizer`, with random weights."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -83,7 +84,10 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """Images (b, 3, H, W) in [−1, 1] ↔ latents (b, 4, H/4, W/4); convolutions only, so any size works."""
+    """An autoencoder of images (b, 3, H, W) in [−1, 1] and latents (b, 4, H/4, W/4), with random weights.
+
+    It has convolutions only, no attention, so that it works at any size.
+    """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -97,7 +101,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """SD 1.x in miniature: the same blocks, layers and names (216 single-image LoRA modules), 17 M parameters."""
+    """A UNet of 17 M parameters with the blocks, layers and names of SD 1.x's (216 single-image LoRA modules)."""
     return UNet2DConditionModel(
         sample_size=32,
         layers_per_block=2,
@@ -108,6 +112,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
+    """The DDIM scheduler with Stable Diffusion 1.x's settings."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -126,22 +131,24 @@ def save_pipeline(
     tokenizer: CLIPTokenizer,
     vae: AutoencoderKL,
 ) -> None:
-    """Write a stock Stable Diffusion folder: UNet and VAE in fp16, text encoder in fp32, shards of at most 14 MB."""
+    """Write a Stable Diffusion folder: UNet and VAE in fp16, text encoder in fp32, shards of at most 14 MB."""
     pipe = StableDiffusionPipeline(
         vae=vae.half(), unet=unet.half(), text_encoder=text_encoder.float(), tokenizer=tokenizer,
         scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    vae.register_to_config(_name_or_path="")  # else the folder it was read from is written down
+    vae.register_to_config(_name_or_path="")  # otherwise the config names the folder that the VAE was read from
     pipe.save_pretrained(folder, max_shard_size="14MB")
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (b, 77), padded and truncated exactly as a stock pipeline does."""
+    """Token ids (b, 77), padded and truncated as by StableDiffusionPipeline."""
     return tokenizer(list(texts), padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
 
 
 class AutoencoderObjective(nn.Module):
-    """Reconstruction plus a light pull of the posterior to N(0, 1):  L = ‖x̂ − x‖² + ¼‖x̂ − x‖₁ + w·KL(q ‖ N(0, 1)).
+    """The autoencoder's loss: reconstruction, and a small KL penalty that keeps the posterior near N(0, 1).
+
+        L = mean (x̂ − x)² + ¼ mean |x̂ − x| + w·KL(q ‖ N(0, 1)),   w = 1e-4, KL as a mean over the latents' elements
 
     References: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752, §3.1.
     """
@@ -151,7 +158,10 @@ class AutoencoderObjective(nn.Module):
         self.vae = vae
 
     def forward(self, batch: dict[str, Tensor]) -> LossTerms:
-        """`pixels` (b, 3, H, W) in [−1, 1] and the posterior's unit `noise` (b, 4, H/4, W/4)."""
+        """The loss of a batch: `pixels` (b, 3, H, W) in [−1, 1], and standard normal `noise` (b, 4, H/4, W/4).
+
+        The noise draws the latents from the posterior.
+        """
         posterior = self.vae.encode(batch["pixels"]).latent_dist
         latents = posterior.mean + posterior.std * batch["noise"]
         decoded = self.vae.decode(latents).sample.float()
@@ -163,12 +173,14 @@ class AutoencoderObjective(nn.Module):
 
 
 class TextToImageObjective(nn.Module):
-    """Denoising of captioned latents:  L = ‖ε − ε_θ(z_t, t, c(text))‖² / √SNR(t) + w·grounding.
+    """The loss of the text encoder and the UNet: noise prediction on captioned latents, plus grounding.
 
-    With these weights every timestep contributes alike (0.03 to 0.08 at t from 20 to 980, measured at 64 px); under
-    min-SNR-5 nine tenths come from t < 400, where things already have their shape.  Grounding, the mean over the nouns
-    of a batch and the decoder's text attention, keeps each noun's attention on its own thing: without it two things
-    borrow each other's parts.
+        L = mean ‖ε − ε_θ(z_t, t, c(text))‖² / √SNR(t) + w·G
+
+    With the weights 1/√SNR every timestep contributes about as much (0.03 to 0.08 at t from 20 to 980, measured at
+    64 px); with min-SNR-5 nine tenths of the loss come from t < 400, where the objects' shapes are already decided.
+    The grounding loss G keeps each noun's cross-attention in the decoder on its own object: without it two objects of
+    one picture get parts of each other.  w is `grounding_weight`.
 
     References: Ho et al., arXiv 2006.11239, eq. 14; Yu et al., arXiv 2310.08442; Wang et al., arXiv 2312.03626.
     """
@@ -185,10 +197,10 @@ class TextToImageObjective(nn.Module):
         self.grounding_weight = grounding_weight
 
     def forward(self, batch: dict[str, Tensor]) -> LossTerms:
-        """Scaled `latents` and `noise` (b, 4, h, w), `timesteps` (b,), `input_ids` (b, 77).
+        """The loss of a batch: scaled `latents` and `noise` (b, 4, h, w), `timesteps` (b,), `input_ids` (b, 77).
 
-        For grounding also the `masks` (b, k, h, w) in [0, 1] of k things and their `nouns` (b, k): positions among the
-        tokens, 0 for a thing that is not there or not named.
+        For grounding also the `masks` (b, k, h, w) in [0, 1] of k objects, and `nouns` (b, k), the position of each
+        object's noun among the tokens; 0 for an object that is not there or not named.
         """
         noisy = self.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])  # pyright: ignore
         embeds = self.text_encoder(batch["input_ids"]).last_hidden_state
@@ -205,10 +217,10 @@ class TextToImageObjective(nn.Module):
 
 
 def noun_grounding_loss(store: MapStore, masks: Tensor, nouns: Tensor) -> Tensor:
-    """Mean grounding loss over the sites of `store` and the things whose `nouns` (b, k) are not 0."""
+    """Mean grounding loss over the attention layers in `store` and the objects whose `nouns` (b, k) are not 0."""
     named, losses = nouns > 0, []
     for name, site in store.sites.items():
         maps = store.grid(name).mean(1).permute(0, 3, 1, 2)  # (b, l, h, w)
-        ours = maps.gather(1, nouns[..., None, None].expand(-1, -1, *maps.shape[-2:]))
-        losses.append(grounding(ours, adaptive_avg_pool2d(masks, (site.height, site.width))))
+        noun_maps = maps.gather(1, nouns[..., None, None].expand(-1, -1, *maps.shape[-2:]))
+        losses.append(grounding(noun_maps, adaptive_avg_pool2d(masks, (site.height, site.width))))
     return (torch.stack(losses).mean(0) * named).sum() / named.sum().clamp_min(1)

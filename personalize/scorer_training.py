@@ -1,6 +1,7 @@
-"""Training data and objective of the package's scorer: rendered scenes, and what generated pictures suffer.
+"""Training of the package's scorer: labelled scenes, the degradations of generated pictures, objective and accuracy.
 
-Its scenes are streams of their own (`scorer-train`, `scorer-test`): the judge of the benches must not know them.
+The scenes are of data splits of their own (`scorer-train`, `scorer-test`), none of which the benches' judge is trained
+or tested on.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sam
 
 from personalize.losses import LossTerms
 from personalize.randomness import generator
-from personalize.scene_scorer import CELLS, SIDE, SceneScorer, ScorerNet, resized
+from personalize.scene_scorer import CELLS, SIDE, SceneProbabilities, SceneScorer, ScorerNet, resized
 from personalize.scenes import BACKGROUNDS, NOUNS, STYLES, Scene, random_scene, render
 
-NOTHING = 0  # class of a cell without a thing; noun n in style s is 1 + 4 n + s
-COVERED = 0.3  # share of a cell that a thing must cover to be its class
-RENDERED = 2 * SIDE  # pixels: pictures reach the scorer averaged down
-Change = Callable[[Tensor], Tensor]
+NOTHING = 0  # class of a cell without an object; noun n in style s has class 1 + 4 n + s
+COVERED = 0.3  # an object that covers more than this share of a cell is the cell's class
+RENDER_SIDE = 2 * SIDE  # px: scenes are rendered at twice the network's side and averaged down
+PixelFunction = Callable[[Tensor], Tensor]
 
 
 def scene_of(split: str, index: int) -> Scene:
-    """Scene `index` of `split`, of any noun and style; one in 20 has no object."""
+    """Scene `index` of `split`, of any noun and style; every 20th has no object."""
     scene = random_scene(index, split=split, styles=tuple(STYLES))
     return replace(scene, objects=()) if index % 20 == 19 else scene
 
 
-def rendered(split: str, indices: Sequence[int], change: Change | None = None) -> dict[str, Tensor]:
-    """`pixels` (b, 3, 64, 64) uint8, `cells` (b, 8, 8) and `background` (b,) of scenes; `change` sees 128 px."""
+def rendered(split: str, indices: Sequence[int], change: PixelFunction | None = None) -> dict[str, Tensor]:
+    """Rendered scenes as `pixels` (b, 3, 64, 64) uint8, with the classes of `cells` (b, 8, 8) and `background` (b,).
+
+    change: applied to the pixels (b, 3, 128, 128) in [−1, 1] before they are averaged down.
+    """
     rows = [labelled(scene_of(split, index)) for index in indices]
     pixels, cells, background = (torch.stack(column) for column in zip(*rows, strict=True))
     pixels = pixels.float() / 127.5 - 1
@@ -40,18 +44,18 @@ def rendered(split: str, indices: Sequence[int], change: Change | None = None) -
 
 
 def labelled(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels (3, 128, 128) uint8, the class of each cell (8, 8), and the background's number."""
-    image, masks = render(scene, RENDERED)
+    """Pixels (3, 128, 128) uint8, the class of each cell (8, 8), and the background's index."""
+    image, masks = render(scene, RENDER_SIDE)
     cells = torch.zeros(CELLS, CELLS, dtype=torch.int64)
     for thing, mask in zip(scene.objects, masks, strict=True):
-        share = avg_pool2d(torch.from_numpy(mask)[None].float(), RENDERED // CELLS)[0]
+        share = avg_pool2d(torch.from_numpy(mask)[None].float(), RENDER_SIDE // CELLS)[0]
         cells[share > COVERED] = 1 + NOUNS.index(thing.noun) * len(STYLES) + list(STYLES).index(thing.style)
     return torch.from_numpy(image).permute(2, 0, 1), cells, torch.tensor(BACKGROUNDS.index(scene.background))
 
 
 @dataclass(frozen=True)
 class ScorerData:
-    """Scenes in memory; `batch` draws and spoils them, always in the same way for the same sample number."""
+    """Labelled scenes in memory, as `rendered` gives them."""
 
     pixels: Tensor
     cells: Tensor
@@ -59,14 +63,15 @@ class ScorerData:
     seed: int
 
     def batch(self, update: int, samples: range) -> dict[str, Tensor]:
+        """Randomly drawn, transformed and degraded scenes; the same ones for the same update and samples."""
         rng = generator(self.seed, "scorer", update, samples.start)
         rows = torch.randint(len(self.pixels), (len(samples),), generator=rng)
-        pixels, cells = moved(self.pixels[rows].float() / 127.5 - 1, self.cells[rows], rng)
+        pixels, cells = transformed(self.pixels[rows].float() / 127.5 - 1, self.cells[rows], rng)
         return {"pixels": degraded(pixels, rng), "cells": cells, "background": self.background[rows]}
 
 
-def moved(pixels: Tensor, cells: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror half of the pictures, shift by up to 5 % and scale by up to 10 %, with their cells."""
+def transformed(pixels: Tensor, cells: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures and their cells' classes shifted by up to 5 % and scaled by up to 10 %, half of them mirrored."""
     b = len(pixels)
     theta = torch.zeros(b, 2, 3)
     scale = 1 + 0.1 * _signed(rng, b)
@@ -76,14 +81,15 @@ def moved(pixels: Tensor, cells: Tensor, rng: torch.Generator) -> tuple[Tensor, 
     grid = affine_grid(theta, list(pixels.shape), align_corners=False)
     pixels = grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     grid = affine_grid(theta, [b, 1, CELLS, CELLS], align_corners=False)
-    moved = grid_sample(cells[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
-    return pixels, moved[:, 0].round().long()
+    classes = grid_sample(cells[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
+    return pixels, classes[:, 0].round().long()
 
 
 def degraded(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Half of the pictures at 0.35 to 1 of their resolution, all with other colours, noise and soft stains.
+    """Pictures (b, 3, 64, 64) in [−1, 1] with the defects of generated ones.
 
-    Stains are smooth noise, the look of latents that were not cleaned of all of theirs.
+    Half of them are resampled at 0.35 to 1 of their resolution; all get a random gain and offset of each channel, white
+    noise, and smooth low-resolution noise, as in pictures whose latents were not denoised completely.
     """
     b = len(pixels)
     out = pixels.clone()
@@ -92,18 +98,21 @@ def degraded(pixels: Tensor, rng: torch.Generator) -> Tensor:
         small = interpolate(out[rows], (side, side), mode="bilinear", antialias=True, align_corners=False)
         out[rows] = interpolate(small, (SIDE, SIDE), mode="bicubic", align_corners=False)
     gain, offset = 1 + 0.12 * _signed(rng, b, 3, 1, 1), 0.12 * _signed(rng, b, 3, 1, 1)
-    stains = interpolate(torch.randn(b, 3, 12, 12, generator=rng), (SIDE, SIDE), mode="bicubic", align_corners=False)
+    smooth = interpolate(torch.randn(b, 3, 12, 12, generator=rng), (SIDE, SIDE), mode="bicubic", align_corners=False)
     noise = 0.1 * torch.rand(b, 1, 1, 1, generator=rng) * torch.randn(out.shape, generator=rng)
-    return (gain * out + offset + noise + 0.15 * torch.rand(b, 1, 1, 1, generator=rng) ** 2 * stains).clamp(-1, 1)
+    return (gain * out + offset + noise + 0.15 * torch.rand(b, 1, 1, 1, generator=rng) ** 2 * smooth).clamp(-1, 1)
 
 
 def _signed(rng: torch.Generator, *shape: int) -> Tensor:
-    """Uniform in [−1, 1]."""
+    """Random numbers, uniform in [−1, 1]."""
     return 2 * torch.rand(shape, generator=rng) - 1
 
 
 class ScorerObjective(nn.Module):
-    """L = mean over cells of CE(noun and style, or nothing) + ¼ CE(background of the picture)."""
+    """The scorer's loss: cross-entropy of each cell's class and of the picture's background.
+
+    L = mean over cells of CE(noun and style, or nothing) + ¼ CE(background)
+    """
 
     def __init__(self, net: ScorerNet) -> None:
         super().__init__()
@@ -117,27 +126,33 @@ class ScorerObjective(nn.Module):
         return LossTerms(cells + 0.25 * background, {"cells": cells.detach(), "background": background.detach()})
 
 
-def accuracy(scorer: SceneScorer, split: str, count: int, change: Change | None = None) -> dict[str, float]:
-    """How often nouns (exactly those above ½ are there), background and style (likeliest is true) are right."""
+def accuracy(scorer: SceneScorer, split: str, count: int, change: PixelFunction | None = None) -> dict[str, float]:
+    """Shares of scenes 0 … count − 1 of `split` on which nouns, background, style, and all three are right.
+
+    Nouns are right if exactly the true ones have a probability above ½; background and style, if the most probable one
+    is the true one.  change: applied to the pixels (1, 3, 128, 128) in [−1, 1] before the scorer sees them.
+    """
     from PIL import Image
 
     right = []
     for index in range(count):
         scene = scene_of(split, index)
-        pixels = torch.from_numpy(render(scene, RENDERED)[0])
+        pixels = torch.from_numpy(render(scene, RENDER_SIDE)[0])
         if change is not None:
-            degraded = change(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
-            pixels = ((degraded[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte()
-        seen = scorer.recognize([Image.fromarray(pixels.numpy())])[0]
-        found = {noun for noun, chance in zip(NOUNS, seen.nouns.tolist(), strict=True) if chance > 0.5}
-        styles = {thing.style for thing in scene.objects}
-        right.append(
-            (
-                found == {thing.noun for thing in scene.objects},
-                BACKGROUNDS[int(seen.backgrounds.argmax())] == scene.background,
-                not styles or list(STYLES)[int(seen.styles.argmax())] in styles,
-            )
-        )
+            changed = change(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
+            pixels = ((changed[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte()
+        right.append(_correct(scene, scorer.recognize([Image.fromarray(pixels.numpy())])[0]))
     table = np.array(right)
     shares = dict(zip(("nouns", "background", "style"), table.mean(0).round(4).tolist(), strict=True))
     return {"n": count, "all": round(float(table.all(1).mean()), 4), **shares}
+
+
+def _correct(scene: Scene, seen: SceneProbabilities) -> tuple[bool, bool, bool]:
+    """Whether nouns, background and style are right; a scene without objects has no style to be wrong about."""
+    nouns = {noun for noun, probability in zip(NOUNS, seen.nouns.tolist(), strict=True) if probability > 0.5}
+    styles = {thing.style for thing in scene.objects}
+    return (
+        nouns == {thing.noun for thing in scene.objects},
+        BACKGROUNDS[int(seen.backgrounds.argmax())] == scene.background,
+        not styles or list(STYLES)[int(seen.styles.argmax())] in styles,
+    )

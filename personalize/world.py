@@ -1,4 +1,4 @@
-"""Training data of the embedded model: scenes as pixels for the autoencoder, as captioned latents for the diffusion."""
+"""Training data of the embedded model: scenes as pixels for the autoencoder, as captioned latents for the UNet."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from personalize.images import to_pixels
 from personalize.pretraining import tokenize
 from personalize.randomness import generator
 
-EXTRA_WORDS = "an and on the left right background photo of my".split()  # beside the phrases of `scenes`
+EXTRA_WORDS = "an and on the left right background photo of my".split()  # words that no phrase of `scenes` has
 
 
 def vocabulary() -> list[str]:
-    """Every word of every caption, so that each is one token."""
+    """Every word of every caption, for a tokenizer in which each is one token."""
     phrases = [
         *scenes.STYLES.values(),
         scenes.ANY_STYLE,
@@ -35,7 +35,7 @@ def vocabulary() -> list[str]:
 
 
 def check_styles(styles: Sequence[str]) -> None:
-    """UserError if the held-out style is among `styles`."""
+    """Raise UserError if the held-out style is among `styles`."""
     if scenes.HELD_OUT_STYLE in styles:
         raise UserError(
             f"style {scenes.HELD_OUT_STYLE!r} is held out of all training: "
@@ -44,13 +44,16 @@ def check_styles(styles: Sequence[str]) -> None:
 
 
 def scene_pixels(scene: scenes.Scene, size: int) -> Tensor:
-    """`scene` as pixels (3, size, size) in [−1, 1]."""
+    """`scene` rendered as pixels (3, size, size) in [−1, 1]."""
     return to_pixels(Image.fromarray(scenes.render(scene, size)[0]))[0]
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Pictures (3, side, side) for the autoencoder: whole scenes, and (three of five) crops of twice as large ones."""
+    """Training pictures (3, side, side) of the autoencoder: whole scenes (two of five), and crops of larger ones.
+
+    The larger scenes are rendered at twice the side.  Sample `i` depends on the seed and on i alone.
+    """
 
     side: int
     seed: int
@@ -65,7 +68,7 @@ class Crops:
         return scene_pixels(scene, 2 * self.side)[:, top : top + self.side, left : left + self.side]
 
     def batch(self, update: int, samples: range) -> dict[str, Tensor]:
-        """`pixels` of `samples`, and the unit noise of their posteriors' draws."""
+        """`AutoencoderObjective`'s batch of the sample numbers `samples`: `pixels` and the posterior's `noise`."""
         shape = (4, self.side // 4, self.side // 4)
         noise = [torch.randn(shape, generator=generator(self.seed, "posterior", update, sample)) for sample in samples]
         return {"pixels": torch.stack([self[sample] for sample in samples]), "noise": torch.stack(noise)}
@@ -73,70 +76,78 @@ class Crops:
 
 @dataclass(frozen=True)
 class LatentPool:
-    """Encoded scenes with all their captions; samples are drawn from it with replacement.
+    """Encoded scenes, from which training samples are drawn with replacement, each with one of its captions.
 
-    `latents` (N, 4, h, w) are scaled; `masks` (N, 2, h, w) hold the share of each cell that the scene's first and
-    second thing cover, in 255ths.
+    latents: (N, 4, h, w), scaled by the VAE's scaling factor.
+    masks: (N, 2, h, w) uint8, the share of each cell that the scene's first and second object cover, times 255.
+    caption_dropout: share of samples whose caption is empty.
     """
 
     latents: Tensor
     masks: Tensor
-    world: tuple[scenes.Scene, ...]
+    scene_list: tuple[scenes.Scene, ...]
     tokenizer: CLIPTokenizer
     seed: int
     caption_dropout: float
 
     def batch(self, update: int, samples: range) -> dict[str, Tensor]:
-        """`latents`, `noise`, `timesteps`, `input_ids`, `masks` and the `nouns`' positions (b, 2) of `samples`."""
+        """`TextToImageObjective`'s batch of the sample numbers `samples`; a sample depends on its number alone."""
         rows, texts, nouns = [], [], []
         for sample in samples:
             rng = generator(self.seed, "diffusion", 0, sample)
             index = int(torch.randint(len(self.latents), (1,), generator=rng))
-            captions = scenes.captions(self.world[index])
+            scene = self.scene_list[index]
+            captions = scenes.captions(scene)
             choice = int(torch.randint(len(captions), (1,), generator=rng))
             dropped = bool(torch.rand((), generator=rng) < self.caption_dropout)
             texts.append("" if dropped else captions[choice])
-            nouns.append(self.places(texts[-1], self.world[index]))
+            nouns.append(self.noun_positions(texts[-1], scene))
             clean, masks = self.latents[index].float(), self.masks[index].float() / 255
             rows.append((clean, masks, torch.randint(1000, (), generator=rng), torch.randn(clean.shape, generator=rng)))
         latents, masks, timesteps, noise = (torch.stack(column) for column in zip(*rows, strict=True))
-        told = {"input_ids": tokenize(self.tokenizer, texts), "nouns": torch.tensor(nouns)}
-        return {"latents": latents, "masks": masks, "timesteps": timesteps, "noise": noise, **told}
+        text = {"input_ids": tokenize(self.tokenizer, texts), "nouns": torch.tensor(nouns)}
+        return {"latents": latents, "masks": masks, "timesteps": timesteps, "noise": noise, **text}
 
-    def places(self, text: str, scene: scenes.Scene) -> list[int]:
-        """Position among `text`'s tokens of the last one of each thing's noun; 0 for what is not there."""
-        ids, found = self.tokenizer(text).input_ids, [0, 0]
+    def noun_positions(self, text: str, scene: scenes.Scene) -> list[int]:
+        """Position among the tokens of `text` of the last token of each object's noun, for two objects.
+
+        0 for an object that the text does not name, or that is not there.
+        """
+        ids, positions = self.tokenizer(text).input_ids, [0, 0]
         for number, thing in enumerate(scene.objects):
-            word = self.tokenizer(thing.noun.replace("_", " ")).input_ids[1:-1]
-            ends = [end for end in range(len(word), len(ids)) if ids[end - len(word) + 1 : end + 1] == word]
-            found[number] = next(iter(ends), 0)
-        return found
+            noun = self.tokenizer(thing.noun.replace("_", " ")).input_ids[1:-1]
+            ends = [end for end in range(len(noun), len(ids)) if ids[end - len(noun) + 1 : end + 1] == noun]
+            positions[number] = next(iter(ends), 0)
+        return positions
 
 
 class RenderedScenes(Dataset):
-    """Scenes as pixels and masks (2, side/4, side/4) uint8 in 255ths, for loader workers."""
+    """A data set of scenes: pixels (3, size, size), and masks (2, size/4, size/4) uint8, the covered share times 255."""
 
-    def __init__(self, world: Sequence[scenes.Scene], size: int) -> None:
-        self.world, self.size = world, size
+    def __init__(self, scene_list: Sequence[scenes.Scene], size: int) -> None:
+        self.scene_list, self.size = scene_list, size
 
     def __len__(self) -> int:
-        return len(self.world)
+        return len(self.scene_list)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, masks = scenes.render(self.world[index], self.size)
-        covers = torch.zeros(2, self.size // 4, self.size // 4)
+        image, masks = scenes.render(self.scene_list[index], self.size)
+        shares = torch.zeros(2, self.size // 4, self.size // 4)
         for number, mask in enumerate(masks):
-            covers[number] = avg_pool2d(torch.from_numpy(mask).float()[None], 4)[0]
-        return to_pixels(Image.fromarray(image))[0], (255 * covers).round().byte()
+            shares[number] = avg_pool2d(torch.from_numpy(mask).float()[None], 4)[0]
+        return to_pixels(Image.fromarray(image))[0], (255 * shares).round().byte()
 
 
 @torch.inference_mode()
 def encode_scenes(
-    world: Sequence[scenes.Scene], size: int, vae: AutoencoderKL, *, workers: int = 0, batch: int = 32
+    scene_list: Sequence[scenes.Scene], size: int, vae: AutoencoderKL, *, workers: int = 0, batch: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """Mean latents (N, 4, size/4, size/4) of `world`, unscaled, fp32, and masks; `workers` processes render ahead."""
+    """The posterior's mean for N scenes, (N, 4, size/4, size/4) fp32 and not scaled, and their masks.
+
+    workers: processes that render in advance.
+    """
     vae.eval()
-    loader = DataLoader(RenderedScenes(world, size), batch_size=batch, num_workers=workers)
+    loader = DataLoader(RenderedScenes(scene_list, size), batch_size=batch, num_workers=workers)
     parts = [
         (vae.encode(pixels.to(vae.device), return_dict=False)[0].mean.float().cpu(), masks) for pixels, masks in loader
     ]

@@ -62,19 +62,19 @@ def test_the_autoencoder_works_at_every_size():
 
 def test_the_held_out_style_is_never_trained_on(tmp_path):
     """Every sprite that reaches a training picture is hashed; none is of the held-out style."""
-    held_out = {digest(path) for path in (scenes.SPRITES / scenes.HELD_OUT_STYLE).glob("*.webp")}
+    held_out = {file_hash(path) for path in (scenes.SPRITES / scenes.HELD_OUT_STYLE).glob("*.webp")}
     assert len(held_out) == len(scenes.NOUNS)
     module = script()
     config = module.Config(output_dir=tmp_path)
     drawn = [scenes.random_scene(seed, nouns=config.nouns, styles=config.styles) for seed in range(300)]
     drawn += [scenes.random_scene(seed, styles=scenes.TRAINING_STYLES) for seed in range(300)]
-    used = {digest(scenes.sprite_path(thing.noun, thing.style)) for scene in drawn for thing in scene.objects}
+    used = {file_hash(scenes.sprite_path(thing.noun, thing.style)) for scene in drawn for thing in scene.objects}
     assert len(used) > 100 and not used & held_out
     with pytest.raises(ValueError, match="held out"):
         module.main(module.Config(output_dir=tmp_path, styles=("3d", scenes.HELD_OUT_STYLE)))
 
 
-def digest(path) -> str:
+def file_hash(path) -> str:
     return sha256(path.read_bytes()).hexdigest()
 
 
@@ -128,12 +128,12 @@ def tiny_autoencoder():
 
 def test_a_third_of_the_scenes_is_of_hard_nouns_with_as_many_pairs_among_them(tmp_path):
     trainer, hard = script(), ("rocket", "house", "guitar")
-    found = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6, hard_nouns=hard), 600)
-    held = [{thing.noun for thing in scene.objects} <= set(hard) for scene in found]
-    assert all(held[2::3]) and 0.5 < np.mean([len(scene.objects) == 2 for scene in found[2::3]]) < 0.7
-    assert np.mean(held) < 0.4 and np.mean([len(scene.objects) == 2 for scene in found]) == 0.6
-    usual = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6), 600)
-    assert [s for i, s in enumerate(found) if i % 3 < 2] == [s for i, s in enumerate(usual) if i % 3 < 2]
+    scene_list = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6, hard_nouns=hard), 600)
+    is_hard = [{thing.noun for thing in scene.objects} <= set(hard) for scene in scene_list]
+    assert all(is_hard[2::3]) and 0.5 < np.mean([len(scene.objects) == 2 for scene in scene_list[2::3]]) < 0.7
+    assert np.mean(is_hard) < 0.4 and np.mean([len(scene.objects) == 2 for scene in scene_list]) == 0.6
+    without = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6), 600)
+    assert [s for i, s in enumerate(scene_list) if i % 3 < 2] == [s for i, s in enumerate(without) if i % 3 < 2]
 
 
 def test_scenes_for_the_autoencoder_are_pixels():
@@ -156,12 +156,12 @@ def test_a_pool_says_where_the_nouns_of_a_caption_are(tokenizer):
     pool = world.LatentPool(torch.zeros(1, 4, 4, 4), torch.zeros(1, 2, 4, 4), (scene,), tokenizer, 0, 0.0)
     text = "a picture of a coffee cup on the left and an owl on the right in the snow"
     pieces = ["<start>", *text.split()]
-    assert [pieces[place] for place in pool.places(text, scene)] == ["owl", "cup"]
-    assert pool.places("", scene) == [0, 0] and pool.places("an owl", scene) == [2, 0]
+    assert [pieces[position] for position in pool.noun_positions(text, scene)] == ["owl", "cup"]
+    assert pool.noun_positions("", scene) == [0, 0] and pool.noun_positions("an owl", scene) == [2, 0]
 
 
-class Spoken(nn.Module):
-    """A text encoder that says the same of every text."""
+class ConstantTextEncoder(nn.Module):
+    """A text encoder that gives every text the same embedding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Spoken(nn.Module):
 
 def test_grounding_reaches_text_attention_and_ignores_nouns_that_are_not_named():
     unet = tiny("sd1").unet.requires_grad_(True)
-    text: Any = Spoken(unet.config["cross_attention_dim"])
+    text: Any = ConstantTextEncoder(unet.config["cross_attention_dim"])
     objective = pretraining.TextToImageObjective(unet, text, pretraining.build_scheduler(), grounding_weight=0.5)
     query = next(p for name, p in unet.named_parameters() if "up_blocks" in name and "attn2.to_q.weight" in name)
     batch = {name: torch.randn(2, 4, 16, 16) for name in ("latents", "noise")} | {
@@ -185,9 +185,9 @@ def test_grounding_reaches_text_attention_and_ignores_nouns_that_are_not_named()
         terms = objective(batch | {"nouns": nouns})
         return terms.parts["grounding"].item(), torch.autograd.grad(terms.total, query)[0]
 
-    (some, pulled), (none, plain) = gradient(batch["nouns"]), gradient(torch.zeros(2, 2, dtype=torch.long))
-    assert 0 < some <= 1 and none == 0
-    assert not torch.allclose(pulled, plain), "the loss reaches what decides where a word looks"
+    (named, with_grounding), (unnamed, without) = gradient(batch["nouns"]), gradient(torch.zeros_like(batch["nouns"]))
+    assert 0 < named <= 1 and unnamed == 0
+    assert not torch.allclose(with_grounding, without), "the loss reaches the queries of cross-attention"
 
 
 def test_samples_depend_on_their_number_alone(tokenizer):

@@ -12,7 +12,7 @@ from personalize.launching import home, load_script
 from personalize.randomness import generator
 from personalize.scene_scorer import SceneScorer, ScorerNet
 from personalize.scenes import NOUNS, STYLES, Scene, SceneObject
-from personalize.scorer_training import NOTHING, ScorerData, ScorerObjective, degraded, labelled, moved, rendered
+from personalize.scorer_training import NOTHING, ScorerData, ScorerObjective, degraded, labelled, rendered, transformed
 
 SCRIPT = load_script(home() / "train" / "scorer.py")
 
@@ -28,14 +28,14 @@ def test_cells_are_labelled_with_what_covers_them():
 def test_pictures_move_with_their_labels():
     pixels, cells = -torch.ones(64, 3, 64, 64), torch.zeros(64, 8, 8, dtype=torch.int64)
     pixels[:, :, 16:40, 8:32], cells[:, 2:5, 1:4] = 1.0, 5
-    shifted, labels = moved(pixels, cells, generator(0, "test"))
-    shown = torch.nn.functional.avg_pool2d(shifted[:, :1], 8)[:, 0]
-    agree = ((shown > 0) == (labels == 5)).float().mean()
+    transformed_pixels, labels = transformed(pixels, cells, generator(0, "test"))
+    brightness = torch.nn.functional.avg_pool2d(transformed_pixels[:, :1], 8)[:, 0]
+    agree = ((brightness > 0) == (labels == 5)).float().mean()
     assert agree > 0.93  # the border of 12 of 64 cells may fall either way
     assert (labels[:, :, 4:] == 5).any() and (labels[:, :, :4] == 5).any(), "some are mirrored, some not"
 
 
-def test_spoilt_pictures_stay_pictures():
+def test_degraded_pictures_differ_and_stay_in_range():
     pixels = rendered("test", range(8))["pixels"].float() / 127.5 - 1
     bad = degraded(pixels, generator(0, "test"))
     assert bad.shape == pixels.shape and bad.abs().max() <= 1 and 0.01 < (bad - pixels).abs().mean() < 0.3
@@ -55,7 +55,7 @@ def test_a_few_updates_bring_the_loss_down():
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]  # 0.71 when written: twenty updates of a network this small
     again = data.batch(3, range(16))["pixels"]
-    assert torch.equal(again, data.batch(3, range(16))["pixels"]), "a sample is always spoilt in the same way"
+    assert torch.equal(again, data.batch(3, range(16))["pixels"]), "a sample is always degraded in the same way"
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_command_resumes_and_writes_weights_with_their_accuracy(tmp_path, ca
     info = SceneScorer.load(whole).info
     assert info["report"]["rendered"]["n"] == 5 and info["settings"]["train_split"] == "scorer-train"
     broken = SCRIPT.Config(tmp_path / "broken", max_train_steps=4, **options)
-    state = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
+    state = torch.load(tmp_path / "whole" / "scorer.pt", weights_only=True)
     assert state["update"] == 4
     real = torch.save
 

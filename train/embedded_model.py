@@ -1,8 +1,9 @@
-"""Train the small text-to-image model that ships with the package, from rendered scenes alone.
+"""Train the small text-to-image model that ships with the package, on rendered scenes alone.
 
     accelerate launch train/embedded_model.py --output_dir runs/embedded
 
-Stages, each resumed where it stopped: the autoencoder (64 px), the diffusion at 64 px, at 128 px, and the export.
+There are four stages: the autoencoder (at 64 px), text encoder and UNet at 64 px, the same at 128 px, and the export
+as a Stable Diffusion folder.  Each stage is resumed from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+    from torch import nn
 
     from personalize.pretraining import TextToImageObjective
     from personalize.scenes import Scene
-    from personalize.stages import Stage
+    from personalize.stages import BatchMaker
     from personalize.world import LatentPool
 
 CORE_NOUNS = (
@@ -32,9 +35,9 @@ class Config:
     output_dir: Path
     """Where checkpoints, encoded scenes and the finished pipeline go; an unfinished run found there is resumed."""
     stages: tuple[Literal["autoencoder", "diffusion_64", "diffusion_128", "export"], ...] = STAGES
-    """What to do, in this order."""
+    """Stages to run, in this order."""
     init_from: Path | None = None
-    """Finished pipeline (e.g. personalize/embedded) whose networks to go on from where there is no checkpoint yet."""
+    """Finished pipeline (e.g. personalize/embedded) whose networks a stage without a checkpoint starts from."""
     steps: tuple[int, int, int] = (2400, 3000, 3000)
     """Optimiser updates of the three trained stages."""
     batch_sizes: tuple[int, int, int] = (12, 16, 12)
@@ -46,15 +49,15 @@ class Config:
     scene_pools: tuple[int, int] = (8000, 5000)
     """Scenes rendered and encoded ahead for the two diffusion stages."""
     pairs: float = 0.5
-    """Share of those scenes with two objects, the harder kind; not thirds, if there are hard nouns."""
+    """Share of these scenes with two objects, the harder kind; with hard nouns, other shares than 1/3 and 2/3."""
     hard_nouns: tuple[str, ...] = ()
-    """Nouns that a third of those scenes take theirs from, such as those that came out worst so far."""
+    """Nouns that every third of these scenes is made of, such as those that the model has learned worst."""
     nouns: tuple[str, ...] = CORE_NOUNS
-    """Nouns of the world (the autoencoder sees all)."""
+    """Nouns that the text encoder and the UNet learn (the autoencoder learns all)."""
     styles: tuple[str, ...] = ("3d", "drawing")
-    """Styles of the world; the held-out style is refused."""
+    """Styles that they learn; the held-out style is refused."""
     grounding_weight: float = 0.1
-    """Weight of the loss that keeps each noun's attention on its own thing."""
+    """Weight of the loss that keeps each noun's cross-attention on its own object."""
     caption_dropout: float = 0.1
     """Share of samples whose caption is replaced by the empty one."""
     ema_decay: float = 0.998
@@ -62,7 +65,7 @@ class Config:
     checkpointing_steps: int = 200
     """Updates between two checkpoints."""
     dataloader_num_workers: int = 0
-    """Processes that render scenes and make batches ahead."""
+    """Processes that render scenes and make batches in advance."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the forward pass."""
     seed: int = 0
@@ -70,7 +73,7 @@ class Config:
 
 
 def main(config: Config) -> Path:
-    """Run the stages asked for; returns the folder of the finished pipeline."""
+    """Run the stages of `config.stages`; returns the folder of the finished pipeline."""
     import torch
     from accelerate import Accelerator
 
@@ -86,33 +89,60 @@ def main(config: Config) -> Path:
 
 
 def autoencoder(config: Config, accelerator: Accelerator, stage: str) -> None:
-    from personalize import stages
+    """Train the autoencoder and save it below the output folder."""
     from personalize.pretraining import AutoencoderObjective, build_autoencoder
     from personalize.world import Crops
 
     objective = AutoencoderObjective(build_autoencoder())
-    stages.run(stage_of(config, stage), accelerator, objective, Crops(64, config.seed).batch)
+    train(config, accelerator, stage, objective, Crops(64, config.seed).batch)
     if accelerator.is_main_process:
         objective.vae.save_pretrained(config.output_dir / "vae")
     accelerator.wait_for_everyone()
 
 
 def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
-    """Text encoder and UNet together; the stage at 128 px starts from the weights and averages of that at 64 px."""
+    """Train text encoder and UNet together; at 128 px, from the weights and the average of the stage at 64 px."""
     from diffusers.models.attention_processor import AttnProcessor
     from diffusers.training_utils import EMAModel
 
-    from personalize import stages
-
     objective = networks(config.init_from, config.grounding_weight)
     if accelerator.device.type == "cpu":
-        objective.unet.set_attn_processor(AttnProcessor())  # explicit products: 1.5 × the samples/s of fused ones there
+        objective.unet.set_attn_processor(AttnProcessor())  # 1.5 × the samples/s of fused attention on a CPU
     ema = EMAModel(objective.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    stages.run(stage_of(config, stage), accelerator, objective, pool(config, accelerator, stage).batch, ema)
+    train(config, accelerator, stage, objective, pool(config, accelerator, stage).batch, ema)
+
+
+def train(
+    config: Config, accelerator: Accelerator, name: str, objective: nn.Module, make_batch: BatchMaker,
+    ema: EMAModel | None = None,
+) -> None:  # fmt: skip
+    """Train `objective` in the stage `name`, as the options say."""
+    import torch
+
+    from personalize.stages import Stage, run_stage, warmup_schedule
+
+    index, folder = STAGES.index(name), config.output_dir
+    updates, warmup = config.steps[index], config.lr_warmup_steps
+    stage = Stage(
+        folder, name, updates, config.batch_sizes[index], config.checkpointing_steps, config.dataloader_num_workers,
+        begin_with=folder / "diffusion_64.pt" if name == "diffusion_128" else None,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        objective.parameters(), lr=config.learning_rates[index], weight_decay=0.01, betas=(0.9, 0.99), fused=True
+    )
+    schedule = warmup_schedule(optimizer, updates=updates, warmup=warmup, decay=name != "diffusion_64")
+
+    def update_average() -> None:
+        if ema is not None:
+            ema.step(objective.parameters())
+
+    run_stage(
+        stage, accelerator, objective, make_batch, optimizer, schedule, average=ema, update_average=update_average
+    )
 
 
 def networks(folder: Path | None = None, grounding_weight: float = 0.0) -> TextToImageObjective:
-    """UNet and text encoder: fresh, or those of the pipeline in `folder`."""
+    """The objective with a new UNet and text encoder, or with those of the pipeline in `folder`."""
     from personalize.pretraining import (
         TextToImageObjective,
         build_scheduler,
@@ -130,7 +160,7 @@ def networks(folder: Path | None = None, grounding_weight: float = 0.0) -> TextT
 
 
 def training_scenes(config: Config, count: int) -> list[Scene]:
-    """Scenes of the split "train": those with two objects spread evenly, hard nouns in each third one."""
+    """Scenes of the split "train": those with two objects spread evenly, every third one made of hard nouns."""
     from personalize.scenes import random_scene
 
     nouns = (config.nouns, config.nouns, config.hard_nouns or config.nouns)
@@ -139,7 +169,10 @@ def training_scenes(config: Config, count: int) -> list[Scene]:
 
 
 def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
-    """The stage's encoded scenes, made once and kept; at 64 px the first thousand set the VAE's scaling factor."""
+    """The stage's encoded scenes, from the output folder if they are there.
+
+    The latents of the first thousand scenes at 64 px determine the VAE's scaling factor, 1 / their standard deviation.
+    """
     import torch
     from diffusers import AutoencoderKL
 
@@ -147,42 +180,34 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
     from personalize.world import LatentPool, encode_scenes, vocabulary
 
     size, count = int(stage.removeprefix("diffusion_")), config.scene_pools[STAGES.index(stage) - 1]
-    world = training_scenes(config, count)
+    scene_list = training_scenes(config, count)
     name = "_".join(["pool", str(size), str(count), f"{config.pairs:g}", *config.hard_nouns])
     path = config.output_dir / f"{name}.pt"
     if accelerator.is_main_process and not path.is_file():
         vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)
         with accelerator.autocast():
-            latents, masks = encode_scenes(world, size, vae, workers=config.dataloader_num_workers)
+            latents, masks = encode_scenes(scene_list, size, vae, workers=config.dataloader_num_workers)
         if stage == "diffusion_64" and config.init_from is None:
             vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()))
             vae.save_config(config.output_dir / "vae")
         torch.save({"latents": (latents * vae.config["scaling_factor"]).half(), "masks": masks}, path)
     accelerator.wait_for_everyone()
     encodings, tokenizer = torch.load(path), build_tokenizer(vocabulary())
-    return LatentPool(**encodings, world=tuple(world), tokenizer=tokenizer, seed=config.seed,
+    return LatentPool(**encodings, scene_list=tuple(scene_list), tokenizer=tokenizer, seed=config.seed,
                       caption_dropout=config.caption_dropout)  # fmt: skip
 
 
 def vae_folder(config: Config) -> Path:
-    """The autoencoder trained in this run, or that of the pipeline it goes on from."""
+    """The folder of the autoencoder trained in this run, or of that of the pipeline `init_from`."""
     own = config.output_dir / "vae"
     return own if config.init_from is None or own.is_dir() else config.init_from / "vae"
 
 
-def stage_of(config: Config, name: str) -> Stage:
-    from personalize.stages import Stage
-
-    index, folder = STAGES.index(name), config.output_dir
-    return Stage(
-        folder, name, config.steps[index], config.batch_sizes[index], config.learning_rates[index],
-        config.lr_warmup_steps, name != "diffusion_64", config.checkpointing_steps,
-        config.dataloader_num_workers, folder / "diffusion_64.pt" if name == "diffusion_128" else None,
-    )  # fmt: skip
-
-
 def export(config: Config, accelerator: Accelerator, stage: str) -> None:
-    """Write the averaged weights of the last diffusion stage as a stock Stable Diffusion folder, and what it knows."""
+    """Write the averaged weights of the last diffusion stage as a Stable Diffusion folder.
+
+    Its world.json lists the nouns, styles and backgrounds that the model was trained on.
+    """
     import torch
     from diffusers import AutoencoderKL
 
@@ -200,8 +225,8 @@ def export(config: Config, accelerator: Accelerator, stage: str) -> None:
     vae = AutoencoderKL.from_pretrained(vae_folder(config))
     folder, tokenizer = config.output_dir / "pipeline", build_tokenizer(vocabulary())
     save_pipeline(folder, unet=objective.unet, text_encoder=objective.text_encoder, tokenizer=tokenizer, vae=vae)
-    known = {"nouns": config.nouns, "styles": config.styles, "backgrounds": BACKGROUNDS}
-    world = known | {"updates": {last.stem: state["update"]}}
+    world = {"nouns": config.nouns, "styles": config.styles, "backgrounds": BACKGROUNDS}
+    world |= {"updates": {last.stem: state["update"]}}
     (folder / "world.json").write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
 
 
