@@ -43,12 +43,13 @@ def main(config: Config) -> Path:
     """Merge, write, and say what was written; returns its path."""
     import torch
 
-    from personalize.exporting import DTYPES, absent, baked, read_adapter
+    from personalize.adapter import Adapter
+    from personalize.exporting import DTYPES, baked, require_absent
     from personalize.merged_base import export_folder, export_single_file, has_published_sizes, merged_weights
     from personalize.model import StableDiffusion
 
-    output = absent(config.output)
-    adapter = baked(read_adapter(config.adapter), config.forget, config.strength)
+    output = require_absent(config.output)
+    adapter = baked(Adapter.load(config.adapter), config.forget, config.strength)
     base = config.pretrained_model_name_or_path or adapter.base.get("name")
     if not base:
         raise UserError(f"{config.adapter} does not say its base: give --pretrained_model_name_or_path")

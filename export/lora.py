@@ -35,9 +35,10 @@ class Config:
 
 def main(config: Config) -> Path:
     """Write the file and say what is in it; returns its path."""
-    from personalize.exporting import DTYPES, baked, export_lora, read_adapter, with_lower_rank
+    from personalize.adapter import Adapter
+    from personalize.exporting import DTYPES, baked, export_lora, with_lower_rank
 
-    adapter = read_adapter(config.adapter)
+    adapter = Adapter.load(config.adapter)
     if adapter.source is not None and not adapter.info.get("standalone"):
         print("The source embedding stays behind: without it, the LoRA alone recalls the picture less exactly.")
     adapter = baked(adapter, config.forget, config.strength)

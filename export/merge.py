@@ -28,11 +28,12 @@ class Config:
 
 def main(config: Config) -> Path:
     """Merge, reduce, save, and say what it cost; returns the folder."""
-    from personalize.exporting import absent, merged, read_adapter, with_lower_rank
+    from personalize.adapter import Adapter
+    from personalize.exporting import merged, require_absent, with_lower_rank
 
-    output, weights = absent(config.output), config.weights or (1.0,) * len(config.adapters)
+    output, weights = require_absent(config.output), config.weights or (1.0,) * len(config.adapters)
     names = [path.resolve().name.removesuffix(".safetensors") for path in config.adapters]
-    adapter = merged([read_adapter(path) for path in config.adapters], weights, names)
+    adapter = merged([Adapter.load(path) for path in config.adapters], weights, names)
     if config.rank is not None and config.rank < adapter.rank:
         adapter, reduction = with_lower_rank(adapter, config.rank)
         print(reduction)

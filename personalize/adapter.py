@@ -1,4 +1,4 @@
-"""The adapter: what training one picture leaves behind, as a value and as a folder other programs can use."""
+"""The adapter: the result of training, as a value and as a folder whose files other programs can use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from personalize.files import plain_name, read_json, read_tensors, tensor_bytes,
 from personalize.lora import load_lora, remove_lora
 from personalize.model import StableDiffusion
 from personalize.model_card import model_card
+from personalize.pictures import png
 from personalize.reader_names import ReaderKeys
 from personalize.text_lora import has_text, text_lora
 from personalize.verify import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, VerificationReport
@@ -33,15 +33,17 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA weights, the fitted source embedding, and what is known about them.
+    """LoRA weights, the fitted source embedding, learned tokens, and information about them.
 
     lora: "<component>.<path>.lora_A.weight" (rank, in[, k, k]) and "….lora_B.weight" (out, rank[, 1, 1]);
-        ΔW = (alpha / rank) · B A.
-    source: "embeds" (1, l, d) and, for SDXL, "pooled" (1, e); None for an adapter that works without ("standalone").
-    info: JSON-able. Read here: `base` (name, family, sha256, prediction_type), `caption`, `config` (the trainer's
-        resolved options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`.
-        Any other key is kept: `targets`, `versions`, `seed`, `data_sha256`, `edits`, …
-    concepts: learned tokens: token → "text_encoder" (n, d) and, for SDXL, "text_encoder_2" (n, d₂).
+        ΔW = (alpha / rank) · B A.  Empty for learned tokens alone.
+    source: the fitted source embedding, "embeds" (1, l, d) and, for SDXL, "pooled" (1, e); None for an adapter that
+        was trained to work without it (`standalone`) or comes from another program.
+    info: values that JSON can hold.  Used here: `base` (name, family, sha256, prediction_type), `caption`, `config`
+        (the trainer's options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`,
+        `header` (metadata of the file it was read from).  Any other key is kept: `targets`, `versions`, `seed`,
+        `data_sha256`, `edits`, ….
+    concepts: learned tokens, token → "text_encoder" (n, d) and, for SDXL, "text_encoder_2" (n, d₂).
     """
 
     lora: Mapping[str, Tensor]
@@ -53,12 +55,12 @@ class Adapter:
 
     @property
     def base(self) -> dict[str, Any]:
-        """Identity of the base model this adapter was made for."""
+        """What is recorded about the base model it was trained on: name, family, sha256, prediction_type."""
         return dict(self.info.get("base") or {})
 
     @property
     def family(self) -> str:
-        """ "sd1", "sd2" or "sdxl": as recorded, or else read off the tensors' shapes."""
+        """The base model's family, "sd1", "sd2" or "sdxl": as recorded, or else by the tensors' shapes."""
         family = self.base.get("family") or formats.family_of(self.lora)
         if family not in ("sd1", "sd2", "sdxl"):
             raise UserError(f"the adapter's family is {family!r}: info['base']['family'] must be sd1, sd2 or sdxl")
@@ -71,19 +73,19 @@ class Adapter:
         pictures: Mapping[str, Image.Image] | None = None,
         kohya_dtype: torch.dtype = torch.float32,
     ) -> Path:
-        """Write the folder, all or nothing, after its files have been read back and every ΔW was found right.
+        """Write the adapter folder atomically, after its files were read back and every ΔW in them was verified.
 
-        An older adapter there is replaced in one step; files that were not part of it stay. Equal adapters give equal
-        bytes. `kohya_dtype` is the precision of the kohya-named file, torch.float32 or torch.float16.
+        An older adapter in `folder` is replaced in one step; files that were not part of it stay.  Equal adapters give
+        equal bytes.  `kohya_dtype` is the precision of the file in kohya's names, torch.float32 or torch.float16.
 
         Raises:
-            UserError: disk full, a folder that cannot be replaced, weights that are not finite or do not fit
-                `kohya_dtype`, or files that do not verify. What was there before is untouched.
+            UserError: the disk is full, the folder cannot be replaced, weights are not finite or do not fit
+                `kohya_dtype`, or the files do not verify.  What was there before is unchanged.
         """
         folder = Path(folder).resolve()
         check_target(folder)
         files = self._files(folder.name, pictures or {}, kohya_dtype)
-        old = _owned(folder)
+        old = _saved_files(folder)
         keep = [entry.name for entry in folder.iterdir() if entry.name not in old] if folder.is_dir() else []
         return write_folder(folder, files, check=lambda written: self.check_files(written, folder.name), keep=keep)
 
@@ -91,10 +93,13 @@ class Adapter:
     def load(folder: str | Path) -> Adapter:
         """Read an adapter folder, or a LoRA or textual-inversion file of any program.
 
-        A file has no source embedding and no caption; a learned token is called as the file says, else `<file name>`.
+        From a file come no source embedding and no caption.  Its metadata `ss_*` and `modelspec.*` are kept in
+        `info["header"]`, and what they say of the base model in `info["base"]`.  A learned token has the file's own
+        word, or else `<file name>`.
 
         Raises:
-            UserError: no adapter folder, a file is missing, damaged, a pickle, no plain LoRA, or not what was saved.
+            UserError: nothing is there, the folder is no adapter folder, a file is missing, damaged, a pickle or no
+                plain LoRA, or the files are not those that were saved.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -109,7 +114,7 @@ class Adapter:
         source = None
         if info["source_tensors"]:
             source = read_tensors(folder / SOURCE_FILE).tensors
-            verify.VerificationReport((verify.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
+            VerificationReport((verify.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
             _check_source(source)
         concepts = _read_concepts(folder, info.pop("concepts", {}))
         for key in ("schema", "twin", "tensors", "source_tensors", "files"):
@@ -118,13 +123,13 @@ class Adapter:
 
     @contextmanager
     def apply(self, model: StableDiffusion, *, any_base: bool = False) -> Iterator[None]:
-        """Run the body with the LoRA in `model.unet`, which is as before afterwards, also when the body raises.
+        """Run the body with the LoRA in `model.unet` and remove it afterwards, also when the body raises.
 
         Raises:
-            UserError: `model` is of another family, or another base of the family (allowed by `any_base`), or already
-                carries an adapter.
+            UserError: `model` is of another family, is another base of the family (`any_base` allows that), or already
+                has an adapter.
         """
-        if not self.lora:  # learned tokens alone, which are checked when they are installed
+        if not self.lora:  # learned tokens alone, whose base is checked when they are added to the tokenizer
             yield
             return
         self.check_base(model, any_base=any_base)
@@ -136,51 +141,52 @@ class Adapter:
 
     @contextmanager
     def apply_text(self, model: StableDiffusion, strength: float = 1.0) -> Iterator[None]:
-        """Run the body with the text encoders' part of the LoRA in them, if it has one; trace-free like `apply`."""
+        """Run the body with the LoRA's part for the text encoders in them, if it has one; removed as by `apply`."""
         change = text_lora(model, self.lora, strength * self.alpha / self.rank)
         with change if has_text(self.lora) else nullcontext():
             yield
 
     def check_base(self, model: StableDiffusion, *, any_base: bool = False) -> None:
-        """UserError, naming both bases, unless the adapter was made for `model`."""
-        ours, theirs = self.base, model.identity
-        name, other = ours.get("name") or "an unknown base", theirs["name"] or "the base at hand"
-        if self.family != theirs["family"]:
+        """UserError, naming both bases, unless the adapter was trained on `model`; see `apply`."""
+        trained_on, identity = self.base, model.identity
+        name, other = trained_on.get("name") or "an unknown base", identity["name"] or "the loaded base"
+        if self.family != identity["family"]:
             raise UserError(
-                f"the adapter was made for {name} ({self.family}), not for {other} ({theirs['family']}): "
+                f"the adapter was made for {name} ({self.family}), not for {other} ({identity['family']}): "
                 "name a base model of its family"
             )
-        if not any_base and ours.get("sha256") not in (None, theirs["sha256"]):
+        if not any_base and trained_on.get("sha256") not in (None, identity["sha256"]):
             raise UserError(
                 f"the adapter was made for {name}, {other} has other weights: name the base it was trained on"
             )
 
     def check_files(self, folder: Path, name: str) -> VerificationReport:
-        """Read the files in `folder` as their readers do, compare every ΔW and token with ours; UserError if wrong."""
+        """Read the files in `folder` as other programs do; UserError unless every ΔW and token is this adapter's."""
         token_files.require_token_files(folder, self.concepts)
         modules = formats.factor_pairs(self.lora)
         live = {module: (a, b, self.alpha / self.rank) for module, (a, b) in modules.items()}
         kohya_file = kohya_file_name(name, self.concepts)
-        return VerificationReport(tuple(verify.compare_files(folder, kohya_file, live, ReaderKeys(self.family)))).require()
+        reports = verify.compare_files(folder, kohya_file, live, ReaderKeys(self.family))
+        return VerificationReport(tuple(reports)).require()
 
     def _files(self, name: str, pictures: Mapping[str, Image.Image], kohya_dtype: torch.dtype) -> dict[str, bytes]:
         if formats.common_rank(formats.factor_pairs(self.lora)) != self.rank or not self.alpha > 0:
             raise UserError(f"the adapter says rank {self.rank} and alpha {self.alpha}, which its tensors contradict")
-        kohya_file = kohya_file_name(name, self.concepts)
-        metadata = formats.kohya_metadata(title=name, family=self.family, rank=self.rank, info=self.info)
+        kohya_file, family = kohya_file_name(name, self.concepts), self.family
+        metadata = formats.kohya_metadata(title=name, family=family, rank=self.rank, info=self.info)
         files = {
             DIFFUSERS_FILE: formats.diffusers_file(self.lora, self.alpha),
-            kohya_file: formats.kohya_file(self.lora, self.alpha, family=self.family, dtype=kohya_dtype, metadata=metadata),
-            **token_files.token_file_contents(self.concepts, family=self.family),
+            kohya_file: formats.kohya_file(self.lora, self.alpha, family=family, dtype=kohya_dtype, metadata=metadata),
+            **token_files.token_file_contents(self.concepts, family=family),
         }
         if self.source is not None:
             _check_source(self.source)
             identity = {key: str(value) for key, value in self.base.items()}
             about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
             files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)
-        shown = {picture_name(key): _png(image) for key, image in pictures.items()}
-        card = model_card(name=name, kohya_file=kohya_file, adapter=self, pictures=list(shown))
-        files |= {**shown, CARD: card.encode()}
+        images = {picture_name(key): png(image) for key, image in pictures.items()}
+        card = model_card(name=name, kohya_file=kohya_file, adapter=self, pictures=list(images))
+        files |= {**images, CARD: card.encode()}
         files[MANIFEST] = self._manifest(kohya_file, [*files, MANIFEST])
         return files
 
@@ -195,7 +201,7 @@ class Adapter:
         about = {"base": self.base | {"family": self.family}}
         if self.concepts:
             about["concepts"] = {
-                token: {encoder: verify.tensor_digest(tensor) for encoder, tensor in token_files.checked_rows(token, rows).items()}
+                token: {key: verify.tensor_digest(part) for key, part in token_files.checked_rows(token, rows).items()}
                 for token, rows in self.concepts.items()
             }
         values = dict(sorted(self.info.items())) | own | about | {"source_tensors": source, "tensors": tensors}
@@ -203,18 +209,19 @@ class Adapter:
 
 
 def check_target(folder: str | Path) -> None:
-    """UserError if an adapter saved at `folder` would overwrite a file of another origin; ask before training."""
+    """UserError if saving an adapter in `folder` would overwrite a file that is not ours; called before training."""
     folder = Path(folder).resolve()
     names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, kohya_file_name(folder.name)]
-    foreign = [name for name in names if (folder / name).exists() and name not in _owned(folder)]
+    foreign = [name for name in names if (folder / name).exists() and name not in _saved_files(folder)]
     if foreign:
         raise UserError(f"{folder} already holds a {foreign[0]} that is not ours: name another output folder")
 
 
 def kohya_file_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
-    """File name of the kohya-named LoRA: graphical programs show it, so it is the folder's, made plain.
+    """File name of the LoRA in kohya's names: the folder's name in plain letters, which graphical programs display.
 
-    The files of `tokens` go first: theirs are the words to write in a prompt.
+    "_lora" is added if a learned token of `tokens` already has that file name, because a token's file name is the word
+    that prompts use.
     """
     plain = re.sub(r"[^\w.-]+", "_", folder_name).strip("._") or "adapter"
     taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem, "learned_embeds", "learned_embeds_2"}
@@ -225,12 +232,6 @@ def kohya_file_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
 def picture_name(key: str) -> str:
     """File name of a picture: `key` with ".png"; UserError if it is no plain name."""
     return plain_name(key if key.endswith(".png") else f"{key}.png")
-
-
-def _png(image: Image.Image) -> bytes:
-    stream = BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _load_file(path: Path) -> Adapter:
@@ -245,8 +246,8 @@ def _load_file(path: Path) -> Adapter:
     return Adapter({}, 1, 1.0, None, info, {token: content.rows})
 
 
-def _owned(folder: Path) -> set[str]:
-    """Names of the files that an earlier save put into `folder`."""
+def _saved_files(folder: Path) -> set[str]:
+    """Names of the files in `folder` that an earlier save has written there."""
     names = read_json(folder / MANIFEST).get("files", []) if (folder / MANIFEST).is_file() else []
     kinds = (".safetensors", ".json", ".md", ".png")
     return {
@@ -255,7 +256,7 @@ def _owned(folder: Path) -> set[str]:
 
 
 def _check_manifest(info: Mapping[str, Any], content: formats.LoraFile, folder: Path) -> None:
-    """The LoRA file must be what `adapter.json` says was saved."""
+    """UserError unless the LoRA file is the one that `adapter.json` describes."""
     path = folder / MANIFEST
     wanted = {"schema": int, "rank": int, "alpha": (int, float), "base": dict, "tensors": dict, "source_tensors": dict}
     wrong = [key for key, kind in wanted.items() if not isinstance(info.get(key), kind)]
@@ -263,32 +264,34 @@ def _check_manifest(info: Mapping[str, Any], content: formats.LoraFile, folder: 
         raise UserError(f"{path} is damaged: {wrong[0]} is missing or of the wrong kind")
     if info["schema"] > SCHEMA:
         raise UserError(f"{path} has schema {info['schema']}, this version reads up to {SCHEMA}: update personalize")
-    found = formats.family_of(content.state)
-    if found not in (None, info["base"].get("family")):
+    family = formats.family_of(content.state)
+    if family not in (None, info["base"].get("family")):
         raise UserError(
-            f"{path} says family {info['base'].get('family')!r}, the tensors are of {found!r}: files are mixed up"
+            f"{path} says family {info['base'].get('family')!r}, the tensors are of {family!r}: files are mixed up"
         )
     if content.rank != info["rank"] or not math.isclose(content.alpha, info["alpha"]):
         raise UserError(
             f"{folder / DIFFUSERS_FILE} has rank {content.rank} and alpha {content.alpha:g}, {MANIFEST} says "
             f"{info['rank']} and {info['alpha']:g}: the files are not of one adapter"
         )
-    verify.VerificationReport((verify.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
+    VerificationReport((verify.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
 
 
-def _read_concepts(folder: Path, told: Any) -> dict[str, dict[str, Tensor]]:
-    """The learned tokens that the manifest tells of (token → encoder → digest), out of the files in diffusers' form."""
-    if not isinstance(told, dict) or not all(isinstance(rows, dict) for rows in told.values()):
+def _read_concepts(folder: Path, digests: Any) -> dict[str, dict[str, Tensor]]:
+    """The learned tokens of the manifest's `digests` (token → encoder → digest), from the files for diffusers."""
+    if not isinstance(digests, dict) or not all(isinstance(rows, dict) for rows in digests.values()):
         raise UserError(f"{folder / MANIFEST} is damaged: concepts is of the wrong kind")
-    found: dict[str, dict[str, Tensor]] = {token: {} for token in told}
-    for name, (token, encoder) in token_files.token_file_names(told, "diffusers").items():
-        concept = token_files.read_concept(folder / name)
-        verify.VerificationReport((verify.compare_digests(name, concept.rows, {str(encoder): told[token][encoder]}),)).require()
-        found[token] |= concept.rows
-    return found
+    concepts: dict[str, dict[str, Tensor]] = {token: {} for token in digests}
+    for name, (token, encoder) in token_files.token_file_names(digests, "diffusers").items():
+        learned = token_files.read_concept(folder / name)
+        report = verify.compare_digests(name, learned.rows, {str(encoder): digests[token][encoder]})
+        VerificationReport((report,)).require()
+        concepts[token] |= learned.rows
+    return concepts
 
 
 def _check_source(source: Mapping[str, Tensor]) -> None:
+    """UserError unless it is "embeds" (1, l, d), and for SDXL "pooled" (1, e), of finite numbers."""
     embeds, pooled = source.get("embeds"), source.get("pooled")
     if embeds is None or embeds.ndim != 3 or len(embeds) != 1 or not set(source) <= {"embeds", "pooled"}:
         shapes = {key: tuple(value.shape) for key, value in source.items()}
@@ -296,4 +299,4 @@ def _check_source(source: Mapping[str, Tensor]) -> None:
     if pooled is not None and (pooled.ndim != 2 or len(pooled) != 1):
         raise UserError(f"the source embedding's pooled part has shape {tuple(pooled.shape)}: expected (1, e)")
     if not all(bool(value.isfinite().all()) for value in source.values()):
-        raise UserError("the source embedding holds a number that is not finite: the adapter is spoilt, train it again")
+        raise UserError("the source embedding holds a number that is not finite: train the adapter again")

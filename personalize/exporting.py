@@ -35,7 +35,7 @@ LAYOUTS = ("kohya", "diffusers", "peft")
 
 
 def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -> Adapter:
-    """The adapter with forgetting rules and a strength multiplied into its weights: what `lora.scaled` does at run time.
+    """The adapter with forgetting rules and a strength multiplied into its weights, instead of `lora.scaled`.
 
     B of each module is multiplied by the fraction that is kept; modules that keep nothing are left out.  Forgetting
     rules select parts of the UNet, so that text encoders get the strength alone.
@@ -86,7 +86,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
     for name, adapter in zip(names, adapters, strict=True):
         if adapter.family != first.family:
             raise UserError(
-                f"{name} is for the family {adapter.family}, {names[0]} for {first.family}: merge adapters of one family"
+                f"{name} is for the family {adapter.family}, {names[0]} for {first.family}: name adapters of one"
             )
         if (adapter.base.get("sha256") or "") != (first.base.get("sha256") or "") and _both_known(adapter, first):
             raise UserError(f"{name} was made for another base model than {names[0]}: merge adapters of one base")
@@ -139,7 +139,7 @@ def export_lora(
 
 
 def require_absent(path: Path) -> Path:
-    """`path`, if nothing exists there, else UserError: so an export never overwrites what it was made from."""
+    """`path`, if nothing exists there; else UserError, so that an export never overwrites its source."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists already: name another output, or remove it first")
     return path

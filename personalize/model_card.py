@@ -48,7 +48,7 @@ def _standalone(adapter: Adapter) -> bool:
 
 
 def _base(adapter: Adapter) -> str:
-    """Name of the base model: a hub id, or the last part of a path, since folders of the trainer's machine mean nothing."""
+    """Name of the base model: a hub id, or of a local path its last part alone."""
     name = str(adapter.base.get("name") or "an unnamed base")
     return name if re.fullmatch(HUB_ID, name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
@@ -182,7 +182,7 @@ image = pipe({prompt}).images[0]
 def _other_programs(kohya_file: str, adapter: Adapter) -> str:
     if _base(adapter) == "embedded":
         return (
-            f"## Other programs\n\n`{kohya_file}` is the same LoRA in the names graphical programs read. The embedded model "
+            f"## Other programs\n\n`{kohya_file}` is the same LoRA in the names that graphical programs read. The "
             "is a small one of its own: this adapter fits no other checkpoint; train on one of yours to use it there."
         )
     stem = kohya_file.removesuffix(".safetensors")

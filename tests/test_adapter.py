@@ -214,7 +214,7 @@ def test_a_changed_tensor_a_pickle_and_a_missing_folder(tmp_path, sd1):
     torch.save({}, folder / DIFFUSERS)
     with pytest.raises(UserError, match="pickle"):
         Adapter.load(folder)
-    with pytest.raises(UserError, match="no adapter folder"):
+    with pytest.raises(UserError, match="nothing does not exist"):
         Adapter.load(tmp_path / "nothing")
 
 

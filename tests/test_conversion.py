@@ -1,6 +1,7 @@
 """Convert: what comes out computes what went in, in names everybody knows; and every trap is one for the naive way."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -178,6 +179,23 @@ def test_peft_folder_loads_in_peft_itself(tmp_path):
         convert(tmp_path / "in.safetensors", "peft", folder)
 
 
+def test_text_encoders_get_a_peft_folder_of_their_own(tmp_path):
+    state = small_state("sd1", text=True)
+    folder = convert(save(tmp_path / "in.safetensors", state), "peft", tmp_path / "peft")
+    assert {path.name for path in folder.iterdir()} == {"unet", "text_encoder"}
+    written = {}
+    for part in ("unet", "text_encoder"):
+        config = read_json(folder / part / "adapter_config.json")
+        for key, tensor in read_tensors(folder / part / "adapter_model.safetensors").tensors.items():
+            written[f"{part}.{key.removeprefix('base_model.model.')}"] = tensor
+            assert re.sub(r".lora_[AB].weight", "", key).removeprefix("base_model.model.") in config["target_modules"]
+    expected = {key.replace("text_model.", ""): tensor for key, tensor in state.items()}
+    assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in written)
+    (folder / "unet" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="already holds notes.txt"):
+        convert(tmp_path / "in.safetensors", "peft", folder)
+
+
 def test_refusals_write_nothing(tmp_path):
     state = small_state("sd1", text=True)
     lora = save(tmp_path / "lora.safetensors", state)
@@ -189,7 +207,7 @@ def test_refusals_write_nothing(tmp_path):
     half = save(tmp_path / "half.safetensors", {"unet.conv_in.lora_A.weight": torch.ones(2, 2)})
     before = {path.name for path in tmp_path.iterdir()}
     for file, to, output, message in (
-        (lora, "kohya", lora, "is the file to convert"), (lora, "peft", "out", "add --unet_only"),
+        (lora, "kohya", lora, "is the file to convert"),
         (token, "peft", "out", "learned token"), (nowhere, "kohya", "out", "does not tell the family"),
         (dora, "kohya", "out", "1 module.s. of DoRA"), (half, "kohya", "out", "has only"),
         (tmp_path / "gone", "kohya", "out", "does not exist"),

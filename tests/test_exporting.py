@@ -190,6 +190,7 @@ def test_a_foreign_file_keeps_its_header(tmp_path):
     header = {"ss_base_model_version": "sd_v2_v", "ss_v2": "True", "ss_tag_frequency": "{}", "ss_network_dim": "99"}
     data = formats.kohya_file(make(model, ATTENTION, False).lora, 8.0, family="sd2", metadata=header)
     adapter = Adapter.load(write_file(tmp_path / "theirs.safetensors", data))
+    assert adapter.base["prediction_type"] == "v_prediction" and adapter.info["header"]["ss_tag_frequency"] == "{}"
     adapter = replace(adapter, info=adapter.info | {"base": adapter.base | {"family": "sd2"}})
     found = read_tensors(export_lora(adapter, tmp_path / "ours.safetensors")).metadata
     assert found["ss_tag_frequency"] == "{}" and found["ss_base_model_version"] == "sd_v2_v"
@@ -231,6 +232,7 @@ def test_mistakes(tmp_path):
     for attempt, message in (
         (lambda: baked(adapter, strength=0.0), "nothing of the adapter is left"),
         (lambda: baked(adapter, strength=float("nan")), "must be a number"),
+        (lambda: baked(replace(adapter, lora={})), "learned tokens but no LoRA"),
         (lambda: baked(adapter, ["decodr"]), "unknown forgetting rule"),
         (lambda: baked(adapter, ["encoderattn"]), "forgets nothing here"),
         (lambda: export_lora(adapter, tmp_path / "x", "a1111"), "unknown layout"),
