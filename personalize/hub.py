@@ -1,4 +1,4 @@
-"""Uploading an adapter folder to the hub: its own files only, without checkpoints, logs and strangers."""
+"""Uploading an adapter folder to the Hugging Face Hub: only the files that belong to the adapter."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from personalize.verify import MANIFEST
 
 
 def repository(name: str, *, private: bool) -> str:
-    """The full id of repository `name`, which is made if there is none; ask before training.
+    """The full id of the repository `name`, which is created if it does not exist; called before training.
 
     Raises:
-        UserError: nobody is logged in, the hub is out of reach, or the name is not allowed.
+        UserError: nobody is logged in, the hub cannot be reached, or the name is not allowed.
     """
     from huggingface_hub import HfApi
 
     try:
         return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
-    except Exception as error:  # of the library, of its HTTP client, of the network
+    except Exception as error:  # the library, its HTTP client and the network raise different types
         raise UserError(f"push_to_hub: cannot use repository {name}: {_reason(error)}; try `hf auth login`") from None
 
 
 def push(folder: Path, repo_id: str) -> str:
-    """Upload the adapter in `folder`; returns where it is now.
+    """Upload the adapter in `folder` and return its address on the hub.
 
     Raises:
-        UserError: it did not work; the folder is untouched, and the message says how to try again.
+        UserError: the upload failed; the folder is unchanged, and the message says how to try again.
     """
     from huggingface_hub import HfApi
 
     names = read_json(folder / MANIFEST)["files"]
     try:
-        done = HfApi().upload_folder(
+        commit = HfApi().upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message="Upload the adapter"
         )
     except Exception as error:
         again = f"hf upload {repo_id} {folder} --exclude 'checkpoint-*' 'logs/*' 'validation/*'"
         raise UserError(f"the adapter is safe in {folder}, but was not uploaded: {_reason(error)}; {again}") from None
-    return str(done)
+    return str(commit)
 
 
 def _reason(error: Exception) -> str:
+    """The first line of the error's message."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,10 +1,11 @@
-"""Arithmetic of whole LoRAs: several into one, exactly, and one into a narrower one, by SVD.
+"""Sums of LoRAs and LoRAs of lower rank: several become one exactly, or one becomes a smaller one by SVD.
 
-    Σ wᵢ ΔWᵢ = [w₁s₁B₁ … wₙsₙBₙ] [A₁; …; Aₙ]        s = alpha / rank: ranks add up, nothing is lost
+    Σ wᵢ ΔWᵢ = [w₁s₁B₁ … wₙsₙBₙ] [A₁; …; Aₙ]        s = alpha / rank; the rank is the sum of the ranks; exact
     ΔW = B A ≈ U_k S_k V_kᵀ                            the nearest matrix of rank k (Eckart–Young)
 
-A LoRA is in the house's names ("<component>.<path>.lora_A.weight" …) with one rank, as `formats.factor_pairs` reads it.
-Convolutions are taken as matrices (out, in·k·k).  Results have alpha = rank: all strength is inside B.
+A LoRA is in PEFT's names ("<component>.<path>.lora_A.weight" …) with one rank, as `formats.factor_pairs` reads it.
+Convolutions count as matrices (out, in·k·k).  Results have alpha = rank, so that alpha / rank is 1: strengths are
+multiplied into the factors.
 
 Reference: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
 """
@@ -26,7 +27,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class WeightedLora:
-    """One LoRA of a sum: its tensors, its alpha / rank, and its weight in the sum."""
+    """One term of a sum of LoRAs: its tensors, its `strength` alpha / rank, and its weight in the sum."""
 
     state: State
     strength: float
@@ -35,7 +36,10 @@ class WeightedLora:
 
 @dataclass(frozen=True)
 class RankReduction:
-    """A LoRA of lower rank, and what that cost: ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius) over all, and of each module."""
+    """A LoRA of lower rank and its relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm).
+
+    state, rank: the LoRA, with alpha = rank.  error: over all modules together.  errors: of each module.
+    """
 
     state: dict[str, Tensor]
     rank: int
@@ -51,52 +55,54 @@ class RankReduction:
 
 
 def concatenated(parts: Sequence[WeightedLora]) -> tuple[dict[str, Tensor], int]:
-    """Σ weight · ΔW of all `parts` as one LoRA, exactly, and its rank; modules of any part are in it.
+    """The exact sum Σ weight · ΔW of all `parts` as one LoRA, and its rank.
 
-    Where a module is not in all parts, its factors are filled up with zeros to the one rank.
+    It has the modules of all parts.  Modules with fewer factors than the common rank are padded with zeros.
 
     Raises:
-        UserError: no part, a weight that is not finite, or one module of two different shapes.
+        UserError: there is no part or no LoRA module in them, a weight is not finite, or a module has two shapes.
     """
     if not parts or not all(math.isfinite(part.weight) for part in parts):
         raise UserError(f"weights of a sum of adapters must be numbers, got {[part.weight for part in parts]}")
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    factors_of: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for part in parts:
         for module, (a, b) in factor_pairs(part.state).items():
-            found.setdefault(module, []).append((a.float(), b.float() * (part.strength * part.weight)))
-    for module, factors in found.items():
+            factors_of.setdefault(module, []).append((a.float(), b.float() * (part.strength * part.weight)))
+    for module, factors in factors_of.items():
         shapes = {(*b.shape[:1], *a.shape[1:]) for a, b in factors}
         if len(shapes) > 1:
             raise UserError(f"module {module} has shapes {sorted(shapes)}: the adapters are of different base models")
-    joined = {m: (torch.cat([a for a, _ in f]), torch.cat([b for _, b in f], 1)) for m, f in found.items()}
+    if not factors_of:
+        raise UserError("the adapters hold no LoRA module: there is nothing to add up")
+    joined = {m: (torch.cat([a for a, _ in f]), torch.cat([b for _, b in f], 1)) for m, f in factors_of.items()}
     rank = max(len(a) for a, _ in joined.values())
-    return _state({module: _widened(a, b, rank) for module, (a, b) in joined.items()}), rank
+    return _state({module: _zero_padded(a, b, rank) for module, (a, b) in joined.items()}), rank
 
 
 def reduced(state: State, strength: float, rank: int) -> RankReduction:
-    """The nearest LoRA of `rank` to ΔW = strength · B A, module by module, and the relative errors.
+    """The nearest LoRA of the given `rank` to ΔW = strength · B A, found for each module by itself, and its errors.
 
     Raises:
-        UserError: `rank` below 1, or no module.
+        UserError: `rank` is below 1, or the LoRA has no module.
     """
     if rank < 1:
         raise UserError(f"the rank must be a whole number from 1, got {rank}")
     modules = factor_pairs(state)
     if not modules:
         raise UserError("the adapter holds no LoRA module: there is nothing to reduce")
-    found, errors, lost, whole = {}, {}, 0.0, 0.0
+    nearest, errors, lost, whole = {}, {}, 0.0, 0.0
     for module, (a, b) in modules.items():
-        found[module], kept = _nearest(a, b, strength, rank)
-        tail, total = float(kept[rank:].square().sum()), float(kept.square().sum())
+        nearest[module], values = _nearest(a, b, strength, rank)
+        tail, total = float(values[rank:].square().sum()), float(values.square().sum())
         errors[module] = math.sqrt(tail / total) if total else 0.0
         lost, whole = lost + tail, whole + total
-    return RankReduction(_state(found), rank, math.sqrt(lost / whole) if whole else 0.0, errors)
+    return RankReduction(_state(nearest), rank, math.sqrt(lost / whole) if whole else 0.0, errors)
 
 
 def _nearest(a: Tensor, b: Tensor, strength: float, rank: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Factors of the nearest matrix of `rank`, and all singular values; both factors carry √S.
+    """Factors (A, B) of the nearest matrix of `rank`, each multiplied by √S, and all singular values S.
 
-    With B = Q_b R_b and Aᵀ = Q_a R_a only the small matrix R_b R_aᵀ needs a decomposition.
+    With the QR decompositions B = Q_b R_b and Aᵀ = Q_a R_a, only the small matrix R_b R_aᵀ needs an SVD.
     """
     q_b, r_b = torch.linalg.qr(b.flatten(1).double() * strength)
     q_a, r_a = torch.linalg.qr(a.flatten(1).double().T)
@@ -105,11 +111,13 @@ def _nearest(a: Tensor, b: Tensor, strength: float, rank: int) -> tuple[tuple[Te
     root = values[:count].sqrt()
     up, down = (q_b @ u[:, :count]) * root, (q_a @ v[:count].T * root).T
     ones = (1,) * (b.ndim - 2)
-    return _widened(down.float().reshape(count, *a.shape[1:]), up.float().reshape(len(b), count, *ones), rank), values
+    return _zero_padded(
+        down.float().reshape(count, *a.shape[1:]), up.float().reshape(len(b), count, *ones), rank
+    ), values
 
 
-def _widened(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The pair with zeros added up to `rank`, which changes no ΔW."""
+def _zero_padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B padded with zeros to `rank`, which leaves ΔW as it is."""
     missing = rank - len(a)
     return torch.cat([a, a.new_zeros(missing, *a.shape[1:])]), torch.cat(
         [b, b.new_zeros(len(b), missing, *b.shape[2:])], 1
@@ -117,6 +125,7 @@ def _widened(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _state(modules: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Tensors in PEFT's names of the pairs (A, B) by module."""
     return {
         f"{module}.lora_{side}.weight": tensor.contiguous()
         for module, pair in modules.items()

@@ -111,22 +111,22 @@ def test_v_prediction_is_said_where_it_can_be(tmp_path):
     model = tiny("sdxl")
     model.prediction_type = "v_prediction"
     model.scheduler.register_to_config(rescale_betas_zero_snr=True)
-    file = export_single_file(model, merged_base.parts(model), tmp_path / "xl.safetensors")
+    file = export_single_file(model, merged_base.component_weights(model), tmp_path / "xl.safetensors")
     assert checkpoint_kind(file) == ("sdxl", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     model = tiny("sd1")
     model.prediction_type = "v_prediction"
     with pytest.raises(UserError, match="export a folder"):
-        export_single_file(model, merged_base.parts(model), tmp_path / "sd1.safetensors")
+        export_single_file(model, merged_base.component_weights(model), tmp_path / "sd1.safetensors")
     model = tiny("sd2v")
     model.prediction_type = "epsilon"
-    file = export_single_file(model, merged_base.parts(model), tmp_path / "sd2.safetensors")
+    file = export_single_file(model, merged_base.component_weights(model), tmp_path / "sd2.safetensors")
     assert checkpoint_kind(file) == ("sd21", {}) and not has_published_sizes(model)
 
 
 @pytest.mark.parametrize("writer", [export_single_file, export_folder])
 def test_what_is_not_right_never_appears(tmp_path, monkeypatch, writer):
     model = tiny("sd1")
-    weights = merged_base.parts(model)
+    weights = merged_base.component_weights(model)
     spoilt = {**weights["unet"], "conv_in.bias": weights["unet"]["conv_in.bias"] + 1e-3}
     parts = merged_base.tensor_parts
 
@@ -144,7 +144,7 @@ def test_a_wrong_name_is_found(tmp_path, monkeypatch):
     monkeypatch.setitem(checkpoint_layout.RESNET, "norm1", "in_layers.1")
     model = tiny("sd1")
     with pytest.raises(UserError, match="does not verify: unet"):
-        export_single_file(model, merged_base.parts(model), tmp_path / "m.safetensors")
+        export_single_file(model, merged_base.component_weights(model), tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -153,15 +153,15 @@ def test_what_does_not_fit_is_refused(tmp_path):
     adapter = make(model, lambda path: path.endswith("to_k"))
     wide = {key: torch.cat([tensor, tensor]) if "lora_B" in key else tensor for key, tensor in adapter.lora.items()}
     strange = {key.replace("down_blocks.0", "down_blocks.9"): tensor for key, tensor in adapter.lora.items()}
-    large = merged_base.parts(model)
+    large = merged_base.component_weights(model)
     large["vae"]["encoder.conv_in.bias"] = torch.full((8,), 1e6)
     for attempt, message in (
         (lambda: merged_weights(other, adapter), "not for tiny-sdxl"),
-        (lambda: merged_weights(model, replace(adapter, lora=wide)), "it is another base"),
+        (lambda: merged_weights(model, replace(adapter, lora=wide)), "name its own"),
         (lambda: merged_weights(model, replace(adapter, lora=strange)), "no such module"),
         (lambda: export_folder(model, large, tmp_path / "x", torch.float16), "vae's encoder.conv_in.bias does not fit"),
     ):
         with pytest.raises(UserError, match=message):
             attempt()
-    with adapter.apply(model), pytest.raises(UserError, match="carries an adapter already"):
-        merged_base.parts(model)
+    with adapter.apply(model), pytest.raises(UserError, match="has an adapter already"):
+        merged_base.component_weights(model)
