@@ -20,13 +20,13 @@ def main(
     *,
     base: str | Path | None = None,  # the embedded model; or a folder, a hub id, a .safetensors checkpoint
     output_dir: str | Path = "my-subject",
-    recipe: SingleImageConfig | None = None,
+    config: SingleImageConfig | None = None,
     steps: int = 30,
 ) -> Image.Image:
     model = StableDiffusion.load(base)
     picture = load_image(photo) if photo else bundled(0).picture
     pixels, _ = fitted_pixels(picture, model.resolution, 8 * model.factor)
-    adapter = learn(model, pixels, caption, recipe)
+    adapter = learn(model, pixels, caption, config)
     adapter.save(output_dir)
     edited = Editor(model, adapter).edit(prompt, beta=1.2, forget="decoder=0.5", sampling=Sampling(steps=steps))[0]
     edited.save(Path(output_dir) / "edited.png")

@@ -1,7 +1,8 @@
-"""Compatibility: what is wrong with an adapter file, and which program reads it, with the reason.
+"""Which programs read an adapter file, and what is wrong with the file.
 
-Each finding says what it does to which program; a program's verdict is its worst.  The facts are those of diffusers
-0.42, peft 0.21 and of the programs' key maps as read in 2025 and 2026; verdicts on diffusers are tested here.
+A program's verdict on a file ("yes", "partly" or "no", with a reason) is the worst one that applies to it: by the
+naming scheme of the file's keys, by its algorithms, by its kind, and by each finding.  The tables hold for diffusers
+0.42, peft 0.21, and the other programs' key maps as they were in 2025 and 2026; those on diffusers are tested.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ YES, PARTLY, NO = "yes", "partly", "no"
 UIS = ("A1111", "Forge", "ComfyUI", "InvokeAI")
 PROGRAMS = ("personalize", "diffusers", *UIS, "sd-scripts")
 OTHERS = (*UIS, "sd-scripts")
-PATH_MAPS = "knows modules by kohya's names: convert --to kohya"
+NEEDS_KOHYA_NAMES = "knows modules by kohya's names: convert --to kohya"
 SOME_LAYOUTS = {"InvokeAI": (PARTLY, "reads these names only in some layouts")}
-PLAIN = {"LoRA", "Tucker LoCon"}
-SPELLINGS = {  # programs that do not read a spelling: verdict and reason; any other program does
+LORA_ALGORITHMS = {"LoRA", "Tucker LoCon"}
+BY_NAMING_SCHEME = {  # programs that do not fully read a naming scheme: verdict and reason; all others read it
     "kohya": {},
-    "PEFT": {name: (NO, PATH_MAPS) for name in OTHERS} | SOME_LAYOUTS,
-    "diffusers": {name: (NO, PATH_MAPS) for name in OTHERS} | SOME_LAYOUTS,
-    "old diffusers": {"sd-scripts": (NO, PATH_MAPS)}
+    "PEFT": {name: (NO, NEEDS_KOHYA_NAMES) for name in OTHERS} | SOME_LAYOUTS,
+    "diffusers": {name: (NO, NEEDS_KOHYA_NAMES) for name in OTHERS} | SOME_LAYOUTS,
+    "old diffusers": {"sd-scripts": (NO, NEEDS_KOHYA_NAMES)}
     | {name: (PARTLY, "support for the old processor names comes and goes") for name in ("A1111", "Forge")},
     "ComfyUI": {name: (NO, "does not know ComfyUI's names: convert the file") for name in PROGRAMS[1:]}
     | {"ComfyUI": (YES, ""), "Forge": (YES, "")},
     "PEFT folder": {name: (NO, "PEFT's own layout, which only PEFT loads: convert the file") for name in PROGRAMS[1:]},
     "no prefix": {name: (NO, "loads nothing: the names lack their 'unet.'; convert the file") for name in PROGRAMS[1:]},
 }  # fmt: skip
-ALGORITHMS = {
+BY_ALGORITHM = {  # programs that do not fully read an algorithm
     "DoRA": {"diffusers": (NO, "drops kohya's dora_scale with a warning"), "sd-scripts": (PARTLY, "needs LyCORIS")},
     "LoHa": {"diffusers": (NO, "raises: no LoHa for Stable Diffusion"), "sd-scripts": (PARTLY, "needs LyCORIS")},
     "LoKr": {"diffusers": (NO, "raises: no LoKr for Stable Diffusion"), "sd-scripts": (PARTLY, "needs LyCORIS")},
     "Custom Diffusion": {name: (NO, "knows no Custom Diffusion") for name in OTHERS}
     | {"diffusers": (PARTLY, "only with a private argument; a plain load does nothing and says nothing")},
 }  # fmt: skip
-ALGORITHMS["LyCORIS"] = ALGORITHMS["LoHa"] | {"diffusers": (NO, "knows plain LoRA only")}
-FORMS = {
+BY_ALGORITHM["LyCORIS"] = BY_ALGORITHM["LoHa"] | {"diffusers": (NO, "knows plain LoRA only")}
+BY_FILE_KIND = {  # programs that do not fully read a kind of file
     "checkpoint": {name: (NO, "a whole model, no adapter") for name in PROGRAMS},
     "flat list of cloneofsimo/lora": {name: (NO, "nothing current reads this layout") for name in PROGRAMS},
     "source embedding of personalize": {name: (NO, "goes with an adapter folder") for name in PROGRAMS[1:]},
@@ -60,65 +61,76 @@ TRIGGER = "the trigger is the file's name"
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a file, and the verdict on each program it concerns."""
+    """Something wrong with a file: a sentence, and the verdict on every program that it affects."""
 
     text: str
     programs: Mapping[str, str] = field(default_factory=dict)
 
 
-def readers(found: FileContents, findings: list[Finding]) -> dict[str, tuple[str, str]]:
-    """Program → ("yes" | "partly" | "no", reason)."""
-    return {program: _verdict(program, found, findings) for program in PROGRAMS}
+def readers(contents: FileContents, findings: list[Finding]) -> dict[str, tuple[str, str]]:
+    """For each program: whether it reads the file ("yes", "partly" or "no"), and the reason."""
+    return {program: _verdict(program, contents, findings) for program in PROGRAMS}
 
 
-def _verdict(program: str, found: FileContents, findings: list[Finding]) -> tuple[str, str]:
-    if not found.modules and not found.file_kind:
+def _verdict(program: str, contents: FileContents, findings: list[Finding]) -> tuple[str, str]:
+    """The worst verdict on a file that applies to `program`, and its reason."""
+    if not contents.modules and not contents.file_kind:
         return NO, "nothing known is in it"
-    tables = [SPELLINGS[spelling] for spelling in found.naming_schemes]
-    tables += [ALGORITHMS.get(kind, ALGORITHMS["LyCORIS"]) for kind in set(found.algorithm_counts) - PLAIN]
-    tables += [FORMS[found.file_kind]] if found.file_kind in FORMS else []
+    other_algorithms = set(contents.algorithm_counts) - LORA_ALGORITHMS
+    tables = [BY_NAMING_SCHEME[scheme] for scheme in contents.naming_schemes]
+    tables += [BY_ALGORITHM.get(name, BY_ALGORITHM["LyCORIS"]) for name in other_algorithms]
+    tables += [BY_FILE_KIND[contents.file_kind]] if contents.file_kind in BY_FILE_KIND else []
     reasons = [table[program] for table in tables if program in table]
     reasons += [(finding.programs[program], finding.text) for finding in findings if program in finding.programs]
-    if program == "personalize" and set(found.algorithm_counts) - PLAIN:
+    if program == "personalize" and other_algorithms:
         reasons.append((NO, "reads and converts plain LoRA only"))
     worst = max(reasons, key=lambda reason: (YES, PARTLY, NO).index(reason[0]), default=(YES, ""))
-    embedding = found.file_kind.startswith("textual inversion") and program in UIS
+    embedding = contents.file_kind.startswith("textual inversion") and program in UIS
     return (YES, TRIGGER if embedding else "") if worst[0] == YES else worst
 
 
-def findings(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    """What is wrong with the names and the metadata of a file; the numbers are `inspection`'s business."""
+def findings(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """What is wrong with the keys and the metadata of a file; `inspection` checks the values of its tensors."""
     checks = (
-        _leftover,
-        _mixed_style,
-        _text_model,
-        _uneven_alpha,
-        _metadata_beside_alpha,
-        _block_names,
-        _shelves,
-        _token,
+        _unknown_or_duplicate_keys,
+        _mixed_naming_schemes,
+        _missing_text_model,
+        _uneven_alpha_or_rank,
+        _alpha_in_two_places_or_none,
+        _diffusers_block_names,
+        _family_in_metadata,
+        _no_token_name,
     )
-    return [finding for check in checks for finding in check(found, metadata, family)]
+    return [finding for check in checks for finding in check(contents, metadata, family)]
 
 
-def _leftover(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+def _unknown_or_duplicate_keys(
+    contents: FileContents, metadata: Mapping[str, str], family: str | None
+) -> list[Finding]:
     out = []
-    if found.unknown_keys and not found.file_kind:
-        shown = found.unknown_keys[0][:80]
-        out.append(Finding(f"{len(found.unknown_keys)} key(s) belong to nothing known, first {shown!r}", {"Forge": PARTLY}))
-    if found.duplicate_keys:
+    if contents.unknown_keys and not contents.file_kind:
+        text = f"{len(contents.unknown_keys)} key(s) belong to nothing known, first {contents.unknown_keys[0][:80]!r}"
+        out.append(Finding(text, {"Forge": PARTLY}))
+    if contents.duplicate_keys:
         out.append(
-            Finding(f"{len(found.duplicate_keys)} key(s) repeat another under a second name", dict.fromkeys(PROGRAMS, PARTLY))
+            Finding(
+                f"{len(contents.duplicate_keys)} key(s) repeat another under a second name",
+                dict.fromkeys(PROGRAMS, PARTLY),
+            )
         )
     return out
 
 
-def _mixed_style(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    """diffusers judges the UNet by its first key: if that is PEFT's style, attention keys of the other are skipped."""
-    if not (found.naming_schemes["PEFT"] and found.naming_schemes["diffusers"]):
+def _mixed_naming_schemes(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """PEFT's and diffusers' names in one file.
+
+    diffusers takes the naming scheme of the UNet's first key for all of them: if that key is in PEFT's names, it skips
+    attention modules in its own.
+    """
+    if not (contents.naming_schemes["PEFT"] and contents.naming_schemes["diffusers"]):
         return []
-    unet = sorted(module for module in found.modules if module.startswith("unet."))
-    old = [module for module in unet if found.module_schemes.get(module) == "diffusers"]
+    unet = sorted(module for module in contents.modules if module.startswith("unet."))
+    old = [module for module in unet if contents.module_schemes.get(module) == "diffusers"]
     if not old or old[0] == unet[0]:
         return []
     return [
@@ -130,61 +142,69 @@ def _mixed_style(found: FileContents, metadata: Mapping[str, str], family: str |
     ]
 
 
-def _text_model(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    flat = [m for m, stem in found.key_stems.items() if m.startswith("text_") and "text_model" not in stem]
-    flat = [module for module in flat if "text_projection" not in module]
-    if not flat:
+def _missing_text_model(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Text encoder modules whose keys lack the level `text_model`."""
+    lacking = [m for m, stem in contents.key_stems.items() if m.startswith("text_") and "text_model" not in stem]
+    lacking = [module for module in lacking if "text_projection" not in module]
+    if not lacking:
         return []
-    text = f"{len(flat)} text-encoder module(s) lack 'text_model' and are dropped; convert puts it back"
+    text = f"{len(lacking)} text-encoder module(s) lack 'text_model' and are dropped; convert puts it back"
     return [Finding(text, dict.fromkeys(OTHERS, PARTLY))]
 
 
-def _uneven_alpha(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    """Alphas or ranks that differ among attention modules of one part: right for kohya's tools, wrong in diffusers."""
+def _uneven_alpha_or_rank(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Alphas or ranks that differ between attention modules: kohya's tools load them correctly, diffusers does not."""
     out = []
     for part in ("unet", "text_encoder", "text_encoder_2"):
-        marks = ".attn" if part == "unet" else ".layers."
-        own = [p for m, p in found.modules.items() if m.startswith(f"{part}.") and marks in m and "A" in p]
+        infix = ".attn" if part == "unet" else ".layers."
+        own = [p for m, p in contents.modules.items() if m.startswith(f"{part}.") and infix in m and "A" in p]
         alphas = {(float(p["alpha"]) if p["alpha"].numel() == 1 else -1.0) if "alpha" in p else None for p in own}
         ranks = {p["A"].shape[0] if p["A"].ndim else 0 for p in own}
-        if found.naming_schemes["kohya"] and (len(alphas) > 1 or len(ranks) > 1):
+        if contents.naming_schemes["kohya"] and (len(alphas) > 1 or len(ranks) > 1):
             text = f"alphas or ranks differ among the attention modules of {part}: diffusers takes wrong strengths"
-            out.append(Finding(f"{text}, silently; convert bakes them in", {"diffusers": NO}))
+            out.append(Finding(f"{text}, silently; convert makes them one", {"diffusers": NO}))
     return out
 
 
-def _metadata_beside_alpha(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    alphas = any("alpha" in parts for parts in found.modules.values())
-    told = "lora_adapter_metadata" in metadata
-    if told and alphas:
+def _alpha_in_two_places_or_none(
+    contents: FileContents, metadata: Mapping[str, str], family: str | None
+) -> list[Finding]:
+    """alpha both in diffusers' metadata and in alpha keys, or in neither."""
+    alphas = any("alpha" in parts for parts in contents.modules.values())
+    has_metadata = "lora_adapter_metadata" in metadata
+    if has_metadata and alphas:
         return [
-            Finding("it has both lora_adapter_metadata and alpha keys: diffusers refuses such a file", {"diffusers": NO})
+            Finding(
+                "it has both lora_adapter_metadata and alpha keys: diffusers refuses such a file", {"diffusers": NO}
+            )
         ]
-    if not told and not alphas and (found.naming_schemes["PEFT"] or found.naming_schemes["diffusers"]):
+    if not has_metadata and not alphas and (contents.naming_schemes["PEFT"] or contents.naming_schemes["diffusers"]):
         return [Finding("nothing says what alpha is: readers take alpha = rank, right only if it was trained so")]
     return []
 
 
-def _block_names(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    flat = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks|add_embedding|time_embedding|conv_)")
-    new = [module for module, stem in found.key_stems.items() if flat.match(stem)]
-    if family != "sdxl" or not new:
+def _diffusers_block_names(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """SDXL modules in kohya's names but with diffusers' names of blocks."""
+    block = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks|add_embedding|time_embedding|conv_)")
+    modules = [module for module, stem in contents.key_stems.items() if block.match(stem)]
+    if family != "sdxl" or not modules:
         return []
-    text = f"{len(new)} SDXL module(s) have diffusers' block names, which tools that know the original ones reject"
+    text = f"{len(modules)} SDXL module(s) have diffusers' block names, which tools that know the original ones reject"
     return [Finding(f"{text}; convert --to kohya renames them", {"sd-scripts": NO, "InvokeAI": PARTLY})]
 
 
-def _shelves(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    """A1111 sorts a LoRA by its metadata, and hides what it takes for another family."""
-    if not metadata or not found.naming_schemes["kohya"] or family not in ("sd2", "sdxl"):
+def _family_in_metadata(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Metadata that do not state the family: A1111 lists only LoRAs whose metadata say the loaded model's family."""
+    if not metadata or not contents.naming_schemes["kohya"] or family not in ("sd2", "sdxl"):
         return []
     version = metadata.get("ss_base_model_version", "")
-    right = version.startswith("sdxl_") if family == "sdxl" else metadata.get("ss_v2") == "True"
+    correct = version.startswith("sdxl_") if family == "sdxl" else metadata.get("ss_v2") == "True"
     text = f"the metadata do not say {family}: A1111 takes the file for SD 1.x and hides it beside a {family} model"
-    return [] if right else [Finding(f"{text}; convert --to kohya writes them", {"A1111": PARTLY})]
+    return [] if correct else [Finding(f"{text}; convert --to kohya writes them", {"A1111": PARTLY})]
 
 
-def _token(found: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    if found.file_kind in ("textual inversion, A1111 form", "textual inversion, SDXL form"):
+def _no_token_name(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Layouts of learned tokens that do not hold the token itself."""
+    if contents.file_kind in ("textual inversion, A1111 form", "textual inversion, SDXL form"):
         return [Finding(f"the file does not name its token: {TRIGGER}")]
     return []

@@ -1,8 +1,8 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that the command line shows to the user as one line instead of a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake of the user: one sentence that says what arrived, what was expected and what to do.
+    """An error that the user can correct; its message is one line: what arrived, what was expected, what to do.
 
     The command line prints it as `personalize: <message>` and exits with `exit_code`, without a traceback.
     """
@@ -11,6 +11,6 @@ class UserError(ValueError):
 
 
 class Mismatch(UserError):
-    """What was asked to be checked is not as it should be: the input could be read, and is wrong."""
+    """A command that checks something could read it and found it wrong, as `personalize verify` may."""
 
     exit_code = 1

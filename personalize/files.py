@@ -1,8 +1,9 @@
-"""Files: writing that is whole or absent, and reading that trusts nothing.
+"""Write files and folders atomically, and read safetensors and JSON files without trusting them.
 
-Writing goes to a temporary name beside the target, is synced to the disk, then renamed.  Reading checks the header of
-a safetensors file (sizes, shapes, offsets, counts) against the file's true length before it allocates anything; names
-found in a file are dictionary keys and never become paths.
+A file is written under a temporary name beside its target, synced to the disk, and then renamed, so that a reader sees
+the old contents or the new ones and never a part.  The header of a safetensors file (sizes, shapes, offsets, counts) is
+checked against the length of the file before any memory is allocated.  Names in a file become dictionary keys and never
+paths.
 """
 
 from __future__ import annotations
@@ -32,36 +33,36 @@ MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 50_000
 MAX_DIMENSIONS = 8
 MAX_JSON_BYTES = 16 * 2**20
-Content = bytes | Iterable[bytes]  # of a file: whole, or in parts that need not be in memory at once
+Content = bytes | Iterable[bytes]  # of a file; an iterable need not have all parts in memory at once
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
 def create_file(path: Path) -> BinaryIO:
-    """Open a new file for writing: the one door through which this project puts bytes on the disk."""
+    """Create a file for writing; every file of this project is created here, so that tests can make it fail."""
     return open(path, "xb")
 
 
 def write_file(path: str | Path, content: Content, *, check: Callable[[Path], object] | None = None) -> Path:
-    """Write `content` to `path` so that, whatever happens, `path` holds the old bytes or all the new ones.
+    """Write `content` to `path` atomically: whatever happens, `path` holds all of the old bytes or all of the new ones.
 
-    The new file takes its name after `check(temporary file)` has returned.
+    `check(temporary file)` is called before the new file gets its name.  What killed processes left behind is removed.
 
     Raises:
-        UserError: the disk is full or the place cannot be written; the old file is untouched, no temporary stays.
+        UserError: the disk is full or `path` cannot be written; the old file is unchanged, the temporary file removed.
         Exception: whatever `check` raises, with the same guarantee.
     """
     path = Path(path)
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         leftovers.remove_stale(path)
-        partial = leftovers.hidden_name(path)
+        temporary = leftovers.hidden_name(path)
         try:
-            _write_synced(partial, content)
+            _write_synced(temporary, content)
             if check is not None:
-                check(partial)
-            os.replace(partial, path)
+                check(temporary)
+            os.replace(temporary, path)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         replacing.sync_folder(path.parent)
     return path
@@ -74,14 +75,19 @@ def write_folder(
     check: Callable[[Path], object] | None = None,
     keep: Iterable[str] = (),
 ) -> Path:
-    """Put a folder holding `files`, and those entries of the old folder named in `keep`, at `path`, all or nothing.
+    """Write a folder atomically: whatever happens, `path` is the complete old folder or the complete new one.
 
-    The folder is built beside `path` under a hidden name and takes the place of an older one in a single step, after
-    `check(temporary folder)` has returned.  Names may hold slashes, which make folders inside.  Kept entries are hard
-    links to the old ones where the disk allows it.  What a killed writer left behind is removed.
+    The new folder is built beside `path` under a hidden name.  It replaces the old one in a single step, after
+    `check(temporary folder)` has returned.  What killed processes left behind is removed.
+
+    Args:
+        path: the folder to write.
+        files: the content of each file by name; a slash in a name makes a folder inside.
+        check: called with the temporary folder; it raises if something is wrong with it.
+        keep: entries of the old folder that the new one keeps, as hard links where the disk has them.
 
     Raises:
-        UserError: the disk is full, or `path` cannot be replaced; what was there before is still there.
+        UserError: the disk is full, or `path` cannot be replaced; the old folder is unchanged.
         Exception: whatever `check` raises, with the same guarantee.
     """
     path = Path(path).resolve()
@@ -92,39 +98,40 @@ def write_folder(
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         leftovers.remove_stale(path)
-        partial = leftovers.hidden_name(path)
+        temporary = leftovers.hidden_name(path)
         try:
-            partial.mkdir()
+            temporary.mkdir()
             for name in set(keep) - set(files):
-                replacing.link_or_copy(path / name, partial / name)
+                replacing.link_or_copy(path / name, temporary / name)
             for name, content in files.items():
-                target = partial.joinpath(*map(plain_name, name.split("/")))
+                target = temporary.joinpath(*map(plain_name, name.split("/")))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _write_synced(target, content)
-            for folder in {partial, *(path for path in partial.rglob("*") if path.is_dir())}:
+            for folder in {temporary, *(path for path in temporary.rglob("*") if path.is_dir())}:
                 replacing.sync_folder(folder)
             if check is not None:
-                check(partial)
-            replacing.replace_folder(partial, path)
+                check(temporary)
+            replacing.replace_folder(temporary, path)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # holds the old folder after an exchange
+            shutil.rmtree(temporary, ignore_errors=True)  # this is the old folder, if the two were swapped
         replacing.sync_folder(path.parent)
     return path
 
 
 def plain_name(name: str) -> str:
-    """`name` itself if it names an entry of a folder and nothing else, so that it is safe to join to a path."""
+    """`name`, if it is safe to join to a folder's path; UserError if it has slashes, is "..", or is no file name."""
     if not name or name in {".", ".."} or any(c in '/\\:*?"<>|' or ord(c) < 32 for c in name):
         raise UserError(f"{name!r} is no plain file name: use letters, digits, spaces, '-', '_' and '.'")
     return name
 
 
 def unowned_files(folder: Path, ours: tuple[str, ...]) -> list[str]:
-    """Names in `folder` that do not begin like one of `ours`: somebody else's, not to be touched."""
+    """Names in `folder` that begin with none of the prefixes `ours`: the user's own files, which must be kept."""
     return [path.name for path in folder.iterdir() if not path.name.startswith(ours)] if folder.is_dir() else []
 
 
 def _write_synced(path: Path, content: Content) -> None:
+    """Create a file, write `content`, and wait until it is on the disk."""
     with create_file(path) as stream:
         for part in [content] if isinstance(content, bytes) else content:
             stream.write(part)
@@ -134,6 +141,7 @@ def _write_synced(path: Path, content: Content) -> None:
 
 @contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system in the body into a UserError about writing `path`."""
     try:
         yield
     except OSError as error:
@@ -143,21 +151,24 @@ def _as_user_error(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a safetensors file holds: tensors by name and the header's strings."""
+    """The content of a safetensors file: its tensors by name, and the strings of its header (`__metadata__`)."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file as bytes; equal input gives equal bytes (names and metadata are sorted)."""
+    """The bytes of a safetensors file; equal tensors and metadata give equal bytes, because names are sorted."""
     return b"".join(tensor_parts(tensors, metadata))
 
 
 def tensor_parts(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
 ) -> Iterator[bytes]:
-    """A safetensors file in parts, tensor by tensor; `dtype`, if given, is what floating-point tensors are cast to."""
+    """The bytes of a safetensors file in parts, the header and then one tensor after the other.
+
+    Floating-point tensors are cast to `dtype` if it is given.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
@@ -176,39 +187,40 @@ def tensor_parts(
 
 
 def read_tensors(path: str | Path) -> TensorFile:
-    """Read a safetensors file whose header has been checked against the file's true length.
+    """Read a safetensors file after checking its header against the length of the file.
 
     Raises:
-        UserError: missing, a pickle, truncated, or a header that contradicts itself or the file's length.
+        UserError: a file that is missing, a pickle, truncated, or whose header contradicts itself or the file's length.
     """
     path = Path(path)
-    with _opened(path) as stream:
-        header, start = _header(stream, path)
+    with _open_file(path) as stream:
+        header, start = _read_header(stream, path)
         size = os.fstat(stream.fileno()).st_size - start
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise UserError(f"{path} is damaged: its metadata must map strings to strings")
-        entries = {name: _entry(name, value, size, path) for name, value in header.items()}
-        _check_layout(entries, size, path)
+        entries = {name: _checked_entry(name, value, size, path) for name, value in header.items()}
+        _check_ranges(entries, size, path)
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            tensors = {name: _tensor(view, start, *entry) for name, entry in entries.items()}
+            tensors = {name: _read_tensor(view, start, *entry) for name, entry in entries.items()}
     return TensorFile(tensors, metadata)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object of at most 16 MiB; UserError when it is missing or something else."""
+    """Read a JSON object of at most 16 MiB; UserError if the file is missing or anything else."""
     path = Path(path)
-    with _opened(path) as stream:
+    with _open_file(path) as stream:
         text = stream.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
-        raise UserError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: no JSON file of ours is")
+        raise UserError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, a smaller JSON file was expected: check it")
     return _json_object(text, path)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading; UserError if it is missing or unreadable."""
     try:
-        if not path.is_file():  # keeps pipes and devices out, which would block
+        if not path.is_file():  # reading from a pipe or a device could block for ever
             raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: check the path")
         with open(path, "rb") as stream:
             yield stream
@@ -216,8 +228,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"could not read {path}: {error.strerror or error}") from error
 
 
-def _header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
-    """The header as a dictionary, and where the data start."""
+def _read_header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file as a dictionary, and the position at which the tensors' data start."""
     prefix = stream.read(8)
     file_size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(prefix, "little")
@@ -233,6 +245,8 @@ def _header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _json_object(text: bytes, path: Path) -> dict[str, Any]:
+    """Parse a JSON object; UserError if it is no object, or if a name occurs twice in one."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a name occurs twice")
@@ -247,12 +261,12 @@ def _json_object(text: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def _entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.dtype, list[int], int, int]:
-    """One tensor's dtype, shape and byte range, consistent with one another and inside the data."""
+def _checked_entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.dtype, list[int], int, int]:
+    """One tensor's dtype, shape, begin and end; UserError unless they are consistent and within `size` bytes."""
     try:
         dtype, shape, (begin, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
-        whole = isinstance(shape, list) and all(type(number) is int for number in [*shape, begin, end])
-        fits = whole and len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0
+        integers = isinstance(shape, list) and all(type(number) is int for number in [*shape, begin, end])
+        fits = integers and len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0
         fits = fits and math.prod(max(1, side) for side in shape) < 2**40  # bounds the strides of empty tensors
         if fits and 0 <= begin <= end <= size and end - begin == math.prod(shape) * dtype.itemsize:
             return dtype, shape, begin, end
@@ -261,18 +275,18 @@ def _entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.dtype, l
     raise UserError(f"{path} is damaged: the entry of tensor {name[:120]!r} does not fit its {size} bytes of data")
 
 
-def _check_layout(entries: Mapping[str, tuple[torch.dtype, list[int], int, int]], size: int, path: Path) -> None:
-    """The byte ranges must tile the data: nothing shared, nothing hidden."""
-    reached = 0
+def _check_ranges(entries: Mapping[str, tuple[torch.dtype, list[int], int, int]], size: int, path: Path) -> None:
+    """UserError unless every byte of the data belongs to exactly one tensor."""
+    position = 0
     for _, _, begin, end in sorted(entries.values(), key=lambda entry: entry[2:]):
-        if begin != reached:
-            raise UserError(f"{path} is damaged: its tensors overlap or leave a gap at byte {reached}")
-        reached = end
-    if reached != size:
-        raise UserError(f"{path} is damaged: {size - reached} bytes belong to no tensor")
+        if begin != position:
+            raise UserError(f"{path} is damaged: its tensors overlap or leave a gap at byte {position}")
+        position = end
+    if position != size:
+        raise UserError(f"{path} is damaged: {size - position} bytes belong to no tensor")
 
 
-def _tensor(view: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int], begin: int, end: int) -> Tensor:
+def _read_tensor(view: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int], begin: int, end: int) -> Tensor:
     if begin == end:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(view[start + begin : start + end]), dtype=dtype).reshape(shape)

@@ -1,6 +1,6 @@
-"""Pictures as people have them ↔ pixels (b, 3, H, W) in [−1, 1]: the only place that knows value ranges.
+"""Read picture files, and convert between PIL images and pixel tensors (b, 3, H, W) with values in [−1, 1].
 
-H is the height and W the width; sizes are written (height, width) as tensors are, never the other way round.
+H is the height and W the width in pixels; every size is written (H, W), in the order of a tensor's dimensions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from personalize.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MIN_SIDE = 16  # px
-MAX_PIXELS = 150_000_000  # decoded size is 3 bytes a pixel; checked in the header, before anything is decoded
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow's decoders raise
+MAX_PIXELS = 150_000_000  # 450 MB decoded; checked against the file's header before anything is decoded
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # raised by Pillow's decoders
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read any picture file as 8-bit RGB, upright.
+    """Read a picture file of any format as an 8-bit RGB image.
 
     EXIF orientation is applied, transparency is composited on white, CMYK, palette and grey pictures are converted,
-    16-bit ones scaled; of an animation the first frame is taken.
+    16-bit values are scaled; of an animation the first frame is taken.
 
     Raises:
         UserError: no such file, not a picture, damaged or truncated, a side under 16 px, or over 150 million pixels.
@@ -43,10 +43,10 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:
-    """As `load_image`, out of an existing file or of the bytes in a stream, which errors call `path`."""
+    """Like `load_image`, from an existing file or a stream of bytes; error messages name it `path`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size has a limit of its own
             image = Image.open(source)
     except Image.DecompressionBombError:
         raise _too_large(path) from None
@@ -63,6 +63,7 @@ def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:
 
 
 def _check_size(path: Path | str, image: Image.Image) -> None:
+    """UserError for a side under MIN_SIDE or more than MAX_PIXELS."""
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(path)
     if min(image.size) < MIN_SIDE:
@@ -78,7 +79,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any Pillow mode."""
+    """Convert an image of any Pillow mode to 8-bit RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return _from_numbers(np.asarray(image, np.float64))
     if image.has_transparency_data:
@@ -88,25 +89,28 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_numbers(grey: np.ndarray) -> Image.Image:
-    """A picture of 16-bit, 32-bit or floating-point grey values: full scale is 1, 65535 or, above both, the maximum."""
+    """Convert 16-bit, 32-bit or floating-point grey values (H, W) to an RGB image.
+
+    White is 1 for fractional values up to 1, otherwise 65535, or the largest value if that is larger.
+    """
     if not np.isfinite(grey).all():
         raise ValueError("it holds values that are no numbers")
-    peak = float(grey.max(initial=0))
-    full = 1.0 if peak <= 1 and not np.all(grey == np.round(grey)) else max(65535.0, peak)
-    return Image.fromarray((grey.clip(0) / full * 255 + 0.5).astype(np.uint8)).convert("RGB")
+    largest = float(grey.max(initial=0))
+    white = 1.0 if largest <= 1 and not np.all(grey == np.round(grey)) else max(65535.0, largest)
+    return Image.fromarray((grey.clip(0) / white * 255 + 0.5).astype(np.uint8)).convert("RGB")
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """A PIL picture as pixels (1, 3, H, W) in [−1, 1]."""
+    """Convert a PIL image to pixels (1, 3, H, W) in [−1, 1]."""
     array = np.array(image.convert("RGB"), np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """The PIL picture of pixels (3, H, W) or (1, 3, H, W); values beyond [−1, 1] are clipped.
+    """Convert pixels (3, H, W) or (1, 3, H, W) to a PIL image; values outside [−1, 1] are clipped.
 
     Raises:
-        ValueError: another shape, e.g. a batch of several pictures.
+        ValueError: another shape, such as a batch of several pictures.
     """
     if pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
@@ -117,33 +121,33 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def fitted_pixels(image: Image.Image, resolution: int, multiple: int) -> tuple[Tensor, tuple[int, int]]:
-    """Resize to about resolution² pixels with both sides multiples of `multiple`, keeping the aspect ratio.
-
-    The size is `fitted_size`; what sticks out of it after an even resize is cut off equally on both sides.
+    """Resize and crop a picture to about resolution² pixels, both sides multiples of `multiple`, undistorted.
 
     Returns:
-        pixels (1, 3, H, W) in [−1, 1] and the size (H, W).
+        Pixels (1, 3, H, W) in [−1, 1], and their size (H, W), which is that of `fitted_size`.
     """
     size = fitted_size(image.height, image.width, resolution, multiple)
     return to_pixels(resize_and_crop(image, size)), size
 
 
 def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize evenly until `size` (H, W) is covered, and cut off what sticks out, equally on both sides."""
+    """Resize a picture, undistorted, so that it covers `size` (H, W), and crop it equally on opposite sides."""
     height, width = size
-    scale = min(image.width / width, image.height / height)  # picture px per output px
+    scale = min(image.width / width, image.height / height)  # px of the picture per px of the result
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, image.width - left, image.height - top)
     return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
-    """The (height, width) in multiples of `multiple` that best keeps the aspect ratio at about resolution² pixels.
+    """The size (H, W), both multiples of `multiple`, that is closest to a picture's aspect ratio at resolution² pixels.
 
-    Among all sizes of half to twice that area the one with the smallest  |log aspect error| + ½ |log area error|.
+    Of all sizes with an area A of ½ to 2 resolution², the one is taken that minimises
+
+        |log (W / H) − log (width / height)| + ½ |log (A / resolution²)|
 
     Raises:
-        UserError: `resolution` is under `multiple`.
+        UserError: `resolution` is smaller than `multiple`.
     """
     if resolution < multiple:
         raise UserError(f"resolution {resolution} px is too small: this base model needs at least {multiple} px")
@@ -160,6 +164,6 @@ def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tupl
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two pixel tensors in [−1, 1], in dB:  10 log₁₀(2² / mean (a − b)²); ∞ if equal."""
+    """Peak signal-to-noise ratio of two pixel tensors in [−1, 1]: 10 log₁₀(2² / mean (a − b)²) dB; ∞ if equal."""
     error = (a.double() - b.double()).pow(2).mean().item()
     return math.inf if error == 0 else 10 * math.log10(4 / error)

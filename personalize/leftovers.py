@@ -1,7 +1,7 @@
-"""Leftovers: hidden names for what is being written, by which the remains of a killed writer are known later.
+"""Names of temporary files and folders, and the removal of those that killed processes left behind.
 
-A name says which machine and process it belongs to: `.my-cat.1a2b3c4d-4711-5e6f7a8b.partial`.  Files and folders of a
-process that lives, or of another machine within a day, are left alone.
+A temporary name says which machine and which process wrote it: `.my-cat.1a2b3c4d-4711-5e6f7a8b.partial` is of machine
+1a2b3c4d and process 4711.  It is removed only if that process no longer runs or, on another machine, after a day.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ DAY = 86_400  # seconds
 
 
 def hidden_name(path: Path, ending: str = "partial") -> Path:
-    """A fresh name beside `path`: "partial" for something unfinished, "old" for a folder about to be replaced."""
+    """A new hidden name beside `path`: "partial" for what is being written, "old" for a folder being replaced."""
     return path.with_name(f".{path.name}.{_machine_id()}-{os.getpid()}-{token_hex(4)}.{ending}")
 
 
 def remove_stale(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it; an old folder moved aside, and not replaced, comes back."""
+    """Remove temporary files and folders that killed processes left beside `path`.
+
+    A folder "old" gets its name `path` back if the process was killed before it put the new folder there.
+    """
     pattern = re.compile(re.escape(f".{path.name}.") + r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.(old|partial)")
-    found = [(entry, match) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
-    for entry, match in sorted(found, key=lambda pair: pair[1][3]):  # old before partial
-        if _at_work(match[1], int(match[2]), entry):
+    matches = [(entry, match) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
+    for entry, match in sorted(matches, key=lambda pair: pair[1][3]):  # "old" before "partial"
+        if _may_be_in_use(match[1], int(match[2]), entry):
             continue
         if match[3] == "old" and not path.exists():
             os.rename(entry, path)
@@ -39,12 +42,13 @@ def remove_stale(path: Path) -> None:
 
 
 def _machine_id() -> str:
+    """8 hexadecimal digits that stand for this machine's host name."""
     return f"{crc32(socket.gethostname().encode()):08x}"
 
 
-def _at_work(machine: str, process: int, entry: Path) -> bool:
-    """May the writer of `entry` still be at it?"""
-    if machine != _machine_id() or os.name == "nt":  # asking after a process would end it on Windows
+def _may_be_in_use(machine: str, process: int, entry: Path) -> bool:
+    """True unless the process that writes `entry` is known to have ended, or `entry` is another machine's and old."""
+    if machine != _machine_id() or os.name == "nt":  # on Windows os.kill(process, 0) would end the process
         try:
             return time.time() - entry.lstat().st_mtime < DAY
         except OSError:

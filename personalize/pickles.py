@@ -1,4 +1,4 @@
-"""Adapter files of older programs: safetensors as always, and pickles only where the user allows it, without code."""
+"""Read adapter files that may be pickles, as older programs wrote them: only if allowed, and without running code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.files import MAX_TENSORS, PICKLE_SUFFIXES, TensorFile, read_tensors
 
-MAX_DEPTH = 8
+MAX_DEPTH = 8  # of dictionaries in dictionaries
 
 
 def is_pickle(path: str | Path) -> bool:
-    """Is it a pickle, by its first bytes (a zip archive or pickle's own mark) or, if they tell nothing, by its name?"""
+    """True if the file is a pickle by its first bytes (a zip archive, or protocol 2 and later), or else by its name."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -29,10 +29,14 @@ def is_pickle(path: str | Path) -> bool:
 
 
 def read_any(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
-    """The tensors of a safetensors file or, if allowed, of a pickle, whose nested names are joined by dots.
+    """Read the tensors of a safetensors file or, with `allow_pickle`, of a pickle.
+
+    A pickle's nested dictionaries are flattened: the keys on the way to a tensor are joined by dots.  If the outermost
+    dictionary has a "name", as A1111's embeddings do, it becomes the metadata's "name".
 
     Raises:
-        UserError: missing, damaged, or a pickle that is not allowed or holds anything besides tensors and plain values.
+        UserError: a file that is missing or damaged, a pickle without `allow_pickle`, or one that holds anything but
+            tensors and plain values.
     """
     path = Path(path)
     if not is_pickle(path):
@@ -43,21 +47,24 @@ def read_any(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
             "read nothing but its tensors"
         )
     try:
-        _refuse_bombs(path)
+        _check_unpacked_size(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a hostile pickle makes torch raise
+    except Exception as error:  # a hostile pickle can make torch raise anything
         raise UserError(f"{path} is no pickle of plain tensors: {' '.join(str(error).split())[:160]}") from error
     tensors = dict(_flat(value, "", MAX_DEPTH))
     if not tensors:
         raise UserError(f"{path} holds no tensors: is it an adapter?")
     if len(tensors) > MAX_TENSORS:
-        raise UserError(f"{path} holds {len(tensors)} tensors, more than any adapter has")
+        raise UserError(f"{path} holds {len(tensors)} tensors, more than any adapter has: is it a checkpoint?")
     name = value.get("name") if isinstance(value, dict) else None
     return TensorFile(tensors, {"name": name} if isinstance(name, str) else {})
 
 
-def _refuse_bombs(path: Path) -> None:
-    """torch stores its archives uncompressed: one that unpacks to more than the file's size is made to fill memory."""
+def _check_unpacked_size(path: Path) -> None:
+    """UserError if a zip archive unpacks to more than its own size, which torch's uncompressed archives never do.
+
+    Such a file is made to fill the memory.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
@@ -65,6 +72,7 @@ def _refuse_bombs(path: Path) -> None:
 
 
 def _flat(value: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    """Every dense tensor in nested dictionaries of at most `depth` levels, by its keys joined with dots."""
     if isinstance(value, Tensor):
         if value.layout == torch.strided and not value.is_quantized:
             yield prefix or "tensor", value.detach().clone()

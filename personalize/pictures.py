@@ -1,4 +1,4 @@
-"""Pictures for people: labelled grids, and pictures marked with what was done to them."""
+"""Figures: pictures laid out in a labelled grid, and pictures as PNG files."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ def grid(
     title: str = "",
     cell: int = 192,
 ) -> Image.Image:
-    """Lay pictures out in `rows`, fitted into square cells of `cell` pixels, None leaving a cell empty.
+    """Lay pictures out in a grid of square cells, each picture scaled to fit into its cell.
 
     Args:
-        rows: pictures, row by row; rows may differ in length.
+        rows: pictures, row by row; None leaves a cell empty; rows may differ in length.
         columns: text above each column.
         labels: text left of each row.
         captions: text below each picture, row by row.
         title: text above everything.
+        cell: side of a cell in px.
 
     Raises:
-        ValueError: if there is no picture, or a label too few.
+        ValueError: no picture, or a number of labels or captions that differs from that of rows or pictures.
     """
     width = max((len(row) for row in rows), default=0)
     if width == 0:
@@ -42,23 +43,23 @@ def grid(
         raise ValueError("a grid needs a caption for every picture, or none")
     height = max(11, cell // 13)
     font, line = ImageFont.load_default(height), height + 4
-    heads = [wrap(text, max(8, cell // 7)) for text in columns]
+    headings = [wrap(text, max(8, cell // 7)) for text in columns]
     below = [[_wrapped(text, max(8, cell // 7)) for text in row] for row in captions]
-    tall = cell + _GAP + line * max((text.count("\n") + 1 for row in below for text in row), default=0)  # of a row
+    row_height = cell + _GAP + line * max((text.count("\n") + 1 for row in below for text in row), default=0)
     left = cell // 2 + cell // 4 if any(labels) else 0
-    top = (line + _GAP if title else 0) + max((len(head) for head in heads), default=0) * line + _GAP
-    sheet = Image.new("RGB", (left + width * (cell + _GAP) + _GAP, top + len(rows) * tall), _PAPER)
+    top = (line + _GAP if title else 0) + max((len(heading) for heading in headings), default=0) * line + _GAP
+    sheet = Image.new("RGB", (left + width * (cell + _GAP) + _GAP, top + len(rows) * row_height), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((_GAP, _GAP // 2), title, _INK, font)
-    for x, head in enumerate(heads):
-        at = (left + _GAP + x * (cell + _GAP), top - len(head) * line - 2)
-        pen.multiline_text(at, "\n".join(head), _INK, font)
+    for x, heading in enumerate(headings):
+        corner = (left + _GAP + x * (cell + _GAP), top - len(heading) * line - 2)
+        pen.multiline_text(corner, "\n".join(heading), _INK, font)
     for y, row in enumerate(rows):
         if labels:
             text = "\n".join(wrap(labels[y], max(8, left // 7)))
-            pen.multiline_text((_GAP, top + y * tall + cell // 3), text, _INK, font)
+            pen.multiline_text((_GAP, top + y * row_height + cell // 3), text, _INK, font)
         for x, picture in enumerate(row):
-            corner = (left + _GAP + x * (cell + _GAP), top + y * tall)
+            corner = (left + _GAP + x * (cell + _GAP), top + y * row_height)
             if picture is not None:
                 fitted = scaled_to_side(picture, cell)
                 offset = ((cell - fitted.width) // 2, (cell - fitted.height) // 2)
@@ -69,19 +70,20 @@ def grid(
 
 
 def _wrapped(text: str, width: int) -> str:
+    """`text` broken into lines of at most `width` characters, its own line breaks kept."""
     return "\n".join(part for line in text.splitlines() for part in wrap(line, width))
 
 
 def scaled_to_side(picture: Image.Image, side: int) -> Image.Image:
-    """`picture` in RGB, scaled so that its longer side is `side` pixels; small ones grow with sharp edges."""
+    """`picture` in RGB, scaled so that its longer side is `side` px; whole multiples keep the pixels' edges sharp."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    how = Image.Resampling.NEAREST if scale >= 2 and scale == int(scale) else Image.Resampling.LANCZOS
-    return picture.convert("RGB").resize(size, how)
+    resampling = Image.Resampling.NEAREST if scale >= 2 and scale == int(scale) else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize(size, resampling)
 
 
 def png(picture: Image.Image) -> bytes:
-    """`picture` as the bytes of a PNG file; the same picture gives the same bytes."""
+    """The bytes of `picture` as a PNG file; equal pictures give equal bytes."""
     buffer = BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()

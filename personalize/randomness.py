@@ -1,4 +1,4 @@
-"""Random numbers keyed by what they are for, never drawn from global state."""
+"""Random number generators that are seeded by their purpose and never use global state."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def generator(seed: int, purpose: str, update: int = 0, sample: int = 0) -> torch.Generator:
-    """A fresh CPU generator that depends on (`seed`, `purpose`, `update`, global `sample` index) and nothing else.
+    """A new CPU generator that depends on `seed`, `purpose`, `update` and the global `sample` index alone.
 
-    The same four values give the same numbers on every machine, whatever was drawn before: this is what makes
-    resuming, gradient accumulation and several processes equal to one unbroken run.
+    The same four values give the same numbers on every machine, whatever was drawn before.  Therefore a training run
+    that is resumed, accumulates gradients, or uses several processes draws the same numbers as one unbroken run.
     """
     key = f"{seed}/{purpose}/{update}/{sample}".encode()
     number = int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1  # 63 bits: non-negative

@@ -1,4 +1,4 @@
-"""Replacing a folder by another of its name: what stays is carried over, the change is one step, and it is synced."""
+"""Replace a folder by a new one in one step, keep chosen entries of it, and sync folders to the disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from personalize import leftovers
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Hard links to a file, or to all files of a folder; copies where the disk has no links."""
+    """Put `source`, a file or a folder, at `target` too: as hard links, or as copies where links are impossible."""
     if os.path.isdir(source) and not os.path.islink(source):
         shutil.copytree(source, target, symlinks=True, copy_function=link_or_copy)
         return
@@ -21,15 +21,18 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def replace_folder(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`; an older folder ends at `partial`'s name, and is never lost on the way."""
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Put the folder `temporary` at `path`; an older folder there gets the name `temporary` or is deleted.
+
+    Where the two cannot be swapped in one step, the older folder is renamed first and gets its name back on an error.
+    """
     if not path.exists():
-        os.rename(partial, path)
-    elif not _swap_folders(partial, path):
+        os.rename(temporary, path)
+    elif not _swap_folders(temporary, path):
         old = leftovers.hidden_name(path, "old")
         os.rename(path, old)
         try:
-            os.rename(partial, path)
+            os.rename(temporary, path)
         except BaseException:
             os.rename(old, path)
             raise
@@ -37,7 +40,7 @@ def replace_folder(partial: Path, path: Path) -> None:
 
 
 def _swap_folders(first: Path, second: Path) -> bool:
-    """Swap two folders in one step where the system knows how (Linux's renameat2); False if it does not."""
+    """Swap two folders in one step by Linux's renameat2; False where that is not possible."""
     try:
         rename = CDLL(None).renameat2
     except (OSError, AttributeError, TypeError):
@@ -47,6 +50,7 @@ def _swap_folders(first: Path, second: Path) -> bool:
 
 
 def sync_folder(path: Path) -> None:
+    """Wait until a folder's entries are on the disk."""
     if os.name == "nt":  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)

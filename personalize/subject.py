@@ -1,4 +1,4 @@
-"""The pictures of a subject, as people have them: one file, a folder, or a data set; a caption each, a mask if wanted.
+"""Read the training pictures of a subject from one file, a folder or a data set, with captions and optional masks.
 
 Folders and data sets are read by 🤗 datasets: `metadata.jsonl` beside the pictures may hold `file_name`, a caption
 (`text`, see --caption_column) and `mask_file_name`, a picture that is white where the subject is.
@@ -20,14 +20,14 @@ from torch import Tensor
 from personalize.captions import describe, find_caption, sidecar_caption
 from personalize.data import find_picture
 from personalize.errors import UserError
-from personalize.images import resize_and_crop, fitted_size, load_image, read_image, to_pixels
+from personalize.images import fitted_size, load_image, read_image, resize_and_crop, to_pixels
 
-MASK_COLUMN = "mask"  # what 🤗 datasets makes of `mask_file_name`
+MASK_COLUMN = "mask"  # the column that 🤗 datasets makes of `mask_file_name`
 
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """One picture: `name` for messages, what it shows, and where its subject is (white), or None: everywhere."""
+    """One training picture: its `name` for messages, its caption, and a mask that is white where the subject is."""
 
     name: str
     image: Image.Image
@@ -38,16 +38,16 @@ class TrainingImage:
         mask = self.mask
         if mask is not None and mask.size != self.image.size:
             sizes = f"{mask.width}×{mask.height} px, the picture {self.image.width}×{self.image.height}"
-            raise UserError(f"the mask of {self.name} is {sizes}: make it so")
+            raise UserError(f"the mask of {self.name} is {sizes}: give it the same size")
         if mask is not None and mask.convert("L").getextrema()[1] == 0:
             raise UserError(f"the mask of {self.name} is all black: paint white where the subject is")
 
 
-def read_subject(config: Any) -> list[TrainingImage]:
-    """The pictures that a trainer's options name, in exactly one of its ways.
+def read_training_images(config: Any) -> list[TrainingImage]:
+    """The pictures that a trainer's options name: a file, a folder or a data set, exactly one of them.
 
     Raises:
-        UserError: no picture, several sources, no words for a picture, a mask that does not fit.
+        UserError: no picture, several sources, a picture without a caption, or a mask of another size.
     """
     places = [path for path in (config.picture, config.instance_image, config.instance_data_dir) if path is not None]
     given = len(places) + (config.dataset_name is not None)
@@ -56,22 +56,26 @@ def read_subject(config: Any) -> list[TrainingImage]:
     if places and not places[0].is_dir():
         path = find_picture(places[0])
         mask = None if config.instance_mask is None else load_image(config.instance_mask)
-        return [TrainingImage(str(path), load_image(path), find_caption(path, config.caption, config.caption_model), mask)]
+        caption = find_caption(path, config.caption, config.caption_model)
+        return [TrainingImage(str(path), load_image(path), caption, mask)]
     if config.instance_mask is not None:
         raise UserError("instance_mask belongs to one picture: in a folder, give mask_file_name in its metadata.jsonl")
-    with tempfile.TemporaryDirectory() as cache:  # a folder is read anew each time, so that nothing is ever stale
+    with tempfile.TemporaryDirectory() as cache:  # folders are not cached: their files may have changed
         source = {"path": config.dataset_name} if not places else {"path": "imagefolder", "data_dir": str(places[0])}
         extra = {"drop_labels": True, "cache_dir": cache} if places else {}
         where = str(config.dataset_name or places[0])
         rows = load_rows(where, config.image_column, **source, **extra)
-        shown = [_shown(row, f"{where}, picture {number}", config) for number, row in enumerate(rows, 1)]
-    if not shown:
+        images = [_training_image(row, f"{where}, picture {number}", config) for number, row in enumerate(rows, 1)]
+    if not images:
         raise UserError(f"{where} holds no picture: put PNG or JPEG files into it")
-    return shown
+    return images
 
 
 def load_rows(where: str, *image_columns: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-    """Rows of the training split, `image_columns` (the first must exist) left undecoded: {"path": …, "bytes": …}.
+    """The rows of a data set's training split, with pictures left undecoded as {"path": …, "bytes": …}.
+
+    where: the data set, for messages; image_columns: the columns of pictures, of which the first must exist; arguments:
+    those of `datasets.load_dataset`.
 
     Raises:
         UserError: the data set cannot be loaded, or has no such column of pictures.
@@ -95,41 +99,43 @@ def load_rows(where: str, *image_columns: str, **arguments: Any) -> Iterator[dic
     return iter(rows)
 
 
-def opened(cell: Mapping[str, Any], name: str) -> Image.Image:
-    """The picture of an undecoded cell, upright and in RGB as `load_image` has it."""
+def decode_cell(cell: Mapping[str, Any], name: str) -> Image.Image:
+    """The picture in a cell of `load_rows`, upright and in RGB as from `load_image`."""
     if cell.get("bytes") is not None:
         return read_image(BytesIO(cell["bytes"]), name)
     return load_image(cell["path"])
 
 
-def _shown(row: Mapping[str, Any], name: str, config: Any) -> TrainingImage:
+def _training_image(row: Mapping[str, Any], name: str, config: Any) -> TrainingImage:
     cell = row[config.image_column]
     path = Path(cell["path"]) if cell.get("path") and cell.get("bytes") is None else None
-    image, mask = opened(cell, name), row.get(MASK_COLUMN)
-    words = " ".join(str(row.get(config.caption_column) or "").split())
-    words = words or (sidecar_caption(path) if path else None) or config.caption
-    if not words and config.caption_model is not None:
-        words = describe(image, config.caption_model)
-    if not words or not words.strip():
+    image, mask = decode_cell(cell, name), row.get(MASK_COLUMN)
+    caption = " ".join(str(row.get(config.caption_column) or "").split())
+    caption = caption or (sidecar_caption(path) if path else None) or config.caption
+    if not caption and config.caption_model is not None:
+        caption = describe(image, config.caption_model)
+    if not caption or not caption.strip():
         raise UserError(
             f"{path or name} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file "
             f"beside it, into column {config.caption_column!r} of metadata.jsonl, or name a --caption_model"
         )
     name = str(path or name)
-    return TrainingImage(name, image, " ".join(words.split()), None if mask is None else opened(mask, f"the mask of {name}"))
+    decoded = None if mask is None else decode_cell(mask, f"the mask of {name}")
+    return TrainingImage(name, image, " ".join(caption.split()), decoded)
 
 
-def fitted(shown: Sequence[TrainingImage], resolution: int, multiple: int) -> tuple[Tensor, Tensor | None]:
+def to_common_size(images: Sequence[TrainingImage], resolution: int, multiple: int) -> tuple[Tensor, Tensor | None]:
     """All pictures in one size: pixels (p, 3, H, W) in [−1, 1], and masks (p, 1, H, W) in [0, 1] if any has one.
 
-    The size is that of `images.fit` where it is the same for all of them, otherwise a square, cut out of the middle.
+    The size has about `resolution`² pixels in the pictures' aspect ratio, with sides that are multiples of `multiple`;
+    pictures that would differ in size are cut to the square in their middle.
     """
-    sizes = {fitted_size(one.image.height, one.image.width, resolution, multiple) for one in shown}
+    sizes = {fitted_size(picture.image.height, picture.image.width, resolution, multiple) for picture in images}
     side = resolution // multiple * multiple
     size = sizes.pop() if len(sizes) == 1 else (side, side)
-    pixels = torch.cat([to_pixels(resize_and_crop(one.image, size)) for one in shown])
-    if all(one.mask is None for one in shown):
+    pixels = torch.cat([to_pixels(resize_and_crop(picture.image, size)) for picture in images])
+    if all(picture.mask is None for picture in images):
         return pixels, None
     white = Image.new("L", (size[1], size[0]), 255)
-    masks = [white if one.mask is None else resize_and_crop(one.mask, size) for one in shown]
+    masks = [white if picture.mask is None else resize_and_crop(picture.mask, size) for picture in images]
     return pixels, torch.cat([(to_pixels(mask)[:, :1] + 1) / 2 for mask in masks])

@@ -147,7 +147,7 @@ _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.w
 
 
 def _family(content: TensorFile, kohya: bool) -> str:
-    """The family that has most of the file's modules; SD 1.x and 2.x are told apart by the width of the text."""
+    """The family that has most of the file's modules; the width of the text separates SD 1.x from 2.x."""
     readers = {family: ReaderKeys(family) for family in FAMILIES}
     factors = {family: (keys.kohya if kohya else keys.peft)(content)[0] for family, keys in readers.items()}
     best = max(FAMILIES, key=lambda family: len(factors[family]))

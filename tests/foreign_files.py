@@ -16,7 +16,7 @@ OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "t
 
 
 def modules(state):
-    """(A, B) by module of a LoRA in the house's names."""
+    """(A, B) by module of a LoRA in PEFT's names."""
     names = {key.rsplit(".lora_", 1)[0] for key in state}
     return {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in sorted(names)}
 
@@ -94,13 +94,13 @@ def save(path, tensors, metadata=None):
 
 def small_state(family="sd1", rank=4, width=8, text=False, want=lambda path: ".attn" in path):
     """A LoRA on the modules of `family`'s UNet at a tiny width, with the family's text width where it tells."""
-    told = {"sd1": 768, "sd2": 1024, "sdxl": 2048}[family]
+    text_width = {"sd1": 768, "sd2": 1024, "sdxl": 2048}[family]
     state = {}
     for number, (path, layer) in enumerate(empty_unet(family).named_modules()):
         if not isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) or not want(path):
             continue
         kernel = layer.weight.shape[2:]
-        side = told if path.endswith(("attn2.to_k", "attn2.to_v")) else width
+        side = text_width if path.endswith(("attn2.to_k", "attn2.to_v")) else width
         state |= _pair(f"unet.{path}", (rank, side, *kernel), (width, rank, *(1 for _ in kernel)), number)
     for component in ("text_encoder", "text_encoder_2")[: (2 if family == "sdxl" else 1) if text else 0]:
         for part in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1"):

@@ -15,7 +15,7 @@ def paths(module, want=lambda path: True):
 
 
 def random_lora(shapes, component="unet", rank=4, seed=0, spread=0.1):
-    """A LoRA in the house's names whose B is not zero, on modules of the given weight shapes."""
+    """A LoRA in PEFT's names whose B is not zero, on modules of the given weight shapes."""
     state = {}
     for path, shape in shapes.items():
         draw = generator(seed, f"test/{component}.{path}")
@@ -36,7 +36,7 @@ def text_lora(model, **options):
 
 
 def predict(model, seed=0):
-    """The UNet's answer to a fixed question, (1, 4, h, w)."""
+    """The UNet's prediction (1, 4, h, w) for fixed latents, timestep and prompt."""
     side = model.unet.config.sample_size
     latents = torch.randn(1, 4, side, side, generator=generator(seed, "test/latents"))
     with torch.no_grad():
@@ -89,8 +89,8 @@ def random_adapter(model, rank=4, seed=0, want=FEW):
     wanted = set(filter(want, module_names(model.unet, model.family)))
     lora = random_lora(paths(model.unet, wanted.__contains__), rank=rank, seed=seed)
     with torch.no_grad():
-        told = model.prompts(["a cat on the beach"])
-    source = {"embeds": told.embeds.clone()} | ({} if told.pooled is None else {"pooled": told.pooled.clone()})
+        conditioning = model.prompts(["a cat on the beach"])
+    source = {"embeds": conditioning.embeds.clone()} | ({} if conditioning.pooled is None else {"pooled": conditioning.pooled.clone()})
     size = [model.resolution, model.resolution]
     info = {
         "base": {**model.identity, "prediction_type": model.prediction_type},

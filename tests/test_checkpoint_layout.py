@@ -1,4 +1,4 @@
-"""The original layout: diffusers' own converters must take our files apart into exactly the model they were made of."""
+"""The original checkpoint layout: diffusers' own converters must turn our files back into exactly the same model."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ PUBLISHED = {  # tensors of the UNet, the autoencoder and the text encoders in t
 
 
 def meta(kind):
-    """Full-size modules of a shipped configuration, without weights."""
+    """Full-size networks of a shipped configuration, on the meta device."""
     folder, classes = CONFIGS / kind, {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     with torch.device("meta"):
         modules = {"unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))}
@@ -48,7 +48,7 @@ def named(name, module):
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_published_sizes_go_there_and_back(kind):
+def test_full_size_models_translated_to_the_original_layout_and_back_are_unchanged(kind):
     family, unet, vae, text = PUBLISHED[kind]
     modules = meta(kind)
     state = original_state({name: named(name, module) for name, module in modules.items()}, family)
@@ -58,8 +58,8 @@ def test_published_sizes_go_there_and_back(kind):
         "unet": convert_ldm_unet_checkpoint(state, config=dict(modules["unet"].config)),
         "vae": convert_ldm_vae_checkpoint(state, config=dict(modules["vae"].config)),
     }
-    for name, (prefix, form) in TEXT_ENCODER_PREFIXES[family].items():
-        open_clip = form == "open_clip"
+    for name, (prefix, scheme) in TEXT_ENCODER_PREFIXES[family].items():
+        open_clip = scheme == "open_clip"
         back[name] = (
             convert_open_clip_checkpoint(modules[name], state, prefix)
             if open_clip
@@ -71,7 +71,7 @@ def test_published_sizes_go_there_and_back(kind):
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
-def test_names_and_values_equal_those_written_down_elsewhere(name):
+def test_names_and_values_equal_an_independent_implementation(name):
     model = tiny(name)
     ours, theirs = original_state(parts(model), model.family), original_layout(model)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -95,14 +95,14 @@ def test_the_middle_attention_of_the_autoencoder_becomes_convolutions():
     assert all(torch.equal(back[key], tensor) for key, tensor in vae.state_dict().items())
 
 
-def test_an_unknown_weight_is_named():
+def test_the_error_names_an_unknown_weight():
     with pytest.raises(UserError, match="encoder_hid_proj"):
         unet_name("encoder_hid_proj.weight", set())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_published_sizes_load_with_the_shipped_configurations(kind, tmp_path):
+def test_full_size_checkpoints_load_with_the_shipped_configurations(kind, tmp_path):
     """Through our own loader and diffusers' `from_single_file`; takes 9 GB of memory, 18 GB for SDXL."""
     draw = torch.Generator().manual_seed(0)
     weights = {

@@ -1,4 +1,4 @@
-"""Convert: what comes out computes what went in, in names everybody knows; and every trap is one for the naive way."""
+"""Convert: the result gives the same weight updates under correct names, and errors of the source are corrected."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def convert(file, to, output, **options):
 
 
 def deltas(path, family):
-    """ΔW by module, as the independent map reads the file."""
+    """ΔW by module, read with the keys of `reader_names`."""
     content = read_tensors(path)
     names = ReaderKeys(family)
     kohya_names = any(key.startswith("lora_") for key in content.tensors)
@@ -98,19 +98,19 @@ def test_diffusers_gives_the_same_prediction_with_what_was_converted(tmp_path, f
     assert all(difference(prediction, expected) < CLOSE for prediction in found)
 
 
-def test_uneven_files_are_wrong_in_diffusers_and_right_when_converted(tmp_path):
-    """The traps of per-module alphas and dynamic ranks: diffusers takes wrong strengths from the file as it is."""
+def test_files_with_uneven_alphas_and_ranks_are_wrong_in_diffusers_and_right_when_converted(tmp_path):
+    """diffusers takes wrong factors alpha / r from a file with alphas and ranks per module."""
     model, file, _ = foreign(tmp_path, "sd1", "attention", False, "mixed")
     ours = convert(file, "kohya", tmp_path / "ours.safetensors", family="sd1")
-    naive, mended = through_loader(model, file), through_loader(model, ours)
+    naive, converted = through_loader(model, file), through_loader(model, ours)
     lora = read_lora(file)
     expected = with_merged(model, lora.state, lora.alpha / lora.rank)
     assert difference(naive, expected) > 100 * CLOSE
-    assert difference(mended, expected) < CLOSE
+    assert difference(converted, expected) < CLOSE
 
 
-def test_styles_are_mended(tmp_path):
-    """Mixed names, no text_model, no prefix, old processors, PEFT's folder, Tucker cores: all become the same LoRA."""
+def test_incomplete_or_mixed_names_are_corrected(tmp_path):
+    """Mixed names, no text_model, no prefix, old attention processors, PEFT's folder: all become the same LoRA."""
     state = small_state("sd1", text=True, want=lambda path: ".attn" in path or path.endswith((".conv1", "conv_in")))
     unet = {key: tensor for key, tensor in state.items() if key.startswith("unet.")}
     attention = {key: tensor for key, tensor in state.items() if ".attn" in key or "self_attn" in key}
@@ -137,7 +137,7 @@ def test_sdxl_block_names_become_the_original_ones(tmp_path):
     assert read_tensors(written).metadata["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
-def test_tucker_cores_are_folded_exactly(tmp_path):
+def test_tucker_cores_are_multiplied_in_exactly(tmp_path):
     down, mid, up = torch.randn(3, 8, 1, 1), torch.randn(3, 3, 3, 3), torch.randn(8, 3, 1, 1)
     stem = "lora_unet_mid_block_resnets_0_conv1"
     tensors = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
@@ -151,7 +151,7 @@ def test_tucker_cores_are_folded_exactly(tmp_path):
     )  # sums of 72
 
 
-def test_metadata_of_the_source_stay_and_those_about_the_layout_are_new(tmp_path):
+def test_the_source_files_metadata_are_kept_except_those_about_its_layout(tmp_path):
     about = {"ss_output_name": "cat", "ss_network_dim": "Dynamic", "ss_seed": "3", "junk": "x", "ss_v2": "True"}
     file = save(tmp_path / "in.safetensors", kohya(small_state("sd1"), "sd1", 1.0), about)
     found = read_tensors(convert(file, "kohya", tmp_path / "out.safetensors")).metadata
@@ -220,7 +220,7 @@ def test_refusals_write_nothing(tmp_path):
     assert convert(lora, "peft", tmp_path / "out", unet_only=True).is_dir()
 
 
-def test_an_error_in_the_writer_leaves_nothing(tmp_path, monkeypatch):
+def test_an_error_in_the_writer_leaves_no_file(tmp_path, monkeypatch):
     file = save(tmp_path / "in.safetensors", small_state("sd1"))
     write = formats.kohya_file
     monkeypatch.setattr(formats, "kohya_file", lambda state, alpha, **rest: write(state, 2 * alpha, **rest))
@@ -229,7 +229,7 @@ def test_an_error_in_the_writer_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
-def test_embeddings_go_between_the_forms(tmp_path):
+def test_learned_tokens_are_converted_between_the_layouts(tmp_path):
     rows, second = torch.randn(2, 768), torch.randn(2, 1280)
     a1111 = save(tmp_path / "cat.safetensors", {"emb_params": rows})
     there = convert(a1111, "diffusers", tmp_path / "learned_embeds.safetensors", token="<cat>")
@@ -244,7 +244,7 @@ def test_embeddings_go_between_the_forms(tmp_path):
         convert(both, "diffusers", tmp_path / "xl")
 
 
-def test_pickles_convert_where_allowed(tmp_path):
+def test_pickles_are_converted_only_if_allowed(tmp_path):
     rows, state = torch.randn(2, 768), small_state("sd1")
     torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "cat"}, tmp_path / "e.pt")
     torch.save({"<cat>": rows}, tmp_path / "learned_embeds.bin")
@@ -258,7 +258,7 @@ def test_pickles_convert_where_allowed(tmp_path):
     assert len(json.loads(read_tensors(written).metadata["lora_adapter_metadata"])["unet.target_modules"]) == 128
 
 
-def test_half_precision(tmp_path):
+def test_converting_to_half_precision(tmp_path):
     file = save(tmp_path / "in.safetensors", small_state("sd1"))
     written = convert(file, "kohya", tmp_path / "out.safetensors", dtype="float16")
     assert {tensor.dtype for tensor in read_tensors(written).tensors.values()} == {torch.float16}

@@ -1,4 +1,4 @@
-"""Files: whole or absent under every fault, and no trust in what a file says of itself."""
+"""Files: written completely or not at all whatever fails, and read without trusting their headers."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from personalize.files import plain_name, read_json, read_tensors, tensor_bytes,
 
 
 class FullDisk:
-    """A stand-in for `files.create_file` on a disk that takes `room` more bytes, over all files, and then no more."""
+    """Replaces `files.create_file` by one on a disk that has room for `room` more bytes, over all files."""
 
     def __init__(self, room):
         self.room = room
@@ -51,7 +51,7 @@ def snapshot(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     target, new = tmp_path / "f.bin", bytes(range(256)) * 4
     target.write_bytes(b"old")
     for room in range(0, len(new), 17):  # 61 positions
@@ -66,7 +66,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("exchange", [False, True])
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, before, exchange):
+def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch, before, exchange):
     if not exchange:
         monkeypatch.setattr(replacing, "_swap_folders", lambda first, second: False)
     target, new = tmp_path / "adapter", {"a": b"x" * 300, "b": b"y" * 300}
@@ -88,7 +88,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, before,
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_faults_of_the_disk_itself_leave_the_old_folder(tmp_path, monkeypatch, call):
+def test_disk_errors_leave_the_old_folder(tmp_path, monkeypatch, call):
     target = write_folder(tmp_path / "adapter", {"a": b"old"})
     monkeypatch.setattr(replacing, "_swap_folders", lambda first, second: False)
     real, calls = getattr(os, call), []
@@ -137,7 +137,7 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path):
         assert found == ({"a": b"old" * 10_000} if moment < 2 else {"a": b"new" * 10_000, "b": bytes([moment])})
 
 
-def test_places_that_cannot_be_replaced(tmp_path, monkeypatch):
+def test_paths_that_cannot_be_replaced_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="is a file"):
         write_folder(tmp_path / "file", {"a": b""})
@@ -150,7 +150,7 @@ def test_places_that_cannot_be_replaced(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", "c:d"])
-def test_plain_names(name):
+def test_names_that_are_no_plain_file_names_are_refused(name):
     with pytest.raises(UserError):
         plain_name(name)
 
@@ -227,7 +227,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_headers_are_one_clear_line(tmp_path, name):
+def test_hostile_headers_are_user_errors_of_one_line(tmp_path, name):
     path = tmp_path / "x.safetensors"
     path.write_bytes(HOSTILE[name])
     with pytest.raises(UserError) as caught:
@@ -249,14 +249,14 @@ def test_pickles_are_refused_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 9, 50, -1])
-def test_truncated_files(tmp_path, cut):
+def test_truncated_files_are_refused(tmp_path, cut):
     whole = tensor_bytes({"a": torch.ones(5)})
     (tmp_path / "x.safetensors").write_bytes(whole[:cut])
     with pytest.raises(UserError):
         read_tensors(tmp_path / "x.safetensors")
 
 
-def test_json_and_missing_files(tmp_path):
+def test_missing_and_damaged_json_files_are_refused(tmp_path):
     for reader in (read_json, read_tensors):
         with pytest.raises(UserError, match="does not exist"):
             reader(tmp_path / "none")

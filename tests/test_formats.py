@@ -1,4 +1,4 @@
-"""Formats: what we write is what stock diffusers computes with, and the traps on the way there."""
+"""LoRA files: stock diffusers computes with exactly the weights we wrote, and where naive writers go wrong."""
 
 import json
 
@@ -74,8 +74,8 @@ def test_forgedit_c30_both_files_give_stock_diffusers_the_same_prediction(tmp_pa
     assert difference(found["h"], expected) < CLOSE_FP16
 
 
-def test_mixed_style_trap_loses_modules_and_ours_does_not(tmp_path):
-    """The example scripts rename attention keys only; the loader looks at the first key and then drops those."""
+def test_diffusers_drops_modules_of_a_file_with_mixed_names_but_none_of_ours(tmp_path):
+    """The example scripts rename attention keys only; the loader takes the naming scheme of the first key for all."""
     model = tiny("sd1")
     state = random_lora(paths(model.unet, lambda path: ATTENTION(path) or path.endswith((".conv1", "conv_in"))))
     naive = convert_state_dict_to_diffusers({key.removeprefix("unet."): tensor for key, tensor in state.items()})
@@ -100,19 +100,19 @@ def test_without_metadata_diffusers_loses_alpha(tmp_path):
     assert difference(found, expected) < CLOSE
 
 
-def test_alpha_keys_beside_metadata_are_refused_by_diffusers_so_we_write_one_or_the_other(tmp_path):
+def test_diffusers_refuses_alpha_keys_together_with_metadata_so_we_write_one_or_the_other(tmp_path):
     model = tiny("sd1")
     state = random_lora(paths(model.unet, ATTENTION))
     write_file(tmp_path / "d.safetensors", diffusers_file(state, 8.0))
     write_file(tmp_path / "k.safetensors", kohya_file(state, 8.0, family="sd1", metadata={"ss_v2": "False"}))
-    ours, twin = read_tensors(tmp_path / "d.safetensors"), read_tensors(tmp_path / "k.safetensors")
-    assert not any("alpha" in key for key in ours.tensors) and "lora_adapter_metadata" not in twin.metadata
-    save_file(twin.tensors, tmp_path / "both.safetensors", {**twin.metadata, **ours.metadata})
+    ours, theirs = read_tensors(tmp_path / "d.safetensors"), read_tensors(tmp_path / "k.safetensors")
+    assert not any("alpha" in key for key in ours.tensors) and "lora_adapter_metadata" not in theirs.metadata
+    save_file(theirs.tensors, tmp_path / "both.safetensors", {**theirs.metadata, **ours.metadata})
     with pytest.raises(ValueError, match="alphas"):
         through_loader(model, tmp_path / "both.safetensors")
 
 
-def test_minimal_metadata(tmp_path):
+def test_metadata_hold_rank_alpha_and_target_modules_and_nothing_else(tmp_path):
     model = tiny("sdxl")
     state = random_lora(paths(model.unet, ATTENTION), rank=2) | text_lora(model, rank=2)
     write_file(tmp_path / "d.safetensors", diffusers_file(state, 3.0))
@@ -135,7 +135,7 @@ def test_text_encoder_names_always_hold_text_model(tmp_path):
     assert all(stem.startswith(("lora_te1_text_model_encoder_", "lora_te2_text_model_encoder_")) for stem in stems)
 
 
-def test_kohya_layout(tmp_path):
+def test_kohya_file_has_the_shapes_and_alphas_that_kohyas_tools_write(tmp_path):
     model = tiny("sd1")
     state = random_lora(paths(model.unet), rank=3)
     write_file(tmp_path / "k.safetensors", kohya_file(state, 6.0, family="sd1"))
@@ -158,17 +158,17 @@ def test_both_files_are_read_back(tmp_path, name):
     state = random_lora(paths(model.unet)) | text_lora(model)
     write_file(tmp_path / "d.safetensors", diffusers_file(state, 2.0))
     write_file(tmp_path / "k.safetensors", kohya_file(state, 2.0, family=model.family))
-    ours, twin = read_lora(tmp_path / "d.safetensors"), read_lora(tmp_path / "k.safetensors")
+    ours, theirs = read_lora(tmp_path / "d.safetensors"), read_lora(tmp_path / "k.safetensors")
     assert (ours.layout, ours.rank, ours.alpha) == ("peft", 4, 2.0)
-    assert (twin.layout, twin.rank, twin.alpha) == ("kohya", 4, 4.0)
-    assert ours.state.keys() == twin.state.keys() == state.keys()
+    assert (theirs.layout, theirs.rank, theirs.alpha) == ("kohya", 4, 4.0)
+    assert ours.state.keys() == theirs.state.keys() == state.keys()
     for key, tensor in state.items():
         assert torch.equal(ours.state[key], tensor)
-        assert torch.equal(twin.state[key], tensor * (0.5 if "lora_B" in key else 1))  # alpha / rank, a power of two
+        assert torch.equal(theirs.state[key], tensor * (0.5 if "lora_B" in key else 1))  # alpha / rank, a power of two
 
 
-def test_mixed_ranks_and_alphas_are_made_one_without_changing_any_weight(tmp_path):
-    """kohya's dynamic ranks and per-module alphas: diffusers loads such files at wrong strength; ours are exact."""
+def test_mixed_ranks_and_alphas_become_one_without_changing_any_weight_update(tmp_path):
+    """kohya's dynamic ranks and alphas per module, which diffusers loads with wrong factors alpha / r."""
     a, b = torch.randn(2, 6), torch.randn(5, 2)
     c, d = torch.randn(4, 6), torch.randn(5, 4)
     content = {
@@ -188,7 +188,7 @@ def test_mixed_ranks_and_alphas_are_made_one_without_changing_any_weight(tmp_pat
     torch.testing.assert_close(made[f"{stem}.to_k"], d @ c, atol=1e-6, rtol=1e-6)
 
 
-def test_family_is_read_off_the_width_of_the_text():
+def test_family_follows_from_the_width_of_the_text():
     key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight"
     found = {width: family_of({key: torch.zeros(4, width)}) for width in (768, 1024, 2048, 32)}
     assert found == {768: "sd1", 1024: "sd2", 2048: "sdxl", 32: None}
@@ -216,7 +216,7 @@ def pair(rank=2, width=4):
     return {"unet.conv_in.lora_A.weight": torch.ones(rank, width), "unet.conv_in.lora_B.weight": torch.ones(3, rank)}
 
 
-SPOILT = {
+INVALID_STATES = {
     "no LoRA tensor": {"unet.conv_in.weight": torch.ones(2, 2)},
     "only \\['A'\\]": {"unet.conv_in.lora_A.weight": torch.ones(2, 2)},
     "A has rank 3": pair() | {"unet.conv_in.lora_A.weight": torch.ones(3, 4)},
@@ -226,11 +226,11 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("message", SPOILT)
-def test_spoilt_states_are_refused(message):
+@pytest.mark.parametrize("message", INVALID_STATES)
+def test_invalid_states_are_refused(message):
     for write in (lambda state: diffusers_file(state, 1.0), lambda state: kohya_file(state, 1.0, family="sd1")):
         with pytest.raises(UserError, match=message):
-            write(SPOILT[message])
+            write(INVALID_STATES[message])
 
 
 def test_numbers_too_large_for_half_precision_are_refused():

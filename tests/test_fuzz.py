@@ -135,8 +135,8 @@ def one(kind, seeds, folder, changes, place, value):
     elif kind == "settings":
         name = "pytorch_lora_weights.safetensors"
         header, data = header_of(seeds["mine"][name])
-        told = json.loads(header["__metadata__"]["lora_adapter_metadata"])
-        header["__metadata__"]["lora_adapter_metadata"] = json.dumps(replanted(told, place, value))
+        settings = json.loads(header["__metadata__"]["lora_adapter_metadata"])
+        header["__metadata__"]["lora_adapter_metadata"] = json.dumps(replanted(settings, place, value))
         try_folder(seeds["mine"] | {name: with_header(header, data)}, folder)
         try_file(folder / "x.safetensors", with_header(header, data), folder)
     else:

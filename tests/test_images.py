@@ -1,4 +1,4 @@
-"""Pictures as people have them."""
+"""Reading picture files of every kind, and fitting them to a resolution."""
 
 import math
 import struct
@@ -106,7 +106,7 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(512, 512), (4000, 3000), (3000, 4000), (1920, 1080), (700, 2000), (100, 1000)])
 @pytest.mark.parametrize(("resolution", "multiple"), [(512, 64), (128, 32), (1024, 64)])
-def test_fit_keeps_the_aspect_ratio(size: tuple[int, int], resolution: int, multiple: int) -> None:
+def test_fitted_size_keeps_the_aspect_ratio(size: tuple[int, int], resolution: int, multiple: int) -> None:
     width, height = size
     h, w = fitted_size(height, width, resolution, multiple)
     assert h % multiple == w % multiple == 0
@@ -115,7 +115,7 @@ def test_fit_keeps_the_aspect_ratio(size: tuple[int, int], resolution: int, mult
     assert abs(math.log(w / h) - math.log(width / height)) <= math.log(1 + step)
 
 
-def test_fit_cuts_instead_of_squashing() -> None:
+def test_fitting_crops_instead_of_distorting() -> None:
     disc = Image.new("L", (330, 330), 0)
     disc.paste(255, (115, 115, 215, 215))
     wide = Image.new("L", (500, 330), 0)
@@ -126,7 +126,7 @@ def test_fit_cuts_instead_of_squashing() -> None:
     assert abs((rows.max() - rows.min()) - (columns.max() - columns.min())) <= 1  # a square stays one
 
 
-def test_fit_of_a_fitting_picture_changes_nothing() -> None:
+def test_a_picture_that_fits_is_unchanged() -> None:
     image = gradient(128, 128)
     pixels, size = fitted_pixels(image, 128, 32)
     assert size == (128, 128) and torch.equal(pixels, to_pixels(image))

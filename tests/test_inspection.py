@@ -1,4 +1,4 @@
-"""Inspect: every layout of the ecosystem is recognised and named, and what is wrong with a file is said."""
+"""Inspect: every known layout is recognised and named, and the problems of a file are reported."""
 
 import json
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def verdicts(found):
     return {program: verdict for program, (verdict, _) in found.readers.items()}
 
 
-def test_peft_file(tmp_path, state):
+def test_inspection_of_a_diffusers_file(tmp_path, state):
     (tmp_path / "d.safetensors").write_bytes(diffusers_file(state, 8.0))
     found = inspect_file(tmp_path / "d.safetensors")
     assert (found.layout, found.family) == ("LoRA in PEFT names", "sd1") and not found.problems
@@ -43,7 +43,7 @@ def test_peft_file(tmp_path, state):
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_our_twin_is_read_by_everybody(tmp_path, family):
+def test_our_kohya_file_is_read_by_every_program(tmp_path, family):
     about = kohya_metadata(title="t", family=family, rank=4, info={})
     data = kohya_file(small_state(family, text=True), 8.0, family=family, metadata=about)
     (tmp_path / "k.safetensors").write_bytes(data)
@@ -72,7 +72,7 @@ def test_old_diffusers_and_comfyui_and_bare_and_peft_folder_names(tmp_path, stat
     assert found.layout == "LoRA in ComfyUI names" and found.components == {"unet": 8} and found.rows[5].changed == 8
 
 
-def test_mixed_style_says_how_many_modules_diffusers_drops(tmp_path):
+def test_mixed_names_are_reported_with_the_number_of_modules_diffusers_drops(tmp_path):
     state = small_state("sd1", want=lambda path: ".attn" in path or path == "conv_in")
     found = inspected(tmp_path, diffusers(state, attention_only=True))
     assert any("drops 128 of 129 UNet modules" in problem for problem in found.problems)
@@ -81,14 +81,14 @@ def test_mixed_style_says_how_many_modules_diffusers_drops(tmp_path):
     assert not any("mixed" in problem for problem in alone.problems)
 
 
-def test_missing_text_model_is_said(tmp_path, state):
+def test_missing_text_model_is_reported(tmp_path, state):
     for tensors in (kohya(state, "sd1", 4.0, nested=False), diffusers(state, nested=False)):
         found = inspected(tmp_path, tensors)
         assert any("3 text-encoder module(s) lack 'text_model'" in problem for problem in found.problems)
     assert verdicts(inspected(tmp_path, kohya(state, "sd1", 4.0, nested=False)))["ComfyUI"] == "partly"
 
 
-def test_uneven_alphas_and_ranks_are_said_and_diffusers_refused(tmp_path, state):
+def test_uneven_alphas_and_ranks_are_reported_as_unreadable_for_diffusers(tmp_path, state):
     cut, alphas, _ = uneven(state)
     found = inspected(tmp_path, kohya(cut, "sd1", alphas))
     assert sum("alphas or ranks differ" in problem for problem in found.problems) == 2
@@ -96,7 +96,7 @@ def test_uneven_alphas_and_ranks_are_said_and_diffusers_refused(tmp_path, state)
     assert found.ranks == {"1": 33, "2": 33, "3": 33, "4": 32} and len(found.strengths) > 4
 
 
-def test_sdxl_block_names_and_shelves(tmp_path):
+def test_diffusers_block_names_and_missing_family_metadata_of_sdxl_are_reported(tmp_path):
     state = small_state("sdxl")
     found = inspected(tmp_path, kohya(state, "sdxl", 4.0, blocks="diffusers"), SDXL_METADATA)
     assert any("SDXL module(s) have diffusers' block names" in problem for problem in found.problems)
@@ -106,7 +106,7 @@ def test_sdxl_block_names_and_shelves(tmp_path):
     assert not inspected(tmp_path, kohya(state, "sdxl", 4.0), SDXL_METADATA).problems
 
 
-def test_alpha_beside_metadata_and_alpha_nowhere(tmp_path, state):
+def test_alpha_in_two_places_or_in_none_is_reported(tmp_path, state):
     found = inspected(tmp_path, kohya(state, "sd1", 4.0), {"lora_adapter_metadata": "{}"})
     assert verdicts(found)["diffusers"] == "no" and any("refuses" in problem for problem in found.problems)
     assert any("nothing says what alpha is" in problem for problem in inspected(tmp_path, state).problems)
@@ -154,7 +154,7 @@ EMBEDDINGS = {  # form: tensors, family, token, vectors of the first, diffusers'
 
 
 @pytest.mark.parametrize("form", EMBEDDINGS)
-def test_embeddings_are_recognised(tmp_path, form):
+def test_learned_tokens_are_recognised(tmp_path, form):
     shapes, family, token, count, verdict = EMBEDDINGS[form]
     found = inspected(tmp_path, {key: torch.ones(shape) for key, shape in shapes.items()}, name="mine.safetensors")
     assert found.layout == f"textual inversion, {form}" and found.family == family
@@ -177,7 +177,7 @@ def test_bundles_flat_lists_checkpoints_and_source_embeddings_are_named(tmp_path
     assert inspected(tmp_path, {"anything": torch.ones(2, 2, 2)}).layout == "nothing known"
 
 
-def test_spoilt_numbers_halves_and_foreign_modules_are_said(tmp_path):
+def test_numbers_that_are_not_finite_missing_matrices_and_unknown_modules_are_reported(tmp_path):
     tensors = {
         f"{Q}.lora_down.weight": torch.full((4, 8), float("nan")), f"{Q}.lora_up.weight": torch.ones(8, 4),
         f"{Q[:-1]}k.lora_down.weight": torch.ones(4, 8),
@@ -195,7 +195,7 @@ def test_spoilt_numbers_halves_and_foreign_modules_are_said(tmp_path):
         assert words in problems
 
 
-def test_coverage_counts_what_there_is(tmp_path, state):
+def test_coverage_counts_changed_and_existing_modules(tmp_path, state):
     rows = {row.block: row for row in inspected(tmp_path, state).rows}
     assert list(rows)[:5] == ["other", "down_blocks.0", "down_blocks.1", "down_blocks.2", "down_blocks.3"]
     assert rows["mid_block"].counts["self-attention"] == (4, 4) and rows["mid_block"].counts["resnet"] == (0, 6)
@@ -214,8 +214,8 @@ def test_the_command_prints_text_json_and_a_picture(tmp_path, state, capsys):
     assert "Stable Diffusion 1.x" in out and "\x1b" not in out and "ComfyUI     no" in out
     assert Image.open(tmp_path / "c.png").size[0] > 300
     inspection.run(SimpleNamespace(**options | {"json": True, "picture": None}))
-    told = json.loads(capsys.readouterr().out)
-    assert told["family"] == "sd1" and told["readers"]["A1111"][0] == "no" and len(told["rows"]) == 11
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["family"] == "sd1" and printed["readers"]["A1111"][0] == "no" and len(printed["rows"]) == 11
     embedding = save(tmp_path / "e.safetensors", {"emb_params": torch.ones(1, 768)})
     with pytest.raises(UserError, match="no coverage to draw"):
         inspection.run(SimpleNamespace(**options | {"file": embedding}))
@@ -252,6 +252,6 @@ def test_pickles_are_refused_unless_allowed_and_never_run(tmp_path, state):
 
 
 @pytest.mark.parametrize("name", ["nothing.safetensors", "."])
-def test_what_is_no_file(tmp_path, name):
+def test_folders_and_missing_files_are_refused(tmp_path, name):
     with pytest.raises(UserError, match="does not exist|is a folder"):
         inspect_file(tmp_path / name)

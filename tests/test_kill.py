@@ -1,4 +1,4 @@
-"""Kill: a save that is ended by force leaves the old files or the new ones, and the next save clears up."""
+"""A save whose process is killed leaves the old files or the new ones, and the next save removes temporary files."""
 
 import os
 import random
@@ -127,7 +127,7 @@ def test_a_killed_write_leaves_the_old_file_or_the_new_one(tmp_path, count):
     assert [entry.name for entry in tmp_path.iterdir()] == ["f.safetensors"]
 
 
-def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, monkeypatch):
+def test_temporary_files_of_ended_processes_are_removed_and_those_of_running_ones_kept(tmp_path, monkeypatch):
     target = tmp_path / "mine"
     child = os.fork()
     if child == 0:

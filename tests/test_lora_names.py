@@ -1,4 +1,4 @@
-"""Names of LoRA modules in every layout: published tables, there and back, counts of the families."""
+"""Names of LoRA modules in every layout: against published tables, there and back, and counted for each family."""
 
 import pytest
 
@@ -30,13 +30,13 @@ TABLE = {  # diffusers' path: flattened path in the original SDXL code
 
 
 @pytest.mark.parametrize("path", TABLE)
-def test_sdxl_names_equal_the_table(path):
+def test_sdxl_names_equal_the_published_table(path):
     assert kohya_name(f"unet.{path}", "sdxl") == f"lora_unet_{TABLE[path]}"
     assert diffusers_name(original_name(path)) == path
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_every_module_name_survives_the_way_there_and_back(family):
+def test_every_module_name_translated_to_kohya_and_back_is_unchanged(family):
     modules = [f"unet.{path}" for path in paths(empty_unet(family))]
     modules += [f"text_encoder.text_model.encoder.layers.11.{m}" for m in ("self_attn.out_proj", "mlp.fc1")]
     names = {kohya_name(module, family) for module in modules}
@@ -48,7 +48,7 @@ def test_every_module_name_survives_the_way_there_and_back(family):
     ("family", "counts"), [("sd1", (128, 192, 86)), ("sd2", (128, 192, 86)), ("sdxl", (560, 722, 66))]
 )
 def test_module_counts_of_the_families(family, counts):
-    """Attention, all of the transformers, and resnets with samplers on top: counted on the full-size architectures."""
+    """Modules of attention, of whole transformers, and of resnets and samplers, in the released architectures."""
     unet = empty_unet(family)
     lo_con = lambda path: path.endswith((".conv1", ".conv2", ".conv_shortcut", ".time_emb_proj", ".conv"))  # noqa: E731
     assert tuple(len(paths(unet, want)) for want in (ATTENTION, TRANSFORMER, lo_con)) == counts

@@ -1,4 +1,4 @@
-"""Labelled grids."""
+"""Figures: labelled grids of pictures, and PNG files."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_pictures_keep_their_shape():
     assert scaled_to_side(Image.new("RGB", (200, 100)), 64).size == (64, 32)
 
 
-def test_a_grid_of_nothing_is_refused():
+def test_an_empty_grid_or_a_missing_label_is_refused():
     with pytest.raises(ValueError, match="at least one picture"):
         grid([[]])
     with pytest.raises(ValueError, match="as many labels"):
@@ -31,11 +31,14 @@ def test_equal_pictures_are_equal_files():
     assert png(Image.new("RGB", (8, 8), "red")) == png(Image.new("RGB", (8, 8), "red"))
 
 
-def test_every_picture_can_have_words_below_it():
+def test_every_picture_can_have_a_caption_below_it():
     red = Image.new("RGB", (32, 32), "red")
-    bare, told = grid([[red, red], [red]]), grid([[red, red], [red]], captions=[["one", "two lines\nhere"], ["three"]])
-    assert told.width == bare.width and told.height > bare.height
-    pixels = np.asarray(told.convert("L"))
+    bare, captioned = (
+        grid([[red, red], [red]]),
+        grid([[red, red], [red]], captions=[["one", "two lines\nhere"], ["three"]]),
+    )
+    assert captioned.width == bare.width and captioned.height > bare.height
+    pixels = np.asarray(captioned.convert("L"))
     assert (pixels[192 + 12 : 230, :190] < 128).any(), "ink below the first picture"
     with pytest.raises(ValueError, match="caption for every picture"):
         grid([[red, red]], captions=[["one"]])

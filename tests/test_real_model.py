@@ -54,9 +54,9 @@ def test_two_updates_of_sd15_take_at_most_12_gb() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         model = random_sd15()
-        recipe = SingleImageConfig(max_train_samples=2, train_batch_size=1)
+        config = SingleImageConfig(max_train_samples=2, train_batch_size=1)
         pixels, _ = fitted_pixels(bundled(0).picture, 512, 64)
-        with single_image_run(model, pixels, "a photo of a cat", recipe, accelerator=accelerator) as run:
+        with single_image_run(model, pixels, "a photo of a cat", config, accelerator=accelerator) as run:
             expected = estimate(run)
             reports = list(run.steps())
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2

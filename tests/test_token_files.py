@@ -1,4 +1,4 @@
-"""Learned tokens: files that stock diffusers and the graphical programs read, and what is no such file."""
+"""Files of learned tokens: stock diffusers and the graphical programs read them, and invalid ones are refused."""
 
 from dataclasses import replace
 
@@ -32,8 +32,13 @@ TWO = {"<my-cat>": rows(3), "dog": rows(1)}
 XL = {"<my-cat>": rows(2, text_encoder=32, text_encoder_2=40)}
 
 
-def test_names_say_the_token_and_the_reader():
-    assert [token_file_stem(token) for token in ("<my-cat>", "a/../b", "<>", "été")] == ["my-cat", "a_.._b", "token", "été"]
+def test_file_names_contain_the_token_and_the_reading_program():
+    assert [token_file_stem(token) for token in ("<my-cat>", "a/../b", "<>", "été")] == [
+        "my-cat",
+        "a_.._b",
+        "token",
+        "été",
+    ]
     assert token_file_names(TWO) == {
         "my-cat.safetensors": ("<my-cat>", None),
         "my-cat_learned_embeds.safetensors": ("<my-cat>", "text_encoder"),
@@ -43,7 +48,7 @@ def test_names_say_the_token_and_the_reader():
     assert list(token_file_names(XL, "diffusers")) == ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
 
 
-def test_forms(tmp_path):
+def test_keys_and_metadata_of_both_layouts(tmp_path):
     write_folder(tmp_path / "sd", token_file_contents(TWO))
     write_folder(tmp_path / "xl", token_file_contents(XL, family="sdxl", dtype=torch.float16))
     keys = {path.name: set(read_tensors(path).tensors) for path in (tmp_path / "sd").iterdir()}
@@ -67,7 +72,7 @@ def test_forms(tmp_path):
     assert first.token == "<my-cat>" and torch.equal(first.rows["text_encoder"], TWO["<my-cat>"]["text_encoder"])
 
 
-def test_stock_diffusers_reads_them(tmp_path):
+def test_stock_diffusers_reads_both_layouts(tmp_path):
     model = tiny("sd1")
     pipe = model.pipeline()
     write_folder(tmp_path / "one", token_file_contents({"<my-cat>": rows(3)}))
@@ -104,14 +109,14 @@ def test_stock_diffusers_reads_sdxl_file_by_file(tmp_path):
         ({"<s>": torch.ones(1, 1280)}, {"text_encoder_2": (1, 1280)}),
     ],
 )
-def test_forms_of_other_programs(tmp_path, tensors, expected):
+def test_files_of_other_programs_are_read(tmp_path, tensors, expected):
     found = read_concept(write_file(tmp_path / "style.safetensors", tensor_bytes(tensors)))
     expected = {"text_encoder": (2, 768), "text_encoder_2": (2, 1280)} if expected == "sdxl" else expected
     assert {key: tuple(tensor.shape) for key, tensor in found.rows.items()} == expected
     assert found.token == ("<s>" if "<s>" in tensors else "style")
 
 
-def test_an_sdxl_concept_of_one_encoder_keeps_its_key(tmp_path):
+def test_an_sdxl_token_of_one_text_encoder_keeps_its_key(tmp_path):
     path = write_file(tmp_path / "x.safetensors", ui_file(LearnedToken("x", rows()), family="sdxl"))
     assert set(read_tensors(path).tensors) == {"clip_l"}
 
@@ -129,12 +134,12 @@ def test_an_sdxl_concept_of_one_encoder_keeps_its_key(tmp_path):
         ("x", {"text_encoder": torch.full((1, 4), float("nan"))}, "not finite"),
     ],
 )
-def test_rows_that_cannot_be(token, values, message):
+def test_invalid_rows_are_refused(token, values, message):
     with pytest.raises(UserError, match=message):
         checked_rows(token, values)
 
 
-def test_files_that_cannot_be(tmp_path):
+def test_invalid_files_are_refused(tmp_path):
     lora = write_file(tmp_path / "lora.safetensors", tensor_bytes({"a.lora_A": torch.ones(1), "b": torch.ones(1)}))
     twice = tensor_bytes({"clip_l": torch.ones(1, 4), "emb_params": torch.ones(1, 4)})
     for attempt, message in (
@@ -142,7 +147,10 @@ def test_files_that_cannot_be(tmp_path):
         (lambda: read_concept(write_file(tmp_path / "t.safetensors", twice)), "twice"),
         (lambda: token_file_contents({"<cat>": rows(), "CAT": rows()}), "another token is"),
         (lambda: token_file_contents({"clip_l": rows()}), "word of the file formats"),
-        (lambda: token_file_contents({"x": {"text_encoder": torch.full((1, 4), 1e6)}}, dtype=torch.float16), "does not fit"),
+        (
+            lambda: token_file_contents({"x": {"text_encoder": torch.full((1, 4), 1e6)}}, dtype=torch.float16),
+            "does not fit",
+        ),
         (lambda: token_file_contents(XL, family="sd1"), "which sd1 does not have"),
         (lambda: token_file_names(XL, "kohya"), "unknown layout"),
     ):
@@ -150,7 +158,7 @@ def test_files_that_cannot_be(tmp_path):
             attempt()
 
 
-def test_an_adapter_carries_concepts(tmp_path):
+def test_an_adapter_saves_and_loads_learned_tokens(tmp_path):
     model = tiny("sd1")
     lora = random_lora(paths(model.unet, ATTENTION))
     adapter = Adapter(lora, 4, 4.0, None, {"base": model.identity}, TWO)
@@ -163,8 +171,8 @@ def test_an_adapter_carries_concepts(tmp_path):
         assert torch.equal(found.concepts[token]["text_encoder"], values["text_encoder"])
     require_token_files(folder, found.concepts)
     assert verify_folder(folder).ok
-    spoilt = tensor_bytes({"dog": torch.zeros(1, 32)})
-    (folder / "dog_learned_embeds.safetensors").write_bytes(spoilt)
+    other_rows = tensor_bytes({"dog": torch.zeros(1, 32)})
+    (folder / "dog_learned_embeds.safetensors").write_bytes(other_rows)
     with pytest.raises(UserError, match="is not what was saved"):
         Adapter.load(folder)
     wrong = {file.file.split()[0]: file.problems for file in verify_folder(folder).files if file.problems}

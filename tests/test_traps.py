@@ -1,4 +1,4 @@
-"""Traps of the formats that no other test springs: what the naive way loses in stock diffusers, and what ours keeps."""
+"""Errors of naive LoRA files that no other test covers: what stock diffusers loses of them, and keeps of ours."""
 
 import pytest
 import torch
@@ -151,8 +151,8 @@ def test_a_full_dump_of_the_peft_config_crashes_an_older_peft_and_ours_is_minima
     state = random_lora(paths(model.unet, ATTENTION))
     write_file(tmp_path / "ours.safetensors", diffusers_file(state, 8.0))
     content = read_tensors(tmp_path / "ours.safetensors")
-    told = content.metadata["lora_adapter_metadata"].replace("{", '{"unet.a_field_of_tomorrow": 1, ', 1)
-    save_file(state, tmp_path / "full.safetensors", {**content.metadata, "lora_adapter_metadata": told})
+    settings = content.metadata["lora_adapter_metadata"].replace("{", '{"unet.a_field_of_tomorrow": 1, ', 1)
+    save_file(state, tmp_path / "full.safetensors", {**content.metadata, "lora_adapter_metadata": settings})
     with pytest.raises(TypeError, match="could not be instantiated") as error:
         through_loader(model, tmp_path / "full.safetensors")
     assert "a_field_of_tomorrow" in str(error.value.__cause__)

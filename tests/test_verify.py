@@ -1,4 +1,4 @@
-"""Verify: every way in which a file can be wrong is found and named, by code that knows nothing of the writer."""
+"""Verification: every kind of error in a file is found and named, by code independent of the code that writes files."""
 
 import ast
 import json
@@ -18,7 +18,11 @@ from personalize.verify import verify_folder
 from tests.lora_states import ATTENTION, paths, predict, random_lora, text_lora
 from tests.tiny import tiny
 
-DIFFUSERS, TWIN, SOURCE = "pytorch_lora_weights.safetensors", "mine.safetensors", "source_embedding.safetensors"
+DIFFUSERS_FILE, KOHYA_FILE, SOURCE_FILE = (
+    "pytorch_lora_weights.safetensors",
+    "mine.safetensors",
+    "source_embedding.safetensors",
+)
 MODULE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
 KOHYA = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k"
 
@@ -66,7 +70,7 @@ def problems(folder, model=None):
     return found
 
 
-def test_what_was_saved_verifies(folder):
+def test_a_saved_adapter_verifies(folder):
     report = verify_folder(folder)
     assert report.ok and report.require() is report
     assert [(file.matched, file.total) for file in report.files] == [(256, 256), (128, 128), (128, 128), (1, 1)]
@@ -76,23 +80,23 @@ def test_one_corrupted_tensor_is_named(folder):
     def change(tensors, metadata):
         tensors[f"{KOHYA}.lora_up.weight"][0, 0] += 0.01
 
-    rewrite(folder / TWIN, change)
+    rewrite(folder / KOHYA_FILE, change)
     found = problems(folder)
-    assert len(found[TWIN]) == 1 and MODULE in found[TWIN][0] and "deviates" in found[TWIN][0]
-    assert not found[DIFFUSERS]
+    assert len(found[KOHYA_FILE]) == 1 and MODULE in found[KOHYA_FILE][0] and "deviates" in found[KOHYA_FILE][0]
+    assert not found[DIFFUSERS_FILE]
 
 
 def test_one_corrupted_tensor_in_the_diffusers_file_is_named(folder):
     def change(tensors, metadata):
         tensors[f"{MODULE}.lora_A.weight"][0, 0] += 1e-6
 
-    rewrite(folder / DIFFUSERS, change)
-    assert problems(folder)[DIFFUSERS] == [f"tensor {MODULE}.lora_A.weight is not what was saved"]
+    rewrite(folder / DIFFUSERS_FILE, change)
+    assert problems(folder)[DIFFUSERS_FILE] == [f"tensor {MODULE}.lora_A.weight is not what was saved"]
 
 
-@pytest.mark.parametrize("file", [DIFFUSERS, TWIN])
+@pytest.mark.parametrize("file", [DIFFUSERS_FILE, KOHYA_FILE])
 def test_one_dropped_module_is_named(folder, file):
-    stem = MODULE if file == DIFFUSERS else KOHYA
+    stem = MODULE if file == DIFFUSERS_FILE else KOHYA
 
     def change(tensors, metadata):
         for key in [key for key in tensors if key.startswith(f"{stem}.")]:
@@ -103,14 +107,14 @@ def test_one_dropped_module_is_named(folder, file):
     assert found and all(MODULE in problem and "missing" in problem for problem in found)
 
 
-def test_half_a_module_is_named(folder):
-    rewrite(folder / TWIN, lambda tensors, metadata: tensors.pop(f"{KOHYA}.lora_down.weight"))
-    assert any(MODULE in problem and "only" in problem for problem in problems(folder)[TWIN])
+def test_a_module_without_one_of_its_matrices_is_named(folder):
+    rewrite(folder / KOHYA_FILE, lambda tensors, metadata: tensors.pop(f"{KOHYA}.lora_down.weight"))
+    assert any(MODULE in problem and "only" in problem for problem in problems(folder)[KOHYA_FILE])
 
 
 def test_one_changed_alpha_is_named(folder):
-    rewrite(folder / TWIN, lambda tensors, metadata: tensors[f"{KOHYA}.alpha"].mul_(2))
-    found = problems(folder)[TWIN]
+    rewrite(folder / KOHYA_FILE, lambda tensors, metadata: tensors[f"{KOHYA}.alpha"].mul_(2))
+    found = problems(folder)[KOHYA_FILE]
     assert len(found) == 1 and MODULE in found[0]
 
 
@@ -125,38 +129,38 @@ def test_changed_metadata_of_the_diffusers_file_is_found(folder):
             settings = json.loads(metadata["lora_adapter_metadata"])
             metadata["lora_adapter_metadata"] = json.dumps(settings | {field: value})
 
-        before = (folder / DIFFUSERS).read_bytes()
-        rewrite(folder / DIFFUSERS, change)
-        assert any(MODULE in problem for problem in problems(folder)[DIFFUSERS])
-        (folder / DIFFUSERS).write_bytes(before)
-    rewrite(folder / DIFFUSERS, lambda tensors, metadata: metadata.clear())
-    assert any("strength 1 is assumed" in problem for problem in problems(folder)[DIFFUSERS])
+        before = (folder / DIFFUSERS_FILE).read_bytes()
+        rewrite(folder / DIFFUSERS_FILE, change)
+        assert any(MODULE in problem for problem in problems(folder)[DIFFUSERS_FILE])
+        (folder / DIFFUSERS_FILE).write_bytes(before)
+    rewrite(folder / DIFFUSERS_FILE, lambda tensors, metadata: metadata.clear())
+    assert any("strength 1 is assumed" in problem for problem in problems(folder)[DIFFUSERS_FILE])
 
 
-def test_foreign_keys_wrong_shapes_and_numbers_that_are_not_finite_are_named(folder):
+def test_unknown_keys_wrong_shapes_and_numbers_that_are_not_finite_are_named(folder):
     def change(tensors, metadata):
         tensors["lora_unet_nothing.lora_up.weight"] = torch.zeros(2, 2)
         tensors[f"{KOHYA}.lora_up.weight"] = torch.zeros(3, 4)
         other = KOHYA.replace("to_k", "to_q")
         tensors[f"{other}.lora_up.weight"].fill_(float("nan"))
 
-    rewrite(folder / TWIN, change)
-    found = " ".join(problems(folder)[TWIN])
+    rewrite(folder / KOHYA_FILE, change)
+    found = " ".join(problems(folder)[KOHYA_FILE])
     assert "nothing" in found and f"{MODULE} has shape" in found and MODULE.replace("to_k", "to_q") in found
 
 
-def test_alpha_keys_beside_diffusers_metadata_are_found(folder):
-    rewrite(folder / TWIN, lambda tensors, metadata: metadata.update(lora_adapter_metadata="{}"))
-    assert any("diffusers refuses" in problem for problem in problems(folder)[TWIN])
+def test_alpha_keys_together_with_diffusers_metadata_are_found(folder):
+    rewrite(folder / KOHYA_FILE, lambda tensors, metadata: metadata.update(lora_adapter_metadata="{}"))
+    assert any("diffusers refuses" in problem for problem in problems(folder)[KOHYA_FILE])
 
 
 def test_a_changed_source_embedding_is_found(folder):
-    rewrite(folder / SOURCE, lambda tensors, metadata: tensors["embeds"].add_(1))
-    assert problems(folder)[SOURCE] == ["tensor embeds is not what was saved"]
+    rewrite(folder / SOURCE_FILE, lambda tensors, metadata: tensors["embeds"].add_(1))
+    assert problems(folder)[SOURCE_FILE] == ["tensor embeds is not what was saved"]
 
 
 @pytest.mark.parametrize(("name", "text"), [("sd1", True), pytest.param("sdxl", True, marks=pytest.mark.slow)])
-def test_a_base_model_checks_shapes_and_diffusers_own_loader_without_a_trace(tmp_path, name, text):
+def test_verifying_with_a_base_model_uses_diffusers_loader_and_leaves_the_model_unchanged(tmp_path, name, text):
     model, adapter = make(name, text)
     before, names = predict(model), [name for name, _ in model.unet.named_modules()]
     report = verify_folder(adapter.save(tmp_path / "mine"), model)
@@ -165,17 +169,17 @@ def test_a_base_model_checks_shapes_and_diffusers_own_loader_without_a_trace(tmp
     assert torch.equal(predict(model), before) and [name for name, _ in model.unet.named_modules()] == names
 
 
-def test_diffusers_misreading_of_one_odd_alpha_is_found(folder):
-    """Per-module alphas are right for kohya's tools and wrong in diffusers; only loading shows it."""
+def test_one_different_alpha_that_diffusers_misreads_is_found(folder):
+    """kohya's tools read alphas per module correctly, diffusers does not; only loading through diffusers shows it."""
 
     def change(tensors, metadata):
         tensors[f"{KOHYA}.alpha"] *= 2
         tensors[f"{KOHYA}.lora_up.weight"] /= 2
 
-    rewrite(folder / TWIN, change)
+    rewrite(folder / KOHYA_FILE, change)
     assert not any(problems(folder).values())
     found = problems(folder, make()[0])
-    assert found[TWIN] and all("attn1.to_k" in problem for problem in found[TWIN])
+    assert found[KOHYA_FILE] and all("attn1.to_k" in problem for problem in found[KOHYA_FILE])
 
 
 def test_another_family_or_a_loaded_adapter_is_refused(folder):
@@ -191,13 +195,13 @@ def test_a_wrong_width_is_found_by_shape(folder):
     attention = model.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     attention.to_k = torch.nn.Linear(64, 32, bias=False)
     report = verify.compare_files(
-        folder, TWIN, {MODULE: (torch.ones(4, 64), torch.ones(64, 4), 1.0)}, ReaderKeys("sd1", model.unet)
+        folder, KOHYA_FILE, {MODULE: (torch.ones(4, 64), torch.ones(64, 4), 1.0)}, ReaderKeys("sd1", model.unet)
     )
     assert any(f"{MODULE} has shape (64, 64), the base model's has (32, 64)" in p for p in report[0].problems)
 
 
 @pytest.mark.parametrize("damage", ["{}", "[]", '{"base": {"family": "x"}}'])
-def test_damaged_manifests_are_one_clear_line(folder, damage):
+def test_damaged_manifests_are_user_errors(folder, damage):
     (folder / "adapter.json").write_text(damage)
     with pytest.raises(UserError):
         verify_folder(folder)
@@ -210,15 +214,15 @@ def test_a_manifest_cannot_name_a_path(folder):
         verify_folder(folder)
 
 
-def test_saving_runs_it_an_error_in_the_writer_leaves_nothing(tmp_path, monkeypatch):
-    """The writer's classic mistake, diffusers' block names in an SDXL file, does not get past the independent map."""
+def test_saving_verifies_so_a_mistake_in_the_writer_leaves_no_file(tmp_path, monkeypatch):
+    """The most common mistake of writers, diffusers' block names in an SDXL file, is caught by the reader's keys."""
     monkeypatch.setattr(formats, "kohya_name", lambda module, family: "lora_" + module.replace(".", "_"))
     with pytest.raises(UserError, match="does not verify"):
         make("sdxl")[1].save(tmp_path / "mine")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_name_maps_of_writer_and_verifier_share_no_code():
+def test_the_key_maps_of_writer_and_verifier_share_no_code():
     package = Path(verify.__file__).parent
     for name in ("verify", "reader_names"):
         tree = ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))
@@ -227,17 +231,17 @@ def test_the_name_maps_of_writer_and_verifier_share_no_code():
     assert adapter_module.verify is verify
 
 
-def test_both_maps_agree_on_every_module_of_sdxl():
+def test_both_key_maps_agree_on_every_module_of_sdxl():
     from personalize.lora_names import original_name
 
     unet = empty_unet("sdxl")
     assert original_paths(unet) == {original_name(path): path for path in paths(unet)}
 
 
-def test_the_command_prints_and_raises(folder, capsys):
+def test_the_command_prints_the_report_and_raises_on_a_mismatch(folder, capsys):
     report = verify.run(SimpleNamespace(path=folder, base=None))
     assert report.ok and "128 / 128 modules match" in capsys.readouterr().out
-    rewrite(folder / TWIN, lambda tensors, metadata: tensors[f"{KOHYA}.alpha"].mul_(2))
+    rewrite(folder / KOHYA_FILE, lambda tensors, metadata: tensors[f"{KOHYA}.alpha"].mul_(2))
     with pytest.raises(UserError, match="does not verify"):
         verify.run(SimpleNamespace(path=folder, base=None))
     assert "NOT verified" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from personalize.lora import module_names
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.recipes import SingleImageConfig
 from tests.bench.arms import facts, ratio, spread
-from tests.bench.speed_setup import accelerated, model_of
+from tests.bench.speed_setup import accelerated, freed_memory, model_of
 
 if TYPE_CHECKING:
     from tests.bench.speed import SpeedBench
@@ -139,9 +139,11 @@ def _theirs(bench: SpeedBench, script: Path, folder: Path, side: int, work: Path
 def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, work: Path) -> Run:
     began = time.perf_counter()
     pixels, _ = fitted_pixels(load_image(picture), side, 8 * model.factor)
-    recipe = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=bench.steps * bench.batch)
+    samples = bench.steps * bench.batch
+    config = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=samples)
     steps = []
-    with single_image_run(model, pixels, CAPTION, recipe, accelerator=accelerated(model)) as run:
+    accelerator = accelerated(model)
+    with freed_memory(True), single_image_run(model, pixels, CAPTION, config, accelerator=accelerator) as run:
         for _ in run.steps():
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
