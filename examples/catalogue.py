@@ -7,7 +7,7 @@ from PIL import Image
 
 from personalize import Editor, StableDiffusion
 from personalize.bundled import bundled
-from personalize.catalogue import Catalogue, run, write_table
+from personalize.catalogue import Catalogue, learn_catalogue, write_table
 from personalize.catalogue_table import read_items
 from personalize.recipes import SingleImageConfig
 from personalize.settings import Sampling
@@ -16,11 +16,11 @@ from personalize.teams import ProcessGroup
 
 def main(
     table: str | None = None, *, base: str | Path | None = None, output_dir: str | Path = "my-catalogue",
-    recipe: SingleImageConfig | None = None, steps: int = 30,
+    config: SingleImageConfig | None = None, steps: int = 30,
 ) -> Image.Image:  # fmt: skip
-    folder, recipe, model = Path(output_dir), recipe or SingleImageConfig(), StableDiffusion.load(base)
-    items, refused = read_items(table or bundled_table(folder), recipe)
-    rows = run(items, refused, Catalogue(folder, recipe, model.name), lambda: model, ProcessGroup())
+    folder, config, model = Path(output_dir), config or SingleImageConfig(), StableDiffusion.load(base)
+    items, refused = read_items(table or bundled_table(folder), config)
+    rows = learn_catalogue(items, refused, Catalogue(folder, config, model.name), lambda: model, ProcessGroup())
     write_table(rows, folder / "results.csv")
     learned = [row for row in rows if row["status"] == "done"]
     return Editor.load(learned[-1]["adapter"], base).reconstruct(sampling=Sampling(steps=steps))[0]

@@ -17,14 +17,14 @@ from personalize.scenes import Scene, SceneObject, render
 
 def main(
     photo: str | None = None, *phrases: str, base: str | Path | None = None, output_dir: str | Path = "my-pets",
-    recipe: MultiConceptConfig | None = None, steps: int = 30,
+    config: MultiConceptConfig | None = None, steps: int = 30,
 ) -> Image.Image:  # fmt: skip
     model = StableDiffusion.load(base)
     things = SceneObject("cat", "flat", 0.27, 0.55, 0.42), SceneObject("dog", "flat", 0.73, 0.5, 0.42)
     image = load_image(photo) if photo else Image.fromarray(render(Scene("grass", things), 512)[0])
     subjects = tuple(Subject.of(phrase) for phrase in phrases or ("<cat1> cat", "<dog1> dog"))
-    recipe = recipe or MultiConceptConfig(initializer_token="class")
-    with multi_concept_run(model, ConceptPicture(image, subjects), recipe) as run:
+    config = config or MultiConceptConfig(initializer_token="class")
+    with multi_concept_run(model, ConceptPicture(image, subjects), config) as run:
         for report in run.steps():
             print(f"{report.update} of {run.updates}: loss {float(report.losses['loss']):.3f}", end="\r")
         adapter = run.adapter()

@@ -1,36 +1,41 @@
-"""The whole update as one step of fixed shape, which a CUDA graph can hold: noise to AdamW, and no word to the host.
+"""One training update as a CUDA graph: forward pass, backward pass and AdamW replayed without the host taking part.
 
-All samples are drawn beforehand and lie on the device; a counter there says which are next.  A loss or gradient that is
-no number sets a flag, under which AdamW changes nothing, so that the host may look after the fact.  Between two replays
-the host has nothing to do.
+A graph replays the same operations on the same memory, so the update must have one shape and no branches.  All samples
+of the run are therefore drawn beforehand and kept on the device, where a counter selects those of the next update.  A
+loss or gradient that is NaN or infinite sets a flag under which AdamW changes nothing; the host reads the flag after
+each update and stops the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from personalize.data import SampleShard
 from personalize.errors import UserError
 from personalize.training import ADVICE, NonFiniteError, StepReport
 
-if TYPE_CHECKING:
-    from personalize.learning import SingleImageRun
-
-WARM = 3  # updates made before the capture, on its stream: libraries allocate and choose kernels in the first ones
+WARM = 3  # updates made before the capture, on a stream of their own: libraries allocate and choose kernels in them
 
 
 class GraphedStep:
-    """An update without arguments, results or branches: it works on tensors that stay where they are.
+    """A training update without arguments, results or branches, all of whose tensors stay where they are in memory.
 
     Args:
-        objective: whose `forward(batch)` returns `LossTerms`.
+        objective: module whose `forward(batch)` returns `LossTerms`.
         batches: all batches of the run, of one shape, `accumulation` of them to an update.
         optimizer: fused AdamW; on CUDA a capturable one.
-        max_grad_norm: clip to this norm.
+        max_grad_norm: clip the gradient to this norm.
+
+    Attributes:
+        samples: the batches by name, each (updates, accumulation, b, …).
+        count: number of finished updates, (1).
+        losses: the loss of each update, NaN before it was made.
+        stopped: 0, or 1 from the first update on whose loss or gradient is not finite.
     """
 
     def __init__(
@@ -47,18 +52,19 @@ class GraphedStep:
         self.objective, self.optimizer, self.max_grad_norm = objective, optimizer, max_grad_norm
         self.accumulation = accumulation
         joined = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
-        self.table = {name: batch.unflatten(0, (-1, accumulation)) for name, batch in joined.items()}
+        self.samples = {name: batch.unflatten(0, (-1, accumulation)) for name, batch in joined.items()}
         self.count = torch.zeros(1, dtype=torch.long, device=device)
         self.losses = torch.full((len(rows) // accumulation,), torch.nan, device=device)
-        self.stopped = torch.zeros((), device=device)  # 1 from the first update that met no number
+        self.stopped = torch.zeros((), device=device)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def __len__(self) -> int:
+        """The number of updates."""
         return len(self.losses)
 
     def __call__(self) -> None:
-        """One update; after `stopped` is set, none."""
-        batches = {name: rows.index_select(0, self.count).squeeze(0) for name, rows in self.table.items()}
+        """Make the next update; once `stopped` is set, the weights stay as they are."""
+        batches = {name: rows.index_select(0, self.count).squeeze(0) for name, rows in self.samples.items()}
         total = torch.zeros_like(self.losses[0])
         for micro in range(self.accumulation):
             loss = self.objective({name: rows[micro] for name, rows in batches.items()}).total
@@ -78,37 +84,51 @@ class GraphedStep:
         self.count += 1
 
 
-def replay(run: SingleImageRun, batches: Iterable[dict[str, Tensor]]) -> Iterator[StepReport]:
-    """The updates of `run` on `batches`, as replays of one graph; UserError if its settings do not allow that."""
-    autocast = run.accelerator.mixed_precision == "fp16" or "quantisation" in run.base
-    check_capturable(run.recipe, run.model.device, run.share.processes, autocast=autocast)
-    more = {"max_grad_norm": run.recipe.max_grad_norm, "accumulation": run.share.accumulation}
-    step = GraphedStep(run.objective, batches, run.optimizer.optimizer, run.model.device, **more)
-    return replayed(step, run.update)
-
-
-def replayed(step: GraphedStep, first_update: int = 0) -> Iterator[StepReport]:
-    """Make all updates of `step`: on CUDA as replays of one graph, elsewhere as calls.
+def graphed_steps(
+    objective: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    config: Any,
+    *,
+    device: torch.device,
+    shard: SampleShard,
+    autocast: bool,
+    first_update: int = 0,
+) -> Iterator[StepReport]:
+    """Train `objective` on `batches` as `training.training_steps` does, with every update a replay of one CUDA graph.
 
     Raises:
-        NonFiniteError: a loss or gradient is no number; the weights are those of the last finished update.
+        UserError: the settings of `config` (the run's training configuration) do not allow a graph.
     """
-    run = step
+    check_capturable(config, device, shard.processes, autocast=autocast)
+    step = GraphedStep(
+        objective, batches, optimizer, device, accumulation=shard.accumulation, max_grad_norm=config.max_grad_norm
+    )
+    return replay_steps(step, first_update)
+
+
+def replay_steps(step: GraphedStep, first_update: int = 0) -> Iterator[StepReport]:
+    """Make all updates of `step`: on CUDA as replays of one graph, on other devices as plain calls.
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
+    """
+    update, on_cuda = step, step.count.device.type == "cuda"
     rates = tuple(float(group["lr"]) for group in step.optimizer.param_groups)
     for number in range(len(step)):
-        if number == WARM and step.count.device.type == "cuda":
-            run = _captured(step)
-        if number < WARM and step.count.device.type == "cuda":
-            _beside(step)
+        if number == WARM and on_cuda:
+            update = capture_graph(step)
+        if number < WARM and on_cuda:
+            _call_on_side_stream(step)
         else:
-            run()
-        if bool(step.stopped):  # of an update that is done: the next one has not been asked for
-            raise NonFiniteError(f"update {first_update + number + 1}: its loss or a gradient is no number; {ADVICE}")
+            update()
+        if bool(step.stopped):  # waits for the update that was just made
+            raise NonFiniteError(f"update {first_update + number + 1}: its loss or a gradient is not finite; {ADVICE}")
         yield StepReport(first_update + number + 1, {"loss": step.losses[number]}, rates)
 
 
-def _beside(step: GraphedStep) -> None:
-    """One call on a stream of its own, as CUDA wants it before a capture."""
+def _call_on_side_stream(step: GraphedStep) -> None:
+    """Make one update on a CUDA stream of its own, which torch asks for in the warm-up before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -116,8 +136,8 @@ def _beside(step: GraphedStep) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def _captured(step: GraphedStep) -> Any:
-    """A call that replays the update; capturing carries nothing out."""
+def capture_graph(step: GraphedStep) -> Any:
+    """Record the update as a CUDA graph and return the function that replays it; recording itself trains nothing."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -126,12 +146,12 @@ def _captured(step: GraphedStep) -> Any:
 
 
 def check_capturable(config: Any, device: torch.device, processes: int, *, autocast: bool) -> None:
-    """UserError, in one line, if a run with these settings cannot be one graph."""
+    """UserError, in one line, if a run with these settings cannot be captured as one CUDA graph."""
     obstacles: Sequence[tuple[bool, str]] = (
         (device.type != "cuda", f"needs a CUDA device, this is {device.type}"),
         (processes > 1, "works with one process"),
         (config.use_8bit_adam, "does not go with use_8bit_adam, which counts its steps on the host"),
-        (config.train_text_encoder, "does not go with train_text_encoder, which reads words on the host"),
+        (config.train_text_encoder, "does not go with train_text_encoder, which tokenizes captions on the host"),
         (config.early_stop_loss is not None, "does not go with early_stop_loss, which decides on the host"),
         (config.gradient_checkpointing, "does not go with gradient_checkpointing, which saves random states"),
         (autocast, "needs mixed_precision bf16 or no, and no load_in_4bit"),

@@ -1,4 +1,4 @@
-"""The table of a catalogue: which rows can be learned, and why the others cannot."""
+"""Read the table of a catalogue: the rows that can be trained on, and for the others the reason why not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 @dataclass(frozen=True)
 class Item:
-    """One row: the picture to learn, its words if the table has them, the adapter's name, and options of its own."""
+    """One row: the picture, its caption if the table has one, the adapter's name, and settings of its own."""
 
     line: int
     name: str
@@ -32,11 +32,11 @@ class Item:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_items(table: str | Path, recipe: SingleImageConfig) -> tuple[list[Item], list[dict[str, Any]]]:
-    """The rows of a CSV file that can be learned, and the outcomes of those that cannot.
+def read_items(table: str | Path, config: SingleImageConfig) -> tuple[list[Item], list[dict[str, Any]]]:
+    """The rows of a CSV file that can be trained on, and the outcomes of those that cannot.
 
-    Columns: image (beside the table, or absolute), caption, name, and any field of `SingleImageConfig`; an empty cell is the
-    default, an empty name the picture's.
+    Columns: image (a path, relative to the table), caption, name, and any field of `SingleImageConfig`.  An empty cell
+    means the value in `config`, an empty name the picture's file name.
 
     Raises:
         UserError: no such file, not UTF-8, no column "image", an unknown column, or no row at all.
@@ -45,7 +45,7 @@ def read_items(table: str | Path, recipe: SingleImageConfig) -> tuple[list[Item]
     items, failed, names = [], [], {}
     for line, row in rows:
         try:
-            item = _item(Path(table).parent, line, row, recipe)
+            item = _item(Path(table).parent, line, row, config)
             if (first := names.setdefault(item.name.casefold(), line)) != line:
                 raise UserError(f"the name {item.name!r} is taken by line {first}: give each row its own")
             items.append(item)
@@ -55,7 +55,7 @@ def read_items(table: str | Path, recipe: SingleImageConfig) -> tuple[list[Item]
 
 
 def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line, column → cell) of every row that is not empty."""
+    """The line number and the cells by column of every row that is not empty."""
     try:
         text = table.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -76,42 +76,43 @@ def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
-def _item(home: Path, line: int, row: Mapping[str, str], recipe: SingleImageConfig) -> Item:
-    """The row as an item; UserError, without anything being loaded, if it cannot be learned."""
+def _item(folder: Path, line: int, row: Mapping[str, str], config: SingleImageConfig) -> Item:
+    """The row as an item; UserError if it cannot be trained on.  No picture or model is loaded."""
     if "" in row:
         raise UserError("the row has more cells than the header has columns: put quotes around cells with commas")
     if not row["image"]:
         raise UserError("the cell of the column image is empty: name a picture file")
-    image = find_picture(home / row["image"])
+    image = find_picture(folder / row["image"])
     name = plain_name(row.get("name") or image.stem)
     if name.startswith(".") or name.casefold() == RESULTS:
         raise UserError(f"an adapter cannot be called {name!r}: choose another name")
-    hints = get_type_hints(SingleImageConfig)
+    types = get_type_hints(SingleImageConfig)
     given = {key: text for key, text in row.items() if text and key not in OWN_COLUMNS}
-    options = {key: _value(key, hints[key], text) for key, text in given.items()}
-    replace(recipe, **options)  # raises if the values cannot work
+    options = {key: _value(key, types[key], text) for key, text in given.items()}
+    replace(config, **options)  # raises if the values cannot work
     return Item(line, name, image, row.get("caption") or None, options)
 
 
 def _value(name: str, hint: Any, text: str) -> Any:
-    """A cell as the recipe's field `name` wants it."""
-    kinds = set(get_args(hint)) - {type(None)} or {hint}
-    if bool in kinds and text.lower() in _YES | _NO:
+    """The cell `text` as a value of the type `hint`, that of the field `name`."""
+    types = set(get_args(hint)) - {type(None)} or {hint}
+    if bool in types and text.lower() in _YES | _NO:
         return text.lower() in _YES
     for kind in (int, float):
-        if kind in kinds:
+        if kind in types:
             try:
                 return kind(text)
             except ValueError:
                 continue
-    if str in kinds or text in kinds:
+    if str in types or text in types:
         return text
-    raise UserError(f"column {name}: {text!r} is not of the kind {_kind(hint)}")
+    raise UserError(f"column {name}: {text!r} is not of the type {_type_name(hint)}")
 
 
-def _kind(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def outcome(line: int, name: str, status: str, **more: Any) -> dict[str, Any]:
+    """The outcome of a row, as it is written to the results."""
     return {"line": line, "name": name, "status": status, **more}

@@ -1,7 +1,7 @@
-"""Checkpoints: folders `checkpoint-N`, whole or absent, from which a run goes on as if it had never stopped.
+"""Checkpoints: folders `checkpoint-N` from which a run continues, to the bit, as if it had never stopped.
 
-All randomness is keyed by update and sample, so a state is the trainable tensors, the optimiser's and N, the number of
-finished updates.  Nothing is pickled.
+A folder is written whole or not at all.  All randomness is keyed by update and sample, so the state of a run is its
+trained tensors, the optimizer's, and N, the number of finished updates.  Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after `update` updates; `about` describes the run, and must be the same to go on."""
+    """The state of a run after `update` updates; `metadata` must be equal in the run that resumes from it."""
 
     update: int
     trainable: dict[str, Tensor]
     optimizer: dict[str, Any]
-    about: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -42,13 +42,13 @@ def save(
     limit: int | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write `output_dir/checkpoint-N` atomically, then remove the oldest beyond `limit`.
+    """Write `output_dir/checkpoint-N` atomically, then keep only the newest `limit` checkpoints.
 
-    `extra` files are put beside ours, e.g. an adapter other programs can load.  A later checkpoint that a former run
-    left in `output_dir` is neither counted nor removed.
+    `extra` are further files by name, e.g. an adapter that other programs can load.  A checkpoint of more updates, left
+    in `output_dir` by an earlier run, is neither counted nor removed.
 
     Raises:
-        UserError: the disk is full or cannot be written; older checkpoints are still there.
+        UserError: the disk is full or cannot be written; older checkpoints are untouched.
     """
     tensors, settings = _flattened(checkpoint.optimizer)
     files = dict(extra or {})
@@ -56,7 +56,7 @@ def save(
     files[OPTIMIZER] = tensor_bytes(tensors)
     state = {
         "update": checkpoint.update,
-        "about": checkpoint.about,
+        "about": checkpoint.metadata,
         "optimizer": settings,
         "scaler": checkpoint.scaler,
         "sha256": {name: sha256(files[name]).hexdigest() for name in (TRAINABLE, OPTIMIZER)},
@@ -64,22 +64,22 @@ def save(
     files[STATE] = json.dumps(state, indent=1, sort_keys=True).encode()
     folder = write_folder(Path(output_dir) / f"checkpoint-{checkpoint.update}", files)
     if limit is not None:
-        mine = [path for number, path in numbered(output_dir) if number <= checkpoint.update]
-        for path in mine[: max(0, len(mine) - max(1, limit))]:
+        own = [path for number, path in numbered(output_dir) if number <= checkpoint.update]
+        for path in own[: max(0, len(own) - max(1, limit))]:
             shutil.rmtree(path)
     return folder
 
 
 def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
     """The checkpoint folders of a run with their numbers, the oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
 def find(output_dir: str | Path, resume_from: str | None) -> Checkpoint | None:
-    """The checkpoint to go on from: None, a path (or the name of one in `output_dir`), or the "latest" whole one.
+    """The checkpoint that `resume_from` names: a path, a folder in `output_dir`, or "latest"; None if it is None.
 
-    With "latest", damaged or half-written folders are passed over, and None means there is none: start afresh.
+    "latest" is the newest whole checkpoint: damaged ones are skipped, and None means that there is no whole one.
 
     Raises:
         UserError: the named checkpoint is missing or damaged.
@@ -108,7 +108,7 @@ def load(folder: str | Path) -> Checkpoint:
             if sha256((folder / name).read_bytes()).hexdigest() != expected:
                 raise UserError(f"checkpoint {folder} is damaged: {name} is not what was written; use an older one")
         tensors = read_tensors(folder / OPTIMIZER).tensors
-        optimizer = _restored(tensors, state["optimizer"])
+        optimizer = _unflattened(tensors, state["optimizer"])
         trainable = read_tensors(folder / TRAINABLE).tensors
         return Checkpoint(state["update"], trainable, optimizer, state["about"], state["scaler"])
     except (KeyError, TypeError, AttributeError, OSError) as error:
@@ -116,10 +116,10 @@ def load(folder: str | Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Copy a checkpoint into the live parameters and the optimiser.
+    """Copy a checkpoint's tensors into the parameters of a run and into its optimizer.
 
     Raises:
-        UserError: other names or shapes than the run has.
+        UserError: the checkpoint's parameters have other names or shapes than the run's.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in trainable.items()}
     stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.trainable.items()}
@@ -132,10 +132,10 @@ def restore(checkpoint: Checkpoint, trainable: Mapping[str, Tensor], optimizer: 
     optimizer.load_state_dict(checkpoint.optimizer)
 
 
-def check_same_run(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
-    """UserError, naming the first setting that differs, unless the checkpoint comes from this very run."""
-    for key in sorted({*checkpoint.about, *about}):
-        then, now = checkpoint.about.get(key), about.get(key)
+def check_same_run(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> None:
+    """UserError, naming the first setting that differs, if the checkpoint was made with other settings or data."""
+    for key in sorted({*checkpoint.metadata, *metadata}):
+        then, now = checkpoint.metadata.get(key), metadata.get(key)
         if then != now:
             raise UserError(
                 f"cannot resume: the checkpoint was made with {key} = {then}, this run has {now}; "
@@ -144,9 +144,9 @@ def check_same_run(checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
 
 
 def _flattened(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors by name "<parameter>/<key>", and all else as plain values.
+    """An optimizer's state as tensors by name "<parameter>/<key>", and everything else as plain values.
 
-    bitsandbytes puts some a level deeper: "<parameter>/<key>/<key>".
+    bitsandbytes nests some a level deeper: "<parameter>/<key>/<key>".
     """
     tensors, values = {}, {}
 
@@ -161,7 +161,8 @@ def _flattened(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
     return tensors, {"values": values, "param_groups": state_dict["param_groups"]}
 
 
-def _restored(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _unflattened(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict that `_flattened` was given."""
     state: dict[Any, Any] = {}
     for name, value in {**tensors, **settings["values"]}.items():
         number, *path, key = name.split("/")

@@ -1,4 +1,4 @@
-"""Where the base looks for each concept: its attention maps over the picture, as numbers and as pictures for people."""
+"""Attention maps of each concept over the picture, as tensors and drawn as a sheet of pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMESTEPS = (100, 300, 500, 700)
 
 @dataclass(frozen=True)
 class ConceptMaps:
-    """Averaged raw maps (s, h, w) of the class phrases and of the learned tokens, each at most 16 cells a side."""
+    """Mean attention maps (s, h, w) of the s class phrases and of the learned tokens, at most 16 cells a side."""
 
     nouns: Tensor
     modifiers: Tensor
@@ -40,33 +40,33 @@ def concept_maps(
     noises: int = 2,
     seed: int = 0,
 ) -> ConceptMaps:
-    """Maps of `pixels` (1, 3, H, W) noised to each of `timesteps`, `noises` times, told `prompt`; means over all.
+    """Mean attention maps of `prompt` over `pixels` (1, 3, H, W), noised `noises` times to each of `timesteps`.
 
-    The tokens (and the adapter, if its view is wanted) must be in `model`; the same seed gives the same noise.
+    The tokens must be in `model`, and the adapter too if its maps are wanted.  The same seed gives the same noise.
     """
     latents = model.encode(pixels)
     size = (int(latents.shape[-2]), int(latents.shape[-1]))
     store = CalibrationMaps(calibration_layers(model.unet, size))
-    told = model.prompts([prompt], (pixels.shape[-2], pixels.shape[-1]))
-    length = told.embeds.shape[1]
+    conditioning = model.prompts([prompt], (pixels.shape[-2], pixels.shape[-1]))
+    length = conditioning.embeds.shape[1]
     tokens = torch.zeros(1, 2 * len(subjects), length, device=model.device)
     for index, place in enumerate(locate(model, prompt, subjects)):
         tokens[0, index, list(place.noun)] = 1
         tokens[0, len(subjects) + index, list(place.modifier)] = 1
-    found = []
+    maps = []
     for number in range(noises):
         for timestep in timesteps:
             noise = torch.randn(latents.shape, generator=generator(seed, "maps", timestep, number)).to(latents)
             noisy = model.noised(latents, noise, torch.tensor([timestep]))
             with hooked(model.unet, [store]):
-                model.predict(noisy, timestep, told)
-            found.append(store.of_tokens(tokens)[0])
-    nouns, modifiers = torch.stack(found).mean(0).cpu().split(len(subjects))
+                model.predict(noisy, timestep, conditioning)
+            maps.append(store.of_tokens(tokens)[0])
+    nouns, modifiers = torch.stack(maps).mean(0).cpu().split(len(subjects))
     return ConceptMaps(nouns, modifiers)
 
 
 def overlay(image: Image.Image, attention: Tensor) -> Image.Image:
-    """`image` greyed, with the map (h, w), stretched to [0, 1], glowing over it."""
+    """`image` in grey with the map (h, w), scaled to [0, 1], drawn over it in orange."""
     heat = (normalised(attention) * 255).round().to(torch.uint8).numpy()
     alpha = np.asarray(Image.fromarray(heat).resize(image.size, Image.Resampling.BICUBIC), np.float32)[..., None] / 255
     grey = np.asarray(image.convert("L").convert("RGB"), np.float32) * 0.5
@@ -75,7 +75,7 @@ def overlay(image: Image.Image, attention: Tensor) -> Image.Image:
 
 
 def map_sheet(image: Image.Image, subjects: Sequence[Subject], stages: dict[str, ConceptMaps]) -> Image.Image:
-    """One row for each stage ("before", "after"), one column for each concept's token and class phrase."""
+    """A sheet of overlays: one row for each stage ("before", "after"), a column for each token and class phrase."""
     rows = [[overlay(image, one) for pair in zip(m.modifiers, m.nouns, strict=True) for one in pair]
             for m in stages.values()]  # fmt: skip
     columns = [text for subject in subjects for text in (subject.token, subject.noun)]

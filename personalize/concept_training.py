@@ -1,4 +1,4 @@
-"""What the trainer of several concepts does around a run: reading its picture, and showing its maps."""
+"""What the multi-concept trainer does around a run: it reads the picture and subjects, and draws attention maps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from personalize.images import load_image, to_pixels
 
 
 def read_picture(config: Any) -> ConceptPicture:
-    """The picture, its subjects and masks that the trainer's options name.
+    """The picture with its subjects and masks, as the trainer's options name them.
 
     Raises:
-        UserError: no picture or two, no concept, masks that do not fit.
+        UserError: no picture or two, no concept, or masks that do not fit.
     """
     given = [path for path in (config.picture, config.instance_data_dir) if path is not None]
     if len(given) != 1:
@@ -33,36 +33,36 @@ def read_picture(config: Any) -> ConceptPicture:
 def read_subjects(
     concepts: Sequence[str], modifier_token: str | None, prompt: str | None, vectors: int = 1
 ) -> tuple[Subject, ...]:
-    """Subjects from phrases like "<cat1> cat", or from "<cat1>+<dog1>" and the words behind them in `prompt`."""
+    """Subjects from phrases "<cat1> cat", or from tokens "<cat1>+<dog1>" and the word after each in `prompt`."""
     if concepts and modifier_token:
         raise UserError("give either concepts or modifier_token, not both")
     if modifier_token is None:
         return tuple(Subject.of(phrase, vectors) for phrase in concepts)
     words = (prompt or "").split()
-    found = []
+    subjects = []
     for token in modifier_token.split("+"):
-        behind = [after for word, after in zip(words, words[1:], strict=False) if word == token]
-        if len(behind) != 1 or TOKEN.fullmatch(behind[0]):
+        following = [after for word, after in zip(words, words[1:], strict=False) if word == token]
+        if len(following) != 1 or TOKEN.fullmatch(following[0]):
             raise UserError(f"instance_prompt {prompt!r} must say {token} once, and behind it what it is: {token} cat")
-        found.append(Subject(token, behind[0].strip(",."), vectors))
-    return tuple(found)
+        subjects.append(Subject(token, following[0].strip(",."), vectors))
+    return tuple(subjects)
 
 
 class MapSnapshots:
-    """The attention maps of a run at several moments, if they are wanted, as one picture for the card."""
+    """Records a run's attention maps before and after training, if `enabled`, and draws them for the model card."""
 
-    def __init__(self, run: MultiConceptRun, picture: ConceptPicture, *, wanted: bool) -> None:
-        self.run, self.wanted = run, wanted
+    def __init__(self, run: MultiConceptRun, picture: ConceptPicture, *, enabled: bool) -> None:
+        self.run, self.enabled = run, enabled
         self.image: Image.Image = picture.image.resize(run.size, Image.Resampling.LANCZOS)
         self.subjects, self.maps = picture.subjects, dict[str, ConceptMaps]()
 
-    def look(self, name: str) -> None:
-        """Read the maps as they are now, under `name`."""
-        if self.wanted and self.run.accelerator.is_main_process:
+    def record(self, name: str) -> None:
+        """Record the maps as they are now under `name`; on the main process only."""
+        if self.enabled and self.run.accelerator.is_main_process:
             pixels = to_pixels(self.image)
             self.maps[name] = concept_maps(self.run.model, pixels, self.run.caption, self.subjects)
 
     def pictures(self) -> dict[str, Image.Image]:
-        """ "source", and "attention" if it was wanted."""
+        """The picture as "source", and the sheet of maps as "attention" if any were recorded."""
         sheet = {"attention": map_sheet(self.image, self.subjects, self.maps)} if self.maps else {}
         return {"source": self.image, **sheet}

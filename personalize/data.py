@@ -1,8 +1,8 @@
-"""Training samples: where a picture is, latents of one or several, and the noise of every sample.
+"""Training samples of encoded pictures, and how the samples of an update are divided over batches and processes.
 
-A sample is known by (update, index): `index` counts 0 … N−1 over all N samples of an update, whichever process and
-micro-batch they fall to.  Its timestep and noise depend on the seed and on these two numbers alone, so that one batch
-of 10, ten batches of 1, several processes and a resumed run all see the same samples.
+A sample is identified by (update, index): `index` counts 0 … N−1 over all N samples of an update, across processes and
+batches.  Its timestep and noise depend on the seed and on these two numbers alone, so that one batch of 10, ten batches
+of 1, several processes and a resumed run all see the same samples.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,27 +20,27 @@ from personalize.images import IMAGE_SUFFIXES
 from personalize.randomness import generator
 
 
-def find_picture(place: str | Path) -> Path:
-    """The picture file at `place`: the file itself, or the only picture in a folder.
+def find_picture(path: str | Path) -> Path:
+    """The picture file at `path`: the file itself, or the only picture in a folder.
 
     Raises:
         UserError: nothing there, or a folder with no picture or with several.
     """
-    place = Path(place)
-    if not place.exists():
-        raise UserError(f"{place}: no such file or folder; check the path of the picture")
-    if place.is_file():
-        return place
-    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; check the path of the picture")
+    if path.is_file():
+        return path
+    pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if len(pictures) != 1:
-        found = ", ".join(path.name for path in pictures[:3]) or "none"
-        raise UserError(f"{place} must hold exactly one picture, found {len(pictures)} ({found}): name the file itself")
+        names = ", ".join(picture.name for picture in pictures[:3]) or "none"
+        raise UserError(f"{path} must hold exactly one picture, found {len(pictures)} ({names}): name the file itself")
     return pictures[0]
 
 
 @dataclass(frozen=True)
 class SampleShard:
-    """How an update's samples are dealt out: batches of `batch`, `accumulation` of them, on each of `processes`."""
+    """This process's part of an update's samples: `accumulation` batches of `batch` samples on each of `processes`."""
 
     batch: int
     accumulation: int = 1
@@ -48,11 +49,11 @@ class SampleShard:
 
     @property
     def samples(self) -> int:
-        """Samples of one update, over all processes."""
+        """The number of samples of one update, over all processes."""
         return self.batch * self.accumulation * self.processes
 
     def updates(self, max_train_samples: int) -> int:
-        """Updates that `max_train_samples` allow: samples // samples per update.  UserError if there is none."""
+        """The number of whole updates that `max_train_samples` samples make; UserError if it is 0."""
         count = max_train_samples // self.samples
         if count < 1:
             raise UserError(
@@ -62,21 +63,30 @@ class SampleShard:
         return count
 
     def indices(self, micro: int) -> range:
-        """Sample indices of this process's batch number `micro` of an update."""
+        """The sample indices of this process's batch number `micro` of an update."""
         first = (micro * self.processes + self.process) * self.batch
         return range(first, first + self.batch)
 
 
+class Dataset(Protocol):
+    """A source of training batches."""
+
+    def batches(self, shard: SampleShard, first: int, last: int) -> Iterator[dict[str, Any]]:
+        """This process's batches of the updates `first` … `last` − 1."""
+        ...
+
+
 @dataclass(frozen=True)
 class LatentDataset:
-    """The cached posteriors of p encoded pictures: `mean` and `std` (p, c, h, w), scaled.
+    """Training samples of p pictures, encoded once: the posteriors' `mean` and `std` (p, c, h, w), scaled.
 
-    z₀ = mean + std · ξ with one ξ a picture for the whole run, or a new one for each sample if `resample`.
+    The latents of a sample are z₀ = mean + std · ξ with ξ ~ N(0, 1), drawn once for each picture, or for each sample
+    if `resample`.
 
-    rows: for each picture the row of the objective's table of captions.
-    weights: how much the loss counts where, (p, 1, h, w), or None: everywhere alike.
-    prior: class pictures; then every batch has as many of their samples again, behind its own.
-    purpose: keeps the random numbers of these pictures apart from those of others.
+    rows: for each picture the row of its caption in the source embedding.
+    weights: weight of the loss by position, (p, 1, h, w); None: 1 everywhere.
+    prior: class pictures; every batch then ends with as many samples of these as it has of the pictures themselves.
+    purpose: part of the key of the random numbers, so that class pictures draw others than the subject's pictures.
     """
 
     mean: Tensor
@@ -92,34 +102,34 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self.mean)
 
-    def sample(self, update: int, index: int, number: int = 0) -> dict[str, Tensor]:
-        """Sample `index` of `update`, of picture `number`.
+    def sample(self, update: int, index: int, picture: int = 0) -> dict[str, Tensor]:
+        """Sample `index` of `update`, made of picture number `picture`.
 
-        `latents` and `noise` (c, h, w), `timesteps` () in [0, train_timesteps), `rows` (), and `weights` (1, h, w) if
-        there are any.
+        It has `latents` and `noise` (c, h, w), `timesteps` () in [0, train_timesteps), `rows` (), and `weights`
+        (1, h, w) if the data set has weights.
         """
         rng = generator(self.seed, f"{self.purpose}noise", update, index)
         timestep = torch.randint(self.train_timesteps, (), generator=rng)
         noise = torch.randn(self.mean.shape[1:], generator=rng)
-        draw = generator(self.seed, f"{self.purpose}posterior", *((update, index) if self.resample else (0, number)))
-        mean, std = self.mean[number], self.std[number]
+        draw = generator(self.seed, f"{self.purpose}posterior", *((update, index) if self.resample else (0, picture)))
+        mean, std = self.mean[picture], self.std[picture]
         row = {
             "latents": mean + std * torch.randn(mean.shape, generator=draw).to(mean),
             "noise": noise.to(mean),
             "timesteps": timestep.to(mean.device),
-            "rows": torch.tensor(self.rows[number]),
+            "rows": torch.tensor(self.rows[picture]),
         }
-        return row if self.weights is None else row | {"weights": self.weights[number]}
+        return row if self.weights is None else row | {"weights": self.weights[picture]}
 
-    def batches(self, share: SampleShard, first: int, last: int) -> Iterator[dict[str, Tensor]]:
-        """This process's batches of updates `first` … `last` − 1, stacked along b; the pictures take turns."""
+    def batches(self, shard: SampleShard, first: int, last: int) -> Iterator[dict[str, Tensor]]:
+        """This process's batches of the updates `first` … `last` − 1, stacked along b; the pictures take turns."""
         for update in range(first, last):
-            for micro in range(share.accumulation):
-                indices = share.indices(micro)
-                rows = self._turns(update, indices, share.samples)
+            for micro in range(shard.accumulation):
+                indices = shard.indices(micro)
+                rows = self._samples(update, indices, shard.samples)
                 if self.prior is not None:
-                    rows += self.prior._turns(update, indices, share.samples)
+                    rows += self.prior._samples(update, indices, shard.samples)
                 yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _turns(self, update: int, indices: range, samples: int) -> list[dict[str, Tensor]]:
+    def _samples(self, update: int, indices: range, samples: int) -> list[dict[str, Tensor]]:
         return [self.sample(update, index, (update * samples + index) % len(self)) for index in indices]

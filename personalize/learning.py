@@ -1,42 +1,44 @@
-"""Learn one picture: everything between a loaded base model and a finished adapter.
+"""Train an adapter on one picture of a subject, or on a few.
 
-    with learning(model, pixels, "a photo of a dog", Recipe(rank=8)) as run:
+    with single_image_run(model, pixels, "a photo of a dog", SingleImageConfig(rank=8)) as run:
         for report in run.steps():
             print(report.update, float(report.losses["loss"]))
         adapter = run.adapter()
 
-`learn` does the same in one call.  The trainer, the quick start and the editor all come through here.
+`learn` does the same in one call.  The trainer, the quick start and the editor all train through this module.
 """
 
 from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from personalize import __version__, checkpoints
+from personalize import checkpoints
 from personalize.adapter import Adapter
-from personalize.captured import replay
+from personalize.captured import graphed_steps
 from personalize.checkpoints import Checkpoint
-from personalize.concept_data import ClassImage, class_pixels, digest
-from personalize.data import LatentDataset, SampleShard
+from personalize.concept_data import ClassImage, class_pixels, content_hash
+from personalize.data import Dataset, LatentDataset, SampleShard
 from personalize.errors import UserError
 from personalize.formats import diffusers_file
 from personalize.lean import fast_paths, in_precision
 from personalize.lora import add_lora, lora_aside, lora_state, module_names
-from personalize.model import StableDiffusion
+from personalize.losses import Objective
+from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImageObjective
-from personalize.recipes import SingleImageConfig
+from personalize.recipes import MultiConceptConfig, SingleImageConfig
 from personalize.text_lora import add_text_lora, text_lora_state
 from personalize.training import (
     EarlyStop,
@@ -49,10 +51,172 @@ from personalize.training import (
     training_steps,
 )  # fmt: skip
 
-# between a run and its resumption
+# settings that may change between a run and its resumption: the samples of an update and their loss stay the same
 MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing", "cuda_graph")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-Captions = str | Sequence[str]  # one for all pictures, or one each
+ConfigT = TypeVar("ConfigT", SingleImageConfig, MultiConceptConfig)
+ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
+
+
+class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
+    """One training run on a loaded base model: what single-image and multi-concept runs share.
+
+    A subclass sets the attributes below, adds the adapter to the model and calls `prepare`.  After that `steps` makes
+    the updates, `adapter` returns what has been learned, `save_checkpoint` and `resume` interrupt and continue the run.
+
+    Attributes:
+        update, updates: number of updates that are finished, and of those the whole run makes.
+        shard: which samples of an update this process draws.
+        dataset: where the batches come from.
+        caption: what the (first) picture shows; recorded in the adapter.
+        size: height and width of the training pictures, in pixels.
+        data_sha256: hash of all training data; a run resumes only on the same data.
+        objective: the module that owns every trained parameter, and whose forward pass is the loss.
+    """
+
+    updates: int
+    caption: str
+    size: tuple[int, int]
+    dataset: Dataset
+    data_sha256: str
+    objective: ObjectiveT
+
+    def __init__(self, model: StableDiffusion, config: ConfigT, accelerator: Accelerator | None) -> None:
+        self.model, self.config, self.update = model, config, 0
+        self.base = model.about()  # read before anything is trained: a run may train the base's own weights
+        self.accelerator = accelerator or Accelerator(
+            cpu=model.device.type == "cpu", gradient_accumulation_steps=config.gradient_accumulation_steps
+        )
+        if self.accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+            raise ValueError(
+                f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches, the configuration"
+                f" {config.gradient_accumulation_steps}: make the accelerator with the configuration's number"
+            )
+        bf16_weights = model.dtype == torch.bfloat16 and "quantisation" not in self.base
+        set_autocast(self.accelerator, enabled=not bf16_weights)
+        self.shard = SampleShard(
+            config.train_batch_size, config.gradient_accumulation_steps,
+            self.accelerator.process_index, self.accelerator.num_processes,
+        )  # fmt: skip
+
+    def prepare(self, objective: ObjectiveT, groups: list[dict[str, Any]]) -> None:
+        """Train `objective` with AdamW over the parameter `groups`; Accelerate prepares both."""
+        self.objective = objective
+        optimizer = adamw(groups, self.model.device, use_8bit=self.config.use_8bit_adam)
+        self._prepared, self.optimizer = self.accelerator.prepare(objective, optimizer)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Make the updates that remain, yielding a report after each.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite; the adapter is that of the last finished update.
+        """
+        first = self.update
+        for report in self._reports(self.dataset.batches(self.shard, first, self.updates)):
+            self.update = report.update
+            yield report
+        if first < self.update and not self._any_weight_changed():
+            rate = self.config.learning_rate
+            warnings.warn(
+                f"no adapter weight changed in {self.update} updates: raise learning_rate ({rate})", stacklevel=2
+            )
+
+    def _reports(self, batches: Iterable[dict[str, Any]]) -> Iterator[StepReport]:
+        config, accelerator = self.config, self.accelerator
+        if config.cuda_graph:
+            autocast = accelerator.mixed_precision == "fp16" or "quantisation" in self.base
+            return graphed_steps(
+                self.objective, batches, self.optimizer.optimizer, config, device=self.model.device, shard=self.shard,
+                autocast=autocast, first_update=self.update,
+            )  # fmt: skip
+        stop = None if config.early_stop_loss is None else EarlyStop(config.early_stop_loss, self.shard.samples)
+        return training_steps(
+            self._prepared, batches, self.optimizer, accelerator=accelerator, max_grad_norm=config.max_grad_norm,
+            first_update=self.update, early_stop=stop,
+        )  # fmt: skip
+
+    def _any_weight_changed(self) -> bool:
+        """Has any update had an effect?  B is zero before the first one."""
+        return any(bool(b.detach().any()) for b in self.objective.adapter_parameters()[1::2])
+
+    @abstractmethod
+    def adapter(self, **info: Any) -> Adapter:
+        """What has been learned so far; `info` is added to the adapter's metadata."""
+
+    @abstractmethod
+    def lora(self) -> dict[str, Tensor]:
+        """Copies of the adapter's LoRA tensors, by the names they have in adapter files."""
+
+    @contextmanager
+    def adapter_removed(self) -> Iterator[Adapter]:
+        """Yield the adapter as it is now, and run the body on the bare base model; then training can go on."""
+        adapter = self.adapter()
+        with lora_aside(self.model.unet, *self.model.text_encoders):
+            yield adapter
+
+    def metadata(self) -> dict[str, Any]:
+        """All settings and data that decide the outcome of this run, as values that JSON can hold."""
+        return {
+            "base": self.base,
+            "caption": self.caption,
+            **self._own_metadata(),
+            "size": list(self.size),
+            "seed": self.config.seed,
+            "processes": self.shard.processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "data_sha256": self.data_sha256,
+            "config": asdict(self.config),
+        }
+
+    @abstractmethod
+    def _own_metadata(self) -> dict[str, Any]:
+        """The entries of `metadata` that only this kind of run has."""
+
+    def save_checkpoint(self, output_dir: str | Path, limit: int | None = None) -> Path:
+        """Write `output_dir/checkpoint-N` on the main process, with an adapter file that other programs can load."""
+        folder = Path(output_dir) / f"checkpoint-{self.update}"
+        if self.accelerator.is_main_process:
+            trainable = {name: p.detach() for name, p in self.objective.trainable().items()}
+            scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+            state = self.optimizer.state_dict()
+            checkpoint = Checkpoint(self.update, trainable, state, self._resumable_metadata(), scaler)
+            checkpoints.save(output_dir, checkpoint, limit=limit, extra=self.adapter_files())
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """The adapter as other programs load it, by file name; a checkpoint holds it beside the training state."""
+        return {"pytorch_lora_weights.safetensors": diffusers_file(self.lora(), self.config.alpha)}
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from `checkpoint`; UserError if it was made with other settings or another picture."""
+        checkpoints.check_same_run(checkpoint, self._resumable_metadata())
+        checkpoints.restore(checkpoint, self.objective.trainable(), self.optimizer)
+        if self.accelerator.scaler is not None and checkpoint.scaler:
+            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
+        self.update = checkpoint.update
+
+    def _resumable_metadata(self) -> dict[str, Any]:
+        """`metadata`, flat and without the settings that a resumed run may change: equal for the same run only."""
+        metadata = self.metadata()
+        config = metadata.pop("config")
+        return metadata | {name: value for name, value in config.items() if name not in MAY_DIFFER}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of this package, and of the libraries that decide the numbers."""
+    names = ("personalize", *PACKAGES)
+    return {"python": platform.python_version()} | {name: _installed_version(name) for name in names}
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # e.g. `personalize` run from a checkout
+        return "not installed"
+
+
+Captions = str | Sequence[str]  # one for all pictures, or one for each
 
 
 @contextmanager
@@ -60,27 +224,30 @@ def single_image_run(
     model: StableDiffusion,
     pixels: Tensor,
     caption: Captions,
-    recipe: SingleImageConfig | None = None,
+    config: SingleImageConfig | None = None,
     *,
     masks: Tensor | None = None,
-    examples: Sequence[ClassImage] = (),
+    class_images: Sequence[ClassImage] = (),
     accelerator: Accelerator | None = None,
 ) -> Iterator[SingleImageRun]:
-    """A run that learns `pixels` (p, 3, H, W) in [−1, 1] as `caption`; on leaving, `model` is as it was.
+    """Prepare a run that trains an adapter on `pixels` (p, 3, H, W) in [−1, 1] with their `caption`.
 
-    masks: (p, 1, H, W) in [0, 1], where the subject is; see `SingleImageConfig.mask_weight`.
-    examples: class pictures with their captions, for prior preservation; cut to H×W.
+    On leaving the context, `model` is as it was before.
+
+    Args:
+        masks: (p, 1, H, W) in [0, 1], 1 where the subject is; see `SingleImageConfig.mask_weight`.
+        class_images: class pictures with captions, for prior preservation; cut to H×W.
 
     Raises:
         UserError: settings that cannot work, or a model that already carries an adapter.
     """
-    recipe = recipe or SingleImageConfig()
+    config = config or SingleImageConfig()
     with (
         restored(model), in_precision(model.unet, training_dtype(model, accelerator)), fast_paths(model.unet),
-        gradient_checkpointing(model.unet, recipe.gradient_checkpointing),
+        gradient_checkpointing(model.unet, config.gradient_checkpointing),
     ):  # fmt: skip
-        run = SingleImageRun(model, pixels, caption, recipe, masks, examples, accelerator)
-        run.adapt()
+        run = SingleImageRun(model, pixels, caption, config, masks, class_images, accelerator)
+        run.add_adapter()
         yield run
 
 
@@ -88,21 +255,26 @@ def learn(
     model: StableDiffusion,
     pixels: Tensor,
     caption: Captions,
-    recipe: SingleImageConfig | None = None,
+    config: SingleImageConfig | None = None,
     *,
     accelerator: Accelerator | None = None,
 ) -> Adapter:
-    """Learn `pixels` (p, 3, H, W) in [−1, 1] as `caption`, silently, and return the adapter; see `single_image_run`."""
-    with single_image_run(model, pixels, caption, recipe, accelerator=accelerator) as run:
+    """Train on `pixels` (p, 3, H, W) in [−1, 1] with their `caption` and return the adapter; see `single_image_run`."""
+    with single_image_run(model, pixels, caption, config, accelerator=accelerator) as run:
         for _ in run.steps():
             pass
         return run.adapter()
 
 
-class SingleImageRun:
-    """One run.  Make it with `single_image_run`, which cleans up; `update` counts the finished updates of `updates`.
+class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
+    """A run that trains on one picture or a few; make it with `single_image_run`, which restores the model afterwards.
 
-    By itself it is what a run needs of its pictures and captions; `adapt` alters the model.
+    Making one encodes the pictures and captions and leaves the model alone; `add_adapter` alters it.
+
+    Attributes:
+        captions: the different captions of the pictures, (p); the source embedding has a row for each.
+        class_captions: the different captions of the class pictures.
+        conditioning: the text encoders' output for all of these, in this order.
     """
 
     def __init__(
@@ -110,190 +282,88 @@ class SingleImageRun:
         model: StableDiffusion,
         pixels: Tensor,
         caption: Captions,
-        recipe: SingleImageConfig,
+        config: SingleImageConfig,
         masks: Tensor | None,
-        examples: Sequence[ClassImage],
+        class_images: Sequence[ClassImage],
         accelerator: Accelerator | None,
     ) -> None:
-        self._begin(model, recipe, accelerator)
-        self.updates = self.share.updates(recipe.max_train_samples)
+        super().__init__(model, config, accelerator)
+        self.updates = self.shard.updates(config.max_train_samples)
         self.size = (pixels.shape[-2], pixels.shape[-1])
-        told = [caption] * len(pixels) if isinstance(caption, str) else list(caption)
-        if len(told) != len(pixels):
-            raise ValueError(f"{len(pixels)} pictures need one caption or as many, got {len(told)}")
-        self.captions, self.caption = tuple(dict.fromkeys(told)), told[0]
-        self.class_captions = tuple(dict.fromkeys(example.caption for example in examples))
-        rows = [self.captions.index(text) for text in told]
-        self.picture = replace(self._pictures(pixels, masks, rows), prior=self._prior(examples, masks is not None))
-        self.data_sha256 = digest(pixels, masks, *(part for example in examples for part in example.parts()))
+        captions = [caption] * len(pixels) if isinstance(caption, str) else list(caption)
+        if len(captions) != len(pixels):
+            raise ValueError(f"{len(pixels)} pictures need one caption or as many, got {len(captions)}")
+        self.captions, self.caption = tuple(dict.fromkeys(captions)), captions[0]
+        self.class_captions = tuple(dict.fromkeys(image.caption for image in class_images))
+        rows = [self.captions.index(text) for text in captions]
+        dataset, prior = self._encoded(pixels, masks, rows), self._encoded_class_images(class_images, masks is not None)
+        self.dataset = replace(dataset, prior=prior)
+        self.data_sha256 = content_hash(pixels, masks, *(part for image in class_images for part in image.content()))
         self.texts = (*self.captions, *self.class_captions)
         with torch.no_grad():
-            self.told = model.prompts(self.texts, self.size)
+            self.conditioning = model.prompts(self.texts, self.size)
 
-    def _begin(self, model: StableDiffusion, recipe: Any, accelerator: Accelerator | None) -> None:
-        """What every kind of run has: model, recipe, accelerator, and this process's share of the samples."""
-        self.model, self.recipe, self.update = model, recipe, 0
-        self.base = model.about()  # as it is now: a run may train the base's own weights
-        self.accelerator = accelerator or Accelerator(
-            cpu=model.device.type == "cpu", gradient_accumulation_steps=recipe.gradient_accumulation_steps
-        )
-        if self.accelerator.gradient_accumulation_steps != recipe.gradient_accumulation_steps:
-            raise ValueError(
-                f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches, "
-                f"the recipe {recipe.gradient_accumulation_steps}: make the accelerator with the recipe's number"
-            )
-        set_autocast(self.accelerator, model.dtype == torch.bfloat16 and "quantisation" not in self.base)
-        self.share = SampleShard(
-            recipe.train_batch_size, recipe.gradient_accumulation_steps,
-            self.accelerator.process_index, self.accelerator.num_processes,
-        )  # fmt: skip
-
-    def _pictures(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> LatentDataset:
-        """Encoded pictures with their captions' rows, and what `masks` make of the loss."""
-        model, recipe = self.model, self.recipe
-        posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, for the sake of memory
+    def _encoded(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> LatentDataset:
+        """The pictures encoded, with the rows of their captions, and loss weights made from `masks`."""
+        model, config = self.model, self.config
+        with fast_paths(model.vae.encoder):
+            posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, to save memory
         mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
         weights = None
         if masks is not None:
             cells = adaptive_avg_pool2d(masks.to(mean), (mean.shape[-2], mean.shape[-1]))
-            weights = 1 - recipe.mask_weight * (1 - cells)
+            weights = 1 - config.mask_weight * (1 - cells)
             if not bool(weights.flatten(1).any(1).all()):
                 raise UserError("a mask is black wherever its picture is used: paint white where the subject is")
         steps = len(model.alphas_cumprod)
-        return LatentDataset(mean, std, recipe.seed, recipe.resample_latents, steps, tuple(rows), weights)
+        return LatentDataset(mean, std, config.seed, config.resample_latents, steps, tuple(rows), weights)
 
-    def _prior(self, examples: Sequence[ClassImage], masked: bool) -> LatentDataset | None:
-        """Encoded class pictures, their captions' rows behind those of the subject's."""
-        if not examples:
+    def _encoded_class_images(self, class_images: Sequence[ClassImage], masked: bool) -> LatentDataset | None:
+        """The class pictures encoded; their captions' rows come after those of the subject's captions."""
+        if not class_images:
             return None
-        rows = [len(self.captions) + self.class_captions.index(example.caption) for example in examples]
-        prior = self._pictures(class_pixels(examples, self.size), None, rows)
+        rows = [len(self.captions) + self.class_captions.index(image.caption) for image in class_images]
+        prior = self._encoded(class_pixels(class_images, self.size), None, rows)
         weights = torch.ones_like(prior.mean[:, :1]) if masked else None
         return replace(prior, purpose="class ", resample=True, weights=weights)
 
-    def adapt(self) -> None:
-        """Put a fresh adapter into the model, and make the objective and its optimiser."""
-        model, recipe, told, own = self.model, self.recipe, self.told, len(self.captions)
-        names = module_names(model.unet, model.family, recipe.targets)
-        add_lora(model.unet, names, recipe.rank, recipe.alpha, recipe.seed)
-        if recipe.train_text_encoder:
-            add_text_lora(model, recipe.rank, recipe.alpha, recipe.seed, recipe.targets)
-        self.objective = SingleImageObjective(
-            model, told[:own], standalone=recipe.source_embedding_frozen, snr_gamma=recipe.snr_gamma,
-            prior=told[own:] if self.class_captions else None, prior_loss_weight=recipe.prior_loss_weight,
-            texts=self.texts if recipe.train_text_encoder else (), size=self.size,
+    def add_adapter(self) -> None:
+        """Add a new adapter to the model, and make the objective and its optimiser."""
+        model, config, conditioning, own = self.model, self.config, self.conditioning, len(self.captions)
+        names = module_names(model.unet, model.family, config.targets)
+        add_lora(model.unet, names, config.rank, config.alpha, config.seed)
+        if config.train_text_encoder:
+            add_text_lora(model, config.rank, config.alpha, config.seed, config.targets)
+        objective = SingleImageObjective(
+            model, conditioning[:own], standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
+            prior=conditioning[own:] if self.class_captions else None, prior_loss_weight=config.prior_loss_weight,
+            texts=self.texts if config.train_text_encoder else (), size=self.size,
         )  # fmt: skip
-        groups = self.objective.groups(recipe.learning_rate, recipe.text_embedding_lr, recipe.text_encoder_lr)
-        self._optimise(groups)
-
-    def _optimise(self, groups: list[dict[str, Any]]) -> None:
-        optimizer = adamw(groups, self.model.device, use_8bit=self.recipe.use_8bit_adam)
-        self._prepared, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
-
-    def steps(self) -> Iterator[StepReport]:
-        """Make the updates that are still to be made, yielding a report after each.
-
-        Raises:
-            NonFiniteError: a loss or gradient is no number; the adapter is that of the last finished update.
-        """
-        recipe, first = self.recipe, self.update
-        stop = None if recipe.early_stop_loss is None else EarlyStop(recipe.early_stop_loss, self.share.samples)
-        batches = self.picture.batches(self.share, first, self.updates)
-        if recipe.cuda_graph:
-            reports = replay(self, batches)
-        else:
-            reports = training_steps(
-                self._prepared, batches, self.optimizer, accelerator=self.accelerator,
-                max_grad_norm=recipe.max_grad_norm, first_update=first, early_stop=stop,
-            )  # fmt: skip
-        for report in reports:
-            self.update = report.update
-            yield report
-        if first < self.update and not self._moved():
-            warnings.warn(
-                f"no adapter weight moved in {self.update} updates: raise learning_rate ({recipe.learning_rate})",
-                stacklevel=2,
-            )
-
-    def _moved(self) -> bool:
-        """Has any B left zero?"""
-        return any(bool(p.detach().any()) for p in self.objective.adapter_parameters()[1::2])
+        rates = config.learning_rate, config.text_embedding_lr, config.text_encoder_lr
+        self.prepare(objective, objective.groups(*rates))
 
     def adapter(self, **info: Any) -> Adapter:
-        """What has been learned so far; `info` is added to what the adapter records of its making.
+        """What has been learned so far; `info` is added to the adapter's metadata."""
+        return self.make_adapter(self.lora(), self.objective.source(), self.update, **info)
 
-        A standalone one carries no source embedding: it is what the text encoder says of the caption.
+    def make_adapter(self, lora: dict[str, Tensor], source: Conditioning, updates: int, **info: Any) -> Adapter:
+        """An adapter of these LoRA tensors and this source embedding (one row), with the run's metadata.
+
+        With `standalone` it has no source embedding: there it is the text encoder's output for the caption.
         """
-        told = self.objective.source()
-        learned = {"embeds": told.embeds, "pooled": told.pooled}
-        source = {name: p.detach().to("cpu", copy=True) for name, p in learned.items() if p is not None}
+        parts = {"embeds": source.embeds, "pooled": source.pooled}
+        embedding = {name: part.detach().to("cpu", copy=True) for name, part in parts.items() if part is not None}
         return Adapter(
-            lora=self._lora(),
-            rank=self.recipe.rank,
-            alpha=self.recipe.alpha,
-            source=None if self.recipe.without_source_embedding else source,
-            info={**self.about(), "updates": self.update, "versions": versions(), **info},
+            lora=lora,
+            rank=self.config.rank,
+            alpha=self.config.alpha,
+            source=None if self.config.without_source_embedding else embedding,
+            info={**self.metadata(), "updates": updates, "versions": versions(), **info},
         )
 
-    @contextmanager
-    def showing(self) -> Iterator[Adapter]:
-        """Run the body with the adapter taken out of the model, and given as it is now; then it is back."""
-        adapter = self.adapter()
-        with lora_aside(self.model.unet, *self.model.text_encoders):
-            yield adapter
-
-    def _lora(self) -> dict[str, Tensor]:
+    def lora(self) -> dict[str, Tensor]:
         return lora_state(self.model.unet) | text_lora_state(self.model)
 
-    def about(self) -> dict[str, Any]:
-        """What decides the outcome of this run, as plain values."""
-        return {
-            "base": self.base,
-            "caption": self.caption,
-            **self._own(),
-            "size": list(self.size),
-            "seed": self.recipe.seed,
-            "processes": self.share.processes,
-            "mixed_precision": self.accelerator.mixed_precision,
-            "data_sha256": self.data_sha256,
-            "config": asdict(self.recipe),
-        }
-
-    def _own(self) -> dict[str, Any]:
-        """What only this kind of run has to say of itself."""
-        several = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
-        return {**several, "targets": self.recipe.targets, "standalone": self.recipe.without_source_embedding}
-
-    def save_checkpoint(self, output_dir: str | Path, limit: int | None = None) -> Path:
-        """Write `output_dir/checkpoint-N` (on the main process), with an adapter file other programs can load."""
-        folder = Path(output_dir) / f"checkpoint-{self.update}"
-        if self.accelerator.is_main_process:
-            trainable = {name: p.detach() for name, p in self.objective.trainable().items()}
-            scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-            checkpoint = Checkpoint(self.update, trainable, self.optimizer.state_dict(), self._same_run(), scaler)
-            checkpoints.save(output_dir, checkpoint, limit=limit, extra=self.loadable())
-        self.accelerator.wait_for_everyone()
-        return folder
-
-    def loadable(self) -> dict[str, bytes]:
-        """What a checkpoint holds besides its state: the adapter as other programs load it."""
-        return {"pytorch_lora_weights.safetensors": diffusers_file(self._lora(), self.recipe.alpha)}
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`; UserError if it comes from a run with other settings or another picture."""
-        checkpoints.check_same_run(checkpoint, self._same_run())
-        checkpoints.restore(checkpoint, self.objective.trainable(), self.optimizer)
-        if self.accelerator.scaler is not None and checkpoint.scaler:
-            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
-        self.update = checkpoint.update
-
-    def _same_run(self) -> dict[str, Any]:
-        about = self.about()
-        config = about.pop("config")
-        return about | {name: value for name, value in config.items() if name not in MAY_DIFFER}
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of the libraries that decide the numbers."""
-    own = {"python": platform.python_version(), "personalize": __version__}
-    return own | {name: version(name) for name in PACKAGES}
+    def _own_metadata(self) -> dict[str, Any]:
+        captions = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
+        return {**captions, "targets": self.config.targets, "standalone": self.config.without_source_embedding}

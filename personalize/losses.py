@@ -1,11 +1,14 @@
-"""Losses: small pure functions of tensors."""
+"""Loss functions of tensors, and the form that a trainer's objective has.
+
+Pure: torch alone.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 TAPS = (0.21194155761708544, 0.5761168847658291, 0.21194155761708544)  # e⁻¹ : 1 : e⁻¹, a Gaussian of σ = 0.7071 cells
@@ -13,10 +16,39 @@ TAPS = (0.21194155761708544, 0.5761168847658291, 0.21194155761708544)  # e⁻¹ 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What an objective returns: the scalar to minimise, and named detached parts for the log."""
+    """The result of an objective: the scalar to minimise, and its detached parts by name, for the log."""
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """A training method as a module: it owns every parameter that is trained, and `forward(batch)` is the loss.
+
+    `forward` returns `LossTerms`.  Accelerate prepares exactly this module.
+    """
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the adapter, A before B of each LoRA layer."""
+        raise NotImplementedError
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that is trained, by name: what a checkpoint must hold."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def masked_mse(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of each sample, weighted by a mask:  Σ m (y − f)² / (c Σ m), shape (b,), in fp32.
+
+    A sample whose mask is 0 everywhere has the error 0.
+
+    Args:
+        output, target: prediction f and target y, (b, c, h, w).
+        mask: weights m (b, 1, h, w) in [0, 1].
+    """
+    squares = (output.float() - target.float()).pow(2)
+    weight = mask.sum((1, 2, 3)).clamp(min=1e-8)  # far below the smallest sum of a mask that is not 0 everywhere
+    return (mask * squares).sum((1, 2, 3)) / (weight * squares.shape[1])
 
 
 def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float, prediction_type: str = "epsilon") -> Tensor:
@@ -39,9 +71,9 @@ def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float, pred
 
 
 def debiased_weight(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """Weight of each sample's squared error of ε that lets every timestep count, shape (b,):  w(t) = 1 / √SNR(t).
+    """Weight of each sample's squared error that keeps every timestep from vanishing, shape (b,):  w(t) = 1 / √SNR(t).
 
-    Args as in `min_snr_weight`.
+    For a prediction of ε.  The arguments are those of `min_snr_weight`.
 
     References: Yu et al., "Debias the Training of Diffusion Models", arXiv 2310.08442, §3.3.
     """
@@ -50,13 +82,13 @@ def debiased_weight(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def grounding(maps: Tensor, masks: Tensor) -> Tensor:
-    """How much of each text token's attention falls outside its thing, shape (b, k), 0 (none) to 1 (all).
+    """How much of each text token's attention falls outside its object, shape (b, k), 0 (none) to 1 (all).
 
         L = (1 − Σ_u A(u) M(u) / Σ_u A(u))²
 
     Args:
         maps: attention A of k tokens, (b, k, h, w), not negative.
-        masks: share of each cell that the token's thing covers, M (b, k, h, w) in [0, 1].
+        masks: part of each cell that the token's object covers, M (b, k, h, w) in [0, 1].
 
     References: Wang et al., "TokenCompose: Grounding Diffusion with Token-level Supervision", arXiv 2312.03626, §3.2.
     """
@@ -65,9 +97,9 @@ def grounding(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def normalised(maps: Tensor) -> Tensor:
-    """Each map (…, h, w) stretched to [0, 1]:  (a − min a) / (max a − min a + 10⁻⁸), in fp32 at least.
+    """Each map (…, h, w) scaled to [0, 1]:  (a − min a) / (max a − min a + 10⁻⁸), computed in fp32 or better.
 
-    In half precision 10⁻⁸ would be zero, and a constant map no number.
+    In half precision 10⁻⁸ would round to zero, and a constant map would give NaN.
     """
     maps = maps if maps.dtype == torch.float64 else maps.float()
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
@@ -75,9 +107,10 @@ def normalised(maps: Tensor) -> Tensor:
 
 
 def smoothed(maps: Tensor, taps: tuple[float, float, float] = TAPS) -> Tensor:
-    """Maps (s, h, w) filtered 3×3 with `taps` along both sides, borders reflected; no stretching afterwards.
+    """Maps (s, h, w) filtered with the 3×3 kernel taps ⊗ taps, borders reflected; the result is not scaled to [0, 1].
 
-    The published kernel is named σ = 0.5 but computes exp(−(x / 2σ)²): its neighbours weigh e⁻¹, not e⁻².
+    The default `taps` are those of the released code, whose kernel is named σ = 0.5 but computes exp(−(x / 2σ)²): the
+    neighbours weigh e⁻¹, not e⁻².
     """
     row = torch.tensor(taps, dtype=maps.dtype, device=maps.device)
     return conv2d(pad(maps[:, None], (1, 1, 1, 1), mode="reflect"), torch.outer(row, row)[None, None])[:, 0]
@@ -90,29 +123,30 @@ def soft_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def binding(class_maps: Tensor, modifier_maps: Tensor) -> Tensor:
-    """How far each modifier's map is from its class's, (s,):  1 − IoU(stopgrad(Cᵢ), Mᵢ).
+    """How far each modifier token's attention map is from that of its class, (s,):  1 − IoU(stopgrad(Cᵢ), Mᵢ).
 
-        C = (G ∗ Ā)²  of the class,  M = G ∗ Ā  of the modifier,  Ā the map stretched to [0, 1],  G a 3×3 Gaussian
+        C = (G ∗ Ā)²  of the class,  M = G ∗ Ā  of the modifier,  Ā the map scaled to [0, 1],  G a 3×3 Gaussian
 
-    Not zero at equal maps: a box of 8×5 cells has 0.37, for C is squared (weak attention suppressed) and M is not.
+    The loss is not 0 for equal maps (for a box of 8×5 cells it is 0.37): C is squared, to suppress weak attention, and
+    M is not.
 
     Args:
         class_maps, modifier_maps: attention averaged over heads and layers, (s, h, w), of s concepts; any affine
             change of a map changes nothing.
 
     References: Zhang et al., "Attention Calibration for Disentangled Text-to-Image Personalization", arXiv 2403.18551,
-    §3.3; soft IoU, filter and stretching as in the released code.
+    §3.3; soft IoU, filter and scaling as in the released code.
     """
-    return 1 - soft_iou(_suppressed(class_maps).detach(), smoothed(normalised(modifier_maps)))
+    return 1 - soft_iou(_class_map(class_maps).detach(), smoothed(normalised(modifier_maps)))
 
 
 def separation(class_maps: Tensor) -> Tensor:
     """Mean overlap of pairs of classes, a scalar:  mean over i < j of IoU(Cᵢ, Cⱼ);  0 for a single concept.
 
-    C as in `binding`.  Never 0 for two: with no overlap it is 1 / (1 + ΣCᵢ + ΣCⱼ), which goes on strengthening both.
-    The paper (eq. 6) sums the pairs, its code takes their mean; they are the same for two concepts.
+    C as in `binding`.  For two classes it is never 0: without overlap it is 1 / (1 + ΣCᵢ + ΣCⱼ), whose gradient goes on
+    strengthening both maps.  The paper (eq. 6) sums the pairs, its code takes their mean; for two concepts they agree.
     """
-    maps = _suppressed(class_maps)
+    maps = _class_map(class_maps)
     first, second = torch.triu_indices(len(maps), len(maps), 1, device=maps.device)
     if len(first) == 0:
         return maps.sum() * 0
@@ -120,17 +154,19 @@ def separation(class_maps: Tensor) -> Tensor:
 
 
 def calibration(class_maps: Tensor, modifier_maps: Tensor) -> Tensor:
-    """The attention loss of one sample, a scalar:  Σᵢ binding + separation.
+    """The attention calibration loss of one sample, a scalar:  Σᵢ binding + separation.
 
-    It has no anchor: maps that change places or slide off their objects together cost nothing; see `anchoring`.
+    It does not tie maps to places in the picture: maps that change places, or move off their objects together, cost
+    nothing; see `anchoring`.
     """
     return binding(class_maps, modifier_maps).sum() + separation(class_maps)
 
 
 def anchoring(maps: Tensor, masks: Tensor) -> Tensor:
-    """How far each map (s, h, w) is from its true mask (s, h, w) in [0, 1]:  1 − IoU(M, mask), (s,)."""
+    """How far each map (s, h, w) is from its object's mask (s, h, w) in [0, 1]:  1 − IoU(M, mask), shape (s,)."""
     return 1 - soft_iou(smoothed(normalised(maps)), masks.to(maps.device, torch.promote_types(maps.dtype, torch.float)))
 
 
-def _suppressed(maps: Tensor) -> Tensor:
+def _class_map(maps: Tensor) -> Tensor:
+    """C of `binding`: weak attention suppressed by squaring."""
     return smoothed(normalised(maps)).square()

@@ -1,11 +1,11 @@
-"""How much memory a run will take, measured on one sample before it starts.
+"""Estimate how much memory a training run will take, from one sample measured before it starts.
 
     peak ≈ base + P · (4 + 4 + s) + b · a
 
-base: bytes of UNet, autoencoder and text encoders as they were loaded, the adapter left out.
-P: entries that learn, fp32: 4 bytes of weight, 4 of gradient, s = 8 of AdamW's two moments (8-bit: 2, and 8 bytes of
-    scales to every 256 entries, but still 8 for tensors of fewer than 4,096).
-a: the most bytes alive at once, of those that the forward and backward pass of one sample allocate; b samples a batch.
+base: bytes of UNet, autoencoder and text encoders, without the adapter.
+P: number of trained parameters, in fp32: 4 bytes of weight, 4 of gradient, and s = 8 of AdamW's two moments (8-bit: 2,
+    and 8 bytes of scales for every 256 parameters, but still 8 in tensors of fewer than 4,096).
+a: the peak of the bytes that the forward and backward pass of one sample allocate; b: samples in a batch.
 
 Not counted: the device's own context and work spaces (about 1 GB on CUDA), fragmentation, other programs.
 """
@@ -29,14 +29,14 @@ from personalize.errors import UserError
 from personalize.quantisation import held
 
 if TYPE_CHECKING:
-    from personalize.learning import SingleImageRun
+    from personalize.learning import TrainingRun
 
-SMALL_TENSOR, BLOCK = 4096, 256  # of bitsandbytes' 8-bit optimisers
+SMALL_TENSOR, BLOCK = 4096, 256  # parameters: see bitsandbytes' 8-bit optimizers in the docstring
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, on the device that trains; `sample` is one sample's share of the activations."""
+    """Bytes on the training device; `sample` is the activations of one sample, `batch` the samples in a batch."""
 
     base: int
     adapter: int
@@ -55,75 +55,78 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         return (
-            f"Memory, about {_size(self.total)}: base {_size(self.base)}, adapter with gradients "
-            f"{_size(self.adapter + self.gradients)}, optimiser {_size(self.optimizer)}, "
-            f"activations of {self.batch} sample{'s' * (self.batch > 1)} {_size(self.activations)}"
+            f"Memory, about {_readable(self.total)}: base {_readable(self.base)}, adapter with gradients "
+            f"{_readable(self.adapter + self.gradients)}, optimiser {_readable(self.optimizer)}, "
+            f"activations of {self.batch} sample{'s' * (self.batch > 1)} {_readable(self.activations)}"
         )
 
 
-def estimate(run: SingleImageRun) -> MemoryEstimate:
-    """What `run` will take; one sample is tried for it, which changes nothing.
+def estimate(run: TrainingRun) -> MemoryEstimate:
+    """The memory that `run` will take, measured by a forward and backward pass of one sample, which changes nothing.
 
     Raises:
         UserError: not even one sample fits.
     """
-    learns = list(run.objective.trainable().values())
-    sizes = [parameter.numel() for parameter in learns]
+    trained = list(run.objective.trainable().values())
+    sizes = [parameter.numel() for parameter in trained]
     adapter = 4 * sum(sizes)
     parts = (run.model.unet, run.model.vae, *run.model.text_encoders)
-    moments = [_eight_bit(size) if run.recipe.use_8bit_adam else 8 * size for size in sizes]
+    moments = [_eight_bit(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
     base = sum(map(held, parts)) - sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
-    return MemoryEstimate(base, adapter, adapter, sum(moments), _tried(run, learns), run.recipe.train_batch_size)
+    sample = _measure_sample(run, trained)
+    return MemoryEstimate(base, adapter, adapter, sum(moments), sample, run.config.train_batch_size)
 
 
-def check_fits(expected: MemoryEstimate, run: SingleImageRun) -> str | None:
-    """A sentence of advice if `expected` is more than is free now besides the base; None if it fits."""
+def check_fits(expected: MemoryEstimate, run: TrainingRun) -> str | None:
+    """A sentence of advice if `expected` exceeds the free memory; None if it fits."""
     free = _free(run.model.device)
-    wanted = expected.total - expected.base - expected.adapter  # these two are there already
+    wanted = expected.total - expected.base - expected.adapter  # these two are allocated already
     if free is None or wanted <= free:
         return None
-    return f"only {_size(free)} of memory are free, and about {_size(wanted)} more will be needed: {_cheaper(run)}"
+    return f"only {_readable(free)} of memory are free, about {_readable(wanted)} more will be needed: {_advice(run)}"
 
 
 def _free(device: torch.device) -> int | None:
-    """Bytes that a run could still take; None where nobody tells."""
+    """Free bytes on `device`; None where this cannot be match out."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    told = Path("/proc/meminfo")  # Linux
-    if device.type != "cpu" or not told.is_file():
+    meminfo = Path("/proc/meminfo")  # Linux
+    if device.type != "cpu" or not meminfo.is_file():
         return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text())
-    return int(found[1]) * 1024 if found else None
+    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    return int(match[1]) * 1024 if match else None
 
 
-def _cheaper(run: SingleImageRun) -> str:
-    recipe, small = run.recipe, "quantisation" in run.base
-    steps = [
-        (recipe.train_batch_size > 1, "--train_batch_size 1 and more --gradient_accumulation_steps"),
-        (not recipe.gradient_checkpointing, "--gradient_checkpointing"),
-        (not small, "--load_in_4bit"),
+def _advice(run: TrainingRun) -> str:
+    config, quantised = run.config, "quantisation" in run.base
+    options = [
+        (config.train_batch_size > 1, "--train_batch_size 1 and more --gradient_accumulation_steps"),
+        (not config.gradient_checkpointing, "--gradient_checkpointing"),
+        (not quantised, "--load_in_4bit"),
         (True, "a lower --resolution"),
     ]
-    return f"use {next(text for possible, text in steps if possible)}"
+    return f"use {next(text for possible, text in options if possible)}"
 
 
 def _eight_bit(size: int) -> int:
+    """Bytes of both moments of a tensor of `size` parameters in 8-bit AdamW."""
     return 8 * size if size < SMALL_TENSOR else 2 * size + 8 * -(-size // BLOCK)
 
 
-def _size(count: int) -> str:
+def _readable(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _tried(run: SingleImageRun, learns: list[nn.Parameter]) -> int:
-    """The peak of live bytes over one sample's forward and backward pass."""
-    batch: Any = next(run.picture.batches(SampleShard(1), 0, 1))
-    here = [*_tensors(run.objective), *_tensors(run.model.unet), *(t for t in batch.values() if isinstance(t, Tensor))]
+def _measure_sample(run: TrainingRun, trained: list[nn.Parameter]) -> int:
+    """The peak of the bytes allocated by one sample's forward and backward pass."""
+    batch: Any = next(run.dataset.batches(SampleShard(1), 0, 1))
+    inputs = (value for value in batch.values() if isinstance(value, Tensor))
+    existing = [*_tensors(run.objective), *_tensors(run.model.unet), *inputs]
     try:
-        with LiveBytes(here) as live, run.accelerator.autocast():
-            torch.autograd.grad(run.objective(batch).total, learns, allow_unused=True)
+        with LiveBytes(existing) as live, run.accelerator.autocast():
+            torch.autograd.grad(run.objective(batch).total, trained, allow_unused=True)
     except torch.OutOfMemoryError:
-        raise UserError(f"not even one sample fits into memory: {_cheaper(run)}") from None
+        raise UserError(f"not even one sample fits into memory: {_advice(run)}") from None
     return live.peak
 
 
@@ -133,7 +136,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside it, `now` counts the bytes of all tensors made inside that are still alive; `peak` is its maximum."""
+    """Counts the bytes of all tensors created while it is active and still alive: `now`, and the maximum, `peak`."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Several concepts from one picture: cross-attention keys and values and new tokens, with calibrated attention maps.
+"""The objective of multi-concept training: cross-attention keys and values and new tokens, with calibrated attention.
 
     L = mean over samples of  w ‖ m ⊙ (y − f(z_t, t, e)) ‖² / (c Σ m)  +  λ · mean over instance samples of L_attn
 
-w is 1 for samples of the picture and `prior_loss_weight` for regularisation samples, m (b, 1, h, w) the part of the
-canvas that shows something, L_attn the binding and separation of `personalize.losses` on the maps of the tokens.
+w is 1 for samples of the picture and `prior_loss_weight` for regularisation samples; m (b, 1, h, w) is 1 where the
+canvas shows the picture; L_attn is `binding` and `separation` of the losses module on the tokens' attention maps.
 
-λ is against this mean squared error.  The released code writes 0.01, but its loss is a sum over the four latent
-channels, four times ours: 0.0025 is the same thing.  The paper writes 1.
+λ is relative to this mean squared error.  The released code has 0.01, but its loss is a sum over the four latent
+channels, four times ours: 0.0025 is equivalent.  The paper has 1.
 
 References: Zhang et al., "Attention Calibration for Disentangled Text-to-Image Personalization", arXiv 2403.18551;
 Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", arXiv 2212.04488 (λ = 0).
@@ -27,11 +27,11 @@ from personalize.attention import AttentionHook, AttentionSite, MapStore, attent
 from personalize.concepts import ConceptRows
 from personalize.errors import UserError
 from personalize.lora import lora_layers, lora_parameters
-from personalize.losses import LossTerms, anchoring, calibration
+from personalize.losses import LossTerms, Objective, anchoring, calibration, masked_mse
 from personalize.model import StableDiffusion
 from personalize.recipes import CALIBRATION_WEIGHT
 
-SIDE = 16  # cells of a map: the stage nearest to it is read, larger maps are pooled down to it
+SIDE = 16  # cells along a side of a map: maps of the stage nearest to it are read, and pooled if they are larger
 
 
 def text_projections(unet: UNet2DConditionModel) -> list[str]:
@@ -41,7 +41,7 @@ def text_projections(unet: UNet2DConditionModel) -> list[str]:
 
 
 class DetachedStart(AttentionHook):
-    """Keys and values of text position 0 (the start mark) learn nothing: it takes most of the attention."""
+    """Give keys and values of text position 0 (the start token) no gradient: it takes most of the attention."""
 
     def wants(self, site: AttentionSite) -> bool:
         return site.cross
@@ -52,7 +52,7 @@ class DetachedStart(AttentionHook):
 
 
 class CalibrationMaps(MapStore):
-    """Text maps, with gradient, of the layers `names`; see `calibration_layers`."""
+    """Records the cross-attention maps of the layers `names`, with gradient; see `calibration_layers`."""
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__(cross=True, keep_graph=True)
@@ -62,21 +62,23 @@ class CalibrationMaps(MapStore):
         return site.name in self.names
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
-        """Mean maps of sets of tokens: `tokens` (b, s, l) 0 or 1 → (b, s, h, w), pooled to 16 cells a side in fp32.
+        """Maps of sets of tokens, averaged over layers and heads: (b, s, h, w), pooled to 16 cells a side, in fp32.
 
-        Vectors of a token, and pieces of a class phrase, add up.
+        tokens: (b, s, l), 1 for the text positions of each set and 0 elsewhere.  The maps of a set's positions (the
+            vectors of a token, the pieces of a class phrase) add up.
         """
         maps = self.mean().float()  # (b, h, w, l)
-        found = torch.stack([(maps * chosen[:, None, None]).sum(-1) for chosen in tokens.to(maps).unbind(1)], 1)
-        height, width = found.shape[-2:]
-        return adaptive_avg_pool2d(found, (min(SIDE, height), min(SIDE, width)))
+        summed = torch.stack([(maps * chosen[:, None, None]).sum(-1) for chosen in tokens.to(maps).unbind(1)], 1)
+        height, width = summed.shape[-2:]
+        return adaptive_avg_pool2d(summed, (min(SIDE, height), min(SIDE, width)))
 
 
 def calibration_layers(unet: UNet2DConditionModel, size: tuple[int, int]) -> list[str]:
     """The cross-attention layers whose maps are calibrated, for latents of `size` (h, w): five on SD 1.x.
 
-    Those of the stage whose maps are nearest 16×16 among the stages with text on both paths, without the middle block.
-    Where a stage has several transformer blocks in a row (SDXL: ten), the middle one of each row stands for all.
+    They belong to the stage whose maps are nearest to 16×16, among the stages that have cross-attention both in the
+    down and in the up blocks; the middle block does not count.  Of several transformer blocks in a row (SDXL: ten),
+    only the middle one is calibrated.
 
     Raises:
         UserError: this UNet has no such stage, or its maps have fewer than 4 cells a side.
@@ -100,10 +102,10 @@ def calibration_layers(unet: UNet2DConditionModel, size: tuple[int, int]) -> lis
     return [names[len(names) // 2] for names in rows.values()]
 
 
-class MultiConceptObjective(nn.Module):
-    """The loss above, over everything that learns: the adapter (or the projections' full weights) and the token rows.
+class MultiConceptObjective(Objective):
+    """The loss at the head of this module; trains the adapter (or the projections' full weights) and the token rows.
 
-    Make it inside `concepts.installed(…, trainable=True)`; everything else of the base is frozen.
+    Make it inside `concepts.installed(…, trainable=True)`.  Everything else of the base is frozen.
     """
 
     def __init__(
@@ -119,57 +121,57 @@ class MultiConceptObjective(nn.Module):
         super().__init__()
         self.unet: nn.Module = model.unet
         self.rows = nn.ParameterList(layer.weight for layer in rows)
-        self._model = (model,)  # in a tuple: a handle, not a part
+        self._model = (model,)  # in a tuple, so that torch does not count it among this module's parts
         self.calibration_weight, self.prior_loss_weight = calibration_weight, prior_loss_weight
         self.mask_weight, self.full_kv = mask_weight, full_kv
         if not full_kv and not lora_layers(model.unet):
             raise ValueError("the UNet carries no adapter to train: call add_lora first")
-        learning = {id(parameter) for parameter in self.adapter_parameters()}
+        trained = {id(parameter) for parameter in (*self.adapter_parameters(), *self.rows)}
         for part in (model.unet, *model.text_encoders):
-            own = {id(p) for p in self.rows}
             for parameter in part.parameters():
-                parameter.requires_grad_(id(parameter) in learning | own)
+                parameter.requires_grad_(id(parameter) in trained)
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
-        """The loss of `latents` z₀ and `noise` ε (b, c, h, w) at `timesteps` (b,), told `texts` (b strings).
+        """The loss of a batch: `latents` z₀ and `noise` ε (b, c, h, w) at `timesteps` (b,), with prompts `texts` (b).
 
         canvas: (b, 1, h, w), 1 where the latents count.
-        instance: (b,) bool, False for regularisation.
-        nouns, modifiers: (b, s, l) in {0, 1}, the positions of each concept's class phrase and token; 0 where not said.
-        masks: (b, s, H, W) in [0, 1], where each concept is, or absent.
-        size: pixels (H, W) for SDXL.
+        instance: (b,) bool, False for regularisation samples.
+        nouns, modifiers: (b, s, l), 1 at the text positions of each concept's class phrase and of its token; 0 if the
+            prompt does not contain it.
+        masks: (b, s, H, W) in [0, 1], where each concept is; may be absent.
+        size: (H, W) in pixels, for SDXL.
         """
         model, latents, noise, timesteps = self._model[0], batch["latents"], batch["noise"], batch["timesteps"]
         noisy, target = model.noised(latents, noise, timesteps), model.target(latents, noise, timesteps)
-        store = self._store(latents)
+        store = self._map_store(latents)
         hooks = [DetachedStart(), *([] if store is None else [store])]
-        told = model.prompts(batch["texts"], batch.get("size"))
+        conditioning = model.prompts(batch["texts"], batch.get("size"))
         with hooked(model.unet, hooks):
-            output = model.predict(noisy, timesteps, told)
+            output = model.predict(noisy, timesteps, conditioning)
         errors = masked_mse(output, target, batch["canvas"])  # (b,)
         instance = batch["instance"]
         weights = torch.where(instance, 1.0, self.prior_loss_weight).to(errors)
         parts = {"mse": errors[instance].mean().detach()}
         total = (weights * errors).mean()
         if store is not None and bool(instance.any()):
-            with torch.autocast(latents.device.type, enabled=False):  # maps are stretched: half precision would show
-                attention, named = self._attention(store, batch, instance)
-            total, parts = total + attention, parts | named
+            with torch.autocast(latents.device.type, enabled=False):  # scaling maps magnifies rounding
+                attention, attention_parts = self._attention_loss(store, batch, instance)
+            total, parts = total + attention, parts | attention_parts
         return LossTerms(total, parts)
 
-    def _store(self, latents: Tensor) -> CalibrationMaps | None:
-        """Where maps are kept; None where no loss reads them, so that all attention stays fused."""
+    def _map_store(self, latents: Tensor) -> CalibrationMaps | None:
+        """A recorder of attention maps; None if no loss reads them, so that all attention stays fused."""
         if not self.calibration_weight and not self.mask_weight:
             return None
         height, width = latents.shape[-2:]
         return CalibrationMaps(calibration_layers(self._model[0].unet, (height, width)))
 
-    def _attention(
+    def _attention_loss(
         self, store: CalibrationMaps, batch: Mapping[str, Any], instance: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nouns = store.of_tokens(batch["nouns"])[instance]
         modifiers = store.of_tokens(batch["modifiers"])[instance]
-        store.maps.clear()  # gradient checkpointing would otherwise keep the replayed ones alive
+        store.maps.clear()  # otherwise the maps that gradient checkpointing recomputes would stay in memory
         calibrated = torch.stack([calibration(c, m) for c, m in zip(nouns, modifiers, strict=True)]).mean()
         total, parts = self.calibration_weight * calibrated, {"calibration": calibrated.detach()}
         if self.mask_weight and "masks" in batch:
@@ -181,33 +183,23 @@ class MultiConceptObjective(nn.Module):
         return total, parts
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """A and B of every LoRA layer, A before B; or the projections' own weights."""
+        """A and B of every LoRA layer, A before B; with `full_kv` the projections' own weights."""
         if not self.full_kv:
             return lora_parameters(self.unet)
         unet: Any = self.unet
         return [unet.get_submodule(name).weight for name in text_projections(unet)]
 
     def groups(self, learning_rate: float, token_learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The optimiser's groups; the token rows never decay."""
+        """The optimizer's groups: the adapter, and the token rows, which never decay."""
         return [
             {"params": self.adapter_parameters(), "lr": learning_rate, "weight_decay": weight_decay},
             {"params": list(self.rows), "lr": token_learning_rate, "weight_decay": 0.0},
         ]
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that learns, by name: what a checkpoint must hold."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-
-def masked_mse(output: Tensor, target: Tensor, canvas: Tensor) -> Tensor:
-    """Mean squared error of each sample where `canvas` (b, 1, h, w) is 1:  Σ m e² / (c Σ m), shape (b,)."""
-    squares = (output.float() - target.float()).pow(2).mean(1, keepdim=True)
-    return (squares * canvas).sum((1, 2, 3)) / canvas.sum((1, 2, 3)).clamp(min=1)
-
 
 @contextmanager
 def full_weights(unet: Any) -> Iterator[dict[str, Tensor]]:
-    """Run the body with trainable projections; yields copies of their weights, which are put back afterwards.
+    """Yield copies of the projections' weights; the body may train the weights, which are restored afterwards.
 
     Raises:
         UserError: the UNet is not in fp32, in which small updates would be lost.
@@ -215,20 +207,20 @@ def full_weights(unet: Any) -> Iterator[dict[str, Tensor]]:
     layers = {name: unet.get_submodule(name) for name in text_projections(unet)}
     if any(layer.weight.dtype != torch.float32 for layer in layers.values()):
         raise UserError("full_kv trains the base's own weights, which must be fp32: use --mixed_precision no or fp16")
-    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    weights_before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     try:
-        yield before
+        yield weights_before
     finally:
         with torch.no_grad():
             for name, layer in layers.items():
-                layer.weight.copy_(before[name])
+                layer.weight.copy_(weights_before[name])
                 layer.weight.grad = None
 
 
 def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
-    """The nearest LoRA of `rank` (alpha = rank) to weight changes by module path, and what it misses.
+    """The LoRA of `rank` (alpha = rank) nearest to weight changes ΔW (by module path), and the relative error.
 
-    ΔW ≈ B A,  B = U √S,  A = √S Vᵀ  of the `rank` largest singular values;   miss = ‖ΔW − B A‖ / ‖ΔW‖ over all
+    ΔW ≈ B A,  B = U √S,  A = √S Vᵀ  of the `rank` largest singular values;   error = ‖ΔW − B A‖ / ‖ΔW‖ over all modules
     """
     state, missed, whole = {}, 0.0, 0.0
     for name, change in changes.items():

@@ -1,4 +1,4 @@
-"""The processes of a launch as a team of singles: they share out work, and each trains by itself."""
+"""The processes of a distributed launch, when each trains adapters of its own and they only divide the work."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env
 
-PATIENCE = timedelta(days=30)  # between the first process that has done its share and the last
-LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+TIMEOUT = timedelta(days=30)  # how long a process may wait for the slowest one
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's number among `count`."""
+    """This process's `index` among the `count` processes of the launch."""
 
     index: int = 0
     count: int = 1
 
-    def gathered(self, value: ValueT) -> list[ValueT]:
-        """Every process's `value`, on all of them, once all have come here."""
+    def all_gather(self, value: ValueT) -> list[ValueT]:
+        """The `value` of every process, in their order; waits until all processes have called this."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -33,18 +33,18 @@ class ProcessGroup:
         return values
 
 
-def join() -> ProcessGroup:
-    """Meet the other processes of this launch (of one machine or several), then let Accelerate see this one alone.
+def join_process_group() -> ProcessGroup:
+    """Connect to the other processes of this launch, on one machine or several, but let Accelerate train in one alone.
 
-    Accelerate's launch makes the process group and picks the device; afterwards an `Accelerator` made here belongs to
-    a run of one process, which is what lets every process train adapters of its own.
+    Accelerate makes the process group and picks the device.  An `Accelerator` made afterwards belongs to a run of one
+    process, so that every process can train adapters of its own.
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.accelerator.device_count() == 0
-    state = PartialState(cpu=cpu, timeout=PATIENCE)
-    team = ProcessGroup(state.process_index, state.num_processes)
-    if team.count > 1:
-        AcceleratorState._reset_state(reset_partial_state=True)  # the process group stays
+    state = PartialState(cpu=cpu, timeout=TIMEOUT)
+    group = ProcessGroup(state.process_index, state.num_processes)
+    if group.count > 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # torch's process group stays
         GradientState._reset_state()
-        for name in LAUNCH:
+        for name in LAUNCH_VARIABLES:
             os.environ.pop(name, None)
-    return team
+    return group

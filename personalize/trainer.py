@@ -1,4 +1,4 @@
-"""What every trainer does around a run: Accelerator and base, trackers, progress, checkpoints, validation, the hub."""
+"""What every trainer does around its run: load the base, show progress, log, save checkpoints, validate, upload."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from personalize import checkpoints, hub
 from personalize.captured import check_capturable
 from personalize.errors import UserError
-from personalize.learning import SingleImageRun
+from personalize.learning import TrainingRun
 from personalize.memory import check_fits, estimate
 from personalize.model import StableDiffusion
 from personalize.validation import validate
@@ -20,12 +20,12 @@ from personalize.validation import validate
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 
 
-def accelerated(config: Any) -> Accelerator:
-    """The Accelerator of a trainer's options, once it is certain that what they ask for is there.
+def make_accelerator(config: Any) -> Accelerator:
+    """The Accelerator of a trainer's options, made after a check that everything they name is available.
 
     Raises:
-        UserError: a tracker that is not installed, a precision that the device has not, a checkpoint or a repository
-            of the hub that is not there.
+        UserError: a tracker that is not installed, a precision that the device does not support, a checkpoint or a hub
+            repository that does not exist or cannot be used.
     """
     check_tracker(config.report_to)
     checkpoints.find(config.output_dir, config.resume_from_checkpoint)
@@ -39,8 +39,8 @@ def accelerated(config: Any) -> Accelerator:
     except ValueError as error:  # e.g. bf16 on an old GPU
         raise UserError(f"--mixed_precision {config.mixed_precision} does not work here: {error}") from None
     if config.mixed_precision != "no" and not accelerator.native_amp:  # fp16 on a CPU would silently be fp32
-        where = accelerator.device.type
-        raise UserError(f"--mixed_precision {config.mixed_precision} does not work on this {where}: use bf16 or no")
+        device = accelerator.device.type
+        raise UserError(f"--mixed_precision {config.mixed_precision} does not work on this {device}: use bf16 or no")
     if config.cuda_graph:
         autocast = config.mixed_precision == "fp16" or config.load_in_4bit
         check_capturable(config, accelerator.device, accelerator.num_processes, autocast=autocast)
@@ -50,29 +50,33 @@ def accelerated(config: Any) -> Accelerator:
 
 
 def check_tracker(name: str | None) -> None:
-    """UserError unless the package of tracker `name` is installed; of "all", any one."""
+    """UserError unless the package of the tracker `name` is installed; "all" needs any one of them."""
     wanted = TRACKERS if name == "all" else () if name is None else (name,)
     if wanted and not any(map(find_spec, wanted)):
         raise UserError(f"--report_to {name} needs the package {' or '.join(wanted)}: pip install {wanted[0]}")
 
 
 def repository(config: Any) -> str:
-    """The name on the hub: as given, else that of the output folder."""
+    """The repository's name on the hub: the given one, or that of the output folder."""
     return config.hub_model_id or config.output_dir.resolve().name
 
 
 def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = False) -> StableDiffusion:
-    """The base in the precision that `config` asks for: bf16 means bf16 weights, in half the memory.
+    """Load the base model in the precision that `config` asks for.
 
-    Under fp16 the UNet stays fp32 behind autocast, and so it does for `full_weights` to be trained.  In 4 bits what
-    is left is bf16 everywhere; what that saves is printed.
+    bf16 means bf16 weights, in half the memory.  Under fp16, or if the base's own weights are trained (`full_weights`),
+    the UNet stays in fp32 behind autocast.  With load_in_4bit all that is not in 4 bits is bf16; the memory it saves is
+    printed.
+
+    Raises:
+        UserError: `full_weights` together with load_in_4bit.
     """
     if full_weights and config.load_in_4bit:
         raise UserError("full_kv trains the base's own weights, which cannot be in 4 bits: leave one of them out")
-    half = config.mixed_precision == "bf16" and not full_weights
+    bf16 = config.mixed_precision == "bf16" and not full_weights
     model = StableDiffusion.load(
         config.pretrained_model_name_or_path, device=accelerator.device,
-        dtype=torch.bfloat16 if half or config.load_in_4bit else torch.float32,
+        dtype=torch.bfloat16 if bf16 or config.load_in_4bit else torch.float32,
         revision=config.revision, variant=config.variant,
     )  # fmt: skip
     if config.load_in_4bit:
@@ -81,8 +85,8 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
     return model
 
 
-def train(config: Any, run: SingleImageRun, name: str) -> None:
-    """Make the updates, with an estimate before, progress, tracking, validation pictures and checkpoints."""
+def train(config: Any, run: TrainingRun, name: str) -> None:
+    """Make all updates of `run`, with a memory estimate before, and progress, logs, validation and checkpoints."""
     from rich.progress import Progress
 
     accelerator = run.accelerator
@@ -105,7 +109,7 @@ def train(config: Any, run: SingleImageRun, name: str) -> None:
                 validate(run, config)
 
 
-def _resume(config: Any, run: SingleImageRun) -> None:
+def _resume(config: Any, run: TrainingRun) -> None:
     checkpoint = checkpoints.find(config.output_dir, config.resume_from_checkpoint)
     if checkpoint is not None:
         run.resume(checkpoint)
@@ -115,7 +119,7 @@ def _resume(config: Any, run: SingleImageRun) -> None:
 
 
 def finish(config: Any, accelerator: Accelerator) -> Path:
-    """Upload what was saved, if that is wanted, and close the trackers; returns the adapter's folder."""
+    """Upload the saved adapter if `config` asks for it, and close the trackers; returns the adapter's folder."""
     if accelerator.is_main_process:
         print(f"Adapter: {config.output_dir}")
         if config.push_to_hub:

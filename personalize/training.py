@@ -1,4 +1,4 @@
-"""The training loop: one generator for every objective, driven by Accelerate."""
+"""The training loop, as one generator for every objective, and the optimizer and contexts it needs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from personalize.model import StableDiffusion
 def adamw(
     groups: list[dict[str, Any]], device: torch.device, *, use_8bit: bool = False, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """AdamW over `groups`, without decay unless they say so; with `use_8bit` its moments take one byte each.
+    """AdamW over the parameter `groups`; a group's own "weight_decay" overrides the argument.
 
-    bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits.
+    With `use_8bit` each moment takes one byte instead of four, except in tensors of fewer than 4,096 entries, which
+    bitsandbytes keeps in 32 bits.
 
     Raises:
         UserError: bitsandbytes is not installed.
     """
     if not use_8bit:
-        on_cuda = device.type == "cuda"  # where a graph may hold it: its step number lives there
+        on_cuda = device.type == "cuda"  # there a CUDA graph may hold the optimizer: keep its step count on the device
         fused = on_cuda or device.type == "cpu"
         return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused, capturable=on_cuda)
     try:
@@ -42,7 +43,7 @@ def adamw(
 
 @contextmanager
 def restored(model: StableDiffusion) -> Iterator[None]:
-    """Take the adapters away afterwards, and put every `requires_grad` back."""
+    """Run the body; afterwards remove every adapter from `model`, all gradients, and restore each `requires_grad`."""
     parts = (model.unet, *model.text_encoders)
     flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
     try:
@@ -55,26 +56,30 @@ def restored(model: StableDiffusion) -> Iterator[None]:
 
 
 def training_dtype(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
-    """What the base's weights have to be turned into for `accelerator`'s precision; None: they stay as they are.
+    """The dtype to cast the base's weights to for training with `accelerator`; None if they stay as they are.
 
-    bf16 weights need no autocast, which casts weights and norms anew in each pass; fp16's overflow needs its fp32.
+    For bf16, an fp32 base is cast once: autocast would cast weights in every pass.  For fp16 the weights stay fp32
+    behind autocast, which keeps what overflows in fp16 in fp32.
     """
-    wanted = accelerator is not None and accelerator.mixed_precision == "bf16" and model.dtype == torch.float32
-    return torch.bfloat16 if wanted else None
+    cast = accelerator is not None and accelerator.mixed_precision == "bf16" and model.dtype == torch.float32
+    return torch.bfloat16 if cast else None
 
 
-def set_autocast(accelerator: Accelerator, wanted: bool) -> None:
-    """Let what `accelerator` prepares from now on run in the precision of its weights, if `wanted`."""
-    accelerator.autocast_handler = AutocastKwargs(enabled=not wanted)  # pyright: ignore
+def set_autocast(accelerator: Accelerator, *, enabled: bool) -> None:
+    """Switch autocast on or off for the modules that `accelerator` prepares from now on."""
+    accelerator.autocast_handler = AutocastKwargs(enabled=enabled)  # pyright: ignore
 
 
 @contextmanager
-def gradient_checkpointing(unet: Any, wanted: bool = True) -> Iterator[None]:
-    """Run the body with gradient checkpointing: of each block only the inputs are kept for the backward pass."""
+def gradient_checkpointing(unet: Any, enabled: bool = True) -> Iterator[None]:
+    """Run the body with gradient checkpointing in `unet`, if `enabled`; afterwards its settings are as before.
+
+    Of each block only the inputs are kept for the backward pass, which computes the rest again.
+    """
     blocks = [vars(module) for module in unet.modules() if "gradient_checkpointing" in vars(module)]
     before = [{key: block[key] for key in _CHECKPOINTING if key in block} for block in blocks]
     try:
-        if wanted:
+        if enabled:
             unet.enable_gradient_checkpointing()
         yield
     finally:
@@ -88,12 +93,12 @@ _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class NonFiniteError(UserError):
-    """Training met a value that is no number, and stopped before it could touch the weights."""
+    """A loss or gradient was NaN or infinite; training stopped before it changed the weights."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in one optimiser update (counted from 1): detached losses and the rates that were used."""
+    """The result of one optimizer update (counted from 1): detached losses, and the learning rates that were used."""
 
     update: int
     losses: dict[str, Tensor]
@@ -102,14 +107,14 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Stop when an update's loss is under `loss` once more than `samples` samples have been used, of `batch` each."""
+    """Stop at the first loss below `loss` after `samples` samples; an update uses `batch` samples."""
 
     loss: float
     batch: int
     samples: int = 350
 
     def __call__(self, update: int, loss: Tensor) -> bool:
-        """`update` counts the finished ones; the loss is looked at only when it can matter."""
+        """Is it time to stop, after `update` updates?  The loss is read from the device only if it can matter."""
         return update * self.batch > self.samples and float(loss) < self.loss
 
 
@@ -124,19 +129,24 @@ def training_steps(
     first_update: int = 0,
     early_stop: EarlyStop | None = None,
 ) -> Iterator[StepReport]:
-    """Train `objective` on `batches`, yielding after each optimiser update.
+    """Train `objective` on `batches`, yielding a report after each optimizer update.
 
-    `objective`, `optimizer` and `lr_scheduler` must come out of `accelerator.prepare`; `batches` are this process's,
-    `accelerator.gradient_accumulation_steps` of them to an update, of equal size.  The reported losses are means over
-    those batches.  `early_stop` ends the loop before its update is applied.  The caller's `for` body logs, saves and
-    stops: there are no callbacks.
+    There are no callbacks: the body of the caller's `for` loop logs, saves and stops.
+
+    Args:
+        objective, optimizer, lr_scheduler: as returned by `accelerator.prepare`.
+        batches: those of this process, of equal size, `accelerator.gradient_accumulation_steps` to an update.  Reported
+            losses are means over the batches of an update.
+        max_grad_norm: clip the gradient to this norm.
+        first_update: number of updates that were made before.
+        early_stop: ends the loop, without applying the update whose loss it stops at.
 
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
     """
     update, sums, losses = first_update, {}, {}
-    learns = {name: p for name, p in objective.named_parameters() if p.requires_grad}  # asked once: UNets are large
-    accelerator.step = 0  # an accumulation that was broken off before leaves nothing behind
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}  # once: it takes long
+    accelerator.step = 0  # in case an earlier loop stopped amid an accumulation
     for batch in batches:
         with accelerator.accumulate(objective):
             terms: LossTerms = objective(batch)
@@ -147,7 +157,9 @@ def training_steps(
                 if early_stop is not None and early_stop(update, losses["loss"]):
                     optimizer.zero_grad(set_to_none=True)
                     return
-                _guard(objective, learns, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1)
+                _check_and_clip(
+                    objective, trained, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1
+                )
             rates = tuple(group["lr"] for group in optimizer.param_groups)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -164,14 +176,14 @@ def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 def _means(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Means over this update's batches and over all processes, which so decide alike."""
+    """Means over this update's batches and over all processes, so that all processes stop at the same update."""
     means = {name: value / accelerator.gradient_accumulation_steps for name, value in sums.items()}
     return accelerator.reduce(means, "mean") if accelerator.num_processes > 1 else means  # pyright: ignore
 
 
-def _guard(
+def _check_and_clip(
     objective: nn.Module,
-    learns: dict[str, nn.Parameter],
+    trained: dict[str, nn.Parameter],
     batch: dict[str, Tensor],
     loss: Tensor,
     optimizer: torch.optim.Optimizer,
@@ -179,15 +191,16 @@ def _guard(
     max_grad_norm: float | None,
     update: int,
 ) -> None:
-    """Unscale and clip the gradients; refuse those that are no numbers, naming the first such tensor.
+    """Unscale and clip the gradients; raise NonFiniteError, naming the first tensor, if one is NaN or infinite.
 
-    With a loss scaler (fp16) an overflow is its business, it skips the update and halves the scale, as long as the
-    scale is above 1.
+    An overflow under a loss scaler (fp16) is no error while the scale is above 1: the scaler then skips the update and
+    halves the scale.
     """
     if not torch.isfinite(loss):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {_cause(objective, batch)}; {ADVICE}")
-    named = {name: p.grad for name, p in learns.items() if p.grad is not None}
+        cause = _nonfinite_cause(objective, batch)
+        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {cause}; {ADVICE}")
+    named = {name: p.grad for name, p in trained.items() if p.grad is not None}
     accelerator.unscale_gradients(optimizer)
     norm = get_total_norm(named.values())
     if not torch.isfinite(norm):
@@ -197,17 +210,17 @@ def _guard(
             optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {ADVICE}")
     elif max_grad_norm is not None:
-        parameters = [p for p in learns.values() if p.grad is not None]
+        parameters = [p for p in trained.values() if p.grad is not None]
         clip_grads_with_norm_(parameters, max_grad_norm, norm)
 
 
-def _cause(objective: nn.Module, batch: dict[str, Tensor]) -> str:
-    """The first tensor that is not finite of those the loss was made of."""
+def _nonfinite_cause(objective: nn.Module, batch: dict[str, Tensor]) -> str:
+    """For the message: the first tensor that is not finite among the batch and the parameters."""
     tensors = {f"the batch's {name}": part for name, part in batch.items() if isinstance(part, Tensor)}
     tensors |= dict(objective.named_parameters())
-    bad = (name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all())
-    name = next(bad, None)
-    return f"for {name} is not finite" if name else "though all it was made of is finite: the forward pass overflowed"
+    names = (name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all())
+    name = next(names, None)
+    return f"because {name} is not finite" if name else "from finite inputs and weights: the forward pass overflowed"
 
 
-ADVICE = "nothing was changed by this update: lower --learning_rate, or use --mixed_precision no"
+ADVICE = "this update changed nothing: lower --learning_rate, or use --mixed_precision no"

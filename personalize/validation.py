@@ -1,4 +1,4 @@
-"""Pictures drawn while training, by the very code that draws them afterwards; a failed one never ends the run."""
+"""Validation pictures drawn while training, by the code of `personalize edit`; a failure never ends the run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from personalize.files import write_file
 from personalize.pictures import png
 
 if TYPE_CHECKING:
-    from personalize.learning import SingleImageRun
+    from personalize.learning import TrainingRun
 
 FOLDER = "validation"
 
 
-def draw(run: SingleImageRun, prompt: str, *, count: int, steps: int) -> list[Image.Image]:
-    """`count` pictures of `prompt` (seeds 0, 1, …) by the adapter as it is now; the run is left as it was."""
-    with run.showing() as adapter:
+def draw(run: TrainingRun, prompt: str, *, count: int, steps: int) -> list[Image.Image]:
+    """`count` pictures of `prompt` (seeds 0, 1, …) by the adapter as it is now; training can go on afterwards."""
+    with run.adapter_removed() as adapter:
         return Editor(run.model, adapter).edit(prompt, seeds=range(count), sampling=Sampling(steps))
 
 
-def validate(run: SingleImageRun, config: Any) -> list[Path]:
-    """Draw --validation_prompt, write output_dir/validation/N-i.png, and show the trackers; a failure is a warning.
+def validate(run: TrainingRun, config: Any) -> list[Path]:
+    """Draw --validation_prompt, write output_dir/validation/N-i.png, and log the pictures; returns their paths.
 
-    On the main process only: the others go on and wait at the next update.
+    A failure becomes a warning.  Only the main process draws; the others wait for it at the next update.
     """
     if not run.accelerator.is_main_process:
         return []
@@ -39,15 +39,15 @@ def validate(run: SingleImageRun, config: Any) -> list[Path]:
         paths = [config.output_dir / FOLDER / f"{run.update:06d}-{number}.png" for number in range(len(images))]
         for path, image in zip(paths, images, strict=True):
             write_file(path, png(image))
-        _show(run, images)
-    except Exception as error:  # whatever it is, the training is worth more
+        _log_images(run, images)
+    except Exception as error:  # any failure: pictures must not cost the training
         reason = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"update {run.update}: no validation pictures, training goes on: {reason}", stacklevel=2)
         return []
     return paths
 
 
-def _show(run: SingleImageRun, images: Sequence[Image.Image]) -> None:
+def _log_images(run: TrainingRun, images: Sequence[Image.Image]) -> None:
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             stack = np.stack([np.asarray(image) for image in images])

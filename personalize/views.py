@@ -1,8 +1,8 @@
-"""Views of one square picture for training: mirrored, far away on a grey canvas, or zoomed in, and how prompts say so.
+"""Data augmentation of one square picture: mirrored, shrunk onto a grey canvas, or zoomed in, with a matching prompt.
 
-For a canvas of R px a size s is drawn: with probability ⅔ uniform in [R/3, R], with ⅓ in [1.2 R, 1.4 R).
+For a canvas of R px a size s is drawn, with probability ⅔ uniformly from [R/3, R], with ⅓ from [1.2 R, 1.4 R).
 
-    s < 0.6 R   26.6 %   "a far away", "very small"    the picture at s×s px somewhere on mid grey
+    s < 0.6 R   26.6 %   "a far away", "very small"    the picture at s×s px, anywhere on mid grey
     s > R       33.3 %   "zoomed in", "close up"       R×R px cut out of the picture at s×s px
     otherwise   40.0 %   no prefix                     the picture at R×R px
 
@@ -24,7 +24,10 @@ FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 @dataclass(frozen=True)
 class View:
-    """The picture at `size` px, mirrored if `flip`, its corner (`top`, `left`) on the canvas; `prefix` says so."""
+    """One way to show the picture: at `size` px, mirrored if `flip`, its corner at (`top`, `left`) of the canvas.
+
+    prefix: what the prompt has to begin with, e.g. "zoomed in ".
+    """
 
     size: int
     top: int = 0
@@ -34,7 +37,7 @@ class View:
 
 
 def draw_view(side: int, rng: torch.Generator, *, augment: bool = True) -> View:
-    """A random view for a canvas of `side` px; without `augment` only mirrored or not."""
+    """A random view for a canvas of `side` px; without `augment` the picture is mirrored or not, and nothing else."""
     flip = bool(torch.rand((), generator=rng) < 0.5)
     if not augment:
         return View(side, flip=flip)
@@ -50,8 +53,11 @@ def draw_view(side: int, rng: torch.Generator, *, augment: bool = True) -> View:
     return View(side, flip=flip)
 
 
-def shown(image: Image.Image, view: View, side: int) -> Tensor:
-    """`image` (square) as `view` shows it: (3, R, R) in [−1, 1], or (1, R, R) in [0, 1] for mode L; the canvas is 0."""
+def render_view(image: Image.Image, view: View, side: int) -> Tensor:
+    """Draw the square `image` as `view` says on a canvas of R = `side` px, which is 0 where nothing is shown.
+
+    Returns (3, R, R) in [−1, 1], or for a grey `image` (mode L, a mask) (1, R, R) in [0, 1].
+    """
     if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     how = Image.Resampling.BOX if image.mode == "L" else Image.Resampling.BICUBIC
@@ -65,7 +71,10 @@ def shown(image: Image.Image, view: View, side: int) -> Tensor:
 
 
 def canvas_mask(view: View, side: int, factor: int) -> Tensor:
-    """Which latents count, (1, h, w) in {0, 1}: all, or of a far view those inside its square, one cell off its rim."""
+    """Which latents count in the loss, (1, h, w) in {0, 1}: all, or for a shrunk picture those inside its square.
+
+    The cells at the square's border do not count.
+    """
     cells = side // factor
     mask = torch.ones(1, cells, cells)
     if view.size < side:
@@ -75,17 +84,17 @@ def canvas_mask(view: View, side: int, factor: int) -> Tensor:
     return mask
 
 
-def squared(image: Image.Image) -> Image.Image:
+def crop_square(image: Image.Image) -> Image.Image:
     """The largest square from the middle of `image`."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
-def arranged(prompt: str, phrases: Sequence[str], order: Sequence[int]) -> str:
-    """`prompt` with its `phrases` in another `order`: the place of phrase i takes phrase order[i].
+def reorder_phrases(prompt: str, phrases: Sequence[str], order: Sequence[int]) -> str:
+    """`prompt` with its `phrases` in another `order`: phrase order[i] takes the place of phrase i.
 
-    ("<a> cat and <b> dog", order (1, 0)) → "<b> dog and <a> cat".  Every phrase occurs once.
+    With order (1, 0), "<a> cat and <b> dog" becomes "<b> dog and <a> cat".  Every phrase must occur once.
     """
     for index, phrase in enumerate(phrases):
         prompt = prompt.replace(phrase, f"\0{index}\0", 1)
@@ -94,14 +103,14 @@ def arranged(prompt: str, phrases: Sequence[str], order: Sequence[int]) -> str:
     return prompt
 
 
-def draw_order(count: int, share: float, rng: torch.Generator) -> list[int]:
-    """The order of the subjects: with probability `share` another one than as written (uniformly), for `count` > 1."""
+def draw_order(count: int, probability: float, rng: torch.Generator) -> list[int]:
+    """A random order of `count` subjects: with `probability` another than the written one (0, 1, …), if `count` > 1."""
     order = list(range(count))
-    if count < 2 or torch.rand((), generator=rng) >= share:
+    if count < 2 or torch.rand((), generator=rng) >= probability:
         return order
-    while (found := torch.randperm(count, generator=rng).tolist()) == order:
+    while (drawn := torch.randperm(count, generator=rng).tolist()) == order:
         pass
-    return found
+    return drawn
 
 
 def _integer(low: int, high: int, rng: torch.Generator) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from personalize import captured
-from personalize.captured import GraphedStep, check_capturable, replayed
+from personalize.captured import GraphedStep, check_capturable, replay_steps
 from personalize.errors import UserError
 from personalize.learning import SingleImageRun, single_image_run
 from personalize.randomness import generator
@@ -26,16 +26,16 @@ SMALL = SingleImageConfig(rank=2, max_train_samples=8, train_batch_size=2, targe
 
 
 @contextmanager
-def run_of(recipe: SingleImageConfig = SMALL) -> Iterator[SingleImageRun]:
+def run_of(config: SingleImageConfig = SMALL) -> Iterator[SingleImageRun]:
     pixels = torch.randn(1, 3, 64, 64, generator=generator(0, "picture")).clamp(-1, 1)
-    with single_image_run(tiny_sd1(), pixels, "a red cat", recipe) as run:
+    with single_image_run(tiny_sd1(), pixels, "a red cat", config) as run:
         yield run
 
 
 def static(run: SingleImageRun) -> GraphedStep:
-    batches = run.picture.batches(run.share, 0, run.updates)
-    norm = run.recipe.max_grad_norm
-    more = {"max_grad_norm": norm, "accumulation": run.share.accumulation}
+    batches = run.dataset.batches(run.shard, 0, run.updates)
+    norm = run.config.max_grad_norm
+    more = {"max_grad_norm": norm, "accumulation": run.shard.accumulation}
     return GraphedStep(run.objective, batches, run.optimizer.optimizer, run.model.device, **more)  # pyright: ignore
 
 
@@ -61,12 +61,12 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_speed_static_step_equals_the_loop(accumulation: int) -> None:
-    recipe = replace(SMALL, gradient_accumulation_steps=accumulation)
-    with run_of(recipe) as run:
+    config = replace(SMALL, gradient_accumulation_steps=accumulation)
+    with run_of(config) as run:
         looped = [float(report.losses["loss"]) for report in run.steps()]
         plain = learned(run)
-    with run_of(recipe) as run:
-        stepped = [float(report.losses["loss"]) for report in replayed(static(run))]
+    with run_of(config) as run:
+        stepped = [float(report.losses["loss"]) for report in replay_steps(static(run))]
         graphed = learned(run)
     assert stepped == looped and len(looped) == 4 // accumulation
     # bit-equal but for the clipping factor, which the loop's own function computes in another order
@@ -83,7 +83,7 @@ def test_speed_static_step_has_one_shape_one_place_and_no_word_to_the_host() -> 
                 step()
             records.append(recorder.ran)
             state = [t for s in step.optimizer.state.values() for t in s.values()]
-            tensors = [*step.parameters, *state, *step.table.values(), step.count, step.losses, step.stopped]
+            tensors = [*step.parameters, *state, *step.samples.values(), step.count, step.losses, step.stopped]
             places.append([tensor.data_ptr() for tensor in tensors])
     assert records[0] == records[1] == records[2] and len(records[0]) > 1000
     assert places[0] == places[1] == places[2]
@@ -95,9 +95,9 @@ def test_speed_a_number_that_is_none_stops_before_the_weights() -> None:
         good = learned(run)
     with run_of() as run:
         step = static(run)
-        step.table["noise"][2, 0, 0, 0, 0, 0] = torch.nan  # the third update's
-        with pytest.raises(NonFiniteError, match="update 3: its loss or a gradient is no number"):
-            for _ in replayed(step):
+        step.samples["noise"][2, 0, 0, 0, 0, 0] = torch.nan  # the third update's
+        with pytest.raises(NonFiniteError, match="update 3: its loss or a gradient is not finite"):
+            for _ in replay_steps(step):
                 pass
         assert len(expected) == 2
         assert all(torch.allclose(tensor, good[name], rtol=0, atol=1e-7) for name, tensor in learned(run).items())
@@ -133,8 +133,8 @@ def test_speed_graph_equals_the_loop_on_cuda() -> None:
     pixels = torch.randn(1, 3, 64, 64, generator=generator(0, "picture")).clamp(-1, 1)
     found = []
     for graphed in (False, True):
-        recipe = replace(SMALL, max_train_samples=20, max_grad_norm=None, cuda_graph=graphed)
-        with single_image_run(model, pixels, "a red cat", recipe) as run:
+        config = replace(SMALL, max_train_samples=20, max_grad_norm=None, cuda_graph=graphed)
+        with single_image_run(model, pixels, "a red cat", config) as run:
             losses = [float(report.losses["loss"]) for report in run.steps()]
             found.append((losses, learned(run)))
     assert len(found[0][0]) == 10 > captured.WARM

@@ -13,7 +13,7 @@ from PIL import Image
 
 from personalize import catalogue
 from personalize.adapter import Adapter
-from personalize.catalogue import Catalogue, Results, finished, run, write_table
+from personalize.catalogue import Catalogue, Results, is_finished, learn_catalogue, write_table
 from personalize.catalogue_table import read_items
 from personalize.errors import UserError
 from personalize.recipes import SingleImageConfig
@@ -57,7 +57,7 @@ def learned(shop, path, model=None, load=None):
     """Every row's status by name, after a run."""
     items, refused = read_items(path, SHORT)
     shared = Catalogue(shop / "out", SHORT)
-    rows = run(items, refused, shared, load or (lambda: model or tiny("sd1")), ProcessGroup())
+    rows = learn_catalogue(items, refused, shared, load or (lambda: model or tiny("sd1")), ProcessGroup())
     return {row["name"]: row for row in rows}
 
 
@@ -69,7 +69,7 @@ def test_rows_have_names_captions_and_options(shop):
     assert items[0].options == {"rank": 4} and items[1].options == {"standalone": True}
     assert items[1].caption == "a dog, in the park" and items[1].line == 3
     shared = Catalogue(shop / "out", SHORT)
-    assert shared.recipe_of(items[0]).rank == 4 and shared.recipe_of(items[1]) == replace(SHORT, standalone=True)
+    assert shared.config_of(items[0]).rank == 4 and shared.config_of(items[1]) == replace(SHORT, standalone=True)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_run_killed_in_the_middle_goes_on_where_it_was(shop):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     items, _ = read_items(path, SHORT)
     rows, shared = Results(shop / "out" / "results").rows(), Catalogue(shop / "out", SHORT)
-    assert [finished(item, rows, shared) for item in items] == [True, False]
+    assert [is_finished(item, rows, shared) for item in items] == [True, False]
     before = (shop / "out" / "cat" / "adapter.json").stat().st_mtime_ns
     assert {row["status"] for row in learned(shop, path, model).values()} == {"done"}
     assert (shop / "out" / "cat" / "adapter.json").stat().st_mtime_ns == before
@@ -211,13 +211,13 @@ def test_rows_are_shared_out_without_gap_or_overlap(shop, monkeypatch):
     class Apart(ProcessGroup):
         """What is gathered from the others is known only as far as they have come."""
 
-        def gathered(self, value):
+        def all_gather(self, value):
             return [value]
 
     shares = []
     for index in range(3):
         taken.clear()
-        run(items, [], Catalogue(shop / f"out-{index}", SHORT), lambda: object(), Apart(index, 3))
+        learn_catalogue(items, [], Catalogue(shop / f"out-{index}", SHORT), lambda: object(), Apart(index, 3))
         shares.append(list(taken))
     assert sorted(sum(shares, [])) == [f"n{number}" for number in range(7)] and [len(s) for s in shares] == [3, 2, 2]
 
@@ -234,9 +234,9 @@ def test_speed_rows_of_one_size_are_learned_together(shop, capsys):
     path = table(shop, "cat.png,a cat,", "wide.png,a wall,", "broken.png,a cat,x", "dog.png,a dog,")
     items, refused = read_items(path, SHORT)
     shared = Catalogue(shop / "out", SHORT, adapters_per_batch=4)
-    groups = catalogue.grouped(items, shared, 64, 32)
+    groups = catalogue.group_rows(items, shared, 64, 32)
     assert [[item.name for item in group] for group in groups] == [["cat", "dog"], ["wide"], ["x"]]
-    rows = {row["name"]: row for row in run(items, refused, shared, lambda: tiny("sd1"), ProcessGroup())}
+    rows = {row["name"]: row for row in learn_catalogue(items, refused, shared, lambda: tiny("sd1"), ProcessGroup())}
     assert {name: row["status"] for name, row in rows.items()} == dict(cat="done", dog="done", wide="done", x="failed")
     assert "one at a time" not in capsys.readouterr().out
     for name in ("cat", "dog"):
@@ -248,6 +248,6 @@ def test_speed_rows_that_fail_together_are_tried_alone(shop, capsys, monkeypatch
     monkeypatch.setattr(catalogue, "learn_batched", lambda *_, **__: (_ for _ in ()).throw(MemoryError("too large")))
     items, refused = read_items(table(shop, "cat.png,a cat,", "dog.png,a dog,"), SHORT)
     shared = Catalogue(shop / "out", SHORT, adapters_per_batch=2)
-    rows = run(items, refused, shared, lambda: tiny("sd1"), ProcessGroup())
+    rows = learn_catalogue(items, refused, shared, lambda: tiny("sd1"), ProcessGroup())
     assert [row["status"] for row in rows] == ["done", "done"]
     assert "lines 2 to 3 are learned one at a time: too large" in capsys.readouterr().out

@@ -29,7 +29,7 @@ def test_round_trip_goes_on_exactly(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, checkpoint(2))
     parameters, optimizer = trained(0)
     found = checkpoints.find(tmp_path, "latest")
-    assert found is not None and found.update == 2 and found.about == {"rank": 2}
+    assert found is not None and found.update == 2 and found.metadata == {"rank": 2}
     checkpoints.restore(found, parameters, optimizer)
     optimizer.zero_grad()
     sum((p**3).sum() for p in parameters.values()).backward()  # type: ignore[union-attr]

@@ -41,7 +41,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     preset = tmp_path / "configs" / "small" / "miniature.yaml"
     preset.parent.mkdir(parents=True)
     preset.write_text("learning_rate: 2e-3\n", encoding="utf-8")
-    monkeypatch.setattr(launching, "home", lambda: tmp_path)
+    monkeypatch.setattr(launching, "scripts_home", lambda: tmp_path)
     monkeypatch.delitem(sys.modules, "train.miniature", raising=False)
     return tmp_path
 
@@ -137,18 +137,18 @@ def test_a_script_runs_in_process_with_its_preset(capsys: pytest.CaptureFixture[
     ],
 )
 def test_what_a_user_can_mend_has_no_traceback(capsys: pytest.CaptureFixture[str], error, code: int, says: str):
-    assert cli.guarded(lambda: (_ for _ in ()).throw(error)) == code
+    assert cli.to_exit_code(lambda: (_ for _ in ()).throw(error)) == code
     assert capsys.readouterr().err == (f"personalize: {says}\n" if says else "")
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EBADF, "Bad file descriptor"), KeyError("k")])
 def test_a_bug_keeps_its_traceback(error: Exception):
     with pytest.raises(type(error)):
-        cli.guarded(lambda: (_ for _ in ()).throw(error))
+        cli.to_exit_code(lambda: (_ for _ in ()).throw(error))
 
 
 def test_noise_of_other_libraries_is_held_back(caplog: pytest.LogCaptureFixture):
-    cli.quiet()
+    cli.silence_libraries()
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
     logger.warning("something that matters")
@@ -175,7 +175,10 @@ def test_every_option_is_documented():
     files = {path: "Config" for room in cli.SCRIPT_FOLDERS for path in launching.scripts(room).values()}
     classes = [(path, name) for path, name in files.items()]
     classes += [(Path(inspect.getfile(config)), config.__name__) for config, _ in COMMANDS.values()]
-    shared = ["BaseModelOptions", "InferenceOptions", "RunOptions", "PriorPreservationOptions", "LoraTrainingConfig", "SingleImageConfig", "MultiConceptConfig"]
+    shared = [
+        "BaseModelOptions", "InferenceOptions", "RunOptions", "PriorPreservationOptions", "LoraTrainingConfig",
+        "SingleImageConfig", "MultiConceptConfig",
+    ]  # fmt: skip
     classes += [(ROOT / "personalize" / "recipes.py", name) for name in shared]
     for path, name in classes:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -188,7 +191,7 @@ def test_every_option_is_documented():
 def test_every_preset_is_accepted():
     """Every YAML file below configs/ but those for Accelerate itself names a script, and only options of it."""
     scripts = {**launching.scripts("train"), **launching.scripts("export")}
-    for path in (launching.home() / "configs").rglob("*.yaml"):
+    for path in (launching.scripts_home() / "configs").rglob("*.yaml"):
         if path.parent.name == "accelerate":
             continue
         config = launching.load_script(scripts[path.stem]).Config
@@ -251,7 +254,7 @@ def test_environment_of_the_processes(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_launched_process_leaves_its_line_to_the_parent(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv(launching.ERROR_FILE, str(tmp_path / "errors"))
-    assert launching.complain("a\nb") == 2 and capsys.readouterr().err == ""
+    assert launching.report_error("a\nb") == 2 and capsys.readouterr().err == ""
     assert json.loads((tmp_path / "errors").read_text()) == "a b"
 
 

@@ -40,8 +40,8 @@ PICTURE = ConceptPicture(photo(), (CAT, DOG))
 EXAMPLES = (ClassImage("photo of a cat and dog", Image.new("RGB", (64, 64), "gray")),)
 
 
-def taught(model: StableDiffusion, recipe: MultiConceptConfig = SMALL, **options: Any) -> Adapter:
-    with multi_concept_run(model, PICTURE, recipe, **options) as run:
+def taught(model: StableDiffusion, config: MultiConceptConfig = SMALL, **options: Any) -> Adapter:
+    with multi_concept_run(model, PICTURE, config, **options) as run:
         for report in run.steps():
             assert bool(report.losses["loss"].isfinite())
         return run.adapter()
@@ -60,7 +60,7 @@ def model() -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def unbroken(model: StableDiffusion) -> Adapter:
-    return taught(model, examples=EXAMPLES)
+    return taught(model, class_images=EXAMPLES)
 
 
 def test_a_run_changes_adapter_and_tokens_and_leaves_no_trace(model: StableDiffusion, unbroken: Adapter) -> None:
@@ -78,14 +78,14 @@ def test_a_run_changes_adapter_and_tokens_and_leaves_no_trace(model: StableDiffu
 
 def test_disendiff_g_resuming_is_equal_to_the_bit(model: StableDiffusion, unbroken: Adapter, tmp_path: Path) -> None:
     torch.manual_seed(99)  # global state plays no part
-    with multi_concept_run(model, PICTURE, SMALL, examples=EXAMPLES) as run:
+    with multi_concept_run(model, PICTURE, SMALL, class_images=EXAMPLES) as run:
         next(run.steps())
         run.save_checkpoint(tmp_path)
-    with multi_concept_run(model, PICTURE, SMALL, examples=EXAMPLES) as run:
+    with multi_concept_run(model, PICTURE, SMALL, class_images=EXAMPLES) as run:
         run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
         assert [report.update for report in run.steps()] == [2]
         assert same(run.adapter(), unbroken)
-    with multi_concept_run(model, PICTURE, replace(SMALL, calibration_weight=0.5), examples=EXAMPLES) as run:
+    with multi_concept_run(model, PICTURE, replace(SMALL, calibration_weight=0.5), class_images=EXAMPLES) as run:
         with pytest.raises(UserError, match="calibration_weight"):
             run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
 
@@ -174,7 +174,7 @@ def test_maps_are_pictures_before_and_after(model: StableDiffusion) -> None:
         (lambda: ConceptPicture(photo(), (CAT, DOG), masks=(Image.new("L", (90, 72)),)), "as many masks"),
         (lambda: ConceptPicture(photo(), (CAT,), masks=(Image.new("L", (9, 72)),)), "masks are 9×72 px"),
         (lambda: MultiConceptConfig(rank=0), "rank must be above 0"),
-        (lambda: MultiConceptConfig(swap_subjects=2), "share from 0 to 1"),
+        (lambda: MultiConceptConfig(swap_subjects=2), "fraction from 0 to 1"),
         (lambda: MultiConceptConfig(calibration_weight=-1), "0 or more"),
     ],
 )

@@ -50,7 +50,11 @@ def test_forgedit_c21_every_way_of_dealing_out_sees_the_same_samples() -> None:
         return {str(i): torch.cat([v.flatten() for v in rows[i]]) for i in sorted(rows)}
 
     one = drawn(SampleShard(4))
-    for others in ([SampleShard(1, 4)], [SampleShard(2, 1, rank, 2) for rank in (0, 1)], [SampleShard(1, 2, rank, 2) for rank in (0, 1)]):
+    for others in (
+        [SampleShard(1, 4)],
+        [SampleShard(2, 1, rank, 2) for rank in (0, 1)],
+        [SampleShard(1, 2, rank, 2) for rank in (0, 1)],
+    ):
         many = drawn(*others)
         assert all(torch.equal(one[key], many[key]) for key in one)
     assert len({tuple(row.tolist()) for row in one.values()}) == 4  # no sample twice

@@ -21,12 +21,12 @@ def arguments(name, place):
     """What each example is called with: a tiny random base, two steps."""
     base = tiny_folder("sd1", place)
     if name == "train_and_edit":
-        return {"output_dir": place / "out", "base": base, "recipe": SHORT, "steps": 2}
+        return {"output_dir": place / "out", "base": base, "config": SHORT, "steps": 2}
     if name == "catalogue":
-        return {"output_dir": place / "out", "base": base, "recipe": SHORT, "steps": 2}
+        return {"output_dir": place / "out", "base": base, "config": SHORT, "steps": 2}
     if name == "two_concepts":
-        recipe = MultiConceptConfig(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
-        return {"output_dir": place / "out", "base": base, "recipe": recipe, "steps": 2}
+        config = MultiConceptConfig(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
+        return {"output_dir": place / "out", "base": base, "config": config, "steps": 2}
     if name == "edit_photo":
         picture(64, 64).save(place / "photo.png")
         return {"photo": place / "photo.png", "source": "a cat", "target": "a dog", "base": base, "steps": 2}

@@ -48,9 +48,9 @@ def written(run: SingleImageRun, path: Path) -> None:
     write_file(path, tensor_bytes({**adapter.lora, **(adapter.source or {})}))
 
 
-def trained(model, folder: Path, recipe: SingleImageConfig = SMALL) -> int:
+def trained(model, folder: Path, config: SingleImageConfig = SMALL) -> int:
     """Train in `folder`, from its latest checkpoint on, with a checkpoint after every update; where it began."""
-    with single_image_run(model, small_pixels(), CAPTION, recipe) as run:
+    with single_image_run(model, small_pixels(), CAPTION, config) as run:
         found = checkpoints.find(folder, "latest")
         if found is not None:
             run.resume(found)
@@ -83,19 +83,19 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(model, tmp_path: Pa
 
 def test_two_processes_learn_what_one_learns_from_the_doubled_batch(model, tmp_path: Path) -> None:
     """Sums in another order differ by 1e-7; Adam divides by √v, so that entries hardly in use may show 1e-5 of it."""
-    recipe = replace(SMALL, train_batch_size=2, max_train_samples=8)
+    config = replace(SMALL, train_batch_size=2, max_train_samples=8)
 
-    def learned(name: str, recipe: SingleImageConfig) -> list:
+    def learned(name: str, config: SingleImageConfig) -> list:
         drawn, original = [], LatentDataset.sample
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LatentDataset, "sample", lambda s, *key: drawn.append(key) or original(s, *key))
-            with single_image_run(model, small_pixels(), CAPTION, recipe) as run:
+            with single_image_run(model, small_pixels(), CAPTION, config) as run:
                 losses = [float(report.losses["loss"]) for report in run.steps()]
                 written(run, tmp_path / name)
-        return [drawn, losses, run.share.samples]
+        return [drawn, losses, run.shard.samples]
 
-    ranks = together(lambda rank: learned(f"rank{rank}", recipe), 2)
-    (drawn, losses, samples), _ = in_child(lambda: learned("one", replace(recipe, train_batch_size=4)))
+    ranks = together(lambda rank: learned(f"rank{rank}", config), 2)
+    (drawn, losses, samples), _ = in_child(lambda: learned("one", replace(config, train_batch_size=4)))
     first, second = ({tuple(key) for key in rank[0]} for rank in ranks)
     assert first and second and not first & second and first | second == {tuple(key) for key in drawn}
     assert ranks[0][1] == ranks[1][1] == pytest.approx(losses, rel=1e-5) and samples == ranks[0][2] == 4

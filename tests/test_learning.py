@@ -96,7 +96,7 @@ def test_forgedit_c23_resumed_run_is_bit_identical(model: StableDiffusion, unbro
         run.resume(found)
         assert [report.update for report in run.steps()] == [3, 4]
         assert same(run.adapter(), unbroken)
-    with single_image_run(model, pixels(), CAPTION, SMALL) as run:  # the naive resume, without the optimiser's state, is not
+    with single_image_run(model, pixels(), CAPTION, SMALL) as run:  # without the optimizer's state it is not
         forgetful = replace(found, optimizer=run.optimizer.state_dict())
         checkpoints.restore(forgetful, run.objective.trainable(), run.optimizer)
         run.update = 2
@@ -129,7 +129,7 @@ def test_standalone_has_no_source_embedding(model: StableDiffusion) -> None:
 
 
 def test_no_weight_moved_is_said(model: StableDiffusion) -> None:
-    with pytest.warns(UserWarning, match="no adapter weight moved"):
+    with pytest.warns(UserWarning, match="no adapter weight changed"):
         adapter = learn(model, pixels(), CAPTION, replace(SMALL, learning_rate=1e-45, max_train_samples=1))
     assert not any(tensor.any() for name, tensor in adapter.lora.items() if "lora_B" in name)
 
@@ -140,7 +140,9 @@ def test_forgedit_c20_both_parts_learn_and_both_are_needed() -> None:
     with torch.no_grad():
         start = model.prompts([CAPTION])
     first = probe_loss(model, start)
-    quick = SingleImageConfig(rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=32, train_batch_size=2)
+    quick = SingleImageConfig(
+        rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=32, train_batch_size=2
+    )
     adapter = learn(model, pixels(), CAPTION, quick)
     assert adapter.source is not None
     learned = Conditioning(adapter.source["embeds"])
@@ -191,7 +193,7 @@ def test_a_mask_makes_the_outside_count_less(model: StableDiffusion) -> None:
     masks = torch.zeros(1, 1, 64, 64)
     masks[..., :32] = 1
     with single_image_run(model, pixels(), CAPTION, SMALL, masks=masks) as run:
-        weights = next(run.picture.batches(run.share, 0, 1))["weights"]
+        weights = next(run.dataset.batches(run.shard, 0, 1))["weights"]
         assert torch.allclose(weights[..., :8], torch.ones(1, 1, 16, 8))
         assert torch.allclose(weights[..., 8:], torch.full((1, 1, 16, 8), 0.1))
 
@@ -199,17 +201,17 @@ def test_a_mask_makes_the_outside_count_less(model: StableDiffusion) -> None:
 def test_class_pictures_are_learned_beside_their_own_caption(model: StableDiffusion) -> None:
     examples = [ClassImage("a photo of a dog", Image.new("RGB", (70, 90), colour)) for colour in ("red", "blue")]
     settings = replace(SMALL, train_batch_size=2)
-    with single_image_run(model, pixels(), CAPTION, settings, examples=examples) as run:
+    with single_image_run(model, pixels(), CAPTION, settings, class_images=examples) as run:
         reports = list(run.steps())
         assert all(set(report.losses) == {"loss", "mse", "prior"} for report in reports)
         loss = reports[0].losses
         assert torch.allclose(loss["loss"], loss["mse"] + loss["prior"])
-        batch = next(run.picture.batches(run.share, 0, 1))
+        batch = next(run.dataset.batches(run.shard, 0, 1))
         assert batch["rows"].tolist() == [0, 0, 1, 1] and len(batch["latents"]) == 4
         assert not torch.equal(batch["latents"][2], batch["latents"][3])  # red and blue
         assert len(run.objective.embeds) == 1  # the class caption's embedding does not learn
     other = [replace(example, caption="a photo of a fox") for example in examples]
-    with single_image_run(model, pixels(), CAPTION, settings, examples=other) as again:
+    with single_image_run(model, pixels(), CAPTION, settings, class_images=other) as again:
         assert again.data_sha256 != run.data_sha256
 
 

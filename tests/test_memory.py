@@ -35,7 +35,7 @@ def allocated(run: SingleImageRun) -> int:
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe"),
+    ("model", "config"),
     [
         pytest.param(tiny_sd1, SMALL, marks=pytest.mark.slow),
         (tiny_sd1, replace(SMALL, gradient_checkpointing=True)),
@@ -43,12 +43,12 @@ def allocated(run: SingleImageRun) -> int:
     ],
     ids=["tiny", "checkpointed", "embedded"],
 )
-def test_what_an_update_takes(model, recipe: SingleImageConfig) -> None:
+def test_what_an_update_takes(model, config: SingleImageConfig) -> None:
     """Measured: 1 to 4 % too much, for gradients are counted beside the activations that die as they are born."""
     base = model()
     side = base.resolution
     shown = torch.nn.functional.interpolate(pixels(), size=(side, side))
-    with single_image_run(base, shown, CAPTION, recipe) as run:
+    with single_image_run(base, shown, CAPTION, config) as run:
         expected = estimate(run)
         real = allocated(run)
     assert expected.total - expected.base - expected.adapter == pytest.approx(real, rel=0.06)

@@ -24,7 +24,7 @@ def test_a_scene_is_measured_resumed_and_tabled(tmp_path: Path, monkeypatch: pyt
     assert "overlap of the class maps" in text and "× the speed without" in text and "n = 1 scenes" in text
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert len(found["scenes"]) == 1 and {"calibrated/0", "weight 0/0", "do nothing/0", "speed"} <= set(found["cells"])
-    monkeypatch.setattr(multi_concept, "measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(multi_concept, "train_and_measure", lambda *_: pytest.fail("measured again"))
     assert run(options, tiny("sd1")) == text
 
 

@@ -58,19 +58,19 @@ def test_speed_several_adapters_equal_one_at_a_time() -> None:
 def test_speed_adapters_of_one_batch_do_not_touch_one_another() -> None:
     """Another neighbour, the very same bits; two updates, for A has no gradient in the first."""
     model, (first, second, third) = tiny_sd1(), pictures()
-    recipe = replace(SMALL, max_train_samples=2, train_batch_size=1, targets="attention")
-    one, other = learn_batched(model, [first, second], recipe), learn_batched(model, [first, third], recipe)
+    config = replace(SMALL, max_train_samples=2, train_batch_size=1, targets="attention")
+    one, other = learn_batched(model, [first, second], config), learn_batched(model, [first, third], config)
     assert all(torch.equal(tensor, other[0][0].lora[key]) for key, tensor in one[0][0].lora.items())
     with pytest.raises(NonFiniteError):
-        learn_batched(model, [first, (torch.full_like(second[0], torch.nan), "a cat")], recipe)
+        learn_batched(model, [first, (torch.full_like(second[0], torch.nan), "a cat")], config)
 
 
 def test_speed_several_adapters_on_sdxl() -> None:
     """Linear projections and pooled vectors: a gradient of each adapter equals the one it gets alone."""
     model: StableDiffusion = tiny("sdxl")
-    recipe = replace(SMALL, max_train_samples=2, targets="attention")
-    (adapter, _), _ = learn_batched(model, pictures(2), recipe)
-    alone = learn(model, *pictures(1)[0], recipe)
+    config = replace(SMALL, max_train_samples=2, targets="attention")
+    (adapter, _), _ = learn_batched(model, pictures(2), config)
+    alone = learn(model, *pictures(1)[0], config)
     ours, expected = changes(adapter), changes(alone)
     differences = torch.tensor([float((ours[name] - dw).norm() / dw.norm()) for name, dw in expected.items()])
     assert differences.max() <= 2e-3 and differences.median() <= 1e-4

@@ -109,7 +109,7 @@ def test_standalone(base: Path, photo: Path, tmp_path: Path) -> None:
         (["--resume_from_checkpoint", "nowhere"], "no checkpoint at"),
         (["--with_prior_preservation"], "needs class_prompt"),
         (["--instance_mask", "nowhere.png"], "nowhere.png: no such file"),
-        (["--mask_weight", "2"], "mask_weight is a share from 0 to 1"),
+        (["--mask_weight", "2"], "mask_weight is a fraction from 0 to 1"),
         (["--learning_rte", "1"], "did you mean --learning_rate"),
     ],
 )
@@ -131,7 +131,8 @@ def test_a_dreambooth_command_line_pastes() -> None:
         --validation_prompt cat --num_validation_images 2 --push_to_hub --hub_model_id me/dog"""
     config = parse(SCRIPT.Config, line.split(), prog="single_image")
     assert (config.caption, config.rank, config.prior_loss_weight) == ("dog", 4, 0.5)
-    assert SCRIPT.recipe(config, 2).max_train_samples == 9 * 1 * 2 * 2 and SCRIPT.class_prompt(config) == "dogs"
+    assert SCRIPT.training_config(config, 2).max_train_samples == 9 * 1 * 2 * 2
+    assert SCRIPT.class_prompt(config) == "dogs"
 
 
 def test_no_picture_is_an_error() -> None:

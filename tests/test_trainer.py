@@ -14,7 +14,7 @@ from personalize.cli import main
 from personalize.errors import UserError
 from personalize.launching import load_script
 from personalize.model import StableDiffusion
-from personalize.trainer import accelerated, check_tracker
+from personalize.trainer import check_tracker, make_accelerator
 from tests.children import in_child
 
 
@@ -45,7 +45,7 @@ def test_a_precision_the_device_has_not_is_one_line(tmp_path: Path) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         script = load_script(Path(__file__).parents[1] / "train" / "single_image.py")
         with pytest.raises(UserError) as caught:
-            accelerated(script.Config(mixed_precision="fp16", output_dir=tmp_path))
+            make_accelerator(script.Config(mixed_precision="fp16", output_dir=tmp_path))
         return str(caught.value)
 
     told, _ = in_child(refused)  # Accelerate keeps one precision to a process

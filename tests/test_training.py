@@ -179,7 +179,8 @@ def test_checkpointing_gives_the_same_gradients_and_leaves_no_trace() -> None:
             count[0] += tensor.numel()
             return tensor
 
-        with gradient_checkpointing(model.unet, wanted), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with gradient_checkpointing(model.unet, wanted), saved:
             total = single(batch).total
             gradients.append(torch.autograd.grad(total, learns, allow_unused=True))
         kept.append(count[0])
@@ -202,7 +203,7 @@ def test_non_finite_loss_stops_before_the_update() -> None:
     steps = run(line, [torch.ones(3), torch.tensor([1.0, torch.nan, 1.0]), torch.ones(3)])
     next(steps)
     kept = line.w.detach().clone()
-    with pytest.raises(NonFiniteError, match="update 2: the loss is nan, for the batch's x is not finite"):
+    with pytest.raises(NonFiniteError, match="update 2: the loss is nan, because the batch's x is not finite"):
         next(steps)
     assert torch.equal(line.w, kept)
 
@@ -211,7 +212,7 @@ def test_a_spoilt_weight_is_named_and_an_overflow_called_so() -> None:
     line = Line()
     with torch.no_grad():
         line.quiet.fill_(torch.inf)
-    with pytest.raises(NonFiniteError, match="for quiet is not finite"):
+    with pytest.raises(NonFiniteError, match="because quiet is not finite"):
         list(run(line, [torch.ones(3)]))
     with pytest.raises(NonFiniteError, match="the forward pass overflowed"):
         list(run(Line(), [torch.full((3,), 3e38)]))

@@ -76,10 +76,12 @@ def test_a_failed_one_is_a_warning_and_training_goes_on(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("full_kv", [False, True])
 def test_several_concepts_are_drawn_with_their_words(full_kv: bool) -> None:
     picture = ConceptPicture(to_image(pixels()), (Subject("<cat1>", "cat"),))
-    recipe = MultiConceptConfig(rank=64 if full_kv else 2, max_train_steps=1, full_kv=full_kv, initializer_token="class",
-                           calibration_weight=0.0, gradient_accumulation_steps=1)  # fmt: skip
+    config = MultiConceptConfig(
+        rank=64 if full_kv else 2, max_train_steps=1, full_kv=full_kv, initializer_token="class",
+        calibration_weight=0.0, gradient_accumulation_steps=1,
+    )  # fmt: skip
     model = tiny_sd1()
-    with multi_concept_run(model, picture, recipe) as run:
+    with multi_concept_run(model, picture, config) as run:
         list(run.steps())
         weights = {name: value.detach().clone() for name, value in run.objective.trainable().items()}
         (drawn,) = draw(run, "a <cat1> cat", count=1, steps=1)

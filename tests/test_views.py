@@ -5,7 +5,17 @@ import torch
 from PIL import Image
 
 from personalize.randomness import generator
-from personalize.views import FAR, NEAR, View, arranged, canvas_mask, draw_order, draw_view, shown, squared
+from personalize.views import (
+    FAR,
+    NEAR,
+    View,
+    canvas_mask,
+    crop_square,
+    draw_order,
+    draw_view,
+    render_view,
+    reorder_phrases,
+)
 
 DRAWS = 10_000
 WITHIN = 0.02  # the specification's; four standard deviations of a share of 10 000 draws
@@ -26,7 +36,7 @@ def test_disendiff_i_sizes_and_grey_canvas() -> None:
     far = 0
     for _ in range(300):
         view = draw_view(64, rng)
-        pixels, mask = shown(white, view, 64), canvas_mask(view, 64, 4)
+        pixels, mask = render_view(white, view, 64), canvas_mask(view, 64, 4)
         assert pixels.shape == (3, 64, 64) and mask.shape == (1, 16, 16)
         inside = pixels.amin(0) > 0.5
         assert int(inside.sum()) == min(view.size, 64) ** 2  # the rest of the canvas is 0, mid grey
@@ -51,7 +61,7 @@ def test_views_move_masks_as_they_move_the_picture() -> None:
     rng = generator(0, "test masks")
     for _ in range(20):
         view = draw_view(64, rng)
-        seen, moved = shown(image, view, 64), shown(mask, view, 64)
+        seen, moved = render_view(image, view, 64), render_view(mask, view, 64)
         assert float(((seen[0] > 0.6) == (moved[0] > 0.8)).float().mean()) > 0.96  # the two filters blur differently
 
 
@@ -65,7 +75,7 @@ def test_views_move_masks_as_they_move_the_picture() -> None:
 )
 def test_prompts_are_rearranged(order: tuple[int, ...], expected: str) -> None:
     assert (
-        arranged("photo of a <a> cat, <b> dog and <c> red fox", ["<a> cat", "<b> dog", "<c> red fox"], order)
+        reorder_phrases("photo of a <a> cat, <b> dog and <c> red fox", ["<a> cat", "<b> dog", "<c> red fox"], order)
         == expected
     )
 
@@ -79,6 +89,6 @@ def test_a_single_concept_is_never_swapped_and_three_take_every_other_order() ->
 
 
 def test_squares_and_plain_views() -> None:
-    assert squared(Image.new("RGB", (90, 40))).size == (40, 40)
+    assert crop_square(Image.new("RGB", (90, 40))).size == (40, 40)
     view = draw_view(64, torch.Generator().manual_seed(0), augment=False)
     assert view.size == 64 and view.prefix == ""

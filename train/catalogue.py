@@ -3,8 +3,8 @@
     personalize train catalogue items.csv --output_dir adapters
     accelerate launch --multi_gpu --num_processes 8 train/catalogue.py items.csv --output_dir adapters
 
-Columns: image, caption, name, and any option of how a picture is learned.  The rows are shared over the processes of
-the launch, on several machines too; a run that was stopped goes on where it was, and a bad row stops no other.
+Columns: image, caption, name, and any option of how a picture is learned.  The rows are divided among the processes
+of the launch, on several machines too.  Started again, a run repeats no finished row; a bad row stops no other.
 """
 
 from __future__ import annotations
@@ -29,51 +29,55 @@ class Config(SingleImageConfig, BaseModelOptions):
     output_dir: Path = Path("adapters")
     """Where each row's adapter folder goes, and results.csv."""
     caption_model: str | None = None
-    """BLIP-family folder or hub id that captions pictures for which neither the table nor a .txt file has words."""
+    """BLIP-family folder or hub id that captions pictures for which neither the table nor a .txt file has a caption."""
     resolution: int | None = None
     """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass; all that learns and the loss are always fp32."""
+    """Precision of the forward pass; trained parameters and the loss are always fp32."""
     load_in_4bit: bool = False
     """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
     adapters_per_batch: int = 1
-    """Rows of one size that are learned in one batch; pays where `train_batch_size` is small."""
+    """Rows of one picture size that are trained in one batch; faster where `train_batch_size` is small."""
     preview_steps: int = 0
-    """Denoising steps of the reconstruction shown and measured on each card; 0 draws none."""
+    """Denoising steps of the reconstruction that each model card shows and measures; 0 draws none."""
 
 
 def main(config: Config) -> Path:
-    """Learn the rows; returns the table of results.  UserError, at the very end, if rows have failed."""
+    """Train an adapter for each row; returns the table of results.
+
+    Raises:
+        UserError: some rows failed; raised when all the others are finished.
+    """
     from accelerate import Accelerator
 
     from personalize import teams
-    from personalize.catalogue import Catalogue, run, write_table
+    from personalize.catalogue import Catalogue, learn_catalogue, write_table
     from personalize.catalogue_table import DONE, read_items
     from personalize.several import check_batchable
     from personalize.trainer import load_base
 
-    recipe = extract_config(config, SingleImageConfig)
+    settings = extract_config(config, SingleImageConfig)
     if config.adapters_per_batch < 1:
         raise UserError(f"adapters_per_batch must be 1 or more, got {config.adapters_per_batch}")
     if config.adapters_per_batch > 1:
-        check_batchable(recipe)
-    items, refused = read_items(config.items, recipe)
+        check_batchable(settings)
+    items, refused = read_items(config.items, settings)
     base = "@".join(filter(None, [config.pretrained_model_name_or_path or "embedded", config.revision]))
     catalogue = Catalogue(
-        config.output_dir, recipe, base, config.resolution, config.caption_model, config.preview_steps,
+        config.output_dir, settings, base, config.resolution, config.caption_model, config.preview_steps,
         config.adapters_per_batch,
     )  # fmt: skip
-    team = teams.join()
+    processes = teams.join_process_group()
 
     def load() -> StableDiffusion:
         return load_base(config, Accelerator(mixed_precision=config.mixed_precision))
 
-    rows = run(items, refused, catalogue, load, team, config.mixed_precision)
+    rows = learn_catalogue(items, refused, catalogue, load, processes, config.mixed_precision)
     table = config.output_dir / "results.csv"
-    if team.index == 0:
+    if processes.index == 0:
         write_table(rows, table)
         print(f"{sum(row['status'] == DONE for row in rows)} of {len(rows)} rows learned: {table}", flush=True)
-    team.gathered(None)  # the table is there before any process leaves
+    processes.all_gather(None)  # no process leaves before the table is written
     failed = [row for row in rows if row["status"] != DONE]
     if failed:
         raise UserError(f"{len(failed)} of {len(rows)} rows failed, see {table}; mend them and start again")

@@ -1,4 +1,4 @@
-"""Learn several concepts from one picture, each under a word of its own (DisenDiff, arXiv 2403.18551).
+"""Learn several concepts from one picture, each under a token of its own (DisenDiff, arXiv 2403.18551).
 
     accelerate launch train/multi_concept.py pets.jpg --concepts "<cat1> cat" "<dog1> dog" --output_dir my-pets
     personalize train multi_concept pets.jpg --config sd15 --pretrained_model_name_or_path FOLDER …
@@ -28,27 +28,27 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
     picture: tyro.conf.Positional[Path | None] = None
     """The picture that shows the concepts; the square in its middle is used."""
     instance_data_dir: Path | None = None
-    """A folder that holds the picture and nothing else that is one."""
+    """A folder that holds the picture and no other."""
     concepts: tuple[str, ...] = ()
-    """For each concept its new word and what it is: "<cat1> cat" "<cup1> coffee cup"."""
+    """For each concept its new token and what it is: "<cat1> cat" "<cup1> coffee cup"."""
     modifier_token: str | None = None
-    """The new words alone, as "<cat1>+<dog1>"; what each is, is then the word behind it in --instance_prompt."""
+    """The new tokens alone, as "<cat1>+<dog1>"; the word after each in --instance_prompt says what it is."""
     instance_prompt: str | None = None
-    """What the picture shows, with every concept's words once; "photo of a <cat1> cat and <dog1> dog" if not given."""
+    """What the picture shows, naming every concept once; "photo of a <cat1> cat and <dog1> dog" if not given."""
     num_vectors: int = 1
     """Vectors (tokens) per concept."""
     masks: tuple[Path, ...] = ()
-    """A picture for each concept, white where it is, which anchors its attention there."""
+    """A picture for each concept, white where it is; draws the concept's attention there."""
     resolution: int | None = None
     """Side of the square in pixels; the base's own if not given."""
     with_prior_preservation: bool = True
-    """Half of every batch are class pictures: of class_data_dir, class_dataset_name, or drawn by the base."""
+    """Fill half of every batch with class pictures: from class_data_dir, class_dataset_name, or drawn by the base."""
     class_prompt: str | None = None
-    """What class pictures show; the instance prompt without the new words if not given."""
+    """What class pictures show; the instance prompt without the new tokens if not given."""
     num_class_images: int = 200
     """How many class pictures to use, or to let the base draw."""
     attention_maps: bool = False
-    """Also write a picture of where each word looks, before and after."""
+    """Also write a picture of each token's and class phrase's attention, before and after training."""
 
 
 def main(config: Config) -> Path:
@@ -57,36 +57,36 @@ def main(config: Config) -> Path:
     from personalize.adapter import check_target
     from personalize.concept_learning import multi_concept_run
     from personalize.concept_training import MapSnapshots, read_picture
-    from personalize.regularisation import examples
+    from personalize.regularisation import class_images
 
     if config.mask_weight and not config.masks:
         raise UserError("mask_weight needs masks: name a picture for each concept with --masks")
     picture = read_picture(config)
     check_target(config.output_dir)
-    accelerator = trainer.accelerated(config)
+    accelerator = trainer.make_accelerator(config)
     model = trainer.load_base(config, accelerator, full_weights=config.full_kv)
     multiple = 8 * model.factor
     side = max(multiple, (config.resolution or model.resolution) // multiple * multiple)
-    classes = examples(config, model, config.class_prompt or picture.class_prompt, (side, side), accelerator)
+    classes = class_images(config, model, config.class_prompt or picture.class_prompt, (side, side), accelerator)
     with multi_concept_run(
-        model, picture, extract_config(config, MultiConceptConfig), examples=classes, resolution=config.resolution,
+        model, picture, extract_config(config, MultiConceptConfig), class_images=classes, resolution=config.resolution,
         accelerator=accelerator,
     ) as run:  # fmt: skip
-        stages = MapSnapshots(run, picture, wanted=config.attention_maps)
+        maps = MapSnapshots(run, picture, enabled=config.attention_maps)
         describe(run, accelerator)
-        stages.look("before")
+        maps.record("before")
         trainer.train(config, run, "multi_concept")
-        stages.look("after")
+        maps.record("after")
         adapter = run.adapter(person=config.person, regularisation=len(classes))
     if accelerator.is_main_process:
-        adapter.save(config.output_dir, pictures=stages.pictures())
+        adapter.save(config.output_dir, pictures=maps.pictures())
         print(f"Words: {', '.join(adapter.concepts)}")
     return trainer.finish(config, accelerator)
 
 
 def describe(run: MultiConceptRun, accelerator: Accelerator) -> None:
-    """Say what is learned from what, and which maps are read."""
-    count = len(run.picture.examples)
+    """Print the prompt, the picture's size, and the attention maps that the loss reads."""
+    count = len(run.class_images)
     accelerator.print(f"“{run.caption}” at {run.size[1]}×{run.size[0]} px, {count} regularisation pictures")
     for name, size in run.map_layers.items():
         accelerator.print(f"calibrating {size} maps of {name}")

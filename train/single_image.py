@@ -32,15 +32,15 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     instance_image: Path | None = None
     """The picture, as an option."""
     instance_data_dir: Path | None = None
-    """A folder of pictures, with a metadata.jsonl or .txt files that say what each shows."""
+    """A folder of pictures, with their captions in a metadata.jsonl or in .txt files."""
     dataset_name: str | None = None
     """A data set of pictures: a hub id or a local folder."""
     instance_mask: Path | None = None
     """A picture of the same size, white where the subject is: the loss counts less elsewhere."""
     caption: str | None = None
-    """What the picture shows, or pictures without words of their own; if not given, read from .txt files beside."""
+    """What the picture shows; of several, those without a caption of their own.  If not given, read from .txt files."""
     caption_model: str | None = None
-    """BLIP-family folder or hub id that captions pictures if there are no words."""
+    """BLIP-family folder or hub id that captions pictures without a caption."""
     resolution: int | None = None
     """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
     max_train_steps: int | None = None
@@ -53,23 +53,24 @@ def main(config: Config) -> Path:
     from personalize.adapter import check_target
     from personalize.learning import single_image_run
     from personalize.preview import preview
-    from personalize.regularisation import examples
-    from personalize.subject import fitted, read_subject
+    from personalize.regularisation import class_images
+    from personalize.subject import read_training_images, to_common_size
 
-    shown = read_subject(config)
+    images = read_training_images(config)
     check_target(config.output_dir)
-    accelerator = trainer.accelerated(config)
-    settings = recipe(config, accelerator.num_processes)
+    accelerator = trainer.make_accelerator(config)
+    settings = training_config(config, accelerator.num_processes)
     model = trainer.load_base(config, accelerator)
-    pixels, masks = fitted(shown, config.resolution or model.resolution, 8 * model.factor)
+    pixels, masks = to_common_size(images, config.resolution or model.resolution, 8 * model.factor)
     size = (pixels.shape[-2], pixels.shape[-1])
-    classes = examples(config, model, class_prompt(config), size, accelerator)
+    classes = class_images(config, model, class_prompt(config), size, accelerator)
+    captions = [image.caption for image in images]
     with single_image_run(
-        model, pixels, [one.caption for one in shown], settings, masks=masks, examples=classes, accelerator=accelerator
+        model, pixels, captions, settings, masks=masks, class_images=classes, accelerator=accelerator
     ) as run:
-        describe(run, shown, accelerator)
+        describe(run, images, accelerator)
         trainer.train(config, run, "single_image")
-        adapter = run.adapter(person=config.person, pictures=len(shown), regularisation=len(classes))
+        adapter = run.adapter(person=config.person, pictures=len(images), regularisation=len(classes))
     if accelerator.is_main_process:
         figures, pictures = preview(model, adapter, pixels[:1], steps=config.preview_steps, seed=config.seed)
         replace(adapter, info={**adapter.info, **figures}).save(config.output_dir, pictures=pictures)
@@ -77,8 +78,8 @@ def main(config: Config) -> Path:
     return trainer.finish(config, accelerator)
 
 
-def recipe(config: Config, processes: int) -> SingleImageConfig:
-    """The part of the options that decides how the picture is learned."""
+def training_config(config: Config, processes: int) -> SingleImageConfig:
+    """The training configuration among the options; `max_train_steps` becomes a number of samples."""
     if config.max_train_steps is None:
         return extract_config(config, SingleImageConfig)
     batch = config.train_batch_size * config.gradient_accumulation_steps * processes
@@ -86,19 +87,20 @@ def recipe(config: Config, processes: int) -> SingleImageConfig:
 
 
 def class_prompt(config: Config) -> str:
-    """What class pictures show; needed where they are asked for."""
+    """The prompt of the class pictures; UserError if they are asked for without one."""
     if config.with_prior_preservation and not config.class_prompt:
         raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
     return config.class_prompt or ""
 
 
-def describe(run: SingleImageRun, shown: Sequence[TrainingImage], accelerator: Accelerator) -> None:
-    """Say what is learned and how the base reads its words: mistakes in captions show here."""
+def describe(run: SingleImageRun, images: Sequence[TrainingImage], accelerator: Accelerator) -> None:
+    """Print the pictures, and how the base tokenizes their captions, which shows spelling mistakes."""
     height, width = run.size
-    accelerator.print(f"{len(shown)} picture{'s' * (len(shown) > 1)} at {width}×{height} px")
-    for one in shown[:3]:
-        masked = "" if one.mask is None else ", masked"
-        accelerator.print(f"{one.name}: caption “{one.caption}” = {' · '.join(run.model.tokens(one.caption))}{masked}")
+    accelerator.print(f"{len(images)} picture{'s' * (len(images) > 1)} at {width}×{height} px")
+    for image in images[:3]:
+        masked = "" if image.mask is None else ", masked"
+        tokens = " · ".join(run.model.tokens(image.caption))
+        accelerator.print(f"{image.name}: caption “{image.caption}” = {tokens}{masked}")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class Bench:
             self.model, picture.class_prompt, options.class_images, size=(side, side), steps=options.steps, cache=cache
         )
 
-    def recipe(self, arm: str, seed: int) -> MultiConceptConfig:
+    def config(self, arm: str, seed: int) -> MultiConceptConfig:
         weight = CALIBRATION_WEIGHT if arm == CALIBRATED else 0.0
         return MultiConceptConfig(
             initializer_token="class", max_train_steps=self.options.updates, calibration_weight=weight, seed=seed,
@@ -146,11 +146,11 @@ class Bench:
         return drawn
 
 
-def measured(bench: Bench, index: int, arm: str) -> dict[str, Any]:
+def train_and_measure(bench: Bench, index: int, arm: str) -> dict[str, Any]:
     """Train `arm` on scene `index`, and measure maps and pictures."""
     picture, masks, scene = bench.task(index)
     started = time.perf_counter()
-    with multi_concept_run(bench.model, picture, bench.recipe(arm, index), examples=bench.examples(picture)) as run:
+    with multi_concept_run(bench.model, picture, bench.config(arm, index), class_images=bench.examples(picture)) as run:
         for _ in run.steps():
             pass
         adapter = run.adapter()
@@ -160,7 +160,7 @@ def measured(bench: Bench, index: int, arm: str) -> dict[str, Any]:
     for name, found in (("iou_noun", maps.nouns), ("iou_modifier", maps.modifiers)):
         row[name] = float(np.mean([map_iou(one, mask) for one, mask in zip(found, masks, strict=True)]))
     phrases = [f"a {subject.phrase}" for subject in picture.subjects]
-    return row | judged(bench, index, scene, phrases, lambda prompt: bench.pictures(prompt, adapter, f"{index} {arm}"))
+    return row | judge_prompts(bench, index, scene, phrases, lambda prompt: bench.pictures(prompt, adapter, f"{index} {arm}"))
 
 
 def map_iou(attention: torch.Tensor, mask: np.ndarray) -> float:
@@ -170,7 +170,7 @@ def map_iou(attention: torch.Tensor, mask: np.ndarray) -> float:
     return iou(marked, true)
 
 
-def judged(
+def judge_prompts(
     bench: Bench, index: int, scene: Scene, phrases: Sequence[str], draw: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
     """What the judge sees in pictures of each concept alone, and of both, in another place."""
@@ -198,18 +198,18 @@ def make_controls(bench: Bench, index: int) -> None:
     image = render(scene, bench.model.resolution)[0]
     phrases = [noun_phrase(thing.noun) for thing in scene.objects]
     same = np.stack([image] * bench.options.budget)
-    bench.cells.once(f"{DO_NOTHING}/{index}", lambda: judged(bench, index, scene, phrases, lambda _: same))
+    bench.cells.once(f"{DO_NOTHING}/{index}", lambda: judge_prompts(bench, index, scene, phrases, lambda _: same))
     drawn = lambda prompt: bench.pictures(prompt, None, f"{index} base")  # noqa: E731
-    bench.cells.once(f"{BASE}/{index}", lambda: judged(bench, index, scene, phrases, drawn))
+    bench.cells.once(f"{BASE}/{index}", lambda: judge_prompts(bench, index, scene, phrases, drawn))
 
 
 def speed(bench: Bench) -> dict[str, Any]:
     """Seconds of an update with and without calibration, in turn within one run: medians and their ratio."""
     picture, _, _ = bench.task(0)
     count = bench.options.timed_updates
-    recipe = MultiConceptConfig(initializer_token="class", max_train_steps=2 * count + 2, swap_subjects=0.0)
+    config = MultiConceptConfig(initializer_token="class", max_train_steps=2 * count + 2, swap_subjects=0.0)
     spent: dict[float, list[float]] = {CALIBRATION_WEIGHT: [], 0.0: []}
-    with multi_concept_run(bench.model, picture, recipe, examples=bench.examples(picture)) as run:
+    with multi_concept_run(bench.model, picture, config, class_images=bench.examples(picture)) as run:
         steps = run.steps()
         for number in range(2 * count + 2):
             weight = 0.0 if number % 2 else CALIBRATION_WEIGHT
@@ -245,7 +245,7 @@ def run(options: MultiConceptBench, model: StableDiffusion | None = None) -> str
     bench = Bench(options, model)
     for index in range(options.scenes):
         for arm in ARMS:
-            bench.cells.once(f"{arm}/{index}", lambda index=index, arm=arm: measured(bench, index, arm))
+            bench.cells.once(f"{arm}/{index}", lambda index=index, arm=arm: train_and_measure(bench, index, arm))
             print(f"scene {index}, {arm}: {bench.cells.rows[f'{arm}/{index}']}", flush=True)
         make_controls(bench, index)
     text = table(bench.cells.rows, options.scenes)

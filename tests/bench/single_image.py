@@ -42,7 +42,7 @@ from personalize.settings import EditStrengths, Sampling, parse_rule_sum
 from personalize.verify import MANIFEST
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Arm, Task, do_nothing, evaluate, random_task
-from tests.bench.full_weights import FullWeights, learn_full, worn
+from tests.bench.full_weights import FullWeights, learn_full, full_weights_applied
 from tests.bench.intervals import paired_interval
 from tests.bench.judge import Judge
 from tests.bench.report import BenchOptions, contact_sheet, mean, table
@@ -93,7 +93,7 @@ class Bench:
         self.judge, self.scorer = Judge.load(), scorer or SceneScorer.load()
         self.world = world_of(options.model, nouns=options.nouns)
         preset = read_yaml(presets("single_image")["embedded"], SingleImageConfig) if options.model == EMBEDDED else {}
-        self.recipe = SingleImageConfig(**{**preset, "max_train_samples": options.samples})
+        self.config = SingleImageConfig(**{**preset, "max_train_samples": options.samples})
         settings = {name: getattr(options, name) for name in ("budget", "steps", "samples")}
         stamp = {"weights": weights_of(self.model), "split": SPLIT, **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
@@ -114,7 +114,7 @@ class Bench:
         folder = self.options.output_dir / "adapters" / f"scene-{index}"
         if not (folder / MANIFEST).is_file():
             caption = self.task(KINDS[0], index).source_prompt
-            learn(self.model, to_pixels(self.source(index)), caption, self.recipe).save(folder)
+            learn(self.model, to_pixels(self.source(index)), caption, self.config).save(folder)
         return Editor(self.model, Adapter.load(folder))
 
     def _full(self, index: int, rate: float) -> FullWeights:
@@ -170,7 +170,7 @@ class Bench:
                 model, learned.source, model.prompts([prompt]),
                 alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
             )  # fmt: skip
-        with worn(model, learned, parse_rule_sum(setting.forget)):
+        with full_weights_applied(model, learned, parse_rule_sum(setting.forget)):
             edit = Edit(told, guidance_scale=text_to_image_guidance(model.name))
             latents = sample(model, edit, [seed], make_schedule(model, self.options.steps))
         return to_image(model.decode(latents))

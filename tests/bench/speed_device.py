@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from personalize.captured import GraphedStep, _captured
+from personalize.captured import GraphedStep, capture_graph
 from personalize.learning import SingleImageRun, single_image_run
 from personalize.memory import estimate
 from personalize.recipes import SingleImageConfig
@@ -73,13 +73,13 @@ def graph(bench: SpeedBench) -> Rows:
         with run_of(model, batch, bench.rank, bench.latent) as run:
             for parameter in run.objective.trainable().values():
                 parameter.grad = None
-            few = run.picture.batches(run.share, 0, 400)
+            few = run.dataset.batches(run.shard, 0, 400)
             step = GraphedStep(run.objective, few, run.optimizer.optimizer, model.device)
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
                 for _ in range(3):
                     step()
-            replay = _captured(step)
+            replay = capture_graph(step)
 
             def again(run: Callable[[], None] = replay, step: GraphedStep = step) -> None:
                 step.count.zero_()
@@ -102,13 +102,13 @@ def memory(bench: SpeedBench) -> Rows:
         if small:
             model.quantise()
         for checkpointing in (False, True):
-            recipe = SingleImageConfig(
+            config = SingleImageConfig(
                 rank=bench.rank, train_batch_size=bench.batch, max_train_samples=2 * bench.batch,
                 gradient_checkpointing=checkpointing,
             )  # fmt: skip
             side = (bench.latent or model.unet.config.sample_size) * model.factor
             accelerator = accelerated(model)
-            with single_image_run(model, picture(side), "a photo of a cat", recipe, accelerator=accelerator) as run:
+            with single_image_run(model, picture(side), "a photo of a cat", config, accelerator=accelerator) as run:
                 expected = estimate(run)
                 peak = _peak(run, expected.base + expected.adapter)
             name = f"{'NF4' if small else 'bf16'}{', checkpointed' if checkpointing else ''}"

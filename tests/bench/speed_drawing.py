@@ -16,7 +16,7 @@ from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import make_schedule
 from personalize.sampling import Edit, denoise, initial_latents
 from tests.bench.arms import Arm
-from tests.bench.speed_setup import Rows, channels_last, entered, latents, model_of, timed
+from tests.bench.speed_setup import Rows, channels_last, combined, latents, model_of, timed
 
 if TYPE_CHECKING:
     from tests.bench.speed import SpeedBench
@@ -26,7 +26,7 @@ def call(bench: SpeedBench) -> Rows:
     """One call of the UNet for one guided picture: two calls, one batch of two, each short cut alone and together."""
     model = model_of(bench)
     unet, z = model.unet, latents(model, 1, bench.latent)
-    told = told_of(model)
+    told = prompt_conditioning(model)
     both, two = Conditioning.cat([told[:1], told[1:]]), torch.cat([z, z])
 
     @torch.no_grad()
@@ -43,23 +43,23 @@ def call(bench: SpeedBench) -> Rows:
         Arm("two calls", two_calls),
         Arm("fast paths", one_batch, lambda: fast_paths(unet)),
         Arm("shared prefix", one_batch, lambda: shared_guidance_prefix(unet)),
-        Arm("keys and values of the text kept", one_batch, lambda: kept_text(unet)),
+        Arm("keys and values of the text kept", one_batch, lambda: text_projections_cached(unet)),
         Arm("channels last", one_batch, lambda: channels_last(unet)),
-        Arm("fast paths, shared prefix", one_batch, entered(lambda: fast_paths(unet),
+        Arm("fast paths, shared prefix", one_batch, combined(lambda: fast_paths(unet),
                                                             lambda: shared_guidance_prefix(unet))),
-        Arm("the same in bf16", one_batch, entered(lambda: in_precision(unet, torch.bfloat16),
+        Arm("the same in bf16", one_batch, combined(lambda: in_precision(unet, torch.bfloat16),
                                                    lambda: fast_paths(unet), lambda: shared_guidance_prefix(unet))),
     ]  # fmt: skip
     return timed(bench, "guided call", arms)
 
 
-def told_of(model: StableDiffusion) -> Conditioning:
+def prompt_conditioning(model: StableDiffusion) -> Conditioning:
     with torch.no_grad():
         return model.prompts(["", "a photo of a cat"])
 
 
 @contextmanager
-def kept_text(unet: Any):
+def text_projections_cached(unet: Any):
     """Run the body with the text's keys and values computed at the first call and kept: for prompts that stay."""
     layers = [
         layer for attention in unet.modules() if getattr(attention, "is_cross_attention", False)
@@ -82,7 +82,7 @@ def kept_text(unet: Any):
 def pictures(bench: SpeedBench) -> Rows:
     """A whole guided picture of 30 steps, decoded, as `Editor` draws it: fp32 as diffusers does it, ours, bf16."""
     model = model_of(bench)
-    edit = Edit(told_of(model)[1:])
+    edit = Edit(prompt_conditioning(model)[1:])
     plan = make_schedule(model, 30)
     start = initial_latents(model, [0], None)
 
@@ -107,7 +107,7 @@ def grid(bench: SpeedBench) -> Rows:
     model, count, steps = model_of(bench), 8, 2
     add_lora(model.unet, module_names(model.unet), bench.rank, bench.rank, seed=0)
     try:
-        told = told_of(model)[1:]
+        told = prompt_conditioning(model)[1:]
         start = latents(model, count, bench.latent)
         plan = make_schedule(model, steps)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -77,26 +76,29 @@ def _repeated(bench: SpeedBench, call: Callable[[], Any]) -> list[float]:
 
 
 def _learned(model: StableDiffusion, samples: int, bench: SpeedBench) -> None:
-    recipe = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=max(samples, bench.batch))
-    with single_image_run(model, picture(model.resolution), "a photo of a cat", recipe) as run:
+    samples = max(samples, bench.batch)
+    config = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=samples)
+    with single_image_run(model, picture(model.resolution), "a photo of a cat", config) as run:
         for _ in run.steps():
             pass
 
 
 def _concepts(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
     subjects = tuple(Subject(f"<c{number}>", noun) for number, noun in enumerate(("cat", "dog", "car")[:count]))
-    recipe = MultiConceptConfig(rank=bench.rank, max_train_steps=4, gradient_accumulation_steps=1, initializer_token="class")
-    with multi_concept_run(model, ConceptPicture(bundled.bundled(0).picture, subjects), recipe) as run:
+    config = MultiConceptConfig(
+        rank=bench.rank, max_train_steps=4, gradient_accumulation_steps=1, initializer_token="class"
+    )
+    with multi_concept_run(model, ConceptPicture(bundled.bundled(0).picture, subjects), config) as run:
         for _ in run.steps():
             pass
 
 
 def _rows(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
-    recipe = replace(SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch), max_train_samples=2 * bench.batch)
+    config = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=2 * bench.batch)
     with TemporaryDirectory() as place:
         file = Path(place) / "picture.png"
         bundled.bundled(0).picture.save(file)
-        catalogue = Catalogue(Path(place) / "out", recipe)
+        catalogue = Catalogue(Path(place) / "out", config)
         for number in range(count):
             row = learn_row(model, Item(number, str(number), file, "a photo of a cat"), catalogue)
             assert row["status"] == "done", row

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from personalize.configs import SingleImageConfig
 from PIL import Image
 
 from personalize.dragging import drag_picture
 from personalize.editor import Editor
 from personalize.images import to_image
 from personalize.learning import learn
-from personalize.recipes import SingleImageConfig
 from personalize.settings import Sampling
 from personalize.several import learn_batched
 from tests.bench.arms import Arm
-from tests.bench.speed_setup import Rows, accelerated, model_of, picture, timed
+from tests.bench.speed_setup import Rows, accelerated, freed_memory, model_of, picture, timed
 
 if TYPE_CHECKING:
     from tests.bench.speed import SpeedBench
@@ -34,19 +35,22 @@ def jobs(bench: SpeedBench) -> Rows:
     pixels = picture(side)
     seen = to_image(pixels)
     plain = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=UPDATES * bench.batch)
-    recipes = {"one adapter": plain}
+    configs = {"one adapter": plain}
     if model.device.type == "cuda":
-        recipes["one adapter, as a graph"] = replace(plain, cuda_graph=True)
+        configs["one adapter, as a graph"] = replace(plain, cuda_graph=True)
     accelerator = accelerated(model)
     adapter = learn(model, pixels, CAPTION, plain, accelerator=accelerator)
+    kept = partial(freed_memory, True)  # as in the commands that train
     arms = [
-        Arm(name, lambda recipe=recipe: learn(model, pixels, CAPTION, recipe, accelerator=accelerator))
-        for name, recipe in recipes.items()
+        Arm(name, lambda config=config: learn(model, pixels, CAPTION, config, accelerator=accelerator), kept)
+        for name, config in configs.items()
     ]
     how = {"groups": groups, "warmup": 0}
     rows = timed(bench, "jobs", arms, **how)
     many = [(pixels, CAPTION)] * ROWS
-    together = Arm(f"{ROWS} rows of a catalogue", lambda: learn_batched(model, many, plain, accelerator=accelerator))
+    together = Arm(
+        f"{ROWS} rows of a catalogue", lambda: learn_batched(model, many, plain, accelerator=accelerator), kept
+    )  # fmt: skip
     rows += timed(bench, "jobs", [together], per=ROWS, **how)
     middle, mask = side / 2, Image.new("L", seen.size)
     mask.paste(255, (side // 4, side // 4, side // 2, side // 2))

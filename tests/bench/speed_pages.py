@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from personalize import pages
 from tests.bench.arms import facts, ratio, spread
 from tests.bench.speed_setup import Rows, model_of, run_of, stepper
 
@@ -37,9 +36,7 @@ def kept(bench: SpeedBench) -> Rows:
 def update(bench: SpeedBench, keep: bool, threads: int) -> float:
     """Milliseconds of one of `bench.calls` updates, after one to warm up."""
     torch.set_num_threads(threads)
-    if not keep:
-        pages._set = lambda kept: None
-    with run_of(model_of(bench), bench.batch, bench.rank, bench.latent) as run:
+    with run_of(model_of(bench), bench.batch, bench.rank, bench.latent, keep=keep) as run:
         step = stepper(run)
         step()
         start = time.perf_counter()

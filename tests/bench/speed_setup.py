@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from personalize import bundled, lora_layers
 from personalize.lean import fast_paths
 from personalize.learning import SingleImageRun, single_image_run
 from personalize.model import StableDiffusion
+from personalize.pages import keep_freed_memory
 from personalize.randomness import generator
 from personalize.recipes import SingleImageConfig
 from tests.bench.arms import Arm, measure
@@ -26,9 +29,31 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 _FAST_PATHS = fast_paths.__module__
+_RETURNED = {-4: 2**16, -3: 2**25, -1: 2**26, -2: 2**17}  # mallopt(3): what glibc's own thresholds end with
+_kept = [False]
 
 
-def entered(*contexts: Callable[[], Any]) -> Callable[[], Any]:
+@contextmanager
+def freed_memory(kept: bool) -> Iterator[None]:
+    """Run the body with freed memory kept, as `personalize train` has it, or given back, as other programs have it."""
+    _kept.append(kept)
+    _set_memory(kept)
+    try:
+        yield
+    finally:
+        _kept.pop()
+        _set_memory(_kept[-1])
+
+
+def _set_memory(kept: bool) -> None:
+    if kept:
+        keep_freed_memory()
+    elif (mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None) is not None:
+        for option, value in _RETURNED.items():
+            mallopt(option, value)
+
+
+def combined(*contexts: Callable[[], Any]) -> Callable[[], Any]:
     """One context of several."""
 
     @contextmanager
@@ -72,11 +97,16 @@ def latents(model: StableDiffusion, rows: int, side: int | None) -> Tensor:
 
 
 @contextmanager
-def run_of(model: StableDiffusion, batch: int, rank: int, side: int | None) -> Iterator[SingleImageRun]:
-    """A run of single-image tuning with `batch` samples an update, on the bundled picture."""
-    recipe = SingleImageConfig(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
+def run_of(
+    model: StableDiffusion, batch: int, rank: int, side: int | None, *, keep: bool = True
+) -> Iterator[SingleImageRun]:
+    """A run of single-image tuning with `batch` samples an update, on the bundled picture; `keep`: freed memory."""
+    config = SingleImageConfig(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
     pixels = picture((side or model.unet.config.sample_size) * model.factor)
-    with single_image_run(model, pixels, "a photo of a cat", recipe, accelerator=accelerated(model)) as run:
+    with (
+        freed_memory(keep),
+        single_image_run(model, pixels, "a photo of a cat", config, accelerator=accelerated(model)) as run,
+    ):
         yield run
 
 
@@ -89,7 +119,7 @@ def accelerated(model: StableDiffusion) -> Accelerator:
 
 def stepper(run: SingleImageRun, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
     """A call that makes one update of `run`, without what the loop around it does."""
-    batch = next(run.picture.batches(run.share, 0, 1))
+    batch = next(run.dataset.batches(run.shard, 0, 1))
     batch = {key: value.to(run.model.device) for key, value in batch.items()}
     chosen = optimizer or run.optimizer
 
