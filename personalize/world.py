@@ -122,7 +122,7 @@ class LatentPool:
 
 
 class RenderedScenes(Dataset):
-    """A data set of scenes: pixels (3, size, size), and masks (2, size/4, size/4) uint8, the covered share times 255."""
+    """A data set of scenes: pixels (3, size, size), and masks (2, size/4, size/4) uint8 (covered share times 255)."""
 
     def __init__(self, scene_list: Sequence[scenes.Scene], size: int) -> None:
         self.scene_list, self.size = scene_list, size

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.bench import attention_maps as bench
-from tests.bench.attention_maps import MapsBench, figures, guess, judged, measures
+from tests.bench.attention_maps import MapsBench, background_iou, compare_with_target, figures, map_measures
 from tests.tiny import tiny
 
 
@@ -32,9 +32,9 @@ def test_measures_of_perfect_and_of_blank_maps():
     masks = [np.zeros((32, 32), bool), np.zeros((32, 32), bool)]
     masks[0][:, :16], masks[1][:, 16:] = True, True
     maps = torch.from_numpy(np.stack(masks)).float()
-    good = measures(maps, masks)
+    good = map_measures(maps, masks)
     assert good["iou"] == good["best"] == 1 and good["overlap"] == 0 == good["off"]
-    blank = measures(torch.ones(2, 16, 16), masks)
+    blank = map_measures(torch.ones(2, 16, 16), masks)
     assert blank["iou"] == 0.5 == blank["off"] and abs(blank["overlap"] - 1) < 1e-6
 
 
@@ -42,14 +42,14 @@ def test_a_guessed_background_is_compared_cell_by_cell():
     mask = np.zeros((32, 32), bool)
     mask[:, :16] = True
     right = torch.arange(16).expand(16, 16) >= 8
-    assert guess(right, [mask]) == 1 and guess(~right, [mask]) == 0 == guess(None, [mask])
+    assert background_iou(right, [mask]) == 1 and background_iou(~right, [mask]) == 0 == background_iou(None, [mask])
 
 
 def test_a_gain_must_have_its_interval_above_zero_and_a_share_its_value():
-    assert judged("iou gain, direct", 0.1, -0.01, 0.2, 9)["met"] is False
-    assert judged("iou gain, direct", 0.1, 0.01, 0.2, 9)["met"] is True
-    assert judged("U9 win rate, 50 steps", 0.65, 0.5, 0.8, 9)["met"] is True
-    assert judged("units, direct", 900, 800, 1000, 9)["met"] is None
+    assert compare_with_target("iou gain, direct", 0.1, -0.01, 0.2, 9)["met"] is False
+    assert compare_with_target("iou gain, direct", 0.1, 0.01, 0.2, 9)["met"] is True
+    assert compare_with_target("U9 win rate, 50 steps", 0.65, 0.5, 0.8, 9)["met"] is True
+    assert compare_with_target("units, direct", 900, 800, 1000, 9)["met"] is None
     rows = [{"part": "maps", "background": 1.0, "plain": {"iou": 0.2, "best": 0.3, "overlap": 0.9, "off": 0.5},
              "direct": {"iou": 0.4, "best": 0.5, "overlap": 0.5, "off": 0.3, "units": 100}}] * 3  # fmt: skip
     assert figures(rows)["iou gain, direct"] == {

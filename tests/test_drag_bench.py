@@ -14,15 +14,15 @@ from tests.bench.contract import BASE, DO_NOTHING
 from tests.bench.drag import DragBench
 from tests.bench.drag_figures import PASTE, figures
 from tests.bench.drag_measures import (
+    away_from,
+    background_only,
     centroid_shift,
     disc,
     drag_task,
-    empty,
+    find_shift,
     ghost,
-    handle_of,
-    located,
-    outside,
-    pasted,
+    handle_point,
+    paste_object,
     seam,
 )  # fmt: skip
 from tests.tiny import tiny_sd1
@@ -35,27 +35,27 @@ AFTER = BEFORE.with_object_shifted(0, 0.25, -0.125)  # 24 px right, 12 px up
 @pytest.fixture(scope="module")
 def scene():
     (before, (mask,)), (truth, (end,)) = render(BEFORE, SIZE), render(AFTER, SIZE)
-    return before, mask, truth, end, empty(BEFORE, SIZE)
+    return before, mask, truth, end, background_only(BEFORE, SIZE)
 
 
 def test_the_truth_is_where_it_is_and_doing_nothing_goes_nowhere(scene):
     before, mask, truth, _, background = scene
-    assert located(truth, before, mask) == (24, -12) and located(before, before, mask) == (0, 0)
+    assert find_shift(truth, before, mask) == (24, -12) and find_shift(before, before, mask) == (0, 0)
     shift = centroid_shift(truth, before, background)
     assert shift == pytest.approx((24, -12), abs=1.0)  # the shadow and the sky's slope count a little
-    handle = handle_of(mask)
+    handle = handle_point(mask)
     assert mask[int(handle[1]), int(handle[0])]
-    assert located(truth, before, disc(mask.shape, handle, 8) & mask) == (24, -12)
+    assert find_shift(truth, before, disc(mask.shape, handle, 8) & mask) == (24, -12)
 
 
 def test_ghost_seam_and_background(scene):
     before, mask, truth, end, background = scene
-    left = mask & outside([end], 1, 1)
-    copy = pasted(before, mask, (24, -12))
+    left = mask & away_from([end], 1, 1)
+    copy = paste_object(before, mask, (24, -12))
     assert ghost(truth, before, background, left, mask) < 0.05
     assert ghost(before, before, background, left, mask) == ghost(copy, before, background, left, mask) > 0.4
     assert seam(truth, truth, end, 4) == 60 > seam(copy, truth, end, 4) > seam(before, truth, end, 4)
-    far = outside([mask, end], 4)
+    far = away_from([mask, end], 4)
     assert far.any() and not (far & (mask | end)).any()
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from personalize.scenes import NOUNS, STYLES, Scene, SceneObject, random_scene, render
 from tests.bench import train_judge
-from tests.bench.judge import WEIGHTS, Judge, JudgeNet, Verdict, as_pixels, folded, framed, prepared, save
+from tests.bench.judge import WEIGHTS, Judge, JudgeNet, Verdict, as_pixels, folded_state, object_crop, resized, save
 from tests.bench.judge_accuracy import accuracy, compressed, judged_scene, softened
 from tests.bench.train_judge import JudgeConfig
 
@@ -71,7 +71,7 @@ def test_the_crop_is_square_and_centred_and_repeats_the_border():
     image[:8, :8] = 255
     mask = np.zeros((32, 48), bool)
     mask[:8, :8] = True
-    crop = framed(image, mask)[0, 0]  # the object takes 8 of about 13 pixels, and white is repeated up and left
+    crop = object_crop(image, mask)[0, 0]  # the object takes 8 of about 13 pixels, and white is repeated up and left
     assert crop.shape == (64, 64)
     assert crop[:40, :40].min() > 0.9 and crop[58:, 58:].max() < -0.9
 
@@ -79,7 +79,7 @@ def test_the_crop_is_square_and_centred_and_repeats_the_border():
 @pytest.mark.parametrize("mask", [np.zeros((64, 64), bool), np.ones((32, 32), bool)])
 def test_a_mask_that_fits_nothing_is_refused(mask):
     with pytest.raises(ValueError, match="mask"):
-        framed(np.zeros((64, 64, 3), np.uint8), mask)
+        object_crop(np.zeros((64, 64, 3), np.uint8), mask)
 
 
 def test_pictures_of_the_wrong_kind_are_refused():
@@ -93,7 +93,7 @@ def test_folding_the_normalisation_changes_nothing():
     for _ in range(3):
         net(torch.randn(8, 3, 64, 64))  # gives the normalisation layers some statistics
     plain = JudgeNet((8, 8, 16), folded=True)
-    plain.load_state_dict(folded(net.eval()))
+    plain.load_state_dict(folded_state(net.eval()))
     pixels = torch.randn(2, 3, 64, 64)
     for ours, theirs in zip(plain(pixels), net(pixels), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)  # another order of fp32 operations
@@ -150,4 +150,4 @@ def _miniature(folder) -> JudgeConfig:
 
 
 def test_prepared_pictures_have_the_judges_size():
-    assert prepared(np.zeros((2, 128, 96, 3), np.uint8)).shape == (2, 3, 64, 64)
+    assert resized(np.zeros((2, 128, 96, 3), np.uint8)).shape == (2, 3, 64, 64)

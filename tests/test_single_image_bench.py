@@ -13,7 +13,7 @@ from personalize.randomness import generator
 from personalize.scene_scorer import SceneScorer, ScorerNet
 from personalize.settings import parse_rule_sum
 from tests.bench import judge, single_image
-from tests.bench.full_weights import learn_full, trained_names, worn
+from tests.bench.full_weights import full_weights_applied, learn_full, trained_names
 from tests.bench.single_image import AUTO, DECODER, ENCODER, KINDS, NONE, RULES, SingleImageBench, grid_of, run, spread
 from tests.tiny import tiny
 
@@ -86,11 +86,11 @@ def test_forgedit_the_papers_parameters_are_those_of_the_lora_set_with_norms_and
 
 def test_full_weights_are_worn_forgotten_and_taken_off(model, learned):
     before = output(model)
-    with worn(model, learned):
+    with full_weights_applied(model, learned):
         whole = output(model)
-    with worn(model, learned, parse_rule_sum("encoder+decoder")):
+    with full_weights_applied(model, learned, parse_rule_sum("encoder+decoder")):
         nothing = output(model)
-    with worn(model, learned, parse_rule_sum("decoder")):
+    with full_weights_applied(model, learned, parse_rule_sum("decoder")):
         half = output(model)
     assert torch.equal(before, output(model)), "no trace"
     assert torch.equal(before, nothing), "both sides forgotten is the base, for the middle was not trained"

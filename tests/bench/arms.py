@@ -1,7 +1,8 @@
-"""Timing of arms against one another: interleaved in one process, repeated, reported as ratios with an interval.
+"""Timing of several ways to do the same work ("arms"): interleaved in one process, reported as ratios with intervals.
 
-Arms take turns forwards and backwards (A B B A …), so that a machine that grows slower or faster meets them all alike.
-A group is a few calls of one arm; ratios are taken group by group and their median has a bootstrap interval.
+The arms take turns in alternating order (A B B A …), so that a machine that becomes slower or faster affects all of
+them alike.  A group is a few calls of one arm; ratios are taken group by group, and their median is reported with a
+bootstrap interval.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import numpy as np
 import torch
 
 RESAMPLES = 2000
-FOREIGN_LIMIT = 0.5  # cores; OpenMP's barriers wait for whoever was put aside
+FOREIGN_LIMIT = 0.5  # cores; a thread that loses its core makes all others wait at OpenMP's next barrier
 LIBRARIES = ("torch", "diffusers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to do the work: `run` is one call; `state` is entered around each group, outside the clock.
+    """One way to do the work.
 
-    facts: what else is to be written into its row.
+    run: one call of it.
+    state: a context that is entered around each group; entering and leaving it is not timed.
+    facts: further entries of its row in the results.
     """
 
     name: str
@@ -49,11 +52,11 @@ def measure(
     per: float = 1.0,
     seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each arm; the first arm is what the others' ratios compare with, above 1 being faster than it.
+    """Time all arms; returns a row for each, with its ratio to the first arm (above 1: faster than the first).
 
-    clock: "wall", or "cpu" (of this process, for machines where something else runs).
-    per: milliseconds are of one call divided by it.
-    seconds: begin no further group after so long, from the second on.
+    clock: "wall", or "cpu" for this process's CPU time, on machines where something else runs.
+    per: the reported milliseconds are those of one call divided by this.
+    seconds: once this time has passed, no further group begins; there are at least two.
     """
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
@@ -70,9 +73,9 @@ def measure(
         for arm in arms if group % 2 == 0 else arms[::-1]:
             with arm.state():
                 if warmup:
-                    arm.run()  # what another arm has put out of the caches comes back
-                took, peaks[arm.name] = _timed(arm.run, calls, clock, device)
-            times[arm.name].append(1e3 * took / calls / per)
+                    arm.run()  # fills the caches that another arm has used
+                elapsed, peaks[arm.name] = _timed(arm.run, calls, clock, device)
+            times[arm.name].append(1e3 * elapsed / calls / per)
     first = times[arms[0].name]
     rows = []
     for arm in arms:
@@ -98,6 +101,7 @@ def _timed(run: Callable[[], Any], calls: int, clock: str, device: torch.device)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and 10 % and 90 % quantiles, as entries of a row."""
     low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
     return {"ms_median": float(middle), "ms_p10": float(low), "ms_p90": float(high)}
 
@@ -112,12 +116,12 @@ def ratio(reference: Sequence[float], values: Sequence[float]) -> dict[str, Any]
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
-    """The slope of log time over log size: cost grows like size to this power."""
+    """The exponent p of the power law time ∝ size^p: the slope of log time over log size."""
     return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Where and with what a row was measured."""
+    """The machine, versions and commit with which a row was measured."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     cuda = device.type == "cuda"
     return {
@@ -129,21 +133,21 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def foreign_load(seconds: float = 1.0) -> float:
-    """Cores that others keep busy while this process sleeps."""
-    before = _jiffies()
+    """How many cores other processes keep busy while this one sleeps for `seconds`."""
+    busy_before, total_before = _jiffies()
     time.sleep(seconds)
-    (busy, total), (was, all_of_it) = _jiffies(), before
-    return (busy - was) / max(1, total - all_of_it) * (os.cpu_count() or 1)
+    busy, total = _jiffies()
+    return (busy - busy_before) / max(1, total - total_before) * (os.cpu_count() or 1)
 
 
 def _jiffies() -> tuple[int, int]:
-    """(busy, all) of all cores since they were started."""
+    """(busy, total) jiffies of all cores since the machine was started."""
     numbers = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
     return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
 
 
 def refuse_if_busy(force: bool) -> float:
-    """The foreign load; SystemExit if it would spoil the figures and `force` does not insist."""
+    """The load of other processes, in cores; SystemExit if it is above half a core, unless `force`."""
     load = foreign_load()
     if load > FOREIGN_LIMIT and not force:
         raise SystemExit(f"{load:.1f} cores are busy with something else: wait, or measure anyway with --force")
@@ -151,7 +155,7 @@ def refuse_if_busy(force: bool) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each arm."""
+    """The rows as a Markdown table."""
     lines = ["| part | arm | ms median [p10, p90] | ratio [95 %] | to |", "|---|---|---|---|---|"]
     for row in rows:
         low, high = row["ratio_ci95"]

@@ -1,4 +1,4 @@
-"""Do the model's attention maps know where things are?  Areas under the ROC curve against the scenes' true masks."""
+"""How well attention maps locate objects: area under the ROC curve (AUC) against the scenes' true masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CELL_GRID = 16  # the cell "inside the object" is one of a 16×16 grid
 
 
 def auc(values: np.ndarray, inside: np.ndarray) -> float | None:
-    """Chance that a value inside exceeds one outside, ties counting half; None if either side is empty."""
+    """The probability that a value inside exceeds one outside, ties counting half; None if either set is empty."""
     values, inside = values.ravel(), inside.ravel()
     positive, negative = int(inside.sum()), int((~inside).sum())
     if not positive or not negative:
@@ -37,7 +37,11 @@ def coverage(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def token_positions(model: StableDiffusion, prompt: str, noun: str) -> list[int]:
-    """Positions (from 0, the start mark) of `noun`'s first occurrence among the text tokens of `prompt`."""
+    """Positions of the first occurrence of `noun` among the tokens of `prompt`; the start token is position 0.
+
+    Raises:
+        ValueError: the prompt does not contain the noun.
+    """
     pieces, wanted = model.tokens(prompt), model.tokens(noun.replace("_", " "))
     for start in range(len(pieces) - len(wanted) + 1):
         if pieces[start : start + len(wanted)] == wanted:
@@ -46,7 +50,7 @@ def token_positions(model: StableDiffusion, prompt: str, noun: str) -> list[int]
 
 
 class NounMaps(AttentionHook):
-    """Keeps, per cross-attention site, the map of each row's own tokens: mean over heads and tokens, (b, q)."""
+    """Records the map of each row's own tokens in every cross-attention layer: mean over heads and tokens, (b, q)."""
 
     def __init__(self, tokens: Sequence[Sequence[int]]) -> None:
         self.tokens, self.rows, self.sites = tokens, {}, {}
@@ -61,7 +65,7 @@ class NounMaps(AttentionHook):
 
 
 class CellRows(AttentionHook):
-    """Keeps, per self-attention site, what the cell at each row's own point attends to: mean over heads, (b, q)."""
+    """Records what the cell at each row's own point attends to, in every self-attention layer: mean over heads (b, q)."""
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         self.points, self.rows, self.sites = points, {}, {}
@@ -77,12 +81,15 @@ class CellRows(AttentionHook):
 
 
 def cell_index(point: tuple[float, float], site: AttentionSite) -> int:
-    """Which of the site's image positions holds `point`, (x, y) in fractions of the frame."""
+    """The image position of `site` that contains `point`, (x, y) in fractions of the frame."""
     return int(point[1] * site.height) * site.width + int(point[0] * site.width)
 
 
 def point_inside(mask: np.ndarray, seed: int) -> tuple[float, float]:
-    """Centre (x, y), in fractions, of a cell of the 16×16 grid that `mask` covers by 90 % (or of the fullest)."""
+    """The centre (x, y), in fractions of the frame, of a random cell of a 16×16 grid of which `mask` covers 90 %.
+
+    If the mask covers no cell by as much, it is one of those that it covers most.
+    """
     covered = coverage(mask, CELL_GRID, CELL_GRID)
     cells = np.flatnonzero(covered >= min(0.9, covered.max()))
     row, column = divmod(int(np.random.default_rng([seed, 90]).choice(cells)), CELL_GRID)
@@ -93,10 +100,11 @@ def point_inside(mask: np.ndarray, seed: int) -> tuple[float, float]:
 def attention_aucs(
     model: StableDiffusion, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """For each noised scene, AUCs of its first object: {"cross" | "self": {site: {timestep: AUC}}}, keys as text.
+    """For each scene, the AUCs of its first object: {"cross" | "self": {layer: {timestep: AUC}}}, all keys as text.
 
-    A cell of a map counts as inside where the mask covers more than half of it.  Cross: the noun's map.  Self: the row
-    of a cell inside the object, that cell itself left out.  A mask that fills no cell of a grid has no entry there.
+    "cross" is the map of the object's noun, "self" what one cell inside the object attends to, that cell left out; both
+    in one prediction from the noised scene.  A cell counts as inside if the mask covers more than half of it.  Where no
+    cell of a layer is inside, there is no entry.
     """
     rendered = [render(scene, model.resolution) for scene in scenes]
     masks = [masks[0] for _, masks in rendered]
@@ -104,7 +112,7 @@ def attention_aucs(
     conditioning = model.prompts(list(prompts))
     tokens = [token_positions(model, p, s.objects[0].noun) for p, s in zip(prompts, scenes, strict=True)]
     points = [point_inside(mask, seed) for mask, seed in zip(masks, seeds, strict=True)]
-    found: list[dict[str, Any]] = [{"cross": {}, "self": {}} for _ in scenes]
+    aucs: list[dict[str, Any]] = [{"cross": {}, "self": {}} for _ in scenes]
     for timestep in TIMESTEPS:
         noise = torch.stack([_noise(latents[0], seed, timestep) for seed in seeds])
         times = torch.full((len(scenes),), timestep, device=model.device)
@@ -116,12 +124,12 @@ def attention_aucs(
                 for name, site in hook.sites.items():
                     value = _site_auc(hook.rows[name][row], mask, site, point)
                     if value is not None:
-                        found[row][kind].setdefault(site_label(site), {})[str(timestep)] = round(value, 4)
-    return found
+                        aucs[row][kind].setdefault(site_label(site), {})[str(timestep)] = round(value, 4)
+    return aucs
 
 
 def site_label(site: AttentionSite) -> str:
-    """`16×16 up_blocks.2.attentions.0`: a map's size, then its layer."""
+    """A layer's name in the results: the size of its maps, then its block, as in `16×16 up_blocks.2.attentions.0`."""
     return f"{site.height}×{site.width} {site.name.split('.transformer_blocks')[0]}"
 
 

@@ -115,14 +115,14 @@ class Bench:
         things = NounRegions([thing.noun.replace("_", " ") for thing in scene.objects])
         found = report_attention(model, frame, made, prompt, things, seen)
         plain = mean_noun_maps(model, made, found.groups, [made.conditioning] * steps)
-        row: dict[str, Any] = {"plain": measures(plain, masks), "background": guess(found.background, masks)}
+        row: dict[str, Any] = {"plain": map_measures(plain, masks), "background": background_iou(found.background, masks)}
         for name, null in (("direct", None), ("null-text", self.null_text if self.options.null_text else None)):
             if name == "null-text" and null is None:
                 continue
             rows, after = fit_dynamic_prompt(model, made, prompt, found, self.dynamic, size=size, null_text=null)
             told = rows.conditionings(model, [prompt], size)
-            row[name] = measures(mean_noun_maps(model, after, found.groups, told), masks)
-            row[name] |= {"units": steps + rows.passes + 2 * rows.backward, "drift": max(rows.drift)}
+            row[name] = map_measures(mean_noun_maps(model, after, found.groups, told), masks)
+            row[name] |= {"units": steps + rows.forward_passes + 2 * rows.backward_passes, "drift": max(rows.drift)}
         return {"part": "maps", "seed": seed, **row}
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class Bench:
         for name, z in found.items():
             shown = as_bytes(model.decode(z).cpu())[0]
             row[name] = {"db": psnr(shown, picture), "mse": float((z - clean).square().mean())}
-        errors = [drifts(model, clean, edit, up) for edit in (uniform_edit(model, (model.resolution,) * 2), plain)]
+        errors = [prediction_drift(model, clean, edit, up) for edit in (uniform_edit(model, (model.resolution,) * 2), plain)]
         row["steadier"] = sum(ours < theirs for ours, theirs in zip(*errors, strict=True)) / steps
         return {"part": "reconstruction", "seed": seed, "steps": steps, **row}
 
@@ -182,7 +182,7 @@ class Bench:
         }  # fmt: skip
 
 
-def measures(maps: Tensor, masks: Sequence[np.ndarray]) -> dict[str, Any]:
+def map_measures(maps: Tensor, masks: Sequence[np.ndarray]) -> dict[str, Any]:
     """IoU of noun maps (k, h, w) with their true masks at θ = 0.3 and at the best θ; overlap; mass off the things."""
     size = masks[0].shape
     large = interpolate(maps[None].float(), size, mode="bilinear", align_corners=False)[0].numpy()
@@ -193,7 +193,7 @@ def measures(maps: Tensor, masks: Sequence[np.ndarray]) -> dict[str, Any]:
             "off": float(np.mean(off))}  # fmt: skip
 
 
-def guess(background: Tensor | None, masks: Sequence[np.ndarray]) -> float:
+def background_iou(background: Tensor | None, masks: Sequence[np.ndarray]) -> float:
     """IoU of the guessed background (h, w) with the cells of which the things cover less than half; 0 without one."""
     if background is None:
         return 0.0
@@ -202,7 +202,7 @@ def guess(background: Tensor | None, masks: Sequence[np.ndarray]) -> float:
     return iou(background.numpy(), (share < 0.5).numpy())
 
 
-def drifts(model: StableDiffusion, clean: Tensor, edit: Edit, up: Schedule) -> list[float]:
+def prediction_drift(model: StableDiffusion, clean: Tensor, edit: Edit, up: Schedule) -> list[float]:
     """‖ε(z_t, t) − ε(z_{t−Δ}, t)‖ at every step of an inversion, which takes them for equal."""
     run, found = denoise_with_history(model, clean, edit, up), []
     assert isinstance(edit.conditioning, Conditioning)
@@ -252,10 +252,10 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             values = [row[key] for row in edits if row[key] is not None]
             if values:
                 found[name] = (float(np.mean(values)), *mean_interval(values), len(values))
-    return {name: judged(name, *figure) for name, figure in found.items()}
+    return {name: compare_with_target(name, *figure) for name, figure in found.items()}
 
 
-def judged(name: str, value: float, low: float, high: float, n: int) -> dict[str, Any]:
+def compare_with_target(name: str, value: float, low: float, high: float, n: int) -> dict[str, Any]:
     asked, of = ASKED.get(name) or ASKED.get(name.partition(", ")[0]) or (None, "value")
     tested = low if of == "low" else value
     finite = [None if not math.isfinite(end) else round(end, 4) for end in (low, high)]

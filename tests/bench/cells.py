@@ -1,4 +1,7 @@
-"""Resumable results: one JSON line per finished cell, appended at once, skipped when the bench is started again."""
+"""Resumable results of a bench: one JSON line per finished cell, which is not measured again after an interruption.
+
+A cell is the smallest unit of work, such as one arm on one scene.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from typing import Any
 
 
 class Cells:
-    """The file `path` of finished cells, by key.
+    """The finished cells in the file `path`, by key.
 
-    `stamp` names what the results depend on (base model, adapter, settings); the file's first line holds it, and
-    opening the file with another stamp raises ValueError, so that results of two set-ups never mix.
+    stamp: what the results depend on (base model, adapter, settings).  It is the first line of the file.
+
+    Raises:
+        ValueError: the file has another stamp; results of two set-ups are never mixed.
     """
 
     def __init__(self, path: str | Path, stamp: dict[str, Any]) -> None:
@@ -31,7 +36,7 @@ class Cells:
         return key in self.rows
 
     def add(self, key: str, row: dict[str, Any]) -> dict[str, Any]:
-        """Write the finished cell `key`; it is on disk when this returns."""
+        """Append the finished cell `key` and return it; it is on disk when this returns."""
         self.rows[key] = json.loads(json.dumps({"key": key, **row}))
         self._append(self.rows[key])
         return self.rows[key]
@@ -47,7 +52,7 @@ class Cells:
             os.fsync(file.fileno())
 
     def _whole_lines(self) -> list[dict[str, Any]]:
-        """Every finished line; the torn one that an interrupted run may have left at the end is cut off the file."""
+        """All complete lines; an incomplete last one, left by an interrupted run, is removed from the file."""
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         if len(whole) < len(text):

@@ -1,15 +1,15 @@
-"""The evaluation contract of every bench: which edit, its true result, the region that counts, success and identity.
+"""What every bench of edits measures, and how: the edit, its true result, success, and identity within a region.
 
-background: same objects on another background.  Region: inside the objects' masks.
-    Success: the new background, and every object still there.
-object: one noun swapped.  Region: outside both masks of that object.
-    Success: the new noun there, the old one gone.
-style: all objects in another style.  Region: outside the objects' masks.
-    Success: the new style inside every object's mask, all nouns there.
-move: one object elsewhere.  Region: the whole frame, against the scene rendered again.
-    Success: the noun there, nearer to its new place than to its old one.
+background: the same objects on another background.  Identity is measured inside the objects' masks.
+    Success: the judge sees the new background and every object.
+object: one object's noun is replaced.  Identity is measured outside the masks of the old and the new object.
+    Success: the judge sees the new noun and not the old one.
+style: all objects in another style.  Identity is measured outside the objects' masks.
+    Success: the judge sees the new style inside every object's mask, and every noun.
+move: one object at another position.  Identity is measured in the whole frame.
+    Success: the judge sees the noun nearer to its new position than to its old one.
 
-Two controls are in every bench: doing nothing, and the base model without adapter.
+Every bench has two controls: doing nothing, and the base model without adapter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PSNR_CAP = 60.0  # dB, of equal pictures
 
 @dataclass(frozen=True)
 class Task:
-    """One edit: `before` is to become `after`; `index` is the object concerned (edits of kind object and move)."""
+    """One edit, from the scene `before` to the scene `after`; `index` is the object that an object or move changes."""
 
     kind: str
     name: str
@@ -80,7 +80,14 @@ def random_task(
     backgrounds: Sequence[str] = BACKGROUNDS,
     objects: int | None = 1,
 ) -> Task:
-    """Task `seed`: a scene in `styles` and one change of it; moves take one small object 0.15–0.5 of the frame."""
+    """Task number `seed` of the split: a random scene and one random edit of it.
+
+    styles: of the scene before.  new_styles: that an edit of the style may choose.
+    objects: of the scene, 1 or 2, None for either; a move has one small object and takes it 0.15–0.5 of the frame away.
+
+    Raises:
+        ValueError: an unknown kind, or nothing to change to.
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of edit {kind!r}: choose one of {', '.join(KINDS)}")
     rng = np.random.default_rng([crc32(f"{split}/{kind}".encode()), seed])
@@ -95,10 +102,10 @@ def random_task(
         known = [noun for noun in nouns if sprite_path(noun, scene.objects[index].style).is_file()]
         after = scene.with_object(index, noun=_other(rng, known, taken))
     elif kind == "style":
-        drawn = [s for s in new_styles if all(sprite_path(thing.noun, s).is_file() for thing in scene.objects)]
-        after = scene.with_style(_other(rng, drawn, {thing.style for thing in scene.objects}))
+        complete = [s for s in new_styles if all(sprite_path(thing.noun, s).is_file() for thing in scene.objects)]
+        after = scene.with_style(_other(rng, complete, {thing.style for thing in scene.objects}))
     else:
-        before, after = _moved(rng, scene)
+        before, after = _two_positions(rng, scene)
     return Task(kind, f"{kind}/{split}/{seed}", before, after, index)
 
 
@@ -109,8 +116,8 @@ def _other(rng: np.random.Generator, choices: Sequence[str], taken: set[str]) ->
     return str(rng.choice(left))
 
 
-def _moved(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Scene]:
-    """The scene with its object at two places that lie 0.15 to 0.5 of the frame apart."""
+def _two_positions(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Scene]:
+    """The scene with its object at two random positions, 0.15 to 0.5 of the frame apart."""
     size = float(rng.uniform(0.32, 0.46))
     while True:
         x, y, u, v = (float(value) for value in rng.uniform(size / 2 + 0.01, 1 - size / 2 - 0.01, 4))
@@ -119,7 +126,7 @@ def _moved(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Scene]:
 
 
 def region(task: Task, size: int) -> np.ndarray:
-    """Where identity is measured: boolean (size, size)."""
+    """The region in which identity is measured, boolean (size, size)."""
     if task.kind == "move":
         return np.ones((size, size), bool)
     before, after = render(task.before, size)[1], render(task.after, size)[1]
@@ -131,7 +138,7 @@ def region(task: Task, size: int) -> np.ndarray:
 
 
 def success(task: Task, verdict: Verdict, styles: Sequence[str]) -> bool:
-    """Whether the change is there and what it is about survived; `styles` are those seen inside the objects' masks."""
+    """Whether the edit succeeded, by its kind's rule; `styles` are what the judge sees inside the objects' masks."""
     before, after = task.before.objects[task.index], task.after.objects[task.index]
     nouns = {thing.noun for thing in task.after.objects}
     if task.kind == "background":
@@ -146,10 +153,12 @@ def success(task: Task, verdict: Verdict, styles: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Score:
-    """How well one edited picture meets its task; psnr, colour and structure are against the truth, in the region.
+    """How well one edited picture meets its task; psnr, colour and structure compare it with the truth in the region.
 
-    `whole_scene`: nouns and background are exactly the truth's.  psnr in dB, at most 60; colour: earth mover's distance
-    of the L*, a*, b* distributions, averaged, in ΔE; structure: gradient difference, 0 same … 1 nothing in common.
+    whole_scene: the judge sees exactly the true nouns and the true background.
+    psnr: dB, at most 60.
+    colour: earth mover's distance of the L*, a* and b* distributions, averaged over the three, in ΔE.
+    structure: relative difference of the gradients, from 0 (the same) to 1 (nothing in common).
     """
 
     success: bool
@@ -187,13 +196,16 @@ def psnr(picture: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """|a ∧ b| / |a ∨ b| of boolean masks; 1 if both are empty."""
+    """Intersection over union, |a ∧ b| / |a ∨ b|, of boolean masks; 1 if both are empty."""
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
 
 
 def colour_distance(picture: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
-    """Earth mover's distance of the pixels' L*, a* and b* values, wherever they lie: mean |sorted − sorted|, in ΔE."""
+    """Earth mover's distance between the two pictures' distributions of L*, a* and b*, averaged over the three, in ΔE.
+
+    It is the mean |a − b| of sorted values, and does not depend on where in the region the pixels lie.
+    """
     ours, theirs = (np.sort(lab(image[where]), axis=0) for image in (picture, truth))
     return float(np.abs(ours - theirs).mean())
 
@@ -211,9 +223,11 @@ _XYZ = np.array([[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07218], [0.01
 
 
 def structure_distance(picture: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
-    """Σ|∇a − ∇b| / Σ(|∇a| + |∇b| + c) over `where`, of lumas blurred by one pixel: 0 same, 1 nothing in common.
+    """Relative difference of the gradients of luma, blurred by one pixel: 0 for equal pictures, at most 1.
 
-    c = 1 grey level a pixel keeps noise in plain regions from counting as structure.
+        Σ|∇a − ∇b| / Σ(|∇a| + |∇b| + c)   over `where`,  c = 1 grey level a pixel
+
+    c keeps noise in plain regions from counting as structure.
     """
     ours, theirs = (_gradient(image)[:, where] for image in (picture, truth))
     size = np.linalg.norm(ours, axis=0) + np.linalg.norm(theirs, axis=0) + 1.0
@@ -227,17 +241,18 @@ def _gradient(image: np.ndarray) -> np.ndarray:
 
 
 Arm = Callable[[Task, np.ndarray, int], Sequence[np.ndarray]]
-"""(task, picture before, budget) → at most `budget` candidates, each RGB uint8 (H, W, 3)."""
+"""A method under test: (task, picture before, budget) → at most `budget` candidates, each RGB uint8 (H, W, 3)."""
 Selector = Callable[[Task, Sequence[np.ndarray]], int]
-"""Which candidate to keep; it must not use the judge."""
+"""(task, candidates) → the index of the candidate to keep; it must not use the judge."""
 
 
 def do_nothing(task: Task, before: np.ndarray, budget: int) -> Sequence[np.ndarray]:
-    """The control that returns the picture as it was."""
+    """The control that returns the picture unchanged."""
     return [before]
 
 
-def first(task: Task, candidates: Sequence[np.ndarray]) -> int:
+def keep_first(task: Task, candidates: Sequence[np.ndarray]) -> int:
+    """The selector that keeps the first candidate."""
     return 0
 
 
@@ -249,11 +264,14 @@ def evaluate(
     *,
     budget: int = 1,
     size: int = 128,
-    select: Selector = first,
+    select: Selector = keep_first,
 ) -> list[dict[str, Any]]:
-    """Run every arm on every task, the same budget and selector for all; finished cells are read back, not run again.
+    """Run every arm on every task, with the same budget and selector for all; returns the rows of all cells.
 
-    Selected pictures are kept beside the cells' file.  ValueError when `arms` lacks a control.
+    Cells that an earlier run finished are read, not run again.  Selected pictures are saved beside the cells' file.
+
+    Raises:
+        ValueError: `arms` lacks a control.
     """
     if missing := [name for name in CONTROLS if name not in arms]:
         raise ValueError(f"every bench has both controls, {missing} not among the arms {list(arms)}")
@@ -267,12 +285,12 @@ def evaluate(
                 file = picture_file(cells, key)
                 file.parent.mkdir(exist_ok=True)
                 Image.fromarray(chosen).save(file)
-                about = {"arm": name, "kind": task.kind, "task": task.name}
-                cells.add(key, about | asdict(score(task, chosen, judge)))
+                head = {"arm": name, "kind": task.kind, "task": task.name}
+                cells.add(key, head | asdict(score(task, chosen, judge)))
             rows.append(cells.rows[key])
     return rows
 
 
 def picture_file(cells: Cells, key: str) -> Path:
-    """Where the selected picture of cell `key` is kept."""
+    """The file of the selected picture of cell `key`."""
     return cells.path.with_suffix("") / f"{key.replace('/', '_').replace(' ', '_')}.png"

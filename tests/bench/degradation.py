@@ -1,6 +1,6 @@
-"""What generated and compressed pictures suffer, to train the judge: blur, lost pixels, noise, JPEG, colour, shifts.
+"""The defects of generated and compressed pictures, to train the judge on: blur, noise, JPEG, colour, shifts.
 
-Every function takes and returns pixels (b, 3, H, W) in [−1, 1]; strengths are drawn per picture.
+Every function takes and returns pixels (b, 3, H, W) in [−1, 1].
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, interpolate, p
 
 
 def degraded(pixels: Tensor, owner: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Shift and scale `pixels` with their `owner` map (b, H, W), then degrade half of the pictures."""
+    """Pictures and their `owner` maps (b, H, W), shifted and scaled; then half of the pictures are degraded.
+
+    owner: the number of the object that each pixel belongs to, 0 for none.
+    """
     pixels, owner = shifted_and_scaled(pixels, owner, rng)
     out = pixels.clone()
     order = torch.randperm(len(pixels), generator=rng)
@@ -37,7 +40,10 @@ def _uniform(rng: Generator, low: float, high: float) -> float:
 
 
 def shifted_and_scaled(pixels: Tensor, owner: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Shift by up to 4 % and scale by up to 8 %, repeating the border; the owner map by nearest neighbours."""
+    """Pictures and owner maps shifted by up to 4 % and scaled by up to 8 %, with the border repeated.
+
+    Pictures are interpolated bilinearly, owner maps take the nearest value.
+    """
     b = len(pixels)
     theta = torch.zeros(b, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 + 0.08 * (2 * torch.rand(b, generator=rng) - 1)
@@ -58,7 +64,7 @@ def blurred(pixels: Tensor, sigma: float) -> Tensor:
 
 
 def shrunk(pixels: Tensor, factor: float) -> Tensor:
-    """Down to `factor` of the size and up again."""
+    """Resampled to `factor` of the size and back."""
     side = pixels.shape[-1]
     small = interpolate(pixels, size=round(factor * side), mode="bilinear", antialias=True, align_corners=False)
     return interpolate(small, size=side, mode="bicubic", align_corners=False)
@@ -78,7 +84,10 @@ def tinted(pixels: Tensor, rng: Generator) -> Tensor:
 
 
 def compressed(pixels: Tensor, rng: Generator) -> Tensor:
-    """JPEG's loss without its file: 8×8 cosine blocks of luma and chroma, rounded coarser at high frequencies."""
+    """The losses of JPEG, without writing a file: 8×8 cosine blocks of luma and chroma, rounded.
+
+    The rounding step grows with the frequency, is twice as coarse for chroma, and has a random strength per picture.
+    """
     b, _, height, width = pixels.shape
     colours = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     basis = _cosines()
@@ -93,7 +102,7 @@ def compressed(pixels: Tensor, rng: Generator) -> Tensor:
 
 
 def _cosines() -> Tensor:
-    """The orthonormal cosine transform of 8 samples, (8, 8)."""
+    """The matrix (8, 8) of the orthonormal cosine transform of 8 samples."""
     k, n = torch.arange(8.0)[:, None], torch.arange(8.0)
     basis = torch.cos(math.pi / 8 * (n + 0.5) * k) * math.sqrt(2 / 8)
     basis[0] /= math.sqrt(2)

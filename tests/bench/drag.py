@@ -1,10 +1,10 @@
-"""D9 to D17: how well points are dragged, in scenes whose true outcome is known.
+"""How well point drags move objects, in scenes whose true result is known: figures D9 to D17.
 
     python -m tests.bench.drag                                     # everything, 50 scenes
     python -m tests.bench.drag --only calibration                  # D9: layers, bands, thresholds
     python -m tests.bench.drag --only drags --scenes 8 --arms move # a quick look
 
-One JSON line per finished cell; calibration.md, drag.md and figures.json are written anew each time.
+Each finished cell is one JSON line; calibration.md, drag.md and figures.json are rewritten every time.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from personalize.scenes import random_scene, render
 from tests.bench.attention_auc import coverage
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task, psnr, structure_distance
-from tests.bench.drag_calibration import calibration_row, chosen, of_defaults, table
+from tests.bench.drag_calibration import best_reader, calibration_row, default_ious, table
 from tests.bench.drag_figures import ABLATED, DISTANCES, PASTE, ablations, figures
 from tests.bench.drag_measures import (
+    away_from,
+    background_only,
     centroid_shift,
     disc,
     drag_task,
-    empty,
+    find_shift,
     ghost,
-    handle_of,
-    located,
-    outside,
-    pasted,
+    handle_point,
+    paste_object,
     seam,
 )  # fmt: skip
 from tests.bench.figure_tables import average
@@ -49,7 +49,8 @@ from tests.bench.intervals import paired_interval
 from tests.bench.judge import as_bytes, as_pixels
 from tests.bench.world import weights_of, world_of
 
-ARMS: dict[str, dict[str, Any]] = {  # each differs from `move` in one factor; "mask" is no setting
+# each arm differs from `move` in one setting; "mask" and "paste" are arguments of the bench, no settings
+ARMS: dict[str, dict[str, Any]] = {
     "move": {},
     "move, true mask": {"mask": "true"},
     "deform": {"mode": "deform"},
@@ -71,25 +72,25 @@ class DragBench:
     model: Path = EMBEDDED
     """A Stable Diffusion folder; its world.json, if there, says which nouns, styles and backgrounds it knows."""
     scenes: int = 50
-    """Scenes, the same for every arm."""
+    """Number of scenes, the same ones for every arm."""
     budget: int = 1
-    """Pictures an arm may draw for a scene: a drag has one answer."""
+    """Pictures an arm may draw for a scene; only 1, for a drag is deterministic."""
     only: tuple[str, ...] = ()
-    """calibration, drags; both when empty."""
+    """Parts to run: calibration, drags; both when empty."""
     arms: tuple[str, ...] = ()
     """Arms to run; all when empty."""
     true_mask: bool = False
-    """Give every arm the true mask: only where calibration shows that no setting is semantic."""
+    """Give every arm the true mask, for models where calibration finds no layer that segments objects."""
     steps: int = 50
-    """Steps of the whole way."""
+    """Steps of the whole schedule."""
     strength: float = 0.7
-    """Share of it that is inverted and sampled."""
+    """Share of the schedule that is inverted and sampled."""
     output_dir: Path = Path("runs/bench/drag")
-    """Where results go, and where finished ones are found again."""
+    """Where results go; finished cells found there are not measured again."""
 
 
 class Bench:
-    """One run: model, scenes and finished cells."""
+    """The bench's model, settings and finished cells."""
 
     def __init__(self, options: DragBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model = options, model or StableDiffusion.load(options.model)
@@ -129,18 +130,18 @@ class Bench:
         return rows
 
     def row(self, arm: str, cells: int, twin: bool, seed: int) -> dict[str, Any]:
-        """What `arm` made of one scene, measured against the truth; lengths in pixels."""
+        """The measures of one drag by `arm`, against the truth; lengths in pixels."""
         task, size, cell = self.task(seed, cells, twin=twin), self.model.resolution, self.model.factor
         (before, masks), (truth, ends) = render(task.before, size), render(task.after, size)
-        vector = located(truth, before, masks[0])  # sprites are placed on whole pixels
-        handle = handle_of(masks[0])
+        vector = find_shift(truth, before, masks[0])  # sprites are placed on whole pixels
+        handle = handle_point(masks[0])
         target = tuple(min(size - 1.0, max(0.0, at + by)) for at, by in zip(handle, vector, strict=True))
-        picture, told = self.drawn(arm, task, before, masks[0], vector, handle, target)
-        background = empty(task.before, size)
-        went = located(picture, before, masks[0])
-        marker = located(picture, before, disc(masks[0].shape, handle, 2 * cell) & masks[0])
-        far = outside([masks[0], ends[0]], cell)
-        left = masks[0] & outside([ends[0]], 1, 1)
+        picture, facts = self.dragged(arm, task, before, masks[0], vector, handle, target)
+        background = background_only(task.before, size)
+        went = find_shift(picture, before, masks[0])
+        marker = find_shift(picture, before, disc(masks[0].shape, handle, 2 * cell) & masks[0])
+        far = away_from([masks[0], ends[0]], cell)
+        left = masks[0] & away_from([ends[0]], 1, 1)
         row = {
             "arm": arm, "cells": cells, "twin": twin, "seed": seed, "vector": vector, "went": went, "marker": marker,
             "centroid": centroid_shift(picture, before, background), "background_db": psnr(picture, truth, far),
@@ -148,36 +149,36 @@ class Bench:
             "truth_db": psnr(picture, truth), "kept": 1 - structure_distance(picture, before, np.ones_like(masks[0])),
         }  # fmt: skip
         if twin:
-            row["twin_went"] = located(picture, before, masks[1])
-        self.keep(picture, arm, cells, twin, seed)
-        return row | told
+            row["twin_went"] = find_shift(picture, before, masks[1])
+        self.save(picture, arm, cells, twin, seed)
+        return row | facts
 
-    def drawn(
+    def dragged(
         self, arm: str, task: Task, before: np.ndarray, mask: np.ndarray, vector: Any, handle: Any, target: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The arm's picture, and what it says of itself."""
+        """The arm's picture, and the seconds, tracking errors and notes that `drag_picture` reports."""
         if arm == DO_NOTHING:
             return before, {}
         if arm == PASTE:
-            return pasted(before, mask, vector), {}
+            return paste_object(before, mask, vector), {}
         if arm == BASE:
             return self.replayed(task, before), {}
-        factors = dict(ARMS[arm])
-        paste, true = factors.pop("paste", False), factors.pop("mask", "") == "true" or self.options.true_mask
-        settings = DragSettings(**asdict(self.settings) | factors)
-        found = drag_picture(
+        changes = dict(ARMS[arm])
+        paste, true_mask = changes.pop("paste", False), changes.pop("mask", "") == "true" or self.options.true_mask
+        settings = DragSettings(**asdict(self.settings) | changes)
+        result = drag_picture(
             self.model, Image.fromarray(before), [handle, target], prompt=task.source_prompt, settings=settings,
-            mask=Image.fromarray(mask.astype(np.uint8) * 255) if true else None, paste=paste,
+            mask=Image.fromarray(mask.astype(np.uint8) * 255) if true_mask else None, paste=paste,
         )  # fmt: skip
-        within = torch.from_numpy(coverage(mask, *found.drag.mask.shape) > 0.5)
-        mean = float(found.drag.ratios[0].clamp(0, 1)[within].mean()) if bool(within.any()) else math.nan
-        about = {"seconds": found.seconds, "edit_seconds": found.edit_seconds, "arrived": found.arrived[0],
-                 "missed": found.missed[0], "mean_ratio": mean, "notes": len(found.notes)}  # fmt: skip
-        return np.asarray(found.image), about
+        within = torch.from_numpy(coverage(mask, *result.drag.mask.shape) > 0.5)
+        mean = float(result.drag.ratios[0].clamp(0, 1)[within].mean()) if bool(within.any()) else math.nan
+        facts = {"seconds": result.seconds, "edit_seconds": result.edit_seconds, "arrived": result.arrived[0],
+                 "missed": result.missed[0], "mean_ratio": mean, "notes": len(result.notes)}  # fmt: skip
+        return np.asarray(result.image), facts
 
     @torch.no_grad()
     def replayed(self, task: Task, before: np.ndarray) -> np.ndarray:
-        """Inversion and sampling by the base alone, without a drag: what any drag can keep at best."""
+        """The picture inverted and sampled again by the base, without a drag: the best that a drag can preserve."""
         size = (self.model.resolution,) * 2
         edit = Edit(self.model.prompts([task.source_prompt], size), guidance_scale=1)
         latents = self.model.encode(as_pixels(before[None]))
@@ -186,7 +187,7 @@ class Bench:
             latents = denoise(self.model, latents, edit, plan)
         return as_bytes(self.model.decode(latents).cpu())[0]
 
-    def keep(self, picture: np.ndarray, arm: str, cells: int, twin: bool, seed: int) -> None:
+    def save(self, picture: np.ndarray, arm: str, cells: int, twin: bool, seed: int) -> None:
         folder = self.options.output_dir / "pictures"
         folder.mkdir(exist_ok=True)
         name = f"{seed:03d}-{cells}{'-twin' if twin else ''}-{arm.replace(' ', '_').replace(',', '')}.png"
@@ -194,25 +195,26 @@ class Bench:
 
 
 def run(options: DragBench, model: StableDiffusion | None = None) -> dict[str, Any]:
-    """Measure what is missing and write everything that is known."""
-    bench, began, found = Bench(options, model), time.monotonic(), {}
+    """Measure the cells that are not finished, write all figures, and return them."""
+    bench, started, report = Bench(options, model), time.monotonic(), {}
     if not options.only or "calibration" in options.only:
         rows = bench.calibration()
-        best, defaults = chosen(rows), of_defaults(rows, bench.settings)
+        best, defaults = best_reader(rows), default_ious(rows, bench.settings)
         difference, low, high = paired_interval(defaults, best["iou"])
-        found["D9 defaults"] = {"iou": average(defaults, ""), "above the chosen": [difference, low, high]}
-        found["D9"] = best | {
+        report["D9 defaults"] = {"iou": average(defaults, ""), "above the chosen": [difference, low, high]}
+        report["D9"] = best | {
             "auc": average([v for v in best["auc"] if v is not None], ""),
             "iou": average(best["iou"], ""),
         }
         (options.output_dir / "calibration.md").write_text(table(rows), encoding="utf-8")
     if not options.only or "drags" in options.only:
         rows = bench.drags()
-        found |= figures(rows, bench.model.factor)
+        report |= figures(rows, bench.model.factor)
         (options.output_dir / "drag.md").write_text(ablations(rows), encoding="utf-8")
-    (options.output_dir / "figures.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(json.dumps(found, indent=1, ensure_ascii=False), f"\n{time.monotonic() - began:.0f} s")
-    return found
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    (options.output_dir / "figures.json").write_text(text, encoding="utf-8")
+    print(text, f"\n{time.monotonic() - started:.0f} s")
+    return report
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""D9: which self-attention knows objects?  AUC of the ratio map against the true mask, per layer and timestep band.
+"""Figure D9 of the drag bench: which self-attention layers segment the object under a point best.
 
-Even scenes choose layers, band and threshold; odd scenes confirm.
+Measured is the AUC of the ratio map against the object's true mask, for each layer and band of timesteps.  Even scenes
+choose layers, band and threshold; odd scenes measure that choice.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from personalize.sampling import Edit, denoise
 from personalize.scenes import render
 from tests.bench.attention_auc import auc, coverage, site_label
 from tests.bench.contract import Task, iou
-from tests.bench.drag_measures import handle_of
+from tests.bench.drag_measures import handle_point
 from tests.bench.judge import as_pixels
 
+# bands of timesteps (from, to), and sets of layers: (places in the UNet, levels counted from the finest)
 BANDS = ((0, 150), (0, 300), (150, 300), (0, 500), (300, 500), (500, 700))
-READERS = {
+LAYER_SETS = {
     "up 0": (("up",), (0,)), "up 1": (("up",), (1,)), "up 2": (("up",), (2,)), "up 0+1": (("up",), (0, 1)),
     "up 1+2": (("up",), (1, 2)), "mid": (("mid",), (0,)), "down 0": (("down",), (0,)), "down 1": (("down",), (1,)),
     "down 2": (("down",), (2,)), "down 1, up 1": (("down", "up"), (1,)),
@@ -37,7 +39,7 @@ THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 @torch.no_grad()
 def calibration_row(model: StableDiffusion, task: Task, settings: DragSettings) -> dict[str, Any]:
-    """{"sites": {site: {band: AUC}}, "readers": {reader/band: {"auc", "iou": {τ: IoU}}}} of one scene."""
+    """The row of one scene: {"sites": {layer: {band: AUC}}, "readers": {layers and band: {"auc", "iou": {τ: IoU}}}}."""
     size, factor = model.resolution, model.factor
     picture, masks = render(task.before, size)
     grid = (size // factor, size // factor)
@@ -46,44 +48,44 @@ def calibration_row(model: StableDiffusion, task: Task, settings: DragSettings) 
     edit = Edit(model.prompts([task.source_prompt], (size, size)), guidance_scale=1, hooks=(reading,))
     plan = make_schedule(model, settings.steps, strength=settings.strength, inverse=True)
     denoise(model, model.encode(as_pixels(picture[None])), edit, plan)
-    x, y = handle_of(masks[0])
+    x, y = handle_point(masks[0])
     cell, truth = (int(y) // factor, int(x) // factor), coverage(masks[0], *grid) > 0.5
-    found: dict[str, Any] = {"sites": {}, "readers": {}}
+    row: dict[str, Any] = {"sites": {}, "readers": {}}
     for band in BANDS:
         kept = {key: value for key, value in reading.kept.items() if band[0] <= key[1] <= band[1]}
         if not kept:
             continue
         for site in sites.values():
-            found["sites"].setdefault(site_label(site), {})[str(band)] = _score(kept, [site], grid, cell, truth)["auc"]
-        for name, (places, levels) in READERS.items():
+            row["sites"].setdefault(site_label(site), {})[str(band)] = _score(kept, [site], grid, cell, truth)["auc"]
+        for name, (places, levels) in LAYER_SETS.items():
             if chosen := self_attention_sites(sites, places, levels):
-                found["readers"][f"{name} {band}"] = _score(kept, chosen, grid, cell, truth, settings)
-    return found
+                row["readers"][f"{name} {band}"] = _score(kept, chosen, grid, cell, truth, settings)
+    return row
 
 
 def _score(kept, sites, grid, cell, truth, settings: DragSettings | None = None) -> dict[str, Any]:
     names = {site.name for site in sites}
     ours = {key: value for key, value in kept.items() if key[0] in names}
     window = 3 if settings is None else settings.window
-    found = attention_ratio(AttentionRows(ours, sites, grid).around(cell, window), cell, window)
+    ratio_map = attention_ratio(AttentionRows(ours, sites, grid).around(cell, window), cell, window)
     others = np.ones(grid, bool)
     others[cell] = False
-    row: dict[str, Any] = {"auc": auc(found.numpy()[others], truth[others])}
+    row: dict[str, Any] = {"auc": auc(ratio_map.numpy()[others], truth[others])}
     if settings is not None:
-        row["iou"] = {str(value): _iou(found, cell, value, truth, settings) for value in THRESHOLDS}
+        row["iou"] = {str(value): _iou(ratio_map, cell, value, truth, settings) for value in THRESHOLDS}
     return row
 
 
-def _iou(found, cell, threshold: float, truth: np.ndarray, settings: DragSettings) -> float:
+def _iou(ratio_map, cell, threshold: float, truth: np.ndarray, settings: DragSettings) -> float:
     try:
-        mask, _ = ratio_mask(found, cell, threshold, fewest=settings.mask_fewest, most=settings.mask_most)
+        mask, _ = ratio_mask(ratio_map, cell, threshold, fewest=settings.mask_fewest, most=settings.mask_most)
     except UserError:
         return 0.0
     return iou(mask.numpy(), truth)
 
 
-def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The reader, band and threshold with the highest mean IoU on even scenes, and its figures on odd ones."""
+def best_reader(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The layers, band and threshold with the highest mean IoU on even scenes, and their figures on odd ones."""
     even, odd = rows[::2], rows[1::2]
     choices = [(name, tau) for name in even[0]["readers"] for tau in even[0]["readers"][name]["iou"]]
     name, tau = max(choices, key=lambda choice: np.mean([row["readers"][choice[0]]["iou"][choice[1]] for row in even]))
@@ -92,15 +94,15 @@ def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"reader": name, "threshold": float(tau), "auc": aucs, "iou": ious}
 
 
-def of_defaults(rows: Sequence[dict[str, Any]], settings: DragSettings) -> list[float]:
-    """IoU on odd scenes of what `settings` themselves read, by their own threshold."""
-    reader = next(name for name, where in READERS.items() if where == (settings.map_places, settings.map_levels))
+def default_ious(rows: Sequence[dict[str, Any]], settings: DragSettings) -> list[float]:
+    """IoU on odd scenes of the layers, band and threshold that `settings` name."""
+    reader = next(name for name, where in LAYER_SETS.items() if where == (settings.map_places, settings.map_levels))
     name, tau = f"{reader} {settings.map_timesteps}", str(settings.mask_threshold)
     return [row["readers"][name]["iou"][tau] for row in rows[1::2]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean AUC of every layer and band on even scenes, then mean AUC and best mean IoU of every reader and band."""
+    """Markdown, on even scenes: mean AUC of every layer and band; mean AUC and best mean IoU of every set of layers."""
     even, bands = rows[::2], [str(band) for band in BANDS if str(band) in next(iter(rows[0]["sites"].values()))]
     lines = ["| layer | " + " | ".join(bands) + " |", "|---" * (len(bands) + 1) + "|"]
     for site in even[0]["sites"]:

@@ -1,4 +1,4 @@
-"""D10 to D17 from the finished cells of the bench of drags: figures with intervals, and the table of ablations."""
+"""Figures D10 to D17 of the drag bench with their intervals, and the table of ablations, from its finished cells."""
 
 from __future__ import annotations
 
@@ -13,51 +13,47 @@ from tests.bench.figure_tables import average, proportion
 from tests.bench.intervals import paired_interval
 
 PASTE = "naive paste"
-DISTANCES = (2, 4, 8)  # latent cells
-ABLATED = 4  # cells: the distance of the ablations
+DISTANCES = (2, 4, 8)  # of the drags, in latent cells
+ABLATED = 4  # latent cells: the distance at which the ablations are compared
 
 
 def figures(rows: Sequence[dict[str, Any]], cell: int) -> dict[str, Any]:
-    """D10 to D17: {name: {value, low, high, n, unit, wanted}}; lengths in pixels, `cell` of them a latent cell."""
-    by: dict[tuple[str, int, bool], dict[int, dict[str, Any]]] = {}
+    """Figures D10 to D17: {name: {value, low, high, n, unit, wanted}}; a latent cell is `cell` pixels wide."""
+    groups: dict[tuple[str, int, bool], dict[int, dict[str, Any]]] = {}
     for row in rows:
-        by.setdefault((row["arm"], row["cells"], row["twin"]), {})[row["seed"]] = row
-    found: dict[str, Any] = {}
+        groups.setdefault((row["arm"], row["cells"], row["twin"]), {})[row["seed"]] = row
+    table: dict[str, Any] = {}
 
     def put(name: str, figure: dict[str, Any], wanted: str = "") -> None:
         if figure:
-            found[name] = figure | {"wanted": wanted}
+            table[name] = figure | {"wanted": wanted}
 
     for cells in DISTANCES:
-        ours = list(by.get(("move", cells, False), {}).values())
-        put(f"D10 moved by {cells} cells within tolerance", proportion([_arrived(row, cell) for row in ours]), "≥ 80 %")
-        soft = list(by.get(("deform", cells, False), {}).values())
-        marker = [_length(row["marker"]) / _length(row["vector"]) for row in soft]
-        put(f"D11 handle's share of the way, {cells} cells", average(marker, ""), "≥ 0.6")
-        put(f"D11 centroid as the mean ratio says, {cells} cells", proportion([_soft(row) for row in soft]), "high")
-    usual, base = by.get(("move", ABLATED, False), {}), by.get((BASE, ABLATED, False), {})
+        moves = list(groups.get(("move", cells, False), {}).values())
+        arrived = proportion([_arrived(row, cell) for row in moves])
+        put(f"D10 moved by {cells} cells within tolerance", arrived, "≥ 80 %")
+        deforms = list(groups.get(("deform", cells, False), {}).values())
+        shares = [_length(row["marker"]) / _length(row["vector"]) for row in deforms]
+        put(f"D11 handle's share of the way, {cells} cells", average(shares, ""), "≥ 0.6")
+        centroids = proportion([_centroid_as_predicted(row) for row in deforms])
+        put(f"D11 centroid as the mean ratio says, {cells} cells", centroids, "high")
+    usual, base = groups.get(("move", ABLATED, False), {}), groups.get((BASE, ABLATED, False), {})
+    paste = groups.get((PASTE, ABLATED, False), {})
     put("D12 background below the replay's", average(_paired(base, usual, "background_db"), "dB"), "≤ 0.5 dB")
     put("D13 ghost of at most 15 %", proportion([row["ghost"] <= 0.15 for row in usual.values()]), "high")
-    twins = by.get(("move", ABLATED, True), {}).values()
+    twins = groups.get(("move", ABLATED, True), {}).values()
     put("D14 twin stays within a cell", proportion([_length(row["twin_went"]) <= cell for row in twins]), "≥ 90 %")
-    far = [math.dist(row["marker"], row["vector"]) / _length(row["vector"]) for row in usual.values()]
-    put("D15 distance left, share of the way", average(far, ""), "≤ 0.5 (doing nothing: 1)")
-    put(
-        "D15 seam above naive paste's",
-        average(_paired(usual, by.get((PASTE, ABLATED, False), {}), "seam_db"), "dB"),
-        "> 0",
-    )
-    put(
-        "D17 latent edit, share of the time",
-        average([r["edit_seconds"] / r["seconds"] for r in usual.values()], ""),
-        "≤ 0.1",
-    )
+    left = [math.dist(row["marker"], row["vector"]) / _length(row["vector"]) for row in usual.values()]
+    put("D15 distance left, share of the way", average(left, ""), "≤ 0.5 (doing nothing: 1)")
+    put("D15 seam above naive paste's", average(_paired(usual, paste, "seam_db"), "dB"), "> 0")
+    edit_share = average([row["edit_seconds"] / row["seconds"] for row in usual.values()], "")
+    put("D17 latent edit, share of the time", edit_share, "≤ 0.1")
     put("seconds a drag", average([row["seconds"] for row in usual.values()], "s"))
-    return found
+    return table
 
 
 def ablations(rows: Sequence[dict[str, Any]]) -> str:
-    """D16, markdown: every arm at one distance, and its paired difference from `move` with the 95 % interval."""
+    """Figure D16 in Markdown: every arm at one distance, and its paired difference from `move` with a 95 % interval."""
     names = ("background_db", "ghost", "seam_db", "truth_db", "kept")
     lines = ["| arm | n | distance left px | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
     ours = [row for row in rows if row["cells"] == ABLATED and not row["twin"]]
@@ -80,22 +76,23 @@ def _cell(mine: dict[int, Any], usual: dict[int, Any], name: str) -> str:
 
 
 def _arrived(row: dict[str, Any], cell: int) -> bool:
-    """D10: the length right to max(1 cell, 15 %), the direction to 10°."""
-    way, went = _length(row["vector"]), _length(row["went"])
-    if went == 0:
+    """D10: the distance is right within the larger of 1 latent cell and 15 %, the direction within 10°."""
+    asked, moved = _length(row["vector"]), _length(row["went"])
+    if moved == 0:
         return False
-    cosine = sum(a * b for a, b in zip(row["vector"], row["went"], strict=True)) / (way * went)
-    return abs(went - way) <= max(cell, 0.15 * way) and cosine >= math.cos(math.radians(10))
+    cosine = sum(a * b for a, b in zip(row["vector"], row["went"], strict=True)) / (asked * moved)
+    return abs(moved - asked) <= max(cell, 0.15 * asked) and cosine >= math.cos(math.radians(10))
 
 
-def _soft(row: dict[str, Any]) -> bool:
-    """D11: the centroid along the drag within ±25 % of (mean ratio) · d, strictly between 0 and d."""
+def _centroid_as_predicted(row: dict[str, Any]) -> bool:
+    """D11: the centroid moved along the drag d by (mean ratio) · d, within ±25 %, and strictly between 0 and d."""
     way = _length(row["vector"])
     along = sum(a * b for a, b in zip(row["vector"], row["centroid"], strict=True)) / way
     return 0 < along < way and abs(along - row["mean_ratio"] * way) <= 0.25 * row["mean_ratio"] * way
 
 
 def _paired(these: dict[int, Any], those: dict[int, Any], name: str) -> list[float]:
+    """Differences of the figure `name` between rows of the same seed."""
     return [these[seed][name] - those[seed][name] for seed in these if seed in those]
 
 

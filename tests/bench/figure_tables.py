@@ -1,4 +1,4 @@
-"""The embedded model's figures from its finished cells: one line each with n and 95 % interval, and two AUC tables."""
+"""The embedded model's figures from its bench's finished cells, with n and 95 % intervals, and two tables of AUCs."""
 
 from __future__ import annotations
 
@@ -10,41 +10,44 @@ import numpy as np
 
 from tests.bench.intervals import mean_interval, wilson
 
-STAGE = "16×16"  # maps that count for the noun's figure
-NOUN_BAND = ("300", "500", "700")
+NOUN_MAP_SIZE = "16×16"  # size of the cross-attention maps that the figure of noun maps is about
+NOUN_BAND = ("300", "500", "700")  # and their timesteps
 
 Row = dict[str, Any]
 
 
 def figures(rows: dict[str, Row], n: int) -> dict[str, Any]:
-    """Every figure that has cells among the first `n` of its group: {name: {value, low, high, n, unit, …}}."""
+    """Every figure of which there are cells: {name: {value, low, high, n, unit, …}}.
+
+    rows: cells by "group/number", of which numbers below `n` count.
+    """
     groups: dict[str, list[Row]] = {}
     for key, row in rows.items():
         group, number = key.rsplit("/", 1)
         if int(number) < n:
             groups.setdefault(group, []).append(row)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for group in ("autoencoder", "held_out_autoencoder"):
-        found[f"{group}_psnr"] = average([row["psnr"] for row in groups.get(group, [])], "dB")
+        result[f"{group}_psnr"] = average([row["psnr"] for row in groups.get(group, [])], "dB")
     one, two = groups.get("single", []), groups.get("pairs", [])
-    found["right_object"] = proportion([row["object"] for row in one])
-    found["right_background"] = proportion([row["background"] for row in one])
-    found["right_object_and_no_other"] = proportion([row["exact"] for row in one])
-    found["right_style_when_asked"] = proportion([row["style"] for row in one if row["style"] is not None])
-    found["both_present"] = proportion([row["object"] for row in two])
-    found["background_of_pairs"] = proportion([row["background"] for row in two])
-    found["nouns_of_pairs"] = nouns_found(two)
+    result["right_object"] = proportion([row["object"] for row in one])
+    result["right_background"] = proportion([row["background"] for row in one])
+    result["right_object_and_no_other"] = proportion([row["exact"] for row in one])
+    result["right_style_when_asked"] = proportion([row["style"] for row in one if row["style"] is not None])
+    result["both_present"] = proportion([row["object"] for row in two])
+    result["background_of_pairs"] = proportion([row["background"] for row in two])
+    result["nouns_of_pairs"] = nouns_found(two)
     maps = groups.get("attention", [])
-    found["noun_map_auc"] = best_band(table(maps, "cross"), NOUN_BAND, STAGE, maps, "cross")
-    found["self_attention_auc"] = best_cell(table(maps, "self"))
-    found["cross_table"], found["self_table"] = table(maps, "cross"), table(maps, "self")
-    found["inversion_below_ceiling"] = average([row["below"] for row in groups.get("inversion", [])], "dB")
-    found["seconds"] = average([row["seconds"] for row in groups.get("seconds", [])], "s")
-    return {name: figure for name, figure in found.items() if figure}
+    result["noun_map_auc"] = best_band(table(maps, "cross"), NOUN_BAND, NOUN_MAP_SIZE, maps, "cross")
+    result["self_attention_auc"] = best_cell(table(maps, "self"))
+    result["cross_table"], result["self_table"] = table(maps, "cross"), table(maps, "self")
+    result["inversion_below_ceiling"] = average([row["below"] for row in groups.get("inversion", [])], "dB")
+    result["seconds"] = average([row["seconds"] for row in groups.get("seconds", [])], "s")
+    return {name: figure for name, figure in result.items() if figure}
 
 
 def average(values: Sequence[float], unit: str) -> Row:
-    """Mean with its bootstrap interval; empty when there is nothing."""
+    """The mean with its bootstrap interval; empty if there are no values."""
     if not values:
         return {}
     low, high = mean_interval(values)
@@ -53,7 +56,7 @@ def average(values: Sequence[float], unit: str) -> Row:
 
 
 def proportion(values: Sequence[bool]) -> Row:
-    """Percentage with its Wilson interval; empty when there is nothing."""
+    """The percentage of true values with its Wilson interval; empty if there are no values."""
     if not values:
         return {}
     low, high = wilson(sum(values), len(values))
@@ -67,7 +70,7 @@ def proportion(values: Sequence[bool]) -> Row:
 
 
 def nouns_found(rows: Sequence[Row]) -> dict[str, Row]:
-    """How often each noun is there where it was asked for, the rarest first."""
+    """How often the judge sees each noun in pictures whose prompt names it, the least frequent first."""
     seen: dict[str, list[bool]] = {}
     for row in rows:
         for noun in row["asked"]:
@@ -77,7 +80,7 @@ def nouns_found(rows: Sequence[Row]) -> dict[str, Row]:
 
 
 def table(rows: Sequence[Row], kind: str) -> dict[str, dict[str, Row]]:
-    """Mean AUC with interval of every layer and timestep: {layer: {timestep: figure}}."""
+    """The mean AUC of every layer and timestep, with its interval: {layer: {timestep: figure}}."""
     values: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for layer, by_time in row[kind].items():
@@ -86,9 +89,12 @@ def table(rows: Sequence[Row], kind: str) -> dict[str, dict[str, Row]]:
     return {layer: {t: average(v, "AUC") for t, v in by_time.items()} for layer, by_time in values.items()}
 
 
-def best_band(cells: dict[str, dict[str, Row]], band: Sequence[str], stage: str, rows: Sequence[Row], kind: str) -> Row:
-    """The layer of `stage` whose mean over the timesteps of `band` is highest, that mean taken scene by scene."""
-    layers = [layer for layer in cells if layer.startswith(stage) and all(t in cells[layer] for t in band)]
+def best_band(cells: dict[str, dict[str, Row]], band: Sequence[str], size: str, rows: Sequence[Row], kind: str) -> Row:
+    """The layer with maps of `size` whose mean AUC over the timesteps of `band` is highest.
+
+    Its interval is that of the scenes' means over the band.
+    """
+    layers = [layer for layer in cells if layer.startswith(size) and all(t in cells[layer] for t in band)]
     if not layers:
         return {}
     best = max(layers, key=lambda layer: np.mean([cells[layer][t]["value"] for t in band]))
@@ -98,7 +104,7 @@ def best_band(cells: dict[str, dict[str, Row]], band: Sequence[str], stage: str,
 
 
 def best_cell(cells: dict[str, dict[str, Row]]) -> Row:
-    """The layer and timestep with the highest mean."""
+    """The layer and timestep with the highest mean AUC."""
     every = [(figure["value"], layer, t) for layer, by_time in cells.items() for t, figure in by_time.items()]
     if not every:
         return {}
@@ -122,38 +128,40 @@ LINES = {  # figure: (words, digits, target, floor)
 }
 
 
-def markdown(found: Row) -> str:
-    """figures.md from figures.json's content."""
-    options = found["options"]
+def markdown(report: Row) -> str:
+    """The text of figures.md, from the content of figures.json."""
+    options = report["options"]
     drawn = f"{options['scheduler']}, {options['steps']} steps, guidance {options['guidance_scale']:g}"
     drawn += ", bf16" if options.get("mixed_precision") == "bf16" else ""
     lines = [
-        f"Pictures: {drawn}. Scenes and prompts: split `{found['split']}`, numbers 0 to n − 1.",
+        f"Pictures: {drawn}. Scenes and prompts: split `{report['split']}`, numbers 0 to n − 1.",
         "Intervals: 95 %, Wilson for percentages, bootstrap for means.",
         "",
         "| figure | target | floor | measured [95 %] | n |",
         "|---|---|---|---|---|",
-        f"| nouns | 73 | 24 | {found['nouns']} | |",
+        f"| nouns | 73 | 24 | {report['nouns']} | |",
     ]
     for name, (words, digits, target, floor) in LINES.items():
-        if name in found["figures"]:
-            figure = found["figures"][name]
+        if name in report["figures"]:
+            figure = report["figures"][name]
             where = f" ({figure['layer']}, t {'–'.join(figure['timesteps'])})" if "layer" in figure else ""
-            lines.append(f"| {words}{where} | {target} | {floor} | {shown(figure, digits)} | {figure['n']} |")
-    if "nouns_of_pairs" in found["figures"]:
-        each = (f"{noun} {figure['value']:.0f}" for noun, figure in found["figures"]["nouns_of_pairs"].items())
+            lines.append(f"| {words}{where} | {target} | {floor} | {format_figure(figure, digits)} | {figure['n']} |")
+    if "nouns_of_pairs" in report["figures"]:
+        each = (f"{noun} {figure['value']:.0f}" for noun, figure in report["figures"]["nouns_of_pairs"].items())
         lines += ["", f"Of two that were asked for, each is there, %: {', '.join(each)}."]
     for kind, title in (("cross", "The noun's cross-attention map"), ("self", "Self-attention row of a cell inside")):
-        lines += auc_table(found["figures"].get(f"{kind}_table", {}), f"{title} against the true mask, AUC")
+        lines += auc_table(report["figures"].get(f"{kind}_table", {}), f"{title} against the true mask, AUC")
     return "\n".join(lines) + "\n"
 
 
-def shown(figure: Row, digits: int) -> str:
+def format_figure(figure: Row, digits: int) -> str:
+    """`27.31 [26.90, 27.70]`: the value and its interval."""
     interval = "" if figure["low"] is None else f" [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
     return f"{figure['value']:.{digits}f}{interval}"
 
 
 def auc_table(cells: dict[str, dict[str, Row]], title: str) -> list[str]:
+    """The lines of a Markdown table of AUCs, layers by timesteps."""
     if not cells:
         return []
     times = sorted({t for by_time in cells.values() for t in by_time}, key=int)
@@ -161,6 +169,6 @@ def auc_table(cells: dict[str, dict[str, Row]], title: str) -> list[str]:
     lines = ["", f"{title} (n = {count})", "", f"| layer | {' | '.join(f't {t}' for t in times)} |"]
     lines.append("|---" * (len(times) + 1) + "|")
     for layer, by_time in cells.items():
-        values = [shown(by_time[t], 3) if t in by_time else "–" for t in times]
+        values = [format_figure(by_time[t], 3) if t in by_time else "–" for t in times]
         lines.append(f"| {layer} | {' | '.join(values)} |")
     return lines

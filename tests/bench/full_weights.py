@@ -1,8 +1,8 @@
-"""The paper's own way of learning a picture: full weights of two thirds of the UNet, in fp32, beside the embedding.
+"""Single-image fine-tuning as in the Forgedit paper: full weights instead of a LoRA, in fp32, and a source embedding.
 
-    with worn(model, learned, rules("decoderattn")): ...      # sampling with part of the learned weights put back
+    with full_weights_applied(model, learned, rules("decoderattn")): ...      # part of what was learned is forgotten
 
-Trained is every parameter of the encoder below full resolution and of the decoder blocks with attention: on SD 1.x
+Trained are all parameters of the encoder below full resolution and of the decoder blocks with attention: on SD 1.x
 `down_blocks.1`–`3` and `up_blocks.1`–`3`, 68 % of the UNet.
 
 References: Zhang et al., "Forgedit", arXiv 2309.10556.
@@ -26,37 +26,37 @@ from personalize.model import Conditioning, StableDiffusion
 from personalize.randomness import generator
 from personalize.training import training_steps
 
-TEXT_RATE = 1e-3
+EMBEDDING_RATE = 1e-3  # learning rate of the source embedding
 
 
 @dataclass(frozen=True)
 class FullWeights:
-    """What was learned: `weights` by parameter name, and the source embedding as `mixed` takes it."""
+    """The result of `learn_full`: weights by parameter name, and the source embedding in an adapter's form."""
 
     weights: dict[str, Tensor]
     source: dict[str, Tensor]
 
 
 class FullObjective(nn.Module):
-    """L = mean ‖ε − f(z_t, t, e)‖² with the UNet's trained parameters and e as unknowns."""
+    """The loss  L = mean ‖ε − f(z_t, t, e)‖²  of the UNet's trained parameters and the source embedding e."""
 
-    def __init__(self, model: StableDiffusion, told: Conditioning) -> None:
+    def __init__(self, model: StableDiffusion, source: Conditioning) -> None:
         super().__init__()
         self.unet, self._model = model.unet, (model,)
-        self.embeds = nn.Parameter(told.embeds.clone())
-        self.pooled = None if told.pooled is None else nn.Parameter(told.pooled.clone())
-        self._time_ids = told.time_ids
+        self.embeds = nn.Parameter(source.embeds.clone())
+        self.pooled = None if source.pooled is None else nn.Parameter(source.pooled.clone())
+        self._time_ids = source.time_ids
 
     def forward(self, batch: dict[str, Tensor]) -> LossTerms:
-        model, told = self._model[0], Conditioning(self.embeds, self.pooled, self._time_ids)
+        model, source = self._model[0], Conditioning(self.embeds, self.pooled, self._time_ids)
         noisy = model.noised(batch["latents"], batch["noise"], batch["timesteps"])
-        output = model.predict(noisy, batch["timesteps"], told.repeat(len(noisy)))
+        output = model.predict(noisy, batch["timesteps"], source.repeat(len(noisy)))
         target = model.target(batch["latents"], batch["noise"], batch["timesteps"])
         return LossTerms((output.float() - target).pow(2).mean(), {})
 
 
 def trained_names(unet: nn.Module) -> list[str]:
-    """Names of the parameters that the paper trains."""
+    """The names of the parameters that the paper trains."""
     blocks = tuple(
         f"{name}." for name, role in block_roles(unet).items()
         if (role.side == "encoder" and role.level > 0) or (role.side == "decoder" and role.attention)
@@ -67,22 +67,23 @@ def trained_names(unet: nn.Module) -> list[str]:
 def learn_full(
     model: StableDiffusion, pixels: Tensor, caption: str, rate: float, *, samples: int = 400, batch: int = 10
 ) -> FullWeights:
-    """Learn `pixels` (1, 3, H, W) as `caption` at `rate`; `model` is as before afterwards.
+    """Train on the picture `pixels` (1, 3, H, W) and its `caption`, and restore the model's weights.
 
-    One draw of the posterior, `samples` // `batch` updates of Adam, the embedding at 1e-3, no weighting, no clipping.
+    The latents are one sample of the posterior.  Adam makes `samples` // `batch` updates at learning rate `rate` (1e-3
+    for the embedding), without loss weights and without gradient clipping.
     """
     with torch.no_grad():
-        told = model.prompts([caption], (pixels.shape[-2], pixels.shape[-1]))
+        prompt = model.prompts([caption], (pixels.shape[-2], pixels.shape[-1]))
     latents = model.encode(pixels, generator(0, "full/posterior"))
     names = set(trained_names(model.unet))
     chosen = {name: parameter for name, parameter in model.unet.named_parameters() if name in names}
     before = {name: parameter.detach().clone() for name, parameter in chosen.items()}
-    objective = FullObjective(model, told)
-    text = [part for part in (objective.embeds, objective.pooled) if part is not None]
+    objective = FullObjective(model, prompt)
+    embeddings = [part for part in (objective.embeds, objective.pooled) if part is not None]
     try:
         for parameter in chosen.values():
             parameter.requires_grad_(True)
-        groups = [{"params": list(chosen.values()), "lr": rate}, {"params": text, "lr": TEXT_RATE}]
+        groups = [{"params": list(chosen.values()), "lr": rate}, {"params": embeddings, "lr": EMBEDDING_RATE}]
         accelerator = Accelerator(cpu=model.device.type == "cpu")
         prepared, optimizer = accelerator.prepare(objective, torch.optim.Adam(groups))
         batches = (_batch(model, latents, update, batch) for update in range(samples // batch))
@@ -93,7 +94,9 @@ def learn_full(
         for name, parameter in chosen.items():
             parameter.requires_grad_(False).grad = None
             parameter.data.copy_(before[name])
-    source = {"embeds": objective.embeds.detach(), **({} if told.pooled is None else {"pooled": text[1].detach()})}
+    source = {"embeds": objective.embeds.detach()}
+    if objective.pooled is not None:
+        source["pooled"] = objective.pooled.detach()
     return FullWeights(learned, source)
 
 
@@ -106,8 +109,13 @@ def _batch(model: StableDiffusion, latents: Tensor, update: int, size: int) -> d
 
 
 @contextmanager
-def worn(model: StableDiffusion, learned: FullWeights, forgotten: Sequence[ForgettingRule] = ()) -> Iterator[None]:
-    """Run the body with the learned weights in the UNet, θ = d θ_learned + (1 − d) θ_base where a rule selects."""
+def full_weights_applied(
+    model: StableDiffusion, learned: FullWeights, forgotten: Sequence[ForgettingRule] = ()
+) -> Iterator[None]:
+    """Run the body with the learned weights in the UNet, and restore the base's weights.
+
+    Where a forgetting rule of degree d selects, θ = d θ_learned + (1 − d) θ_base.
+    """
     parameters: dict[str, Any] = dict(model.unet.named_parameters())
     before = {name: parameters[name].detach().clone() for name in learned.weights}
     modules = dict.fromkeys(name.rpartition(".")[0] for name in learned.weights)

@@ -1,4 +1,4 @@
-"""95 % intervals for what the benches report beside means: paired differences by bootstrap, proportions by Wilson."""
+"""95 % intervals of the figures that the benches report: paired differences by bootstrap, proportions by Wilson."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 def paired_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of `values` − `others`, taken pair by pair, and its bootstrap interval: (difference, low, high)."""
+    """The mean of the paired differences `values` − `others` and its bootstrap interval: (difference, low, high)."""
     differences = np.asarray(values, np.float64) - np.asarray(others, np.float64)
     return float(differences.mean()), *mean_interval(differences.tolist())
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson score interval of a proportion; (0, 1) when nothing was tried.
+    """The Wilson score interval (low, high) of a proportion p = `successes` / `n`; (0, 1) for n = 0.
 
-    centre = (p + z²/2n) / (1 + z²/n),  half = z √(p(1−p)/n + z²/4n²) / (1 + z²/n).
+    centre = (p + z²/2n) / (1 + z²/n),   half width = z √(p(1−p)/n + z²/4n²) / (1 + z²/n)
     """
     if n == 0:
         return 0.0, 1.0

@@ -1,10 +1,11 @@
-"""The judge: which nouns, background and style a picture of the scenes' world shows, read from the pixels alone.
+"""The judge: a network that recognises the nouns, background and style in a picture of the embedded model's world.
 
     judge = Judge.load()
     judge([image])[0].nouns                      # frozenset({"cat", "dog"})
     judge.inside(image, mask).style              # of the object under `mask` only
 
-It never sees a prompt.  Its weights come from `train_judge.py`, its accuracy on held-out renders is in the metadata.
+It sees the pixels alone, never a prompt.  Its weights are trained by `train_judge.py`; the metadata of the weights file
+holds its accuracy on held-out renders.
 """
 
 from __future__ import annotations
@@ -26,29 +27,36 @@ from torch.nn.functional import interpolate
 from personalize.scenes import BACKGROUNDS, NOUNS, STYLES
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
-SIDE = 64  # pixels: every picture is brought to this size first
+SIDE = 64  # px: every picture is resized to this first
 THRESHOLD = 0.5  # a noun is present when its probability exceeds this
 WIDTHS = (32, 64, 160)  # channels at 32×32, 16×16 and 8×8
-FRAMED = 0.64  # `inside` crops so that the object's longest side is this share of the crop, as in a one-object scene
+OBJECT_SHARE = 0.64  # the longest side of the object in a crop, as a share of the crop's: as in a one-object scene
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one picture shows.  `nouns` have a probability above `THRESHOLD`; `style` is the objects'."""
+    """What the judge sees in one picture.
+
+    nouns: those with a probability above `THRESHOLD`.
+    style: the most probable style of the objects.
+    places: the centre (x, y) of each noun that is present, in fractions of the picture.
+    """
 
     nouns: frozenset[str]
     background: str
     style: str
     noun_probs: dict[str, float]
     style_probs: dict[str, float]
-    places: dict[str, tuple[float, float]]  # of the nouns present: centre (x, y) in fractions of the picture
+    places: dict[str, tuple[float, float]]
 
 
 class JudgeNet(nn.Module):
-    """Pixels (b, 3, 64, 64) in [−1, 1] → logits of every noun in every style, and of every background, on an 8×8 grid.
+    """Convolutions from pixels (b, 3, 64, 64) in [−1, 1] to logits on an 8×8 grid.
 
-    Nouns and styles are one question, because what tells two styles apart differs from noun to noun; `pooled` gives the
-    picture's answers.  In a cell without object all of its noun logits are below 0.
+    Each pair of noun and style has a logit of its own, because what distinguishes two styles differs from noun to noun;
+    so has each background.  In a cell without an object all noun logits are below 0.  `pooled` combines the cells.
+
+    folded: without normalisation layers, for weights into whose convolutions they are folded (`folded_state`).
     """
 
     def __init__(self, widths: Sequence[int] = WIDTHS, *, folded: bool = False) -> None:
@@ -68,7 +76,7 @@ class JudgeNet(nn.Module):
             self.things.bias.fill_(-5.0)  # pyright: ignore[reportOptionalMemberAccess]  # a given noun is rare
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Thing logits (b, 73, 4, 8, 8) and background logits (b, 20, 8, 8)."""
+        """Logits of nouns and styles (b, 73, 4, 8, 8) and of backgrounds (b, 20, 8, 8)."""
         features = self.trunk(2 * pixels)
         return self.things(features).float().unflatten(1, (len(NOUNS), len(STYLES))), self.places(features).float()
 
@@ -91,10 +99,10 @@ def _convolution(
 
 
 def pooled(things: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the picture: nouns (b, 73), backgrounds (b, 20), styles (b, 4).
+    """The logits of whole pictures, from those of their cells: nouns (b, 73), backgrounds (b, 20), styles (b, 4).
 
-    A noun's presence is the softmax-weighted mean of its map, so one cell that is sure suffices; the style is the mean
-    of log-probabilities over the cells that hold an object; the background is the mean over all cells.
+    A noun's logit is the softmax-weighted mean of its map, so that one cell with a high logit suffices.  A style's is
+    the mean log-probability over the cells that hold an object; a background's is the mean over all cells.
     """
     noun, style = things.logsumexp(2).flatten(2), things.logsumexp(1).log_softmax(1).flatten(2)
     presence = (noun.softmax(-1) * noun).sum(-1)
@@ -103,14 +111,18 @@ def pooled(things: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Judge:
-    """A loaded network; call it with pictures of any size, get one `Verdict` each."""
+    """The trained network, called with pictures of any size; info: its training settings and measured accuracy."""
 
     def __init__(self, net: JudgeNet, info: dict[str, Any]) -> None:
         self.net, self.info = net.eval().requires_grad_(False), info
 
     @classmethod
     def load(cls, path: str | Path = WEIGHTS) -> Judge:
-        """Read weights written by `save`; ValueError when they were trained for other nouns, backgrounds or styles."""
+        """Read weights written by `save`.
+
+        Raises:
+            ValueError: they were trained for other nouns, backgrounds or styles.
+        """
         with safe_open(path, "pt") as file:
             info = json.loads(file.metadata()["judge"])
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
@@ -123,25 +135,26 @@ class Judge:
 
     @torch.inference_mode()
     def __call__(self, images: Any) -> list[Verdict]:
-        """Verdicts of PIL images, a uint8 array (b, H, W, 3), or a float tensor (b, 3, H, W) in [−1, 1]."""
+        """The verdict on each picture; `images` may have any form that `as_pixels` accepts."""
         verdicts = []
-        for pixels in prepared(images).split(256):
+        for pixels in resized(images).split(256):
             things, places = self.net(pixels)
             maps = things.logsumexp(2)
             verdicts += [_verdict(*row) for row in zip(maps, *pooled(things, places), strict=True)]
         return verdicts
 
     def inside(self, image: Any, mask: np.ndarray) -> Verdict:
-        """The verdict on the surroundings of boolean `mask` (H, W) alone: a square crop, its object framed as usual."""
-        return self(framed(image, mask))[0]
+        """The verdict on one object of a picture, seen in a square crop around its boolean `mask` (H, W)."""
+        return self(object_crop(image, mask))[0]
 
     def style_inside(self, image: Any, mask: np.ndarray) -> str:
+        """The style of the object under `mask`."""
         return self.inside(image, mask).style
 
 
 def save(net: JudgeNet, path: str | Path, info: dict[str, Any]) -> None:
-    """Write `net` in half precision, normalisation folded into the convolutions, with `info` and the labels."""
-    state = {name: tensor.half().contiguous() for name, tensor in folded(net).items()}
+    """Write `net` in half precision, with the normalisation layers folded in, its labels and `info`."""
+    state = {name: tensor.half().contiguous() for name, tensor in folded_state(net).items()}
     save_file(state, path, {"judge": json.dumps({**_labels(), **info})})
 
 
@@ -149,8 +162,11 @@ def _labels() -> dict[str, list[str]]:
     return {"nouns": list(NOUNS), "backgrounds": list(BACKGROUNDS), "styles": list(STYLES)}
 
 
-def folded(net: JudgeNet) -> dict[str, Tensor]:
-    """State of the same network without normalisation layers: w' = w·γ/σ, b' = β − μ·γ/σ per output channel."""
+def folded_state(net: JudgeNet) -> dict[str, Tensor]:
+    """The state of the same network without normalisation layers, which are folded into the convolutions.
+
+    w' = w·γ/σ,   b' = β − μ·γ/σ   for each output channel
+    """
     state = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("trunk")}
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Sequential) and len(layer) == 3 and isinstance(layer[1], nn.BatchNorm2d):
@@ -161,8 +177,8 @@ def folded(net: JudgeNet) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def prepared(images: Any) -> Tensor:
-    """Pictures as (b, 3, 64, 64) in [−1, 1], averaged down (or interpolated up) from whatever size they have."""
+def resized(images: Any) -> Tensor:
+    """Pictures as the network's input (b, 3, 64, 64) in [−1, 1], averaged down (or interpolated up)."""
     pixels = as_pixels(images)
     if pixels.shape[-2:] == (SIDE, SIDE):
         return pixels
@@ -170,9 +186,13 @@ def prepared(images: Any) -> Tensor:
 
 
 def as_pixels(images: Any) -> Tensor:
-    """PIL image(s), uint8 array (b, H, W, 3) or (H, W, 3), or float tensor (b, 3, H, W) or (3, H, W) → the last kind.
+    """Pictures of any form as pixels (b, 3, H, W) in [−1, 1], float32 on the CPU.
 
-    Float tensors hold values in [−1, 1], as the autoencoder does.  ValueError for anything else.
+    images: one or several PIL images, a uint8 array (b, H, W, 3) or (H, W, 3), or a float tensor (b, 3, H, W) or
+        (3, H, W) in [−1, 1].
+
+    Raises:
+        ValueError: anything else.
     """
     if isinstance(images, Image.Image):
         images = [images]
@@ -190,14 +210,17 @@ def as_pixels(images: Any) -> Tensor:
 
 
 def as_bytes(pixels: Tensor) -> np.ndarray:
-    """Pixels (b, 3, H, W) in [−1, 1] → RGB uint8 (b, H, W, 3)."""
+    """Pixels (b, 3, H, W) in [−1, 1] as RGB uint8 (b, H, W, 3)."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def framed(image: Any, mask: np.ndarray) -> Tensor:
-    """The square crop (1, 3, 64, 64) whose centre is the mask's and whose side is the mask's longest / `FRAMED`.
+def object_crop(image: Any, mask: np.ndarray) -> Tensor:
+    """A square crop around the object under `mask`, as (1, 3, 64, 64); its side is the mask's longest / `OBJECT_SHARE`.
 
-    Where the crop leaves the picture the border's pixels are repeated.  ValueError for an empty mask.
+    Where the crop exceeds the picture, the border's pixels are repeated.
+
+    Raises:
+        ValueError: the mask is empty or has another size than the picture.
     """
     pixels = as_pixels(image)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -205,11 +228,11 @@ def framed(image: Any, mask: np.ndarray) -> Tensor:
         raise ValueError("the mask is empty: there is no object to look at")
     if mask.shape != tuple(pixels.shape[-2:]):
         raise ValueError(f"mask {mask.shape} and picture {tuple(pixels.shape[-2:])} differ in size")
-    side = round(max(np.ptp(rows), np.ptp(columns)) / FRAMED) + 1
+    side = round(max(np.ptp(rows), np.ptp(columns)) / OBJECT_SHARE) + 1
     top, left = (round((axis[0] + axis[-1] + 1 - side) / 2) for axis in (rows, columns))
     down = torch.arange(top, top + side).clamp(0, mask.shape[0] - 1)
     across = torch.arange(left, left + side).clamp(0, mask.shape[1] - 1)
-    return prepared(pixels[:1, :, down][..., across])
+    return resized(pixels[:1, :, down][..., across])
 
 
 def _verdict(grid: Tensor, noun: Tensor, background: Tensor, style: Tensor) -> Verdict:
@@ -227,7 +250,7 @@ def _verdict(grid: Tensor, noun: Tensor, background: Tensor, style: Tensor) -> V
 
 
 def _centre(weights: Tensor) -> tuple[float, float]:
-    """Centre of mass (x, y) of a map (h, w), in fractions of the frame."""
+    """The centre of mass (x, y) of a map (h, w), in fractions of the frame."""
     h, w = weights.shape
     x, y = (torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h
     total = weights.sum()

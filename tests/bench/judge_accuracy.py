@@ -1,4 +1,4 @@
-"""How often the judge is right, on scenes it was not trained on: as rendered, and after what pictures suffer.
+"""How often the judge is right on held-out scenes: as rendered, blurred, resampled, compressed, autoencoded.
 
 python -m tests.bench.judge_accuracy --n 2000
 """
@@ -27,26 +27,29 @@ Change = Callable[[np.ndarray], np.ndarray]
 @dataclass(frozen=True)
 class AccuracyOptions:
     weights: Path = WEIGHTS
-    """The judge (or scorer)."""
+    """Weights of the judge (or of another network of its kind)."""
     split: str = "judge-test"
-    """Stream of scenes, of all nouns and styles."""
+    """Data split of the scenes, which have all nouns and styles."""
     n: int = 2000
-    """Scenes."""
+    """Number of scenes."""
     autoencoder: Path | None = None
-    """A Stable Diffusion folder: measure also on pictures that went through its autoencoder."""
+    """A Stable Diffusion folder: measure also on pictures passed through its autoencoder."""
 
 
 def judged_scene(split: str, index: int) -> Scene:
-    """Scene number `index` of `split`, of any noun and style; every 25th is empty."""
+    """Scene number `index` of `split`, of any noun and style; every 25th has no object."""
     scene = random_scene(index, split=split, styles=tuple(STYLES))
     return replace(scene, objects=()) if index % 25 == 24 else scene
 
 
 def accuracy(judge: Judge, split: str, count: int, *, side: int = 2 * SIDE, change: Change | None = None) -> dict:
-    """Shares of scenes 0…count−1 of `split`, rendered at `side` pixels, on which each head and all of them are right.
+    """Shares of scenes 0 … count − 1 of `split` on which nouns, background, style, and all three are right.
 
-    nouns: exactly the true nouns have a probability above `THRESHOLD`; background and style: the likeliest is true.
-    Empty scenes have no style and count as right in it.  `change` (uint8 array → uint8 array) may degrade the renders.
+    Nouns are right if exactly the true ones have a probability above `THRESHOLD`; background and style, if the most
+    probable one is the true one.  The style of a scene without objects counts as right.
+
+    side: at which scenes are rendered, px.
+    change: applied to the renders, uint8 (b, H, W, 3), before the judge sees them.
     """
     right = []
     for start in range(0, count, BATCH):
@@ -66,17 +69,17 @@ def _right(scene: Scene, verdict: Verdict) -> tuple[bool, bool, bool]:
 
 
 def softened(images: np.ndarray) -> np.ndarray:
-    """Blurred by 1.2 pixels of 128."""
+    """Gaussian blur of standard deviation 1.2 px."""
     return as_bytes(blurred(as_pixels(images), 1.2))
 
 
 def halved(images: np.ndarray) -> np.ndarray:
-    """At half the size and back."""
+    """Resampled to half the size and back."""
     return as_bytes(shrunk(as_pixels(images), 0.5))
 
 
 def compressed(images: np.ndarray) -> np.ndarray:
-    """As JPEG files of quality 40."""
+    """Compressed as JPEG of quality 40."""
     files = [io.BytesIO() for _ in images]
     for image, file in zip(images, files, strict=True):
         Image.fromarray(image).save(file, "JPEG", quality=40)
@@ -84,14 +87,15 @@ def compressed(images: np.ndarray) -> np.ndarray:
 
 
 def autoencoded(folder: Path) -> Change:
-    """Through the autoencoder of the model in `folder`."""
-    from personalize.model import StableDiffusion  # slow to import, and training the judge needs none of it
+    """A function that passes pictures through the autoencoder of the model in `folder`."""
+    from personalize.model import StableDiffusion  # slow to import, and not needed to train the judge
 
     model = StableDiffusion.load(folder)
     return lambda images: as_bytes(model.decode(model.encode(as_pixels(images))))
 
 
 def main(options: AccuracyOptions) -> None:
+    """Print one JSON line for each kind of picture."""
     judge = Judge.load(options.weights)
     changes: dict[str, Change | None] = {"as rendered": None}
     changes |= {change.__name__: change for change in (softened, halved, compressed)}

@@ -1,8 +1,9 @@
-"""Run another program's training script and write down when it began, ended each optimiser step, and had saved.
+"""Run another program's training script and record when it begins, ends each optimiser step, and has saved.
 
-It begins when its UNet gets the adapter: the base is loaded by then.
+    python -m tests.bench.reference_child MARKS.json SCRIPT.py ARGUMENTS …
 
-python -m tests.bench.reference_child MARKS.json SCRIPT.py ARGUMENTS …
+The beginning is when an adapter is added to its UNet; the base model has been loaded by then.  Times are seconds of
+`time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -22,30 +23,33 @@ from diffusers.loaders import PeftAdapterMixin, StableDiffusionLoraLoaderMixin
 
 
 def main(file: Path, script: Path, arguments: list[str]) -> None:
+    """Run `script` with `arguments`; write the times to `file` as JSON: {"began": […], "steps": […], "saved": […]}."""
     marks: dict[str, list[float]] = {"began": [], "steps": [], "saved": []}
 
-    def note(key: str) -> None:
+    def record(key: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         marks[key].append(time.perf_counter())
 
-    def noted(call: Callable[..., Any], *, before: str | None = None, after: str | None = None) -> Callable[..., Any]:
+    def timed(call: Callable[..., Any], *, before: str | None = None, after: str | None = None) -> Callable[..., Any]:
+        """`call`, which also records the time before or after it."""
+
         @wraps(call)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if before:
-                note(before)
-            out = call(*args, **kwargs)
+                record(before)
+            result = call(*args, **kwargs)
             if after:
-                note(after)
-            return out
+                record(after)
+            return result
 
         return wrapped
 
     saver = StableDiffusionLoraLoaderMixin
     with (
-        patch.object(PeftAdapterMixin, "add_adapter", noted(PeftAdapterMixin.add_adapter, before="began")),
-        patch.object(torch.optim.AdamW, "step", noted(torch.optim.AdamW.step, after="steps")),
-        patch.object(saver, "save_lora_weights", noted(saver.save_lora_weights, after="saved")),
+        patch.object(PeftAdapterMixin, "add_adapter", timed(PeftAdapterMixin.add_adapter, before="began")),
+        patch.object(torch.optim.AdamW, "step", timed(torch.optim.AdamW.step, after="steps")),
+        patch.object(saver, "save_lora_weights", timed(saver.save_lora_weights, after="saved")),
         patch.object(sys, "argv", [str(script), *arguments]),
     ):
         runpy.run_path(str(script), run_name="__main__")

@@ -1,4 +1,4 @@
-"""What a bench shows: the table of its rows with intervals, and the contact sheet of its pictures."""
+"""Reports of benches: a table of the figures with intervals, and a contact sheet of the pictures."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tests.bench.intervals import mean_interval, paired_interval, wilson
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What every bench takes; a bench adds its own fields by inheriting."""
+    """The options of every bench; a bench inherits them and adds its own."""
 
     scenes: int = 50
-    """Scenes for each kind of edit."""
+    """Number of scenes for each kind of edit."""
     budget: int = 1
-    """Pictures every arm may draw for one scene; the same selector keeps one."""
+    """Pictures that every arm may draw for one scene, of which the same selector keeps one."""
     output_dir: Path = Path("runs/bench")
-    """Where the cells, the table and the contact sheet go; what is finished there is not run again."""
+    """Where cells, table and contact sheet go; finished cells found there are not run again."""
 
 
 def table(rows: Sequence[dict[str, Any]], *, reference: str = BASE) -> str:
-    """Markdown: one line per kind of edit and arm, each figure with its 95 % interval.
+    """A Markdown table with a line for each kind of edit and arm, and a 95 % interval for each figure.
 
-    Success: Wilson interval.  Others: bootstrap interval of the mean.  The last column is the paired difference of
+    Percentages have Wilson intervals, means have bootstrap intervals.  The last column is the paired difference in
     success from the arm `reference` on the same tasks, in percentage points.
     """
     lines = [
@@ -52,14 +52,14 @@ def table(rows: Sequence[dict[str, Any]], *, reference: str = BASE) -> str:
 
 
 def share(rows: Sequence[dict[str, Any]], key: str) -> str:
-    """`84.0 [78.2, 88.5]`: percentage of rows whose `key` is true, with its Wilson interval."""
+    """`84.0 [78.2, 88.5]`: the percentage of rows whose `key` is true, with its Wilson interval."""
     hits = sum(bool(row[key]) for row in rows)
     low, high = wilson(hits, len(rows))
     return f"{100 * hits / max(1, len(rows)):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def mean(rows: Sequence[dict[str, Any]], key: str, digits: int) -> str:
-    """`27.31 [26.90, 27.70]`: mean of `key` with its bootstrap interval; the interval is left out for a single row."""
+    """`27.31 [26.90, 27.70]`: the mean of `key` with its bootstrap interval, which a single row does not have."""
     values = [float(row[key]) for row in rows]
     low, high = mean_interval(values)
     interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
@@ -75,7 +75,7 @@ def _difference(rows: Sequence[dict[str, Any]], reference: dict[str, dict[str, A
 
 
 def contact_sheet(tasks: Sequence[Task], arms: Sequence[str], cells: Cells, *, size: int = 128) -> Image.Image:
-    """One row per task: before, truth, then what each arm made of it."""
+    """A sheet with a row for each task: the picture before, the true result, then each arm's picture."""
     rows, labels = [], []
     for task in tasks:
         pictures: list[Image.Image | None] = [Image.fromarray(render(s, size)[0]) for s in (task.before, task.after)]

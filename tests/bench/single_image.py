@@ -42,7 +42,7 @@ from personalize.settings import EditStrengths, Sampling, parse_rule_sum
 from personalize.verify import MANIFEST
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Arm, Task, do_nothing, evaluate, random_task
-from tests.bench.full_weights import FullWeights, learn_full, full_weights_applied
+from tests.bench.full_weights import FullWeights, full_weights_applied, learn_full
 from tests.bench.intervals import paired_interval
 from tests.bench.judge import Judge
 from tests.bench.report import BenchOptions, contact_sheet, mean, table

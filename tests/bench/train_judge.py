@@ -1,8 +1,8 @@
 """Train the judge on rendered scenes of all styles and nouns.
 
     python -m tests.bench.train_judge                                # reproduces tests/bench/judge.safetensors
-    python -m tests.bench.train_judge --train_split scorer-train --test_split scorer-test --seed 1 \\
-        --widths 48 64 128 --run_dir runs/scorer --output scorer.safetensors   # a scorer: other data, weights, widths
+    python -m tests.bench.train_judge --train_split other-train --test_split other-test --seed 1 \\
+        --widths 48 64 128 --run_dir runs/other --output other.safetensors     # a second judge: other data and weights
 
 Scenes are rendered once into `run_dir`; an unfinished run found there is resumed.
 """
@@ -24,7 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from personalize.randomness import generator
 from personalize.scenes import BACKGROUNDS, NOUNS, STYLES, Scene, render
 from tests.bench.degradation import degraded
-from tests.bench.judge import SIDE, WEIGHTS, WIDTHS, Judge, JudgeNet, as_bytes, as_pixels, pooled, prepared, save
+from tests.bench.judge import SIDE, WEIGHTS, WIDTHS, Judge, JudgeNet, as_bytes, as_pixels, pooled, resized, save
 from tests.bench.judge_accuracy import accuracy, judged_scene
 
 SHARD = 4000  # scenes rendered per file
@@ -34,23 +34,23 @@ NOTHING = -1  # label of a second object that is not there, and of the style of 
 @dataclass(frozen=True)
 class JudgeConfig:
     output: Path = WEIGHTS
-    """Where the weights go."""
+    """Where the weights are written."""
     run_dir: Path = Path("runs/judge")
     """Where rendered scenes and the checkpoint are kept."""
     train_split: str = "judge-train"
-    """Stream of scenes to learn from."""
+    """Data split of the scenes to train on."""
     test_split: str = "judge-test"
-    """Stream of scenes to be measured on."""
+    """Data split of the scenes on which the accuracy is measured."""
     seed: int = 0
     """Seed of the weights and of the degradations."""
     widths: tuple[int, int, int] = WIDTHS
     """Channels of the network's three stages."""
     scenes: int = 48000
-    """Scenes of the first phase, rendered at the judge's own 64 px."""
+    """Scenes of the first phase, rendered at the network's own 64 px."""
     max_train_steps: int = 4500
     """Updates of the first phase."""
     refining_scenes: int = 24000
-    """Further scenes for the second phase, rendered at 128 px and averaged down, as most pictures reach the judge."""
+    """Further scenes for the second phase, rendered at 128 px and averaged down, as most pictures are for the judge."""
     refining_steps: int = 2500
     """Updates of the second phase."""
     test_scenes: int = 4000
@@ -58,14 +58,17 @@ class JudgeConfig:
     train_batch_size: int = 64
     """Scenes per update."""
     learning_rate: float = 2e-3
-    """Peak rate of AdamW in the first phase, a quarter of it in the second; each phase is one cycle."""
+    """Peak rate of AdamW in the first phase; the second has a quarter of it.  Each phase is one OneCycleLR cycle."""
     checkpointing_steps: int = 250
-    """Updates between two checkpoints (and two exported weights)."""
+    """Updates between two checkpoints; each also writes the weights."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Updates `begin` to `end` − 1 on scenes `first` to `last` − 1 of `side` pixels, at peak rate `rate`."""
+    """A phase of the training: updates `begin` to `end` − 1 on scenes `first` to `last` − 1.
+
+    side: at which the scenes are rendered, px.  rate: peak learning rate.
+    """
 
     begin: int
     end: int
@@ -92,14 +95,14 @@ def phases(config: JudgeConfig) -> tuple[Phase, Phase]:
 
 
 def scenes_of(config: JudgeConfig, phase: Phase) -> dict[str, np.ndarray]:
-    """The phase's scenes as arrays: images (n, 64, 64, 3), owner (n, 64, 64) 0 none/1/2, labels (n, 4)."""
+    """The phase's scenes as arrays: images (n, 64, 64, 3), owner (n, 64, 64) and labels (n, 4), as from `labelled`."""
     starts = range(phase.first, phase.last, SHARD)
     parts = [shard(config, start, min(start + SHARD, phase.last), phase.side) for start in starts]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def shard(config: JudgeConfig, first: int, end: int, side: int) -> dict[str, np.ndarray]:
-    """Scenes `first` to `end` − 1, rendered unless an earlier run has done so."""
+    """Scenes `first` to `end` − 1, from the file in `run_dir`, which is made if it is not there."""
     path = config.run_dir / f"{config.train_split}_{side}px_{first}_{end}.npz"
     if not path.is_file():
         rows = [labelled(judged_scene(config.train_split, index), side) for index in range(first, end)]
@@ -111,7 +114,11 @@ def shard(config: JudgeConfig, first: int, end: int, side: int) -> dict[str, np.
 
 
 def labelled(scene: Scene, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Picture, owner map and labels (noun, second noun, background, style) of `scene`, rendered at 64 or 128 px."""
+    """A scene rendered at 64 or 128 px: picture (64, 64, 3), owner map (64, 64), and four labels.
+
+    The owner map holds the number of the object at each pixel, 1 or 2, and 0 for none.  The labels are the indices of
+    the first noun, second noun, background and style.
+    """
     image, masks = render(scene, side)
     every = side // SIDE
     owner = np.zeros((SIDE, SIDE), np.uint8)
@@ -120,11 +127,11 @@ def labelled(scene: Scene, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     nouns = [NOUNS.index(thing.noun) for thing in scene.objects] + [NOTHING, NOTHING]
     style = list(STYLES).index(scene.objects[0].style) if scene.objects else NOTHING
     labels = np.array([*nouns[:2], BACKGROUNDS.index(scene.background), style], np.int64)
-    return as_bytes(prepared(image))[0], owner, labels
+    return as_bytes(resized(image))[0], owner, labels
 
 
 def train(config: JudgeConfig, net: JudgeNet) -> JudgeNet:
-    """Run (or finish) both phases; returns the averaged network, which is also exported at every checkpoint."""
+    """Train both phases, from the checkpoint if there is one; returns the averaged network."""
     net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=average, use_buffers=True)
@@ -141,7 +148,7 @@ def train(config: JudgeConfig, net: JudgeNet) -> JudgeNet:
 
 
 def run_phase(config: JudgeConfig, phase: Phase, parts: dict[str, Any], state: dict[str, Any]) -> None:
-    """One cycle of the learning rate, from `state` if that lies within the phase, else from its beginning."""
+    """Train one phase, from `state` if that is a checkpoint within the phase, else from the phase's beginning."""
     data, first, started = scenes_of(config, phase), max(state["update"], phase.begin), time.monotonic()
     cycle = {"max_lr": phase.rate, "total_steps": phase.end - phase.begin, "pct_start": 0.1}
     parts["schedule"] = torch.optim.lr_scheduler.OneCycleLR(parts["optimizer"], **cycle)
@@ -160,7 +167,7 @@ def run_phase(config: JudgeConfig, phase: Phase, parts: dict[str, Any], state: d
 
 
 def batch(config: JudgeConfig, data: dict[str, np.ndarray], update: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels (b, 3, 64, 64), half of them degraded, their owner maps (b, 64, 64) and labels (b, 4)."""
+    """The batch of an update: pixels (b, 3, 64, 64), half of them degraded, owner maps (b, 64, 64), labels (b, 4)."""
     rng = generator(config.seed, "judge", update)
     rows = torch.randint(len(data["images"]), (config.train_batch_size,), generator=rng).numpy()
     pixels, owner = degraded(as_pixels(data["images"][rows]), torch.from_numpy(data["owner"][rows]), rng)
@@ -177,7 +184,7 @@ def step(parts: dict[str, Any], loss: Tensor) -> None:
 
 
 def checkpoint(config: JudgeConfig, parts: dict[str, Any], update: int) -> None:
-    """Write the state after `update` updates, whole or not at all, and the weights it would give."""
+    """Write the checkpoint of `update` atomically, and the averaged weights so far."""
     path = config.run_dir / "checkpoint.pt"
     torch.save({"update": update, **{key: part.state_dict() for key, part in parts.items()}}, path.with_suffix(".new"))
     path.with_suffix(".new").rename(path)
@@ -185,7 +192,9 @@ def checkpoint(config: JudgeConfig, parts: dict[str, Any], update: int) -> None:
 
 
 def objective(net: JudgeNet, pixels: Tensor, owner: Tensor, labels: Tensor) -> Tensor:
-    """Σ BCE(nouns) + CE(background) + 2 CE(style) of the picture, + 2 CE(noun and style, or nothing) of its cells.
+    """The judge's loss on whole pictures and on their cells.
+
+        L = Σ BCE(nouns) + CE(background) + 2 CE(style) + 2 · mean over cells of CE(noun and style, or nothing)
 
     A cell belongs to the object that covers its middle.
     """
@@ -205,7 +214,7 @@ def objective(net: JudgeNet, pixels: Tensor, owner: Tensor, labels: Tensor) -> T
 
 
 def export(config: JudgeConfig, net: JudgeNet, report: dict[str, Any]) -> None:
-    """Write the judge's file: weights, what they were trained with, and `report` on them."""
+    """Write the judge's file: the weights, the options they were trained with, and the `report` on their accuracy."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("run_dir", "output")}
     save(net, config.output, {"widths": list(config.widths), "settings": settings, "report": report})
 
