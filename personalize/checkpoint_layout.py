@@ -142,6 +142,7 @@ def open_clip_state(weights: Weights) -> dict[str, Tensor]:
 
 
 def _open_clip_name(name: str) -> str:
+    """OpenCLIP's name of a weight, for transformers' name without `text_model.`."""
     for ours, theirs in OPEN_CLIP.items():
         name = name.replace(ours, theirs)
     return name

@@ -107,6 +107,7 @@ def findings(contents: FileContents, metadata: Mapping[str, str], family: str | 
 def _unknown_or_duplicate_keys(
     contents: FileContents, metadata: Mapping[str, str], family: str | None
 ) -> list[Finding]:
+    """Keys that are not recognised, and keys that give a factor a second time."""
     out = []
     if contents.unknown_keys and not contents.file_kind:
         text = f"{len(contents.unknown_keys)} key(s) belong to nothing known, first {contents.unknown_keys[0][:80]!r}"

@@ -287,6 +287,7 @@ def _check_ranges(entries: Mapping[str, tuple[torch.dtype, list[int], int, int]]
 
 
 def _read_tensor(view: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int], begin: int, end: int) -> Tensor:
+    """One tensor, copied out of the file's data, which begin at byte `start`."""
     if begin == end:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(view[start + begin : start + end]), dtype=dtype).reshape(shape)

@@ -60,6 +60,7 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
+        """True if no file has a problem."""
         return not any(file.problems for file in self.files)
 
     def __str__(self) -> str:

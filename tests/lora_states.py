@@ -90,7 +90,9 @@ def random_adapter(model, rank=4, seed=0, want=FEW):
     lora = random_lora(paths(model.unet, wanted.__contains__), rank=rank, seed=seed)
     with torch.no_grad():
         conditioning = model.prompts(["a cat on the beach"])
-    source = {"embeds": conditioning.embeds.clone()} | ({} if conditioning.pooled is None else {"pooled": conditioning.pooled.clone()})
+    source = {"embeds": conditioning.embeds.clone()}
+    if conditioning.pooled is not None:
+        source["pooled"] = conditioning.pooled.clone()
     size = [model.resolution, model.resolution]
     info = {
         "base": {**model.identity, "prediction_type": model.prediction_type},

@@ -15,7 +15,7 @@ from personalize.checkpoint_layout import TEXT_ENCODER_PREFIXES, UNET_PREFIX, VA
 from personalize.errors import UserError
 from personalize.files import tensor_parts, write_file
 from personalize.loading import CONFIGS
-from personalize.merged_base import parts
+from personalize.merged_base import component_weights
 from personalize.model import StableDiffusion
 from personalize.reader_names import empty_unet, original_paths
 from tests.original_layout import original_layout
@@ -73,7 +73,7 @@ def test_full_size_models_translated_to_the_original_layout_and_back_are_unchang
 @pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
 def test_names_and_values_equal_an_independent_implementation(name):
     model = tiny(name)
-    ours, theirs = original_state(parts(model), model.family), original_layout(model)
+    ours, theirs = original_state(component_weights(model), model.family), original_layout(model)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -114,6 +114,6 @@ def test_full_size_checkpoints_load_with_the_shipped_configurations(kind, tmp_pa
     state = original_state(weights, PUBLISHED[kind][0])
     file = write_file(tmp_path / "model.safetensors", tensor_parts(state, {"format": "pt"}))
     del state
-    for component, found in parts(StableDiffusion.load(file, device="cpu", dtype=torch.float16)).items():
+    for component, found in component_weights(StableDiffusion.load(file, device="cpu", dtype=torch.float16)).items():
         assert found.keys() == weights[component].keys()
         assert all(torch.equal(found[key].half(), tensor) for key, tensor in weights[component].items())
