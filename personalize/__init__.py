@@ -1,14 +1,14 @@
-"""Personalise Stable Diffusion with one picture, and edit that picture by text.
+"""Learn one subject from a few pictures with Stable Diffusion, and edit pictures by text.
 
     personalize.Editor             open an adapter folder and edit with it
     personalize.attach             use an adapter folder inside your own diffusers pipeline
     personalize.Adapter            what a trainer produces: read, write and apply it
     personalize.StableDiffusion    one handle for SD 1.x, SD 2.x and SDXL
 
-Importing this package does nothing but define names: torch is imported with the first of them that is used.
+Importing this package imports no torch; that happens when one of these names is first used.
 
-Axes, everywhere: b batch, c latent channels, h w latent size, n heads, q image positions, l text tokens,
-d embedding width, t timesteps.
+Letters for shapes in all docstrings: b batch, c latent channels, h w latent size, n heads, q image positions,
+l text tokens, d embedding width, t timesteps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {  # the module of each public name; none may be called like the name itself, which would hide it
+_MODULES = {  # the module of each public name; a module of the same name would hide it
     "Adapter": "personalize.adapter",
     "Editor": "personalize.editor",
     "StableDiffusion": "personalize.model",
@@ -33,12 +33,12 @@ _HOMES = {  # the module of each public name; none may be called like the name i
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'personalize' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

@@ -1,13 +1,13 @@
 """The command line: `personalize train|export NAME …` and the commands of `personalize.commands`.
 
 Options are parsed and checked before torch is imported.  A script of `train/` or `export/` defines a frozen dataclass
-`Config` and `main(config)`, and runs by itself too:
+`Config` and a function `main(config)`; with these last lines it can also be started as a file:
 
     if __name__ == "__main__":
         raise SystemExit(run_script(Config, main))
 
-Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can mend (one line on stderr), 130 interrupted;
-a bug keeps its traceback.
+Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can correct (one line on stderr), 130
+interrupted.  A bug shows its traceback.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from typing import Any
 
 import personalize
 from personalize import launching
-from personalize.commands import COMMANDS, form
+from personalize.commands import COMMANDS, resolve_command
 from personalize.errors import UserError
-from personalize.options import HELP, nearest, parse, pull
+from personalize.options import HELP, nearest, parse, take_option
 from personalize.pages import keep_freed_memory
 
-SCRIPT_FOLDERS = {"train": "Train an adapter, or the embedded model.", "export": "Carry an adapter out into another format."}
+SCRIPT_FOLDERS = {
+    "train": "Train an adapter, or the embedded model.",
+    "export": "Export an adapter to another format.",
+}
 TRAINING = {"train", "quickstart"}  # commands, and the folder of scripts, that train
 USER_ERRNOS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
     errno.ENAMETOOLONG, errno.EEXIST,
 }  # fmt: skip
-NOISE = {  # start-up remarks of other libraries about optional parts that are not used here, by logger
+UNWANTED_MESSAGES = {  # of other libraries, by logger: about optional parts that are not used here
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "transformers.utils.import_utils": "requires torchvision (not installed)",
 }
@@ -43,25 +46,25 @@ NOISE = {  # start-up remarks of other libraries about optional parts that are n
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     own_process = argv is None  # not called by another program
-    return guarded(lambda: dispatch(sys.argv[1:] if argv is None else list(argv), own_process))
+    return to_exit_code(lambda: dispatch(sys.argv[1:] if argv is None else list(argv), own_process))
 
 
 def dispatch(args: list[str], own_process: bool = False) -> int:
     """Run the command that `args` name; a training command may tune `own_process`."""
     if not args or args[0] in HELP:
-        print(overview())
+        print(commands_help())
         return 0
     if args[0] == "--version":
         print(f"personalize {personalize.__version__}")
         return 0
-    configs, args = pull(args, "config")  # may stand before the command too
+    configs, args = take_option(args, "config")  # may stand before the command too
     args += [f"--config={file}" for file in configs]
     command, rest = args[0], args[1:]
     if command in SCRIPT_FOLDERS:
-        return run_script_of(command, rest, own_process)
+        return run_named_script(command, rest, own_process)
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}: {nearest(command, [*SCRIPT_FOLDERS, *COMMANDS])}")
-    config, target = COMMANDS[form(command, rest)]
+    config, target = COMMANDS[resolve_command(command, rest)]
     options = parse(config, rest, prog=f"personalize {command}", description=inspect.getdoc(config) or "")
     prepare(own_process and command in TRAINING)
     module, _, function = target.partition(":")
@@ -69,34 +72,34 @@ def dispatch(args: list[str], own_process: bool = False) -> int:
     return 0
 
 
-def run_script_of(room: str, args: list[str], own_process: bool = False) -> int:
-    """`personalize train NAME …` or `personalize export NAME …`."""
-    processes, args = pull(args, "num_processes")
-    known = launching.scripts(room)
+def run_named_script(folder: str, args: list[str], own_process: bool = False) -> int:
+    """Run `personalize train NAME …` or `personalize export NAME …`, in several processes with `--num_processes`."""
+    processes, args = take_option(args, "num_processes")
+    known = launching.scripts(folder)
     if not known:
-        raise UserError(f"personalize {room}: this version has nothing to {room}")
+        raise UserError(f"personalize {folder}: this version has nothing to {folder}")
     words = [index for index, token in enumerate(args) if not token.startswith("-")]
     if not words:
         if HELP & set(args):
-            print(room_overview(room, known))
+            print(scripts_help(folder, known))
             return 0
-        raise UserError(f"personalize {room} needs a name: {', '.join(known)}")
+        raise UserError(f"personalize {folder} needs a name: {', '.join(known)}")
     name = args.pop(words[0]).replace("-", "_")
     if name not in known:
-        raise UserError(f"there is no personalize {room} {name}: {nearest(name, known)}")
+        raise UserError(f"there is no personalize {folder} {name}: {nearest(name, known)}")
     script = launching.load_script(known[name])
-    prog, about, presets = f"personalize {room} {name}", inspect.getdoc(script) or "", launching.presets(name)
+    prog, about, presets = f"personalize {folder} {name}", inspect.getdoc(script) or "", launching.presets(name)
     config = parse(script.Config, args, prog=prog, description=about, presets=presets)
     count = launching.process_count(processes)
     if count > 1:
         return launching.launch(known[name], args, count)
-    prepare(own_process and room in TRAINING)
+    prepare(own_process and folder in TRAINING)
     script.main(config)
     return 0
 
 
 def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] | None = None) -> int:
-    """The `__main__` guard of a script in `train/` or `export/`: parse, run, and return the exit code."""
+    """What a script of `train/` or `export/` does under `__main__`: parse the options, run, return the exit code."""
     path = Path(sys.modules[config.__module__].__file__ or config.__module__)
 
     def call() -> int:
@@ -107,53 +110,53 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
         run(options)
         return 0
 
-    return guarded(call)
+    return to_exit_code(call)
 
 
-def guarded(call: Callable[[], int]) -> int:
-    """Call, and turn what a user can mend into one line on stderr and an exit code."""
+def to_exit_code(call: Callable[[], int]) -> int:
+    """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2."""
     try:
         return call()
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        launching.complain(str(error))
+        launching.report_error(str(error))
         return error.exit_code
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise
         where = f": {error.filename}" if error.filename else ""
-        return launching.complain(f"{(error.strerror or str(error)).lower()}{where}")
+        return launching.report_error(f"{(error.strerror or str(error)).lower()}{where}")
 
 
 def prepare(keep_memory: bool) -> None:
-    """What is done between reading the options and the work; `keep_memory` only in a process of our own that trains."""
-    quiet()
+    """Settings of this process, made after the options are checked; `keep_memory` if it is ours alone and trains."""
+    silence_libraries()
     if keep_memory:
         keep_freed_memory()
 
 
-def quiet() -> None:
-    """Hold back other libraries' known start-up remarks and their bars for loading a few small files."""
-    for logger, part in NOISE.items():
+def silence_libraries() -> None:
+    """Hide messages of other libraries about parts that are not used, and their progress bars for loading files."""
+    for logger, part in UNWANTED_MESSAGES.items():
         logging.getLogger(logger).addFilter(lambda record, part=part: part not in record.getMessage())
     for library in ("diffusers", "transformers"):
         importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
-def overview() -> str:
+def commands_help() -> str:
     """The text of `personalize --help`."""
-    lines = {f"{room} NAME": text for room, text in SCRIPT_FOLDERS.items() if launching.scripts(room)}
+    lines = {f"{folder} NAME": text for folder, text in SCRIPT_FOLDERS.items() if launching.scripts(folder)}
     lines |= {name: (inspect.getdoc(config) or "").partition("\n")[0] for name, (config, _) in COMMANDS.items()}
     usage = "usage: personalize COMMAND [options]      personalize COMMAND --help      personalize --version"
     return f"{usage}\n\n{_columns(lines)}"
 
 
-def room_overview(room: str, known: Mapping[str, Path]) -> str:
+def scripts_help(folder: str, known: Mapping[str, Path]) -> str:
     """The text of `personalize train --help`."""
-    usage = f"usage: personalize {room} NAME [--config FILE] [--num_processes N] [options]"
+    usage = f"usage: personalize {folder} NAME [--config FILE] [--num_processes N] [options]"
     lines = {name: launching.summary(path) for name, path in known.items()}
-    return f"{usage}\n\n{_columns(lines)}\n\nThe options of each: personalize {room} NAME --help"
+    return f"{usage}\n\n{_columns(lines)}\n\nThe options of each: personalize {folder} NAME --help"
 
 
 def _columns(lines: Mapping[str, str]) -> str:

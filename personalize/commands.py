@@ -1,6 +1,6 @@
-"""The commands besides `train` and `export`: the options of each, and where its work is done.
+"""The options of every command besides `train` and `export`, and the function that runs each.
 
-Only the options live here, so that a command line is checked before torch is imported.
+This module imports no torch, so that a command line is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from personalize.recipes import InferenceOptions
 class EditConfig(InferenceOptions):
     """Edit the picture that an adapter was trained on.
 
-    Given a photo instead of an adapter, `edit` does something else: see personalize edit photo.png --help.
-    Several values of --alpha, --beta, --gamma or --forget make a grid: one picture per combination and seed.  With
-    --auto they are searched instead, and the adapter remembers the best for this prompt.
+    To edit a photo without an adapter, see personalize edit photo.png --help.  Several values of --alpha, --beta,
+    --gamma or --forget make a grid: one picture per combination and seed.  With --auto these are searched, and the best
+    values for this prompt are stored in the adapter.
     """
 
     adapter: Positional[Path]
     """Adapter folder, as written by `personalize train`, or a LoRA or textual-inversion file of any program."""
     prompt: str
-    """What the edited picture should show; best worded like the adapter's caption, with the change put in."""
+    """What the edited picture should show; best the adapter's caption with the change put in."""
     negative_prompt: str = ""
     """What the picture should not show."""
     add: tuple[Path, ...] = ()
-    """More adapter folders to use at once, such as those of other concepts; the prompt names each by its token."""
+    """More adapter folders to use together with it, for example other concepts; prompts name each by its token."""
     auto: bool = False
-    """Choose the strengths: draw --budget pictures, rank them by edit and identity, remember the best."""
+    """Search the strengths: draw --budget pictures, rank them by edit and identity, store the best in the adapter."""
     budget: int = 16
     """Pictures that --auto may draw."""
     clip_model: str | None = None
-    """CLIP folder or hub id by which --auto sees the edit; only the embedded model can do without."""
+    """CLIP folder or hub id with which --auto scores the edit; only the embedded model needs none."""
     identity_model: str | None = None
-    """How --auto measures identity beside CLIP: "alex" or "vgg" (LPIPS), or a DINOv2 folder or hub id; "alex"."""
+    """How --auto scores identity: "alex" (the default) or "vgg" for LPIPS, or a DINOv2 folder or hub id."""
     source_image: Path | None = None
-    """The picture the adapter was trained on, for --auto; by default the one kept in its folder."""
+    """The picture the adapter was trained on, for --auto; by default the one in its folder."""
     alpha: tuple[float, ...] = ()
-    """Vector projection: how much of the learned source embedding to keep, about 0.7 to 1.1; 0.8 if not given."""
+    """Vector projection: how much of the learned source embedding is kept, about 0.7 to 1.1; by default 0.8."""
     beta: tuple[float, ...] = ()
-    """Vector projection: how much of the edit to add, about 0.7 to 1.6; 1.2 if not given."""
+    """Vector projection: how much of the edit is added, about 0.7 to 1.6; by default 1.2."""
     gamma: tuple[float, ...] = ()
     """Vector subtraction instead of projection: 0 is the source, 1 the prompt, more exaggerates; about 0.6 to 1.2."""
     forget: tuple[str, ...] = ()
@@ -54,15 +54,15 @@ class EditConfig(InferenceOptions):
     strength: float | None = None
     """Strength of the whole adapter: 0 is the base model, 1 as trained."""
     seed: int | None = None
-    """Seed of the first picture; the next ones take the next numbers.  0, or that of the remembered best."""
+    """Seed of the first picture, the next ones have the next numbers; by default 0, or the seed that --auto stored."""
     seeds: tuple[int, ...] = ()
-    """Seeds by name, in place of --seed and --num_images."""
+    """A list of seeds, instead of --seed and --num_images."""
     num_images: int = 1
-    """Pictures (seeds) for each combination."""
+    """Number of pictures, each with its own seed, for each combination."""
     num_inference_steps: int = 50
     """Denoising steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is off; by default 7.5, with the package's model 4."""
+    """Classifier-free guidance, 1 is off; by default 7.5, on the package's model 4."""
     scheduler: str = "ddim"
     """Sampler, e.g. ddim, euler, euler_a, dpm++_2m, ddpm."""
     height: int | None = None
@@ -70,64 +70,64 @@ class EditConfig(InferenceOptions):
     width: int | None = None
     """Width in pixels; by default that of the picture the adapter was trained on."""
     output_dir: Path = Path("personalize-edit")
-    """Where the pictures and the labelled grid go."""
+    """Folder for the pictures and the labelled grid."""
 
 
 @dataclass(frozen=True)
 class DragConfig(InferenceOptions):
-    """Drag points of a picture: what lies at each --from goes to its --to; nothing is trained.
+    """Drag points of a picture: what is at each --from moves to its --to; nothing is trained.
 
-    Writes the picture, the mask of what moved, an overlay to check both, and where the points arrived.
+    Writes the picture, the mask of what moved, an overlay with mask and points, and where the points arrived.
     """
 
     photo: Positional[Path]
     """The picture."""
     from_: Annotated[tuple[str, ...], UseAppendAction, arg(name="from")]
-    """Handle as x,y in pixels; give one for each point to drag."""
+    """Point to drag as x,y in pixels; may be given several times."""
     to: Annotated[tuple[str, ...], UseAppendAction]
-    """Target as x,y in pixels; the first belongs to the first handle, and so on."""
+    """Target as x,y in pixels, the first for the first --from, and so on."""
     mask: Path | None = None
-    """Picture of the same size, white where things may move; by default attention finds what the handles lie on."""
+    """Picture of the same size, white where things may move; by default attention finds what is at the points."""
     mode: Literal["move", "deform"] = "move"
-    """move: the thing goes as a whole.  deform: it stretches, the less the less it belongs to the handle."""
+    """move: the thing moves as a whole.  deform: it stretches, each part as far as it belongs to the point."""
     prompt: str | None = None
-    """What the picture shows; by default what the adapter learned, or nothing."""
+    """What the picture shows; by default what the adapter has learned, or nothing."""
     adapter: Path | None = None
     """Adapter folder trained on this picture, if there is one."""
     mask_threshold: float = 0.3
     """Higher values, up to 1, move less of the picture."""
     displacement: Literal["attention", "stretch"] = "attention"
-    """How far cells go in `deform`: by attention, or by distance as FastDrag has it."""
+    """How far parts move in `deform`: by their attention, or by their distance as in FastDrag."""
     fill: Literal["bnni", "attention", "attention_raw"] = "bnni"
-    """What comes where something went away: its neighbours, what attention looks at there with noise, or without."""
+    """How the place it left is filled: from neighbours; by attention with corrected noise; or by attention alone."""
     num_inference_steps: int = 50
-    """Denoising steps of the whole way."""
+    """Denoising steps of the full schedule."""
     strength: float = 0.7
-    """Share of the way that is inverted and sampled."""
+    """Fraction of the schedule that is inverted and sampled."""
     seed: int = 42
     """Seed of the noise of `--fill attention`."""
     resolution: int | None = None
-    """Larger pictures are scaled down to about its square in pixels; by default the base model's own."""
+    """Larger pictures are scaled down to about resolution² pixels; by default the base model's own."""
     paste: bool = False
-    """Put the picture's own pixels back where nothing was to change."""
+    """Copy the picture's own pixels to where nothing was to change."""
     output_dir: Path = Path("personalize-drag")
-    """Where the pictures and drag.json go."""
+    """Folder for the pictures and drag.json."""
 
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Train on one picture, save, verify, edit, and show it all on one contact sheet; nothing is downloaded."""
+    """Train on one picture, save and verify the adapter, edit, and show all on one sheet; nothing is downloaded."""
 
     photo: Positional[Path | None] = None
-    """Your picture; without it a bundled scene in an art style that the embedded model has never seen."""
+    """Your picture; by default a bundled scene in an art style that the embedded model has never seen."""
     caption: str | None = None
     """What the picture shows, e.g. "a cat on the beach"; by default read from a .txt beside it."""
     output_dir: Path = Path("personalize-quickstart")
-    """Where the adapter, the pictures and the contact sheet go."""
+    """Folder for the adapter, the pictures and the contact sheet."""
     scene: int = 0
-    """Which of the bundled scenes to take."""
+    """Number of the bundled scene, from 0."""
     seed: int = 0
-    """Seed of the training and of the pictures."""
+    """Seed of training and of the pictures."""
     max_train_steps: int | None = None
     """Optimiser updates; by default the embedded model's preset."""
     pretrained_model_name_or_path: str | None = None
@@ -136,37 +136,37 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Say what a LoRA or embedding file is, what it changes, who can read it, and what is wrong with it."""
+    """Show what a LoRA or embedding file is, what it changes, which programs read it, and what is wrong with it."""
 
     file: Positional[Path]
     """LoRA or textual-inversion file of any program."""
     json: bool = False
     """Print everything as JSON."""
     picture: Path | None = None
-    """Draw which blocks are changed, and how much, into this .png file."""
+    """Write a chart of the changed blocks, and by how much, to this .png file."""
     allow_pickle: bool = False
     """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Rewrite a LoRA or embedding file for other programs, mending names, alphas and ranks; checked before it appears.
+    """Convert a LoRA or embedding file for other programs, correct its keys, alphas and ranks, and verify the result.
 
-    Alphas that differ are worked into the weights and ranks padded, so that every program computes the same.
+    Alphas that differ are multiplied into the weights and ranks are padded, so that all programs compute the same.
     """
 
     file: Positional[Path]
     """LoRA or textual-inversion file of any program."""
     to: Literal["diffusers", "kohya", "peft"]
-    """diffusers; kohya for A1111, Forge, ComfyUI, InvokeAI and sd-scripts; peft for PEFT's own folder of a UNet."""
+    """diffusers; kohya for A1111, Forge, ComfyUI, InvokeAI and sd-scripts; peft for PEFT's own folders."""
     output: Path
     """File to write; with `--to peft` a folder."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the numbers written."""
     family: Literal["sd1", "sd2", "sdxl"] | None = None
-    """Family of the base model, where the file does not tell."""
+    """Family of the base model, if the file does not say it."""
     unet_only: bool = False
-    """Leave the text encoders' part out."""
+    """Leave out the part for the text encoders."""
     token: str | None = None
     """Word for a learned token, e.g. `<my-cat>`; by default the file's own or its name."""
     allow_pickle: bool = False
@@ -175,7 +175,7 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Check an adapter: rebuild every weight change through an independent name map and compare.
+    """Verify an adapter: compute every weight change from its files, through independent key names, and compare.
 
     Exits with 1 if something does not match, with 2 if the input cannot be read.
     """
@@ -188,10 +188,10 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure edited pictures by the conventions of PIE-Bench: background, structure, and the prompt.
+    """Score edited pictures as PIE-Bench does: background, structure, and agreement with the prompt.
 
     The benchmark is a folder of PIE-Bench (mapping_file.json), TEdBench (input_list.json) or DragBench
-    (original_image.png in each folder).  Nothing is downloaded unless you name a hub id; what is not measured is said.
+    (original_image.png in each folder).  Nothing is downloaded unless you name a hub id; scores left out are reported.
     """
 
     benchmark: Positional[Path]
@@ -199,7 +199,7 @@ class EvaluateConfig:
     results: Path
     """Folder of the edited pictures, named like the benchmark's own."""
     output: Path = Path("evaluation.json")
-    """Where every value and the summary go."""
+    """File for all values and the summary."""
     structure_model: str | None = None
     """Structure distance: folder or hub id of a DINO ViT, published with facebook/dino-vitb8."""
     clip_model: str | None = None
@@ -212,11 +212,11 @@ class EvaluateConfig:
     """Run on the CPU even if there is an accelerator."""
 
 
-PHOTO = "edit PHOTO"  # what `edit` is when it is given a picture, or what a picture shows
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-COMMANDS = {  # name: (options, "module:function" that takes them)
+EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+COMMANDS = {  # name: (options, "module:function" that is called with them)
     "edit": (EditConfig, "personalize.edit_command:run"),
-    PHOTO: (PhotoConfig, "personalize.photo_command:run"),
+    EDIT_PHOTO: (PhotoConfig, "personalize.photo_command:run"),
     "drag": (DragConfig, "personalize.drag_command:run"),
     "quickstart": (QuickstartConfig, "personalize.quickstart:run"),
     "inspect": (InspectConfig, "personalize.inspection:run"),
@@ -226,9 +226,9 @@ COMMANDS = {  # name: (options, "module:function" that takes them)
 }
 
 
-def form(command: str, words: Sequence[str]) -> str:
-    """The name in COMMANDS of what is meant: `edit` of a picture file, or with --source, is another command."""
+def resolve_command(command: str, words: Sequence[str]) -> str:
+    """The name in COMMANDS that `command` means: `edit` with a picture file or with --source means `edit PHOTO`."""
     pairs = zip(("", *words), words, strict=False)
     pictures = [word for before, word in pairs if before.replace("-", "_") != "__source_image"]
-    photo = any(word.lower().endswith(PICTURES) or word.partition("=")[0] == "--source" for word in pictures)
-    return PHOTO if command == "edit" and photo else command
+    photo = any(word.lower().endswith(IMAGE_SUFFIXES) or word.partition("=")[0] == "--source" for word in pictures)
+    return EDIT_PHOTO if command == "edit" and photo else command

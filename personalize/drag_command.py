@@ -1,4 +1,4 @@
-"""`personalize drag`: one picture, its points, and what came of it in a folder."""
+"""`personalize drag`: drag points of one picture and write the pictures into a folder."""
 
 from __future__ import annotations
 
@@ -16,41 +16,45 @@ from personalize.pictures import png
 if TYPE_CHECKING:
     from personalize.commands import DragConfig
 
-OURS = ("dragged.png", "mask.png", "overlay.png", "drag.json")
+OUTPUT_FILES = ("dragged.png", "mask.png", "overlay.png", "drag.json")
 
 
 def run(config: DragConfig) -> Path:
-    """Drag, write the pictures and drag.json, say where the points arrived and how long it took."""
-    points = interleaved_points(config.from_, config.to)
-    settings = DragSettings(
-        mode=config.mode, steps=config.num_inference_steps, strength=config.strength,
-        displacement=config.displacement, fill=config.fill, mask_threshold=config.mask_threshold, seed=config.seed,
-    )  # fmt: skip
+    """Drag, write the pictures and drag.json, and print where the points arrived and how long it took."""
+    points, settings = interleaved_points(config.from_, config.to), drag_settings(config)
     editor = Editor.configured(config, (config.adapter,) if config.adapter else ())
-    found = editor.drag(
+    result = editor.drag(
         points, config.photo, mask=config.mask, prompt=config.prompt, settings=settings,
         resolution=config.resolution, paste=config.paste,
     )  # fmt: skip
-    pictures = {"dragged.png": found.image, "mask.png": found.mask, "overlay.png": found.overlay}
+    pictures = {"dragged.png": result.image, "mask.png": result.mask, "overlay.png": result.overlay}
     files = {name: png(picture) for name, picture in pictures.items()}
-    files["drag.json"] = json.dumps(summary(points, found), indent=1).encode()
-    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OURS))
-    for note in found.notes:
+    files["drag.json"] = json.dumps(summary(points, result), indent=1).encode()
+    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
+    for note in result.notes:
         print(f"Note: {note}.")
-    for target, arrived, missed in zip(points[1::2], found.arrived, found.missed, strict=True):
-        print(f"{written(target)}: arrived at {written(arrived)}, {missed:.1f} px from the target")
-    print(f"{found.seconds:.1f} s; {', '.join(OURS)} in {config.output_dir}")
+    for target, arrived, missed in zip(points[1::2], result.arrived, result.missed, strict=True):
+        print(f"{as_text(target)}: arrived at {as_text(arrived)}, {missed:.1f} px from the target")
+    print(f"{result.seconds:.1f} s; {', '.join(OUTPUT_FILES)} in {config.output_dir}")
     return config.output_dir
 
 
+def drag_settings(config: DragConfig) -> DragSettings:
+    """The settings that the options give; all others have their defaults."""
+    return DragSettings(
+        mode=config.mode, steps=config.num_inference_steps, strength=config.strength,
+        displacement=config.displacement, fill=config.fill, mask_threshold=config.mask_threshold, seed=config.seed,
+    )  # fmt: skip
+
+
 def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Point]:
-    """Texts "x,y" of --from and --to as points, handle and target in turn.  UserError if their counts differ."""
+    """The points of --from and --to, texts "x,y", in the order handle, target, ….  UserError if their counts differ."""
     if len(handles) != len(targets):
         raise UserError(f"{len(handles)} of --from and {len(targets)} of --to: each --from needs a --to")
-    return [parsed(text) for pair in zip(handles, targets, strict=True) for text in pair]
+    return [parse_point(text) for pair in zip(handles, targets, strict=True) for text in pair]
 
 
-def parsed(text: str) -> Point:
+def parse_point(text: str) -> Point:
     """ "120,64.5" → (120.0, 64.5)."""
     try:
         x, y = (float(part) for part in text.split(","))
@@ -59,14 +63,15 @@ def parsed(text: str) -> Point:
     return x, y
 
 
-def written(point: Point) -> str:
+def as_text(point: Point) -> str:
+    """(120.0, 64.5) → "120,64.5"."""
     return ",".join(f"{part:.4g}" for part in point)
 
 
-def summary(points: list[Point], found: DragResult) -> dict[str, object]:
+def summary(points: list[Point], result: DragResult) -> dict[str, object]:
     """The contents of drag.json."""
-    rows = zip(points[::2], points[1::2], found.arrived, found.missed, strict=True)
+    rows = zip(points[::2], points[1::2], result.arrived, result.missed, strict=True)
     drags = [{"from": h, "to": t, "arrived": a, "missed_px": round(m, 2)} for h, t, a, m in rows]
-    thresholds = [round(value, 4) for value in found.drag.thresholds]
-    times = {"seconds": round(found.seconds, 3), "edit_seconds": round(found.edit_seconds, 3)}
-    return {"drags": drags, "mask_thresholds": thresholds, **times, "notes": found.notes}
+    thresholds = [round(value, 4) for value in result.drag.thresholds]
+    times = {"seconds": round(result.seconds, 3), "edit_seconds": round(result.edit_seconds, 3)}
+    return {"drags": drags, "mask_thresholds": thresholds, **times, "notes": result.notes}

@@ -1,4 +1,4 @@
-"""`personalize edit`: a grid over strengths given by hand, or a search for the best ones, as pictures and a sheet."""
+"""`personalize edit`: pictures for a grid of given strengths, or a search for the best strengths, with a sheet."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from personalize.settings import DEFAULT_STRENGTHS, EditStrengths, Sampling, rem
 if TYPE_CHECKING:
     from personalize.commands import EditConfig
 
-OURS = ("edit-", "edits.json", "grid.png", "ranking.json")
+OUTPUT_FILES = ("edit-", "edits.json", "grid.png", "ranking.json")
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
-COLUMNS = 4  # of the ranked sheet
+COLUMNS = 4  # pictures in a row of the ranked sheet
 
 
 def run(config: EditConfig) -> Path:
-    """Draw what was asked for into the output folder."""
+    """Draw the pictures into the output folder, which is returned.  UserError where options contradict one another."""
     check(config)
     editor = Editor.configured(config, (config.adapter, *config.add))
     prompt = editor.aligned(config.prompt)
@@ -40,8 +40,9 @@ def run(config: EditConfig) -> Path:
         print(f"Worded like the caption: “{prompt}”")
     size = (config.height or editor.size[0], config.width or editor.size[1])
     sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
-    files = chosen(config, editor, prompt, sampling) if config.auto else combinations(config, editor, prompt, sampling)
-    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OURS))
+    pictures = searched if config.auto else combinations
+    files = pictures(config, editor, prompt, sampling)
+    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
     print(f"{sum(name.startswith('edit-') for name in files)} pictures and grid.png in {config.output_dir}")
     return config.output_dir
 
@@ -61,7 +62,7 @@ def check(config: EditConfig) -> None:
 
 
 def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
-    """Every combination of strengths and seeds as a picture, a labelled grid, and edits.json."""
+    """A picture for every combination of strengths and seeds, a labelled grid, and edits.json."""
     settings, seed = list(_settings(config)), config.seed or 0
     recalled = None
     if not any(getattr(config, name) not in ((), None) for name in STRENGTHS):
@@ -79,57 +80,57 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
         ]
     sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=prompt)
     files: dict[str, Content] = {"grid.png": png(sheet)}
-    found = []
+    entries = []
     for setting, row in zip(settings, rows, strict=True):
         for number, picture in zip(seeds, row, strict=True):
-            name = f"edit-{len(found):03d}.png"
+            name = f"edit-{len(entries):03d}.png"
             files[name] = png(picture)
-            found.append({"file": name, "prompt": prompt, "seed": number, **asdict(setting)})
-    files["edits.json"] = json.dumps(found, indent=1).encode()
+            entries.append({"file": name, "prompt": prompt, "seed": number, **asdict(setting)})
+    files["edits.json"] = json.dumps(entries, indent=1).encode()
     return files
 
 
 def _settings(config: EditConfig) -> Iterator[EditStrengths]:
-    """All combinations; `--gamma` switches from projection to subtraction."""
-    strength = DEFAULT_STRENGTHS.strength if config.strength is None else config.strength
-    mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [
-        (a, b, None) for a, b in product(config.alpha or (DEFAULT_STRENGTHS.alpha,), config.beta or (DEFAULT_STRENGTHS.beta,))
-    ]
-    for mix, forget in product(mixes, config.forget or (DEFAULT_STRENGTHS.forget,)):
+    """All combinations of the given strengths; with `--gamma` by vector subtraction, otherwise by projection."""
+    usual = DEFAULT_STRENGTHS
+    strength = usual.strength if config.strength is None else config.strength
+    alphas, betas = config.alpha or (usual.alpha,), config.beta or (usual.beta,)
+    mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [(a, b, None) for a, b in product(alphas, betas)]
+    for mix, forget in product(mixes, config.forget or (usual.forget,)):
         yield EditStrengths(*mix, forget, strength)
 
 
-def chosen(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
-    """Search the strengths; the pictures from best to worst, the ranked sheet and ranking.json.
+def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
+    """Search the strengths: the pictures from best to worst, a ranked sheet, and ranking.json.
 
-    The adapter's folder remembers the best setting.
+    The best strengths are stored in the adapter's folder for the next `edit` with this prompt.
     """
     scorer = find_scorer(editor.model.name, config.clip_model, config.identity_model, editor.model.device)
     request = Request(prompt, editor.caption, load_image(source_picture(config)))
-    trials = search(
+    candidates = search(
         editor, request, scorer, budget=config.budget, seed=config.seed or 0,
         negative_prompt=config.negative_prompt, sampling=sampling,
     )  # fmt: skip
     console = Console(soft_wrap=True)
-    found = ranked(track(trials, "Choosing", total=config.budget, console=console))
-    best = found[0]
-    console.print(f"Best of {len(found)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")
+    trials = ranked(track(candidates, "Searching", total=config.budget, console=console))
+    best = trials[0]
+    console.print(f"Best of {len(trials)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")
     if best.state != "good":
-        console.print(f"No picture has both the edit and the source (best: {_WORDS[best.state]}); raise --budget.")
+        console.print(f"No picture shows both the edit and the source (best: {_STATES[best.state]}); raise --budget.")
     if config.adapter.is_dir():
         remember(config.adapter, prompt, best.strengths, best.seed, _figures(best))
-        console.print(f"Remembered in {config.adapter}: the next `edit` with this prompt uses it.")
-    files: dict[str, Content] = {f"edit-{place:03d}.png": png(trial.picture) for place, trial in enumerate(found)}
-    files["grid.png"] = png(ranked_sheet(found, request))
-    files["ranking.json"] = json.dumps(ranking(found, request, scorer.name), indent=1, ensure_ascii=False).encode()
+        console.print(f"Stored in {config.adapter}: the next `edit` with this prompt uses it.")
+    files: dict[str, Content] = {f"edit-{place:03d}.png": png(trial.picture) for place, trial in enumerate(trials)}
+    files["grid.png"] = png(ranked_sheet(trials, request))
+    files["ranking.json"] = json.dumps(ranking(trials, request, scorer.name), indent=1, ensure_ascii=False).encode()
     return files
 
 
-_WORDS = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "neither is there"}
+_STATES = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "it has neither"}
 
 
 def source_picture(config: EditConfig) -> Path:
-    """The picture the adapter learned: as given, or as kept in its folder."""
+    """The picture the adapter was trained on: --source_image, or the one in its folder."""
     path = config.source_image or config.adapter / "source.png"
     if not path.is_file():
         raise UserError(f"{path} does not exist: name the picture the adapter was trained on with --source_image")
@@ -137,7 +138,7 @@ def source_picture(config: EditConfig) -> Path:
 
 
 def ranked_sheet(trials: Sequence[Trial], request: Request) -> Image.Image:
-    """The source, then every picture from best to worst, each above its settings and scores."""
+    """The source, then all pictures from best to worst, with strengths and scores below each."""
     pictures = [request.source, *(trial.picture for trial in trials)]
     texts = ["source", *(f"{place}. {trial.strengths}  seed {trial.seed}\n{scores(trial)}"
                          for place, trial in enumerate(trials, 1))]  # fmt: skip

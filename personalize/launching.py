@@ -1,6 +1,6 @@
-"""The launchable scripts: where they are, and running one in several processes through `accelerate launch`.
+"""Finding the scripts of `train/` and `export/`, and running one in several processes through `accelerate launch`.
 
-In a checkout the checkout's own `train/`, `export/` and `configs/` are used, in an installed wheel the copies in
+In a checkout of the repository its own `train/`, `export/` and `configs/` are used, in an installed wheel the copies in
 `personalize/_launch/`.
 """
 
@@ -20,45 +20,45 @@ from types import ModuleType
 from personalize.errors import UserError
 
 PACKAGE = Path(__file__).parent
-ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment: where a launched process leaves its one-line error
+ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment variable: file for the one-line error of a launched process
 
 
-def home() -> Path:
+def scripts_home() -> Path:
     """The folder that holds `train/`, `export/` and `configs/`."""
     checkout = PACKAGE.parent
     return checkout if (checkout / "pyproject.toml").is_file() else PACKAGE / "_launch"
 
 
-def scripts(room: str) -> dict[str, Path]:
-    """Name → file of every script in `room`."""
-    return {path.stem: path for path in sorted((home() / room).glob("*.py"))}
+def scripts(folder: str) -> dict[str, Path]:
+    """Every script in `folder`, "train" or "export": name → file."""
+    return {path.stem: path for path in sorted((scripts_home() / folder).glob("*.py"))}
 
 
 def presets(name: str) -> dict[str, Path]:
-    """Preset → file of every `configs/PRESET/<name>.yaml`."""
-    return {path.parent.name: path for path in sorted((home() / "configs").glob(f"*/{name}.yaml"))}
+    """The presets of the script `name`, which are the files `configs/PRESET/<name>.yaml`: preset → file."""
+    return {path.parent.name: path for path in sorted((scripts_home() / "configs").glob(f"*/{name}.yaml"))}
 
 
 def summary(script: Path) -> str:
-    """The first line of a script's docstring, read without running it."""
+    """The first line of a script's docstring; the script is parsed, not run."""
     return (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def load_script(path: Path) -> ModuleType:
-    """The module of a script with its `Config` and `main`, not run as `__main__`."""
+    """Import a script as a module, with its `Config` and `main`; its `__main__` part does not run."""
     name = f"{path.parent.name}.{path.stem}"
     if name in sys.modules and sys.modules[name].__file__ == str(path):
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader, f"{path} is no Python file"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and the help texts look for their source
+    sys.modules[name] = module  # dataclasses and tyro look here for the module of a class
     spec.loader.exec_module(module)
     return module
 
 
 def process_count(values: Sequence[str]) -> int:
-    """The last of the values given for `--num_processes`, 1 if there is none."""
+    """The number given with `--num_processes`, of several the last, by default 1; UserError if it is no number."""
     text = values[-1] if values else "1"
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"--num_processes must be a whole number from 1, got {text}")
@@ -66,10 +66,10 @@ def process_count(values: Sequence[str]) -> int:
 
 
 def launch(script: Path, args: Sequence[str], processes: int) -> int:
-    """Run `script` in several processes; their exit code, and their one-line error printed once.
+    """Run `script` in several processes, print their one-line error once, and return their exit code.
 
-    The first process that fails with a mistake of the user leaves its line in a file; from then on the launcher's own
-    report about the failed process is withheld, since the line says it.
+    A process that fails through a mistake of the user writes its line into a file.  From then on the launcher's own
+    report of the failed processes is not shown, because the line says what is wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder, "errors")
@@ -82,23 +82,23 @@ def launch(script: Path, args: Sequence[str], processes: int) -> int:
             _pass_on(process, errors)
             code = process.wait()
         except KeyboardInterrupt:
-            process.wait()  # it got the signal too
+            process.wait()  # the interrupt has reached it too
             raise
         if code and errors.exists():
             first = json.loads(errors.read_text(encoding="utf-8").splitlines()[0])
-            return complain(first)
+            return report_error(first)
         return code
 
 
 def accelerate_launch(processes: int) -> list[str]:
-    """The launcher's own command line; every value is given, so that it has nothing to warn about."""
+    """The command line of `accelerate launch`; all values are given, so that it does not warn about defaults."""
     size = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     return [*launcher, *size, "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def environment(processes: int) -> dict[str, str]:
-    """This environment, with the cores shared out, this package importable, and gloo in use without accelerators."""
+    """Environment of the launched processes: cores divided among them, this package importable, device chosen."""
     import torch
 
     devices = torch.accelerator.device_count()
@@ -106,12 +106,12 @@ def environment(processes: int) -> dict[str, str]:
         raise UserError(f"--num_processes {processes} needs as many accelerators, found {devices}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    chosen = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PYTHONPATH": path}
-    return os.environ | chosen | ({} if devices else {"ACCELERATE_USE_CPU": "true"})
+    settings = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PYTHONPATH": path}
+    return os.environ | settings | ({} if devices else {"ACCELERATE_USE_CPU": "true"})
 
 
-def complain(message: str) -> int:
-    """Print a user's mistake as one line on stderr, or leave it to the launching parent; exit code 2."""
+def report_error(message: str) -> int:
+    """Print `message` as one line on stderr, or in a launched process write it to `ERROR_FILE`; returns exit code 2."""
     line = " ".join(message.split())
     if ERROR_FILE in os.environ:
         with open(os.environ[ERROR_FILE], "a", encoding="utf-8") as file:
@@ -122,7 +122,7 @@ def complain(message: str) -> int:
 
 
 def _pass_on(process: subprocess.Popen[bytes], errors: Path) -> None:
-    """Copy the processes' stderr to ours as it comes, until one of them has left an error."""
+    """Copy the stderr of `process` to ours as it arrives, until a launched process has written the file `errors`."""
     assert process.stderr is not None
     while chunk := os.read(process.stderr.fileno(), 65536):
         if not errors.exists():

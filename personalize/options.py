@@ -1,7 +1,8 @@
-"""Options: a frozen dataclass is read from a command line, over defaults from a YAML file.
+"""Reading options: a command line becomes an instance of a frozen dataclass, with defaults from YAML files.
 
-Flags are the names of the fields, with dashes or underscores; a flag on the line wins over the same key in the file.
-Everything is checked here, before torch is imported: this module and what it imports must stay light.
+A flag is the name of a field, written with dashes or underscores.  A flag on the command line has precedence over the
+same key in a file.  All options are checked here before torch is imported, so that this module must not import torch or
+anything that does.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import yaml
 
 from personalize.errors import UserError
 
-ALIASES = {  # what others call them: sd-scripts, and diffusers' DreamBooth
+ALIASES = {  # names of the same options in sd-scripts and in diffusers' DreamBooth script
     "network_dim": "rank", "network_alpha": "lora_alpha", "instance_prompt": "caption",
 }  # fmt: skip
 HELP = {"-h", "--help"}
-_POSITIONAL = get_args(tyro.conf.Positional[Path])[1]  # the mark of a field that is given without a flag
+_POSITIONAL = get_args(tyro.conf.Positional[Path])[1]  # tyro's mark of an argument without a flag
 
 ConfigT = TypeVar("ConfigT")
 
@@ -37,12 +38,15 @@ def parse(
     description: str = "",
     presets: Mapping[str, Path] | None = None,
 ) -> ConfigT:
-    """Read `args` into an instance of the dataclass `config`; `--help` prints the options and exits with 0.
+    """Read the command line `args` into an instance of the dataclass `config`; `--help` prints the options and exits.
 
-    `--config X` may stand anywhere on the line, more than once (later files win); X is a YAML file or one of `presets`.
-    Raises `UserError` for an unknown option or key (naming the nearest), a missing option, a value of the wrong type.
+    `--config X` may stand anywhere and several times, the later file having precedence; X is a YAML file or one of
+    `presets`.
+
+    Raises:
+        UserError: an unknown option or key (the message names the nearest), a missing option, or a wrong value.
     """
-    files, args = pull(args, "config")
+    files, args = take_option(args, "config")
     args = [_resolved(token, config) for token in args]
     if HELP & set(args):
         tyro.cli(config, args=["--help"], prog=prog, description=_about(description, presets), use_underscores=True)
@@ -58,8 +62,8 @@ def parse(
         return tyro.cli(config, args=[*args, *tokens], prog=prog, use_underscores=True)
 
 
-def pull(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
-    """Take every `--name value` and `--name=value` out of `args`: (the values, the remaining arguments)."""
+def take_option(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Split `args` into the values of every `--name value` or `--name=value`, and the remaining arguments."""
     values, rest, tokens = [], [], iter(args)
     for token in tokens:
         if flag_name(token) != name:
@@ -73,13 +77,13 @@ def pull(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 
 
 def flag_name(token: str) -> str | None:
-    """`--train-batch-size=4` → "train_batch_size"; None for what is no long option."""
+    """The name in a long option, `--train-batch-size=4` → "train_batch_size"; None for any other token."""
     match = re.match(r"--([A-Za-z][\w-]*)(=|$)", token)
     return match[1].replace("-", "_") if match else None
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error sentence: the nearest of `known`, or all of them where there are few."""
+    """The end of an error message: the names of `known` that are similar to `name`, or all of them if they are few."""
     known = sorted(known)
     near = get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
@@ -88,7 +92,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def read_yaml(path: Path, config: type) -> dict[str, Any]:
-    """The keys and values of the YAML file `path`, every key a field of `config` that has a flag."""
+    """The keys and values of the YAML file `path`; UserError for a key that is no option of `config`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -108,18 +112,19 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
 
 
 def _field_name(name: str, config: type) -> str:
-    """`name` with underscores, and another trainer's word for a field translated into ours."""
+    """The field of `config` that `name` means: dashes become underscores, names of `ALIASES` ours."""
     name = name.replace("-", "_")
     return ALIASES[name] if ALIASES.get(name) in _hints(config) else name
 
 
 def _resolved(token: str, config: type) -> str:
+    """`token` with the name of its flag, if it has one, as the field of `config`."""
     name = flag_name(token)
     return token if name is None else f"--{_field_name(name, config)}{token[2 + len(name) :]}"
 
 
 def _check_names(names: Iterable[str], config: type, what: str, prefix: str = "") -> None:
-    """Raise unless every one of `names` is a field of `config`, or `no_` and a switch."""
+    """UserError unless each of `names` is a field of `config`, or `no_` followed by a boolean field."""
     hints = _hints(config)
     known = {name for name in hints if prefix == "" or not _is_positional(config, name)}
     switches = {f"no_{name}" for name in known if hints[name] is bool} if prefix else set()
@@ -136,7 +141,7 @@ def _check_required(config: type, given: set[str], prog: str) -> None:
 
 
 def _hints(config: type, include_extras: bool = False) -> dict[str, Any]:
-    """Types of the fields by flag; a field named like a word of Python's own has an underscore more: `from_`."""
+    """The type of each option; a field whose name would be a Python keyword ends in an underscore: `from_`."""
     return {name.rstrip("_"): hint for name, hint in get_type_hints(config, include_extras=include_extras).items()}
 
 
@@ -145,11 +150,11 @@ def _is_positional(config: type, name: str) -> bool:
 
 
 def _tokens(key: str, value: Any, config: type) -> list[str]:
-    """One YAML entry as the tokens that say the same on a command line, so that both are checked alike."""
+    """One YAML entry as the tokens of the same option on a command line, so that tyro checks both in the same way."""
     hint = _hints(config)[key]
     if isinstance(value, bool) and hint is bool:
         return [f"--{key}" if value else f"--no_{key}"]
-    if isinstance(value, bool) and bool not in get_args(hint):  # YAML reads a bare `no` as false
+    if isinstance(value, bool) and bool not in get_args(hint):  # YAML reads an unquoted `no` as false
         value = "yes" if value else "no"
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
@@ -174,19 +179,19 @@ def _about(description: str, presets: Mapping[str, Path] | None) -> str:
 
 @contextlib.contextmanager
 def _one_line(prog: str):
-    """Turn tyro's boxed complaint into one sentence."""
-    complaint = io.StringIO()
+    """Turn tyro's error message, several lines in a box, into a UserError of one line."""
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(message):
             yield
     except SystemExit as error:
         if error.code == 0:
             raise
-        raise UserError(_sentence(complaint.getvalue(), prog)) from None
+        raise UserError(_sentence(message.getvalue(), prog)) from None
 
 
 def _sentence(box: str, prog: str) -> str:
-    """The text of a box of tyro's: without its colours, its frame and title, and the hints after its first rule."""
+    """The text of tyro's boxed error message, without colours, frame, title, and the hints below its first line."""
     lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
     parts = re.split(r"\n[─-]+(?=\n)", "\n".join(lines[1:]).lstrip("─-"))  # a plain box has a rule under its title
     text = " ".join(re.sub("[╰─╯]+", "", parts[0]).replace("(required)", "").split())

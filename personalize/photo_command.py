@@ -1,4 +1,4 @@
-"""`personalize edit PHOTO`: one photo, what it is to show instead, and what came of it in a folder."""
+"""`personalize edit PHOTO`: edit one photo by text and write the pictures into a folder."""
 
 from __future__ import annotations
 
@@ -26,52 +26,53 @@ if TYPE_CHECKING:
 
     from personalize.photo_options import PhotoConfig
 
-OURS = ("edited.png", "before-after.png", "attention.png", "nouns.png", "masks.png", "edit.json")
-KEPT = "trajectories"
+OUTPUT_FILES = ("edited.png", "before-after.png", "attention.png", "nouns.png", "masks.png", "edit.json")
+INVERSIONS = "trajectories"  # folder in the output folder that keeps inversions for later edits
 
 
 def run(config: PhotoConfig) -> Path:
-    """Edit, write the pictures and edit.json, and say how long it took."""
+    """Edit the photo, write the pictures and edit.json, and print how long it took; returns the output folder."""
     swaps = [pair(text) for text in config.swap]
     local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
     request = EditRequest(
         config.target, swaps, dict(weight(text) for text in config.weight), local, config.mask,
-        config.strict_background, _things(config),
+        config.strict_background, _noun_regions(config),
     )  # fmt: skip
     photo = load_image(config.photo)
     editor = Editor.configured(config, config.adapter)
     settings = _settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings)
-    found = editor.photo(
+    result = editor.photo(
         photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps,
-        cache=config.output_dir / KEPT,
+        cache=config.output_dir / INVERSIONS,
     )  # fmt: skip
-    files = {"edited.png": png(found.image), "before-after.png": png(found.sheet)}
-    drawn = {"attention.png": found.attention, "nouns.png": found.nouns, "masks.png": found.masks}
-    files |= {name: png(picture) for name, picture in drawn.items() if picture is not None}
-    kept = psnr(to_pixels(found.reconstruction), to_pixels(photo))
-    files["edit.json"] = json.dumps(summary(config.source, request, settings, found, kept), indent=1).encode()
-    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OURS))
-    for note in found.notes:
+    files = {"edited.png": png(result.image), "before-after.png": png(result.sheet)}
+    optional = {"attention.png": result.attention, "nouns.png": result.nouns, "masks.png": result.masks}
+    files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
+    similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
+    files["edit.json"] = json.dumps(summary(config.source, request, settings, result, similarity), indent=1).encode()
+    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
+    for note in result.notes:
         print(f"Note: {note}.")
-    print(f"“{found.target}”: {found.seconds:.1f} s, reconstruction {kept:.1f} dB; edited.png in {config.output_dir}")
+    done = f"“{result.target}”: {result.seconds:.1f} s, reconstruction {similarity:.1f} dB"
+    print(f"{done}; edited.png in {config.output_dir}")
     return config.output_dir
 
 
 def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: PhotoSettings) -> Path:
-    """Say whether dynamic prompts are needed, and draw where the nouns look."""
-    found, sheet = report_photo(
-        editor.model, photo, config.source, _things(config), settings, adapter=editor.adapter,
-        cache=config.output_dir / KEPT,
+    """Print whether dynamic prompt learning is needed, and draw the attention of the nouns."""
+    report, sheet = report_photo(
+        editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter,
+        cache=config.output_dir / INVERSIONS,
     )  # fmt: skip
     write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=unowned_files(config.output_dir, ("nouns.png",)))
-    print(*found.sentences(), f"nouns.png in {config.output_dir}", sep="\n")
+    print(*report.sentences(), f"nouns.png in {config.output_dir}", sep="\n")
     return config.output_dir
 
 
 def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
-    """As the options say; where they say nothing, as suits the base of that name."""
+    """The settings that the options give; what they leave open is chosen for the base model of the name `base`."""
     null_text = settings_for(
         NullTextSettings, base, iterations=config.null_text_iterations, rate=config.null_text_rate,
         tolerance=config.null_text_tolerance,
@@ -91,7 +92,7 @@ def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
 
 
 def _uniform(config: PhotoConfig) -> UniformSettings | None:
-    """The source is blended with mutual attention alone, as published."""
+    """Settings of uniform maps, if they are asked for; the source's row is blended only with mutual self-attention."""
     if not config.uniform:
         if config.mask or config.strict_background:
             raise UserError("--mask and --strict_background belong to --uniform: give that too")
@@ -102,14 +103,15 @@ def _uniform(config: PhotoConfig) -> UniformSettings | None:
     )  # fmt: skip
 
 
-def _things(config: PhotoConfig) -> NounRegions:
+def _noun_regions(config: PhotoConfig) -> NounRegions:
+    """What the options say about the photo's nouns, for dynamic prompt learning."""
     regions = {noun: box(where) or Path(where) for noun, where in map(pair, config.region)}
     plain = config.background_mask in ("auto", "none")
     return NounRegions(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
 
 
 def box(text: str) -> Box | None:
-    """ "10,20,100,80" → (10.0, 20.0, 100.0, 80.0); None for what is no list of four numbers."""
+    """ "10,20,100,80" → (10.0, 20.0, 100.0, 80.0); None if `text` is no list of four numbers."""
     try:
         left, top, right, bottom = (float(part) for part in text.split(","))
     except ValueError:
@@ -134,10 +136,12 @@ def weight(text: str) -> tuple[str, float]:
         raise UserError(f"{text!r}: write word=factor, for example fluffy=3") from None
 
 
-def summary(source: str, request: EditRequest, settings: PhotoSettings, found: EditResult, kept: float) -> dict[str, object]:
+def summary(
+    source: str, request: EditRequest, settings: PhotoSettings, result: EditResult, similarity: float
+) -> dict[str, object]:
     """The contents of edit.json."""
     return {
-        "source": source, "target": found.target, "weights": dict(request.weights), "local": list(request.local),
-        "settings": asdict(settings), "trajectory": found.trajectory.key, "reconstruction_db": round(kept, 2),
-        "seconds": round(found.seconds, 2), "notes": found.notes,
+        "source": source, "target": result.target, "weights": dict(request.weights), "local": list(request.local),
+        "settings": asdict(settings), "trajectory": result.trajectory.key, "reconstruction_db": round(similarity, 2),
+        "seconds": round(result.seconds, 2), "notes": result.notes,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`personalize quickstart`: one picture learned, saved, verified, edited and laid out on one sheet."""
+"""`personalize quickstart`: train on one picture, save and verify the adapter, edit, and show all on one sheet."""
 
 from __future__ import annotations
 
@@ -28,46 +28,51 @@ from personalize.pictures import grid, png
 if TYPE_CHECKING:
     from personalize.commands import QuickstartConfig
 
-SHOWABLE = 24.0  # dB: a base whose autoencoder keeps less of a picture cannot show it
-VARIANTS = {  # near the picture, and obedient: tests/bench/results/quickstart.md has what was tried
+MIN_ROUND_TRIP = 24.0  # dB PSNR: below it the base's autoencoder cannot represent the picture
+VARIANTS = {  # one keeps more of the picture, one follows the prompt more: see tests/bench/results/quickstart.md
     "all that was learned": EditStrengths(1.0, 1.2),
     "half of the decoder forgotten": EditStrengths(1.0, 1.2, forget="decoder=0.5"),
 }
-SAMPLING = Sampling(15, "dpm++_2m")  # as good as 25 steps of DDIM on all five scenes, for 0.6 of the time
+SAMPLING = Sampling(15, "dpm++_2m")  # on all five scenes as good as 25 steps of DDIM, in 0.6 of the time
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Pixels (1, 3, H, W): the source, its round trip through the VAE, the replay, the base's own sample; and edits."""
+    """All pictures of a quickstart; tensors are pixels (1, 3, H, W).
+
+    source: the picture.  round_trip: the picture encoded and decoded by the VAE.  replay: the adapter's reconstruction.
+    base: a sample of the base model for the caption.  edits: for each of `VARIANTS`, a picture for each edit prompt.
+    """
 
     source: torch.Tensor
     round_trip: torch.Tensor
     replay: torch.Tensor
     base: torch.Tensor
-    edits: dict[str, list[Image.Image]]  # by variant, in the order of the example's changes
+    edits: dict[str, list[Image.Image]]
 
     def singles(self) -> dict[str, Image.Image]:
-        """The sheet's pictures by name; edits are numbered through, row after row."""
+        """The sheet's pictures by name; the edits of all rows are numbered from 000."""
         edits = enumerate(picture for row in self.edits.values() for picture in row)
         named = {"source": self.source, "replay": self.replay, "base": self.base}
         return {name: to_image(one) for name, one in named.items()} | {f"edit-{k:03d}": one for k, one in edits}
 
 
 def run(config: QuickstartConfig) -> Path:
-    """Train, save, verify, edit and show; returns the output folder."""
+    """Train, save, verify, edit, write the sheet, and print the results; returns the output folder."""
     console, started = Console(soft_wrap=True), time.monotonic()
-    example = bundled(config.scene) if config.photo is None else own(config.photo, config.caption)
+    example = bundled(config.scene) if config.photo is None else own_example(config.photo, config.caption)
     model = StableDiffusion.load(config.pretrained_model_name_or_path)
     pixels, _ = fitted_pixels(example.picture, model.resolution, 8 * model.factor)
     round_trip = model.decode(model.encode(pixels)).cpu()
-    say_if_unshowable(console, psnr(round_trip, pixels), embedded=config.pretrained_model_name_or_path is None)
+    report_round_trip(console, psnr(round_trip, pixels), embedded=config.pretrained_model_name_or_path is None)
     begun = time.monotonic()
-    with single_image_run(model, pixels, example.caption, recipe(config), accelerator=accelerator(model)) as run:
+    training = training_config(config)
+    with single_image_run(model, pixels, example.caption, training, accelerator=accelerator(model)) as run:
         for _ in track(run.steps(), f"Learning “{example.caption}”", total=run.updates, console=console):
             pass
         adapter = run.adapter()
     seconds = time.monotonic() - begun
-    outcome = shown(Editor(model, adapter), example, pixels, round_trip, config.seed)
+    outcome = sample_outcome(Editor(model, adapter), example, pixels, round_trip, config.seed)
     pictures = {"source": to_image(pixels), "reconstruction": to_image(outcome.replay)}
     figures = {"autoencoder_db": psnr(round_trip, pixels), "reconstruction_db": psnr(outcome.replay, pixels)}
     adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
@@ -80,16 +85,17 @@ def run(config: QuickstartConfig) -> Path:
     return config.output_dir
 
 
-def own(photo: Path, caption: str | None) -> SampleImage:
-    """The user's picture, with edits that fit any caption."""
+def own_example(photo: Path, caption: str | None) -> SampleImage:
+    """The user's picture, with edits that suit any caption."""
     path = find_picture(photo)
-    words = find_caption(path, caption)
+    caption = find_caption(path, caption)
     places = ("on the beach", "in the snow", "on a red background")
-    return SampleImage(load_image(path), words, tuple(SampleEdit("background", f"{words} {place}") for place in places))
+    changes = tuple(SampleEdit("background", f"{caption} {place}") for place in places)
+    return SampleImage(load_image(path), caption, changes)
 
 
-def recipe(config: QuickstartConfig) -> SingleImageConfig:
-    """The embedded model's preset (the method's own defaults on another base), with the command's seed and length."""
+def training_config(config: QuickstartConfig) -> SingleImageConfig:
+    """The embedded model's preset, or on another base the defaults, with the command's seed and number of updates."""
     embedded = config.pretrained_model_name_or_path is None
     values: dict[str, Any] = read_yaml(presets("single_image")["embedded"], SingleImageConfig) if embedded else {}
     values["seed"] = config.seed
@@ -101,25 +107,27 @@ def recipe(config: QuickstartConfig) -> SingleImageConfig:
 
 
 def accelerator(model: StableDiffusion) -> Accelerator:
-    """Half precision where the processor multiplies in it, which there takes two thirds of the time."""
+    """An Accelerator in bf16 if the processor has bf16 products, which takes two thirds of the time; else in fp32."""
     on_cpu = model.device.type == "cpu"
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else model.dtype == torch.bfloat16
-    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if fast else "no")
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else model.dtype == torch.bfloat16
+    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no")
 
 
-def say_if_unshowable(console: Console, ceiling: float, *, embedded: bool) -> None:
-    """Print how well the base's autoencoder keeps the picture, and below `SHOWABLE` what to do about it."""
+def report_round_trip(console: Console, ceiling: float, *, embedded: bool) -> None:
+    """Print the PSNR of the autoencoder's round trip, and below `MIN_ROUND_TRIP` what to do."""
     console.print(f"Autoencoder round trip: {ceiling:.1f} dB.")
-    if ceiling < SHOWABLE:
-        which = "the embedded model, which knows a small world of emoji art," if embedded else "this base model"
+    if ceiling < MIN_ROUND_TRIP:
+        which = "the embedded model, which was trained on emoji art only," if embedded else "this base model"
         console.print(
-            f"That is below {SHOWABLE:g} dB: {which} cannot show this picture, whatever is learned. "
+            f"That is below {MIN_ROUND_TRIP:g} dB: {which} cannot represent this picture, whatever is learned. "
             "Name a real base: --pretrained_model_name_or_path FOLDER, a .safetensors checkpoint or a hub id."
         )
 
 
-def shown(editor: Editor, example: SampleImage, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int) -> Outcome:
-    """Every picture of the sheet, all from the noise of `seed`."""
+def sample_outcome(
+    editor: Editor, example: SampleImage, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int
+) -> Outcome:
+    """Sample all pictures of the sheet, all of them from the noise of `seed`."""
     with editor:
         replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
         base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
@@ -131,11 +139,11 @@ def shown(editor: Editor, example: SampleImage, pixels: torch.Tensor, round_trip
 
 
 def sheet(outcome: Outcome, example: SampleImage) -> Image.Image:
-    """The labelled contact sheet: source, replay and base above, then the edits, a row for each variant."""
+    """The labelled contact sheet: source, reconstruction and base model, and below them a row for each variant."""
     top = [to_image(outcome.source), to_image(outcome.replay), to_image(outcome.base)]
     head = grid(
         [top],
-        columns=["source", "replayed by the adapter", "the base model alone"],
+        columns=["source", "reconstructed by the adapter", "the base model alone"],
         labels=["learned"],
         title=example.caption,
     )
@@ -148,12 +156,12 @@ def sheet(outcome: Outcome, example: SampleImage) -> Image.Image:
 
 
 def report(console: Console, outcome: Outcome, example: SampleImage, folder: Path, sheet_path: Path) -> None:
-    """The figures that need no judge, where everything is, and what to try next."""
+    """Print the PSNR values, where the files are, and what to try next."""
     ceiling, replay, base = (psnr(p, outcome.source) for p in (outcome.round_trip, outcome.replay, outcome.base))
-    console.print(f"Replayed source: {replay:.1f} dB (autoencoder ceiling {ceiling:.1f}, base model alone {base:.1f}).")
+    console.print(f"Reconstruction: {replay:.1f} dB (autoencoder ceiling {ceiling:.1f}, base model alone {base:.1f}).")
     for name, pictures in outcome.edits.items():
-        drift = [psnr(to_pixels(picture), outcome.replay) for picture in pictures]
-        console.print(f"Drift from the replay, {name}: " + ", ".join(f"{value:.1f} dB" for value in drift))
+        values = [psnr(to_pixels(picture), outcome.replay) for picture in pictures]
+        console.print(f"Edits to reconstruction, {name}: " + ", ".join(f"{value:.1f} dB" for value in values))
     console.print(f"Adapter, verified: {folder}\nContact sheet:     {sheet_path}")
     console.print("Next, try:", style="bold")
     console.print(f'  personalize edit {folder} --prompt "{example.edits[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4')

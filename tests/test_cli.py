@@ -208,7 +208,7 @@ def test_parsing_and_help_import_no_torch():
 import contextlib, io, sys
 from personalize import cli, launching
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    for room in cli.ROOMS:
+    for room in cli.SCRIPT_FOLDERS:
         for name in launching.scripts(room):
             for args in ([room, name, "--help"], [room, name, "--nonsense"]):
                 with contextlib.suppress(SystemExit):

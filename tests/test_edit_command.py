@@ -37,7 +37,7 @@ def test_auto_ranks_shows_and_remembers(places, capsys):
     _, adapter, out, scorer = places
     assert edit(places, "--prompt", PROMPT, "--auto", "--budget", "5", *scorer) == 0
     said = capsys.readouterr().out
-    assert "Best of 5, by CLIP" in said and "Remembered in" in said and "5 pictures and grid.png" in said
+    assert "Best of 5, by CLIP" in said and "Stored in" in said and "5 pictures and grid.png" in said
     ranking = json.loads((out / "ranking.json").read_text())
     rows = ranking["pictures"]
     assert ranking["prompt"] == PROMPT and ranking["caption"] == "a cat on the beach" and len(rows) == 5

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize"
 STOREYS = (
     "backgrounds checkpoint_layout embeddings errors files forgetting images layouts leftovers lora_names losses "
-    "nouns pages randomness recipes replacing scenes token_files winograd",
+    "nouns pages randomness recipes replacing scenes token_files",
     "alignment attention captions concepts frames lean loading lora lora_layers mixing model noun_groups phantoms "
     "pickles quantisation reader_names text_lora",
     "background_mask calibrated controls drag drag_attention drag_field drag_fill drag_mask dynamic_prompts inversion "
@@ -35,7 +35,7 @@ LIBRARIES = (
     "datasets huggingface_hub tyro yaml rich torchmetrics lpips",
 )
 LIGHT = tuple(  # read before torch is imported
-    "__init__ __main__ cli commands errors launching options photo_options recipes".split()
+    "__init__ __main__ cli commands errors launching options pages photo_options recipes".split()
 )
 LIGHT_LIBRARIES = {"tyro", "yaml", "rich"}
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names.split()}
@@ -117,5 +117,5 @@ def test_scripts_import_nothing_from_one_another():
 
 def test_no_public_name_is_called_like_its_module():
     """Importing `personalize.attach` would put the module in the place of the function `personalize.attach`."""
-    clashes = [name for name in personalize._HOMES if (PACKAGE / f"{name}.py").exists()]
+    clashes = [name for name in personalize._MODULES if (PACKAGE / f"{name}.py").exists()]
     assert not clashes

@@ -1,23 +1,25 @@
-"""Freed memory is kept while asked for, and given back otherwise."""
+"""The command line's own training process keeps freed memory; nothing else changes anybody's allocator."""
 
 from __future__ import annotations
 
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from personalize import pages
-from personalize.lean import lean
-from personalize.pages import kept_pages
+from personalize import cli, launching, pages
+from personalize.learning import learn
+from personalize.recipes import SingleImageConfig
 from tests.tiny import tiny_sd1
 
 # In a process of its own: what other tests have left on the heap may serve as the block.
 FAULTS = """
 import resource, torch
-from personalize.pages import kept_pages
+from personalize.pages import keep_freed_memory
 
 def cleared():
     for use in range(18):
@@ -27,11 +29,28 @@ def cleared():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 returned = cleared()
-with kept_pages():
-    print(returned, cleared())
+keep_freed_memory()
+print(returned, cleared())
 """
+SCRIPT = '''"""Train nothing."""
+
+from dataclasses import dataclass
+from personalize.cli import run_script
+
+@dataclass(frozen=True)
+class Config:
+    rank: int = 4
+    """Rank."""
+
+def main(config):
+    pass
+
+if __name__ == "__main__":
+    run_script(Config, main)
+'''
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is kept")
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's own ways"
 )
@@ -43,31 +62,72 @@ def test_speed_freed_pages_are_kept() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What the C library is told, on whatever system this is."""
+def options(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What is set with mallopt(3), on whatever system this is."""
     calls: list[tuple[int, int]] = []
     library = SimpleNamespace(mallopt=lambda option, value: calls.append((option, value)))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return calls
 
 
-def test_speed_pages_are_given_back_when_the_outermost_body_raises(told: list[tuple[int, int]]) -> None:
-    keep, give = list(pages._KEPT.items()), list(pages._RETURNED.items())
-    with pytest.raises(KeyError), kept_pages():
-        with kept_pages(False):
-            pass
-        raise KeyError
-    assert told == keep + give + keep + give
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with one script, which does nothing, in `train/` and in `export/`."""
+    for folder in ("train", "export"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "nothing.py").write_text(SCRIPT, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, f"{folder}.nothing", raising=False)
+    monkeypatch.setattr(launching, "scripts_home", lambda: tmp_path)
+    return tmp_path / "train" / "nothing.py"
 
 
-def test_speed_a_lean_unet_keeps_its_pages(told: list[tuple[int, int]]) -> None:
-    with lean(tiny_sd1().unet):
-        assert told == list(pages._KEPT.items())
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["train", "nothing"], True),
+        (["--config", "preset.yaml", "train", "nothing", "--rank", "8"], True),
+        (["export", "nothing"], False),
+    ],
+)
+@pytest.mark.usefixtures("trainer")
+def test_speed_only_commands_that_train_keep_memory(
+    words: list[str], kept: bool, options: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "preset.yaml").write_text("rank: 2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["personalize", *words])
+    assert cli.main() == 0
+    assert options == (list(pages._KEEP.items()) if kept else [])
 
 
-def test_speed_other_systems_are_left_alone(told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_a_script_started_by_itself_keeps_memory(
+    trainer: Path, options: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard of a script runs in a process of its own unless it is handed its arguments."""
+    module = launching.load_script(trainer)
+    assert cli.run_script(module.Config, module.main, []) == 0 and not options
+    monkeypatch.setattr(sys, "argv", [str(trainer)])
+    assert cli.run_script(module.Config, module.main) == 0
+    assert options == list(pages._KEEP.items())
+
+
+@pytest.mark.usefixtures("trainer")
+def test_a_library_alters_no_allocator(options: list[tuple[int, int]]) -> None:
+    """Neither learning nor a command line that another program runs."""
+    model = tiny_sd1()
+    learn(model, torch.zeros(1, 3, 32, 32), "a cat", SingleImageConfig(rank=1, train_batch_size=1, max_train_samples=1))
+    assert cli.main(["train", "nothing"]) == 0
+    assert not options
+
+
+def test_speed_other_systems_and_processes_with_a_gpu_are_left_alone(
+    options: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pages.keep_freed_memory()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "platform", "win32")
-    with kept_pages():
-        pass
-    assert not told
+    pages.keep_freed_memory()
+    assert not options

@@ -1,4 +1,4 @@
-"""`personalize edit PHOTO`, on random weights."""
+"""`personalize edit EDIT_PHOTO`, on random weights."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def test_mistakes_are_one_line_and_code_2_and_leave_nothing(places, tmp_path, ca
 
 
 def test_edit_means_a_photo_when_it_is_given_one(capsys):
-    assert commands.form("edit", ["my-dog", "--prompt", "a.b"]) == "edit"
-    assert commands.form("edit", ["a.JPG"]) == commands.form("edit", ["photo", "--source", "x"]) == commands.PHOTO
-    assert commands.form("drag", ["a.png"]) == "drag"
+    assert commands.resolve_command("edit", ["my-dog", "--prompt", "a.b"]) == "edit"
+    assert commands.resolve_command("edit", ["a.JPG"]) == commands.resolve_command("edit", ["photo", "--source", "x"]) == commands.EDIT_PHOTO
+    assert commands.resolve_command("drag", ["a.png"]) == "drag"
     for words, option in ((["edit", "--help"], "--forget"), (["edit", "a.png", "--help"], "--inversion")):
         with pytest.raises(SystemExit, match="0"):
             main(words)

@@ -42,7 +42,7 @@ def test_it_leaves_an_adapter_and_a_sheet_and_says_where(base, tmp_path, capsys)
     assert sheet.width > 4 * 192 and sheet.height > 3 * 192
     singles = {path.stem for path in (tmp_path / "out" / "pictures").iterdir()}
     assert singles == {"source", "replay", "base", *(f"edit-{number:03d}" for number in range(8))}
-    for words in ("Replayed source:", "Drift from the replay", "Contact sheet:", "personalize edit", "24 dB"):
+    for words in ("Reconstruction:", "Edits to reconstruction", "Contact sheet:", "personalize edit", "24 dB"):
         assert words in told
     assert main(["verify", str(tmp_path / "out" / "adapter"), "--base", str(base)]) == 0
 
