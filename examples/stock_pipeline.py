@@ -1,4 +1,4 @@
-"""Use an adapter inside a stock diffusers pipeline: python examples/stock_pipeline.py my-subject [base folder or id]"""
+"""Use an adapter inside a stock diffusers pipeline: python examples/stock_pipeline.py my-subject ["a prompt" [base]]"""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from personalize.model import EMBEDDED
 
 
 def main(
-    adapter: str | Path, base: str | Path = EMBEDDED, prompt: str = "a picture of a cat on the beach", steps: int = 30
+    adapter: str | Path, prompt: str = "a picture of a cat on the beach", base: str | Path = EMBEDDED, steps: int = 30
 ) -> Image.Image:
     pipe = DiffusionPipeline.from_pretrained(base)
     with personalize.attach(pipe, adapter, forget="decoder=0.5") as mine:
@@ -22,4 +22,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])
