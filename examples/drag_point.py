@@ -22,12 +22,12 @@ def main(
     points = [tuple(map(float, text.split(","))) for text in (handle, target)]
     prompt = bundled(0).caption if photo is None else None
     editor = Editor(StableDiffusion.load(base))
-    found = editor.drag(points, photo or bundled(0).picture, prompt=prompt, settings=DragSettings(steps=steps))
+    result = editor.drag(points, photo or bundled(0).picture, prompt=prompt, settings=DragSettings(steps=steps))
     Path(output_dir).mkdir(exist_ok=True)
-    found.image.save(Path(output_dir) / "dragged.png")
-    found.overlay.save(Path(output_dir) / "overlay.png")  # mask, handle, target, and a ring where the handle went
-    print(f"{found.missed[0]:.1f} px from the target, {found.seconds:.1f} s", *found.notes, sep="\n")
-    return found.image
+    result.image.save(Path(output_dir) / "dragged.png")
+    result.overlay.save(Path(output_dir) / "overlay.png")  # mask, handle, target, and a ring where the handle went
+    print(f"{result.missed[0]:.1f} px from the target, {result.seconds:.1f} s", *result.notes, sep="\n")
+    return result.image
 
 
 if __name__ == "__main__":

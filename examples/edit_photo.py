@@ -22,15 +22,15 @@ def main(
     source = source or bundled(0).caption
     request = EditRequest(target) if target else EditRequest(swaps=[("cat", "dog")], local=[("cat", "dog")])
     editor = Editor(StableDiffusion.load(base))
-    found = editor.photo(
+    result = editor.photo(
         photo or bundled(0).picture, source, request, PhotoSettings(steps=steps), attention=True,
         cache=Path(output_dir) / "trajectories",  # the next edit of this photo begins where this one ended
     )  # fmt: skip
-    for name, picture in (("edited", found.image), ("before-after", found.sheet), ("attention", found.attention)):
+    for name, picture in (("edited", result.image), ("before-after", result.sheet), ("attention", result.attention)):
         if picture is not None:
             picture.save(Path(output_dir) / f"{name}.png")
-    print(f"{found.target}: {found.seconds:.1f} s", *found.notes, sep="\n")
-    return found.image
+    print(f"{result.target}: {result.seconds:.1f} s", *result.notes, sep="\n")
+    return result.image
 
 
 if __name__ == "__main__":

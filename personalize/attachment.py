@@ -1,4 +1,4 @@
-"""An adapter inside a base model, or inside the user's own stock diffusers pipeline.
+"""Apply an adapter to a base model, or to a diffusers pipeline of the user (`attach`).
 
 with personalize.attach(pipe, "my-cat") as my_cat:
     image = pipe(prompt_embeds=my_cat.embeds("a cat on the beach", alpha=0.8, beta=1.2)).images[0]
@@ -27,16 +27,17 @@ from personalize.model import Conditioning, StableDiffusion
 
 @dataclass(frozen=True)
 class Attached:
-    """What an attached adapter adds to a pipeline: prompts read through its learned source embedding."""
+    """An adapter that is attached to a pipeline; computes prompt embeddings with its learned source embedding."""
 
     model: StableDiffusion
     adapter: Adapter
 
     def embeds(self, prompt: str, *, alpha: float = 1.0, beta: float = 1.0, gamma: float | None = None) -> Tensor:
-        """`prompt` mixed with the learned source, (1, l, d), to be passed as `prompt_embeds`.
+        """The source embedding edited towards `prompt`, (1, l, d), to be passed to the pipeline as `prompt_embeds`.
 
-        `alpha` is how much of the source is kept, `beta` how much of what `prompt` says beyond it is added (vector
-        projection); with `gamma` the source goes towards the prompt by that share instead (vector subtraction).
+        With vector projection, `alpha` is the weight of the source and `beta` that of the part of the prompt orthogonal
+        to it. If `gamma` is given, vector subtraction is used: 0 is the source, 1 the prompt. See
+        `personalize.embeddings`.
         """
         return self._conditioning(prompt, alpha, beta, gamma).embeds
 
@@ -49,20 +50,21 @@ class Attached:
         gamma: float | None = None,
         negative_prompt: str = "",
     ) -> dict[str, Tensor]:
-        """Everything a pipeline call takes instead of `prompt` and `negative_prompt`, pooled rows of SDXL included."""
-        told = self._conditioning(prompt, alpha, beta, gamma)
-        null = self._encoded(negative_prompt) if negative_prompt else self._null()
-        given = {"prompt_embeds": told.embeds, "negative_prompt_embeds": null.embeds}
-        if told.pooled is not None and null.pooled is not None:
-            given |= {"pooled_prompt_embeds": told.pooled, "negative_pooled_prompt_embeds": null.pooled}
-        return given
+        """The pipeline arguments that replace `prompt` and `negative_prompt`, with SDXL's pooled embeddings."""
+        conditioning = self._conditioning(prompt, alpha, beta, gamma)
+        null = self._encode(negative_prompt) if negative_prompt else self._null()
+        arguments = {"prompt_embeds": conditioning.embeds, "negative_prompt_embeds": null.embeds}
+        if conditioning.pooled is not None and null.pooled is not None:
+            arguments |= {"pooled_prompt_embeds": conditioning.pooled, "negative_pooled_prompt_embeds": null.pooled}
+        return arguments
 
     def _conditioning(self, prompt: str, alpha: float, beta: float, gamma: float | None) -> Conditioning:
-        told = edit_conditioning(self.model, self.adapter.source, self._encoded(prompt), alpha=alpha, beta=beta, gamma=gamma)
-        return told.to(dtype=self.model.dtype)
+        target = self._encode(prompt)
+        edited = edit_conditioning(self.model, self.adapter.source, target, alpha=alpha, beta=beta, gamma=gamma)
+        return edited.to(dtype=self.model.dtype)
 
     @torch.no_grad()
-    def _encoded(self, prompt: str) -> Conditioning:
+    def _encode(self, prompt: str) -> Conditioning:
         return self.model.prompts([prompt]).to(dtype=self.model.dtype)
 
     @torch.no_grad()
@@ -78,19 +80,19 @@ def attach(
     forget: str | ForgettingRule | Sequence[str | ForgettingRule] | None = None,
     strength: float = 1.0,
 ) -> Iterator[Attached]:
-    """Put the adapter in `folder` into `pipe` for the time of the `with` block; afterwards `pipe` is as before.
+    """Apply the adapter in `folder` to the diffusers pipeline `pipe` inside a `with` block; then `pipe` is as before.
 
-    Works on stock text-to-image, image-to-image, inpainting and ControlNet pipelines of Stable Diffusion and SDXL, of
-    any base of the family the adapter was trained on (a fine-tuned relative draws it in its own manner).  Learned
-    tokens are words of the pipeline's tokenizers meanwhile: plain prompts may use them.  Several folders are attached
-    as their sum, without source embeddings.
+    `pipe` is a text-to-image, image-to-image, inpainting or ControlNet pipeline of Stable Diffusion or SDXL, with any
+    base of the family that the adapter was trained on (a fine-tuned one gives images in its own style). Inside the
+    block the pipeline's tokenizers know the learned tokens, so that ordinary prompts may contain them. Several folders
+    are applied as their sum, without their source embeddings.
 
     Args:
         forget: forgetting rules, e.g. "decoder=0.5" or "encoderattn".
-        strength: multiplies the whole adapter; 0 is the base model, 1 what was learned.
+        strength: factor on the whole adapter: 0 is the base model, 1 the adapter as trained.
 
     Raises:
-        UserError: `folder` is no adapter, it is of another family, or a rule selects nothing of it.
+        UserError: `folder` is no adapter, it is of another family, or a rule matches no layer of it.
     """
     adapter = load_adapters(folder)
     model = StableDiffusion.from_pipeline(pipe)
@@ -103,7 +105,11 @@ def attach(
 def applied(
     model: StableDiffusion, adapter: Adapter | None, text_strength: float = 1.0, *, any_base: bool = False
 ) -> Iterator[None]:
-    """Run the body with all of `adapter` in `model`: LoRA in UNet and text encoders, learned tokens; then as before."""
+    """Run the body with the whole adapter applied: LoRA of UNet and text encoders, and learned tokens.
+
+    Afterwards `model` is as before. Without an adapter nothing is changed. `text_strength` is a factor on the LoRA of
+    the text encoders; `any_base` allows another base of the adapter's family.
+    """
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(adapter.apply(model, any_base=any_base))
@@ -113,16 +119,16 @@ def applied(
 
 
 def load_adapters(folder: str | Path | Sequence[str | Path]) -> Adapter:
-    """The adapter in `folder`, or the sum of those in several folders; UserError if they do not go together."""
+    """Load the adapter in `folder`, or the sum of those in several folders; UserError if they do not fit together."""
     if isinstance(folder, str | Path):
         return Adapter.load(folder)
-    found = [Adapter.load(one) for one in folder]
-    return found[0] if len(found) == 1 else merged(found, [1.0] * len(found), [str(one) for one in folder])
+    adapters = [Adapter.load(one) for one in folder]
+    return adapters[0] if len(adapters) == 1 else merged(adapters, [1.0] * len(adapters), [str(one) for one in folder])
 
 
 @contextmanager
 def _tokenizers(pipe: Any, model: StableDiffusion) -> Iterator[None]:
-    """Run the body with `model`'s tokenizers in `pipe`, and its own ones afterwards."""
+    """Run the body with `model`'s tokenizers in `pipe`; afterwards `pipe` has its own ones again."""
     names = [name for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None) is not None]
     before = {name: getattr(pipe, name) for name in names}
     try:
@@ -135,6 +141,6 @@ def _tokenizers(pipe: Any, model: StableDiffusion) -> Iterator[None]:
 
 
 def parse_rules(forget: str | ForgettingRule | Sequence[str | ForgettingRule] | None) -> list[ForgettingRule]:
-    """Forgetting rules however they were given."""
+    """Forgetting rules from one rule or several, as text or parsed; None is no rule."""
     given = [] if forget is None else [forget] if isinstance(forget, str | ForgettingRule) else forget
     return [rule if isinstance(rule, ForgettingRule) else parse_rule(rule) for rule in given]

@@ -1,15 +1,18 @@
-"""Choosing the strengths of an edit: a search under a budget of pictures, edit success weighed against identity.
+"""Search for the strengths of an edit that give the best image, within a budget of images.
 
-Learning is done once; only sampling is searched.  The procedure, one picture at a time:
+The adapter is not trained again; the search samples images one by one and scores how well each shows the edit and how
+much it keeps of the source:
 
-1.  Half of the budget goes over projection strengths without forgetting, each with a seed of its own.
-2.  From then on the best picture so far says what to try next:
-    copy     the source comes back, the edit does not: forget more, decoder and encoder in turn, attention kept first
-    lost     the edit is there, the source is not: forget less, keep more of the source (alpha up)
-    neither  other seeds, then subtraction in the place of projection
-    good     the same seed with slightly other strengths, and other seeds
+1.  The first half of the budget tries vector projection at several strengths without forgetting, each with another
+    seed.
+2.  After that, the state of the best image so far decides what is tried next:
+    copy     it shows the source without the edit: forget more, in the decoder and the encoder in turn, and first with
+             the rules that keep the attention layers
+    lost     it shows the edit, but the source is lost: forget less, keep more of the source (larger alpha)
+    neither  it shows neither: vector subtraction in place of projection, then other seeds
+    good     it shows both: slightly different strengths with the same seed, and other seeds
 
-Everything follows from the seed.  Which thresholds separate the four is the scorer's business.
+Equal seeds give equal searches. The thresholds between the states belong to the scorer.
 
 References: Zhang et al., "Forgedit", arXiv 2309.10556 (the strategies and their ranges; the procedure is ours).
 """
@@ -31,23 +34,24 @@ if TYPE_CHECKING:
     from personalize.editor import Editor
 
 State = Literal["good", "copy", "lost", "neither"]
-SUCCESS = 0.5  # of Reading.edit
+SUCCESS = 0.5  # least Scores.edit of an image that shows the edit
 SWEEP = ((0.8, 1.2), (0.9, 0.8), (0.7, 1.4), (0.9, 1.2), (0.7, 1.0), (0.9, 1.4), (0.7, 0.8), (0.7, 1.2))
-STRONGER = ("decoderattn", "encoderattn", "decoderkv", "encoderkv", "nodecoder", "noencoder")  # by what they take away
+# Forgetting rules, the weakest first.
+STRONGER = ("decoderattn", "encoderattn", "decoderkv", "encoderkv", "nodecoder", "noencoder")
 ATTENTION_ONLY = ("nodecoderselfattn", "noencoderselfattn", "nodecoderkv", "nodecoder", "noencoder")
 WEAKER = {"decoderattn": "decoderattn+decoder2", "encoderattn": "encoderattn+encoder1"}
-ENCODER_BETA, DECODER_BETA = 0.9, 1.2  # what went with forgetting on each side in the published results
+ENCODER_BETA, DECODER_BETA = 0.9, 1.2  # published with forgetting of the encoder and of the decoder
 GAMMAS = (0.8, 1.0, 1.2)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One picture of the search, and what the scorer made of it."""
+    """One image of the search, with its strengths, seed and scores."""
 
-    setting: EditStrengths
+    strengths: EditStrengths
     seed: int
     picture: Image.Image
-    reading: Scores
+    scores: Scores
     state: State
 
 
@@ -61,48 +65,48 @@ def search(
     negative_prompt: str = "",
     sampling: Sampling = DEFAULT_SAMPLING,
 ) -> Iterator[Trial]:
-    """Draw `budget` pictures one by one, each chosen by what was seen so far, and yield them in that order.
+    """Sample `budget` images one by one, each with strengths chosen by the scores so far, and yield them in that order.
 
     Raises:
-        UserError: a budget below 1, or what `Editor.edit` refuses.
+        UserError: the budget is below 1, or `Editor.edit` refuses the prompt.
     """
     if budget < 1:
         raise UserError(f"--budget must be at least 1 picture, got {budget}")
-    ladder, tried = usable_rules(editor), []
+    ladder, trials = usable_rules(editor), []
     with editor.applied_throughout():
         for _ in range(budget):
-            setting, number = next_proposal(tried, budget, ladder, seed)
+            strengths, image_seed = next_proposal(trials, budget, ladder, seed)
             picture = editor.edit(
-                request.prompt, setting, seeds=[number], negative_prompt=negative_prompt, sampling=sampling
+                request.prompt, strengths, seeds=[image_seed], negative_prompt=negative_prompt, sampling=sampling
             )[0]
-            reading = scorer([picture], request)[0]
-            tried.append(Trial(setting, number, picture, reading, state(reading, scorer)))
-            yield tried[-1]
+            scores = scorer([picture], request)[0]
+            trials.append(Trial(strengths, image_seed, picture, scores, state(scores, scorer)))
+            yield trials[-1]
 
 
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
-    """The best first; of equal ones, those that were drawn earlier."""
+    """Trials by score, the best first; equal scores stay in the order of sampling."""
     return sorted(trials, key=lambda trial: -trial.scores.score)
 
 
-def state(reading: Scores, scorer: Scorer) -> State:
-    """What a picture suffers from, by the scorer's thresholds."""
-    if reading.edit >= SUCCESS:
-        return "lost" if reading.identity < 1 - scorer.lost_distance else "good"
-    return "copy" if reading.distance < scorer.copy_distance else "neither"
+def state(scores: Scores, scorer: Scorer) -> State:
+    """The state of an image with these scores, by the scorer's thresholds; the states are listed above."""
+    if scores.edit >= SUCCESS:
+        return "lost" if scores.identity < 1 - scorer.lost_distance else "good"
+    return "copy" if scores.distance < scorer.copy_distance else "neither"
 
 
 def usable_rules(editor: Editor) -> tuple[str, ...]:
-    """Rules of growing strength that select something of the editor's adapter."""
+    """The forgetting rules that match layers of the editor's adapter, the weakest first."""
     lora = editor.adapter.lora if editor.adapter else {}
     names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in lora if key.startswith(PREFIX)]
     names = [name for name in names if not name.endswith(".weight")]
-    usable = [name for name in (*STRONGER, *ATTENTION_ONLY) if _selects(editor, names, name)]
+    usable = [name for name in (*STRONGER, *ATTENTION_ONLY) if _matches(editor, names, name)]
     full = "decoderattn" in usable or "encoderattn" in usable
     return tuple(name for name in (STRONGER if full else ATTENTION_ONLY) if name in usable)
 
 
-def _selects(editor: Editor, names: list[str], rule: str) -> bool:
+def _matches(editor: Editor, names: list[str], rule: str) -> bool:
     try:
         multipliers(editor.model.unet, names, parse_rule_sum(rule))
     except UserError:
@@ -110,57 +114,57 @@ def _selects(editor: Editor, names: list[str], rule: str) -> bool:
     return True
 
 
-def next_proposal(tried: Sequence[Trial], budget: int, ladder: Sequence[str], seed: int) -> tuple[EditStrengths, int]:
-    """The next picture to draw: its setting and seed."""
-    fresh = seed + len(tried)
-    if len(tried) < min((budget + 1) // 2, len(SWEEP)):
-        return EditStrengths(*SWEEP[len(tried)]), fresh
-    best = ranked(tried)[0]
-    done = {(trial.strengths, trial.seed) for trial in tried}
-    settings = {trial.strengths for trial in tried}
-    if best.state == "good":  # every third picture a new seed: luck counts as much as strengths
-        options = [(setting, best.seed) for setting in finer(best.strengths)]
-        if len(tried) % 3 == 0:
-            return best.strengths, fresh
-        return next((option for option in options if option not in done), (best.strengths, fresh))
+def next_proposal(trials: Sequence[Trial], budget: int, ladder: Sequence[str], seed: int) -> tuple[EditStrengths, int]:
+    """Strengths and seed of the next image; `ladder` are the usable forgetting rules, the weakest first."""
+    new_seed = seed + len(trials)
+    if len(trials) < min((budget + 1) // 2, len(SWEEP)):
+        return EditStrengths(*SWEEP[len(trials)]), new_seed
+    best = ranked(trials)[0]
+    done = {(trial.strengths, trial.seed) for trial in trials}
+    tried = {trial.strengths for trial in trials}
+    if best.state == "good":  # every third image tries a new seed, which matters as much as the strengths
+        options = [(near, best.seed) for near in neighbours(best.strengths)]
+        if len(trials) % 3 == 0:
+            return best.strengths, new_seed
+        return next((option for option in options if option not in done), (best.strengths, new_seed))
     if best.state == "lost":
-        options = [(setting, best.seed) for setting in gentler(best.strengths)]
-        return next((option for option in options if option not in done), (best.strengths, fresh))
-    others = forgetting(best.strengths, ladder) if best.state == "copy" else subtracting(best.strengths)
-    return next(((setting, fresh) for setting in others if setting not in settings), (best.strengths, fresh))
+        options = [(near, best.seed) for near in gentler(best.strengths)]
+        return next((option for option in options if option not in done), (best.strengths, new_seed))
+    others = more_forgetting(best.strengths, ladder) if best.state == "copy" else subtractions(best.strengths)
+    return next(((other, new_seed) for other in others if other not in tried), (best.strengths, new_seed))
 
 
-def finer(setting: EditStrengths) -> list[EditStrengths]:
-    """Neighbours of a good setting: more of the source, more of the edit, both, less of each."""
-    if setting.gamma is not None:
-        return [replace(setting, gamma=round(setting.gamma + step, 3)) for step in (-0.1, 0.1, -0.2, 0.2)]
+def neighbours(strengths: EditStrengths) -> list[EditStrengths]:
+    """Strengths near good ones: more of the source, more of the edit, more of both, less of each."""
+    if strengths.gamma is not None:
+        return [replace(strengths, gamma=round(strengths.gamma + step, 3)) for step in (-0.1, 0.1, -0.2, 0.2)]
     steps = ((0.1, 0.0), (0.0, 0.2), (0.1, 0.2), (0.0, -0.2), (0.2, 0.0), (-0.1, 0.0))
-    return [_moved(setting, *step) for step in steps]
+    return [_shifted(strengths, *step) for step in steps]
 
 
-def gentler(setting: EditStrengths) -> list[EditStrengths]:
-    """Settings that keep more of the source: weaker forgetting on the same side, then more alpha and less beta."""
-    if setting.gamma is not None:
-        return [replace(setting, gamma=round(setting.gamma - step, 3)) for step in (0.1, 0.2, 0.3)]
-    name, _, degree = setting.forget.partition("=")
+def gentler(strengths: EditStrengths) -> list[EditStrengths]:
+    """Strengths that keep more of the source: weaker forgetting in the same half, then more alpha and less beta."""
+    if strengths.gamma is not None:
+        return [replace(strengths, gamma=round(strengths.gamma - step, 3)) for step in (0.1, 0.2, 0.3)]
+    name, _, degree = strengths.forget.partition("=")
     weaker = [WEAKER[name]] if name in WEAKER else []
     weaker += [f"{name}=0.5"] if name != "none" and not degree else []
     steps = ((0.1, 0.0), (0.1, -0.2), (0.2, -0.2), (0.3, -0.4))
-    return [*(replace(setting, forget=rule) for rule in weaker), *(_moved(setting, *step) for step in steps)]
+    return [*(replace(strengths, forget=rule) for rule in weaker), *(_shifted(strengths, *step) for step in steps)]
 
 
-def forgetting(setting: EditStrengths, ladder: Sequence[str]) -> list[EditStrengths]:
-    """Settings that forget more than `setting` does, in growing strength; then more of the edit."""
-    name = setting.forget.partition("=")[0]
+def more_forgetting(strengths: EditStrengths, ladder: Sequence[str]) -> list[EditStrengths]:
+    """Strengths that forget more, the weakest first; then larger beta and smaller alpha."""
+    name = strengths.forget.partition("=")[0]
     further = ladder[ladder.index(name) + 1 :] if name in ladder else ladder
     more = [EditStrengths(0.8, DECODER_BETA if "decoder" in rule else ENCODER_BETA, forget=rule) for rule in further]
-    return [*more, *(_moved(setting, alpha, beta) for alpha, beta in ((0.0, 0.4), (-0.1, 0.4), (-0.2, 0.6)))]
+    return [*more, *(_shifted(strengths, alpha, beta) for alpha, beta in ((0.0, 0.4), (-0.1, 0.4), (-0.2, 0.6)))]
 
 
-def subtracting(setting: EditStrengths) -> list[EditStrengths]:
-    """Other ways to the edit: subtraction, with the same forgetting."""
-    return [EditStrengths(1.0, 1.0, gamma, setting.forget) for gamma in GAMMAS]
+def subtractions(strengths: EditStrengths) -> list[EditStrengths]:
+    """Vector subtraction in place of projection, with the same forgetting."""
+    return [EditStrengths(1.0, 1.0, gamma, strengths.forget) for gamma in GAMMAS]
 
 
-def _moved(setting: EditStrengths, alpha: float, beta: float) -> EditStrengths:
-    return replace(setting, alpha=round(setting.alpha + alpha, 3), beta=round(max(0.1, setting.beta + beta), 3))
+def _shifted(strengths: EditStrengths, alpha: float, beta: float) -> EditStrengths:
+    return replace(strengths, alpha=round(strengths.alpha + alpha, 3), beta=round(max(0.1, strengths.beta + beta), 3))

@@ -1,15 +1,17 @@
-"""Prompt-to-Prompt: the target rows of a batch look where the source row looks, as their prompts correspond.
+"""Prompt-to-Prompt: gives the target rows of a batch the attention maps of the source row.
 
-Text attention, for the first `cross_replace_steps` of the steps, with A (n, q, l) after the softmax:
+Cross-attention, for the share `cross_replace_steps` of the steps, with A (n, q, l) after the softmax:
 
-    A_target ← c ⊙ (A_source M + A_target ⊙ own)          M (l, l) and own (l) of an alignment, c (l) of re-weighting
+    A_target ← c ⊙ (A_source M + A_target ⊙ own)
 
-Self-attention, for the first `self_replace_steps`, in layers of at most `self_max_queries` image positions:
-A_target ← A_source, done by giving the target the source's queries and keys.  The values stay the target's own, and the
-source row (row 0) and the null pass are never touched.
+M (l, l) and own (l) say which tokens of the two prompts correspond (`Alignment`); c (l) are weights of words.
+
+Self-attention, for the share `self_replace_steps` of the steps, in layers of at most `self_max_queries` image
+positions: A_target ← A_source, by giving the target the source's queries and keys. The values remain the target's. The
+source row (row 0) and the unconditional pass are not changed.
 
 References: Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Control", arXiv 2208.01626, §3; Yang et
-al., "Dynamic Prompt Learning", arXiv 2309.15664, for adjectives that get their noun's map.
+al., "Dynamic Prompt Learning", arXiv 2309.15664, for giving an adjective the map of its noun.
 """
 
 from __future__ import annotations
@@ -41,30 +43,31 @@ from personalize.sampling import LatentEdit
 
 __all__ = [
     "Alignment", "ControlSettings", "Controls", "LocalBlend", "MapSum", "SelfControl", "TextControl",
-    "align", "controls", "refinement_mapper", "replacement_mapper",
+    "align", "make_controls", "refinement_mapper", "replacement_mapper",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """How much of the source's attention the target gets; shares are of all steps.  UserError out of range."""
+    """How long and how the target gets the source's attention; shares are of all steps. UserError out of range."""
 
     mode: Literal["auto", "replace", "refine"] = "auto"
-    """replace: word for word, of equally many.  refine: words put in or taken out.  auto: replace where it can be."""
+    """replace: word for word, in prompts of equally many words; refine: words are inserted or removed; auto: replace if
+    the words were swapped or are equally many, else refine."""
     cross_replace_steps: float = 0.8
-    """Share of the steps with the source's text maps."""
+    """Share of the steps in which the target gets the source's cross-attention maps."""
     self_replace_steps: float = 0.5
-    """Share of the steps with the source's self-attention."""
+    """Share of the steps in which the target gets the source's self-attention maps."""
     self_max_queries: int = 1024
-    """Self-attention layers with more image positions than this keep their own."""
+    """Self-attention layers with more image positions than this are not changed."""
     bind_adjectives: bool = True
-    """Words put in before a noun get the noun's map; only in refine."""
+    """Words inserted before a noun get the noun's map; only in mode refine."""
     word_steps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Instead of `cross_replace_steps`, for words of the target: from which share of the steps to which."""
+    """For single words of the target, in place of `cross_replace_steps`: (first share, last share) of the steps."""
     blend_threshold: float = 0.3
-    """Of the local blend: what of a word's map, relative to its maximum, belongs to it."""
+    """Local blend: a word's region is where its map is at least this share of its maximum."""
     blend_start: float = 0.2
-    """Share of the steps before the local blend begins."""
+    """Local blend: the share of the steps before it begins."""
 
     def __post_init__(self) -> None:
         shares = {"cross_replace_steps": self.cross_replace_steps, "self_replace_steps": self.self_replace_steps,
@@ -78,7 +81,10 @@ class ControlSettings:
 
 @dataclass(frozen=True)
 class Alignment:
-    """A′ = A_source `matrix` + A_target ⊙ `own`:  (l, l) and (l,), in the encoder's l positions; `mode` as chosen."""
+    """Which tokens of source and target correspond:  A′ = A_source `matrix` + A_target ⊙ `own`.
+
+    `matrix` (l, l) and `own` (l,) are for the l positions of the text encoder; `mode` is replace or refine.
+    """
 
     matrix: Tensor
     own: Tensor
@@ -89,25 +95,25 @@ def align(
     source: Tokens, target: Tokens, length: int, settings: ControlSettings = ControlSettings(),
     swaps: Sequence[tuple[Span, Span]] = (),
 ) -> Alignment:  # fmt: skip
-    """How `target` answers to `source`, for an encoder of `length` positions.
+    """Align the tokens of `target` with those of `source`, for a text encoder of `length` positions.
 
-    `swaps` are pairs of positions, where the user said what is swapped for what; words are compared otherwise.
+    `swaps` are (source positions, target positions) of words that the user swapped; without them, words are compared.
 
     Raises:
-        UserError: mode replace, and the prompts have not equally many words.
+        UserError: in mode replace, the prompts have different numbers of words.
     """
     equal = len(source.words) == len(target.words)
     mode = settings.mode if settings.mode != "auto" else "replace" if swaps or equal else "refine"
     if mode == "replace":
-        ours, theirs = ([*tokens.ids, *[-1] * (length - len(tokens.ids))] for tokens in (source, target))
-        matrix = replacement_mapper(ours, theirs, swaps or word_swaps(source, target))
+        source_ids, target_ids = ([*tokens.ids, *[-1] * (length - len(tokens.ids))] for tokens in (source, target))
+        matrix = replacement_mapper(source_ids, target_ids, swaps or word_swaps(source, target))
         return Alignment(matrix, torch.zeros(length), mode)
     mapper, alphas = refinement_mapper(source.ids, target.ids)
     own = torch.cat([1 - alphas, torch.zeros(length - len(alphas))])
-    found = torch.cat([mapper, torch.arange(len(mapper), length)])
+    sources = torch.cat([mapper, torch.arange(len(mapper), length)])
     matrix = torch.zeros(length, length)
-    kept = (own == 0).nonzero()[:, 0]
-    matrix[found[kept], kept] = 1
+    aligned = (own == 0).nonzero()[:, 0]
+    matrix[sources[aligned], aligned] = 1
     for word, noun in adjective_bindings(source, target) if settings.bind_adjectives else ():
         for place in word:
             matrix[list(noun), place], own[place] = 1 / len(noun), 0.0
@@ -115,7 +121,11 @@ def align(
 
 
 class TextControl(AttentionHook):
-    """Text maps of rows 1 … from row 0: per target row an alignment, weights c (l,), first and last step (l,)."""
+    """Replaces the cross-attention maps of rows 1 … (the targets) by aligned maps of row 0 (the source).
+
+    For each target: an alignment, weights c (l,), and for each token the first step `begin` (l,) at which its map is
+    replaced and the step `end` (l,) from which it no longer is.
+    """
 
     def __init__(
         self, alignments: Sequence[Alignment], weights: Sequence[Tensor], begin: Sequence[Tensor], end: Sequence[Tensor]
@@ -141,7 +151,10 @@ class TextControl(AttentionHook):
 
 
 class SelfControl(AttentionHook):
-    """Self-attention of rows 1 … from row 0, before step number `end`, in layers of at most `most` image positions."""
+    """Gives rows 1 … (the targets) the self-attention maps of row 0 (the source) before step number `end`.
+
+    Only in layers of at most `most` image positions.
+    """
 
     def __init__(self, end: int, most: int) -> None:
         self.end, self.most = end, most
@@ -157,9 +170,9 @@ class SelfControl(AttentionHook):
 
 
 class MapSum(AttentionHook):
-    """Text maps of the conditional pass, summed over the steps so far: `mean` (b, h, w, l) is their mean.
+    """Collects cross-attention maps of the conditional pass; `mean` (b, h, w, l) averages them over the steps so far.
 
-    Those of `layers`, by default the layers nearest 16×16; heads and layers are averaged at once.
+    The mean is also over heads and over `layers`, names of layers of one resolution.
     """
 
     def __init__(self, layers: Sequence[str]) -> None:
@@ -180,22 +193,22 @@ class MapSum(AttentionHook):
         return p
 
     def mean(self) -> Tensor:
-        """Raises ValueError before the first prediction."""
+        """The mean maps (b, h, w, l); ValueError before the first prediction."""
         if self.sum is None:
-            raise ValueError("no map has been seen yet: put the hook into the edit, and read it afterwards")
+            raise ValueError("no attention map was collected yet: add the hook to the edit, and read it after sampling")
         return self.sum / self.count
 
 
 class LocalBlend(LatentEdit):
-    """Outside of where given words look, rows 1 … are the source row:  z ← z_source + m (z − z_source).
+    """Local blend: outside the regions of given words, rows 1 … become row 0:  z ← z_source + m (z − z_source).
 
-    m is the union of the source word's and the target word's region: the word's mean map so far, 3×3 max-pooled, as
-    large as the latents, at least `threshold` of its maximum.
+    m is the union of the source word's and the target word's region. A word's region is where its mean map so far,
+    3×3 max-pooled and resized to the latents, is at least `threshold` of its maximum.
 
     Args:
-        maps: fed by the same edit; it must come behind the hooks that change maps.
-        words: (b, l) 0 or 1, for each row, the source's first, the tokens of the words.
-        threshold: of the region.
+        maps: a hook of the same edit; it must come after the hooks that change maps.
+        words: (b, l), 1 at the tokens of the words, else 0; one row for the source and one for each target.
+        threshold: share of the maximum, in [0, 1].
         begin: number of the first step that is blended.
     """
 
@@ -208,7 +221,7 @@ class LocalBlend(LatentEdit):
         return torch.where(self.mask((z.shape[-2], z.shape[-1])), z, z[:1])
 
     def mask(self, size: tuple[int, int]) -> Tensor:
-        """Where rows keep their own latents, boolean (b, 1, h, w)."""
+        """m: where rows keep their own latents, boolean (b, 1, h, w), for latents of `size` (h, w)."""
         mean = self.maps.mean()
         heat = (mean * self.words.to(mean)[:, None, None]).sum(-1)[:, None]
         heat = interpolate(max_pool2d(heat, 3, 1, 1), size, mode="nearest")
@@ -218,7 +231,11 @@ class LocalBlend(LatentEdit):
 
 @dataclass(frozen=True)
 class Controls:
-    """What goes into an `Edit` for one source and its targets; `maps` are the text maps of all rows, if asked for."""
+    """Hooks and latent edits of Prompt-to-Prompt for one source and its targets, to be put into an `Edit`.
+
+    alignments: one for each target. source, targets: the tokenized prompts.
+    maps: the cross-attention maps of all rows, if they were asked for.
+    """
 
     hooks: tuple[AttentionHook, ...]
     latent_edits: tuple[LatentEdit, ...]
@@ -241,30 +258,31 @@ def make_controls(
     blend: Sequence[tuple[str, str]] = (),
     keep_maps: bool = False,
 ) -> Controls:
-    """Hooks and latent edits that let `targets` (rows 1 …) keep the layout of `source` (row 0).
+    """Build the hooks and latent edits with which `targets` (rows 1 …) keep the layout of `source` (row 0).
 
     Args:
-        steps: of the moves they are for.
+        steps: number of steps of the schedule.
         size: of the latents, (h, w).
-        swaps: phrases of the source and what stands for them in every target, where words alone do not tell.
+        swaps: (phrase of the source, phrase of every target) that correspond; by default found by comparing words.
         weights: factors on the maps of words of the targets.
-        blend: (word of the source, word of the targets): only where these look may the targets differ.
-        keep_maps: collect the text maps, also without `blend`.
+        blend: (word of the source, word of the targets): the targets may differ only in the regions of these words.
+        keep_maps: collect the cross-attention maps, also without `blend`.
 
     Raises:
-        UserError: a word that is not in its prompt, naming the nearest, or a prompt of more than 77 tokens.
+        UserError: a word is not in its prompt (the nearest word is named), or a prompt has more than 77 tokens.
     """
-    told = tokenize_prompt(model, source)
-    asked = tuple(tokenize_prompt(model, text) for text in ([targets] if isinstance(targets, str) else targets))
+    source_tokens = tokenize_prompt(model, source)
+    target_tokens = tuple(tokenize_prompt(model, text) for text in ([targets] if isinstance(targets, str) else targets))
     length = model.tokenizers[0].model_max_length
     alignments = tuple(
-        align(told, one, length, settings, phrase_swaps(told, one, swaps) if swaps else ()) for one in asked
+        align(source_tokens, one, length, settings, phrase_swaps(source_tokens, one, swaps) if swaps else ())
+        for one in target_tokens
     )
-    factors = [_per_word(one, weights or {}, 1.0, length) for one in asked]
+    factors = [_per_word(one, weights or {}, 1.0, length) for one in target_tokens]
     starts = {word: round(low * steps) for word, (low, _) in settings.word_steps.items()}
     ends = {word: round(high * steps) for word, (_, high) in settings.word_steps.items()}
-    begin = [_per_word(one, starts, 0, length) for one in asked]
-    end = [_per_word(one, ends, round(settings.cross_replace_steps * steps), length) for one in asked]
+    begin = [_per_word(one, starts, 0, length) for one in target_tokens]
+    end = [_per_word(one, ends, round(settings.cross_replace_steps * steps), length) for one in target_tokens]
     hooks: list[AttentionHook] = [TextControl(alignments, factors, begin, end)]
     if self_end := round(settings.self_replace_steps * steps):
         hooks.append(SelfControl(self_end, settings.self_max_queries))
@@ -273,20 +291,21 @@ def make_controls(
     if maps is not None:
         hooks.append(maps)
     if maps is not None and blend:
-        marked = [_marked(told, [old for old, _ in blend], length)]
-        marked += [_marked(one, [new for _, new in blend], length) for one in asked]
+        marked = [_marked(source_tokens, [old for old, _ in blend], length)]
+        marked += [_marked(one, [new for _, new in blend], length) for one in target_tokens]
         edits = (LocalBlend(maps, torch.stack(marked), settings.blend_threshold, round(settings.blend_start * steps)),)
-    return Controls(tuple(hooks), edits, alignments, told, asked, maps)
+    return Controls(tuple(hooks), edits, alignments, source_tokens, target_tokens, maps)
 
 
 def _per_word(tokens: Tokens, values: Mapping[str, float], default: float, length: int) -> Tensor:
-    """(l,): the value of each word's tokens, every occurrence of it."""
-    found = torch.full((length,), float(default))
+    """A value for each token, (l,): `values` at every occurrence of their words, `default` elsewhere."""
+    row = torch.full((length,), float(default))
     for word, value in values.items():
         for span in tokens.find(word):
-            found[list(span)] = float(value)
-    return found
+            row[list(span)] = float(value)
+    return row
 
 
 def _marked(tokens: Tokens, words: Sequence[str], length: int) -> Tensor:
+    """1 at the tokens of every occurrence of `words`, else 0: (l,)."""
     return _per_word(tokens, dict.fromkeys(words, 1.0), 0.0, length)

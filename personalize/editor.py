@@ -1,4 +1,4 @@
-"""The front door: load a base and an adapter once, then ask for many pictures.
+"""The `Editor`: a base model and an adapter, loaded once, and every way to make images with them.
 
 editor = Editor.load("my-cat")
 pictures = editor.edit("a cat on the beach", alpha=0.8, beta=1.2, forget="decoder=0.5", seeds=[0, 1])
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,39 +39,41 @@ from personalize.text_lora import has_text
 
 
 class Editor:
-    """A base model with one adapter at hand; nothing of the base is changed between calls.
+    """A base model and an adapter that is applied to it during each call; between calls the base is unchanged.
 
-    As a context manager (`with Editor.load("my-cat") as editor:`) the adapter stays in the base for the whole block
-    instead of for each call, which spares time on large bases; after the block the base is as before.
+    As a context manager (`with Editor.load("my-cat") as editor:`) the editor applies the adapter once for the whole
+    block instead of once for each call, which is faster with large bases; after the block the base is as before.
     """
 
     def __init__(self, model: StableDiffusion, adapter: Adapter | None = None) -> None:
         self.model, self.adapter = model, adapter
-        self._held: ExitStack | None = None
+        self._entered: ExitStack | None = None  # removes the adapter at the end of a `with` block
 
     def __enter__(self) -> Editor:
-        if self._held is not None:
-            raise ValueError("this editor is open already")
+        if self._entered is not None:
+            raise ValueError("this editor is in a `with` block already: leave that one first")
         with ExitStack() as stack:
             if self.adapter is not None:
                 stack.enter_context(self.adapter.apply(self.model))
-            self._held = stack.pop_all()
+            self._entered = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            held.close()
+        entered, self._entered = self._entered, None
+        if entered is not None:
+            entered.close()
 
     @staticmethod
     def load(folder: str | Path | Sequence[str | Path], base: str | Path | None = None, **settings: Any) -> Editor:
-        """Load an adapter folder, or a LoRA file of any program, and its base: `base`, or the one it names.
+        """Load an adapter folder, or a LoRA file of any program, and a base model.
 
-        Several are used at once, as their sum: each learned token is a word of prompts.  `settings` as for
-        StableDiffusion.load.
+        Args:
+            folder: the adapter, or several that are applied together as their sum.
+            base: the base model; by default the one that the adapter names.
+            settings: further arguments of `StableDiffusion.load`.
 
         Raises:
-            UserError: no adapter there, it does not belong to this base's family, or two of them share a token.
+            UserError: there is no adapter, it was trained on another family of bases, or two adapters share a token.
         """
         adapter = load_adapters(folder)
         named = base if base is not None else adapter.info.get("base", {}).get("name")
@@ -79,7 +81,7 @@ class Editor:
 
     @staticmethod
     def configured(config: Any, adapters: Sequence[Path] = ()) -> Editor:
-        """What a command's options ask for: base, revision, variant, precision and device; with `adapters` or none."""
+        """The editor for a command's options: base, revision, variant, precision, device, and `adapters` if any."""
         dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
         about = {"dtype": dtype, "device": "cpu" if config.cpu else None, "revision": config.revision,
                  "variant": config.variant}  # fmt: skip
@@ -87,45 +89,49 @@ class Editor:
         return Editor.load(adapters, base, **about) if adapters else Editor(StableDiffusion.load(base, **about))
 
     def edit(
-        self, prompt: str, setting: EditStrengths = DEFAULT_STRENGTHS, *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
-        sampling: Sampling = DEFAULT_SAMPLING, **strengths: Any,
+        self, prompt: str, strengths: EditStrengths = DEFAULT_STRENGTHS, *, seeds: Sequence[int] = (0,),
+        negative_prompt: str = "", sampling: Sampling = DEFAULT_SAMPLING, **changes: Any,
     ) -> list[Image.Image]:  # fmt: skip
-        """Pictures of the adapter's subject as `prompt` says, one per seed; `strengths` are fields of `EditStrengths`.
+        """Images of the adapter's subject that show `prompt`, one for each seed.
+
+        `changes` are fields of `EditStrengths` that take the place of those of `strengths`, such as alpha=0.8.
 
         Raises:
-            UserError: an empty prompt, or a forgetting rule that is unknown or selects nothing.
+            UserError: the prompt is empty, or a forgetting rule is unknown or matches no layer of the adapter.
         """
         if not prompt.strip():
             raise UserError("the prompt is empty: say what the picture should show")
-        setting = EditStrengths(**(asdict(setting) | strengths))
+        strengths = replace(strengths, **changes)
         size = sampling.size or self.size
-        told = edit_conditioning(
-            self.model, self._adapter.source, self._encoded(prompt, size, setting.strength),
-            alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
+        conditioning = edit_conditioning(
+            self.model, self._adapter.source, self._encode(prompt, size, strengths.strength),
+            alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
         )  # fmt: skip
-        return self._draw(told, setting, seeds, negative_prompt, sampling)
+        return self._sample(conditioning, strengths, seeds, negative_prompt, sampling)
 
     def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = DEFAULT_SAMPLING) -> list[Image.Image]:
-        """The source as the adapter remembers it: its source embedding (or its caption, if it has none) unedited."""
+        """Images sampled from the adapter's source embedding without an edit, or from its caption if it has none."""
         return self.edit(self.caption or "a picture", alpha=1.0, beta=0.0, seeds=seeds, sampling=sampling)
 
     def base(
-        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "", sampling: Sampling = DEFAULT_SAMPLING
-    ) -> list[Image.Image]:
-        """What the base model draws for `prompt` without the adapter: the control of every comparison."""
-        told = self._encoded(prompt, sampling.size or self.size)
-        return self._draw(told, None, seeds, negative_prompt, sampling)
+        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
+        sampling: Sampling = DEFAULT_SAMPLING,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Images of `prompt` by the base model without the adapter, to compare with."""
+        conditioning = self._encode(prompt, sampling.size or self.size)
+        return self._sample(conditioning, None, seeds, negative_prompt, sampling)
 
     def choose(
         self, prompt: str, source: Image.Image, *, budget: int = 16, seed: int = 0, scorer: Scorer | None = None,
         negative_prompt: str = "", sampling: Sampling = DEFAULT_SAMPLING,
     ) -> list[Trial]:  # fmt: skip
-        """Let the strengths be chosen: `budget` pictures of `prompt`, the best first, each with setting and scores.
+        """Search for the best strengths: `budget` images of `prompt`, the best first, with their strengths and scores.
 
-        `source` is the picture the adapter learned.  See `personalize.choosing`; equal seeds give equal results.
+        `source` is the image the adapter was trained on. The search is described in `personalize.choosing`; equal seeds
+        give equal results.
 
         Raises:
-            UserError: an empty prompt, a budget below 1, or no scorer for this base.
+            UserError: the prompt is empty, the budget is below 1, or there is no scorer for this base.
         """
         scorer = scorer or find_scorer(self.model.name, device=self.model.device)
         request = Request(self.aligned(prompt), self.caption, source)
@@ -138,35 +144,39 @@ class Editor:
         self, points: Sequence[Point], picture: Picture, *, mask: Picture | None = None, prompt: str | None = None,
         settings: DragSettings = DEFAULTS, resolution: int | None = None, paste: bool = False,
     ) -> DragResult:  # fmt: skip
-        """Drag what lies at each handle of `points` to its target; works with an adapter and without.
+        """Drag the content at each handle point to its target point, with the adapter if there is one.
 
         `points` are (x, y) in pixels of `picture`: handle, target, handle, target, …  See `drag_picture`.
         """
-        with self._set_aside():
+        with self._adapter_removed():
             return drag_picture(
                 self.model, picture, points, mask=mask, prompt=prompt, adapter=self.adapter, settings=settings,
                 resolution=resolution, paste=paste,
             )  # fmt: skip
 
     def aligned(self, prompt: str) -> str:
-        """`prompt` with the beginning of the adapter's caption, where a source embedding is edited word by word."""
+        """`prompt`, made to begin like the adapter's caption if the adapter has a source embedding.
+
+        The embedding is edited token by token, so that words at the same place must correspond; see
+        `personalize.captions.aligned`.
+        """
         return aligned(prompt, self.caption) if self.adapter is not None and self.adapter.source else prompt
 
     @property
     def caption(self) -> str:
-        """What the adapter's picture shows, in the words it was learned with; "" if there are none."""
+        """The caption the adapter was trained with; "" if there is none."""
         return str(self.adapter.info.get("caption", "")) if self.adapter else ""
 
     def photo(
         self, picture: Picture, source: str, request: EditRequest, settings: PhotoSettings = PHOTO_DEFAULTS, **more: Any
     ) -> EditResult:
-        """Edit a photo that shows `source` by text; works with an adapter and without.  See `edit_photo`."""
-        with self._set_aside():
+        """Edit a photo, described by the prompt `source`, with the adapter if there is one; see `edit_photo`."""
+        with self._adapter_removed():
             return edit_photo(self.model, picture, source, request, settings, adapter=self.adapter, **more)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels that the adapter was trained at, else the base's own."""
+        """Height and width in pixels at which the adapter was trained; without one, those of the base model."""
         height, width = (self.adapter.info if self.adapter else {}).get("size") or (self.model.resolution,) * 2
         return int(height), int(width)
 
@@ -177,50 +187,52 @@ class Editor:
         return self.adapter
 
     @torch.no_grad()
-    def _encoded(self, prompt: str, size: tuple[int, int], strength: float = 0.0) -> Conditioning:
-        """What the UNet is told of `prompt`, with the adapter's change of the text encoders and its learned tokens."""
+    def _encode(self, prompt: str, size: tuple[int, int], strength: float = 0.0) -> Conditioning:
+        """The conditioning of `prompt`; unless `strength` is 0, with the adapter's text encoder LoRA and tokens."""
         tokens = self.adapter.concepts if self.adapter and strength else {}
         with self.adapter.apply_text(self.model, strength) if self.adapter and strength else nullcontext():
             with installed(self.model, tokens):
                 return self.model.prompts([prompt], size)
 
-    def _draw(
+    def _sample(
         self,
-        told: Conditioning,
-        setting: EditStrengths | None,
+        conditioning: Conditioning,
+        strengths: EditStrengths | None,
         seeds: Sequence[int],
         negative_prompt: str,
         sampling: Sampling,
     ) -> list[Image.Image]:
+        """Sample images of `conditioning`; without `strengths`, by the base model alone."""
         size = sampling.size or self.size
-        strength = setting.strength if setting else 0.0
-        learned = self.adapter is not None and has_text(self.adapter.lora) and not self.model.zero_null
-        negative = self._encoded(negative_prompt, size, strength) if negative_prompt or learned else None
+        strength = strengths.strength if strengths else 0.0
+        adapter_changes_null = self.adapter is not None and has_text(self.adapter.lora) and not self.model.zero_null
+        encode_negative = bool(negative_prompt) or adapter_changes_null
+        negative = self._encode(negative_prompt, size, strength) if encode_negative else None
         scale = text_to_image_guidance(self.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
-        edit = Edit(told, negative, scale)
-        if setting is not None and self._adapter.lora:
-            edit = Edit(told, negative, scale, rule=parse_rule_sum(setting.forget), strength=setting.strength)
-        steps = make_schedule(self.model, sampling.steps, sampling.scheduler)
-        with self._applied(setting is not None):
-            latents = sample(self.model, edit, seeds, steps, size)
+        edit = Edit(conditioning, negative, scale)
+        if strengths is not None and self._adapter.lora:
+            edit = replace(edit, rule=parse_rule_sum(strengths.forget), strength=strengths.strength)
+        schedule = make_schedule(self.model, sampling.steps, sampling.scheduler)
+        with self._applied(strengths is not None):
+            latents = sample(self.model, edit, seeds, schedule, size)
         return [to_image(row) for row in self.model.decode(latents)]
 
-    def held(self) -> AbstractContextManager[object]:
-        """This editor opened for a block, or left as it is if it is open already."""
-        return self if self._held is None else nullcontext()
+    def applied_throughout(self) -> AbstractContextManager[object]:
+        """A context in which the adapter stays applied between calls; also allowed inside a `with` block."""
+        return self if self._entered is None else nullcontext()
 
     def _applied(self, wanted: bool) -> AbstractContextManager[None]:
-        """The adapter in the base, or not, whether it is held there or not."""
+        """A context in which the adapter's LoRA is in the UNet or not, inside and outside of a `with` block."""
         if self.adapter is None:
             return nullcontext()
-        if self._held is None:
+        if self._entered is None:
             return self.adapter.apply(self.model) if wanted else nullcontext()
         return nullcontext() if wanted else without_lora(self.model.unet)
 
     @contextmanager
-    def _set_aside(self) -> Iterator[None]:
-        """Run the body with a held adapter taken out of the base."""
-        if self._held is None:
+    def _adapter_removed(self) -> Iterator[None]:
+        """Run the body without the adapter that a `with` block applied; the callee applies it itself."""
+        if self._entered is None:
             yield
             return
         self.__exit__()

@@ -1,7 +1,7 @@
-"""Edits of text embeddings: projection and subtraction, row by row.
+"""Vector projection and vector subtraction: edit a learned source embedding towards the embedding of a prompt.
 
-A learned source embedding s and a target embedding p (both b, l, d) are mixed into e.  Each of the l token rows is
-treated by itself; nothing here is ever flattened over tokens.
+The source embedding s and the target embedding p, both (b, l, d), give the edited embedding e (b, l, d). Each of the l
+token rows is treated separately.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TINY = 1e-12  # floor of ‖s_i‖: a zero row of the source leaves the target's row as it is
+TINY = 1e-12  # least ‖s_i‖ in the division: where the source row is zero, the edit is the whole target row
 
 
 def project(
@@ -22,20 +22,20 @@ def project(
     *,
     widths: Sequence[int] | None = None,
 ) -> Tensor:
-    """Keep `alpha` of the source and add `beta` of what the target says beyond it, separately in every row.
+    """Vector projection: `alpha` times the source plus `beta` times the target's part orthogonal to it, row by row.
 
         u_i = s_i / max(‖s_i‖, 1e-12)        edit_i = p_i − (p_i · u_i) u_i        e_i = alpha · s_i + beta · edit_i
 
-    `alpha` = 1, `beta` = 0 gives the source back.  Plain p needs the row values alpha_i = (p_i · s_i) / ‖s_i‖².
+    `alpha` = 1, `beta` = 0 returns the source; alpha_i = (p_i · s_i) / ‖s_i‖², `beta` = 1 returns the target.
 
     Args:
-        source, target: (b, l, d), or SDXL's pooled vector (b, e), which is one more row; b broadcasts.
+        source, target: (b, l, d), or SDXL's pooled embeddings (b, e), which count as one row; b broadcasts.
         alpha, beta: numbers, or one value per row as a tensor (l,) or (b, l); values above 1 extrapolate.
-        widths: widths of the text encoders' slices of d, each projected by itself (SDXL: 768, 1280), so that the
-            encoder with the larger norm does not decide for both.
+        widths: widths of the text encoders' slices of d (SDXL: 768, 1280). Each slice is projected separately, because
+            otherwise the encoder with the larger norm would dominate.
 
     Raises:
-        ValueError: the shapes do not fit, or `widths` does not add up to d.
+        ValueError: the shapes differ, or `widths` does not add up to d.
 
     References: Zhang et al., "Forgedit", arXiv 2309.10556 (vector projection).
     """
@@ -44,42 +44,43 @@ def project(
     if sum(widths) != source.shape[-1]:
         raise ValueError(f"slice widths {widths} add up to {sum(widths)}, the embeddings have {source.shape[-1]}")
     parts = [
-        _row(alpha) * _wide(s) + _row(beta) * edit_direction(s, p)
+        _row(alpha) * _upcast(s) + _row(beta) * edit_direction(s, p)
         for s, p in zip(source.split(widths, -1), target.split(widths, -1), strict=True)
     ]
     return torch.cat(parts, -1).to(source.dtype)
 
 
 def edit_direction(source: Tensor, target: Tensor) -> Tensor:
-    """The part of each target row orthogonal to the source row,  edit_i = p_i − (p_i · u_i) u_i,  in at least fp32."""
-    unit = _wide(source) / torch.linalg.vector_norm(_wide(source), dim=-1, keepdim=True).clamp_min(TINY)
-    return _wide(target) - (_wide(target) * unit).sum(-1, keepdim=True) * unit
+    """The part of each target row orthogonal to the source row,  edit_i = p_i − (p_i · u_i) u_i;  at least fp32."""
+    unit = _upcast(source) / torch.linalg.vector_norm(_upcast(source), dim=-1, keepdim=True).clamp_min(TINY)
+    return _upcast(target) - (_upcast(target) * unit).sum(-1, keepdim=True) * unit
 
 
 def subtract(source: Tensor, target: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
-    """Go from the source towards the target by `gamma`:  e = gamma · p + (1 − gamma) · s  (0: source, 1: target).
+    """Vector subtraction: interpolate from source to target,  e = s + gamma (p − s);  0: source, 1: target.
 
     Args:
         source, target: (b, l, d) or (b, e); b broadcasts.
-        gamma: a number, or one value per row as a tensor (l,) or (b, l); above 1 goes past the target.
+        gamma: a number, or one value per row as a tensor (l,) or (b, l); values above 1 extrapolate.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes differ.
 
     References: Zhang et al., "Forgedit", arXiv 2309.10556 (vector subtraction); Kawar et al., "Imagic",
     arXiv 2210.09276, eq. 3.
     """
     _check(source, target)
     weight = _row(gamma)
-    return (weight * _wide(target) + (1 - weight) * _wide(source)).to(source.dtype)
+    return (weight * _upcast(target) + (1 - weight) * _upcast(source)).to(source.dtype)
 
 
-def _wide(rows: Tensor) -> Tensor:
-    """At least fp32: half precision loses the small remainder of two nearly equal rows."""
+def _upcast(rows: Tensor) -> Tensor:
+    """`rows` in fp32 or better: in half precision the small difference of two nearly equal rows is lost."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _row(value: float | Tensor) -> float | Tensor:
+    """A value per row with an axis for d, to be multiplied with embeddings."""
     return value[..., None] if isinstance(value, Tensor) and value.ndim else value
 
 

@@ -1,6 +1,8 @@
-"""Which thing each noun of a photo's prompt looks at: surveyed while it is inverted, and mended by dynamic prompts.
+"""Report where the nouns of a photo's prompt attend, and fit a dynamic prompt that makes each attend to its own object.
 
-survey → is it needed? → fit (on the trajectory, or beside null-text) → what each step of the edit is told
+1.  `report_attention` collects attention maps of the inversion and says whether dynamic prompts are needed.
+2.  `fit_dynamic_prompt` fits the nouns' embeddings, on the inverted latents or together with null embeddings.
+3.  The edit uses the resulting `DynamicPrompt.conditionings`, one for each step.
 """
 
 from __future__ import annotations
@@ -47,10 +49,12 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class NounRegions:
-    """What the user says of the photo's things, in place of what would be found.
+    """The nouns of a photo's prompt and where they belong, as far as the user gives them.
 
-    nouns: words of the prompt, synonyms joined by "=".  background: a picture, white where no noun belongs; or "auto",
-    or "none".  regions: noun → a picture, white where it belongs, or a box (left, top, right, bottom) in pixels.
+    nouns: words of the prompt, synonyms joined by "="; by default the nouns found in it.
+    background: an image, white where no noun belongs; "auto" estimates it, "none" does without.
+    regions: noun → an image, white where the noun belongs, or a box (left, top, right, bottom) in pixels; they take the
+        place of the background.
     """
 
     nouns: Sequence[str] = ()
@@ -63,9 +67,12 @@ AUTO_REGIONS = NounRegions()
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """Where the words look before anything is done.
+    """Where the words of a photo's prompt attend, before anything is fitted.
 
-    attention: (t, h, w, l) in the order of sampling.  background: (h, w), for each group its own (k, h, w), or None.
+    groups: the k nouns.
+    attention: cross-attention maps (t, h, w, l), in the order of sampling.
+    background: boolean (h, w), or (k, h, w) with one for each noun, or None if it is unknown.
+    notes: one-line remarks for the user.
     """
 
     groups: tuple[NounGroup, ...]
@@ -75,16 +82,16 @@ class AttentionReport:
 
     @property
     def maps(self) -> Tensor:
-        """(k, h, w): the mean map of each thing."""
+        """The mean map of each noun over all steps, (k, h, w)."""
         return group_maps(self.attention.mean(0), self.groups)
 
     def losses(self) -> list[Leakage]:
-        """What the three losses are at each step."""
-        found = (leakage(one, self.groups, self.background) for one in self.attention)
-        return [Leakage(*(float(loss) for loss in losses)) for losses in found]
+        """The three losses at each step."""
+        steps = (leakage(one, self.groups, self.background) for one in self.attention)
+        return [Leakage(*(float(loss) for loss in losses)) for losses in steps]
 
-    def broken(self) -> dict[str, float]:
-        """For each loss the share of the steps at which it is over its threshold."""
+    def exceeded(self) -> dict[str, float]:
+        """For each loss, the share of the steps at which it is not below its threshold."""
         count, pairs = len(self.attention), []
         for index, one in enumerate(self.losses()):
             pairs.append((vars(one), vars(thresholds(index, count))))
@@ -92,78 +99,80 @@ class AttentionReport:
 
     @property
     def needed(self) -> bool:
-        """Is a loss over its threshold at more than half of the steps?"""
-        return max(self.broken().values()) > 0.5
+        """Whether a loss is over its threshold at more than half of the steps."""
+        return max(self.exceeded().values()) > 0.5
 
     def sentences(self) -> list[str]:
-        """The report: what was found, and whether dynamic prompts are needed."""
-        mean = {name: sum(vars(one)[name] for one in self.losses()) / len(self.attention) for name in self.broken()}
-        words = {"balancing": "no word wins", "disjoint": "nouns overlap", "background": "nouns on the background"}
+        """The report in words: nouns, mean losses, and whether dynamic prompts are needed."""
+        mean = {name: sum(vars(one)[name] for one in self.losses()) / len(self.attention) for name in self.exceeded()}
+        words = {"balancing": "no noun dominates", "disjoint": "nouns overlap", "background": "nouns on the background"}
         lines = [f"nouns: {', '.join(group.name for group in self.groups)}"]
-        for name, share in self.broken().items():
+        for name, share in self.exceeded().items():
             if name == "background" and self.background is None:
                 lines.append("nouns on the background: unknown, there is no background mask")
                 continue
-            lines.append(f"{words[name]}: {mean[name]:.2f} on the mean, over the threshold at {share:.0%} of the steps")
+            lines.append(f"{words[name]}: {mean[name]:.2f} on average, over the threshold at {share:.0%} of the steps")
         verdict = "dynamic prompts (--dpl) are likely to help" if self.needed else "dynamic prompts are not needed"
         return [*lines, *self.notes, verdict]
 
 
 @torch.no_grad()
 def report_attention(
-    model: StableDiffusion, frame: Frame, trajectory: Trajectory, prompt: str, things: NounRegions = AUTO_REGIONS,
+    model: StableDiffusion, frame: Frame, trajectory: Trajectory, prompt: str, regions: NounRegions = AUTO_REGIONS,
     maps: InversionMaps | None = None,
 ) -> AttentionReport:  # fmt: skip
-    """Where the nouns of `prompt` look on `trajectory`; `maps` if they were collected while it was made.
+    """Report where the nouns of `prompt` attend during an inversion.
+
+    `maps` are its attention maps if they were collected; otherwise they are computed, with a UNet prediction a step.
 
     Raises:
-        UserError: nouns that are not in the prompt, or masks and boxes that do not fit the picture.
+        UserError: a noun is not in the prompt, or a mask or box does not fit the photo.
     """
-    groups = tuple(noun_groups(model, prompt, things.nouns))
+    groups = tuple(noun_groups(model, prompt, regions.nouns))
     if maps is None or not maps.seen:
         maps = record_maps(model, trajectory)
     attention = maps.text().flip(0)
     mean, notes = group_maps(attention.mean(0), groups), ()
     size = (int(mean.shape[1]), int(mean.shape[2]))
-    if things.regions:
-        return AttentionReport(groups, attention, _outside(frame, groups, things.regions, size))
-    if isinstance(things.background, str) and things.background == "none":
+    if regions.regions:
+        return AttentionReport(groups, attention, _outside_regions(frame, groups, regions.regions, size))
+    if isinstance(regions.background, str) and regions.background == "none":
         return AttentionReport(groups, attention, None)
-    if isinstance(things.background, str) and things.background == "auto":
+    if isinstance(regions.background, str) and regions.background == "auto":
         background, notes = find_background(maps.self_attention(), mean)
         return AttentionReport(groups, attention, background, notes)
-    return AttentionReport(groups, attention, _cells(frame, opened(things.background), size))
+    return AttentionReport(groups, attention, _cells(frame, opened(regions.background), size))
 
 
 def record_maps(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps:
-    """The maps of a trajectory that was made before: a prediction for each of its moves."""
+    """The attention maps of a stored inversion, computed again with one UNet prediction for each step."""
     latents = trajectory.latents
     maps = InversionMaps(model, (int(latents.shape[-2]), int(latents.shape[-1])))
     up = list(reversed(trajectory.schedule(model).steps))
-    for index, move in enumerate(up):
-        step = Step(**vars(replace(move, noise=None)), index=index, count=len(up))
+    for index, transition in enumerate(up):
+        step = Step(**vars(replace(transition, noise=None)), index=index, count=len(up))
         with hooked(model.unet, [maps], step=step):
-            model.predict(latents[index + 1].to(model.device), move.timestep, trajectory.conditioning)
+            model.predict(latents[index + 1].to(model.device), transition.timestep, trajectory.conditioning)
     return maps
 
 
 @torch.no_grad()
 def fit_dynamic_prompt(
-    model: StableDiffusion, trajectory: Trajectory, prompt: str, found: AttentionReport, settings: DynamicSettings,
+    model: StableDiffusion, trajectory: Trajectory, prompt: str, report: AttentionReport, settings: DynamicSettings,
     *, size: tuple[int, int] | None = None, guidance_scale: float = 7.5, null_text: NullTextSettings | None = None,
     cache: str | Path | None = None,
 ) -> tuple[DynamicPrompt, Trajectory]:  # fmt: skip
-    """Dynamic nouns for every step of `trajectory`, and the trajectory to sample with them.
+    """Fit the nouns' embeddings for every step of `trajectory`; returns them and the trajectory to sample with them.
 
-    On a "direct" trajectory they are fitted where it is.  With `null_text` null embeddings are fitted at the same
-    steps, and are those of the trajectory returned.  Otherwise they are fitted along the guided replay.  `cache` keeps
-    what was found, by the hash of all it was made of.
+    After direct inversion they are fitted on the inverted latents. With `null_text`, null embeddings are fitted at the
+    same steps, and the returned trajectory has them. Otherwise they are fitted while the source is sampled with
+    guidance. `cache` is a folder where the result is stored under the hash of all inputs, and read from.
     """
-    about = _about(trajectory, prompt, found, settings, guidance_scale, null_text)
-    place = None if cache is None else Path(cache) / f"dynamic-{_key(about)[:16]}"
+    about = _inputs(trajectory, prompt, report, settings, guidance_scale, null_text)
+    place = None if cache is None else Path(cache) / f"dynamic-{_hash(about)[:16]}"
     if place is not None and (place / ABOUT).is_file():
-        return _loaded(place, trajectory, about, found)
-    fit, down = DynamicFit(model, prompt, found.groups, found.background, settings, size), trajectory.schedule(model)
+        return _load(place, trajectory, about, report)
+    fit, down = DynamicFit(model, prompt, report.groups, report.background, settings, size), trajectory.schedule(model)
     if null_text is not None:
         nulls = NullFit(model, trajectory.latents, fit.latest, trajectory.null[:1], guidance_scale, null_text)
         denoise(model, trajectory.start(), Edit(fit, nulls, guidance_scale), down)
@@ -174,47 +183,50 @@ def fit_dynamic_prompt(
         edit = replace(trajectory.edit(guidance_scale=guidance_scale), conditioning=fit)
         denoise(model, trajectory.start(), edit, down)
     if place is not None:
-        _save(place, about, fit.found, trajectory.null)
-    return fit.found, trajectory
+        _save(place, about, fit.result, trajectory.null)
+    return fit.result, trajectory
 
 
 @torch.no_grad()
 def mean_noun_maps(
-    model: StableDiffusion, trajectory: Trajectory, groups: Sequence[NounGroup], told: Sequence[Conditioning]
+    model: StableDiffusion, trajectory: Trajectory, groups: Sequence[NounGroup],
+    conditionings: Sequence[Conditioning],
 ) -> Tensor:
-    """Mean maps (k, h, w) of the things on the trajectory, under what each step is told: one prediction a step.
+    """Mean attention maps (k, h, w) of the nouns on the inverted latents, with one conditioning for each step.
 
-    Those of `AttentionReport` are of the inversion, which shows the network each latent at the next level: compare like with
-    like, the source's own conditioning with that of `DynamicPrompt.conditionings`.
+    Costs one UNet prediction a step. The maps of an `AttentionReport` cannot be compared with these, because inversion
+    predicts at the timestep of the next noisier level: to compare a `DynamicPrompt` with the source prompt, call this
+    for both.
     """
     maps, down = [], trajectory.schedule(model)
-    for index, move in enumerate(down):
-        step = Step(**vars(move), index=index, count=len(down))
+    for index, transition in enumerate(down):
+        step = Step(**vars(transition), index=index, count=len(down))
         latents = trajectory.latents[len(down) - index].to(model.device)
-        maps.append(group_maps(stage_attention(model, latents, step, told[index]), groups).cpu())
+        maps.append(group_maps(stage_attention(model, latents, step, conditionings[index]), groups).cpu())
     return torch.stack(maps).mean(0)
 
 
 def noun_map_sheet(photo: Image.Image, groups: Sequence[NounGroup], stages: Mapping[str, Tensor]) -> Image.Image:
-    """One row for each stage ("before", "after"), one column for each thing: where its words look."""
+    """A sheet of the nouns' attention maps over the photo: a row for each of `stages`, a column for each noun."""
     rows = [[overlay(photo, one) for one in maps] for maps in stages.values()]
     return grid(rows, columns=[group.name for group in groups], labels=list(stages), title="Where each noun looks")
 
 
-def _outside(
+def _outside_regions(
     frame: Frame, groups: Sequence[NounGroup], regions: Mapping[str, Picture | Box], size: tuple[int, int]
 ) -> Tensor:
-    """(k, h, w): for each thing where it does not belong; nowhere, for those without a region."""
+    """Where each noun does not belong, boolean (k, h, w); False everywhere for a noun without a region."""
     outside = torch.zeros(len(groups), *size, dtype=torch.bool)
     names = {word.lower(): number for number, group in enumerate(groups) for word in group.words}
     for noun, region in regions.items():
         if noun.lower() not in names:
             raise UserError(f"there is a region for {noun!r}, which is none of the nouns {', '.join(names)}")
-        outside[names[noun.lower()]] = ~_cells(frame, _drawn(frame, region), size)
+        outside[names[noun.lower()]] = ~_cells(frame, _mask_of(frame, region), size)
     return outside
 
 
-def _drawn(frame: Frame, region: Picture | Box) -> Image.Image:
+def _mask_of(frame: Frame, region: Picture | Box) -> Image.Image:
+    """A region as a mask of the photo's size; UserError for a box outside of the photo."""
     if not isinstance(region, tuple):
         return opened(region)
     left, top, right, bottom = region
@@ -227,53 +239,58 @@ def _drawn(frame: Frame, region: Picture | Box) -> Image.Image:
 
 
 def _cells(frame: Frame, mask: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A mask picture as cells (h, w) of the maps: those at least half white."""
+    """A mask as boolean cells (h, w) of the attention maps: True where at least half of the cell is white."""
     fine = frame.mask_to_cells(mask)[None, None].float()
     return interpolate(fine, size, mode="area")[0, 0] >= 0.5
 
 
-def _about(
-    trajectory: Trajectory, prompt: str, found: AttentionReport, settings: DynamicSettings, scale: float, null: NullTextSettings | None
-) -> dict[str, Any]:
-    background = None if found.background is None else tensor_hash([found.background])
-    return {"trajectory": trajectory.key, "prompt": prompt, "groups": [asdict(group) for group in found.groups],
+def _inputs(
+    trajectory: Trajectory, prompt: str, report: AttentionReport, settings: DynamicSettings, scale: float,
+    null: NullTextSettings | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that a fitted dynamic prompt depends on, as JSON values."""
+    background = None if report.background is None else tensor_hash([report.background])
+    return {"trajectory": trajectory.key, "prompt": prompt, "groups": [asdict(group) for group in report.groups],
             "background": background, "settings": asdict(settings), "guidance_scale": scale,
             "null_text": None if null is None else asdict(null)}  # fmt: skip
 
 
-def _key(about: Mapping[str, Any]) -> str:
+def _hash(about: Mapping[str, Any]) -> str:
     return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _save(place: Path, about: Mapping[str, Any], found: DynamicPrompt, null: Conditioning) -> None:
-    tensors = {f"rows.{number}": torch.stack(rows) for number, rows in enumerate(zip(*found.rows, strict=True))}
+def _save(place: Path, about: Mapping[str, Any], dynamic: DynamicPrompt, null: Conditioning) -> None:
+    """Write a dynamic prompt and the null embeddings into the folder `place`, with their inputs."""
+    tensors = {f"rows.{number}": torch.stack(rows) for number, rows in enumerate(zip(*dynamic.rows, strict=True))}
     parts = {"embeds": null.embeds, "pooled": null.pooled, "time_ids": null.time_ids}
     tensors |= {f"null.{name}": part.cpu() for name, part in parts.items() if part is not None}
-    logs = {"first": found.first, "last": found.last}
-    told = {name: [asdict(one) for one in losses] for name, losses in logs.items()}
-    told |= {"drift": found.drift, "passes": found.passes, "backward": found.backward}
+    logs = {"first": dynamic.first_losses, "last": dynamic.last_losses}
+    record: dict[str, Any] = {name: [asdict(one) for one in losses] for name, losses in logs.items()}
+    record |= {"drift": dynamic.drift, "passes": dynamic.forward_passes, "backward": dynamic.backward_passes}
     content = tensor_bytes(tensors)
-    manifest = {"made_of": about, "sha256": sha256(content).hexdigest(), **told}
+    manifest = {"made_of": about, "sha256": sha256(content).hexdigest(), **record}
     write_folder(place, {ROWS: content, ABOUT: json.dumps(manifest, indent=1).encode()})
 
 
-def _loaded(
-    place: Path, trajectory: Trajectory, about: Mapping[str, Any], found: AttentionReport
+def _load(
+    place: Path, trajectory: Trajectory, about: Mapping[str, Any], report: AttentionReport
 ) -> tuple[DynamicPrompt, Trajectory]:
-    told, tensors = read_json(place / ABOUT), read_tensors(place / ROWS).tensors
+    """Read what `_save` wrote; UserError if it is damaged or has other inputs."""
+    record, tensors = read_json(place / ABOUT), read_tensors(place / ROWS).tensors
     content = sha256((place / ROWS).read_bytes()).hexdigest()
-    if told["made_of"] != json.loads(json.dumps(about)) or told["sha256"] != content:
-        raise UserError(f"{place} was made of something else or is damaged: remove it, it is made again")
+    if record["made_of"] != json.loads(json.dumps(about)) or record["sha256"] != content:
+        raise UserError(f"{place} has other inputs than its name says, or is damaged: remove it, it is computed again")
     stacks = [tensors[f"rows.{number}"] for number in range(sum(name.startswith("rows.") for name in tensors))]
     rows = [tuple(stack[index] for stack in stacks) for index in range(len(stacks[0]))]
-    first, last = ([Leakage(**one) for one in told[name]] for name in ("first", "last"))
-    prompt = DynamicPrompt(about["prompt"], found.groups, rows, first, last, told["drift"], told["passes"],
-                           told["backward"])  # fmt: skip
+    first, last = ([Leakage(**one) for one in record[name]] for name in ("first", "last"))
+    dynamic = DynamicPrompt(about["prompt"], report.groups, rows, first, last, record["drift"], record["passes"],
+                            record["backward"])  # fmt: skip
     if about["null_text"] is None:
-        return prompt, trajectory
+        return dynamic, trajectory
     parts = (tensors.get(f"null.{name}") for name in ("embeds", "pooled", "time_ids"))
-    return prompt, _with_null(trajectory, Conditioning(*parts))  # pyright: ignore[reportArgumentType]
+    return dynamic, _with_null(trajectory, Conditioning(*parts))  # pyright: ignore[reportArgumentType]
 
 
 def _with_null(trajectory: Trajectory, null: Conditioning) -> Trajectory:
+    """`trajectory` with fitted null embeddings, as null-text inversion returns it."""
     return replace(trajectory, null=null, about={**trajectory.about, "method": "null-text"})

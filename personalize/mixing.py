@@ -1,4 +1,4 @@
-"""Edits of a whole conditioning: the embedding edits applied to tokens and pooled row, per text encoder."""
+"""Vector projection and subtraction of a whole conditioning: token embeddings of each text encoder and pooled ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def edit_conditioning(
     beta: float = 1.0,
     gamma: float | None = None,
 ) -> Conditioning:
-    """The learned `source` edited towards `target` (b rows): by projection, or by subtraction if `gamma` is given.
+    """The learned `source` embedding edited towards `target` (b rows), as a conditioning.
 
-    SDXL's two encoders are projected separately (slices of d), and the pooled vector is one more row.  An adapter
-    without a source embedding (trained `--standalone`) speaks through its prompt alone, so `target` comes back.
+    Vector projection with `alpha` and `beta`, or vector subtraction if `gamma` is given. With SDXL the slices of the
+    two text encoders are projected separately, and the pooled embeddings are edited like one more row. For an adapter
+    without a source embedding (trained with `--standalone`) the result is `target`.
 
     Raises:
-        UserError: the source embedding does not fit this base.
+        UserError: the source embedding has another shape than this base model's prompts.
     """
     if source is None:
         return target
@@ -48,5 +49,5 @@ def edit_conditioning(
 
 
 def widths(model: StableDiffusion) -> list[int]:
-    """Width of each text encoder's slice of d."""
+    """The width of each text encoder's slice of d."""
     return [encoder.config.hidden_size for encoder in model.text_encoders]

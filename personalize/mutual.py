@@ -1,9 +1,9 @@
-"""Mutual self-attention: the target asks its own questions of the source's picture.
+"""Mutual self-attention (MasaCtrl): the target's queries attend to the keys and values of the source.
 
-    A_tgt = softmax(Q_tgt K_srcᵀ / √d) V_src        in the decoder's finer stages, from step 4 on
+    A_tgt = softmax(Q_tgt K_srcᵀ / √d) V_src        in the decoder without its coarsest stage, from step 4 on
 
-References: Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control", arXiv 2304.08465, eq. 4; layers 10 to 15
-of SD 1.x's sixteen, and the last six of SDXL's, are the decoder's stages but the coarsest.
+References: Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control", arXiv 2304.08465, eq. 4. The published
+layers, 10 to 15 of SD 1.x's sixteen and the last six of SDXL's, are the decoder's layers outside its coarsest stage.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from personalize.model import StableDiffusion
 
 
 class MutualAttention(AttentionHook):
-    """Rows 1 … of the null and of the conditional pass see keys and values of row 0 of the same pass.
+    """Gives rows 1 … (the targets) the keys and values of row 0 (the source), in the null and the conditional pass.
 
     Args:
-        start: number of the first step that does so; before it the layout of the target is made.
-        sites: names; by default self-attention of the decoder without its coarsest stage.
+        start: number of the first step at which this is done; the steps before it form the target's layout.
+        sites: names of attention layers; by default those of `fine_decoder_sites`.
     """
 
     def __init__(self, model: StableDiffusion, start: int = 4, sites: frozenset[str] | None = None) -> None:
-        self.start, self.sites = start, sites if sites is not None else finer_decoder(model)
+        self.start, self.sites = start, sites if sites is not None else fine_decoder_sites(model)
 
     def wants(self, site: AttentionSite) -> bool:
         return site.name in self.sites
@@ -36,8 +36,8 @@ class MutualAttention(AttentionHook):
         return q, torch.cat([k[:1]] * len(k)), torch.cat([v[:1]] * len(v))
 
 
-def finer_decoder(model: StableDiffusion) -> frozenset[str]:
-    """Self-attention of the decoder except at its coarsest stage (of one stage alone, that one)."""
-    ours = {name: site for name, site in attention_sites(model.unet).items() if site.place == "up" and not site.cross}
-    coarsest = max(site.level for site in ours.values())
-    return frozenset(n for n, site in ours.items() if site.level < coarsest) or frozenset(ours)
+def fine_decoder_sites(model: StableDiffusion) -> frozenset[str]:
+    """Names of the decoder's self-attention layers outside its coarsest stage; if it has one stage, of that stage."""
+    sites = {name: site for name, site in attention_sites(model.unet).items() if site.place == "up" and not site.cross}
+    coarsest = max(site.level for site in sites.values())
+    return frozenset(name for name, site in sites.items() if site.level < coarsest) or frozenset(sites)

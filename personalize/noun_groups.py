@@ -1,7 +1,7 @@
-"""Which tokens of a prompt say which thing: nouns, found or named by the user, as positions and vocabulary entries.
+"""Group the tokens of a prompt by the object that they name: nouns, found in the prompt or named by the user.
 
-A group is one thing: all pieces of a word, all places where the word stands, and its synonyms.  Its map is the mean
-over its positions, so that repeated nouns and synonyms are never pulled apart.
+A group holds all tokens that name one object: all tokens of a word, all its occurrences, and its synonyms. Its
+attention map is the mean over its tokens, so that dynamic prompts do not push repeated nouns and synonyms apart.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from personalize.nouns import depicted_nouns
 
 @dataclass(frozen=True)
 class NounGroup:
-    """One thing of the prompt: its `words`, their `positions` among the l tokens, and those tokens' `ids`.
+    """The tokens of a prompt that name one object.
 
-    `ids` has one tuple for each text encoder, without repetitions.
+    words: the noun and its synonyms. positions: indices of their tokens among the l tokens of the prompt.
+    ids: for each text encoder the ids of these tokens, without repetitions.
     """
 
     words: tuple[str, ...]
@@ -36,40 +37,40 @@ class NounGroup:
 
 
 def noun_groups(model: StableDiffusion, prompt: str, named: Sequence[str] = ()) -> list[NounGroup]:
-    """The things that `prompt` shows: those `named`, or else its nouns; synonyms are joined by "=": "kitten=cat".
+    """The objects that `prompt` names: those in `named`, where "=" joins synonyms ("kitten=cat"), or else its nouns.
 
     Raises:
-        UserError: no noun at all, a word that is not in the prompt, one given twice, or a prompt of over 77 tokens.
+        UserError: there is no noun, a word is not in the prompt or was given twice, or the prompt has over 77 tokens.
     """
-    asked = [tuple(phrase.split("=")) for phrase in named] or _found(prompt)
-    if not asked:
+    objects = [tuple(phrase.split("=")) for phrase in named] or _nouns_of(prompt)
+    if not objects:
         raise UserError(f"no noun was found in {prompt!r}: name what it shows with --nouns")
-    every = [word.lower() for words in asked for word in words]
+    every = [word.lower() for words in objects for word in words]
     if len(set(every)) < len(every):
-        raise UserError(f"a noun is named twice in {', '.join(every)}: each thing once, synonyms joined by =")
-    return [_group(model, prompt, words) for words in asked]
+        raise UserError(f"a noun is named twice in {', '.join(every)}: name each object once, and join synonyms by =")
+    return [_group(model, prompt, words) for words in objects]
 
 
 def group_maps(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
-    """Maps (k, h, w) of the groups from `attention` (h, w, l): the mean over each group's positions."""
+    """Attention maps (k, h, w) of k groups, from `attention` (h, w, l): the mean over each group's tokens."""
     return torch.stack([attention[..., list(group.positions)].mean(-1) for group in groups])
 
 
-def _found(prompt: str) -> list[tuple[str, ...]]:
-    """Nouns of `prompt`, each once, whatever its case."""
+def _nouns_of(prompt: str) -> list[tuple[str, ...]]:
+    """The nouns of `prompt` in lower case, each once."""
     return [(word,) for word in dict.fromkeys(noun.text.lower() for noun in depicted_nouns(prompt))]
 
 
 def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...]) -> NounGroup:
-    read = tokenize_prompt(model, prompt)
-    places = sorted({place for word in words for place in _places(read, word)})
+    tokens = tokenize_prompt(model, prompt)
+    positions = sorted({position for word in words for position in _positions(tokens, word)})
     encoded = [model.ids(tokenizer, [prompt])[0].tolist() for tokenizer in model.tokenizers]
-    ids = tuple(tuple(dict.fromkeys(one[place] for place in places)) for one in encoded)
-    return NounGroup(words, tuple(places), ids)
+    ids = tuple(tuple(dict.fromkeys(one[position] for position in positions)) for one in encoded)
+    return NounGroup(words, tuple(positions), ids)
 
 
-def _places(read: Tokens, word: str) -> list[int]:
-    """Every occurrence of `word`; of a learned token with all its vectors, `<cat1>_1` and so on."""
-    found = [place for span in read.find(word) for place in span]
-    vectors = [w.places for w in read.words if re.fullmatch(rf"{re.escape(word.lower())}_\d+", w.text)]
-    return [*found, *(place for span in vectors for place in span)]
+def _positions(tokens: Tokens, word: str) -> list[int]:
+    """Positions of every occurrence of `word`; for a learned token also of its further vectors, such as `<cat1>_1`."""
+    positions = [position for span in tokens.find(word) for position in span]
+    vectors = [w.positions for w in tokens.words if re.fullmatch(rf"{re.escape(word.lower())}_\d+", w.text)]
+    return [*positions, *(position for span in vectors for position in span)]

@@ -1,8 +1,7 @@
-"""The nouns of a caption, found offline by closed word lists, endings and neighbours; nothing is downloaded.
+"""Find the nouns of an English caption with word lists, endings and neighbouring words; nothing is downloaded.
 
-Captions are noun phrases, so a word is a noun unless something speaks against it: it is one of the few hundred words
-that join phrases, a known adjective, an adverb, a participle, or a verb by its place.  Nouns side by side are one
-compound: "coffee cup", "traffic lights".
+Captions are mostly noun phrases, so a word counts as a noun unless it is a function word, a known adjective, an adverb,
+a participle, or a verb at this position. Adjacent nouns are one compound: "coffee cup", "traffic lights".
 """
 
 from __future__ import annotations
@@ -63,11 +62,11 @@ ADJECTIVES = frozenset(
     "tough loose tight bold mild extra".split()
 )
 COLOUR_NOUNS = frozenset("orange pink gold silver violet lavender rose bronze copper cream tan olive lime".split())
-SOFT_ADJECTIVES = frozenset(  # adjectives before a noun, nouns at the end of their phrase
+ADJECTIVE_OR_NOUN = frozenset(  # adjectives before a noun, nouns at the end of a noun phrase
     "light human glass-like left right middle center upper top bottom front rear rose melting human living plush "
     "toy-like polar".split()
 )
-ADVERBIAL_NOUNS = frozenset(  # nouns for all their -ly
+LY_NOUNS = frozenset(  # nouns although they end in -ly
     "family butterfly fly jelly belly lily bully ally assembly supply reply dragonfly jellyfish firefly gadfly doily "
     "trolley monopoly anomaly".split()
 )
@@ -96,7 +95,7 @@ PARTICIPLES = frozenset(
     "begun run laid paid sat stood lain met shot caught taught bought brought fought sold told read "
     "undone overrun".split()
 )
-VERBS = frozenset(  # by their place verbs, also where the word could be a noun
+VERBS = frozenset(  # verbs at a verb's position, even if the word can also be a noun
     "sit stand lie lay hold carry wear walk run ride jump fly swim eat drink sleep rest play look watch stare gaze "
     "reach throw catch hit kick swing hang lean climb drive pull push drag lift pour serve cook bake chop slice cut "
     "mix stir feed give take get go come make build paint draw write read sing dance perform smile laugh cry hug kiss "
@@ -114,7 +113,7 @@ VERBS = frozenset(  # by their place verbs, also where the word could be a noun
     "light blow smoke cuddle nuzzle emerge descend ascend tumble stumble trot gallop wander roam stroll hike jog "
     "cycle pedal".split()
 )
-NOUN_FIRST = frozenset(  # in the plural rather nouns: a verb only before an article
+MOSTLY_NOUNS = frozenset(  # of VERBS: with -s more often plural nouns; verbs only before a determiner
     "light sign stop wave ride park hand row face stack plant water saw hammer rake bat ski bow slice land cast cover "
     "end start work dream dress fly display feature toast smoke ring wash brush comb call roll swing taste smell "
     "touch look show turn press tie fold point paddle surf skate knock tear drip splash spray cycle peel pick cut set "
@@ -122,18 +121,17 @@ NOUN_FIRST = frozenset(  # in the plural rather nouns: a verb only before an art
     "block wrap grip string perch lounge study".split()
 )
 IDIOMS = ("on top of", "in front of", "close up of", "close-up of", "full of", "lots of", "lot of", "set of dozens of")
-MEDIA = frozenset(  # what a picture is, not what it shows
+MEDIA = frozenset(  # nouns for the picture itself or a place in it, not for what it shows
     "photo photograph picture image drawing painting render rendering icon sticker sketch illustration portrait "
     "snapshot view shot scene close-up closeup selfie artwork watercolor print poster background foreground backdrop "
     "top bottom left right front back side sides middle center centre".split()
 )
-MEASURES = frozenset("pair group bunch stack pile row herd flock couple set lot lots number piece slice".split())
 PLURALS = frozenset("people men women children geese mice teeth feet sheep deer fish oxen police cattle kids".split())
 
 
 @dataclass(frozen=True)
 class Noun:
-    """A noun, or a compound of nouns side by side, as it stands in a text: text[start:end]."""
+    """A noun, or a compound of adjacent nouns, and its place in the caption: text[start:end]."""
 
     text: str
     start: int
@@ -141,47 +139,51 @@ class Noun:
 
 
 def noun_words(text: str) -> list[Noun]:
-    """Every single noun of `text`, in order."""
+    """Every single noun of `text`, in order; a compound gives several."""
     matches = list(_WORD.finditer(text))
     words = [match[0].lower().replace("’", "'") for match in matches]
     breaks = [
         bool(re.search(r"[,.;:!?()]", text[a.end() : b.start()])) for a, b in zip(matches, matches[1:], strict=False)
     ]
-    found = _tagged(words, [*breaks, True])
-    return [Noun(match[0], match.start(), match.end()) for match, yes in zip(matches, found, strict=True) if yes]
+    is_noun = _noun_flags(words, [*breaks, True])
+    return [Noun(match[0], match.start(), match.end()) for match, yes in zip(matches, is_noun, strict=True) if yes]
 
 
 def nouns(text: str) -> list[Noun]:
-    """The nouns of `text`, in order; nouns with nothing but a space between them are one."""
-    found: list[Noun] = []
+    """The nouns of `text`, in order; nouns with only a space between them are one compound."""
+    compounds: list[Noun] = []
     for noun in noun_words(text):
-        last = found[-1] if found else None
+        last = compounds[-1] if compounds else None
         if last is not None and text[last.end : noun.start] == " ":
-            found[-1] = Noun(text[last.start : noun.end], last.start, noun.end)
+            compounds[-1] = Noun(text[last.start : noun.end], last.start, noun.end)
         else:
-            found.append(noun)
-    return found
+            compounds.append(noun)
+    return compounds
 
 
 def depicted_nouns(text: str) -> list[Noun]:
-    """What the picture shows: `nouns` without those that say what the picture is, or where in it ("photo", "left")."""
+    """The nouns for what the picture shows: `nouns` without those in `MEDIA`, such as "photo" and "left"."""
     return [noun for noun in nouns(text) if noun.text.lower() not in MEDIA]
 
 
-def _tagged(words: list[str], breaks: list[bool]) -> list[bool]:
-    """Is it a noun?  From the left, so that a verb's place is known by the noun before it."""
+def _noun_flags(words: list[str], breaks: list[bool]) -> list[bool]:
+    """For each word whether it is a noun; `breaks` says after which words there is punctuation.
+
+    From left to right, because whether a word is a verb depends on a noun before it.
+    """
     idiomatic = _idiomatic(words)
-    found: list[bool] = []
+    flags: list[bool] = []
     for index, word in enumerate(words):
         before = None if index == 0 or breaks[index - 1] else words[index - 1]
         after = None if breaks[index] else words[index + 1]
-        after_noun = bool(found) and before is not None and found[-1]
+        after_noun = bool(flags) and before is not None and flags[-1]
         noun = not idiomatic[index] and _is_noun(word, before, after, after_noun)
-        found.append(noun)
-    return found
+        flags.append(noun)
+    return flags
 
 
 def _idiomatic(words: list[str]) -> list[bool]:
+    """For each word whether it belongs to one of `IDIOMS`, whose nouns name nothing."""
     marked = [False] * len(words)
     for idiom in (phrase.split() for phrase in IDIOMS):
         for at in range(len(words) - len(idiom) + 1):
@@ -191,59 +193,64 @@ def _idiomatic(words: list[str]) -> list[bool]:
 
 
 def _is_noun(word: str, before: str | None, after: str | None, after_noun: bool) -> bool:
+    """Whether `word` is a noun between its neighbours, None at a break; `after_noun`: the word before is a noun."""
     if word.startswith("<"):
         return True
     if word in DETERMINERS or word in FUNCTION_WORDS or word[0].isdigit():
         return False
-    if word in COLOUR_NOUNS or word in SOFT_ADJECTIVES:
-        return not _goes_on(after)
+    if word in COLOUR_NOUNS or word in ADJECTIVE_OR_NOUN:
+        return not _phrase_continues(after)
     if word in ADJECTIVES:
         return False
     if word.endswith("ing") or word in ING_NOUNS:
         return _is_noun_in_ing(word, before, after, after_noun)
     if word in PARTICIPLES or (word.endswith("ed") and len(word) > 4 and word not in ED_NOUNS):
         return False
-    if word.endswith("ly") and (word in LY_ADJECTIVES or word not in ADVERBIAL_NOUNS):
+    if word.endswith("ly") and (word in LY_ADJECTIVES or word not in LY_NOUNS):
         return False
     return not _is_verb(word, before, after, after_noun)
 
 
-def _goes_on(after: str | None) -> bool:
-    """Does the noun phrase go on with `after`: is that neither a joining word nor a verb form?"""
+def _phrase_continues(after: str | None) -> bool:
+    """Whether the noun phrase continues with `after`, which is then neither a function word nor a verb form."""
     if after is None or after in FUNCTION_WORDS or after in DETERMINERS or after in PARTICIPLES:
         return False
-    return not (after.endswith("ing") and after not in ING_NOUNS | ING_EITHER) and after[:-1] not in VERBS - NOUN_FIRST
+    verb = after[:-1] in VERBS - MOSTLY_NOUNS
+    return not verb and not (after.endswith("ing") and after not in ING_NOUNS | ING_EITHER)
 
 
 def _is_noun_in_ing(word: str, before: str | None, after: str | None, after_noun: bool) -> bool:
+    """`_is_noun` for words that end in -ing."""
     if word in ING_COMPOUNDS:
-        return _goes_on(after)
+        return _phrase_continues(after)
     if after in DETERMINERS and not after_noun and before not in DETERMINERS | ADJECTIVES:
         return False
     if word in ING_NOUNS:
         return True
-    opened = before in DETERMINERS or before in ADJECTIVES or before is None or before.endswith("ed") or (
+    begins_phrase = before in DETERMINERS or before in ADJECTIVES or before is None or before.endswith("ed") or (
         after_noun and after in ("of", None)
     )  # fmt: skip
-    return word in ING_EITHER and opened and after not in DETERMINERS
+    return word in ING_EITHER and begins_phrase and after not in DETERMINERS
 
 
 def _is_verb(word: str, before: str | None, after: str | None, after_noun: bool) -> bool:
+    """Whether `word` is in `VERBS` and stands at a verb's position: after a subject, or after "to"."""
     stem = _stem(word)
     if stem is None or before in DETERMINERS or before in ADJECTIVES:
         return False
     if before == "to":
-        return word == stem and (after is None or not _goes_on(after) or after in ADJECTIVES)
+        return word == stem and (after is None or not _phrase_continues(after) or after in ADJECTIVES)
     if not after_noun and before not in ("who", "that", "which", "and", "he", "she", "it", "they"):
         return False
     if word == stem and after_noun and not (before in PLURALS or (before or "").endswith("s")):
         return False
     if after in DETERMINERS:
         return True
-    return after_noun and stem not in NOUN_FIRST and not (_goes_on(after) and after not in ADJECTIVES | PLURALS)
+    object_follows = after in ADJECTIVES | PLURALS
+    return after_noun and stem not in MOSTLY_NOUNS and (object_follows or not _phrase_continues(after))
 
 
 def _stem(word: str) -> str | None:
-    """The verb of which `word` is the plain form or the one with -s."""
+    """The verb of `VERBS` of which `word` is the infinitive or the form with -s, or None."""
     forms = (word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y")
     return next((form for form in forms if form in VERBS), None)

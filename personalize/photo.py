@@ -1,9 +1,13 @@
-"""A photo edited by text: inverted once, then sampled beside itself with another prompt.
+"""Edit a photo by text: invert it, then sample it again together with a second row that has the target prompt.
 
-photo → latents → trajectory (`personalize.inversion`) → rows source, target under `personalize.make_controls` → picture
+1.  The photo is encoded and inverted to a trajectory (`personalize.inversion`).
+2.  Source and target are sampled side by side as rows of one batch. Prompt-to-Prompt (`personalize.controls`) or mutual
+    self-attention (`personalize.mutual`) gives the target the source's attention.
+3.  The target is decoded.
 
-Beside that, if asked for: nouns that look at their own things (`personalize.localization`), a clean auxiliary picture
-where nothing changes (`personalize.uniform`), and mutual self-attention in the place of Prompt-to-Prompt.
+Optional: dynamic prompts, which fit the nouns' embeddings so that each attends to its own object
+(`personalize.localization`), and uniform attention maps, which keep what the edit does not change
+(`personalize.uniform`).
 """
 
 from __future__ import annotations
@@ -42,18 +46,20 @@ from personalize.sampling import denoise
 from personalize.trajectories import Trajectory
 from personalize.uniform import UniformSettings
 
-PUNCTUATION = ".,;:!?'’-()"  # has no place in the sheet of words
+PUNCTUATION = ".,;:!?'’-()"  # left out of the sheet of attention maps
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What a photo is to show: `target`, or the source prompt with `swaps` (old, new); one of them, or weights alone.
+    """The requested edit of a photo: a target prompt, words to swap in the source prompt, or weights of words alone.
 
-    weights: factors on the attention to words of the target.
-    local: (word of the source, word of the target): the photo may change only where these look.
-    mask: for uniform maps, white where the photo may change, in place of the mask they find.
-    strict: for uniform maps, put the photo's own pixels back outside the mask.
-    things: for dynamic prompts, what the photo shows where.
+    target: the target prompt, or "" if `swaps` or `weights` describe the edit.
+    swaps: (old, new) words or phrases of the source prompt.
+    weights: factors on the attention to words of the target prompt.
+    local: (word of the source, word of the target): the photo may change only where these words attend.
+    mask: for uniform maps: an image, white where the photo may change; it replaces the mask that they compute.
+    strict: for uniform maps: outside the mask, copy the photo's own pixels into the result.
+    regions: for dynamic prompts: the nouns, and where each belongs.
     """
 
     target: str = ""
@@ -65,7 +71,10 @@ class EditRequest:
     regions: NounRegions = AUTO_REGIONS
 
     def prompt(self, source: Tokens) -> str:
-        """The target prompt.  UserError if nothing is asked for, or two things, or a swapped word is not there."""
+        """The target prompt.
+
+        Raises UserError if there is no edit, both a target and swaps, or a swapped word that the source lacks.
+        """
         if self.target.strip() and self.swaps:
             raise UserError("a target and words to swap are two ways to say one thing: give one of them")
         if not self.target.strip() and not self.swaps and not self.weights:
@@ -75,40 +84,43 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class PhotoSettings:
-    """How a photo is edited; see `invert` and `ControlSettings`."""
+    """How a photo is inverted and edited; see `invert` and `ControlSettings`. UserError for a wrong combination."""
 
     inversion: str = "direct"
     steps: int = 50
     strength: float | None = None
-    """Share of the way that is inverted; by default all of it, with ddpm 0.64."""
+    """Share of the steps that is inverted and sampled, at the clean end; by default 1, with ddpm 0.64."""
     guidance_scale: float | None = None
-    """Of the edit; by default what suits the base: 7.5, with ddpm 15; on the package's model 4 and 6."""
+    """Guidance scale of the edit; by default 7.5, with ddpm 15; on the embedded model 4, with ddpm 6."""
     seed: int = 0
     null_text: NullTextSettings | None = None
-    """How null embeddings are fitted; by default as suits the base."""
+    """How null embeddings are fitted; by default as in `personalize.calibrated` for the base model."""
     fixed_point: int = 0
-    """Fixed-point iterations at each step of inverting."""
+    """Fixed-point iterations at each inversion step."""
     controller: Literal["p2p", "mutual"] = "p2p"
-    """Prompt-to-Prompt, or mutual self-attention, whose source row is told nothing, as published."""
+    """Prompt-to-Prompt, or mutual self-attention; the latter inverts with the empty prompt, as published."""
     control: ControlSettings = ControlSettings()
     dynamic: DynamicSettings | None = None
-    """Dynamic prompts; with p2p alone."""
+    """Settings of dynamic prompts, or None for none; only with the controller p2p."""
     uniform: UniformSettings | None = None
-    """Uniform attention maps."""
+    """Settings of uniform attention maps, or None for none."""
     resolution: int | None = None
 
     def __post_init__(self) -> None:
         if self.controller == "mutual" and self.dynamic is not None:
-            raise UserError("mutual attention has no source prompt whose nouns could be dynamic: use one of them")
+            raise UserError("mutual attention has no source prompt, so that no noun can be dynamic: use one of them")
 
     def guidance(self, base: str) -> float:
+        """The guidance scale of the edit, for the base model of that name."""
         return calibrated.guidance(base, self.inversion) if self.guidance_scale is None else self.guidance_scale
 
-    def fit(self, base: str) -> NullTextSettings:
+    def null_text_settings(self, base: str) -> NullTextSettings:
+        """How null embeddings are fitted, for the base model of that name."""
         return self.null_text or calibrated.settings_for(NullTextSettings, base)
 
     @property
-    def share(self) -> float:
+    def inverted_share(self) -> float:
+        """The share of the steps that is inverted, which depends on the inversion by default."""
         return STRENGTH.get(self.inversion, 1.0) if self.strength is None else self.strength
 
 
@@ -117,13 +129,20 @@ PHOTO_DEFAULTS = PhotoSettings()
 
 @dataclass(frozen=True)
 class EditResult:
-    """What came of it; pictures have the photo's size.
+    """An edited photo; all images have the photo's size.
 
-    reconstruction: the source row, what is left of the photo itself.  sheet: photo, reconstruction and edit in a row.
-    attention: where each word looks, if asked for.  latents: (2, c, h, w), source and target, or the source alone.
-    nouns: where each noun looked before and after it was made dynamic.  masks: what uniform maps let change, by step;
-    region is all of it, boolean (h, w).
-    notes: what the user should know.
+    image: the edit.
+    reconstruction: the source row: the photo as inverted and sampled again.
+    sheet: photo, reconstruction and edit side by side.
+    attention: a sheet with the attention map of each word, if asked for.
+    target: the target prompt.
+    latents: (2, c, h, w), source and target; (1, c, h, w) if the target prompt is the source prompt.
+    trajectory: the inversion.
+    seconds: duration of the whole edit.
+    notes: one-line remarks for the user.
+    nouns: a sheet with the attention map of each noun before and after dynamic prompts fitted it.
+    masks: a sheet with the regions that uniform maps allowed to change, by step.
+    region: the union of these regions, boolean (h, w).
     """
 
     image: Image.Image
@@ -153,84 +172,94 @@ def edit_photo(
     cache: str | Path | None = None,
     attention: bool = False,
 ) -> EditResult:
-    """Edit a photo that shows `source` as `request` says.
+    """Edit a photo by text.
 
     Args:
-        folder, cache: where the trajectory is kept and found again; see `invert`.
-        attention: draw where each word looks.
-
-    A target that says what the source says gives the reconstruction, and a note.
+        source: a prompt that describes the photo.
+        request: the edit. If its target prompt has the tokens of `source` and no weight other than 1, the result is the
+            reconstruction, with a note.
+        adapter: an adapter that is applied during the edit; prompts may contain its tokens.
+        folder, cache: where the trajectory is written, or read from if it is there; see `invert`.
+        attention: also make sheets of attention maps.
 
     Raises:
-        UserError: what `EditRequest`, `invert` and `make_controls` refuse; nothing is written then but the trajectory.
+        UserError: `EditRequest`, `invert` or `make_controls` refuses its arguments; then nothing is written except the
+            trajectory.
     """
     began = time.perf_counter()
     frame = Frame.of(model, opened(picture), settings.resolution)
     with applied(model, adapter):
-        told = tokenize_prompt(model, source)
-        target = request.prompt(told)
-        same = tokenize_prompt(model, target).ids == told.ids and all(factor == 1 for factor in request.weights.values())
-        guide = None if same else _controls(model, frame, told, target, request, settings, attention)
-        part = prepare_image(model, frame, source, request, settings, folder, cache, plain=same)
+        tokens = tokenize_prompt(model, source)
+        target = request.prompt(tokens)
+        same = tokenize_prompt(model, target).ids == tokens.ids and all(one == 1 for one in request.weights.values())
+        control = None if same else _controls(model, frame, tokens, target, request, settings, attention)
+        prepared = prepare_image(model, frame, source, request, settings, folder, cache, plain=same)
         scale = settings.guidance(model.name)
-        latents = part.trajectory.replay(model, scale) if guide is None else _sampled(
-            model, frame, part, source, target, guide, scale
+        latents = prepared.trajectory.replay(model, scale) if control is None else _sampled(
+            model, frame, prepared, source, target, control, scale
         )  # fmt: skip
-        nouns = None if part.dynamic is None or not attention else dynamic_noun_sheet(model, frame, part)
+        nouns = None if prepared.dynamic is None or not attention else dynamic_noun_sheet(model, frame, prepared)
     pixels = model.decode(latents).cpu()
     pictures = [frame.to_picture(row[None]) for row in pixels]
-    if request.strict and part.blend is not None:
-        pictures[-1] = pasted(pictures[-1], frame.picture, frame.mask_to_picture(part.blend.edited_region()), frame.factor)
-    drawn = [frame.picture, *pictures] if len(pictures) == 2 else [frame.picture, *pictures * 2]
-    sheet = grid([drawn], columns=("photo", "reconstruction", "edit"), title=f"{target} (was: {source})", cell=256)
+    region = None if prepared.blend is None else prepared.blend.edited_region()
+    if request.strict and region is not None:
+        pictures[-1] = pasted(pictures[-1], frame.picture, frame.mask_to_picture(region), frame.factor)
+    row = [frame.picture, *pictures] if len(pictures) == 2 else [frame.picture, *pictures * 2]
+    sheet = grid([row], columns=("photo", "reconstruction", "edit"), title=f"{target} (was: {source})", cell=256)
     maps = None
-    if guide is not None and attention and guide.maps is not None:
-        maps = word_sheet(guide, guide.maps, [to_image(row) for row in pixels], frame.size)
-    notes = ("the target says what the source says: this is the reconstruction",) if guide is None else ()
-    notes = (*notes, *(part.found.notes if part.found else ()))
-    masks = None if part.blend is None else mask_sheet(frame, part.blend)
-    region = None if part.blend is None else part.blend.edited_region()
+    if control is not None and attention and control.maps is not None:
+        maps = word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
+    notes = ("the target says what the source says: this is the reconstruction",) if control is None else ()
+    notes = (*notes, *(prepared.report.notes if prepared.report else ()))
+    masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend)
     seconds = time.perf_counter() - began
-    return EditResult(drawn[-1], drawn[1], sheet, maps, target, latents, part.trajectory, seconds, notes, nouns, masks,
-                  region)  # fmt: skip
+    return EditResult(row[-1], row[1], sheet, maps, target, latents, prepared.trajectory, seconds, notes, nouns, masks,
+                      region)  # fmt: skip
 
 
 def _controls(
-    model: StableDiffusion, frame: Frame, source: Tokens, target: str, request: EditRequest, settings: PhotoSettings, maps: bool
-) -> Controls:
+    model: StableDiffusion, frame: Frame, source: Tokens, target: str, request: EditRequest, settings: PhotoSettings,
+    maps: bool,
+) -> Controls:  # fmt: skip
+    """The attention hooks and latent edits of the chosen controller; `maps`: also collect attention maps."""
     if settings.controller == "mutual":
         if request.weights or request.local or maps:
             raise UserError("weights, local words and attention maps belong to the controller p2p, not to mutual")
         return Controls((MutualAttention(model),), (), (), source, (tokenize_prompt(model, target),))
-    plan = make_schedule(model, settings.steps, strength=settings.share)
+    schedule = make_schedule(model, settings.steps, strength=settings.inverted_share)
     return make_controls(
-        model, source.text, target, steps=len(plan), size=cells(model, frame), settings=settings.control,
+        model, source.text, target, steps=len(schedule), size=cells(model, frame), settings=settings.control,
         swaps=request.swaps, weights=request.weights, blend=request.local, keep_maps=maps,
     )  # fmt: skip
 
 
 def _sampled(
-    model: StableDiffusion, frame: Frame, part: PreparedImage, source: str, target: str, guide: Controls, guidance: float
-) -> Tensor:
-    """Latents (2, c, h, w) of source and target."""
-    told = model.prompts([target], pixel_size(frame))
-    blends = () if part.blend is None else (part.blend,)
-    edit = part.trajectory.edit(
-        told, guidance_scale=guidance, hooks=guide.hooks, latent_edits=(*guide.latent_edits, *blends)
+    model: StableDiffusion, frame: Frame, prepared: PreparedImage, source: str, target: str, control: Controls,
+    guidance: float,
+) -> Tensor:  # fmt: skip
+    """Sample source and target side by side: clean latents (2, c, h, w)."""
+    conditioning = model.prompts([target], pixel_size(frame))
+    blends = () if prepared.blend is None else (prepared.blend,)
+    edit = prepared.trajectory.edit(
+        conditioning, guidance_scale=guidance, hooks=control.hooks, latent_edits=(*control.latent_edits, *blends)
     )
-    if part.dynamic is not None:
-        rows = part.dynamic.conditionings(model, [source, target], pixel_size(frame))
+    if prepared.dynamic is not None:
+        rows = prepared.dynamic.conditionings(model, [source, target], pixel_size(frame))
         edit = replace(edit, conditioning=lambda step, latents: rows[step.index])
-    return denoise(model, part.trajectory.start(2), edit, part.trajectory.schedule(model))
+    return denoise(model, prepared.trajectory.start(2), edit, prepared.trajectory.schedule(model))
 
 
-def word_sheet(guide: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
-    """Where the words of source (upper row) and target looked, over their padded `pictures`, cut to `size` (H, W)."""
+def word_sheet(control: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """The attention map of each word of source (upper row) and target, over their padded `pictures` cut to `size`.
+
+    `size` is (H, W) in pixels.
+    """
     height, width = size
     rows, words = [], []
-    for heat, tokens, picture in zip(maps.mean().cpu(), (guide.source, *guide.targets), pictures, strict=True):
-        words.append([word for word in tokens.words if word.text[-1] not in PUNCTUATION and word.text not in FUNCTION_WORDS])
-        marked = [overlay(picture, heat[..., list(word.places)].sum(-1)) for word in words[-1]]
+    for heat, tokens, picture in zip(maps.mean().cpu(), (control.source, *control.targets), pictures, strict=True):
+        shown = (word for word in tokens.words if word.text[-1] not in PUNCTUATION)
+        words.append([word for word in shown if word.text not in FUNCTION_WORDS])
+        marked = [overlay(picture, heat[..., list(word.positions)].sum(-1)) for word in words[-1]]
         rows.append([one.crop((0, 0, width, height)) for one in marked])
     pairs = zip_longest(*([word.text for word in row] for row in words), fillvalue="–")
     columns = [" / ".join(dict.fromkeys(pair)) for pair in pairs]

@@ -1,4 +1,4 @@
-"""What an edit of a photo is prepared from: its trajectory, nouns that look at their things, an auxiliary picture."""
+"""What is computed from a photo before its edit is sampled: inversion, dynamic prompts, auxiliary reconstruction."""
 
 from __future__ import annotations
 
@@ -38,10 +38,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """What was made of the photo before the edit is sampled."""
+    """A photo that is ready to be edited.
+
+    report: where its nouns attend, if they are made dynamic; dynamic: their fitted embeddings.
+    blend: the auxiliary reconstruction, if uniform attention maps are used.
+    """
 
     trajectory: Trajectory
-    found: AttentionReport | None = None
+    report: AttentionReport | None = None
     dynamic: DynamicPrompt | None = None
     blend: UniformBlend | None = None
 
@@ -50,35 +54,36 @@ def prepare_image(
     model: StableDiffusion, frame: Frame, source: str, request: EditRequest, settings: PhotoSettings,
     folder: str | Path | None, cache: str | Path | None, *, plain: bool,
 ) -> PreparedImage:  # fmt: skip
-    """The photo's trajectory, its dynamic nouns, its auxiliary picture; `plain` leaves the latter two out."""
+    """Invert a photo and, unless `plain`, fit its dynamic prompt and sample its auxiliary reconstruction."""
     dynamic, uniform = (None, None) if plain else (settings.dynamic, settings.uniform)
     mask = None if request.mask is None else frame.mask_to_cells(opened(request.mask))
     if dynamic is not None:
-        noun_groups(model, source, request.regions.nouns)  # mistakes are found before anything is inverted
+        noun_groups(model, source, request.regions.nouns)  # raises before anything is inverted
     maps = InversionMaps(model, cells(model, frame)) if dynamic else None
-    scale, fit = settings.guidance(model.name), settings.fit(model.name)
+    scale, null_text = settings.guidance(model.name), settings.null_text_settings(model.name)
     joint = dynamic is not None and settings.inversion == "null-text"  # null embeddings are fitted with the nouns
     trajectory = invert(
         model, frame.pixels, "" if settings.controller == "mutual" else source,
-        "ddim" if joint else settings.inversion, steps=settings.steps, strength=settings.share, seed=settings.seed,
-        null_text=fit, fixed_point=settings.fixed_point, folder=folder, cache=cache,
+        "ddim" if joint else settings.inversion, steps=settings.steps, strength=settings.inverted_share,
+        seed=settings.seed, null_text=null_text, fixed_point=settings.fixed_point, folder=folder, cache=cache,
         hooks=(maps,) if maps else (),
         guidance_scale=scale if settings.inversion == "null-text" else None,
     )  # fmt: skip
     blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, mask)
     if dynamic is None:
         return PreparedImage(trajectory, blend=blend)
-    found = report_attention(model, frame, trajectory, source, request.regions, maps)
+    report = report_attention(model, frame, trajectory, source, request.regions, maps)
     rows, trajectory = fit_dynamic_prompt(
-        model, trajectory, source, found, dynamic, size=pixel_size(frame), guidance_scale=scale,
-        null_text=fit if joint else None, cache=cache,
+        model, trajectory, source, report, dynamic, size=pixel_size(frame), guidance_scale=scale,
+        null_text=null_text if joint else None, cache=cache,
     )  # fmt: skip
-    return PreparedImage(trajectory, found, rows, blend)
+    return PreparedImage(trajectory, report, rows, blend)
 
 
 def blend_of(
     model: StableDiffusion, frame: Frame, trajectory: Trajectory, settings: UniformSettings, mask: Tensor | None
 ) -> UniformBlend:
+    """The latent edit of uniform maps, with the auxiliary reconstruction of the photo; `mask` boolean (h, w)."""
     down = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"])
     up = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"], inverse=True)
     clean = auxiliary_estimates(model, model.encode(frame.pixels), up, down, settings)
@@ -92,36 +97,39 @@ def report_photo(
     model: StableDiffusion, picture: Picture, source: str, regions: NounRegions, settings: PhotoSettings, *,
     adapter: Adapter | None = None, cache: str | Path | None = None,
 ) -> tuple[AttentionReport, Image.Image]:  # fmt: skip
-    """Whether a photo needs dynamic prompts, and where its nouns look; nothing is edited."""
+    """Report whether a photo needs dynamic prompts, with a sheet of its nouns' attention maps; nothing is edited."""
     frame = Frame.of(model, opened(picture), settings.resolution)
     with applied(model, adapter):
         maps = InversionMaps(model, cells(model, frame))
         trajectory = invert(model, frame.pixels, source, steps=settings.steps, cache=cache, hooks=(maps,))
-        found = report_attention(model, frame, trajectory, source, regions, maps)
-    return found, noun_map_sheet(frame.picture, found.groups, {"": found.maps})
+        report = report_attention(model, frame, trajectory, source, regions, maps)
+    return report, noun_map_sheet(frame.picture, report.groups, {"": report.maps})
 
 
-def dynamic_noun_sheet(model: StableDiffusion, frame: Frame, part: PreparedImage) -> Image.Image:
-    assert part.found is not None and part.dynamic is not None
-    told = part.dynamic.conditionings(model, [part.dynamic.prompt], pixel_size(frame))
-    stages = {"before": [part.trajectory.conditioning] * len(told), "after": told}
-    groups, way = part.found.groups, part.trajectory
-    maps = {name: mean_noun_maps(model, way, groups, one) for name, one in stages.items()}
+def dynamic_noun_sheet(model: StableDiffusion, frame: Frame, prepared: PreparedImage) -> Image.Image:
+    """A sheet with the attention map of each noun of the photo before and after dynamic prompts fitted it."""
+    assert prepared.report is not None and prepared.dynamic is not None
+    dynamic = prepared.dynamic.conditionings(model, [prepared.dynamic.prompt], pixel_size(frame))
+    stages = {"before": [prepared.trajectory.conditioning] * len(dynamic), "after": dynamic}
+    groups, trajectory = prepared.report.groups, prepared.trajectory
+    maps = {name: mean_noun_maps(model, trajectory, groups, one) for name, one in stages.items()}
     return noun_map_sheet(frame.picture, groups, maps)
 
 
 def mask_sheet(frame: Frame, blend: UniformBlend) -> Image.Image:
-    """What may change at each blended step, and at any of them: shown, the rest faded."""
+    """A sheet of the photo in which only what may change is not faded: at each blended step, and at any of them."""
     masks = {f"t {start:g}": mask[0].any(0) for start, mask in blend.masks.items()} | {"any": blend.edited_region()}
     faded = Image.blend(frame.picture, Image.new("RGB", frame.picture.size, "white"), 0.85)
-    shown = [Image.composite(frame.picture, faded, frame.mask_to_picture(mask)) for mask in masks.values()]
-    return grid([shown], columns=list(masks), title="Where the photo may change", cell=96)
+    pictures = [Image.composite(frame.picture, faded, frame.mask_to_picture(mask)) for mask in masks.values()]
+    return grid([pictures], columns=list(masks), title="Where the photo may change", cell=96)
 
 
 def cells(model: StableDiffusion, frame: Frame) -> tuple[int, int]:
+    """Height and width of the padded photo in latent cells."""
     height, width = (side // model.factor for side in pixel_size(frame))
     return height, width
 
 
 def pixel_size(frame: Frame) -> tuple[int, int]:
+    """Height and width of the padded photo in pixels."""
     return int(frame.pixels.shape[-2]), int(frame.pixels.shape[-1])

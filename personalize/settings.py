@@ -1,6 +1,6 @@
-"""The strengths of an edit and the way its pictures are drawn, as values; and the settings an adapter remembers.
+"""The strengths of an edit and the options of sampling, as values; and how an adapter stores its best strengths.
 
-`adapter.json` holds the best setting found for a prompt under "edits": prompt → strengths, seed and scores.
+The best strengths of a prompt are stored in `adapter.json` under "edits": prompt → strengths, seed and scores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from personalize.verify import MANIFEST
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: `steps` of `scheduler`, guidance (1 off, None what suits the base), size (H, W) in px."""
+    """How images are sampled.
+
+    scheduler: a name in `personalize.sampling.SCHEDULERS`.
+    guidance_scale: as in diffusers, 1 is off; None is the default for the base model, see `personalize.calibrated`.
+    size: height and width in pixels; None is the size at which the adapter was trained.
+    """
+
 
     steps: int = 50
     scheduler: str = "ddim"
@@ -30,7 +36,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class EditStrengths:
-    """The strengths of one edit; `gamma` given means subtraction, otherwise projection with `alpha` and `beta`."""
+    """The strengths of one edit.
+
+    alpha, beta: weights of the source and of the edit in vector projection.
+    gamma: the share of the prompt in vector subtraction, which takes the place of projection if it is given.
+    forget: forgetting rules joined by "+", or "none".
+    strength: factor on the whole adapter.
+    """
+
 
     alpha: float = 0.8
     beta: float = 1.2
@@ -44,46 +57,47 @@ class EditStrengths:
         return mix + forgotten + ("" if self.strength == 1 else f"  strength {self.strength:g}")
 
 
-DEFAULT_SAMPLING, DEFAULT_STRENGTHS = Sampling(), EditStrengths()  # how pictures are drawn, and how strongly, if nothing else is said
+DEFAULT_SAMPLING, DEFAULT_STRENGTHS = Sampling(), EditStrengths()
 
 
 def parse_rule_sum(text: str) -> list[Any]:
-    """Forgetting rules of "a" or "a+b", where a published name may itself hold a plus."""
+    """Parse forgetting rules joined by "+" ("none": no rule); the name of a published rule may itself contain a "+"."""
     return parse_rules([text] if text.partition("=")[0] in RULES else text.split("+")) if text != "none" else []
 
 
-def remember(folder: str | Path, prompt: str, setting: EditStrengths, seed: int, scores: Mapping[str, Any]) -> None:
-    """Write the best setting for `prompt` into the adapter in `folder`, in the place of an older one.
+def remember(folder: str | Path, prompt: str, strengths: EditStrengths, seed: int, scores: Mapping[str, Any]) -> None:
+    """Store the best strengths for `prompt` in the adapter folder, in place of those stored before.
 
     Raises:
-        UserError: no adapter folder, or it cannot be written.
+        UserError: `folder` is no adapter folder, or it cannot be written.
     """
     path = Path(folder) / MANIFEST
     values = read_json(path)
     edits = values.get("edits")
-    entry = {**asdict(setting), "seed": seed, **scores}
+    entry = {**asdict(strengths), "seed": seed, **scores}
     values["edits"] = {**(edits if isinstance(edits, dict) else {}), _key(prompt): entry}
     write_file(path, (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def remembered(info: Mapping[str, Any], prompt: str) -> tuple[EditStrengths, int] | None:
-    """The setting and seed that an adapter's `info` holds for `prompt`; UserError if the entry is damaged."""
+    """The strengths and seed that an adapter's `info` stores for `prompt`, or None; UserError if damaged."""
     edits = info.get("edits")
     entry = edits.get(_key(prompt)) if isinstance(edits, dict) else None
     if entry is None:
         return None
     try:
-        setting = EditStrengths(**{field.name: entry[field.name] for field in fields(EditStrengths)})
-        numbers = [setting.alpha, setting.beta, setting.strength, entry["seed"], setting.gamma or 0.0]
+        strengths = EditStrengths(**{field.name: entry[field.name] for field in fields(EditStrengths)})
+        numbers = [strengths.alpha, strengths.beta, strengths.strength, entry["seed"], strengths.gamma or 0.0]
         if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError
-        parse_rule_sum(setting.forget)
-        return setting, int(entry["seed"])
+        parse_rule_sum(strengths.forget)
+        return strengths, int(entry["seed"])
     except (KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{MANIFEST} is damaged: the remembered setting of {prompt!r} is {entry!r}; give --alpha and --beta"
+            f"{MANIFEST} is damaged: the remembered strengths of {prompt!r} is {entry!r}; give --alpha and --beta"
         ) from None
 
 
 def _key(prompt: str) -> str:
+    """`prompt` with single spaces: the key under which its strengths are stored."""
     return " ".join(prompt.split())

@@ -139,7 +139,7 @@ def test_text_encoders_are_changed_too_and_prompts_may_say_learned_tokens(folder
     with personalize.attach(pipe, both.save(tmp_path / "both"), strength=strength) as mine:
         embeds = mine.embeds(prompt)
         stock = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
-    torch.testing.assert_close(embeds, Editor(model, both)._encoded(prompt, (64, 64), strength).embeds)
+    torch.testing.assert_close(embeds, Editor(model, both)._encode(prompt, (64, 64), strength).embeds)
     torch.testing.assert_close(embeds, stock)
     assert (embeds - plain).abs().max() > 1e-2
     assert torch.equal(model.prompts([prompt]).embeds, plain)

@@ -79,8 +79,8 @@ def claim(figure: str, number: str) -> Any:
     [
         claim("iou gain, direct", "dpl_c06"),
         *(claim(f"{name}, {steps} steps", f"uniform_u09-{name[3:]}-{steps}")
-          for name in bench.ASKED if name.startswith("U9") for steps in (10, 20, 50)),
-        *(claim(name, f"uniform_{name[:3].lower()}-{name[4:]}") for name in bench.ASKED if name[:2] == "U1"),
+          for name in bench.TARGETS if name.startswith("U9") for steps in (10, 20, 50)),
+        *(claim(name, f"uniform_{name[:3].lower()}-{name[4:]}") for name in bench.TARGETS if name[:2] == "U1"),
     ],
 )  # fmt: skip
 def test_the_embedded_model_bears_the_claims_out(embedded: dict, figure: str):

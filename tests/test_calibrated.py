@@ -16,6 +16,7 @@ def test_other_bases_have_the_published_settings():
 def test_the_packages_model_has_calibrated_ones_and_what_is_given_wins():
     assert settings_for(NullTextSettings, "embedded") == NullTextSettings(rate=0.1)
     assert guidance("embedded", "direct") == 4 and guidance("embedded", "ddpm") == 6
-    assert text_to_image_guidance("embedded") == 4 and text_to_image_guidance("stable-diffusion-v1-5") == text_to_image_guidance("") == 7.5
+    assert text_to_image_guidance("embedded") == 4
+    assert text_to_image_guidance("stable-diffusion-v1-5") == text_to_image_guidance("") == 7.5
     found = settings_for(DynamicSettings, "embedded", updates=7, balancing=None, words_only=True)
     assert found == DynamicSettings(**{**EMBEDDED[DynamicSettings], "updates": 7, "words_only": True})

@@ -140,7 +140,7 @@ def test_dpl_c67_local_blend_reads_conditional_rows_of_source_and_target():
 
 def test_map_sum_is_a_mean_and_needs_a_map():
     store = MapSum([LAYER])
-    with pytest.raises(ValueError, match="no map has been seen"):
+    with pytest.raises(ValueError, match="no attention map was collected"):
         store.mean()
     first, second = maps(seed=1), maps(seed=2)
     store.probs(first, site())

@@ -128,7 +128,7 @@ def test_dpl_c05_padding_can_be_kept_from_competing():
         settings = DynamicSettings(updates=1, words_only=words_only)
         fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), settings)
         fit(step_of(model), latents())
-        losses.append(fit.found.first[0])
+        losses.append(fit.result.first_losses[0])
     assert losses[1].balancing < losses[0].balancing and losses[1].disjoint == losses[0].disjoint
 
 
@@ -176,7 +176,7 @@ def test_dpl_c06_one_step_lowers_the_loss_and_touches_only_the_nouns(name: str):
     side = 8 if name == "sdxl" else 16
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half()[:side, 8 - side // 2 :][:, :side], EAGER, SIZE)
     told = fit(step_of(model), latents())
-    first, last = fit.found.first[0], fit.found.last[0]
+    first, last = fit.result.first_losses[0], fit.result.last_losses[0]
     assert sum(vars(last).values()) < 0.9 * sum(vars(first).values())
     assert last.disjoint < first.disjoint and last.background < first.background
     assert not torch.equal(told.embeds[:, 2:], plain.embeds[:, 2:]) and torch.equal(
@@ -185,7 +185,7 @@ def test_dpl_c06_one_step_lowers_the_loss_and_touches_only_the_nouns(name: str):
     for part, module in (("unet", model.unet), ("text", model.text_encoders[0])):
         assert all(torch.equal(value, states[part][key]) for key, value in module.state_dict().items())
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in module.parameters())
-    assert all(row.abs().sum() > 0 for row in fit.found.rows[0]) and fit.found.drift[0] > 0
+    assert all(row.abs().sum() > 0 for row in fit.result.rows[0]) and fit.result.drift[0] > 0
 
 
 def test_dpl_c06_steps_start_where_the_last_one_ended_and_stop_when_good_enough():
@@ -193,9 +193,11 @@ def test_dpl_c06_steps_start_where_the_last_one_ended_and_stop_when_good_enough(
     groups = noun_groups(model, PROMPT)
     few = DynamicSettings(updates=2, rate=5e-2)
     fit = DynamicFit(model, PROMPT, groups, half(), few)
-    run = denoise_with_history(model, latents(), Edit(model.prompts([PROMPT]), guidance_scale=1), make_schedule(model, 3, inverse=True))
+    edit, up = Edit(model.prompts([PROMPT]), guidance_scale=1), make_schedule(model, 3, inverse=True)
+    run = denoise_with_history(model, latents(), edit, up)
     found = fit_on_trajectory(fit, run.latents, make_schedule(model, 3))
-    assert len(found.rows) == len(found.first) == 3 and found.backward == found.passes == 3 * few.updates
+    assert len(found.rows) == len(found.first_losses) == 3
+    assert found.backward_passes == found.forward_passes == 3 * few.updates
     assert found.drift[0] < found.drift[-1]
     step = step_of(model)
     assert Leakage(0.29, 0.89, 0.69).within(step) and not Leakage(0.31, 0, 0).within(step)
@@ -203,7 +205,7 @@ def test_dpl_c06_steps_start_where_the_last_one_ended_and_stop_when_good_enough(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("personalize.dynamic_prompts.thresholds", lambda *_: Leakage(2, 2, 2))
         easy(step, latents())
-    assert easy.found.passes == 1 and easy.found.backward == 0 == easy.found.drift[0]
+    assert easy.result.forward_passes == 1 and easy.result.backward_passes == 0 == easy.result.drift[0]
 
 
 @pytest.mark.parametrize("settings", IDLE, ids=["no updates", "no losses"])
@@ -219,18 +221,19 @@ def test_dpl_c06_without_losses_or_updates_it_is_null_text_alone(settings: Dynam
     theirs = NullFit(model, run.latents, fit.latest, null, 7.5, few)
     denoise(model, run.latents[-1], Edit(fit, theirs, 7.5), down)
     assert all(torch.equal(a.embeds, b.embeds) for a, b in zip(plain.rows, theirs.rows, strict=True))
-    assert fit.found.passes == 0 and max(fit.found.drift) == 0
+    assert fit.result.forward_passes == 0 and max(fit.result.drift) == 0
 
 
 def test_dpl_c06_replay_needs_the_rows_of_every_step():
     """Fitted conditionings come back exactly; those of the first step for all do not (companion)."""
     model = attentive()
-    run = denoise_with_history(model, latents(), Edit(model.prompts([PROMPT]), guidance_scale=1), make_schedule(model, 2, inverse=True))
+    edit, up = Edit(model.prompts([PROMPT]), guidance_scale=1), make_schedule(model, 2, inverse=True)
+    run = denoise_with_history(model, latents(), edit, up)
     told = []
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), DynamicSettings(updates=2, rate=5e-2))
     for index, move in enumerate(make_schedule(model, 2)):
         told.append(fit(Step(**vars(move), index=index, count=2), run.latents[2 - index]))
-    again = fit.found.conditionings(model, [PROMPT, "a cat and a fox"])
+    again = fit.result.conditionings(model, [PROMPT, "a cat and a fox"])
     assert all(torch.equal(a.embeds, b.embeds[:1]) for a, b in zip(told, again, strict=True))
     assert not torch.equal(again[0].embeds, again[1].embeds)
     other = model.prompts(["a cat and a fox"]).embeds
@@ -243,7 +246,7 @@ def test_dpl_c06_rows_can_be_held_near_their_words():
     held = DynamicSettings(updates=4, rate=5e-2, disjoint=1.0, background=1.0, cap=0.05)
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), held)
     fit(step_of(model), latents())
-    assert 0 < fit.found.drift[0] <= 0.05 + 1e-5  # rounding of the rows
+    assert 0 < fit.result.drift[0] <= 0.05 + 1e-5  # rounding of the rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -253,7 +256,7 @@ def test_dpl_c06_half_precision_has_gradients(dtype: torch.dtype):
     model.unet.to(dtype)
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), DynamicSettings(updates=2, disjoint=1.0))
     fit(step_of(model), latents())
-    assert fit.found.drift[0] > 0 and all(row.isfinite().all() for row in fit.found.rows[0])
+    assert fit.result.drift[0] > 0 and all(row.isfinite().all() for row in fit.result.rows[0])
 
 
 def test_dpl_c06_settings_out_of_range_are_refused():

@@ -80,7 +80,7 @@ def test_dpl_c02_maps_of_a_kept_trajectory_are_made_again():
 def test_dpl_c06_report_says_beforehand_whether_it_is_needed():
     model = tiny_sd1()
     found, sheet = report_photo(model, photo(), SOURCE, NounRegions(background=half()), settings())
-    assert sheet.width > 100 and set(found.broken()) == {"balancing", "disjoint", "background"}
+    assert sheet.width > 100 and set(found.exceeded()) == {"balancing", "disjoint", "background"}
     text = "\n".join(found.sentences())
     assert "cat, dog" in text and found.needed and "likely to help" in text  # random maps are nearly uniform
     clean = torch.zeros(3, 16, 16, 77)
@@ -98,7 +98,7 @@ def test_dpl_c72_on_the_trajectory_it_costs_no_null_text(name: str):
     _, trajectory, found = surveyed(model, NounRegions(background="none"))
     size = (64, 64)
     rows, same = fit_dynamic_prompt(model, trajectory, SOURCE, found, FEW, size=size)
-    assert same is trajectory and rows.passes + 2 * rows.backward <= 2 * 3 * FEW.updates
+    assert same is trajectory and rows.forward_passes + 2 * rows.backward_passes <= 2 * 3 * FEW.updates
     full = DynamicSettings()
     assert 50 + 50 * 3 * full.updates == 3200
     told = rows.conditionings(model, [SOURCE], size)
@@ -136,7 +136,7 @@ def test_what_was_found_is_kept_and_read_back(tmp_path, monkeypatch):
         torch.equal(*pair) for a, b in zip(once[0].rows, again[0].rows, strict=True) for pair in zip(a, b, strict=True)
     )
     assert torch.equal(once[1].null.embeds, again[1].null.embeds) and again[1].method == "null-text"
-    assert once[0].first == again[0].first
+    assert once[0].first_losses == again[0].first_losses
     place = next(tmp_path.iterdir())
     (place / "dynamic.safetensors").write_bytes((place / "dynamic.safetensors").read_bytes()[:-4] + b"\1\1\1\1")
     with pytest.raises(UserError, match="damaged"):
@@ -166,7 +166,8 @@ def test_uniform_u12_outside_the_mask_strict_is_the_photo_to_the_bit():
 def test_uniform_maps_go_with_both_controllers(controller: str, inversion: str):
     model = tiny_sd1()
     processors = dict(model.unet.attn_processors)
-    plain = edit_photo(model, photo(), SOURCE, EditRequest(TARGET), settings(controller=controller, inversion=inversion))
+    settings_without = settings(controller=controller, inversion=inversion)
+    plain = edit_photo(model, photo(), SOURCE, EditRequest(TARGET), settings_without)
     uniform = UniformSettings(until=0.5, blend_source=controller == "mutual")
     chosen = settings(controller=controller, inversion=inversion, uniform=uniform)
     found = edit_photo(model, photo(), SOURCE, EditRequest(TARGET), chosen)
@@ -180,7 +181,8 @@ def test_everything_at_once_with_an_adapter(tmp_path):
     rows = {"text_encoder": torch.ones(1, model.text_encoders[0].config.hidden_size)}
     adapter = replace(random_adapter(model), concepts={"<cat1>": rows})
     found = edit_photo(
-        model, photo(), "a <cat1> and a dog", EditRequest(swaps=[("dog", "fox")], regions=NounRegions(("<cat1>",), "none")),
+        model, photo(), "a <cat1> and a dog",
+        EditRequest(swaps=[("dog", "fox")], regions=NounRegions(("<cat1>",), "none")),
         settings(dynamic=FEW, uniform=UniformSettings(until=0.5)), adapter=adapter, attention=True, cache=tmp_path,
     )  # fmt: skip
     assert found.nouns is not None and found.masks is not None and found.attention is not None

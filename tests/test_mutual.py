@@ -73,7 +73,8 @@ def test_it_draws_the_target_nearer_to_the_source():
     model = tiny_sd1()
     start, told = latents().repeat(2, 1, 1, 1), model.prompts(["a cat", "a dog sitting on the beach"])
     runs = [
-        denoise(model, start, Edit(told, hooks=hooks), make_schedule(model, 3)) for hooks in ((), (MutualAttention(model, 0),))
+        denoise(model, start, Edit(told, hooks=hooks), make_schedule(model, 3))
+        for hooks in ((), (MutualAttention(model, 0),))
     ]
     plain, mutual = ((run[0] - run[1]).norm() for run in runs)
     assert mutual < plain

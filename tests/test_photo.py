@@ -33,9 +33,9 @@ def edited(request, settings=SHORT, picture=None, **more):
 def test_what_is_not_given_is_what_suits_the_base():
     plain = PhotoSettings("ddpm")
     assert [plain.guidance(base) for base in ("embedded", "another")] == [6, 15]
-    assert (plain.fit("embedded").rate, plain.fit("another")) == (0.1, NullTextSettings())
+    assert (plain.null_text_settings("embedded").rate, plain.null_text_settings("another")) == (0.1, NullTextSettings())
     chosen = PhotoSettings(guidance_scale=2.5, null_text=NullTextSettings(rate=0.3))
-    assert chosen.guidance("embedded") == 2.5 and chosen.fit("embedded").rate == 0.3
+    assert chosen.guidance("embedded") == 2.5 and chosen.null_text_settings("embedded").rate == 0.3
 
 
 @pytest.mark.parametrize("method", ["direct", "null-text", "ddpm"])

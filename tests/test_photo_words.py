@@ -47,7 +47,8 @@ def test_everything_is_drawn_and_written_down(places, tmp_path):
     assert {"edited.png", "nouns.png", "masks.png", "attention.png"} <= names
     about = json.loads((tmp_path / "out" / "edit.json").read_text())["settings"]
     assert about["dynamic"] == asdict(DynamicSettings(updates=1)) and about["uniform"]["until"] == 0.2
-    assert about["fixed_point"] == 1 and about["null_text"] == asdict(NullTextSettings())  # this base is not the package's
+    # The published settings, because this base is not the embedded model.
+    assert about["fixed_point"] == 1 and about["null_text"] == asdict(NullTextSettings())
     edited, before = Image.open(tmp_path / "out" / "edited.png"), Image.open(places[1] / "photo.png")
     assert edited.crop((32, 0, 64, 64)).tobytes() == before.convert("RGB").crop((32, 0, 64, 64)).tobytes()
 

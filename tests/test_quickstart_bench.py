@@ -26,10 +26,10 @@ def test_true_results_are_right_and_the_unchanged_source_is_not(tmp_path, monkey
     for name, picture in named.items():
         Image.fromarray(picture).save(folder / f"{name}.png")
     options = quickstart.QuickstartBench(output_dir=tmp_path)
-    found = quickstart.measured(options, 0, tiny("sd1"), Judge.load())
+    found = quickstart.measure_scene(options, 0, tiny("sd1"), Judge.load())
     true, unchanged = (found["rows"][variant] for variant in VARIANTS)
     assert all(true["right"]) and not any(unchanged["right"]), "doing nothing is no edit"
-    assert quickstart.reached(true) and not quickstart.reached(unchanged)
+    assert quickstart.goals_reached(true) and not quickstart.goals_reached(unchanged)
     assert found["replay"] == 60.0 and found["base"] < 20, "60 dB is what equal pictures count"
     text = quickstart.table([{"scene": 0, **found, "learned": 70, "command": 140}])
     assert "4 of 4" in text and "0 of 4" in text and "base: 1 of 1 scenes" in text
@@ -40,7 +40,7 @@ def test_shares_of_the_decoder_are_drawn_from_the_same_adapter_and_told_apart(tm
     model = tiny("sd1")
     random_adapter(model).save(tmp_path / "scene-0" / "adapter")
     options = quickstart.QuickstartBench(output_dir=tmp_path, shares=(1, 0.5))
-    found = quickstart.with_share(options, 0, 1, model, Judge.load())
+    found = quickstart.redraw_with_shares(options, 0, 1, model, Judge.load())
     assert set(found) == {"1", "0.5"} and found["1"]["gains"] != found["0.5"]["gains"]
     assert all(len(row["right"]) == len(row["gains"]) == 4 for row in found.values())
     text = quickstart.share_table(options, [{"1": {"right": [True, False], "gains": [1.0, 2.0]}, "0.5": found["0.5"]}])

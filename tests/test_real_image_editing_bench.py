@@ -10,7 +10,7 @@ import torch
 from tests.bench import judge
 from tests.bench import real_image_editing as bench
 from tests.bench.contract import BASE, DO_NOTHING
-from tests.bench.real_image_editing import REFERENCE, PhotoBench, counted, table
+from tests.bench.real_image_editing import REFERENCE, PhotoBench, counted_unet_rows, table
 from tests.photos import shared
 from tests.tiny import tiny
 
@@ -39,7 +39,7 @@ def test_a_backward_pass_counts_as_two_predictions():
     model = shared()
     latents = torch.zeros(2, 4, 8, 8)
     told = model.prompts(["a cat", "a dog"])
-    with counted(model) as units:
+    with counted_unet_rows(model) as units:
         with torch.no_grad():
             model.predict(latents, 500, told)
         model.predict(latents, 500, told)  # the text encoder's answer carries a gradient only if it is trained

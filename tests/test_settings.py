@@ -43,5 +43,5 @@ def test_a_newer_best_takes_the_place_of_the_older(saved):
 @pytest.mark.parametrize("entry", [{}, {"alpha": 1}, "much", {"alpha": "x", "beta": 1, "gamma": None, "forget": "none",
                                                              "strength": 1, "seed": 0}])  # fmt: skip
 def test_a_damaged_entry_is_refused_in_one_line(entry):
-    with pytest.raises(UserError, match="damaged: the remembered setting of 'a dog'"):
+    with pytest.raises(UserError, match="damaged: the remembered strengths of 'a dog'"):
         remembered({"edits": {"a dog": entry}}, "a dog")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from personalize import lora_layers, pages
-from personalize.lean import lean
+from personalize import lora_layers
+from personalize.lean import fast_paths
 from tests.bench import (
     arms,
     speed,
@@ -23,7 +23,7 @@ from tests.bench import (
     speed_setup,
 )
 from tests.bench.arms import Arm, exponent, measure, ratio, refuse_if_busy, table
-from tests.bench.speed_setup import not_lean, pefts_layers
+from tests.bench.speed_setup import freed_memory, pefts_layers, plain_unet
 from tests.tiny import tiny_folder, tiny_sd1
 
 
@@ -95,14 +95,24 @@ def test_parts_are_measured_once_and_one_that_fails_stops_no_other(
         speed.main(speed.SpeedBench(only=["nothing"], output_dir=tmp_path))
 
 
+def test_memory_is_kept_as_the_innermost_arm_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[bool] = []
+    monkeypatch.setattr(speed_setup, "_set_memory", states.append)
+    with pytest.raises(KeyError), freed_memory(True):
+        with freed_memory(False):
+            pass
+        raise KeyError
+    assert states == [True, False, True, False]
+
+
 def test_arms_are_what_they_say() -> None:
     unet = tiny_sd1().unet
     plain = {name: set(vars(module)) for name, module in unet.named_modules()}
-    with lean(unet):
+    with fast_paths(unet):
         assert any(
             type(vars(m).get("output_scale_factor")) is not float for m in unet.modules() if "time_emb_proj" in dir(m)
         )
-        with not_lean(unet):
+        with plain_unet(unet):
             assert {name: set(vars(module)) for name, module in unet.named_modules()} == plain
     ours = lora_layers.LeanLinear.forward
     with pefts_layers():
@@ -151,11 +161,10 @@ def test_jobs_are_done_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow  # two processes that import everything
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU's memory")
 def test_kept_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
-    untouched = pages._set
     bench = speed.SpeedBench(base=str(tiny_folder("sd1", tmp_path)), batch=1, rank=2, groups=1)
     rows = speed_pages.kept(bench)
     assert [row["arm"] for row in rows] == list(speed_pages.ARMS) and all(row["ms_median"] > 0 for row in rows)
-    assert rows[0]["ratio"] == 1.0 and pages._set is untouched
+    assert rows[0]["ratio"] == 1.0
 
 
 def test_their_script_gets_our_modules_and_whole_batches(tmp_path: Path) -> None:

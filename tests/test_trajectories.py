@@ -10,7 +10,7 @@ import torch
 from personalize.errors import UserError
 from personalize.inversion import invert
 from personalize.model import StableDiffusion
-from personalize.trajectories import MANIFEST, TENSORS, Trajectory, identity, key_of
+from personalize.trajectories import MANIFEST, TENSORS, Trajectory, fingerprint_hash, model_fingerprint
 from tests.lora_states import random_adapter
 from tests.photos import SOURCE, gentle, shared, smooth
 
@@ -65,7 +65,8 @@ def test_an_adapter_makes_another_trajectory(tmp_path):
     model = gentle()
     plain = made(model, folder=tmp_path / "kept")
     with random_adapter(model).apply(model):
-        assert identity(model)["base"] == plain.about["base"] and identity(model)["adapter"] is not None
+        now = model_fingerprint(model)
+        assert now["base"] == plain.about["base"] and now["adapter"] is not None
         with pytest.raises(UserError, match="made with another adapter"):
             made(model, folder=tmp_path / "kept")
         learned = made(model)
@@ -86,7 +87,7 @@ def another_schedule():
         (lambda: shared("sd2v"), {}, "made with another base model"),
         (another_schedule, {}, "made with another noise schedule"),
         (shared, {"prompt": "a dog"}, r'another prompt \("a red cat on the beach", now "a dog"\)'),
-        (shared, {"image": smooth() * 0.5}, "another picture"),
+        (shared, {"image": smooth() * 0.5}, "another image"),
         (shared, {"steps": 3}, r"another steps \(2, now 3\)"),
         (shared, {"method": "negative"}, r'another method \("direct", now "negative"\)'),
     ],
@@ -122,4 +123,5 @@ def test_damage_is_one_sentence(tmp_path):
 
 def test_the_key_does_not_depend_on_where_the_base_lies():
     about = dict(made(shared()).about)
-    assert key_of(about) == key_of(about | {"name": "elsewhere"}) != key_of(about | {"steps": 4})
+    renamed, other = about | {"name": "elsewhere"}, about | {"steps": 4}
+    assert fingerprint_hash(about) == fingerprint_hash(renamed) != fingerprint_hash(other)

@@ -1,10 +1,11 @@
-"""Measure the embedded model (or any model of the scenes' world): the figures of its model card.
+"""Measure the embedded model, or another model trained on scenes: the figures of its model card.
 
     python -m tests.bench.embedded_model                                  # everything, n = 500
     python -m tests.bench.embedded_model --only nouns background --n 64   # a quick look
 
-One JSON line per finished prompt or scene, so an interrupted run goes on where it stopped; figures.json, figures.md and
-sheet.png are written anew each time.  Scenes and prompts come from the split "bench", which nothing is trained on.
+Each finished prompt or scene is one JSON line, so that an interrupted run continues where it stopped; figures.json,
+figures.md and sheet.png are rewritten every time.  Scenes and prompts are of the split "bench", on which nothing is
+trained.
 """
 
 from __future__ import annotations
@@ -55,15 +56,15 @@ class EmbeddedModelBench:
     model: Path = EMBEDDED
     """A Stable Diffusion folder; its world.json, if there, says which nouns, styles and backgrounds it knows."""
     output_dir: Path = Path("runs/embedded_figures")
-    """Where results go, and where finished ones are found again."""
+    """Where results go; finished cells found there are not measured again."""
     only: tuple[str, ...] = ()
     """Figures to measure; all when empty."""
     split: str = "bench"
-    """Stream of scenes and prompts; to choose settings take another one than that of the figures."""
+    """Data split of the scenes and prompts; to choose settings, use another one than for the figures."""
     n: int = 500
-    """Prompts or scenes for each figure."""
+    """Number of prompts or scenes for each figure."""
     batch: int = 16
-    """How many are done at a time."""
+    """How many of them are processed at a time."""
     scheduler: str = "ddim"
     """Scheduler that draws the pictures."""
     steps: int = 30
@@ -71,17 +72,17 @@ class EmbeddedModelBench:
     guidance_scale: float = 5.0
     """Guidance of a picture; 1 is off."""
     nouns: tuple[str, ...] = ()
-    """Nouns to ask for, when not those of world.json."""
+    """Nouns of the prompts, instead of those of world.json."""
     styles: tuple[str, ...] = ()
-    """Styles to ask for, when not those of world.json."""
+    """Styles of the prompts, instead of those of world.json."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Of the UNet; "no" is fp32 on a processor, bf16 on a GPU that has it."""
+    """Precision of the UNet; "no" is fp32 on a CPU, and bf16 on a GPU that supports it."""
     threads: int = 2
     """Processor cores to use."""
 
 
 class Bench:
-    """One run: the model, what it knows, the judge, and the finished cells."""
+    """The bench's model, its world, the judge, and the finished cells."""
 
     def __init__(self, options: EmbeddedModelBench, model: StableDiffusion | None = None) -> None:
         self.options = options
@@ -98,18 +99,18 @@ class Bench:
         return random_scene(index, split=self.options.split, objects=objects, **world)
 
     def missing(self, group: str) -> Iterator[list[int]]:
-        """Numbers of the group's cells that are still to be done, a batch at a time."""
+        """The numbers of the group's cells that are not finished, in batches."""
         left = [index for index in range(self.options.n) if f"{group}/{index}" not in self.cells]
         for start in range(0, len(left), self.options.batch):
             print(f"{group}: {self.options.n - len(left) + start} of {self.options.n}", flush=True)
             yield left[start : start + self.options.batch]
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Pictures (b, 3, H, W) of `prompts`, drawn as the options say."""
+        """Pictures (b, 3, H, W) of `prompts`, sampled with the options' scheduler, steps and guidance."""
         with torch.no_grad():
             edit = Edit(self.model.prompts(list(prompts)), guidance_scale=self.options.guidance_scale)
-            ways = make_schedule(self.model, self.options.steps, self.options.scheduler)
-            return self.model.decode(sample(self.model, edit, seeds, ways)).cpu()
+            schedule = make_schedule(self.model, self.options.steps, self.options.scheduler)
+            return self.model.decode(sample(self.model, edit, seeds, schedule)).cpu()
 
     def renders(self, scenes: Sequence[Scene]) -> np.ndarray:
         return np.stack([render(scene, self.model.resolution)[0] for scene in scenes])
@@ -128,7 +129,7 @@ def held_out_autoencoder(bench: Bench) -> None:
 
 
 def prompts_drawn(bench: Bench, group: str, objects: int) -> None:
-    """Ask for the scenes' captions, each in one of its forms, and write down what the judge sees."""
+    """Sample pictures of the scenes' captions, and record what the judge sees in them."""
     for batch in bench.missing(group):
         scenes = [bench.scene(index, objects=objects) for index in batch]
         texts = [prompt(scene, index) for scene, index in zip(scenes, batch, strict=True)]
@@ -145,7 +146,7 @@ def prompts_drawn(bench: Bench, group: str, objects: int) -> None:
 
 
 def prompt(scene: Scene, index: int) -> str:
-    """Caption number `index` of `scene`, counted round: every form is asked for equally often."""
+    """Caption number `index` of `scene`, modulo their number: every form of caption is used equally often."""
     texts = captions(scene)
     return texts[index % len(texts)]
 
@@ -168,7 +169,7 @@ def attention(bench: Bench) -> None:
 
 @torch.no_grad()
 def inversion(bench: Bench) -> None:
-    """DDIM to noise and back at guidance 1, told the caption; PSNR against the scene, and the autoencoder's own."""
+    """DDIM inversion and replay with the caption at guidance 1: PSNR against the scene, and the autoencoder's own."""
     model = bench.model
     ahead, back = (make_schedule(model, INVERSION_STEPS, inverse=inverse) for inverse in (True, False))
     for batch in bench.missing("inversion"):
@@ -185,7 +186,7 @@ def inversion(bench: Bench) -> None:
 
 
 def seconds(bench: Bench) -> None:
-    """One picture of 30 steps, text to pixels, with guidance; one run first that is not counted."""
+    """Seconds of one guided picture of 30 steps, from text to pixels, after a run that is not counted."""
     for run in range(-1, TIMED_RUNS):
         started = time.perf_counter()
         bench.pictures([captions(bench.scene(0))[0]], [0])
@@ -196,7 +197,7 @@ def seconds(bench: Bench) -> None:
 
 
 def sheet(bench: Bench) -> None:
-    """8×8 prompts, no style named: six nouns and two pairs, each on eight backgrounds."""
+    """A sheet of 8×8 prompts that name no style: six nouns and two pairs of nouns, each on eight backgrounds."""
     ones, side = SHEET_SIDE - SHEET_SIDE // 4, SHEET_SIDE
     phrases = [noun_phrase(noun) for noun in spread(bench.world["nouns"], 2 * side - ones)]
     subjects = phrases[:ones] + [" and ".join(phrases[i : i + 2]) for i in range(ones, len(phrases), 2)]
@@ -214,7 +215,7 @@ def sheet(bench: Bench) -> None:
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
-    """`count` of `names`, evenly spread over them."""
+    """`count` of `names` at even distances."""
     return [names[index * len(names) // count] for index in range(count)]
 
 
@@ -233,22 +234,22 @@ FIGURES: dict[str, Callable[[Bench], None]] = {
 
 
 def run(options: EmbeddedModelBench, model: StableDiffusion | None = None) -> dict[str, Any]:
-    """Measure, write, and return figures.json's content."""
+    """Measure the cells that are not finished, write the figures, and return the content of figures.json."""
     unknown = set(options.only) - set(FIGURES)
     if unknown:
         raise ValueError(f"unknown figures {sorted(unknown)}: choose among {', '.join(FIGURES)}")
     bench = Bench(options, model)
     for measure in dict.fromkeys(FIGURES[name] for name in options.only or FIGURES):
         measure(bench)
-    found = {"nouns": len(bench.world["nouns"]), "model": str(options.model)}
-    found |= {"options": _plain(options), "split": options.split}
-    found["figures"] = figures(bench.cells.rows, options.n)
-    (options.output_dir / "figures.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (options.output_dir / "figures.md").write_text(markdown(found), encoding="utf-8")
-    return found
+    report = {"nouns": len(bench.world["nouns"]), "model": str(options.model)}
+    report |= {"options": _as_json(options), "split": options.split}
+    report["figures"] = figures(bench.cells.rows, options.n)
+    (options.output_dir / "figures.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.output_dir / "figures.md").write_text(markdown(report), encoding="utf-8")
+    return report
 
 
-def _plain(options: EmbeddedModelBench) -> dict[str, Any]:
+def _as_json(options: EmbeddedModelBench) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
 
 

@@ -1,13 +1,13 @@
-"""Does calibrating attention keep two concepts of one picture apart?  Default weight against weight 0.
+"""Whether the attention calibration loss keeps two concepts of one picture apart: its default weight against 0.
 
     python -m tests.bench.multi_concept                          # 4 scenes
     python -m tests.bench.multi_concept --scenes 20 --budget 8 --steps 50
 
-Scenes hold two objects in the style the embedded model has never seen.  For each scene both arms learn both concepts
-with the same seed, data and updates; weight 0 is Custom Diffusion.  Measured: the overlap of the two class maps; the
-IoU of every map, cut at one half, with its object's true mask; how often a prompt for one concept shows the other
-object; whether prompts come true; how sure the judge is of the held-out style.  Controls: the picture itself, and the
-base without adapter asked for the classes.
+Each scene has two objects in the style that the embedded model was not trained on.  Both arms learn both concepts of
+each scene with the same seed, data and updates; weight 0 is Custom Diffusion.  Measured are the overlap of the two
+class maps; the IoU of each map, cut at one half, with its object's true mask; how often a prompt for one concept shows
+the other object; how often the judge sees what a prompt names; and its probability of the held-out style.  The controls
+are the source picture, and the base without adapter with the class nouns in the prompts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SPLIT = "bench-multi-concept"
 CALIBRATED, PLAIN = "calibrated", "weight 0"
 ARMS = (CALIBRATED, PLAIN)
 TOKENS = ("<one>", "<two>")
-FIGURES = {  # name: (what it is, better when)
+FIGURES = {  # name: (description, whether higher or lower is better)
     "overlap": ("overlap of the class maps", "lower"),
     "iou_noun": ("IoU of class maps with true masks", "higher"),
     "iou_modifier": ("IoU of token maps with true masks", "higher"),
@@ -77,27 +77,27 @@ class MultiConceptBench:
     output_dir: Path = Path("runs/multi_concept")
     """Where cells.jsonl, table.md and figures.json go."""
     scenes: int = 4
-    """Scenes to learn, each by every arm."""
+    """Number of scenes; every arm learns each."""
     budget: int = 4
-    """Pictures of each prompt."""
+    """Pictures sampled for each prompt."""
     steps: int = 30
     """Denoising steps."""
     updates: int = 250
     """Updates of each training."""
     token_learning_rate: float = 2e-3
-    """Rate of the new words' rows; at 5e-4 the embedded model learns next to nothing of a thing's look."""
+    """Learning rate of the new tokens' rows; at 5e-4 the embedded model hardly learns an object's look."""
     class_images: int = 48
-    """Regularisation pictures, drawn by the base for each pair of classes."""
+    """Regularisation pictures, sampled by the base for each pair of classes."""
     nouns: tuple[str, ...] = ()
-    """Nouns to take, when not those of world.json."""
+    """Nouns of the scenes, instead of those of world.json."""
     timed_updates: int = 20
-    """Updates timed with and without calibration, in turn; 0 for none."""
+    """Updates timed with and without calibration, alternately; 0 to skip."""
     threads: int = 2
     """Processor cores to use."""
 
 
 class Bench:
-    """One run: the model, what it knows, the judge, and the finished cells."""
+    """The bench's model, its world, the judge, and the finished cells."""
 
     def __init__(self, options: MultiConceptBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model, self.judge = options, model or StableDiffusion.load(options.model), Judge.load()
@@ -111,7 +111,7 @@ class Bench:
         return random_scene(index, split=SPLIT, objects=2, **self.world)
 
     def task(self, index: int) -> tuple[ConceptPicture, tuple[np.ndarray, ...], Scene]:
-        """The picture to learn, its objects' true masks, and the scene."""
+        """The picture to learn with its two concepts, its objects' true masks, and the scene."""
         scene = self.scene(index)
         image, masks = render(scene, self.model.resolution)
         subjects = tuple(Subject(t, o.noun.replace("_", " ")) for t, o in zip(TOKENS, scene.objects, strict=True))
@@ -134,7 +134,7 @@ class Bench:
         )  # fmt: skip
 
     def pictures(self, prompt: str, adapter: Adapter | None, label: str) -> np.ndarray:
-        """`budget` pictures of `prompt`, (b, H, W, 3) uint8, with the same seeds for every arm; kept as a strip."""
+        """`budget` pictures of `prompt`, (b, H, W, 3) uint8, from the same seeds for every arm; also saved as files."""
         model, seeds = self.model, range(self.options.budget)
         with torch.no_grad(), applied(model, adapter):
             edit = Edit(model.prompts([prompt]), guidance_scale=text_to_image_guidance(model.name))
@@ -147,7 +147,7 @@ class Bench:
 
 
 def train_and_measure(bench: Bench, index: int, arm: str) -> dict[str, Any]:
-    """Train `arm` on scene `index`, and measure maps and pictures."""
+    """The row of one cell: train `arm` on scene `index`, and measure its attention maps and pictures."""
     picture, masks, scene = bench.task(index)
     started = time.perf_counter()
     with multi_concept_run(bench.model, picture, bench.config(arm, index), class_images=bench.examples(picture)) as run:
@@ -157,14 +157,16 @@ def train_and_measure(bench: Bench, index: int, arm: str) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         maps = concept_maps(bench.model, to_pixels(picture.image), picture.prompt, picture.subjects, noises=4)
     row = {"overlap": float(separation(maps.nouns)), "seconds": round(seconds, 1)}
-    for name, found in (("iou_noun", maps.nouns), ("iou_modifier", maps.modifiers)):
-        row[name] = float(np.mean([map_iou(one, mask) for one, mask in zip(found, masks, strict=True)]))
+    for name, kind in (("iou_noun", maps.nouns), ("iou_modifier", maps.modifiers)):
+        row[name] = float(np.mean([map_iou(one, mask) for one, mask in zip(kind, masks, strict=True)]))
     phrases = [f"a {subject.phrase}" for subject in picture.subjects]
-    return row | judge_prompts(bench, index, scene, phrases, lambda prompt: bench.pictures(prompt, adapter, f"{index} {arm}"))
+    return row | judge_prompts(
+        bench, index, scene, phrases, lambda prompt: bench.pictures(prompt, adapter, f"{index} {arm}")
+    )
 
 
 def map_iou(attention: torch.Tensor, mask: np.ndarray) -> float:
-    """IoU of a map (h, w), stretched and cut at one half, with the cells that `mask` covers by half."""
+    """IoU of a map (h, w), scaled to [0, 1] and cut at one half, with the cells of which `mask` covers half."""
     marked = normalised(attention).numpy() > 0.5
     true = coverage(mask, *marked.shape) > 0.5
     return iou(marked, true)
@@ -173,7 +175,10 @@ def map_iou(attention: torch.Tensor, mask: np.ndarray) -> float:
 def judge_prompts(
     bench: Bench, index: int, scene: Scene, phrases: Sequence[str], draw: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
-    """What the judge sees in pictures of each concept alone, and of both, in another place."""
+    """What the judge sees in pictures of each concept alone and of both, on another background; as means.
+
+    phrases: the two concepts' phrases in prompts.  draw: samples pictures of a prompt.
+    """
     known = bench.world["backgrounds"]
     places = [place for place in PLACES if place in known and place != scene.background] or [*PLACES]
     place = places[index % len(places)]
@@ -193,7 +198,7 @@ def judge_prompts(
 
 
 def make_controls(bench: Bench, index: int) -> None:
-    """The picture itself whatever was asked, and the base asked for the classes."""
+    """Measure both controls: the source picture for every prompt, and the base with the class nouns in the prompts."""
     scene = bench.scene(index)
     image = render(scene, bench.model.resolution)[0]
     phrases = [noun_phrase(thing.noun) for thing in scene.objects]
@@ -204,7 +209,7 @@ def make_controls(bench: Bench, index: int) -> None:
 
 
 def speed(bench: Bench) -> dict[str, Any]:
-    """Seconds of an update with and without calibration, in turn within one run: medians and their ratio."""
+    """Median seconds of an update with and without calibration, alternating within one run, and their ratio."""
     picture, _, _ = bench.task(0)
     count = bench.options.timed_updates
     config = MultiConceptConfig(initializer_token="class", max_train_steps=2 * count + 2, swap_subjects=0.0)
@@ -223,25 +228,25 @@ def speed(bench: Bench) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]], count: int) -> str:
-    """Markdown: every figure of both arms and the controls, and the paired difference."""
+    """A Markdown table of every figure of both arms and the controls, with the arms' paired difference."""
     arms = [*ARMS, DO_NOTHING, BASE]
-    found = {arm: [rows[f"{arm}/{index}"] for index in range(count)] for arm in arms}
+    by_arm = {arm: [rows[f"{arm}/{index}"] for index in range(count)] for arm in arms}
     lines = [f"| n = {count} scenes | better | {' | '.join(arms)} | {CALIBRATED} − {PLAIN} (95 %) |"]
     lines.append("|---" * (len(arms) + 3) + "|")
     for name, (what, better) in FIGURES.items():
         cells = []
         for arm in arms:
-            values = [row[name] for row in found[arm] if name in row]
+            values = [row[name] for row in by_arm[arm] if name in row]
             low, high = mean_interval(values)
             cells.append(f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]" if values else "–")
-        mine, other = ([row[name] for row in found[arm]] for arm in ARMS)
-        difference, low, high = paired_interval(mine, other)
+        calibrated, plain = ([row[name] for row in by_arm[arm]] for arm in ARMS)
+        difference, low, high = paired_interval(calibrated, plain)
         lines.append(f"| {what} | {better} | {' | '.join(cells)} | {difference:+.3f} [{low:+.3f}, {high:+.3f}] |")
     return "\n".join(lines) + "\n"
 
 
 def run(options: MultiConceptBench, model: StableDiffusion | None = None) -> str:
-    """Measure what is missing, write table.md and figures.json, and return the table."""
+    """Measure the cells that are not finished, write table.md and figures.json, and return the table."""
     bench = Bench(options, model)
     for index in range(options.scenes):
         for arm in ARMS:

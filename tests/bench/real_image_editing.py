@@ -1,13 +1,13 @@
-"""How well photos are edited by text: every method on scenes whose true edited scene is known.
+"""How well photos are edited by text: every method on scenes whose true result is known.
 
     python -m tests.bench.real_image_editing                                    # 50 scenes, every arm
     python -m tests.bench.real_image_editing --scenes 6 --arms "P2P + null-text"  # costly arms, fewer scenes
     python -m tests.bench.real_image_editing --scenes 2 --steps 10 --output_dir runs/quick
 
-One JSON line per finished cell; table.md and sheet.png are written anew each time.  Measured for each
-edit: success and fidelity as the contract has them (background PSNR is against the true scene, outside the masks of the
-object before and after); the source row against the autoencoder's round trip, which is what any method can keep at
-best; predictions of one row by the UNet, a backward pass counted as two; seconds.
+Each finished cell is one JSON line; table.md and sheet.png are rewritten every time.  Measured for each edit are
+success and identity as `contract` defines them (background PSNR is against the true scene, outside the object's masks
+before and after); the PSNR of the reconstructed source against the autoencoder's round trip, which is the best that any
+method can reach; the number of rows that the UNet predicts, where a backward pass counts as two; and seconds.
 """
 
 from __future__ import annotations
@@ -48,20 +48,23 @@ SPLIT = "bench/photo"
 
 
 @dataclass(frozen=True)
-class Made:
-    """An arm's picture, and what it kept of the photo itself, both RGB uint8 (H, W, 3)."""
+class EditOutput:
+    """An arm's edited picture and its reconstruction of the source, both RGB uint8 (H, W, 3)."""
 
     picture: np.ndarray
     source: np.ndarray
 
 
-Maker = Callable[["Bench", Task, Image.Image], Made]
+EditFunction = Callable[["Bench", Task, Image.Image], EditOutput]
 
 
-def edited(inversion: str, *, dpl: bool = False, **choice: Any) -> Maker:
-    """An edit after one of the inversions; `choice` are fields of PhotoSettings.  Dynamic nouns are the scene's own."""
+def edit_arm(inversion: str, *, dpl: bool = False, **choice: Any) -> EditFunction:
+    """The arm that edits after the named inversion, with Prompt-to-Prompt unless `choice` says otherwise.
 
-    def make(bench: Bench, task: Task, photo: Image.Image) -> Made:
+    dpl: fit dynamic prompts for the scene's own nouns.  choice: further fields of PhotoSettings.
+    """
+
+    def make(bench: Bench, task: Task, photo: Image.Image) -> EditOutput:
         options = bench.options
         control = ControlSettings(
             cross_replace_steps=options.cross_replace_steps, self_replace_steps=options.self_replace_steps
@@ -73,36 +76,36 @@ def edited(inversion: str, *, dpl: bool = False, **choice: Any) -> Maker:
         )  # fmt: skip
         things = NounRegions([thing.noun.replace("_", " ") for thing in task.before.objects])
         request = EditRequest(task.target_prompt, regions=things)
-        found = edit_photo(bench.model, photo, task.source_prompt, request, settings)
-        return Made(np.asarray(found.image), np.asarray(found.reconstruction))
+        result = edit_photo(bench.model, photo, task.source_prompt, request, settings)
+        return EditOutput(np.asarray(result.image), np.asarray(result.reconstruction))
 
     return make
 
 
-def do_nothing(bench: Bench, task: Task, photo: Image.Image) -> Made:
-    return Made(np.asarray(photo), np.asarray(photo))
+def do_nothing(bench: Bench, task: Task, photo: Image.Image) -> EditOutput:
+    return EditOutput(np.asarray(photo), np.asarray(photo))
 
 
-def base(bench: Bench, task: Task, photo: Image.Image) -> Made:
-    """The target prompt drawn from noise: what a photo's edit must beat in fidelity."""
+def base(bench: Bench, task: Task, photo: Image.Image) -> EditOutput:
+    """A picture of the target prompt sampled from noise: the identity that an edit of the photo must exceed."""
     sampling = Sampling(bench.options.steps, guidance_scale=bench.options.guidance_scale)
     drawn = np.asarray(Editor(bench.model).base(task.target_prompt, sampling=sampling)[0])
-    return Made(drawn, drawn)
+    return EditOutput(drawn, drawn)
 
 
-ARMS: dict[str, Maker] = {  # the rows of the table; another method is another row
+ARMS: dict[str, EditFunction] = {  # the arms by name; the place to add a method
     DO_NOTHING: do_nothing,
     BASE: base,
-    **{f"P2P + {method}": edited(method) for method in METHODS},
-    **{f"P2P + DPL + {method}": edited(method, dpl=True) for method in ("direct", "null-text")},
-    **{f"mutual + {method}": edited(method, controller="mutual") for method in ("ddim", "direct")},
-    **{f"UAM + P2P + {method}": edited(method, uniform=UniformSettings()) for method in ("ddim", "direct")},
+    **{f"P2P + {method}": edit_arm(method) for method in METHODS},
+    **{f"P2P + DPL + {method}": edit_arm(method, dpl=True) for method in ("direct", "null-text")},
+    **{f"mutual + {method}": edit_arm(method, controller="mutual") for method in ("ddim", "direct")},
+    **{f"UAM + P2P + {method}": edit_arm(method, uniform=UniformSettings()) for method in ("ddim", "direct")},
     **{
-        f"UAM + mutual + {method}": edited(method, controller="mutual", uniform=UniformSettings(blend_source=True))
+        f"UAM + mutual + {method}": edit_arm(method, controller="mutual", uniform=UniformSettings(blend_source=True))
         for method in ("ddim", "direct")
     },
     **{
-        f"UAM, {mode} + P2P + direct": edited("direct", uniform=UniformSettings(auxiliary=mode))
+        f"UAM, {mode} + P2P + direct": edit_arm("direct", uniform=UniformSettings(auxiliary=mode))
         for mode in ("stored", "z0")
     },
 }
@@ -115,25 +118,25 @@ class PhotoBench(BenchOptions):
     kinds: tuple[str, ...] = ("object",)
     """Kinds of edit: object, background, style."""
     objects: int = 1
-    """Objects in a scene; with two, one is edited and the other must stay."""
+    """Objects in a scene; of two, one is edited and the other must stay."""
     arms: tuple[str, ...] = ()
-    """Arms to run beside the controls; all when empty."""
+    """Arms to run in addition to the controls; all when empty."""
     steps: int = 50
     """Denoising steps."""
     guidance_scale: float | None = None
-    """Guidance of the edit; by default what suits the model, or else each method's own."""
+    """Guidance scale of the edit; by default the model's own for each inversion."""
     cross_replace_steps: float = 0.8
-    """Share of the steps with the source's text maps."""
+    """Share of the steps with the source's cross-attention maps."""
     self_replace_steps: float = 0.5
-    """Share of the steps with the source's self-attention."""
+    """Share of the steps with the source's self-attention maps."""
     null_text_rate: float = 0.1
-    """Learning rate of null-text: what the embedded model needs; 0.01 on Stable Diffusion."""
+    """Learning rate of null-text inversion; 0.1 suits the embedded model, 0.01 Stable Diffusion."""
     output_dir: Path = Path("runs/bench/real_image_editing")
-    """Where results go, and where finished ones are found again."""
+    """Where results go; finished cells found there are not measured again."""
 
 
 class Bench:
-    """One run: model, scenes, judge and finished cells."""
+    """The bench's model, judge, settings and finished cells."""
 
     def __init__(self, options: PhotoBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model, self.judge = options, model or StableDiffusion.load(options.model), Judge.load()
@@ -158,41 +161,41 @@ class Bench:
         return [random_task(kind, seed, **world) for kind in self.options.kinds for seed in range(self.options.scenes)]
 
     def row(self, arm: str, task: Task) -> dict[str, Any]:
-        """What `arm` made of `task`, measured."""
+        """The row of one cell: `arm` run on `task`, and measured."""
         before = render(task.before, self.model.resolution)[0]
-        began = time.perf_counter()
-        with counted(self.model) as units:
-            made = ARMS[arm](self, task, Image.fromarray(before))
-        seconds = time.perf_counter() - began
+        started = time.perf_counter()
+        with counted_unet_rows(self.model) as units:
+            output = ARMS[arm](self, task, Image.fromarray(before))
+        seconds = time.perf_counter() - started
         file = picture_file(self.cells, f"{arm}/{task.name}")
         file.parent.mkdir(exist_ok=True)
-        Image.fromarray(made.picture).save(file)
-        trip = as_bytes(self.model.decode(self.model.encode(as_pixels(before).to(self.model.device))))[0]
-        about = {"arm": arm, "kind": task.kind, "task": task.name, "units": sum(units), "seconds": seconds}
-        return about | {"source_db": psnr(made.source, trip)} | asdict(score(task, made.picture, self.judge))
+        Image.fromarray(output.picture).save(file)
+        round_trip = as_bytes(self.model.decode(self.model.encode(as_pixels(before).to(self.model.device))))[0]
+        head = {"arm": arm, "kind": task.kind, "task": task.name, "units": sum(units), "seconds": seconds}
+        return head | {"source_db": psnr(output.source, round_trip)} | asdict(score(task, output.picture, self.judge))
 
 
 @contextmanager
-def counted(model: StableDiffusion) -> Iterator[list[int]]:
-    """Predictions of one row that the body asks of the UNet, each with gradient counted three times.
+def counted_unet_rows(model: StableDiffusion) -> Iterator[list[int]]:
+    """Count the rows that the UNet predicts in the body; one entry for each call, rows with a gradient counted thrice.
 
-    Counted where they begin: one that is cut off behind the maps it was wanted for counts whole.
+    A call counts when it begins, also if a hook then stops it before the UNet's end.
     """
-    found: list[int] = []
+    counts: list[int] = []
 
     def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        found.append(len(given[0]) * (3 if any(value.requires_grad for value in given) else 1))
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        counts.append(len(tensors[0]) * (3 if any(value.requires_grad for value in tensors) else 1))
 
     handle = model.unet.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        yield found
+        yield counts
     finally:
         handle.remove()
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each kind of edit and arm, with 95 % intervals; differences are paired."""
+    """A Markdown table with a line for each kind of edit and arm, with 95 % intervals; differences are paired."""
     lines = [
         f"| edit | arm | n | success % | background dB | − {REFERENCE} | structure | source dB | UNet rows | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -213,6 +216,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def difference(pairs: Sequence[tuple[float, float]]) -> str:
+    """`+1.2 [+0.8, +1.6]`: the mean paired difference with its interval; `–` for fewer than two pairs."""
     if len(pairs) < 2:
         return "–"
     value, low, high = paired_interval(*zip(*pairs, strict=True))
@@ -220,7 +224,7 @@ def difference(pairs: Sequence[tuple[float, float]]) -> str:
 
 
 def run(options: PhotoBench, model: StableDiffusion | None = None) -> str:
-    """Measure what is missing and write everything that is known."""
+    """Measure the cells that are not finished, write table.md and sheet.png, and return the table."""
     bench = Bench(options, model)
     tasks, rows = bench.tasks(), []
     for task in tasks:

@@ -1,11 +1,11 @@
-"""Single-image edits: does choosing beat forgetting by rule, not forgetting, and the paper's own recipe?
+"""Single-image edits: searching the strengths (`--auto`) against fixed forgetting rules and the paper's full weights.
 
     python -m tests.bench.single_image --scenes 4 --budget 8         # on two CPU cores: some hours
     python -m tests.bench.single_image --scenes 20 --budget 16       # with an accelerator
 
-Scenes hold one object in the style the embedded model has never seen.  Each is learned by LoRA, and by full weights at
-each of the paper's rates; then its background, its object and its style are edited.  Every arm draws the
-same number of pictures, and the same scorer, which shares nothing with the judge, keeps one of them.
+Each scene has one object in the style that the embedded model was not trained on.  It is learned by LoRA, and by full
+weights at each of the paper's rates; then its background, its object and its style are edited.  Every arm samples the
+same number of pictures, of which the same scorer keeps one; the scorer shares no data and no weights with the judge.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ RULES = {
     DECODER: ("decoderattn", "nodecoder=0.5", "decoderkv", "nodecoder"),
     ENCODER: ("encoderattn", "noencoder=0.5", "encoderkv", "noencoder"),
 }
-PAPER_RULES = ("none", "encoderattn", "none", "decoderattn")  # as often as they won in the published results
+PAPER_RULES = ("none", "encoderattn", "none", "decoderattn")  # in the proportions of the published results
 PAPER_ALPHAS, PAPER_BETAS = (0.7, 0.9), (1.2, 0.8, 1.4, 1.0)
-FIGURES = {"success": 100.0, "psnr": 1.0, "colour": 1.0, "structure": 1.0}  # and what they are multiplied by
+FIGURES = {"success": 100.0, "psnr": 1.0, "colour": 1.0, "structure": 1.0}  # figure: the factor it is reported with
 
 
 @dataclass(frozen=True)
@@ -66,25 +66,25 @@ class SingleImageBench(BenchOptions):
     model: Path = EMBEDDED
     """A Stable Diffusion folder; its world.json, if there, says which nouns, styles and backgrounds it knows."""
     output_dir: Path = Path("runs/single_image")
-    """Where cells.jsonl, adapters, table.md, figures.json and the sheet go; what is finished is not run again."""
+    """Where cells.jsonl, adapters, table.md, figures.json and the sheet go; finished cells are not run again."""
     scenes: int = 4
-    """Scenes to learn; each is edited in three ways."""
+    """Number of scenes to learn; each is edited in three ways."""
     budget: int = 8
-    """Pictures every arm may draw for one edit."""
+    """Pictures that every arm may sample for one edit."""
     steps: int = 30
     """Denoising steps."""
     samples: int = 400
-    """Samples on which each picture is learned, by LoRA and by full weights."""
+    """Training samples for each picture, by LoRA and by full weights."""
     paper_rates: tuple[float, ...] = (2e-5, 6e-5, 2e-4, 1e-3)
-    """Rates of the full weights; the paper's is 6e-5, of a model fifty times as large as the embedded one."""
+    """Learning rates of the full weights; the paper's is 6e-5, for a model fifty times as large as the embedded one."""
     nouns: tuple[str, ...] = ()
-    """Nouns to take, when not those of world.json."""
+    """Nouns of the scenes, instead of those of world.json."""
     threads: int = 2
     """Processor cores to use."""
 
 
 class Bench:
-    """One run: the model, what it knows, judge and scorer, and the finished cells."""
+    """The bench's model, its world, judge and scorer, and the finished cells."""
 
     def __init__(
         self, options: SingleImageBench, model: StableDiffusion | None = None, scorer: Scorer | None = None
@@ -102,7 +102,7 @@ class Bench:
         self.editor = lru_cache(maxsize=1)(self._editor)
 
     def task(self, kind: str, index: int) -> Task:
-        """Edit `kind` of scene `index`: the same scene for every kind."""
+        """The edit of the given kind of scene `index`; the scene is the same for every kind."""
         world = self.world | {"styles": (HELD_OUT_STYLE,), "new_styles": self.world["styles"]}
         return random_task(kind, index, split=SPLIT, **world)
 
@@ -110,7 +110,7 @@ class Bench:
         return Image.fromarray(render(self.task(KINDS[0], index).before, self.model.resolution)[0])
 
     def _editor(self, index: int) -> Editor:
-        """The LoRA of scene `index`, learned unless an earlier run did."""
+        """An editor with the LoRA of scene `index`, which is trained unless an earlier run has saved it."""
         folder = self.options.output_dir / "adapters" / f"scene-{index}"
         if not (folder / MANIFEST).is_file():
             caption = self.task(KINDS[0], index).source_prompt
@@ -126,9 +126,9 @@ class Bench:
         return Request(task.target_prompt, task.source_prompt, source)
 
     def select(self, task: Task, candidates: Sequence[np.ndarray]) -> int:
-        """The selector of every arm: the scorer's favourite."""
-        readings = self.scorer([Image.fromarray(one) for one in candidates], self.request(task))
-        return int(np.argmax([reading.score for reading in readings]))
+        """The selector of every arm: the candidate with the scorer's highest score."""
+        scores = self.scorer([Image.fromarray(one) for one in candidates], self.request(task))
+        return int(np.argmax([one.score for one in scores]))
 
     def arms(self) -> dict[str, Arm]:
         arms: dict[str, Arm] = {DO_NOTHING: do_nothing, BASE: self._base}
@@ -158,20 +158,20 @@ class Bench:
     def _paper(self, rate: float) -> Arm:
         def arm(task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
             learned = self.full(number(task), rate)
-            return arrays([self.drawn(learned, task.target_prompt, *one) for one in spread(paper_grid(), budget)])
+            return arrays([self.sample_full(learned, task.target_prompt, *one) for one in spread(paper_grid(), budget)])
 
         return arm
 
-    def drawn(self, learned: FullWeights, prompt: str, setting: EditStrengths, seed: int) -> Image.Image:
-        """One picture with full weights, by the same mathematics as the editor's."""
+    def sample_full(self, learned: FullWeights, prompt: str, setting: EditStrengths, seed: int) -> Image.Image:
+        """One picture sampled with full weights, from the same edited conditioning as the editor's."""
         model = self.model
         with torch.no_grad():
-            told = edit_conditioning(
+            conditioning = edit_conditioning(
                 model, learned.source, model.prompts([prompt]),
                 alpha=setting.alpha, beta=setting.beta, gamma=setting.gamma,
             )  # fmt: skip
         with full_weights_applied(model, learned, parse_rule_sum(setting.forget)):
-            edit = Edit(told, guidance_scale=text_to_image_guidance(model.name))
+            edit = Edit(conditioning, guidance_scale=text_to_image_guidance(model.name))
             latents = sample(model, edit, [seed], make_schedule(model, self.options.steps))
         return to_image(model.decode(latents))
 
@@ -179,19 +179,20 @@ class Bench:
         """PSNR in dB of the replayed source: by LoRA, by full weights at each rate, and the autoencoder's own."""
         pixels, caption = to_pixels(self.source(index)), self.task(KINDS[0], index).source_prompt
         replay = EditStrengths(alpha=1.0, beta=0.0)
-        found = {"autoencoder": self.model.decode(self.model.encode(pixels)).cpu()}
-        found["LoRA"] = to_pixels(self.editor(index).reconstruct(sampling=self.sampling)[0])
+        replays = {"autoencoder": self.model.decode(self.model.encode(pixels)).cpu()}
+        replays["LoRA"] = to_pixels(self.editor(index).reconstruct(sampling=self.sampling)[0])
         for rate in self.options.paper_rates:
-            found[paper(rate)] = to_pixels(self.drawn(self.full(index, rate), caption, replay, 0))
-        return {name: round(psnr(one, pixels), 3) for name, one in found.items()}
+            replays[paper(rate)] = to_pixels(self.sample_full(self.full(index, rate), caption, replay, 0))
+        return {name: round(psnr(one, pixels), 3) for name, one in replays.items()}
 
 
 def paper(rate: float) -> str:
+    """The name of the arm of full weights at `rate`."""
     return f"paper, rate {rate:g}"
 
 
 def number(task: Task) -> int:
-    """The scene that `task` edits."""
+    """The number of the scene that `task` edits."""
     return int(task.name.rpartition("/")[2])
 
 
@@ -200,26 +201,27 @@ def arrays(pictures: Sequence[Image.Image]) -> list[np.ndarray]:
 
 
 def grid_of(name: str) -> list[EditStrengths]:
-    """The settings of a fixed arm, in turn; forgetting the encoder goes with a smaller beta, as in the paper."""
+    """The settings of the arm `name` in their order; with encoder forgetting beta is smaller, as in the paper."""
     less = 0.3 if name == ENCODER else 0.0
     return [
-        EditStrengths(a, round(b - less, 2), forget=rule) for (a, b), rule in zip(SWEEP, cycle(RULES[name]), strict=False)
+        EditStrengths(a, round(b - less, 2), forget=rule)
+        for (a, b), rule in zip(SWEEP, cycle(RULES[name]), strict=False)
     ]
 
 
 def paper_grid() -> list[EditStrengths]:
-    """The paper's ranges and strategies, in the proportions in which its published results were won."""
+    """The paper's ranges of strengths and its forgetting strategies, in the proportions of its published results."""
     mixes = zip(cycle(PAPER_ALPHAS), PAPER_BETAS * 2, cycle(PAPER_RULES), strict=False)
     return [EditStrengths(a, b, forget=rule) for a, b, rule in mixes]
 
 
 def spread(settings: Sequence[EditStrengths], budget: int) -> list[tuple[EditStrengths, int]]:
-    """`budget` pictures over the settings in turn, each with a seed of its own."""
+    """(setting, seed) for `budget` pictures: the settings in turn, each picture with a seed of its own."""
     return [(setting, seed) for seed, setting in enumerate(islice(cycle(settings), budget))]
 
 
 def versus(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
-    """Markdown: `--auto` minus every other arm, edit by edit, with 95 % intervals."""
+    """A Markdown table of the paired differences of `--auto` from every other arm, with 95 % intervals."""
     lines = ["| --auto minus | success (points) | PSNR dB | colour ΔE | structure |", "|---|---|---|---|---|"]
     mine = {row["task"]: row for row in rows if row["arm"] == AUTO}
     for arm in arms:
@@ -234,7 +236,7 @@ def versus(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
 
 
 def run(options: SingleImageBench, model: StableDiffusion | None = None, scorer: Scorer | None = None) -> str:
-    """Measure what is missing; write table.md, figures.json and sheet.png, and return the text."""
+    """Measure the cells that are not finished, write table.md, figures.json and sheet.png, and return the table."""
     bench = Bench(options, model, scorer)
     arms, rows, tasks, side = bench.arms(), [], [], bench.model.resolution
     for index in range(options.scenes):

@@ -1,11 +1,12 @@
-"""Time, as ratios: training and drawing, each optimisation alone and all together, against what others would do.
+"""Speed of training and sampling as ratios: each optimisation alone, all together, and against diffusers' script.
 
     python -m tests.bench.speed                                    # every part, on two idle cores or one GPU
     python -m tests.bench.speed --only lora sampling --groups 6    # some parts
     python -m tests.bench.speed --base sd15 --latent 32 --only step --groups 3     # SD 1.5 in shape, random weights
 
-One JSON line per arm, appended as its part is finished; parts that are there are not measured again.  The machine must
-be idle: above half a core of foreign load the bench refuses, unless --force; then --clock cpu is fairer.
+Each arm is one JSON line, appended when its part is finished; finished parts are not measured again.  The machine must
+be idle: if other processes use more than half a core, the bench refuses to start.  --force measures anyway; --clock cpu
+is then fairer.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from tests.bench.cells import Cells
 @dataclass(frozen=True)
 class SpeedBench:
     only: list[str] = field(default_factory=list)
-    """Parts to measure, by default all that need no further options."""
+    """Parts to measure; by default all that need no further options."""
     base: str = "embedded"
-    """"embedded", "sd15" or "sdxl" (in shape, random weights), or a folder."""
+    """"embedded", "sd15" or "sdxl" (random weights in their shapes), or a folder."""
     latent: int | None = None
-    """Side of the latents; the base's own if not given."""
+    """Side of the latents; by default the base's own."""
     batch: int = 4
     """Samples in an update."""
     rank: int = 16
@@ -38,25 +39,25 @@ class SpeedBench:
     mixed_precision: Literal["no", "bf16"] = "no"
     """Precision of the base."""
     groups: int = 20
-    """Groups that every arm is timed in."""
+    """Number of groups of calls in which every arm is timed."""
     calls: int = 1
     """Calls in a group."""
     reference: Path | None = None
-    """A diffusers checkout, or its train_dreambooth_lora.py: what part "reference" compares with."""
+    """A diffusers checkout, or its train_dreambooth_lora.py, which part "reference" compares with."""
     steps: int = 30
-    """Updates of each run in part "reference"; diffusers' first is left out."""
+    """Updates of each run in part "reference", of which the first is left out."""
     clock: Literal["wall", "cpu"] = "wall"
-    """Wall clock, or the time of this process alone."""
+    """Wall clock, or the CPU time of this process."""
     seconds: float | None = None
-    """Begin no further group of a part after so long."""
+    """Once a part has taken this long, no further group of it begins."""
     force: bool = False
-    """Measure although something else is running."""
+    """Measure although other processes are running."""
     output_dir: Path = Path("runs/bench/speed")
     """Where BASE-PRECISION-BATCH-LATENT.jsonl and .md go."""
 
 
 def main(bench: SpeedBench) -> str:
-    """Measure; returns the table."""
+    """Measure the parts that are not finished; returns the table."""
     from tests.bench.speed_parts import DEFAULT, PARTS
 
     load = refuse_if_busy(bench.force)
@@ -68,7 +69,7 @@ def main(bench: SpeedBench) -> str:
     name = "-".join([Path(bench.base).name, bench.mixed_precision, str(bench.batch), str(bench.latent or "native")])
     cells = Cells(bench.output_dir / f"{name}.jsonl", stamp)
     for name in wanted:
-        rows = None if f"done/{name}" in cells else _measured(name, PARTS[name], bench)
+        rows = None if f"done/{name}" in cells else _measure(name, PARTS[name], bench)
         for row in rows or ():
             cells.add(f"{name}/{row['part']}/{row['arm']}", row | {"foreign_load": load})
             print(table([row]).splitlines()[-1], flush=True)
@@ -79,11 +80,11 @@ def main(bench: SpeedBench) -> str:
     return text
 
 
-def _measured(name: str, part: Callable[[SpeedBench], list[dict[str, Any]]], bench: SpeedBench) -> list[dict[str, Any]]:
+def _measure(name: str, part: Callable[[SpeedBench], list[dict[str, Any]]], bench: SpeedBench) -> list[dict[str, Any]]:
     start = time.perf_counter()
     try:
         rows = part(bench)
-    except (RuntimeError, MemoryError, NotImplementedError) as error:  # a partial run is still a result
+    except (RuntimeError, MemoryError, NotImplementedError) as error:  # the other parts are still measured
         reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"part {name} was left out: {reason}", flush=True)
         return []

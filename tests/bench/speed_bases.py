@@ -1,4 +1,4 @@
-"""Bases that the speed bench measures on: shapes decide the time, not the weights' values."""
+"""Base models for the speed bench; with random weights, for the time depends on shapes and not on values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORDS = ["a", "photo", "of", "cat", "dog"]
 
 @cache
 def base(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StableDiffusion:
-    """The base `name`: "embedded", "sd15" or "sdxl" (in shape, random weights), or a folder."""
+    """The base `name`: "embedded", "sd15" or "sdxl" (random weights in their shapes), or a folder."""
     if name not in ("sd15", "sdxl"):
         return StableDiffusion.load(None if name == "embedded" else name, dtype=dtype, device=device)
     with torch.device(device):

@@ -1,4 +1,4 @@
-"""The parts of the speed bench that draw: one guided call with each short cut, a picture, a grid of edits."""
+"""The parts of the speed bench about sampling: one guided call of the UNet, a whole picture, several edits."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def call(bench: SpeedBench) -> Rows:
-    """One call of the UNet for one guided picture: two calls, one batch of two, each short cut alone and together."""
+    """One guided prediction: as two calls, as one batch of two, with each optimisation alone and with all."""
     model = model_of(bench)
     unet, z = model.unet, latents(model, 1, bench.latent)
-    told = prompt_conditioning(model)
-    both, two = Conditioning.cat([told[:1], told[1:]]), torch.cat([z, z])
+    null, prompt = (prompt_conditioning(model)[row : row + 1] for row in range(2))
+    both, two = Conditioning.cat([null, prompt]), torch.cat([z, z])
 
     @torch.no_grad()
     def one_batch() -> Tensor:
@@ -35,8 +35,8 @@ def call(bench: SpeedBench) -> Rows:
 
     @torch.no_grad()
     def two_calls() -> None:
-        model.predict(z, 500, told[:1])
-        model.predict(z, 500, told[1:])
+        model.predict(z, 500, null)
+        model.predict(z, 500, prompt)
 
     arms = [
         Arm("one batch of two", one_batch),
@@ -54,21 +54,22 @@ def call(bench: SpeedBench) -> Rows:
 
 
 def prompt_conditioning(model: StableDiffusion) -> Conditioning:
+    """The conditioning of the empty prompt and of a prompt, as two rows."""
     with torch.no_grad():
         return model.prompts(["", "a photo of a cat"])
 
 
 @contextmanager
 def text_projections_cached(unet: Any):
-    """Run the body with the text's keys and values computed at the first call and kept: for prompts that stay."""
+    """Run the body with cross-attention's keys and values computed once and reused, for prompts that do not change."""
     layers = [
         layer for attention in unet.modules() if getattr(attention, "is_cross_attention", False)
         for layer in (attention.to_k, attention.to_v)
     ]  # fmt: skip
-    kept: dict[int, Tensor] = {}
+    cache: dict[int, Tensor] = {}
 
     def once(number: int, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda text: kept[number] if number in kept else kept.setdefault(number, forward(text))
+        return lambda text: cache[number] if number in cache else cache.setdefault(number, forward(text))
 
     for number, layer in enumerate(layers):
         layer.forward = once(number, layer.forward)
@@ -80,7 +81,7 @@ def text_projections_cached(unet: Any):
 
 
 def pictures(bench: SpeedBench) -> Rows:
-    """A whole guided picture of 30 steps, decoded, as `Editor` draws it: fp32 as diffusers does it, ours, bf16."""
+    """A guided picture of 30 steps with decoding: without our optimisations, with them, and with them in bf16."""
     model = model_of(bench)
     edit = Edit(prompt_conditioning(model)[1:])
     plan = make_schedule(model, 30)
@@ -91,8 +92,8 @@ def pictures(bench: SpeedBench) -> Rows:
 
     def stock() -> Any:
         names = ("fast_paths", "shared_guidance_prefix")
-        as_it_is: dict[str, Any] = dict.fromkeys(names, lambda *_, **__: nullcontext())
-        return patch.multiple("personalize.sampling", **as_it_is)
+        off: dict[str, Any] = dict.fromkeys(names, lambda *_, **__: nullcontext())
+        return patch.multiple("personalize.sampling", **off)
 
     arms = [
         Arm("30 steps, as diffusers does", draw, stock),
@@ -103,20 +104,20 @@ def pictures(bench: SpeedBench) -> Rows:
 
 
 def grid(bench: SpeedBench) -> Rows:
-    """Eight edits by one adapter: a picture at a time, and all in one batch; milliseconds are per edit and step."""
+    """Eight edits by one adapter: one picture at a time, and all in one batch; milliseconds are per edit and step."""
     model, count, steps = model_of(bench), 8, 2
     add_lora(model.unet, module_names(model.unet), bench.rank, bench.rank, seed=0)
     try:
-        told = prompt_conditioning(model)[1:]
+        prompt = prompt_conditioning(model)[1:]
         start = latents(model, count, bench.latent)
         plan = make_schedule(model, steps)
 
         def single() -> None:
             for row in range(count):
-                denoise(model, start[row : row + 1], Edit(told), plan)
+                denoise(model, start[row : row + 1], Edit(prompt), plan)
 
         def whole() -> None:
-            denoise(model, start, Edit(told), plan)
+            denoise(model, start, Edit(prompt), plan)
 
         arms = [Arm("one at a time", single), Arm("one batch of 8", whole)]
         return timed(bench, "grid of edits", arms, per=count * steps)
