@@ -65,7 +65,7 @@ class NounMaps(AttentionHook):
 
 
 class CellRows(AttentionHook):
-    """Records what the cell at each row's own point attends to, in every self-attention layer: mean over heads (b, q)."""
+    """Records what the cell at each row's point attends to in every self-attention layer: mean over heads, (b, q)."""
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         self.points, self.rows, self.sites = points, {}, {}

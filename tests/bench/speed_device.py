@@ -1,4 +1,4 @@
-"""The parts of the speed bench about the machine: its ceiling, graphs against eager updates, peaks of memory."""
+"""The parts of the speed bench about the machine: the speed of basic operations, CUDA graphs, and peaks of memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTHS = (40, 64, 80, 160)  # of attention heads
 
 
 def ceiling(bench: SpeedBench) -> Rows:
-    """What the machine gives at best: products, convolutions, copies, attention by width; in TFLOP/s or TB/s."""
+    """The speed of basic operations: products, convolutions, copies, attention by width; in TFLOP/s or TB/s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 8192 if device.type == "cuda" else 1024
     low = torch.bfloat16 if device.type == "cuda" or bench.mixed_precision == "bf16" else torch.float32
@@ -65,7 +65,7 @@ def _attention(q: torch.Tensor, width: int) -> dict[str, tuple[Callable[[], Any]
 
 
 def graph(bench: SpeedBench) -> Rows:
-    """An update, eager and as a replayed graph, with 1, 4 and 10 samples."""
+    """An update of 1, 4 and 10 samples, eager and as a replayed CUDA graph."""
     model, rows = model_of(bench), []
     if model.device.type != "cuda":
         raise NotImplementedError("graphs need a CUDA device")
@@ -91,9 +91,10 @@ def graph(bench: SpeedBench) -> Rows:
 
 
 def memory(bench: SpeedBench) -> Rows:
-    """Peak of two updates against the estimate that is printed before a run: bf16 and NF4, with checkpointing and not.
+    """The memory estimate that is printed before a run, against the peak of two updates.
 
-    On CUDA what the allocator had given out; on the CPU what its log adds up to, and the base and the adapter.
+    Measured in bf16 and NF4, with gradient checkpointing and without.  The peak is that of CUDA's allocator; on the
+    CPU, that of the profiler's log of allocations, plus the base and the adapter.
     """
     rows = []
     for small in (False, True):
@@ -112,26 +113,26 @@ def memory(bench: SpeedBench) -> Rows:
                 expected = estimate(run)
                 peak = _peak(run, expected.base + expected.adapter)
             name = f"{'NF4' if small else 'bf16'}{', checkpointed' if checkpointing else ''}"
-            told = {"gb_alloc": peak / 1e9, "gb_predicted": expected.total / 1e9, "ratio": expected.total / peak}
+            sizes = {"gb_alloc": peak / 1e9, "gb_predicted": expected.total / 1e9, "ratio": expected.total / peak}
             none = {"ms_median": 0.0, "ms_p10": 0.0, "ms_p90": 0.0, "ratio_ci95": [0, 0], "ratio_to": "measured peak"}
-            rows.append(facts(model.device) | {"part": "memory", "arm": name, **told, **none, "batch": bench.batch})
+            rows.append(facts(model.device) | {"part": "memory", "arm": name, **sizes, **none, "batch": bench.batch})
     base.cache_clear()
     return rows
 
 
-def _peak(run: SingleImageRun, there: int) -> int:
-    """Bytes at the peak of all updates; `there` are those of base and adapter."""
+def _peak(run: SingleImageRun, allocated: int) -> int:
+    """Bytes at the peak of all updates; `allocated` are those of base and adapter, which the CPU's log lacks."""
     if run.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         for _ in run.steps():
             pass
         return torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
         for _ in run.steps():
             pass
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyright: ignore
+    events = [event for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyright: ignore
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()  # pyright: ignore
         peak = max(peak, now)
-    return there + peak
+    return allocated + peak

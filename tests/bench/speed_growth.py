@@ -1,4 +1,4 @@
-"""How cost grows: with samples, resolution, rank, concepts and rows of a catalogue; the exponent, and a plot."""
+"""The part of the speed bench about growth: cost over samples, pixels, rank, concepts, catalogue rows; with a plot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Timer = Callable[[float], list[float]]
 
 
 def growth(bench: SpeedBench) -> list[dict[str, Any]]:
-    """A row for each kind: milliseconds at its sizes, and the exponent of cost over size."""
+    """A row for each kind of size: milliseconds at each size, and the exponent of the power law."""
     model = base(bench.base)
     native = bench.latent or model.unet.config.sample_size
     kinds: dict[str, tuple[Sequence[float], Timer]] = {
@@ -57,9 +57,9 @@ def growth(bench: SpeedBench) -> list[dict[str, Any]]:
     return rows
 
 
-def _updates(bench: SpeedBench, opened: Callable[[], AbstractContextManager[Any]]) -> list[float]:
+def _updates(bench: SpeedBench, open_run: Callable[[], AbstractContextManager[Any]]) -> list[float]:
     """Milliseconds of single updates of a run, after one that warms up."""
-    with opened() as run:
+    with open_run() as run:
         step = stepper(run)
         step()
         return _repeated(bench, step)
@@ -105,7 +105,7 @@ def _rows(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
 
 
 def plot(lines: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, side: int = 640) -> Path:
-    """Log-log plot: each line relative to its own first point, so that slopes are exponents."""
+    """Save a log-log plot of {label: (sizes, costs)}, each line relative to its first point: slopes are exponents."""
     scaled = {name: (np.log2(np.divide(x, x[0])), np.log2(np.divide(y, y[0]))) for name, (x, y) in lines.items()}
     top = float(np.ceil(max(1.0, *(max(x.max(), y.max()) for x, y in scaled.values()))))
     image = Image.new("RGB", (2 * side, 2 * side), "white")  # drawn at twice the size: smooth lines

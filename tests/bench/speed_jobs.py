@@ -1,4 +1,4 @@
-"""The part of the speed bench about what users wait for: whole jobs, from a picture in memory to what was asked for."""
+"""The part of the speed bench about whole jobs, which users wait for: from a picture in memory to the result."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from personalize.configs import SingleImageConfig
 from PIL import Image
 
 from personalize.dragging import drag_picture
 from personalize.editor import Editor
 from personalize.images import to_image
 from personalize.learning import learn
+from personalize.recipes import SingleImageConfig
 from personalize.settings import Sampling
 from personalize.several import learn_batched
 from tests.bench.arms import Arm
@@ -21,19 +21,21 @@ from tests.bench.speed_setup import Rows, accelerated, freed_memory, model_of, p
 if TYPE_CHECKING:
     from tests.bench.speed import SpeedBench
 
-UPDATES, STEPS, ROWS = 40, 50, 4  # of `batch` samples; of a guided edit; catalogue rows that are learned together
+UPDATES = 40  # of one adapter, each of `batch` samples
+STEPS = 50  # of a guided edit
+ROWS = 4  # catalogue rows whose adapters are trained in one batch
 CAPTION = "a photo of a cat"
 
 
 def jobs(bench: SpeedBench) -> Rows:
-    """One adapter, adapters of a catalogue, an edit by one of them, a drag; a line's milliseconds are those of one.
+    """Training one adapter, training several of a catalogue, an edit, a drag; milliseconds are per adapter or picture.
 
-    With `--batch 10` an adapter takes the method's 40 updates of 10 samples; on CUDA the updates are one graph.
+    With `--batch 10` an adapter gets the method's 40 updates of 10 samples.  On CUDA it is also trained as a graph.
     """
     model, groups = model_of(bench), max(2, bench.groups // 4)
     side = (bench.latent or int(model.unet.config.sample_size)) * model.factor
     pixels = picture(side)
-    seen = to_image(pixels)
+    image = to_image(pixels)
     plain = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=UPDATES * bench.batch)
     configs = {"one adapter": plain}
     if model.device.type == "cuda":
@@ -52,12 +54,12 @@ def jobs(bench: SpeedBench) -> Rows:
         f"{ROWS} rows of a catalogue", lambda: learn_batched(model, many, plain, accelerator=accelerator), kept
     )  # fmt: skip
     rows += timed(bench, "jobs", [together], per=ROWS, **how)
-    middle, mask = side / 2, Image.new("L", seen.size)
+    middle, mask = side / 2, Image.new("L", image.size)
     mask.paste(255, (side // 4, side // 4, side // 2, side // 2))
     points = [(0.75 * middle, 0.75 * middle), (1.25 * middle, 0.75 * middle)]
     with Editor(model, adapter) as editor:
         sampling = Sampling(STEPS, size=(side, side))
         edit = Arm(f"an edit of {STEPS} guided steps", lambda: editor.edit(CAPTION, sampling=sampling))
         rows += timed(bench, "jobs", [edit], **how)
-    drag = Arm("a drag", lambda: drag_picture(model, seen, points, mask=mask, resolution=side))
+    drag = Arm("a drag", lambda: drag_picture(model, image, points, mask=mask, resolution=side))
     return rows + timed(bench, "jobs", [drag], **how)

@@ -1,4 +1,7 @@
-"""What it gains to keep freed memory: updates in processes of their own, for what is kept once is not given back."""
+"""The part of the speed bench about keeping freed memory instead of returning it to the system.
+
+Each group runs in a process of its own, because memory that was kept once is not returned later.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ ARMS = {"memory given back": False, "memory kept": True}
 
 
 def kept(bench: SpeedBench) -> Rows:
-    """Milliseconds of an update, in one process a group and arm; of a CPU alone."""
+    """Milliseconds of an update on the CPU with either setting; one process for each group and arm."""
     if torch.cuda.is_available():
-        raise NotImplementedError("it is a CPU's memory that glibc gives back")
+        raise NotImplementedError("freed memory is glibc's business on a CPU alone")
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for group in range(bench.groups):
         for arm in ARMS if group % 2 == 0 else reversed(ARMS):
@@ -30,11 +33,11 @@ def kept(bench: SpeedBench) -> Rows:
     first, *_ = times.values()
     common = facts(torch.device("cpu")) | {"part": "freed memory", "clock": "wall", "groups": bench.groups}
     common |= {"calls": bench.calls, "warmup": 1, "ratio_to": next(iter(ARMS)), "batch": bench.batch}
-    return [common | {"arm": arm, **spread(found), **ratio(first, found)} for arm, found in times.items()]
+    return [common | {"arm": arm, **spread(values), **ratio(first, values)} for arm, values in times.items()]
 
 
 def update(bench: SpeedBench, keep: bool, threads: int) -> float:
-    """Milliseconds of one of `bench.calls` updates, after one to warm up."""
+    """Milliseconds of an update: the mean of `bench.calls`, after one that warms up."""
     torch.set_num_threads(threads)
     with run_of(model_of(bench), bench.batch, bench.rank, bench.latent, keep=keep) as run:
         step = stepper(run)

@@ -1,4 +1,4 @@
-"""The parts of the speed bench that compare ways of doing our own work; each optimisation alone, and all together."""
+"""The parts of the speed bench about training: each optimisation of an update alone, and all together."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def precision(bench: SpeedBench) -> Rows:
 
 @contextmanager
 def _frozen_in(model: StableDiffusion, dtype: torch.dtype):
-    """As `in_precision`, with the adapter left as it is."""
+    """Run the body with the base's weights in `dtype` and the adapter's unchanged."""
     before = [(p, p.data) for name, p in model.unet.named_parameters() if ".lora_" not in name]
     for parameter, values in before:
         parameter.data = values.to(dtype)
@@ -106,7 +106,7 @@ def _frozen_in(model: StableDiffusion, dtype: torch.dtype):
 
 
 def optimizer(bench: SpeedBench) -> Rows:
-    """AdamW's step alone, over all tensors of the adapter."""
+    """AdamW's step alone, over all parameters of the adapter."""
     model = model_of(bench)
     with run_of(model, 1, bench.rank, bench.latent) as run:
         parameters = run.objective.adapter_parameters()
@@ -149,7 +149,7 @@ def together(bench: SpeedBench) -> Rows:
 
 
 def batches(bench: SpeedBench) -> Rows:
-    """An update of 1, 2, 4 and 10 samples: milliseconds are per sample."""
+    """An update of 1, 2, 4 and 10 samples; milliseconds are per sample."""
     model, rows = model_of(bench), []
     for batch in (1, 2, 4, 10):
         with run_of(model, batch, bench.rank, bench.latent) as run:

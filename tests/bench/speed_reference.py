@@ -1,9 +1,10 @@
-"""Ours against diffusers' own `train_dreambooth_lora.py`: same base, modules, rank, resolution, batch and precision.
+"""The part of the speed bench about diffusers' `train_dreambooth_lora.py`: its training time against ours.
 
-Its folder gets ten copies of the picture, for with one its batches are of one.  Both are timed from a loaded base to
-the adapter's file: theirs from the moment its UNet gets the adapter, ours from the picture's file.  What longer runs
-take is the time from the end of one update to that of the next.
-Its flags are the fastest it has: text embeddings computed beforehand, no validation, no checkpoints.
+Base, LoRA modules, rank, resolution, batch and precision are the same, and its flags are the fastest it has: text
+embeddings computed in advance, no validation, no checkpoints.  Its data folder holds at least ten copies of the
+picture, because it makes no batch larger than its data set.  Both are timed from the loaded base to the saved adapter:
+theirs from the moment its UNet gets the adapter, ours from reading the picture's file.  For longer runs, the time from
+the end of one update to the end of the next counts.
 """
 
 from __future__ import annotations
@@ -36,26 +37,26 @@ if TYPE_CHECKING:
 
 SCRIPT = "examples/dreambooth/train_dreambooth_lora.py"
 TARGETS = 'target_modules=["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],'
-COPIES = 10  # at least; a multiple of the batch, for a last batch that is smaller would be half a step
-SIDE = 1024  # of the picture's file
+COPIES = 10  # at least, rounded up to a multiple of the batch, so that no batch is smaller than the others
+SIDE = 1024  # px, of the picture's file
 CAPTION = "a photo of a cat"
 
 
 class Run(NamedTuple):
-    """Milliseconds: of the whole run divided by its updates, and of each update but the first."""
+    """Milliseconds of one training: of the whole run, divided by its updates, and of each update but the first."""
 
     whole: float
     updates: list[float]
 
 
 def run_of_marks(began: float, steps: list[float], saved: float) -> Run:
-    """From seconds: when the run began, when each update ended, when the adapter was saved."""
+    """The `Run` of three marks in seconds: when it began, when each update ended, when the adapter was saved."""
     updates = [1e3 * (after - before) for before, after in pairwise(steps)]
     return Run(1e3 * (saved - began) / len(steps), updates)
 
 
 def reference(bench: SpeedBench) -> list[dict[str, Any]]:
-    """Milliseconds per update of theirs and ours, in turns: the whole run, and each update but the first."""
+    """Milliseconds per update of their script and ours, run alternately: of the whole run, and of further updates."""
     if bench.reference is None:
         raise SystemExit("part reference needs --reference: a diffusers checkout, or its train_dreambooth_lora.py")
     script = bench.reference if bench.reference.is_file() else bench.reference / SCRIPT
@@ -87,7 +88,11 @@ def reference(bench: SpeedBench) -> list[dict[str, Any]]:
 
 
 def patch(script: Path, model: StableDiffusion, work: Path, batch: int) -> Path:
-    """A copy of the script that trains the modules that we train."""
+    """Copy the script so that it trains the modules that we train, and fill its data folder; returns the copy.
+
+    Raises:
+        SystemExit: the script is of a version with other target modules.
+    """
     text = script.read_text(encoding="utf-8")
     if text.count(TARGETS) != 1:
         raise SystemExit(f"{script} is another version than this bench knows: its target modules moved")
@@ -102,7 +107,7 @@ def patch(script: Path, model: StableDiffusion, work: Path, batch: int) -> Path:
 
 
 def _folder(name: str, model: StableDiffusion, work: Path) -> Path:
-    """The base as a folder for their script."""
+    """The base `name` as a folder that their script can load."""
     if name == "embedded":
         return EMBEDDED
     if name != "sd15":
@@ -131,9 +136,9 @@ def _theirs(bench: SpeedBench, script: Path, folder: Path, side: int, work: Path
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ)
     if done.returncode or not marks.is_file():
         raise SystemExit(f"diffusers' script failed: {done.stderr.strip().splitlines()[-1:]}")
-    found = json.loads(marks.read_text(encoding="utf-8"))
+    times = json.loads(marks.read_text(encoding="utf-8"))
     marks.unlink()
-    return run_of_marks(found["began"][0], found["steps"], found["saved"][-1])
+    return run_of_marks(times["began"][0], times["steps"], times["saved"][-1])
 
 
 def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, work: Path) -> Run:

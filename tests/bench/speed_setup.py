@@ -1,4 +1,4 @@
-"""What the speed bench measures on: bases, a training step, and the switches between its arms."""
+"""What the parts of the speed bench share: a training step, its inputs, and the contexts that differ between arms."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _kept = [False]
 
 @contextmanager
 def freed_memory(kept: bool) -> Iterator[None]:
-    """Run the body with freed memory kept, as `personalize train` has it, or given back, as other programs have it."""
+    """Run the body with freed memory kept, as by `personalize train`, or returned to the system, as by default."""
     _kept.append(kept)
     _set_memory(kept)
     try:
@@ -54,7 +54,7 @@ def _set_memory(kept: bool) -> None:
 
 
 def combined(*contexts: Callable[[], Any]) -> Callable[[], Any]:
-    """One context of several."""
+    """A function that opens several contexts as one."""
 
     @contextmanager
     def together():
@@ -67,11 +67,13 @@ def combined(*contexts: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def model_of(bench: SpeedBench) -> StableDiffusion:
+    """The bench's base in its precision, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return base(bench.base, torch.bfloat16 if bench.mixed_precision == "bf16" else torch.float32, device)
 
 
 def timed(bench: SpeedBench, part: str, arms: list[Arm], **more: Any) -> Rows:
+    """`measure` with the bench's options, over which those in `more` take precedence."""
     device = model_of(bench).device
     more = {
         "groups": bench.groups,
@@ -84,7 +86,7 @@ def timed(bench: SpeedBench, part: str, arms: list[Arm], **more: Any) -> Rows:
 
 
 def picture(side: int) -> Tensor:
-    """The bundled picture as pixels (1, 3, side, side) in [−1, 1]."""
+    """A sample picture as pixels (1, 3, side, side) in [−1, 1]."""
     image = bundled.bundled(0).picture.convert("RGB").resize((side, side))
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, side, side, 3).permute(
         0, 3, 1, 2
@@ -92,6 +94,7 @@ def picture(side: int) -> Tensor:
 
 
 def latents(model: StableDiffusion, rows: int, side: int | None) -> Tensor:
+    """Standard normal latents (rows, 4, side, side); side: the base's own for None."""
     side = side or int(model.unet.config.sample_size)
     return torch.randn(rows, 4, side, side, generator=generator(0, "bench")).to(model.device)
 
@@ -100,7 +103,7 @@ def latents(model: StableDiffusion, rows: int, side: int | None) -> Tensor:
 def run_of(
     model: StableDiffusion, batch: int, rank: int, side: int | None, *, keep: bool = True
 ) -> Iterator[SingleImageRun]:
-    """A run of single-image tuning with `batch` samples an update, on the bundled picture; `keep`: freed memory."""
+    """A training run on a sample picture with `batch` samples an update; keep: keep freed memory meanwhile."""
     config = SingleImageConfig(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
     pixels = picture((side or model.unet.config.sample_size) * model.factor)
     with (
@@ -111,14 +114,14 @@ def run_of(
 
 
 def accelerated(model: StableDiffusion) -> Accelerator:
-    """An accelerator in the base's own precision; Accelerate, which keeps one to a process, is told to forget."""
+    """An Accelerator in the base's precision; the state that Accelerate keeps for the process is reset first."""
     AcceleratorState._reset_state(reset_partial_state=True)
     low = model.dtype == torch.bfloat16
     return Accelerator(cpu=model.device.type == "cpu", mixed_precision="bf16" if low else "no")
 
 
 def stepper(run: SingleImageRun, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
-    """A call that makes one update of `run`, without what the loop around it does."""
+    """A function that makes one update of `run`, without the training loop's checks and reports."""
     batch = next(run.dataset.batches(run.shard, 0, 1))
     batch = {key: value.to(run.model.device) for key, value in batch.items()}
     chosen = optimizer or run.optimizer
@@ -133,7 +136,7 @@ def stepper(run: SingleImageRun, optimizer: torch.optim.Optimizer | None = None)
 
 @contextmanager
 def pefts_layers() -> Iterator[None]:
-    """Run the body on the forward functions of peft's own LoRA layers."""
+    """Run the body with the forward functions of peft's own LoRA layers."""
     ours = lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward
     lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward = Linear.forward, Conv2d.forward  # pyright: ignore
     try:
@@ -144,7 +147,7 @@ def pefts_layers() -> Iterator[None]:
 
 @contextmanager
 def plain_unet(unet: Any) -> Iterator[None]:
-    """Run the body as if `fast_paths` were not entered: the attributes that it has put there are set aside."""
+    """Run the body with `fast_paths` switched off: the attributes that it has set are removed meanwhile."""
     names = ("output_scale_factor", "rescale_output_factor", "forward")
     taken = []
     for module in unet.modules():
@@ -162,8 +165,9 @@ def plain_unet(unet: Any) -> Iterator[None]:
 
 
 @contextmanager
-def channels_last(unet: Any, wanted: bool = True) -> Iterator[None]:
-    unet.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
+def channels_last(unet: Any) -> Iterator[None]:
+    """Run the body with the weights in channels-last memory format."""
+    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     try:
         yield
     finally:
