@@ -3,7 +3,7 @@
     personalize export checkpoint my-cat --output my-cat-model
     personalize export checkpoint my-cat --output my-cat-model.safetensors --dtype float16 --forget decoder=0.5
 
-What was written is read back (single files through diffusers' own converters) before it appears under its name.
+The result is read back, single files through diffusers' own converters, before it gets its final name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Config:
     adapter: tyro.conf.Positional[Path]
     """Adapter folder, or a LoRA file of any layout."""
     output: Path
-    """A name ending in .safetensors makes a single file, any other a diffusers folder; must not exist yet."""
+    """A single file if the name ends in .safetensors, otherwise a diffusers folder; must not exist yet."""
     pretrained_model_name_or_path: str | None = None
     """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one named in the adapter."""
     revision: str | None = None
@@ -30,17 +30,17 @@ class Config:
     variant: str | None = None
     """Variant of the base model's files, e.g. fp16."""
     any_base: bool = False
-    """Merge into another model of the family than the one the adapter was made for."""
+    """Allow another base model of the family than the one the adapter was made for."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the numbers written; merging itself is done in float32."""
+    """Precision of the numbers written; merging is done in float32."""
     forget: tuple[str, ...] = ()
-    """Forgetting rules worked into the weights, e.g. `decoder=0.5` (half of what the decoder learned is kept)."""
+    """Forgetting rules to multiply into the weights, e.g. `decoder=0.5` (keep half of what the decoder learned)."""
     strength: float = 1.0
     """Strength at which the adapter is merged."""
 
 
 def main(config: Config) -> Path:
-    """Merge, write, and say what was written; returns its path."""
+    """Merge, write, and print what was written; returns its path."""
     import torch
 
     from personalize.adapter import Adapter
@@ -61,7 +61,7 @@ def main(config: Config) -> Path:
     (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
     print(f"{output}: {len(adapter.lora) // 2} modules merged into {base}, {config.dtype}, verified")
     if single and not has_published_sizes(model):
-        print("The base has sizes of its own: graphical programs expect those of the published models.")
+        print("The base has sizes of its own; graphical programs can only read models of the published sizes.")
     return output
 
 

@@ -1,9 +1,9 @@
-"""Several adapters into one, with weights: exactly (ranks add up), or by SVD to a given rank.
+"""Merge several adapters into one as a weighted sum: exactly, with the sum of their ranks, or by SVD to a lower rank.
 
     personalize export merge my-cat some_style.safetensors --weights 1 0.6 --output cat-in-style
     personalize export merge my-cat my-dog --rank 16 --output both
 
-Writes an adapter folder, verified: LoRA files for diffusers and for the graphical programs, and a card.
+Writes and verifies an adapter folder: LoRA files for diffusers and for the graphical programs, and a model card.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Config:
     output: Path
     """Adapter folder to write; must not exist yet."""
     weights: tuple[float, ...] = ()
-    """The weight of each, in their order; by default 1 each."""
+    """The weight of each adapter, in the same order; by default 1 each."""
     rank: int | None = None
-    """Rank of the result, by SVD, the relative error is printed; by default ranks add up and nothing is lost."""
+    """Rank of the result, reached by SVD, the relative error is printed; by default the sum of the ranks, exactly."""
 
 
 def main(config: Config) -> Path:
-    """Merge, reduce, save, and say what it cost; returns the folder."""
+    """Merge, reduce the rank if asked, save, and print the relative error; returns the folder."""
     from personalize.adapter import Adapter
     from personalize.exporting import merged, require_absent, with_lower_rank
 

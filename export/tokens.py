@@ -1,9 +1,9 @@
-"""Carry learned tokens (textual inversion) out, in the forms of the graphical programs and of diffusers.
+"""Export learned tokens (textual inversion) as files for the graphical programs and for diffusers.
 
     personalize export tokens my-concepts --output embeddings
     personalize export tokens some_embedding.safetensors --layout diffusers --token "<style>" --output embeddings
 
-In graphical programs the file's name is the word to write in the prompt (ComfyUI: `embedding:name`).
+In graphical programs the file's name is the word to write in a prompt (in ComfyUI `embedding:name`).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Config:
     source: tyro.conf.Positional[Path]
-    """Adapter folder with learned tokens, or an embedding file (.safetensors) of any form."""
+    """Adapter folder with learned tokens, or a textual-inversion file (.safetensors) of any program."""
     output: Path
     """Folder to write; must not exist yet."""
     layout: Literal["both", "ui", "diffusers"] = "both"
     """ui: TOKEN.safetensors for A1111, Forge, ComfyUI, InvokeAI; diffusers: learned_embeds.safetensors; or both."""
     token: str | None = None
-    """Another word for the token, where there is only one."""
+    """Another word for the token, if there is only one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the numbers in the files."""
 
 
 def main(config: Config) -> Path:
-    """Write the files and say what is in them; returns the folder."""
+    """Write the files and print what they contain; returns the folder."""
     from personalize.exporting import DTYPES, require_absent
     from personalize.files import write_folder
     from personalize.token_files import require_token_files, token_file_contents, token_file_names
@@ -52,7 +52,7 @@ def main(config: Config) -> Path:
 
 
 def read(config: Config) -> tuple[dict[str, Rows], str | None]:
-    """The tokens and their rows, and the family where it is known."""
+    """The learned tokens with their embedding rows, and the base model's family if it is known."""
     from personalize.adapter import Adapter
     from personalize.token_files import read_concept
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from personalize.adapter import Adapter
 from personalize.cli import main
-from personalize.launching import home, load_script
+from personalize.launching import scripts_home, load_script
 from tests.tiny import tiny_folder
 
-SCRIPT = load_script(home() / "train" / "catalogue.py")
+SCRIPT = load_script(scripts_home() / "train" / "catalogue.py")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_every_row_becomes_an_adapter_and_bad_ones_show_in_the_exit_code(shop, t
 
 
 @pytest.mark.parametrize(
-    "path", sorted((home() / "configs").glob("*/catalogue.yaml")), ids=lambda path: path.parent.name
+    "path", sorted((scripts_home() / "configs").glob("*/catalogue.yaml")), ids=lambda path: path.parent.name
 )
 def test_presets_are_those_of_one_picture(path):
     single = yaml.safe_load((path.parent / "single_image.yaml").read_text()) or {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from personalize.launching import home, load_script
+from personalize.launching import scripts_home, load_script
 from personalize.lora import module_names
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.scenes import HELD_OUT_STYLE, NOUNS
@@ -63,7 +63,7 @@ def test_its_text_encoder_knows_its_own_marks(pipe):
 
 
 def test_training_can_go_on_from_it(pipe):
-    script = load_script(home() / "train" / "embedded_model.py")
+    script = load_script(scripts_home() / "train" / "embedded_model.py")
     objective = script.networks(EMBEDDED)
     assert objective.unet.dtype == torch.float32, "half precision cannot be trained on"
     for ours, theirs in ((objective.unet, pipe.unet), (objective.text_encoder, pipe.text_encoder)):

@@ -7,13 +7,13 @@ import inspect
 import pytest
 
 from personalize.concept_learning import MultiConceptConfig
-from personalize.launching import home, load_script
+from personalize.launching import scripts_home, load_script
 from personalize.learning import SingleImageConfig
 from tests.lora_states import random_adapter
 from tests.test_dragging import picture
 from tests.tiny import tiny, tiny_folder
 
-EXAMPLES = sorted((home() / "examples").glob("*.py"))
+EXAMPLES = sorted((scripts_home() / "examples").glob("*.py"))
 SHORT = SingleImageConfig(rank=2, max_train_samples=2, train_batch_size=1)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from personalize import pretraining, scenes, world
-from personalize.launching import home, load_script
+from personalize.launching import scripts_home, load_script
 from personalize.lora import module_names
 from personalize.losses import grounding
 from tests.tiny import tiny
@@ -24,7 +24,7 @@ def tokenizer():
 
 
 def script():
-    return load_script(home() / "train" / "embedded_model.py")
+    return load_script(scripts_home() / "train" / "embedded_model.py")
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from personalize.launching import home, load_script
+from personalize.launching import scripts_home, load_script
 from personalize.randomness import generator
 from personalize.scene_scorer import SceneScorer, ScorerNet
 from personalize.scenes import NOUNS, STYLES, Scene, SceneObject
 from personalize.scorer_training import NOTHING, ScorerData, ScorerObjective, degraded, labelled, rendered, transformed
 
-SCRIPT = load_script(home() / "train" / "scorer.py")
+SCRIPT = load_script(scripts_home() / "train" / "scorer.py")
 
 
 def test_cells_are_labelled_with_what_covers_them():
