@@ -220,8 +220,7 @@ def check_target(folder: str | Path) -> None:
 def kohya_file_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
     """File name of the LoRA in kohya's names: the folder's name in plain letters, which graphical programs display.
 
-    "_lora" is added if a learned token of `tokens` already has that file name, because a token's file name is the word
-    that prompts use.
+    "_lora" is added if it is the file name of one of the learned `tokens`, which is the word that prompts use.
     """
     plain = re.sub(r"[^\w.-]+", "_", folder_name).strip("._") or "adapter"
     taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem, "learned_embeds", "learned_embeds_2"}
@@ -250,9 +249,8 @@ def _saved_files(folder: Path) -> set[str]:
     """Names of the files in `folder` that an earlier save has written there."""
     names = read_json(folder / MANIFEST).get("files", []) if (folder / MANIFEST).is_file() else []
     kinds = (".safetensors", ".json", ".md", ".png")
-    return {
-        entry.name for entry in folder.glob("*") if entry.name in names and entry.suffix in kinds and entry.is_file()
-    }
+    ours = (entry for entry in folder.glob("*") if entry.name in names and entry.suffix in kinds)
+    return {entry.name for entry in ours if entry.is_file()}
 
 
 def _check_manifest(info: Mapping[str, Any], content: formats.LoraFile, folder: Path) -> None:

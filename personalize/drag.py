@@ -270,9 +270,7 @@ def _check_steps(schedule: Schedule, settings: DragSettings) -> None:
     low, high = settings.map_timesteps
     if not any(low <= step.timestep <= high for step in schedule):
         known = ", ".join(f"{step.timestep:g}" for step in schedule)
-        raise UserError(
-            f"no step is within timesteps {low} to {high}, where attention is to be read: the steps are {known}"
-        )
+        raise UserError(f"no step has a timestep in {low} to {high}, where attention is read: the steps are {known}")
 
 
 def _masks(

@@ -140,7 +140,8 @@ def notes(
         vector = [end - start for start, end in zip(handle, target, strict=True)]
         if any(vector) and rounded_length(vector) == 0:
             cell = frame.to_point((1, 1))[0]
-            sentences.append(f"drag {number} is shorter than half a latent cell (a cell is {cell:.3g} px): it moves nothing")
+            size = f"(a cell is {cell:.3g} px)"
+            sentences.append(f"drag {number} is shorter than half a latent cell {size}: it moves nothing")
         if mask is not None and not mask[int(handle[1]), int(handle[0])]:
             sentences.append(f"handle {number} lies outside the mask")
     for number, threshold in enumerate(result.thresholds, 1):

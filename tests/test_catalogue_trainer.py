@@ -14,7 +14,7 @@ from PIL import Image
 
 from personalize.adapter import Adapter
 from personalize.cli import main
-from personalize.launching import scripts_home, load_script
+from personalize.launching import load_script, scripts_home
 from tests.tiny import tiny_folder
 
 SCRIPT = load_script(scripts_home() / "train" / "catalogue.py")
@@ -65,8 +65,8 @@ def test_presets_are_those_of_one_picture(path):
 @pytest.mark.slow  # two processes that import torch anew
 def test_two_processes_share_the_rows_and_learn_what_one_does(shop, tmp_path):
     command = [sys.executable, "-m", "personalize", *line(shop, "bad.csv", tmp_path / "two"), "--num_processes", "2"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert found.returncode == 2 and "1 of 4 rows failed" in found.stderr, found.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 2 and "1 of 4 rows failed" in process.stderr, process.stderr
     results = [path.read_text().splitlines() for path in sorted((tmp_path / "two" / "results").glob("*.jsonl"))]
     assert sorted(len(rows) for rows in results) == [1, 3], "two rows and the refused one here, one row there"
     assert main(line(shop, "items.csv", tmp_path / "one")) == 0

@@ -245,5 +245,5 @@ def test_drags_that_cannot_be_done_say_why():
         dragged(model, replace(SETTINGS, map_levels=(7,)))
     with pytest.raises(UserError, match="no self-attention at levels"):
         dragged(model, replace(SETTINGS, kv_levels=(7,)))
-    with pytest.raises(UserError, match="no step is within timesteps 700 to 800.*the steps are 1, 334"):
+    with pytest.raises(UserError, match="no step has a timestep in 700 to 800.*the steps are 1, 334"):
         dragged(model, replace(SETTINGS, map_timesteps=(700, 800)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from personalize.launching import scripts_home, load_script
+from personalize.launching import load_script, scripts_home
 from personalize.lora import module_names
 from personalize.model import EMBEDDED, StableDiffusion
 from personalize.scenes import HELD_OUT_STYLE, NOUNS

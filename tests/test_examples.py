@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from personalize.concept_learning import MultiConceptConfig
-from personalize.launching import scripts_home, load_script
+from personalize.launching import load_script, scripts_home
 from personalize.learning import SingleImageConfig
 from tests.lora_states import random_adapter
 from tests.test_dragging import picture

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from personalize import pretraining, scenes, world
-from personalize.launching import scripts_home, load_script
+from personalize.launching import load_script, scripts_home
 from personalize.lora import module_names
 from personalize.losses import grounding
 from tests.tiny import tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from personalize.launching import scripts_home, load_script
+from personalize.launching import load_script, scripts_home
 from personalize.randomness import generator
 from personalize.scene_scorer import SceneScorer, ScorerNet
 from personalize.scenes import NOUNS, STYLES, Scene, SceneObject

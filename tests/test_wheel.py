@@ -51,7 +51,8 @@ def tracked(room: str) -> set[str]:
 
 def test_wheel_holds_the_package_and_the_launchable_folders_and_nothing_else(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = tracked("personalize") | {f"personalize/_launch/{name}" for room in SCRIPT_FOLDERS for name in tracked(room)}
+    launched = {f"personalize/_launch/{name}" for folder in SCRIPT_FOLDERS for name in tracked(folder)}
+    expected = tracked("personalize") | launched
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert "personalize/_launch/train/embedded_model.py" in names and "personalize/py.typed" in names
 
@@ -72,7 +73,8 @@ def test_installed_wheel_runs_from_an_empty_folder(installed: Path, tmp_path: Pa
     assert Path(file).is_relative_to(installed) and shape == "(128, 128, 3)"
     names = run("-m", "personalize", "train", "--help", cwd=tmp_path, path=installed)
     assert all(path.stem in names for path in (ROOT / "train").glob("*.py"))
-    scripts_home = run("-c", "from personalize.launching import home; print(scripts_home())", cwd=tmp_path, path=installed)
+    ask = "from personalize.launching import scripts_home; print(scripts_home())"
+    home = run("-c", ask, cwd=tmp_path, path=installed)
     assert Path(home) == installed / "personalize" / "_launch"
 
 
@@ -94,7 +96,7 @@ def test_editable_install_points_at_the_checkout_and_copies_nothing(tmp_path: Pa
 
 
 def test_checkout_uses_its_own_folders():
-    scripts_home = run("-c", "from personalize.launching import home; print(scripts_home())", cwd=ROOT, path=ROOT)
+    home = run("-c", "from personalize.launching import scripts_home; print(scripts_home())", cwd=ROOT, path=ROOT)
     assert Path(home) == ROOT
 
 
