@@ -33,7 +33,7 @@ from personalize.concept_data import ClassImage, class_pixels, content_hash
 from personalize.data import Dataset, LatentDataset, SampleShard
 from personalize.errors import UserError
 from personalize.formats import diffusers_file
-from personalize.lean import fast_paths, in_precision
+from personalize.lean import compiled_blocks, fast_paths, in_precision
 from personalize.lora import add_lora, lora_aside, lora_state, module_names
 from personalize.losses import Objective
 from personalize.model import Conditioning, StableDiffusion
@@ -52,7 +52,7 @@ from personalize.training import (
 )  # fmt: skip
 
 # settings that may change between a run and its resumption: the samples of an update and their loss stay the same
-MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing", "cuda_graph")
+MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing", "cuda_graph", "torch_compile")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 ConfigT = TypeVar("ConfigT", SingleImageConfig, MultiConceptConfig)
 ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
@@ -243,7 +243,8 @@ def single_image_run(
     """
     config = config or SingleImageConfig()
     with (
-        restored(model), in_precision(model.unet, training_dtype(model, accelerator)), fast_paths(model.unet),
+        restored(model), in_precision(model.unet, training_dtype(model, accelerator)),
+        compiled_blocks(model.unet, config.torch_compile), fast_paths(model.unet),
         gradient_checkpointing(model.unet, config.gradient_checkpointing),
     ):  # fmt: skip
         run = SingleImageRun(model, pixels, caption, config, masks, class_images, accelerator)
@@ -328,7 +329,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         return replace(prior, purpose="class ", resample=True, weights=weights)
 
     def add_adapter(self) -> None:
-        """Add a new adapter to the model, and make the objective and its optimiser."""
+        """Add a new adapter to the model, and make the objective and its optimizer."""
         model, config, conditioning, own = self.model, self.config, self.conditioning, len(self.captions)
         names = module_names(model.unet, model.family, config.targets)
         add_lora(model.unet, names, config.rank, config.alpha, config.seed)

@@ -56,7 +56,7 @@ class MemoryEstimate:
     def __str__(self) -> str:
         return (
             f"Memory, about {_readable(self.total)}: base {_readable(self.base)}, adapter with gradients "
-            f"{_readable(self.adapter + self.gradients)}, optimiser {_readable(self.optimizer)}, "
+            f"{_readable(self.adapter + self.gradients)}, optimizer {_readable(self.optimizer)}, "
             f"activations of {self.batch} sample{'s' * (self.batch > 1)} {_readable(self.activations)}"
         )
 

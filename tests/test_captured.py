@@ -113,6 +113,7 @@ def test_speed_learning_goes_through_the_static_step(monkeypatch: pytest.MonkeyP
     ("change", "reason"),
     [
         ({"gradient_checkpointing": True}, "saves random states"),
+        ({"torch_compile": True}, "not been tried on a GPU"),
         ({"use_8bit_adam": True}, "counts its steps on the host"),
         ({"early_stop_loss": 0.03}, "decides on the host"),
     ],
@@ -131,12 +132,12 @@ def test_speed_graph_equals_the_loop_on_cuda() -> None:
         part.to("cuda")
     model.alphas_cumprod = model.alphas_cumprod.cuda()
     pixels = torch.randn(1, 3, 64, 64, generator=generator(0, "picture")).clamp(-1, 1)
-    found = []
+    results = []
     for graphed in (False, True):
         config = replace(SMALL, max_train_samples=20, max_grad_norm=None, cuda_graph=graphed)
         with single_image_run(model, pixels, "a red cat", config) as run:
             losses = [float(report.losses["loss"]) for report in run.steps()]
-            found.append((losses, learned(run)))
-    assert len(found[0][0]) == 10 > captured.WARM
+            results.append((losses, learned(run)))
+    assert len(results[0][0]) == 10 > captured.WARM
     # attention's backward pass adds in no fixed order there
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-3)

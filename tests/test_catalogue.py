@@ -38,13 +38,13 @@ def shop(tmp_path):
 def pretended(monkeypatch):
     """Rows are learned in no time, and leave but a manifest with their caption; for what is about the rows alone."""
 
-    def told(model, item, shared, mixed_precision):
+    def train_row(model, item, shared, mixed_precision):
         folder = shared.output_dir / item.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).write_text(json.dumps({"caption": item.caption}))
         return {"adapter": str(folder), "caption": item.caption, "updates": 1, "loss": 0.0}
 
-    monkeypatch.setattr(catalogue, "_learned", told)
+    monkeypatch.setattr(catalogue, "_train_row", train_row)
 
 
 def table(shop, *lines, header="image,caption,name"):
@@ -147,14 +147,14 @@ def test_finished_rows_are_not_learned_again_and_changed_ones_are(shop, pretende
 
 
 def test_a_bug_in_one_row_is_its_outcome(shop, pretended, monkeypatch):
-    real = catalogue._learned
+    real = catalogue._train_row
 
     def learned_or_not(model, item, *rest):
         if item.name == "cat":
             raise RuntimeError("out of memory\nat 0x1")
         return real(model, item, *rest)
 
-    monkeypatch.setattr(catalogue, "_learned", learned_or_not)
+    monkeypatch.setattr(catalogue, "_train_row", learned_or_not)
     rows = learned(shop, table(shop, "cat.png,a cat,cat", "dog.png,a dog,dog"), load=object)
     assert rows["cat"]["reason"] == "RuntimeError: out of memory" and rows["dog"]["status"] == "done"
 
@@ -166,10 +166,10 @@ def test_a_run_killed_in_the_middle_goes_on_where_it_was(shop):
     if child == 0:
         real = Adapter.save
 
-        def save(self, folder, **told):
+        def save(self, folder, **options):
             if str(folder).endswith("dog"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, folder, **told)
+            return real(self, folder, **options)
 
         Adapter.save = save
         try:
@@ -202,11 +202,11 @@ def test_rows_are_shared_out_without_gap_or_overlap(shop, monkeypatch):
     items, _ = read_items(path, SHORT)
     taken = []
 
-    def told(model, item, *rest):
+    def train_row(model, item, *rest):
         taken.append(item.name)
         return {"adapter": "", "caption": "", "updates": 1, "loss": 0.0}
 
-    monkeypatch.setattr(catalogue, "_learned", told)
+    monkeypatch.setattr(catalogue, "_train_row", train_row)
 
     class Apart(ProcessGroup):
         """What is gathered from the others is known only as far as they have come."""

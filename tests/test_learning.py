@@ -235,8 +235,8 @@ def test_text_encoders_learn_in_the_place_of_the_source(name: str, tmp_path: Pat
         assert all(torch.equal(value, before[key]) for key, value in part.state_dict().items())
     loaded = Adapter.load(adapter.save(tmp_path / "mine"))
     with loaded.apply_text(model), torch.no_grad():  # what the encoders with the adapter say is what was saved
-        told = model.prompts([CAPTION], (64, 64))
-    assert (told.embeds - loaded.source["embeds"]).abs().max() < 1e-5  # type: ignore[index]
+        conditioning = model.prompts([CAPTION], (64, 64))
+    assert (conditioning.embeds - loaded.source["embeds"]).abs().max() < 1e-5  # type: ignore[index]
 
 
 def test_moments_of_8_bits_survive_a_checkpoint_bit_for_bit(model: StableDiffusion, tmp_path: Path) -> None:

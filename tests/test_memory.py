@@ -47,8 +47,8 @@ def test_what_an_update_takes(model, config: SingleImageConfig) -> None:
     """Measured: 1 to 4 % too much, for gradients are counted beside the activations that die as they are born."""
     base = model()
     side = base.resolution
-    shown = torch.nn.functional.interpolate(pixels(), size=(side, side))
-    with single_image_run(base, shown, CAPTION, config) as run:
+    picture = torch.nn.functional.interpolate(pixels(), size=(side, side))
+    with single_image_run(base, picture, CAPTION, config) as run:
         expected = estimate(run)
         real = allocated(run)
     assert expected.total - expected.base - expected.adapter == pytest.approx(real, rel=0.06)

@@ -134,8 +134,8 @@ def test_disendiff_e_gradient_reaches_lora_and_tokens_and_nothing_else() -> None
     with installed(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows, calibration_weight=0.01)
         given = batch(model, side=16)
-        found = gradients(objective, objective(given).total)
-        assert len(found) == 64 + 1 == len(objective.trainable())
+        gradient_by_name = gradients(objective, objective(given).total)
+        assert len(gradient_by_name) == 64 + 1 == len(objective.trainable())
         optimizer = torch.optim.AdamW(objective.groups(1e-2, 1e-2, 0.01))
         for _ in range(2):
             optimizer.zero_grad()
@@ -163,8 +163,8 @@ def test_disendiff_e_attention_alone_reaches_nineteen_tensors_at_the_first_step(
         with hooked(model.unet, [DetachedStart(), store]):
             model.predict(given["latents"], given["timesteps"], model.prompts(given["texts"]))
         nouns, modifiers = (store.of_tokens(given[key])[0] for key in ("nouns", "modifiers"))
-        found = gradients(objective, calibration(nouns, modifiers))
-        reached = [name for name, gradient in found.items() if "lora" in name and bool(gradient.any())]
+        gradient_by_name = gradients(objective, calibration(nouns, modifiers))
+        reached = [name for name, gradient in gradient_by_name.items() if "lora" in name and bool(gradient.any())]
         assert len(reached) == 19 and all(".lora_B." in name for name in reached)
         assert sum("to_k" in name for name in reached) == 10
 
@@ -174,12 +174,12 @@ def test_disendiff_e_start_mark_is_detached_and_companion() -> None:
     model = sized("sd1", 16)
     add_lora(model.unet, text_projections(model.unet), 2, 2, seed=0)
     given = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    told = model.prompts(["a cat"])
-    told = type(told)(told.embeds[:, :1].detach())
+    conditioning = model.prompts(["a cat"])
+    conditioning = type(conditioning)(conditioning.embeds[:, :1].detach())
     with hooked(model.unet, [DetachedStart()]):
-        loss = model.predict(given, 500, told).square().mean()
+        loss = model.predict(given, 500, conditioning).square().mean()
     assert not loss.requires_grad or not _reached(model, loss)
-    loss = model.predict(given, 500, told).square().mean()
+    loss = model.predict(given, 500, conditioning).square().mean()
     assert _reached(model, loss)
 
 

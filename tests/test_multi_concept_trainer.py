@@ -14,7 +14,7 @@ from personalize.concept_training import read_subjects
 from personalize.concepts import Subject
 from personalize.errors import UserError
 from personalize.launching import load_script
-from personalize.regularisation import TOLD, from_base, from_dataset, from_folder
+from personalize.regularisation import METADATA, from_base, from_dataset, from_folder
 from tests.tiny import tiny, tiny_folder
 
 ROOT = Path(__file__).parents[1]
@@ -87,8 +87,8 @@ def test_bad_options_write_nothing_and_say_so_in_one_line(
 
 
 def test_a_custom_diffusion_command_line_is_understood() -> None:
-    found = read_subjects((), "<new1>+<new2>", "photo of a <new1> cat and <new2> dog.")
-    assert found == (Subject("<new1>", "cat"), Subject("<new2>", "dog"))
+    subjects = read_subjects((), "<new1>+<new2>", "photo of a <new1> cat and <new2> dog.")
+    assert subjects == (Subject("<new1>", "cat"), Subject("<new2>", "dog"))
     with pytest.raises(UserError, match="must say <new2> once"):
         read_subjects((), "<new1>+<new2>", "photo of a <new1> cat")
 
@@ -98,9 +98,9 @@ def test_regularisation_is_drawn_once_for_the_same_wishes(tmp_path: Path, monkey
     wishes = {"size": (64, 64), "steps": 2, "cache": tmp_path}
     drawn = from_base(model, "a cat", 2, **wishes)
     assert [example.caption for example in drawn] == ["a cat"] * 2 and drawn[0].open().size == (64, 64)
-    monkeypatch.setattr("personalize.regularisation._drawn", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr("personalize.regularisation._draw", lambda *_: pytest.fail("drawn again"))
     assert from_base(model, "a cat", 2, **wishes) == drawn
-    assert len(list(tmp_path.glob(f"*/{TOLD}"))) == 1
+    assert len(list(tmp_path.glob(f"*/{METADATA}"))) == 1
 
 
 def test_regularisation_from_a_folder_and_from_a_data_set(photo: Path) -> None:

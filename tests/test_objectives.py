@@ -26,12 +26,12 @@ def test_forgedit_c18_the_source_starts_as_the_captions_encoding() -> None:
     for name in ("sd1", "sdxl"):
         model = tiny(name)
         with torch.no_grad():
-            told = model.prompts([CAPTION])
+            conditioning = model.prompts([CAPTION])
         single = objective(model)
-        assert torch.equal(single.embeds, told.embeds)
-        assert (single.pooled is None) == (told.pooled is None)
-        if told.pooled is not None:
-            assert torch.equal(single.pooled, told.pooled) and single.pooled.requires_grad  # pyright: ignore
+        assert torch.equal(single.embeds, conditioning.embeds)
+        assert (single.pooled is None) == (conditioning.pooled is None)
+        if conditioning.pooled is not None:
+            assert torch.equal(single.pooled, conditioning.pooled) and single.pooled.requires_grad  # pyright: ignore
 
 
 def test_standalone_leaves_the_source_alone() -> None:
@@ -81,8 +81,8 @@ def test_forgedit_c17_training_sees_scales_too() -> None:
 def test_masks_and_class_pictures_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_sd1()
     with torch.no_grad():
-        told = model.prompts(["a cat", "a dog"])
-    single = objective(model, prior=told[1:], prior_loss_weight=0.5)
+        conditioning = model.prompts(["a cat", "a dog"])
+    single = objective(model, prior=conditioning[1:], prior_loss_weight=0.5)
     zero = torch.zeros(2, 4, 8, 8)
     errors = torch.ones(2, 4, 8, 8)
     errors[0, :, :4], errors[1] = 3.0, 5.0

@@ -48,5 +48,5 @@ def test_a_precision_the_device_has_not_is_one_line(tmp_path: Path) -> None:
             make_accelerator(script.Config(mixed_precision="fp16", output_dir=tmp_path))
         return str(caught.value)
 
-    told, _ = in_child(refused)  # Accelerate keeps one precision to a process
-    assert told == "--mixed_precision fp16 does not work on this cpu: use bf16 or no"
+    message, _ = in_child(refused)  # Accelerate keeps one precision to a process
+    assert message == "--mixed_precision fp16 does not work on this cpu: use bf16 or no"

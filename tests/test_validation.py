@@ -46,14 +46,14 @@ def test_they_are_what_inference_gives_and_the_run_does_not_notice(text: bool, t
 
 
 def test_they_are_written_and_shown_to_trackers(tmp_path: Path) -> None:
-    shown = {}
-    tracker = SimpleNamespace(name="tensorboard", log_images=lambda values, **extra: shown.update(values, **extra))
+    logged = {}
+    tracker = SimpleNamespace(name="tensorboard", log_images=lambda values, **extra: logged.update(values, **extra))
     with single_image_run(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
         run.accelerator.trackers = [tracker]
         next(run.steps())
         paths = validate(run, options(tmp_path))
     assert [path.name for path in paths] == ["000001-0.png", "000001-1.png"] and all(p.is_file() for p in paths)
-    assert shown["validation"].shape == (2, 64, 64, 3) and (shown["step"], shown["dataformats"]) == (1, "NHWC")
+    assert logged["validation"].shape == (2, 64, 64, 3) and (logged["step"], logged["dataformats"]) == (1, "NHWC")
 
 
 def test_a_failed_one_is_a_warning_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
