@@ -1,4 +1,4 @@
-"""Running a function in a forked copy of this process: warm, and free to die or to eat memory."""
+"""Running a function in a fork of this process, which has its imports and may be killed or use much memory."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from accelerate.state import AcceleratorState
 
 
 def in_child(function, *, seconds=240):
-    """The JSON-able result of `function()` in a fork, and by how many MiB its peak memory grew.
+    """Call `function()` in a fork; returns its result, which must be JSON, and by how many MiB its peak memory grew.
 
-    Fails if the child raises, is killed, or hangs for `seconds`.
+    Fails if the child raises, is killed, or takes longer than `seconds`.
     """
-    return begun(function, seconds=seconds)()
+    return start_child(function, seconds=seconds)()
 
 
-def begun(function, *, seconds=240):
-    """As `in_child`, but started only: what it returns is to be called for the result."""
+def start_child(function, *, seconds=240):
+    """Start `function()` in a fork; returns a function that waits for it and returns what `in_child` would.
+
+    The returned function's attribute `process` is the child's process id.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not pytest's: the child dies of it
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # instead of pytest's handler, so that the alarm ends the child
         signal.alarm(seconds)
-        torch.set_num_threads(1)  # the parent's threads were not copied
+        torch.set_num_threads(1)  # a fork does not have the parent's threads
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            told = {"result": function()}
+            message = {"result": function()}
         except BaseException:
-            told = {"error": traceback.format_exc()}
-        told["grown"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        os.write(writer, json.dumps(told).encode()[:60_000])
+            message = {"error": traceback.format_exc()}
+        message["grown"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        os.write(writer, json.dumps(message).encode()[:60_000])
         os._exit(0)
     os.close(writer)
 
@@ -45,16 +48,16 @@ def begun(function, *, seconds=240):
             text = stream.read()
         _, status = os.waitpid(child, 0)
         assert text, f"the child died or hung: {os.waitstatus_to_exitcode(status)}"
-        told = json.loads(text)
-        assert "error" not in told, told.get("error")
-        return told["result"], told["grown"]
+        message = json.loads(text)
+        assert "error" not in message, message.get("error")
+        return message["result"], message["grown"]
 
     finished.process = child
     return finished
 
 
-def together(function, count):
-    """Results of `function(rank)` in `count` forks that find one another as under `accelerate launch` (gloo)."""
+def run_processes(function, count):
+    """Call `function(rank)` in `count` forks that form one process group, as under `accelerate launch`, with gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,5 +69,5 @@ def together(function, count):
         AcceleratorState._reset_state(reset_partial_state=True)
         return function(rank)
 
-    children = [begun(lambda rank=rank: run(rank)) for rank in range(count)]
+    children = [start_child(lambda rank=rank: run(rank)) for rank in range(count)]
     return [child()[0] for child in children]

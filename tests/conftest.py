@@ -1,4 +1,4 @@
-"""The default run is offline, on the CPU, and the same on a large machine as on a small one."""
+"""Settings of the whole test run: offline, and one thread for each process, so that results do not depend on cores."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import socket
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; two processes share the tests
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is first imported; several processes run the tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LOCAL = {"localhost", "127.0.0.1", "::1", "", None, socket.gethostname()}
 
 
 class NetworkUsed(RuntimeError):
-    """Something asked for the network; no OSError, so that no library takes it for a bad connection and carries on."""
+    """A test tried to use the network.  It is no OSError, which libraries would take for a failed connection."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,25 +23,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not wants_hub(config):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that tests start
+        os.environ["HF_HUB_OFFLINE"] = "1"  # in the environment, so that processes started by tests inherit it
 
 
 def pytest_collection_finish() -> None:
-    """What the imports made stays for good: not to go through it again and again spares a fifth of the time."""
+    """Exclude the objects made by imports from garbage collection, which saves a fifth of the tests' time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
 
 
 def wants_hub(config: pytest.Config) -> bool:
-    """Was the marker `hub` selected, as in `pytest -m hub`?"""
+    """Whether the marker `hub` is selected, as by `pytest -m hub`."""
     words = config.getoption("-m").replace("(", " ").replace(")", " ").split()
     return any(word == "hub" and words[index - 1 : index] != ["not"] for index, word in enumerate(words))
 
 
 @pytest.fixture(autouse=True)
 def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every connection and name look-up beyond this machine raises, except in tests marked `hub`."""
+    """Raise NetworkUsed for every connection to another machine and every name look-up, but in tests marked `hub`."""
     if request.node.get_closest_marker("hub"):
         return
 

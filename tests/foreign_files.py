@@ -1,6 +1,6 @@
-"""LoRA and embedding files as other programs write them, made by their documented rules.
+"""LoRA files as other programs write them, made by the documented rules of their formats.
 
-Nothing of `personalize.formats` or `personalize.lora_names` is used: these are what the tests read with them.
+`personalize.formats` and `personalize.lora_names` are not used, because they are what is tested with these files.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def original_names():
 
 
 def kohya_stem(module, family, *, blocks="original", nested=True):
+    """The stem of a module's keys in kohya's file.
+
+    blocks: "original" for SDXL's UNet blocks by their original names, otherwise diffusers' names.
+    nested: whether text encoder paths contain `text_model.`.
+    """
     component, path = module.split(".", 1)
     if component == "unet":
         path = original_names()[path] if family == "sdxl" and blocks == "original" else path
@@ -43,41 +48,50 @@ def kohya_stem(module, family, *, blocks="original", nested=True):
 
 
 def kohya(state, family, alphas=None, **options):
-    """kohya's file; `alphas` by module, or one for all, or None for no alpha keys."""
-    found = {}
+    """The tensors of kohya's file.
+
+    alphas: by module, one for all modules, or None to write none.  options: of `kohya_stem`.
+    """
+    tensors = {}
     for module, (a, b) in modules(state).items():
         stem = kohya_stem(module, family, **options)
-        found[f"{stem}.lora_down.weight"], found[f"{stem}.lora_up.weight"] = a, b
+        tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
         alpha = alphas.get(module) if isinstance(alphas, dict) else alphas
         if alpha is not None:
-            found[f"{stem}.alpha"] = torch.tensor(float(alpha))
-    return found
+            tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
+    return tensors
 
 
 def diffusers(state, *, attention_only=False, nested=True):
-    """Today's diffusers names; `attention_only` leaves all other modules in PEFT's: the mixed style."""
-    found = {}
+    """The tensors of diffusers' present format.
+
+    attention_only: modules other than attention have PEFT's names.
+    """
+    tensors = {}
     for module, (a, b) in modules(state).items():
         name = module if nested else module.replace(".text_model.", ".")
         attends = ".attn" in module or ".self_attn." in module
         middle = ".lora" if module.startswith("unet.") else ".lora_linear_layer"
         down, up = (f"{middle}.down", f"{middle}.up") if attends or not attention_only else (".lora_A", ".lora_B")
-        found[f"{name}{down}.weight"], found[f"{name}{up}.weight"] = a, b
-    return found
+        tensors[f"{name}{down}.weight"], tensors[f"{name}{up}.weight"] = a, b
+    return tensors
 
 
 def old_diffusers(state):
-    """The names of diffusers' former attention processors, for attention modules."""
-    found = {}
+    """The tensors of diffusers' former format, of attention processors, for a LoRA on attention modules alone."""
+    tensors = {}
     for module, (a, b) in modules(state).items():
         head, _, last = module.removesuffix(".0").rpartition(".")
         name = f"{head}.processor.{last}_lora" if head.startswith("unet.") else f"{head}.{OLD_TEXT[last]}_lora"
-        found[f"{name}.down.weight"], found[f"{name}.up.weight"] = a, b
-    return found
+        tensors[f"{name}.down.weight"], tensors[f"{name}.up.weight"] = a, b
+    return tensors
 
 
-def uneven(state, seed=0):
-    """The same LoRA with ranks cut to 1 … r and an alpha per module, as kohya's resize leaves them; and the truth."""
+def with_uneven_ranks(state, seed=0):
+    """A LoRA with ranks cut to 1 … r and an alpha for each module, as kohya's resize script makes them.
+
+    Returns its state, its alphas by module, and the true ΔW by module.
+    """
     cut, alphas, truth = {}, {}, {}
     for number, (module, (a, b)) in enumerate(modules(state).items()):
         rank = 1 + (number + seed) % len(a)
@@ -93,7 +107,11 @@ def save(path, tensors, metadata=None):
 
 
 def small_state(family="sd1", rank=4, width=8, text=False, want=lambda path: ".attn" in path):
-    """A LoRA on the modules of `family`'s UNet at a tiny width, with the family's text width where it tells."""
+    """A random LoRA of a tiny width on the wanted modules of `family`'s UNet.
+
+    Keys and values of cross-attention have the family's true text width, by which readers recognise the family.
+    text: also some modules of the text encoders.
+    """
     text_width = {"sd1": 768, "sd2": 1024, "sdxl": 2048}[family]
     state = {}
     for number, (path, layer) in enumerate(empty_unet(family).named_modules()):

@@ -1,4 +1,4 @@
-"""Random LoRAs for the tests of formats, verify and adapter."""
+"""Random LoRAs and adapters for tests, and what a model predicts with them."""
 
 import re
 
@@ -9,7 +9,7 @@ from personalize.randomness import generator
 
 
 def paths(module, want=lambda path: True):
-    """Paths of linear layers and convolutions, with each path's weight shape."""
+    """The weight shapes of the wanted linear layers and convolutions of `module`, by path."""
     layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     return {path: layer.weight.shape for path, layer in layers.items() if want(path)}
 
@@ -28,7 +28,7 @@ def random_lora(shapes, component="unet", rank=4, seed=0, spread=0.1):
 
 
 def text_lora(model, **options):
-    """A LoRA on every attention and mlp layer of every text encoder."""
+    """A random LoRA on every attention and MLP layer of every text encoder."""
     state = {}
     for component, encoder in zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False):
         state |= random_lora(paths(encoder, lambda path: ".layers." in path), component, **options)
@@ -43,8 +43,11 @@ def predict(model, seed=0):
         return model.predict(latents, 500, model.prompts(["a photo of a cat"]))
 
 
-def added(model, adapter):
-    """The prediction after ΔW was added, by hand, to every weight of `model`: what each way of loading must give."""
+def predict_with_delta(model, adapter):
+    """`predict` after adding the adapter's ΔW to the weights of `model`, which stay changed.
+
+    This is what every way of loading the adapter must give.
+    """
     parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
     stems = {key.removesuffix(".lora_A.weight") for key in adapter.lora if key.endswith(".lora_A.weight")}
     for part, module in parts.items():
@@ -72,17 +75,17 @@ def EVERYTHING(path):
 
 
 def SHALLOW(path):
-    """All but the further transformer blocks of an attention: every kind of name, a third of SDXL's modules."""
+    """All modules but those of second and further transformer blocks: every kind of name, a third of SDXL's modules."""
     return not re.search(r"transformer_blocks\.[1-9]", path)
 
 
 def FEW(path):
-    """Something of every block and of every kind that forgetting rules tell apart; quick to put into a UNet."""
+    """Some modules of every block and of every kind that forgetting rules distinguish; fast to add to a UNet."""
     return path.endswith((".to_k", ".conv1"))
 
 
 def random_adapter(model, rank=4, seed=0, want=FEW):
-    """An adapter with source embedding on those single-image modules of `model` that are wanted; its effect shows."""
+    """A random adapter with a source embedding on the wanted single-image modules of `model`; its effect is visible."""
     from personalize.adapter import Adapter
     from personalize.lora import module_names
 

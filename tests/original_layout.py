@@ -1,4 +1,4 @@
-"""The names that original Stable Diffusion checkpoints give to the weights of a diffusers model, for tests."""
+"""Original Stable Diffusion checkpoints for tests, made from diffusers models by renaming their weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPEN_CLIP = {
 
 
 def original_layout(model: Any) -> dict[str, Tensor]:
-    """All weights of a `StableDiffusion` as one original checkpoint would hold them."""
+    """All weights of a `StableDiffusion` model, named and laid out as in one original checkpoint."""
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in unet_layout(model.unet).items()}
     state |= {f"first_stage_model.{name}": tensor for name, tensor in vae_layout(model.vae).items()}
     if model.family == "sd1":
@@ -40,6 +40,7 @@ def original_layout(model: Any) -> dict[str, Tensor]:
 
 
 def unet_layout(unet: torch.nn.Module) -> dict[str, Tensor]:
+    """The UNet's weights by their original names, in which all blocks of a side are numbered in one sequence."""
     state = unet.state_dict()
     attends = {name.split(".attentions")[0] for name in state if ".attentions." in name}
     return {_unet_name(name, attends): tensor for name, tensor in state.items()}
@@ -49,9 +50,9 @@ def _unet_name(name: str, attends: set[str]) -> str:
     if ".resnets." in name:
         name = _replaced(name, RESNET)
     name = _replaced(name, UNET)
-    if not (found := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)):
+    if not (match := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)):
         return name
-    side, block, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+    side, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     first = 3 * block + (1 if side == "down" else 0)
     group = "input_blocks" if side == "down" else "output_blocks"
     if kind == "downsamplers":
@@ -62,12 +63,13 @@ def _unet_name(name: str, attends: set[str]) -> str:
 
 
 def vae_layout(vae: torch.nn.Module) -> dict[str, Tensor]:
+    """The autoencoder's weights by their original names, in which the decoder's blocks are numbered from the last."""
     last = len(vae.config.block_out_channels) - 1
 
     def renamed(name: str) -> str:
-        name = re.sub(r"decoder\.up_blocks\.(\d+)", lambda found: f"decoder.up.{last - int(found[1])}", name)
+        name = re.sub(r"decoder\.up_blocks\.(\d+)", lambda match: f"decoder.up.{last - int(match[1])}", name)
         name = re.sub(r"encoder\.down_blocks\.(\d+)", r"encoder.down.\1", name)
-        name = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+        name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
         names = {".resnets.": ".block.", ".downsamplers.0": ".downsample", ".upsamplers.0": ".upsample"}
         return _replaced(name, names | {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut"})
 
@@ -75,17 +77,19 @@ def vae_layout(vae: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def clip_layout(encoder: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights as SD 1.x and SDXL have them."""
     return {f"{prefix}text_model.{name}": tensor for name, tensor in _bare(encoder).items()}
 
 
 def open_clip_layout(encoder: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
+    """An OpenCLIP text encoder's weights as SD 2.x and SDXL have them: one matrix for queries, keys and values."""
     state: dict[str, Tensor] = {}
     for name, tensor in _bare(encoder).items():
         if name == "text_projection.weight":
             state["text_projection"] = tensor.T
-        elif found := re.match(r"(.*self_attn)\.q_proj\.(\w+)", name):
-            parts = [_bare(encoder)[f"{found[1]}.{letter}_proj.{found[2]}"] for letter in "qkv"]
-            state[_replaced(f"{found[1]}.in_proj_{found[2]}", OPEN_CLIP)] = torch.cat(parts)
+        elif match := re.match(r"(.*self_attn)\.q_proj\.(\w+)", name):
+            parts = [_bare(encoder)[f"{match[1]}.{letter}_proj.{match[2]}"] for letter in "qkv"]
+            state[_replaced(f"{match[1]}.in_proj_{match[2]}", OPEN_CLIP)] = torch.cat(parts)
         elif not re.search(r"self_attn\.[kv]_proj", name):
             state[_replaced(name, OPEN_CLIP)] = tensor
     return {prefix + name: tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""Tiny models that behave near a picture as trained ones do, and a picture for them."""
+"""Tiny models that respond to latents and text roughly as trained ones do, and a picture for them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ SPREAD = {"sd1": 0.05, "sd2v": 0.1, "sdxl": 0.05}
 
 
 def gentle(name: str = "sd1") -> StableDiffusion:
-    """Answers weakly, so that neighbouring latents get like answers; but ten times as much by what the text says.
+    """A tiny model with a small output, scaled so that inversion works, on which the text has ten times the effect.
 
-    Random networks are all but deaf to text, and steer by themselves: inversion would be noise, and controls no change.
+    With plain random weights neighbouring latents would get unrelated predictions, so that inversion gives noise, and
+    prompts would hardly have an effect, so that an edit changes nothing.
     """
     model = tiny(name)
     with torch.no_grad():
@@ -33,12 +34,12 @@ def gentle(name: str = "sd1") -> StableDiffusion:
 
 @cache
 def shared(name: str = "sd1") -> StableDiffusion:
-    """`gentle`, for tests that alter nothing."""
+    """`gentle`, cached, for tests that do not alter the model."""
     return gentle(name)
 
 
 def smooth() -> torch.Tensor:
-    """Pixels (1, 3, 32, 32) of soft waves."""
+    """Pixels (1, 3, 32, 32) in [−1, 1] of smooth waves."""
     x = torch.linspace(-1, 1, SIZE[0])
     r, c = x[:, None], x[None]
     return torch.stack([torch.sin(3 * r + 2 * c), torch.cos(4 * c * r), torch.tanh(2 * r * c)])[None]
@@ -48,5 +49,6 @@ def photo(width: int = 32, height: int = 32) -> Image.Image:
     return to_image(smooth()).resize((width, height))
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error ‖value − expected‖ / ‖expected‖."""
+    return float((value - expected).norm() / expected.norm())

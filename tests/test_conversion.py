@@ -15,7 +15,7 @@ from personalize.formats import diffusers_file, read_lora
 from personalize.reader_names import ReaderKeys
 from personalize.token_files import read_concept
 from personalize.verify import verify_file
-from tests.foreign_files import delta, diffusers, kohya, modules, old_diffusers, save, small_state, uneven
+from tests.foreign_files import delta, diffusers, kohya, modules, old_diffusers, save, small_state, with_uneven_ranks
 from tests.lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
 from tests.tiny import tiny
 
@@ -62,7 +62,7 @@ def foreign(tmp_path, family, targets, text, kind):
     model = tiny(TOPOLOGIES[family])
     state = random_lora(paths(model.unet, TARGETS[targets])) | (text_lora(model) if text else {})
     if kind == "mixed":
-        state, alphas, truth = uneven(state)
+        state, alphas, truth = with_uneven_ranks(state)
     else:
         alphas, truth = 1.0, {module: delta(a, b, 1 / 4) for module, (a, b) in modules(state).items()}
     about = {"ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[family]}

@@ -13,7 +13,7 @@ from personalize.cli import main
 from personalize.files import read_tensors
 from personalize.formats import read_lora
 from personalize.model import StableDiffusion
-from tests.lora_states import added, paths, predict, random_lora
+from tests.lora_states import paths, predict, predict_with_delta, random_lora
 from tests.tiny import tiny, tiny_folder
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_merge_and_checkpoint(place, tmp_path, capsys):
     code, said = run(capsys, "checkpoint", tmp_path / "both", "--strength", "2", "--output", tmp_path / "model")
     assert code == 0 and "merged into" in said
     cat = Adapter.load(place / "cat")
-    expected = added(tiny("sd1"), replace(cat, alpha=cat.alpha * 2))
+    expected = predict_with_delta(tiny("sd1"), replace(cat, alpha=cat.alpha * 2))
     found = predict(StableDiffusion.load(tmp_path / "model", device="cpu"))
     assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
     code, said = run(capsys, "checkpoint", place / "cat", "--output", tmp_path / "one.safetensors")

@@ -19,9 +19,9 @@ from tests.lora_states import (
     ATTENTION,
     EVERYTHING,
     TRANSFORMER,
-    added,
     paths,
     predict,
+    predict_with_delta,
     random_adapter,
     random_lora,
     text_lora,
@@ -70,7 +70,7 @@ def lost(tmp_path, name, want, text, layout):
     adapter = make(model, want, text)
     path = export_lora(adapter, tmp_path / "out", layout)
     found = through_peft(name, path) if layout == "peft" else compare_through_diffusers(model, path)
-    expected = added(model, adapter)
+    expected = predict_with_delta(model, adapter)
     assert difference(predict(tiny(name)), expected) > 0.01
     return difference(found, expected)
 
@@ -138,7 +138,7 @@ def test_half_precision(tmp_path):
     adapter = make(model, KEYS, False)
     half = export_lora(adapter, tmp_path / "h.safetensors", "kohya", torch.float16)
     assert {tensor.dtype for tensor in read_tensors(half).tensors.values()} == {torch.float16}
-    assert difference(compare_through_diffusers(model, half), added(model, adapter)) < CLOSE_FP16
+    assert difference(compare_through_diffusers(model, half), predict_with_delta(model, adapter)) < CLOSE_FP16
 
 
 def test_a_lower_rank_loses_what_it_says(tmp_path):
@@ -166,8 +166,8 @@ def test_merging_adds_up_and_says_of_what(tmp_path):
     both = merged([first, second], [0.5, -1.0], ["one", "two"])
     folder = both.save(tmp_path / "both")
     expected = tiny("sd1")
-    added(expected, replace(first, alpha=first.alpha * 0.5))
-    assert difference(compare_through_diffusers(model, folder / "both.safetensors"), added(expected, negative(second))) < CLOSE
+    predict_with_delta(expected, replace(first, alpha=first.alpha * 0.5))
+    assert difference(compare_through_diffusers(model, folder / "both.safetensors"), predict_with_delta(expected, negative(second))) < CLOSE
     found = Adapter.load(folder)
     assert found.rank == 8 and found.info["merged_from"][1] == {"name": "two", "weight": -1.0}
     assert found.concepts.keys() == {"<a>"} and found.info["caption"] == "a cat"

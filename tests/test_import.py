@@ -10,7 +10,7 @@ from personalize.adapter import Adapter
 from personalize.editor import Editor, Sampling
 from personalize.errors import UserError
 from personalize.sampling import initial_latents
-from tests.foreign_files import diffusers, kohya, save, uneven
+from tests.foreign_files import diffusers, kohya, save, with_uneven_ranks
 from tests.lora_states import ATTENTION, paths, random_lora, text_lora
 from tests.tiny import tiny
 
@@ -59,7 +59,7 @@ def test_a_kohya_file_with_text_encoders_draws_what_diffusers_draws(tmp_path, na
 def test_uneven_and_mixed_files_are_edited_with_rightly(tmp_path):
     model = tiny("sd1")
     state = random_lora(paths(model.unet, lambda path: ATTENTION(path) or path == "conv_in"))
-    cut, alphas, _ = uneven(state)
+    cut, alphas, _ = with_uneven_ranks(state)
     file = save(tmp_path / "uneven.safetensors", kohya(cut, "sd1", alphas))
     lora = formats.read_lora(file)
     (tmp_path / "even.safetensors").write_bytes(formats.diffusers_file(lora.state, lora.alpha))

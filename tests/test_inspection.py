@@ -11,7 +11,7 @@ from personalize import coverage, inspection, layouts
 from personalize.errors import UserError
 from personalize.formats import diffusers_file, kohya_file, kohya_metadata
 from personalize.inspection import inspect_file, report
-from tests.foreign_files import diffusers, kohya, modules, old_diffusers, save, small_state, uneven
+from tests.foreign_files import diffusers, kohya, modules, old_diffusers, save, small_state, with_uneven_ranks
 
 Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 SDXL_METADATA = {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
@@ -89,7 +89,7 @@ def test_missing_text_model_is_reported(tmp_path, state):
 
 
 def test_uneven_alphas_and_ranks_are_reported_as_unreadable_for_diffusers(tmp_path, state):
-    cut, alphas, _ = uneven(state)
+    cut, alphas, _ = with_uneven_ranks(state)
     found = inspected(tmp_path, kohya(cut, "sd1", alphas))
     assert sum("alphas or ranks differ" in problem for problem in found.problems) == 2
     assert verdicts(found)["diffusers"] == "no" and verdicts(found)["A1111"] == "yes"

@@ -19,7 +19,7 @@ from personalize.data import LatentDataset
 from personalize.files import read_tensors, tensor_bytes, write_file
 from personalize.learning import SingleImageRun, single_image_run
 from personalize.recipes import SingleImageConfig
-from tests.children import begun, in_child, together
+from tests.children import in_child, run_processes, start_child
 from tests.test_learning import CAPTION, pixels
 from tests.tiny import tiny_sd1
 
@@ -70,7 +70,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(model, tmp_path: Pa
     seen = set()
     for number in range(count):
         folder = tmp_path / f"broken-{number}"
-        child = begun(lambda folder=folder: trained(model, folder))
+        child = start_child(lambda folder=folder: trained(model, folder))
         time.sleep(length * (number + draw.random()) / count)  # a moment in each part of the run
         os.kill(child.process, signal.SIGKILL)  # pyright: ignore[reportFunctionMemberAccess]
         os.waitpid(child.process, 0)  # pyright: ignore[reportFunctionMemberAccess]
@@ -94,7 +94,7 @@ def test_two_processes_learn_what_one_learns_from_the_doubled_batch(model, tmp_p
                 written(run, tmp_path / name)
         return [drawn, losses, run.shard.samples]
 
-    ranks = together(lambda rank: learned(f"rank{rank}", config), 2)
+    ranks = run_processes(lambda rank: learned(f"rank{rank}", config), 2)
     (drawn, losses, samples), _ = in_child(lambda: learned("one", replace(config, train_batch_size=4)))
     first, second = ({tuple(key) for key in rank[0]} for rank in ranks)
     assert first and second and not first & second and first | second == {tuple(key) for key in drawn}

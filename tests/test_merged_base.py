@@ -15,7 +15,7 @@ from personalize.errors import UserError
 from personalize.loading import checkpoint_kind
 from personalize.merged_base import export_folder, export_single_file, has_published_sizes, merged_weights
 from personalize.model import StableDiffusion
-from tests.lora_states import EVERYTHING, added, paths, predict, random_lora, text_lora
+from tests.lora_states import EVERYTHING, paths, predict, predict_with_delta, random_lora, text_lora
 from tests.tiny import tiny, tiny_folder
 
 CLOSE = 1e-5  # of the output's scale: merged weights and a LoRA branch add the same products in another order, in fp32
@@ -74,7 +74,7 @@ def test_a_single_file_draws_what_the_adapter_draws(name, tmp_path, tiny_configs
     assert loaded.prediction_type == model.prediction_type
     latents = torch.linspace(-1, 1, 4 * 16 * 16).reshape(1, 4, 16, 16)
     assert torch.equal(loaded.decode(latents), model.decode(latents))
-    expected = added(model, adapter)
+    expected = predict_with_delta(model, adapter)
     assert difference(before, expected) > 0.01 and difference(predict(loaded), expected) < CLOSE
     cls = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
     tokenizers = {"tokenizer": model.tokenizers[0]} | ({"tokenizer_2": model.tokenizers[1]} if name == "sdxl" else {})
@@ -91,7 +91,7 @@ def test_a_folder_draws_what_the_adapter_draws(name, tmp_path):
     weights = merged_weights(model, adapter)
     folder = export_folder(model, weights, tmp_path / "model")
     half = export_folder(model, weights, tmp_path / "half", torch.float16)
-    expected = added(tiny(name), adapter)
+    expected = predict_with_delta(tiny(name), adapter)
     assert difference(predict(StableDiffusion.load(folder, device="cpu")), expected) < CLOSE
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert difference(predict(StableDiffusion.from_pipeline(pipe)), expected) < CLOSE

@@ -35,7 +35,7 @@ def test_true_results_are_right_and_the_unchanged_source_is_not(tmp_path, monkey
     assert "4 of 4" in text and "0 of 4" in text and "base: 1 of 1 scenes" in text
 
 
-def test_shares_of_the_decoder_are_drawn_from_the_same_adapter_and_told_apart(tmp_path, monkeypatch):
+def test_shares_of_the_decoder_are_drawn_from_the_same_adapter_and_judged_separately(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "SAMPLING", Sampling(steps=1))
     model = tiny("sd1")
     random_adapter(model).save(tmp_path / "scene-0" / "adapter")

@@ -38,13 +38,13 @@ def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
 def test_a_backward_pass_counts_as_two_predictions():
     model = shared()
     latents = torch.zeros(2, 4, 8, 8)
-    told = model.prompts(["a cat", "a dog"])
+    prompts = model.prompts(["a cat", "a dog"])
     with counted_unet_rows(model) as units:
         with torch.no_grad():
-            model.predict(latents, 500, told)
-        model.predict(latents, 500, told)  # the text encoder's answer carries a gradient only if it is trained
-        told.embeds.detach_().requires_grad_(True)
-        model.predict(latents, 500, told).sum()
+            model.predict(latents, 500, prompts)
+        model.predict(latents, 500, prompts)  # the text encoder's answer carries a gradient only if it is trained
+        prompts.embeds.detach_().requires_grad_(True)
+        model.predict(latents, 500, prompts).sum()
     assert units == [2, 2, 6]
 
 

@@ -43,7 +43,7 @@ def test_forgedit_c32_lpips_of_a_picture_with_itself_is_zero(monkeypatch):
     """With a random backbone: the trained one is fetched, and the identity holds for any."""
     lpips = pytest.importorskip("lpips")
     original = lpips.LPIPS
-    monkeypatch.setattr(lpips, "LPIPS", lambda **told: original(**told, pretrained=False, pnet_rand=True))
+    monkeypatch.setattr(lpips, "LPIPS", lambda **options: original(**options, pretrained=False, pnet_rand=True))
     same, other = identity_distance("alex")(GRADIENT, [GRADIENT, RED])
     assert same == 0 and other > 0
 

@@ -31,10 +31,10 @@ def learned(model):
     return learn_full(model, pixels, "a photo of a cat", 1e-3, samples=4, batch=2)
 
 
-def output(model, told=None):
+def output(model, conditioning=None):
     noise = torch.randn(1, 4, 16, 16, generator=generator(1, "test/latents"))
     with torch.no_grad():
-        return model.predict(noise, 300, told or model.prompts(["a cat"]))
+        return model.predict(noise, 300, conditioning or model.prompts(["a cat"]))
 
 
 @pytest.mark.skipif(not judge.WEIGHTS.is_file(), reason="the judge's weights are not here")

@@ -1,4 +1,4 @@
-"""Tiny random base models of each family's topology, built offline in a moment and cached for the session."""
+"""Tiny base models with random weights and the topology of each family, built offline and cached for the session."""
 
 from __future__ import annotations
 
@@ -28,49 +28,49 @@ GROUPS = 8
 
 
 def tiny_sd1() -> StableDiffusion:
-    """SD 1.x in miniature: 216 single-image LoRA modules, ε prediction, 64 px, latents 16×16×4, text width 32."""
+    """A tiny SD 1.x: 216 single-image LoRA modules, ε prediction, 64 px, latents 16×16×4, text width 32."""
     return tiny("sd1")
 
 
 def tiny_sd2v() -> StableDiffusion:
-    """SD 2.x in miniature: linear projections, heads that grow with width, v prediction, text width 48."""
+    """A tiny SD 2.x: linear projections, more heads in wider blocks, v prediction, text width 48."""
     return tiny("sd2v")
 
 
 def tiny_sdxl() -> StableDiffusion:
-    """SDXL in miniature: stages of 0, 2 and 3 transformer blocks, two text encoders, pooled embedding, time ids."""
+    """A tiny SDXL: stages of 0, 2 and 3 transformer blocks, two text encoders, pooled embedding, time ids."""
     return tiny("sdxl")
 
 
 def tiny(name: str) -> StableDiffusion:
-    """A fresh copy that a test may alter."""
+    """A new copy of the tiny model `name` in NAMES, which a test may alter."""
     return StableDiffusion.from_pipeline(tiny_pipeline(name), name=f"tiny-{name}")
 
 
 def tiny_pipeline(name: str) -> Any:
-    """A fresh stock pipeline `name` in NAMES, frozen, fp32, on the CPU."""
+    """A new copy of the diffusers pipeline `name` in NAMES, frozen, fp32, on the CPU."""
     pipe = _built(name)
-    copies = {key: _twin(part) if key == "unet" else deepcopy(part) for key, part in pipe.components.items()}
+    copies = {key: _fast_copy(part) if key == "unet" else deepcopy(part) for key, part in pipe.components.items()}
     extra = {"requires_safety_checker": False} if name != "sdxl" else {"add_watermarker": False}
     return type(pipe)(**copies, **extra)
 
 
-def _twin(module: Module) -> Module:
-    """deepcopy(module) in a fraction of the time, for modules that hold nothing but settings, weights and modules."""
-    twin = module.__new__(type(module))
-    held = vars(twin)
+def _fast_copy(module: Module) -> Module:
+    """deepcopy(module) in a fraction of the time, for modules that have only settings, weights and submodules."""
+    copy = module.__new__(type(module))
+    attributes = vars(copy)
     for key, value in vars(module).items():
-        held[key] = value.copy() if type(value) in (dict, OrderedDict, set) else value
+        attributes[key] = value.copy() if type(value) in (dict, OrderedDict, set) else value
     for key, weight in module._parameters.items():
         if weight is not None:
-            held["_parameters"][key] = Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            attributes["_parameters"][key] = Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     for key, child in module._modules.items():
-        held["_modules"][key] = None if child is None else _twin(child)
-    return twin
+        attributes["_modules"][key] = None if child is None else _fast_copy(child)
+    return copy
 
 
 def tiny_folder(name: str, path: str | Path) -> Path:
-    """The diffusers folder of `name` in NAMES, written below `path`."""
+    """Write the tiny model `name` in NAMES as a diffusers folder below `path`; returns the folder."""
     folder = Path(path) / f"tiny-{name}"
     tiny_pipeline(name).save_pretrained(folder)
     return folder
@@ -81,7 +81,7 @@ def _built(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(NAMES.index(name))
         pipe = {"sd1": _sd1, "sd2v": _sd2v, "sdxl": _sdxl}[name]()
-        _enliven(pipe.unet)
+        _scale_up(pipe.unet)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -89,8 +89,8 @@ def _built(name: str) -> Any:
     return pipe
 
 
-def _enliven(unet: UNet2DConditionModel) -> None:
-    """Scale a fresh UNet so that it answers in unit size and listens to its text; fresh weights hardly do either."""
+def _scale_up(unet: UNet2DConditionModel) -> None:
+    """Scale a random UNet's weights so that its output is of about unit size, and the text has a visible effect."""
     with torch.no_grad():
         unet.conv_out.weight.mul_(4)
         for key, parameter in unet.named_parameters():

@@ -22,6 +22,7 @@ SIDE = 32
 
 
 def clip_folder(place: Path) -> Path:
+    """Save a tiny CLIP model and its processor below `place`; returns the folder."""
     tokenizer = build_tokenizer(WORDS)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**small, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
@@ -38,6 +39,7 @@ def clip_folder(place: Path) -> Path:
 
 
 def dino_folder(place: Path) -> Path:
+    """Save a tiny DINOv2 model and its processor below `place`; returns the folder."""
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=SIDE, patch_size=8
     )
