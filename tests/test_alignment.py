@@ -114,22 +114,22 @@ def test_swaps_that_do_not_fit_are_refused(swaps):
 
 
 def test_words_are_found_by_their_characters():
-    told = tokenize_prompt(model(), "A red Cat, sitting on  the unicorns and a cat")
-    assert [word.text for word in told.words] == "a red cat , sitting on the unicorns and a cat".split()
-    assert told.find("cat") == [(3,), (18,)] and told.find("CAT,") == [(3, 4)]
-    assert told.find("unicorns") == [tuple(range(8, 16))]  # spelled out, letter by letter
-    assert told.find("red cat") == [(2, 3)]
-    assert told.ids[0] == 567 and len(told.ids) == 20
+    prompt_tokens = tokenize_prompt(model(), "A red Cat, sitting on  the unicorns and a cat")
+    assert [word.text for word in prompt_tokens.words] == "a red cat , sitting on the unicorns and a cat".split()
+    assert prompt_tokens.find("cat") == [(3,), (18,)] and prompt_tokens.find("CAT,") == [(3, 4)]
+    assert prompt_tokens.find("unicorns") == [tuple(range(8, 16))]  # spelled out, letter by letter
+    assert prompt_tokens.find("red cat") == [(2, 3)]
+    assert prompt_tokens.ids[0] == 567 and len(prompt_tokens.ids) == 20
 
 
 def test_a_word_that_is_not_there_names_the_nearest():
-    told = tokenize_prompt(model(), "a cat on the beach")
+    prompt_tokens = tokenize_prompt(model(), "a cat on the beach")
     with pytest.raises(
         UserError, match="the word 'beech' is not in the prompt 'a cat on the beach': did you mean beach"
     ):
-        told.find("beech")
+        prompt_tokens.find("beech")
     with pytest.raises(UserError, match="its words are a, cat, on, the, beach"):
-        told.find("xylophone")
+        prompt_tokens.find("xylophone")
 
 
 def test_prompts_of_more_than_77_tokens_are_refused_and_77_are_not():
@@ -141,8 +141,9 @@ def test_prompts_of_more_than_77_tokens_are_refused_and_77_are_not():
 def test_learned_tokens_of_several_vectors_are_one_word():
     base = model()
     with installed(base, {"<cat1>": {"text_encoder": torch.zeros(2, 32)}}):
-        told = tokenize_prompt(base, "a <cat1> cat")
-        assert told.find("<cat1>") == [(2,)] and told.find("cat") == [(4,)] and len(told.ids) == 6
+        prompt_tokens = tokenize_prompt(base, "a <cat1> cat")
+        assert prompt_tokens.find("<cat1>") == [(2,)] and prompt_tokens.find("cat") == [(4,)]
+        assert len(prompt_tokens.ids) == 6
 
 
 def test_words_that_differ_are_swapped():
@@ -154,11 +155,11 @@ def test_words_that_differ_are_swapped():
 
 
 def test_swapped_prompts():
-    told = tokenize_prompt(model(), "a cat and a Cat on a category")
-    assert swap_words(told, [("cat", "red dog")]) == "a red dog and a red dog on a category"
-    assert swap_words(told, [("cat", "fox"), ("a cat", "the cat")]) == "the cat and the cat on a category"
+    prompt_tokens = tokenize_prompt(model(), "a cat and a Cat on a category")
+    assert swap_words(prompt_tokens, [("cat", "red dog")]) == "a red dog and a red dog on a category"
+    assert swap_words(prompt_tokens, [("cat", "fox"), ("a cat", "the cat")]) == "the cat and the cat on a category"
     with pytest.raises(UserError, match="the word 'dog' is not in the prompt"):
-        swap_words(told, [("dog", "cat")])
+        swap_words(prompt_tokens, [("dog", "cat")])
 
 
 def test_phrases_are_swapped_at_once_also_for_words_that_stand_there_already():

@@ -21,7 +21,7 @@ BAD = {"copy": Scores(0.1, 0.9, 0.05), "lost": Scores(0.9, 0.2, 0.9), "neither":
 
 
 class Fixed:
-    """A scorer that says of the n-th picture what it is told to."""
+    """A scorer that says of the n-th picture what the test gives it."""
 
     name, copy_distance, lost_distance = "fixed", 0.25, 0.65
 

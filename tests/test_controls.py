@@ -41,7 +41,7 @@ def maps(rows=2, length=77, seed=0):
     return torch.rand(rows, 2, 16, length, generator=torch.Generator().manual_seed(seed)).softmax(-1)
 
 
-def told(text):
+def tokenized(text):
     return tokenize_prompt(shared(), text)
 
 
@@ -106,12 +106,12 @@ def test_several_targets_have_alignments_of_their_own():
 
 
 def test_auto_replaces_where_it_can():
-    assert align(told(SOURCE), told(TARGET), 77).mode == "replace"
-    refined = align(told(SOURCE), told(TARGET), 77, ControlSettings("refine"))
+    assert align(tokenized(SOURCE), tokenized(TARGET), 77).mode == "replace"
+    refined = align(tokenized(SOURCE), tokenized(TARGET), 77, ControlSettings("refine"))
     assert refined.mode == "refine" and refined.own.nonzero().flatten().tolist() == [3]
     with pytest.raises(UserError, match="use mode refine"):
-        align(told(SOURCE), told("a dog"), 77, ControlSettings("replace"))
-    phrase = align(told("a cat on snow"), told("a red dog on snow"), 77, swaps=[((2,), (2, 3))])
+        align(tokenized(SOURCE), tokenized("a dog"), 77, ControlSettings("replace"))
+    phrase = align(tokenized("a cat on snow"), tokenized("a red dog on snow"), 77, swaps=[((2,), (2, 3))])
     assert phrase.mode == "replace" and phrase.matrix[2, 2:4].tolist() == [0.5, 0.5]
 
 

@@ -175,12 +175,12 @@ def test_dpl_c06_one_step_lowers_the_loss_and_touches_only_the_nouns(name: str):
     plain = model.prompts([PROMPT], SIZE)
     side = 8 if name == "sdxl" else 16
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half()[:side, 8 - side // 2 :][:, :side], EAGER, SIZE)
-    told = fit(step_of(model), latents())
+    conditioning = fit(step_of(model), latents())
     first, last = fit.result.first_losses[0], fit.result.last_losses[0]
     assert sum(vars(last).values()) < 0.9 * sum(vars(first).values())
     assert last.disjoint < first.disjoint and last.background < first.background
-    assert not torch.equal(told.embeds[:, 2:], plain.embeds[:, 2:]) and torch.equal(
-        told.embeds[:, :2], plain.embeds[:, :2]
+    assert not torch.equal(conditioning.embeds[:, 2:], plain.embeds[:, 2:]) and torch.equal(
+        conditioning.embeds[:, :2], plain.embeds[:, :2]
     )
     for part, module in (("unet", model.unet), ("text", model.text_encoders[0])):
         assert all(torch.equal(value, states[part][key]) for key, value in module.state_dict().items())
@@ -212,11 +212,12 @@ def test_dpl_c06_steps_start_where_the_last_one_ended_and_stop_when_good_enough(
 def test_dpl_c06_without_losses_or_updates_it_is_null_text_alone(settings: DynamicSettings):
     """To the bit: rows are those of the table, and the null embeddings are null-text's."""
     model = tiny_sd1()
-    told, null, down = model.prompts([PROMPT]), model.null(), make_schedule(model, 2)
-    run = denoise_with_history(model, latents(), Edit(told, guidance_scale=1), make_schedule(model, 2, inverse=True))
+    conditioning, null, down = model.prompts([PROMPT]), model.null(), make_schedule(model, 2)
+    up = make_schedule(model, 2, inverse=True)
+    run = denoise_with_history(model, latents(), Edit(conditioning, guidance_scale=1), up)
     few = NullTextSettings(iterations=1)
-    plain = NullFit(model, run.latents, told, null, 7.5, few)
-    denoise(model, run.latents[-1], Edit(told, plain, 7.5), down)
+    plain = NullFit(model, run.latents, conditioning, null, 7.5, few)
+    denoise(model, run.latents[-1], Edit(conditioning, plain, 7.5), down)
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), settings)
     theirs = NullFit(model, run.latents, fit.latest, null, 7.5, few)
     denoise(model, run.latents[-1], Edit(fit, theirs, 7.5), down)
@@ -229,12 +230,12 @@ def test_dpl_c06_replay_needs_the_rows_of_every_step():
     model = attentive()
     edit, up = Edit(model.prompts([PROMPT]), guidance_scale=1), make_schedule(model, 2, inverse=True)
     run = denoise_with_history(model, latents(), edit, up)
-    told = []
+    conditioning = []
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), DynamicSettings(updates=2, rate=5e-2))
     for index, move in enumerate(make_schedule(model, 2)):
-        told.append(fit(Step(**vars(move), index=index, count=2), run.latents[2 - index]))
+        conditioning.append(fit(Step(**vars(move), index=index, count=2), run.latents[2 - index]))
     again = fit.result.conditionings(model, [PROMPT, "a cat and a fox"])
-    assert all(torch.equal(a.embeds, b.embeds[:1]) for a, b in zip(told, again, strict=True))
+    assert all(torch.equal(a.embeds, b.embeds[:1]) for a, b in zip(conditioning, again, strict=True))
     assert not torch.equal(again[0].embeds, again[1].embeds)
     other = model.prompts(["a cat and a fox"]).embeds
     assert not torch.equal(again[1].embeds[1, 2], other[0, 2])  # the cat is dynamic in the target too
@@ -269,12 +270,13 @@ def test_dpl_c06_settings_out_of_range_are_refused():
 def test_dpl_c06_reconstruction_beside_null_text_is_as_good_as_null_texts_own():
     """Not worse by more than 10 % of the squared error, as the spec proposes; to be confirmed on the embedded model."""
     model = attentive()
-    told, null, down = model.prompts([PROMPT]), model.null(), make_schedule(model, 10)
-    run = denoise_with_history(model, latents(), Edit(told, guidance_scale=1), make_schedule(model, 10, inverse=True))
+    conditioning, null, down = model.prompts([PROMPT]), model.null(), make_schedule(model, 10)
+    up = make_schedule(model, 10, inverse=True)
+    run = denoise_with_history(model, latents(), Edit(conditioning, guidance_scale=1), up)
     errors = []
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half())
-    for conditioning, source in ((told, told), (fit, fit.latest)):
+    for of_edit, source in ((conditioning, conditioning), (fit, fit.latest)):
         nulls = NullFit(model, run.latents, source, null, 7.5, NullTextSettings())
-        found = denoise(model, run.latents[-1], Edit(conditioning, nulls, 7.5), down)
+        found = denoise(model, run.latents[-1], Edit(of_edit, nulls, 7.5), down)
         errors.append(float((found - latents()).square().mean()))
     assert errors[1] < 1.1 * errors[0]

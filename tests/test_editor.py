@@ -47,8 +47,8 @@ def test_strengths_and_rules_show(editor):
     pictures = [
         editor.edit("a dog in the snow", setting, sampling=SHORT)[0]
         for setting in (EditStrengths(), EditStrengths(beta=2.0), EditStrengths(alpha=0.2), EditStrengths(gamma=0.9),
-                        EditStrengths(forget="decoder"), EditStrengths(forget="decoder=0.5"), EditStrengths(forget="encoderattn+encoder1"),
-                        EditStrengths(forget="encoder+decoder"))
+                        EditStrengths(forget="decoder"), EditStrengths(forget="decoder=0.5"),
+                        EditStrengths(forget="encoderattn+encoder1"), EditStrengths(forget="encoder+decoder"))
     ]  # fmt: skip
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 

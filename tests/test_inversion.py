@@ -23,7 +23,7 @@ def inverted(method="direct", name="sd1", steps=4, **more):
     return invert(shared(name), smooth(), SOURCE, method, steps=steps, null_text=QUICK, **more)
 
 
-def told(model, *texts):
+def encoded(model, *texts):
     with torch.no_grad():
         return model.prompts(texts or (SOURCE,), SIZE)
 
@@ -82,7 +82,7 @@ def test_dpl_c61_the_network_sees_the_lower_latents_and_the_upper_timestep(monke
 @torch.no_grad()
 def round_trip(model, steps, up=None, guidance_scale=1.0):
     """Relative error of the latents after inverting and sampling."""
-    clean, edit = model.encode(smooth()), Edit(told(model), guidance_scale=1)
+    clean, edit = model.encode(smooth()), Edit(encoded(model), guidance_scale=1)
     noisy = denoise(model, clean, edit, up or make_schedule(model, steps, inverse=True))
     back = denoise(model, noisy, replace(edit, guidance_scale=guidance_scale), make_schedule(model, steps))
     return relative(back, clean)
@@ -125,7 +125,7 @@ def test_dpl_c62_companion_levels_that_are_one_too_high_spoil_it():
 @pytest.mark.parametrize("name", ["sd1", "sd2v", SDXL])
 def test_dpl_c63_direct_puts_the_source_on_the_trajectory_and_leaves_the_target(name):
     model, found = shared(name), inverted(name=name, steps=3)
-    edit = found.edit(told(model, TARGET))
+    edit = found.edit(encoded(model, TARGET))
     rows = denoise_with_history(model, found.start(2), edit, found.schedule(model)).latents
     assert (rows[:, :1] - found.latents.flip(0)).abs().max() <= 1e-6
     free = denoise_with_history(model, found.start(2), replace(edit, latent_edits=()), found.schedule(model)).latents

@@ -101,8 +101,8 @@ def test_dpl_c72_on_the_trajectory_it_costs_no_null_text(name: str):
     assert same is trajectory and rows.forward_passes + 2 * rows.backward_passes <= 2 * 3 * FEW.updates
     full = DynamicSettings()
     assert 50 + 50 * 3 * full.updates == 3200
-    told = rows.conditionings(model, [SOURCE], size)
-    after = mean_noun_maps(model, trajectory, found.groups, told)
+    conditioning = rows.conditionings(model, [SOURCE], size)
+    after = mean_noun_maps(model, trajectory, found.groups, conditioning)
     before = mean_noun_maps(model, trajectory, found.groups, [trajectory.conditioning] * 2)
     assert after.shape == found.maps.shape and not torch.equal(after, before)
 

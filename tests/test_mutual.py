@@ -71,9 +71,9 @@ def test_an_identity_edit_returns_the_source_row():
 def test_it_draws_the_target_nearer_to_the_source():
     """Companion: without the hook the target ends farther from the source, from the same noise."""
     model = tiny_sd1()
-    start, told = latents().repeat(2, 1, 1, 1), model.prompts(["a cat", "a dog sitting on the beach"])
+    start, conditioning = latents().repeat(2, 1, 1, 1), model.prompts(["a cat", "a dog sitting on the beach"])
     runs = [
-        denoise(model, start, Edit(told, hooks=hooks), make_schedule(model, 3))
+        denoise(model, start, Edit(conditioning, hooks=hooks), make_schedule(model, 3))
         for hooks in ((), (MutualAttention(model, 0),))
     ]
     plain, mutual = ((run[0] - run[1]).norm() for run in runs)

@@ -49,12 +49,12 @@ class Explicit(AttentionHook):
 def test_uniform_u1_equals_the_matrix_of_one_nth(name: str, tokens: int):
     """1e-5 is asked, of outputs of unit size; head counts differ between the families and, in sd2v, the stages."""
     model = tiny(name)
-    told = model.prompts(["a cat"], SIZE)
-    told = type(told)(told.embeds[:, :tokens], told.pooled, told.time_ids)
+    conditioning = model.prompts(["a cat"], SIZE)
+    conditioning = type(conditioning)(conditioning.embeds[:, :tokens], conditioning.pooled, conditioning.time_ids)
     outputs, explicit = [], Explicit()
     for hook in (UniformMaps(), explicit):
         with torch.no_grad(), hooked(model.unet, [hook]):
-            outputs.append(model.predict(latents(), 500, told))
+            outputs.append(model.predict(latents(), 500, conditioning))
     assert (outputs[0] - outputs[1]).abs().max() < 1e-5
     assert {length for _, length in explicit.shapes} == {tokens}
     assert name == "sd1" or len({heads for heads, _ in explicit.shapes}) > 1
@@ -79,7 +79,7 @@ def test_uniform_u1_output_is_one_vector_whatever_the_picture():
 
 
 def test_uniform_u2_reconstruction_does_not_know_the_caption():
-    """It is never told one; the ordinary replay is, and differs."""
+    """It never receives one; ordinary sampling does, and differs."""
     model = tiny_sd1()
     plan = make_schedule(model, 2, inverse=True), make_schedule(model, 2)
     edits = uniform_edit(model, SIZE), uniform_edit(model, SIZE)
@@ -193,12 +193,12 @@ def test_uniform_u6_kept_cells_are_the_auxiliary_to_the_bit_and_the_rest_is_unto
 
 def test_uniform_u6_where_all_is_edited_the_step_is_an_ordinary_ddim_step():
     model, everything = tiny_sd1(), torch.ones(16, 16, dtype=torch.bool)
-    told = model.prompts(["a cat", "a dog"])
+    conditioning = model.prompts(["a cat", "a dog"])
     down = make_schedule(model, 2)
     clean = {move.start: latents() for move in down}
     blend = UniformBlend(clean, UniformSettings(until=1.0), mask=everything)
     start = latents().repeat(2, 1, 1, 1)
-    runs = [denoise(model, start, Edit(told, latent_edits=edits), down) for edits in ((), (blend,))]
+    runs = [denoise(model, start, Edit(conditioning, latent_edits=edits), down) for edits in ((), (blend,))]
     assert torch.equal(*runs) and len(blend.masks) == 2
 
 
@@ -210,9 +210,9 @@ def test_uniform_u7_an_identity_edit_is_the_auxiliary_where_it_is_blended():
     settings = UniformSettings(until=0.25)
     clean = auxiliary_estimates(model, latents(), up, down, settings)
     blend = UniformBlend(clean, settings)
-    told = model.prompts(["a cat"] * 2)
-    start = denoise(model, latents(), Edit(told[:1], guidance_scale=1), up).repeat(2, 1, 1, 1)
-    run = denoise_with_history(model, start, Edit(told, latent_edits=(blend,)), down)
+    conditioning = model.prompts(["a cat"] * 2)
+    start = denoise(model, latents(), Edit(conditioning[:1], guidance_scale=1), up).repeat(2, 1, 1, 1)
+    run = denoise_with_history(model, start, Edit(conditioning, latent_edits=(blend,)), down)
     assert [*blend.masks] == [*clean] == [1] and not blend.edited_region().any()
     assert torch.equal(run.clean[-1][1], clean[1][0]) and not torch.equal(run.clean[-1][0], clean[1][0])
 
@@ -275,10 +275,10 @@ def test_settings_out_of_range_are_refused():
 def test_uniform_maps_in_half_precision(dtype: torch.dtype):
     """Within the rounding of the type: 3 (bf16) or 10 (fp16) bits of a unit output, over a tiny UNet's 70 layers."""
     model = tiny_sd1()
-    told = model.prompts(["a cat"])
+    conditioning = model.prompts(["a cat"])
     outputs = []
     for kind in (torch.float32, dtype):
         model.unet.to(kind)
         with torch.no_grad(), hooked(model.unet, [UniformMaps()]):
-            outputs.append(model.predict(latents(), 500, told))
+            outputs.append(model.predict(latents(), 500, conditioning))
     assert (outputs[0] - outputs[1]).abs().mean() < 0.05 * outputs[0].abs().mean()
