@@ -21,11 +21,11 @@ from torch import Tensor
 from personalize.adapter import Adapter
 from personalize.attention import attention_sites
 from personalize.concept_data import ClassImage, ConceptDataset, ConceptPicture, check_prompt, content_hash
-from personalize.concepts import ConceptRows, initial_rows, installed, state
+from personalize.concepts import TokenEmbedding, initial_embeddings, installed, state
 from personalize.errors import UserError
-from personalize.lean import fast_paths
+from personalize.lean import compiled_blocks, fast_paths
 from personalize.learning import TrainingRun, versions
-from personalize.lora import add_lora, lora_aside, lora_state
+from personalize.lora import add_lora, lora_removed, lora_state
 from personalize.model import StableDiffusion
 from personalize.multi_concept import (
     MultiConceptObjective,
@@ -61,9 +61,10 @@ def multi_concept_run(
     """
     config = config or MultiConceptConfig()
     check_prompt(model, picture)
-    rows = {s.token: initial_rows(model, s, config.initializer(i)) for i, s in enumerate(picture.subjects)}
+    rows = {s.token: initial_embeddings(model, s, config.initializer(i)) for i, s in enumerate(picture.subjects)}
     with ExitStack() as stack:
         stack.enter_context(restored(model))
+        stack.enter_context(compiled_blocks(model.unet, config.torch_compile))
         stack.enter_context(fast_paths(model.unet))
         stack.enter_context(gradient_checkpointing(model.unet, config.gradient_checkpointing))
         layers = stack.enter_context(installed(model, rows, trainable=True))
@@ -90,7 +91,7 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         model: StableDiffusion,
         picture: ConceptPicture,
         config: MultiConceptConfig,
-        token_embeddings: list[ConceptRows],
+        token_embeddings: list[TokenEmbedding],
         weights_before: dict[str, Tensor],
         class_images: Sequence[ClassImage],
         resolution: int | None,
@@ -155,7 +156,7 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         trained = {name: self.model.unet.get_submodule(name).weight for name in self.weights_before}
         now = {name: weight.detach().clone() for name, weight in trained.items()}
         adapter = replace(self.adapter(), concepts={})
-        with lora_aside(self.model.unet), torch.no_grad():
+        with lora_removed(self.model.unet), torch.no_grad():
             try:
                 for name, weight in trained.items():
                     weight.copy_(self.weights_before[name])

@@ -1,9 +1,12 @@
-"""The same UNet with less work: nothing is divided by one, laid out anew or given back for nothing; fewer products.
+"""Faster ways through a UNet whose results differ by rounding alone: context managers that leave no trace.
 
-    with lean(unet):        # trace-free; results differ by rounding alone; so for the encoder of a VAE
+    with fast_paths(unet):      # divisions by one are left out, and GEGLU is computed as two products
         unet(...)
 
-Layers are changed by attributes of their own that shadow those of their class, and that are gone afterwards.
+`shared_guidance_prefix` computes once what both passes of classifier-free guidance share, `in_precision` casts the
+weights for a while, and `compiled_blocks` has torch compile the blocks that repeat.  Modules are changed by instance
+attributes that shadow those of their class and are removed afterwards.  In a compiled UNet the first two change
+nothing: the compiler does their work itself.  What each of them gains is in `tests/bench/README.md`, section "Speed".
 """
 
 from __future__ import annotations
@@ -11,53 +14,85 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers import Transformer2DModel
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, gelu, linear
+from torch.nn.functional import gelu, linear
 
-from personalize.pages import kept_pages
-from personalize.winograd import Workspace, convolution
-
-WIDE, LARGE = 256, 16 * 16  # channels and cells from which fewer products repay two more passes over the picture
 _DIVISORS = ("output_scale_factor", "rescale_output_factor")
+_ABSENT = object()
+_COMPILED = "_compiled_call_impl"  # where `Module.compile` puts the compiled call
+VARIANTS = 64  # compiled versions of a transformer block: by width, map size, gradients and adapter
 
 
 class _One:
-    """Divides tensors by one without touching them."""
+    """A divisor of one: `tensor / _One()` is `tensor` itself, not a copy."""
 
     def __rtruediv__(self, tensor: Tensor) -> Tensor:
         return tensor
 
 
 @contextmanager
-def lean(unet: nn.Module, *, exact: bool = False) -> Iterator[None]:
-    """Run the body with the short ways open, if `exact` only those that change no bit; contexts may be nested."""
-    done: list[tuple[dict[str, Any], str, Any]] = []
-    first, workspace = cast(Tensor, unet.get_submodule("conv_in").weight), Workspace()
-    flowing = first.is_contiguous(memory_format=torch.channels_last)
+def fast_paths(unet: nn.Module, *, exact: bool = False) -> Iterator[None]:
+    """Run the body without the UNet's divisions by one and, unless `exact`, with GEGLU as two products on the CPU.
+
+    With `exact` the results are those of the unchanged UNet bit for bit, also inside another `fast_paths`; without,
+    they differ by rounding.  Contexts may be nested.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for module in unet.modules():
-            for name, value in _shorter(module, flowing, exact, workspace):
+        for module in () if _is_compiled(unet) else unet.modules():
+            for name, value in _replacements(module, exact):
                 own = vars(module)
-                done.append((own, name, own.get(name, _ABSENT)))
-                own.pop(name) if value is _ABSENT else own.update({name: value})
-        with kept_pages() if first.device.type == "cpu" else nullcontext():
-            yield
+                before.append((own, name, own.get(name, _ABSENT)))
+                _put(own, name, value)
+        yield
     finally:
-        for own, name, before in reversed(done):
-            own.pop(name) if before is _ABSENT else own.update({name: before})
+        for own, name, value in reversed(before):
+            _put(own, name, value)
 
 
-_ABSENT = object()
+def _replacements(module: nn.Module, exact: bool) -> Iterator[tuple[str, Any]]:
+    """The instance attributes of `module` to be set (or removed: `_ABSENT`), by name."""
+    own = vars(module)
+    yield from ((name, _One()) for name in _DIVISORS if type(own.get(name)) in (int, float) and own[name] == 1)
+    if exact and getattr(own.get("forward"), "func", None) is _geglu:  # set by an enclosing context
+        yield "forward", _ABSENT
+    if not exact and type(module) is GEGLU and "forward" not in own and _on_cpu(module):
+        yield "forward", partial(_geglu, module)
+
+
+def _on_cpu(module: nn.Module) -> bool:
+    return next(module.parameters()).device.type == "cpu"
+
+
+def _put(own: dict[str, Any], name: str, value: Any) -> None:
+    """Set the instance attribute `name`, or remove it if `value` is `_ABSENT`."""
+    if value is _ABSENT:
+        own.pop(name, None)
+    else:
+        own[name] = value
+
+
+def _geglu(module: Any, x: Tensor) -> Tensor:
+    """W₁x · gelu(W₂x) as two products, for the CPU's vectorised GELU needs contiguous input."""
+    if type(module.proj) is nn.Linear and module.proj.bias is not None and not module.proj._forward_hooks:
+        (w, v), (b, c) = module.proj.weight.chunk(2), module.proj.bias.chunk(2)
+        values, gates = linear(x, w, b), gelu(linear(x, v, c))
+    else:
+        values, gates = module.proj(x).chunk(2, -1)
+        gates = gelu(gates.contiguous())
+    return values * gates if gates.requires_grad else gates.mul_(values)
 
 
 @contextmanager
 def in_precision(unet: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the body with every weight of `unet` as a copy in `dtype`; then they are the very same tensors again."""
+    """Run the body with every floating-point weight of `unet` cast to `dtype`; None leaves them as they are.
+
+    Afterwards each parameter holds the very tensor it held before, and changes made to the cast copies are lost.
+    """
     before = [] if dtype is None else [(p, p.data) for p in unet.parameters() if p.is_floating_point()]
     try:
         for parameter, values in before:
@@ -68,83 +103,52 @@ def in_precision(unet: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
             parameter.data = values
 
 
-def _shorter(module: nn.Module, flowing: bool, exact: bool, workspace: Workspace) -> Iterator[tuple[str, Any]]:
-    """Attributes of `module` that spare a pass, by name; `flowing`: pictures are laid out channels last."""
-    own = vars(module)
-    yield from ((name, _One()) for name in _DIVISORS if type(own.get(name)) in (int, float) and own[name] == 1)
-    if exact:
-        if getattr(own.get("forward"), "func", None) in (_gated, _convolved):  # opened by a context around this one
-            yield "forward", _ABSENT
-        return
-    if type(module) is GEGLU and "forward" not in own and next(module.parameters()).device.type == "cpu":
-        yield "forward", partial(_gated, module)
-    if type(module) is nn.Conv2d and "forward" not in own and _tileable(module):
-        yield "forward", partial(_convolved, module, workspace)
-    if flowing and type(module) is Transformer2DModel and module.is_input_continuous:
-        yield "_get_output_for_continuous_inputs", partial(_output, module)
+@contextmanager
+def compiled_blocks(unet: Any, enabled: bool = True) -> Iterator[None]:
+    """Run the body with the UNet's transformer blocks compiled by torch; results differ by rounding.
+
+    diffusers' `compile_repeated_blocks`, whose kernels are shared by blocks of the same shape.  Each shape is compiled
+    when it is first run, which takes seconds on a GPU and a minute on a CPU.  Afterwards the blocks are as they were.
+    """
+    blocks = [vars(module) for module in unet.modules() if type(module).__name__ in unet._repeated_blocks]
+    before = [own.get(_COMPILED, _ABSENT) for own in blocks] if enabled else []
+    try:
+        if enabled:
+            unet.compile_repeated_blocks(dynamic=False)
+        limit = torch._dynamo.config.patch(cache_size_limit=VARIANTS) if enabled else nullcontext()
+        with limit:  # above it torch runs a block eagerly; torch 2.6 knows the limit by this name alone
+            yield
+    finally:
+        for own, value in zip(blocks, before, strict=False):
+            _put(own, _COMPILED, value)
 
 
-def _gated(module: Any, x: Tensor) -> Tensor:
-    """W₁x · gelu(W₂x), of two products: the CPU's fast GELU wants its input in one piece."""
-    if type(module.proj) is nn.Linear and module.proj.bias is not None and not module.proj._forward_hooks:
-        (w, v), (b, c) = module.proj.weight.chunk(2), module.proj.bias.chunk(2)
-        values, gates = linear(x, w, b), gelu(linear(x, v, c))
-    else:
-        values, gates = module.proj(x).chunk(2, -1)
-        gates = gelu(gates.contiguous())
-    return values * gates if gates.requires_grad else gates.mul_(values)
-
-
-def _tileable(module: nn.Conv2d) -> bool:
-    """Whether `module` is a wide 3×3 convolution on the CPU that keeps the picture's size."""
-    weight = module.weight
-    usual = module.stride == module.padding == module.dilation == (1, 1) and module.padding_mode == "zeros"
-    dense = module.groups == 1 and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= WIDE
-    return usual and dense and weight.is_contiguous() and weight.device.type == "cpu"
-
-
-def _convolved(module: nn.Conv2d, workspace: Workspace, x: Tensor) -> Tensor:
-    """The convolution, by Winograd where that is faster: in fp32, frozen, of pictures large enough."""
-    weight, (height, width) = module.weight, x.shape[-2:]
-    fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if fp32 and not (weight.requires_grad or height % 2 or width % 2) and height * width >= LARGE:
-        return convolution(x, weight, module.bias, workspace)
-    return conv2d(x, weight, module.bias, padding=1)
-
-
-def _output(module: Any, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int,
-            inner_dim: int) -> Tensor:  # fmt: skip
-    """Back to (b, c, h, w) in whatever layout the tokens are in."""
-
-    def picture(tokens: Tensor) -> Tensor:
-        return tokens.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
-
-    if module.use_linear_projection:
-        return picture(module.proj_out(hidden_states)) + residual
-    return module.proj_out(picture(hidden_states)) + residual
+def _is_compiled(unet: nn.Module) -> bool:
+    return any(vars(module).get(_COMPILED) is not None for module in unet.modules())
 
 
 @contextmanager
-def halves_alike(unet: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Run the body, in which both halves of every batch are the same latents, computing once what they share.
+def shared_guidance_prefix(unet: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Run the body computing once what the null and the conditional pass of guidance have in common.
 
-    Null and conditional pass differ from the first text attention on: all before it is done for one half and repeated.
-    SDXL's passes differ from the start, by their pooled embeddings; so do those of a UNet with hooked attention.
+    The two halves of every batch must be the same latents.  They differ from the first text attention on: what comes
+    before it is computed for the first half and repeated.  Nothing is shared where the passes differ from the start
+    (SDXL, by its pooled embeddings), and `wanted` must be False where attention hooks are at work.
     """
-    done = []
+    shared = []
     try:
-        for module in _before_text(unet) if wanted else ():
+        for module in _before_text(unet) if wanted and not _is_compiled(unet) else ():
             if "forward" not in vars(module):
-                done.append(vars(module))
-                vars(module)["forward"] = partial(_once, module.forward)
+                shared.append(vars(module))
+                vars(module)["forward"] = partial(_first_half_twice, module.forward)
         yield
     finally:
-        for own in done:
+        for own in shared:
             del own["forward"]
 
 
 def _before_text(unet: Any) -> list[nn.Module]:
-    """The modules that a UNet without pooled embeddings runs before its first text attention."""
+    """The modules that a UNet runs before its first text attention; none if pooled or class embeddings come earlier."""
     block = unet.down_blocks[0]
     if unet.config.addition_embed_type is not None or unet.config.class_embed_type is not None:
         return []
@@ -158,8 +162,8 @@ def _self_attention(block: Any) -> list[nn.Module]:
     return [block.norm1, block.attn1] if type(block.norm1) is nn.LayerNorm and not block.only_cross_attention else []
 
 
-def _once(forward: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`forward` of the first half of all rows, twice."""
+def _first_half_twice(forward: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The output of `forward` for the first half of the batch, repeated for the second."""
     rows = len(x)
 
     def half(value: Any) -> Any:

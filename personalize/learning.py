@@ -34,7 +34,7 @@ from personalize.data import Dataset, LatentDataset, SampleShard
 from personalize.errors import UserError
 from personalize.formats import diffusers_file
 from personalize.lean import compiled_blocks, fast_paths, in_precision
-from personalize.lora import add_lora, lora_aside, lora_state, module_names
+from personalize.lora import add_lora, lora_removed, lora_state, module_names
 from personalize.losses import Objective
 from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImageObjective
@@ -151,7 +151,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
     def adapter_removed(self) -> Iterator[Adapter]:
         """Yield the adapter as it is now, and run the body on the bare base model; then training can go on."""
         adapter = self.adapter()
-        with lora_aside(self.model.unet, *self.model.text_encoders):
+        with lora_removed(self.model.unet, *self.model.text_encoders):
             yield adapter
 
     def metadata(self) -> dict[str, Any]:

@@ -34,11 +34,11 @@ def lora_config(targets: str, rank: int, alpha: float) -> LoraConfig:
 
 def _linear(target: nn.Module, adapter: str, **kwargs: Any) -> Linear | None:
     """Our layer, or None: quantised linear layers have layers of their own in peft."""
-    return LeanLinear(target, adapter, **kwargs) if type(target) is nn.Linear else None
+    return LoraLinear(target, adapter, **kwargs) if type(target) is nn.Linear else None
 
 
 def _conv(target: nn.Module, adapter: str, **kwargs: Any) -> Conv2d | None:
-    return LeanConv2d(target, adapter, **kwargs) if type(target) is nn.Conv2d else None
+    return LoraConv2d(target, adapter, **kwargs) if type(target) is nn.Conv2d else None
 
 
 class _Lean(LoraLayer):
@@ -80,7 +80,7 @@ class _Lean(LoraLayer):
 
 
 @contextmanager
-def several(layers: Mapping[str, LoraLayer], rows: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def batched_adapters(layers: Mapping[str, LoraLayer], rows: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Run the body with n adapters at once: of every batch the first share goes through the first adapter, and so on.
 
     rows: for each layer A (n, rank, in[, k, k]) and B (n, out, rank[, 1, 1]); equal strengths, the layers' own.
@@ -97,7 +97,7 @@ def several(layers: Mapping[str, LoraLayer], rows: Mapping[str, tuple[Tensor, Te
             layer._rows = None
 
 
-class LeanLinear(Linear, _Lean):
+class LoraLinear(Linear, _Lean):
     """peft's LoRA on a linear layer: x (…, in) → (…, out)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -106,8 +106,7 @@ class LeanLinear(Linear, _Lean):
         name = self._plain(x, args or kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        product = _product if torch.is_grad_enabled() else linear  # pictures are those of the base to the last bit
-        return _LinearProduct.apply(*self._operands(x, name), product)  # pyright: ignore
+        return _LinearProduct.apply(*self._operands(x, name))  # pyright: ignore
 
     def _several(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y, count = self.base_layer(x), len(a)
@@ -116,7 +115,7 @@ class LeanLinear(Linear, _Lean):
         return y
 
 
-class LeanConv2d(Conv2d, _Lean):
+class LoraConv2d(Conv2d, _Lean):
     """peft's LoRA on a convolution: A is one of the base's shape with `rank` outputs, B a 1×1 convolution."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,22 +134,11 @@ class LeanConv2d(Conv2d, _Lean):
         return y.add_((rows @ u.flatten(2)).view(y.shape), alpha=self._strength())
 
 
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
-
-
-def _product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear(x, w, bias)`, without gradients; in fp32 by oneDNN where it would be by MKL, slower on AMD's CPUs."""
-    fp32 = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"
-    if _ONEDNN is None or not (fp32 and torch.backends.mkldnn.enabled):
-        return linear(x, w, bias)
-    return _ONEDNN(x, w, bias, "none", [], "")
-
-
 class _LinearProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low_a: Tensor,
-                low_b: Tensor, scale: float, product: Any) -> Tensor:  # fmt: skip
-        y, flat = product(x, w, bias), x.reshape(-1, x.shape[-1])
+                low_b: Tensor, scale: float) -> Tensor:  # fmt: skip
+        y, flat = linear(x, w, bias), x.reshape(-1, x.shape[-1])
         u = flat @ low_a.t()
         y.view(-1, y.shape[-1]).addmm_(u, low_b.t(), alpha=scale)
         ctx.save_for_backward(flat, u, w, low_a, low_b)
@@ -164,8 +152,8 @@ class _LinearProduct(torch.autograd.Function):
         gy = grads[0].reshape(-1, grads[0].shape[-1])
         gu = (gy @ low_b).mul_(ctx.scale)
         ga, gb = gu.t() @ x, (gy.t() @ u).mul_(ctx.scale)
-        gx = _product(gy, w.t()).addmm_(gu, low_a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None, None, None, None
+        gx = (gy @ w).addmm_(gu, low_a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None, None, None
 
 
 class _ConvProduct(torch.autograd.Function):

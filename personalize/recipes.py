@@ -107,6 +107,8 @@ class LoraTrainingConfig:
     """LoRA alpha, the strength being alpha / rank; the rank if not given."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, but slower."""
+    torch_compile: bool = False
+    """Compile the UNet's repeated blocks at the first update; meant for GPUs, and for runs of many updates."""
     use_8bit_adam: bool = False
     """Keep the optimizer's moments in 8 bits (bitsandbytes)."""
     prior_loss_weight: float = 1.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from personalize import lora, lora_layers
-from personalize.lora_layers import LeanConv2d, LeanLinear
+from personalize.lora_layers import LoraConv2d, LoraLinear, batched_adapters
 from personalize.randomness import generator
 from personalize.training import adamw
 from tests.tiny import tiny, tiny_sd1
@@ -51,18 +51,18 @@ def adapted(base: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
 @contextmanager
 def pefts_own() -> Iterator[None]:
     """Run the body on peft's forward functions."""
-    before = LeanLinear.forward, LeanConv2d.forward
-    LeanLinear.forward, LeanConv2d.forward = Linear.forward, Conv2d.forward  # pyright: ignore
+    before = LoraLinear.forward, LoraConv2d.forward
+    LoraLinear.forward, LoraConv2d.forward = Linear.forward, Conv2d.forward  # pyright: ignore
     try:
         yield
     finally:
-        LeanLinear.forward, LeanConv2d.forward = before
+        LoraLinear.forward, LoraConv2d.forward = before
 
 
-def run(layer: Any, x: Tensor) -> list[Tensor]:
-    """Output, and the gradients of x, A and B."""
+def run(layer: Any, x: Tensor, call: Any = None) -> list[Tensor]:
+    """Output, and the gradients of x, A and B; `call`: in place of the layer itself."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = layer(x)
+    y = (layer if call is None else call)(x)
     wanted = [x, *lora._pair(layer)]
     return [y, *torch.autograd.grad((y * drawn(*y.shape, purpose="gy").to(y)).sum(), wanted)]
 
@@ -71,13 +71,38 @@ def run(layer: Any, x: Tensor) -> list[Tensor]:
 def test_speed_lora_layer_equals_pefts(name: str) -> None:
     base, x = LAYERS[name]()
     layer = adapted(base)
-    assert isinstance(layer, LeanLinear | LeanConv2d)
+    assert isinstance(layer, LoraLinear | LoraConv2d)
     layer.set_scale(lora.ADAPTER, 0.7)
     ours = run(layer, x)
     with pefts_own():
         theirs = run(layer, x)
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine - other).abs().max() <= CLOSE * max(1.0, float(other.detach().abs().max()) * 10)  # gradients 1e-5
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_speed_lora_layer_is_traced_whole_by_torch_compile(name: str) -> None:
+    """Without code generation: one graph of the same operators, so that only fused ones round otherwise."""
+    base, x = LAYERS[name]()
+    layer = adapted(base)
+    eager = run(layer, x)
+    compiled = run(layer, x, torch.compile(layer, backend="aot_eager", fullgraph=True))
+    for mine, other in zip(compiled, eager, strict=True):
+        assert (mine - other).abs().max() <= CLOSE * max(1.0, float(other.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", ["linear", "3x3"])
+def test_speed_frozen_adapters_in_bf16_and_batched_ones_compile_too(name: str) -> None:
+    base, x = LAYERS[name]()
+    layer = adapted(base, torch.bfloat16)
+    rows = [torch.stack([p.detach(), -p.detach()]) for p in lora._pair(layer)]
+    for p in lora._pair(layer):
+        p.requires_grad_(False)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x.bfloat16()), layer(x.bfloat16()))
+        with batched_adapters({"layer": layer}, {"layer": (rows[0], rows[1])}):
+            assert torch.equal(compiled(x.bfloat16()), layer(x.bfloat16()))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -90,47 +115,14 @@ def test_speed_lora_layer_gradcheck(name: str) -> None:
 
     def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         values = layer._operands(x, lora.ADAPTER)
-        if isinstance(layer, LeanLinear):
-            parts = (*values[:3], a, b, a.detach(), b.detach(), values[-1], lora_layers._product)
+        if isinstance(layer, LoraLinear):
+            parts = (*values[:3], a, b, a.detach(), b.detach(), values[-1])
             return lora_layers._LinearProduct.apply(*parts)
         how = (layer.base_layer.stride, layer.base_layer.padding, layer.base_layer.dilation)
         return lora_layers._ConvProduct.apply(*values[:3], a, b, a.detach(), b.detach(), values[-1], how)
 
     x = x.double().requires_grad_()
     assert torch.autograd.gradcheck(product, (x, a, b))
-
-
-@pytest.mark.skipif(lora_layers._ONEDNN is None, reason="this torch multiplies by another library than MKL")
-def test_speed_products_of_a_cpu_are_onednns_while_learning_only() -> None:
-    """In fp32: pictures keep the base's own products, to the last bit."""
-    ran: list[tuple[str, torch.dtype]] = []
-
-    class Operators(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
-            if "_linear_pointwise" in str(func):
-                ran.append((str(func), args[0].dtype))
-            return func(*args, **(kwargs or {}))
-
-    for dtype in (torch.float32, torch.bfloat16):
-        layer, x = adapted(nn.Linear(24, 40), dtype), drawn(2, 6, 24, dtype=dtype)
-        with Operators():
-            with torch.no_grad():
-                layer(x)
-            assert not ran
-            y = layer(x.requires_grad_())
-            y.sum().backward()
-        assert len(ran) == (2 if dtype == torch.float32 else 0), "of the output and of the input's gradient"
-        ran.clear()
-
-
-@pytest.mark.parametrize("rows", [0, 1, 77, 300])
-def test_speed_products_by_onednn_equal(rows: int) -> None:
-    """Of matrices however they lie in memory: sums of 96 products of N(0, 1) are near 10, rounded at 1e-6."""
-    w, bias = drawn(40, 96, purpose="w"), drawn(40, purpose="bias")
-    for x in (drawn(rows, 96), drawn(96, rows).t(), drawn(2, rows, 96), drawn(rows, 2, 192)[..., ::2]):
-        for weight in (w, w.t().contiguous().t()):
-            expected = nn.functional.linear(x, weight, bias)
-            torch.testing.assert_close(lora_layers._product(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

@@ -114,10 +114,10 @@ def test_arms_are_what_they_say() -> None:
         )
         with plain_unet(unet):
             assert {name: set(vars(module)) for name, module in unet.named_modules()} == plain
-    ours = lora_layers.LeanLinear.forward
+    ours = lora_layers.LoraLinear.forward
     with pefts_layers():
-        assert lora_layers.LeanLinear.forward is not ours
-    assert lora_layers.LeanLinear.forward is ours
+        assert lora_layers.LoraLinear.forward is not ours
+    assert lora_layers.LoraLinear.forward is ours
 
 
 @pytest.mark.slow  # every arm of every part, some of thirty steps

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from personalize.lora import _pair, lora_layers
-from personalize.lora_layers import several
+from personalize.lora_layers import batched_adapters
 from personalize.model import Conditioning, StableDiffusion
 from personalize.several import BatchedAdapters
 from personalize.training import adamw
@@ -175,7 +175,7 @@ def adapters(bench: SpeedBench) -> Rows:
             many = {key: torch.cat([value] * count) for key, value in batch.items()}
             many["rows"] = torch.arange(count).repeat_interleave(bench.batch)
             step = _update(objective, optimizer, {key: value.to(model.device) for key, value in many.items()})
-            with several(layers, stacked):  # pyright: ignore
+            with batched_adapters(layers, stacked):  # pyright: ignore
                 arms = [Arm(f"{count} in one batch", step)]
                 rows += timed(bench, "adapters", arms, per=count)
     first = rows[0]["ms_median"]

@@ -137,12 +137,12 @@ def stepper(run: SingleImageRun, optimizer: torch.optim.Optimizer | None = None)
 @contextmanager
 def pefts_layers() -> Iterator[None]:
     """Run the body with the forward functions of peft's own LoRA layers."""
-    ours = lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward
-    lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward = Linear.forward, Conv2d.forward  # pyright: ignore
+    ours = lora_layers.LoraLinear.forward, lora_layers.LoraConv2d.forward
+    lora_layers.LoraLinear.forward, lora_layers.LoraConv2d.forward = Linear.forward, Conv2d.forward  # pyright: ignore
     try:
         yield
     finally:
-        lora_layers.LeanLinear.forward, lora_layers.LeanConv2d.forward = ours
+        lora_layers.LoraLinear.forward, lora_layers.LoraConv2d.forward = ours
 
 
 @contextmanager
