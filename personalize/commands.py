@@ -213,7 +213,8 @@ class EvaluateConfig:
 
 
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# those of `images.IMAGE_SUFFIXES`, which cannot be imported here without torch; a test compares them
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 COMMANDS = {  # name: (options, "module:function" that is called with them)
     "edit": (EditConfig, "personalize.edit_command:run"),
     EDIT_PHOTO: (PhotoConfig, "personalize.photo_command:run"),

@@ -10,8 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
+from personalize import commands
 from personalize.errors import UserError
-from personalize.images import MIN_SIDE, fitted_pixels, fitted_size, load_image, psnr, to_image, to_pixels
+from personalize.images import (
+    IMAGE_SUFFIXES,
+    MIN_SIDE,
+    fitted_pixels,
+    fitted_size,
+    load_image,
+    psnr,
+    to_image,
+    to_pixels,
+)
 
 
 def gradient(width: int = 48, height: int = 32) -> Image.Image:
@@ -147,3 +157,8 @@ def test_pixels_round_trip_and_psnr() -> None:
     assert psnr(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.2)) == pytest.approx(20)  # (2 / 0.2)² = 100
     with pytest.raises(ValueError, match="one picture"):
         to_image(pixels.expand(2, -1, -1, -1))
+
+
+def test_the_command_line_takes_the_same_suffixes_for_pictures():
+    """It has a tuple of its own because it may not import torch."""
+    assert commands.IMAGE_SUFFIXES == IMAGE_SUFFIXES
