@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from torch import Tensor
 from personalize.alignment import tokenize_prompt
 from personalize.attention import AttentionHook
 from personalize.errors import UserError
-from personalize.frames import Frame, Picture, opened
+from personalize.frames import PaddedImage, Picture, as_image
 from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import Schedule, Step, make_schedule
 from personalize.null_text import NULL_TEXT, NullFit, NullTextSettings
@@ -84,16 +85,14 @@ def invert(
     """
     _require(method, fixed_point)
     tokenize_prompt(model, prompt)
-    pixels = image if isinstance(image, Tensor) else Frame.of(model, opened(image), resolution).pixels
+    pixels = image if isinstance(image, Tensor) else PaddedImage.of(model, as_image(image), resolution).pixels
     size = (pixels.shape[-2], pixels.shape[-1])
     conditioning, null = model.prompts([prompt], size), model.null(1, size)
     strength = STRENGTH.get(method, 1.0) if strength is None else strength
     if guidance_scale is None or method not in GUIDANCE:
         guidance_scale = GUIDANCE.get(method, 1.0)
     settings = {"method": method, "steps": steps, "strength": strength, "guidance_scale": guidance_scale}
-    settings |= {"seed": seed} if method == "ddpm" else {}
-    settings |= {"fixed_point": fixed_point} if fixed_point else {}
-    settings |= {"null_text": asdict(null_text)} if method == "null-text" else {}
+    settings |= _method_settings(method, seed, fixed_point, null_text)
     about = fingerprint(model, pixels, prompt, conditioning, settings)
     place = Path(folder) if folder else Path(cache) / fingerprint_hash(about)[:16] if cache else None
     if place is not None and (place / MANIFEST).is_file():
@@ -104,6 +103,13 @@ def invert(
     if place is not None:
         trajectory.save(place)
     return trajectory
+
+
+def _method_settings(method: str, seed: int, fixed_point: int, null_text: NullTextSettings) -> dict[str, Any]:
+    """The settings that this method uses: others must not change the hash of its inputs."""
+    settings: dict[str, Any] = {"seed": seed} if method == "ddpm" else {}
+    settings |= {"fixed_point": fixed_point} if fixed_point else {}
+    return settings | ({"null_text": asdict(null_text)} if method == "null-text" else {})
 
 
 def _require(method: str, fixed_point: int) -> None:
