@@ -43,7 +43,7 @@ def read_subjects(
     for token in modifier_token.split("+"):
         following = [after for word, after in zip(words, words[1:], strict=False) if word == token]
         if len(following) != 1 or TOKEN.fullmatch(following[0]):
-            raise UserError(f"instance_prompt {prompt!r} must say {token} once, and behind it what it is: {token} cat")
+            raise UserError(f"instance_prompt {prompt!r} must say {token} once, and after it what it is: {token} cat")
         subjects.append(Subject(token, following[0].strip(",."), vectors))
     return tuple(subjects)
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from personalize.data import SampleShard
 from personalize.errors import UserError
-from personalize.quantisation import held
+from personalize.quantisation import weight_bytes
 
 if TYPE_CHECKING:
     from personalize.learning import TrainingRun
@@ -72,7 +72,8 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
     adapter = 4 * sum(sizes)
     parts = (run.model.unet, run.model.vae, *run.model.text_encoders)
     moments = [_eight_bit(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
-    base = sum(map(held, parts)) - sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+    trained_in_base = sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+    base = sum(map(weight_bytes, parts)) - trained_in_base
     sample = _measure_sample(run, trained)
     return MemoryEstimate(base, adapter, adapter, sum(moments), sample, run.config.train_batch_size)
 
@@ -87,7 +88,7 @@ def check_fits(expected: MemoryEstimate, run: TrainingRun) -> str | None:
 
 
 def _free(device: torch.device) -> int | None:
-    """Free bytes on `device`; None where this cannot be match out."""
+    """Free bytes on `device`; None where this cannot be found out."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")  # Linux

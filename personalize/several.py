@@ -21,7 +21,7 @@ from personalize.data import SampleShard
 from personalize.errors import UserError
 from personalize.learning import SingleImageRun, single_image_run
 from personalize.lora import PREFIX, lora_layers
-from personalize.lora_layers import several
+from personalize.lora_layers import batched_adapters
 from personalize.losses import LossTerms
 from personalize.model import Conditioning, StableDiffusion
 from personalize.objectives import SingleImageObjective
@@ -95,7 +95,7 @@ def learn_batched(
             model, Conditioning.cat([run.conditioning for run in runs]), lora,
             standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
         )  # fmt: skip
-        with several(layers, lora):
+        with batched_adapters(layers, lora):
             losses = [report.losses for report in _steps(runs, objective)][-1]
     sources = objective.source_embeddings()
     adapters = [

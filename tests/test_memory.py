@@ -56,7 +56,7 @@ def test_what_an_update_takes(model, config: SingleImageConfig) -> None:
 
 def test_the_trial_changes_nothing_and_counts_what_it_should() -> None:
     model = tiny_sd1()
-    loaded = sum(memory.held(part) for part in (model.unet, model.vae, *model.text_encoders))
+    loaded = sum(memory.weight_bytes(part) for part in (model.unet, model.vae, *model.text_encoders))
     with single_image_run(model, pixels(), CAPTION, SMALL) as run:
         before = {name: parameter.detach().clone() for name, parameter in run.objective.trainable().items()}
         expected = estimate(run)
