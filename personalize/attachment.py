@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from personalize.adapter import Adapter
-from personalize.concepts import installed
+from personalize.concepts import installed_tokens
 from personalize.exporting import merged
 from personalize.forgetting import ForgettingRule, parse_rule
 from personalize.lora import scaled
@@ -114,7 +114,7 @@ def applied(
         if adapter is not None:
             stack.enter_context(adapter.apply(model, any_base=any_base))
             stack.enter_context(adapter.apply_text(model, text_strength))
-            stack.enter_context(installed(model, adapter.concepts))
+            stack.enter_context(installed_tokens(model, adapter.concepts))
         yield
 
 

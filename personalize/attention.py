@@ -1,8 +1,8 @@
-"""Reading and changing attention: hooks that a context manager puts into the UNet and takes out again.
+"""Reading and changing the UNet's attention by hooks, which `hooked` installs for the body of a `with` statement.
 
-    A = softmax(Q Kᵀ / √d) V          Q (b, n, q, d), K and V (b, n, l, d), A's weights p (b, n, q, l)
+    p = softmax(Q Kᵀ / √d),   output = p V          Q (b, n, q, d), K and V (b, n, l, d), p (b, n, q, l)
 
-with b batch, n heads, q image positions, l text tokens (or image positions, in self-attention), d width of a head.
+with b batch, n heads, q image positions, l text tokens (image positions in self-attention), d the width of a head.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ PLACES = {"encoder": "down", "middle": "mid", "decoder": "up"}
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention layer of the UNet, and the moment at which it is asked.
+    """One attention layer of the UNet, and in which pass of which denoising step it is called.
 
-    `level` says how often the latents were halved before it: `height` × `width` is the map there, in image positions.
-    `step` is the loop's `Step`, `branch` is "null" or "cond"; both are None outside the loop, as in training.
+    `level` is how often the latents were halved before it; `height` × `width` is the size of its map, in image
+    positions.  `step` is the `Step` of `denoise` and `branch` is "null" or "cond"; both are None outside the denoising
+    loop, as in training.
     """
 
     name: str
@@ -44,42 +45,44 @@ class AttentionSite:
 
     @property
     def side(self) -> int:
-        """Side of the map: of a square of the same area, if it is no square."""
+        """Side of the map, or if it is not square, of the square of the same area, rounded."""
         return round((self.height * self.width) ** 0.5)
 
 
 class AttentionHook:
-    """Override what you need; all is the identity by default. Only `probs` costs an explicit softmax, where wanted.
+    """Base class of attention hooks: every method returns its input unless overridden.
 
-    In the loop a hook sees the null and the conditional pass apart: b rows each, 0 the source, 1 … the targets.
+    A hook that overrides `probs` makes the layers it wants compute an explicit softmax instead of the fused attention.
+    In the denoising loop a hook is called for the null and the conditional pass separately, with b rows each: row 0 is
+    the source, rows 1 … are the targets.
     """
 
     def wants(self, site: AttentionSite) -> bool:
-        """Where: asked once for each size of the latents, without step and branch."""
+        """Whether the hook applies to this layer; called once per size of the latents, without step and branch."""
         return True
 
     def active(self, site: AttentionSite) -> bool:
-        """When: asked at every call, with step and branch."""
+        """Whether the hook applies at this call, by step and branch; called before every call of a wanted layer."""
         return True
 
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
-        """Before the product: q (b, n, q, d), k and v (b, n, l, d); l may change, in both alike."""
+        """Change queries q (b, n, q, d), keys k and values v (b, n, l, d); l may change if it is the same in both."""
         return q, k, v
 
     def probs(self, p: Tensor, site: AttentionSite) -> Tensor:
-        """After the softmax: p (b, n, q, l) in fp32, rows summing to one."""
+        """Read or change the attention weights p (b, n, q, l) after the softmax: fp32, rows summing to one."""
         return p
 
 
 class MapStore(AttentionHook):
-    """Keeps the latest map of each wanted site in `maps`, by name: running a layer again overwrites its map.
+    """Stores the latest attention map of each wanted layer in `maps`, by layer name.
 
     Args:
-        cross: text maps (True), self-attention (False) or both (None).
+        cross: cross-attention (True), self-attention (False) or both (None).
         side: only maps of this side; see `stage_side`.
         place: only "down", "mid" or "up".
-        branch: which pass of the loop; training, which has none, is always kept.
-        keep_graph: keep the maps' gradients, for losses.
+        branch: which pass of the denoising loop to store; outside the loop all maps are stored.
+        keep_graph: keep the graph of the maps, for losses.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class MapStore(AttentionHook):
 
     def wants(self, site: AttentionSite) -> bool:
         pairs = ((self.cross, site.cross), (self.side, site.side), (self.place, site.place))
-        return all(wish is None or wish == has for wish, has in pairs)
+        return all(wanted is None or wanted == actual for wanted, actual in pairs)
 
     def active(self, site: AttentionSite) -> bool:
         return site.branch in (None, self.branch)
@@ -108,12 +111,12 @@ class MapStore(AttentionHook):
         return p
 
     def grid(self, name: str) -> Tensor:
-        """One site's map as pictures, (b, n, h, w, l)."""
+        """The map of one layer with its image positions as a grid: (b, n, h, w, l)."""
         site = self.sites[name]
         return self.maps[name].unflatten(2, (site.height, site.width))
 
     def mean(self) -> Tensor:
-        """Mean over heads and sites, (b, h, w, l). Raises ValueError if there are no maps, or maps of several sizes."""
+        """Mean map over heads and layers, (b, h, w, l); ValueError if there are no maps, or maps of several sizes."""
         sizes = {(site.height, site.width) for site in self.sites.values()}
         if len(sizes) != 1:
             raise ValueError(f"a mean needs maps of one size, the store has {sorted(sizes)}: give MapStore a side")
@@ -128,14 +131,19 @@ def hooked(
     step: Any = None,
     branches: Sequence[str | None] = (None,),
 ) -> Iterator[None]:
-    """Run the body with `hooks` in `unet`'s attention, in their order; then the processors are the same objects again.
+    """Run the body with `hooks` in `unet`'s attention, called in their order; then restore the attention processors.
 
-    The batch consists of equal shares for `branches`, in their order. Under gradient checkpointing the hooks also
-    serve the recomputation, even if `backward` comes after the context.
+    Args:
+        step: the denoising step, which the hooks see as `site.step`.
+        branches: the batch consists of as many equal parts, one for each branch, in this order.
+
+    Under gradient checkpointing the hooks also apply to the recomputation, even if `backward` is called after the
+    context has ended.
 
     Raises:
-        UserError: at the first prediction, if a hook wants no site; or if an adapter owns the attention (IP-Adapter).
-        ValueError: contexts inside one another.
+        UserError: at the first prediction, if a hook wants no layer of this UNet; or if an adapter has put processors
+            of its own into the attention (IP-Adapter).
+        ValueError: nested contexts.
     """
     if not hooks:
         yield
@@ -150,7 +158,7 @@ def hooked(
 
 
 def attention_sites(unet: UNet2DConditionModel, size: tuple[int, int] | None = None) -> dict[str, AttentionSite]:
-    """Every attention layer by name, in the UNet's own order, for latents of `size` (h, w), by default the base's."""
+    """All attention layers by name, in the UNet's order, for latents of `size` (h, w), by default the base's own."""
     height, width = size or (unet.config["sample_size"],) * 2
     sites, roles = {}, block_roles(unet)
     for name, attention in _attentions(unet).items():
@@ -162,9 +170,10 @@ def attention_sites(unet: UNet2DConditionModel, size: tuple[int, int] | None = N
 
 
 def stage_side(model: Any, target: int = 16) -> int:
-    """Side of "the 16×16 maps": nearest `target` among the stages with text attention on both paths.
+    """Side of the maps that stand for the papers' 16×16 maps: the one nearest to `target`.
 
-    SD 1.x: 16, SD 2 at 768 px: 24, SDXL: 32.
+    Only stages with cross-attention in both the down and the up blocks count.  It is 16 on SD 1.x, 24 on SD 2 at 768 px
+    and 32 on SDXL.
     """
     sides = {
         place: {site.side for site in attention_sites(model.unet).values() if site.cross and site.place == place}
@@ -178,7 +187,7 @@ def _attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
 
 
 class _Hooking:
-    """The processors of one `hooked` context."""
+    """The state of one `hooked` context: its hooks, and a processor for every attention layer."""
 
     def __init__(
         self, unet: UNet2DConditionModel, hooks: Sequence[AttentionHook], step: Any, branches: Sequence[str | None]
@@ -187,10 +196,10 @@ class _Hooking:
         self.attentions = _attentions(unet)
         self.processors = {name: _Processor(attention.processor) for name, attention in self.attentions.items()}
         self.size: tuple[int, int] | None = None
-        self.within = False
+        self.active = False  # are the processors installed?
 
     def measure(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each prediction: learn the size of the latents, and which hook serves which site."""
+        """Forward pre-hook of the UNet: for a new size of the latents, decide which hooks apply to which layer."""
         latents = args[0] if args else kwargs["sample"]
         if self.size == latents.shape[-2:]:
             return
@@ -198,7 +207,7 @@ class _Hooking:
         sites = attention_sites(unet, self.size)
         wanting = {name: [hook for hook in self.hooks if hook.wants(site)] for name, site in sites.items()}
         for hook in self.hooks:
-            if not any(hook is other for served in wanting.values() for other in served):
+            if not any(hook is other for chosen in wanting.values() for other in chosen):
                 raise UserError(
                     f"attention hook {type(hook).__name__} matches no site of this UNet: it has {_listed(sites)}"
                 )
@@ -208,6 +217,7 @@ class _Hooking:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
+        """Run the body with our processors in place of the UNet's."""
         before = {name: attention.processor for name, attention in self.attentions.items()}
         for processor in before.values():
             if isinstance(processor, _Processor):
@@ -217,42 +227,48 @@ class _Hooking:
         try:
             for name, processor in self.processors.items():
                 self.attentions[name].set_processor(processor)  # pyright: ignore
-            self.within = True
+            self.active = True
             yield
         finally:
-            self.within = False
+            self.active = False
             for name, processor in before.items():
                 self.attentions[name].set_processor(processor)
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
-        """Let recomputed blocks find the hooks again when the body is over."""
-        every = self.unet.modules() if torch.is_grad_enabled() else ()  # without gradients nothing is computed again
+        """Let blocks that gradient checkpointing recomputes after the body has ended use the hooks again."""
+        every = self.unet.modules() if torch.is_grad_enabled() else ()  # without gradients nothing is recomputed
         modules = [module for module in every if getattr(module, "gradient_checkpointing", False)]
         before = [module._gradient_checkpointing_func for module in modules]
         try:
             for module, checkpoint in zip(modules, before, strict=True):
-                module._gradient_checkpointing_func = self._replaying(checkpoint)  # pyright: ignore
+                module._gradient_checkpointing_func = self._with_hooks(checkpoint)  # pyright: ignore
             yield
         finally:
             for module, checkpoint in zip(modules, before, strict=True):
                 module._gradient_checkpointing_func = checkpoint
 
-    def _replaying(self, checkpoint: Any) -> Callable[..., Any]:
-        def run(block: nn.Module, *args: Any) -> Any:
+    def _with_hooks(self, checkpoint: Any) -> Callable[..., Any]:
+        """The checkpointing function `checkpoint`, with the hooks in place whenever it calls a block."""
+
+        def checkpoint_block(block: nn.Module, *args: Any) -> Any:
             def call(*inputs: Any) -> Any:
-                if self.within:
+                if self.active:
                     return block(*inputs)
                 with self.installed():
                     return block(*inputs)
 
             return checkpoint(call, *args)
 
-        return run
+        return checkpoint_block
 
 
 class _Processor:
-    """Attention of one site: the original where no hook wants it, else fused, else (a hook reads the maps) explicit."""
+    """Attention processor of one layer.
+
+    It calls the original one if no hook applies, and else computes fused attention, or an explicit softmax if a hook
+    overrides `probs`.
+    """
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -272,12 +288,13 @@ class _Processor:
         heads = [project(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for project, states in projections]
         count = len(self.sites)
         masks = [None] * count if attention_mask is None else attention_mask.chunk(count)
-        shares = zip(*(tensor.chunk(count) for tensor in heads), masks, self.sites, strict=True)
-        mixed = [self._attend(attn, *share) for share in shares]
-        output = attn.to_out[0](torch.cat(mixed).transpose(1, 2).flatten(2))
+        branches = zip(*(tensor.chunk(count) for tensor in heads), masks, self.sites, strict=True)
+        attended = [self._attend(attn, *branch) for branch in branches]
+        output = attn.to_out[0](torch.cat(attended).transpose(1, 2).flatten(2))
         return attn.to_out[1](output) / attn.rescale_output_factor
 
     def _attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: AttentionSite) -> Tensor:
+        """The output (b, n, q, d) of one branch."""
         hooks = [hook for hook in self.hooks if hook.active(site)]
         for hook in hooks:
             q, k, v = hook.qkv(q, k, v, site)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.concepts import Subject, check_new, installed, locate
+from personalize.concepts import Subject, check_new_tokens, installed_tokens, locate_subjects
 from personalize.data import SampleShard
 from personalize.errors import UserError
 from personalize.images import load_image, resize_and_crop, to_pixels
@@ -68,14 +68,14 @@ def default_prompt(subjects: Sequence[Subject]) -> str:
 
 def check_prompt(model: StableDiffusion, picture: ConceptPicture) -> None:
     """UserError unless the subjects' tokens are new and the prompt, also with a view's prefix, names every subject."""
-    check_new(model, [subject.token for subject in picture.subjects])
+    check_new_tokens(model, [subject.token for subject in picture.subjects])
     widths = [encoder.config.hidden_size for encoder in model.text_encoders]
     names = ("text_encoder", "text_encoder_2")
     blank = {
         s.token: {n: torch.zeros(s.vectors, w) for n, w in zip(names, widths, strict=False)} for s in picture.subjects
     }
-    with installed(model, blank):
-        locate(model, f"a far away {picture.prompt}", picture.subjects)
+    with installed_tokens(model, blank):
+        locate_subjects(model, f"a far away {picture.prompt}", picture.subjects)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class ConceptDataset:
     def _token_positions(self, text: str) -> tuple[Tensor, Tensor]:
         """The text positions of class phrases and of tokens, two (s, l) in {0, 1}, in the order of the subjects."""
         if text not in self._positions:
-            places = locate(self.model, text, self.picture.subjects)
+            places = locate_subjects(self.model, text, self.picture.subjects)
             nouns, modifiers = torch.zeros(2, len(places), self.model.tokenizers[0].model_max_length)
             for row, place in enumerate(places):
                 nouns[row, list(place.noun)] = 1

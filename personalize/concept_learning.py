@@ -1,10 +1,10 @@
 """Train an adapter on several concepts of one picture.
 
-    picture = ConceptPicture(image, (Subject("<cat1>", "cat"), Subject("<dog1>", "dog")))
-    with multi_concept_run(model, picture, MultiConceptConfig()) as run:
-        for report in run.steps():
-            print(report.update, float(report.losses["loss"]))
-        adapter = run.adapter()
+picture = ConceptPicture(image, (Subject("<cat1>", "cat"), Subject("<dog1>", "dog")))
+with multi_concept_run(model, picture, MultiConceptConfig()) as run:
+    for report in run.steps():
+        print(report.update, float(report.losses["loss"]))
+    adapter = run.adapter()
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from personalize.adapter import Adapter
 from personalize.attention import attention_sites
 from personalize.concept_data import ClassImage, ConceptDataset, ConceptPicture, check_prompt, content_hash
-from personalize.concepts import TokenEmbedding, initial_embeddings, installed, state
+from personalize.concepts import TokenEmbedding, initial_embeddings, installed_tokens, token_state
 from personalize.errors import UserError
 from personalize.lean import compiled_blocks, fast_paths
 from personalize.learning import TrainingRun, versions
@@ -67,7 +67,7 @@ def multi_concept_run(
         stack.enter_context(compiled_blocks(model.unet, config.torch_compile))
         stack.enter_context(fast_paths(model.unet))
         stack.enter_context(gradient_checkpointing(model.unet, config.gradient_checkpointing))
-        layers = stack.enter_context(installed(model, rows, trainable=True))
+        layers = stack.enter_context(installed_tokens(model, rows, trainable=True))
         if config.full_kv:
             weights_before = stack.enter_context(full_weights(model.unet))
         else:
@@ -175,7 +175,7 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
             alpha=self.config.alpha,
             source=None,
             info={**self.metadata(), "updates": self.update, "versions": versions(), **residual, **info},
-            concepts=state(self.token_embeddings, self.subjects),
+            concepts=token_state(self.token_embeddings, self.subjects),
         )
 
     def _own_metadata(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from personalize.attention import hooked
-from personalize.concepts import Subject, locate
+from personalize.concepts import Subject, locate_subjects
 from personalize.losses import normalised
 from personalize.model import StableDiffusion
 from personalize.multi_concept import CalibrationMaps, calibration_layers
@@ -50,7 +50,7 @@ def concept_maps(
     conditioning = model.prompts([prompt], (pixels.shape[-2], pixels.shape[-1]))
     length = conditioning.embeds.shape[1]
     tokens = torch.zeros(1, 2 * len(subjects), length, device=model.device)
-    for index, place in enumerate(locate(model, prompt, subjects)):
+    for index, place in enumerate(locate_subjects(model, prompt, subjects)):
         tokens[0, index, list(place.noun)] = 1
         tokens[0, len(subjects) + index, list(place.modifier)] = 1
     maps = []

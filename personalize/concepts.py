@@ -1,10 +1,11 @@
-"""Learned tokens: new words of the tokenizers with rows of their own beside the text encoders' embedding tables.
+"""Learned tokens (textual inversion): new tokens in the tokenizers, with embeddings beside the text encoders' own.
 
-    E(id) = rows[id − first new id]  if id is new,  else the frozen table's row          rows (n, d) fp32, one a vector
+    E(id) = rows[id − first new id]  if id is new,  else the frozen table's row        rows (n, d) fp32, one per vector
 
-A concept is called by its token, such as `<cat1>`; with several vectors the further ones are `<cat1>_1`, `<cat1>_2`, …
-and are put in behind the token, as stock diffusers pipelines do.  Ids are those that `load_textual_inversion` would
-give in the same order, so that SDXL encoders which pool at the highest id pool where a stock pipeline pools.
+A concept is written as its token, such as `<cat1>`.  Further vectors of a token are `<cat1>_1`, `<cat1>_2`, …, which
+are inserted behind it in prompts, as stock diffusers pipelines do.  The new ids are those that
+`load_textual_inversion` would give in the same order: SDXL's second encoder pools at the highest id, so it pools where
+a stock pipeline does.
 
 References: Gal et al., "An Image is Worth One Word", arXiv 2208.01618.
 """
@@ -33,7 +34,11 @@ Rows = Mapping[str, Tensor]  # by text encoder, (n, d)
 
 @dataclass(frozen=True)
 class Subject:
-    """A token to be learned, the class phrase that follows it in prompts ("cat", "coffee cup"), its vectors."""
+    """A concept to be learned: its token, its number of vectors, and its class phrase ("cat", "coffee cup").
+
+    In prompts the class phrase follows the token: "a <cup1> coffee cup".  UserError for a token or phrase of another
+    form, or for other than 1 to 16 vectors.
+    """
 
     token: str
     noun: str
@@ -62,15 +67,18 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Positions among the encoder's l tokens: of the learned token's vectors, and of its class phrase."""
+class SubjectPositions:
+    """Positions of a subject among the text encoder's l tokens: of its token's vectors, and of its class phrase."""
 
     modifier: tuple[int, ...]
     noun: tuple[int, ...]
 
 
-class ConceptRows(nn.Module):
-    """The embedding table `base`, unchanged, and beside it the rows of new `ids`; only `weight` (n, d) can learn."""
+class TokenEmbedding(nn.Module):
+    """An embedding layer that gives the new `ids` the rows of `weight` (n, d), and all other ids those of `base`.
+
+    `base` is the text encoder's own embedding layer, unchanged; only `weight` can be trained.
+    """
 
     ids: Tensor
 
@@ -82,25 +90,28 @@ class ConceptRows(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embeddings (b, l, d) of ids (b, l)."""
-        same = input_ids[..., None] == self.ids  # (b, l, n)
-        mine = same.any(-1)
-        plain = self.base(input_ids.masked_fill(mine, 0))
-        return torch.where(mine[..., None], embedding(same.int().argmax(-1), self.weight).to(plain.dtype), plain)
+        matches = input_ids[..., None] == self.ids  # (b, l, n)
+        new = matches.any(-1)
+        plain = self.base(input_ids.masked_fill(new, 0))
+        return torch.where(new[..., None], embedding(matches.int().argmax(-1), self.weight).to(plain.dtype), plain)
 
 
-def words(token: str, vectors: int) -> list[str]:
-    """The vocabulary entries of a token, as diffusers names them."""
+def vocabulary_entries(token: str, vectors: int) -> list[str]:
+    """The vocabulary entries of a token of several vectors, as diffusers names them: <cat1>, <cat1>_1, …"""
     return [token, *(f"{token}_{number}" for number in range(1, vectors))]
 
 
-def initial_rows(model: StableDiffusion, subject: Subject, initializer: str = "class") -> dict[str, Tensor]:
-    """Rows to start from, by text encoder: each the mean of the rows of the word `initializer`, or of the class phrase.
+def initial_embeddings(model: StableDiffusion, subject: Subject, initializer: str = "class") -> dict[str, Tensor]:
+    """Initial embeddings (vectors, d) of a token, by text encoder: each the mean embedding of `initializer`'s tokens.
+
+    Args:
+        initializer: a word, or "class" for the subject's class phrase.
 
     Raises:
         UserError: the initializer is empty.
     """
     text = subject.noun if initializer == "class" else initializer
-    found = {}
+    embeddings = {}
     for name, tokenizer, encoder in zip(ENCODERS, model.tokenizers, model.text_encoders, strict=False):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if not ids:
@@ -108,26 +119,26 @@ def initial_rows(model: StableDiffusion, subject: Subject, initializer: str = "c
         table = encoder.get_input_embeddings()
         with torch.no_grad():
             row = table(torch.tensor([ids], device=model.device))[0].float().mean(0)
-        found[name] = row.repeat(subject.vectors, 1)
-    return found
+        embeddings[name] = row.repeat(subject.vectors, 1)
+    return embeddings
 
 
 @contextmanager
-def installed(
+def installed_tokens(
     model: StableDiffusion, concepts: Mapping[str, Rows], *, trainable: bool = False
-) -> Iterator[list[ConceptRows]]:
-    """Run the body with `concepts` (token → rows) in the tokenizers and text encoders; afterwards all is as before.
+) -> Iterator[list[TokenEmbedding]]:
+    """Run the body with the tokens of `concepts` (token → rows) added to the tokenizers and text encoders.
 
-    Yields one `ConceptRows` for each text encoder, with the rows of all tokens in their order.  Contexts go inside one
-    another.  The tokenizers are copies, so that those of a pipeline are never altered.
+    Afterwards everything is as before; contexts may be nested.  Yields one `TokenEmbedding` per text encoder, which has
+    the rows of all tokens in their order.  The tokenizers are copies, so that those of a pipeline are never altered.
 
     Raises:
-        UserError: a token that is already a word here, or rows that do not fit the text encoders.
+        UserError: a token that the tokenizers already have, or rows that do not fit the text encoders.
     """
     if not concepts:
         yield []
         return
-    check_new(model, concepts)
+    check_new_tokens(model, concepts)
     tokenizers = model.tokenizers
     tables = [encoder.get_input_embeddings() for encoder in model.text_encoders]
     try:
@@ -136,10 +147,10 @@ def installed(
         names = ENCODERS[: len(tables)]
         for name, tokenizer, encoder, table in zip(names, model.tokenizers, model.text_encoders, tables, strict=True):
             rows = _rows(concepts, name, encoder.config.hidden_size)
-            spelled = [word for token, tensor in rows.items() for word in words(token, len(tensor))]
-            tokenizer.add_tokens(spelled)
-            ids = tokenizer.convert_tokens_to_ids(spelled)
-            layer = ConceptRows(table, ids, torch.cat([*rows.values()]), trainable=trainable).to(model.device)
+            entries = [word for token, tensor in rows.items() for word in vocabulary_entries(token, len(tensor))]
+            tokenizer.add_tokens(entries)
+            ids = tokenizer.convert_tokens_to_ids(entries)
+            layer = TokenEmbedding(table, ids, torch.cat([*rows.values()]), trainable=trainable).to(model.device)
             encoder.set_input_embeddings(layer)
             wrapped.append(layer)
         yield wrapped
@@ -149,13 +160,13 @@ def installed(
             encoder.set_input_embeddings(table)
 
 
-def check_new(model: StableDiffusion, tokens: Mapping[str, Any] | Sequence[str]) -> None:
-    """UserError unless no tokenizer knows any of `tokens` yet, in whatever case, and all differ."""
-    seen: set[str] = set()
+def check_new_tokens(model: StableDiffusion, tokens: Mapping[str, Any] | Sequence[str]) -> None:
+    """UserError if a tokenizer already has one of `tokens`, or if two of them are equal; case is ignored."""
+    earlier: set[str] = set()
     for token in tokens:
-        if token.lower() in seen:
+        if token.lower() in earlier:
             raise UserError(f"the token {token} is given twice: every concept needs a token of its own")
-        seen.add(token.lower())
+        earlier.add(token.lower())
     for tokenizer in model.tokenizers:
         known = tokenizer.get_vocab()
         added = {word.lower() for word in tokenizer.added_tokens_encoder}
@@ -167,7 +178,8 @@ def check_new(model: StableDiffusion, tokens: Mapping[str, Any] | Sequence[str])
 
 
 def _rows(concepts: Mapping[str, Rows], name: str, width: int) -> dict[str, Tensor]:
-    found = {}
+    """Each token's rows for the text encoder `name`, checked against its embedding `width`."""
+    fitting = {}
     for token, rows in concepts.items():
         if name not in rows or rows[name].ndim != 2 or rows[name].shape[1] != width:
             shape = tuple(rows[name].shape) if name in rows else "none"
@@ -175,37 +187,38 @@ def _rows(concepts: Mapping[str, Rows], name: str, width: int) -> dict[str, Tens
                 f"token {token} has rows {shape} for the {name} of this base, which needs (n, {width}): "
                 "it was learned on another base model"
             )
-        found[token] = rows[name]
-    return found
+        fitting[token] = rows[name]
+    return fitting
 
 
-def state(layers: Sequence[ConceptRows], subjects: Sequence[Subject]) -> dict[str, dict[str, Tensor]]:
-    """What was learned, by token and text encoder: copies (vectors, d) in fp32 on the CPU."""
-    found: dict[str, dict[str, Tensor]] = {subject.token: {} for subject in subjects}
+def token_state(layers: Sequence[TokenEmbedding], subjects: Sequence[Subject]) -> dict[str, dict[str, Tensor]]:
+    """The tokens' embeddings, by token and text encoder: copies (vectors, d) in fp32 on the CPU."""
+    learned: dict[str, dict[str, Tensor]] = {subject.token: {} for subject in subjects}
     for name, layer in zip(ENCODERS, layers, strict=False):
         parts = layer.weight.detach().to("cpu", torch.float32, copy=True).split([s.vectors for s in subjects])
         for subject, part in zip(subjects, parts, strict=True):
-            found[subject.token][name] = part.clone()
-    return found
+            learned[subject.token][name] = part.clone()
+    return learned
 
 
-def locate(model: StableDiffusion, text: str, subjects: Sequence[Subject]) -> list[Places]:
-    """Where `text` says each of `subjects`: its token and right behind it its class phrase, exactly once.
+def locate_subjects(model: StableDiffusion, text: str, subjects: Sequence[Subject]) -> list[SubjectPositions]:
+    """The token positions of each of `subjects` in `text`, which must name it exactly once: token, then class phrase.
 
     Raises:
-        UserError, showing how the text is cut into tokens: a phrase is missing, repeated, or cut off at the end.
+        UserError: a phrase is missing, repeated, or cut off at the end; the message shows the tokens of `text`.
     """
-    found = [[_place(tokenizer, text, subject) for subject in subjects] for tokenizer in model.tokenizers]
-    if any(places != found[0] for places in found):
-        raise UserError(f"the two tokenizers of this base cut {text!r} at different places")
-    return found[0]
+    first, *others = [[_positions(tokenizer, text, subject) for subject in subjects] for tokenizer in model.tokenizers]
+    if any(positions != first for positions in others):
+        raise UserError(f"the two tokenizers of this base split {text!r} into tokens at different places")
+    return first
 
 
-def _place(tokenizer: Any, text: str, subject: Subject) -> Places:
-    spelled = words(subject.token, subject.vectors)
+def _positions(tokenizer: Any, text: str, subject: Subject) -> SubjectPositions:
+    """The positions of one subject by one tokenizer; UserError as in `locate_subjects`."""
+    entries = vocabulary_entries(subject.token, subject.vectors)
     whole = TextualInversionLoaderMixin().maybe_convert_prompt([text], tokenizer)
     ids = tokenizer(whole, truncation=False, verbose=False).input_ids[0]
-    modifier = tokenizer.convert_tokens_to_ids(spelled)
+    modifier = tokenizer.convert_tokens_to_ids(entries)
     noun = tokenizer(subject.noun, add_special_tokens=False).input_ids
     starts = [at for at in range(len(ids)) if ids[at : at + len(modifier)] == modifier]
     behind = [at for at in starts if ids[at + len(modifier) : at + len(modifier) + len(noun)] == noun]
@@ -220,11 +233,11 @@ def _place(tokenizer: Any, text: str, subject: Subject) -> Places:
             f"“{subject.phrase}” is cut off, the text encoder reads {tokenizer.model_max_length} tokens: "
             f"shorten the prompt {_pieces(tokenizer, ids)}"
         )
-    return Places(tuple(range(first, middle)), tuple(range(middle, end)))
+    return SubjectPositions(tuple(range(first, middle)), tuple(range(middle, end)))
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The tokens of a text as people read them: "a · <cat1> · cat"."""
+    """The tokens of a text in readable form: "a · <cat1> · cat"."""
     special = set(tokenizer.all_special_ids)
-    shown = tokenizer.convert_ids_to_tokens([number for number in ids if number not in special])
-    return " · ".join(piece.removesuffix("</w>") for piece in shown)
+    pieces = tokenizer.convert_ids_to_tokens([number for number in ids if number not in special])
+    return " · ".join(piece.removesuffix("</w>") for piece in pieces)

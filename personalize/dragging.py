@@ -19,7 +19,7 @@ from personalize.adapter import Adapter
 from personalize.attachment import applied
 from personalize.drag import DEFAULTS, DragSettings, LatentDrag, drag, rounded_length
 from personalize.errors import UserError
-from personalize.frames import Frame, Picture, Point, opened
+from personalize.frames import PaddedImage, Picture, Point, as_image
 from personalize.mixing import edit_conditioning
 from personalize.model import Conditioning, StableDiffusion
 
@@ -75,10 +75,10 @@ def drag_picture(
         UserError: there are no points, a handle has no target, a point is outside the picture; or see `drag`.
     """
     began = time.perf_counter()
-    picture = opened(picture)
+    picture = as_image(picture)
     handles, targets = handles_and_targets(points, picture.size)
-    frame = Frame.of(model, picture, resolution)
-    allowed = None if mask is None else frame.mask_to_cells(opened(mask))
+    frame = PaddedImage.of(model, picture, resolution)
+    allowed = None if mask is None else frame.mask_to_cells(as_image(mask))
     starts, ends = [frame.to_cells(point) for point in handles], [frame.to_cells(point) for point in targets]
     with applied(model, adapter):
         source = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
@@ -131,7 +131,7 @@ def arrival_points(result: LatentDrag, handles: Sequence[Point]) -> list[Point]:
 
 
 def notes(
-    frame: Frame, result: LatentDrag, handles: Sequence[Point], targets: Sequence[Point], settings: DragSettings,
+    frame: PaddedImage, result: LatentDrag, handles: Sequence[Point], targets: Sequence[Point], settings: DragSettings,
     mask: Tensor | None,
 ) -> tuple[str, ...]:  # fmt: skip
     """What the user may not expect: drags shorter than a cell, changed thresholds, handles outside the mask."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from personalize.alignment import tokenize_prompt
-from personalize.concepts import ConceptRows
+from personalize.concepts import TokenEmbedding
 from personalize.errors import UserError
 from personalize.losses import smoothed
 from personalize.model import Conditioning, StableDiffusion
@@ -131,7 +131,7 @@ def leakage(attention: Tensor, groups: Sequence[NounGroup], background: Tensor |
 
 
 @contextmanager
-def noun_rows(model: StableDiffusion, groups: Sequence[NounGroup]) -> Iterator[list[ConceptRows]]:
+def noun_rows(model: StableDiffusion, groups: Sequence[NounGroup]) -> Iterator[list[TokenEmbedding]]:
     """Run the body with the nouns' token embeddings as trainable parameters; afterwards the model is as before.
 
     Yields one layer for each text encoder, whose `weight` (n, d) holds the n rows of the nouns' tokens, with their
@@ -144,7 +144,7 @@ def noun_rows(model: StableDiffusion, groups: Sequence[NounGroup]) -> Iterator[l
             ids = list(dict.fromkeys(index for group in groups for index in group.ids[number]))
             with torch.no_grad():
                 rows = table(torch.tensor([ids], device=model.device))[0]
-            layers.append(ConceptRows(table, ids, rows, trainable=True).to(model.device))
+            layers.append(TokenEmbedding(table, ids, rows, trainable=True).to(model.device))
             encoder.set_input_embeddings(layers[-1])
         yield layers
     finally:
@@ -181,7 +181,7 @@ class DynamicPrompt:
 
     @staticmethod
     def _encoded(
-        model: StableDiffusion, layers: list[ConceptRows], rows: tuple[Tensor, ...], prompts: Sequence[str],
+        model: StableDiffusion, layers: list[TokenEmbedding], rows: tuple[Tensor, ...], prompts: Sequence[str],
         size: tuple[int, int] | None,
     ) -> Conditioning:  # fmt: skip
         for layer, row in zip(layers, rows, strict=True):
@@ -230,7 +230,7 @@ class DynamicFit:
         return self.conditioning
 
     @torch.enable_grad()
-    def _fit(self, layers: list[ConceptRows], anchors: list[Tensor], step: Step, latents: Tensor) -> None:
+    def _fit(self, layers: list[TokenEmbedding], anchors: list[Tensor], step: Step, latents: Tensor) -> None:
         weights = [layer.weight for layer in layers]
         adam = torch.optim.AdamW(weights, lr=self.settings.rate)
         for number in range(self.settings.updates):
@@ -255,7 +255,7 @@ class DynamicFit:
             adam.step()
             self._limit(layers, anchors)
 
-    def _limit(self, layers: list[ConceptRows], anchors: list[Tensor]) -> None:
+    def _limit(self, layers: list[TokenEmbedding], anchors: list[Tensor]) -> None:
         """Move embeddings that are farther than `cap` from their words back to that distance."""
         if self.settings.cap is None:
             return
@@ -277,5 +277,5 @@ def fit_on_trajectory(fit: DynamicFit, latents: Tensor, down: Schedule) -> Dynam
     return fit.result
 
 
-def _drift(layer: ConceptRows, anchor: Tensor) -> float:
+def _drift(layer: TokenEmbedding, anchor: Tensor) -> float:
     return float(((layer.weight.detach() - anchor).norm(dim=-1) / anchor.norm(dim=-1).clamp(min=1e-12)).max())

@@ -35,7 +35,7 @@ def run(config: EditConfig) -> Path:
     """Draw the pictures into the output folder, which is returned.  UserError where options contradict one another."""
     check(config)
     editor = Editor.configured(config, (config.adapter, *config.add))
-    prompt = editor.aligned(config.prompt)
+    prompt = editor.align_prompt(config.prompt)
     if prompt != config.prompt:
         print(f"Worded like the caption: “{prompt}”")
     size = (config.height or editor.size[0], config.width or editor.size[1])

@@ -19,15 +19,15 @@ from PIL import Image
 from personalize.adapter import Adapter
 from personalize.attachment import load_adapters
 from personalize.calibrated import text_to_image_guidance
-from personalize.captions import aligned
+from personalize.captions import align_prompt
 from personalize.choosing import Trial, ranked, search
-from personalize.concepts import installed
+from personalize.concepts import installed_tokens
 from personalize.drag import DEFAULTS, DragSettings
 from personalize.dragging import DragResult, Point, drag_picture
 from personalize.errors import UserError
 from personalize.frames import Picture
 from personalize.images import to_image
-from personalize.lora import without_lora
+from personalize.lora import lora_disabled
 from personalize.mixing import edit_conditioning
 from personalize.model import Conditioning, StableDiffusion
 from personalize.photo import PHOTO_DEFAULTS, EditRequest, EditResult, PhotoSettings, edit_photo
@@ -134,7 +134,7 @@ class Editor:
             UserError: the prompt is empty, the budget is below 1, or there is no scorer for this base.
         """
         scorer = scorer or find_scorer(self.model.name, device=self.model.device)
-        request = Request(self.aligned(prompt), self.caption, source)
+        request = Request(self.align_prompt(prompt), self.caption, source)
         trials = search(
             self, request, scorer, budget=budget, seed=seed, negative_prompt=negative_prompt, sampling=sampling
         )
@@ -154,13 +154,13 @@ class Editor:
                 resolution=resolution, paste=paste,
             )  # fmt: skip
 
-    def aligned(self, prompt: str) -> str:
+    def align_prompt(self, prompt: str) -> str:
         """`prompt`, made to begin like the adapter's caption if the adapter has a source embedding.
 
         The embedding is edited token by token, so that words at the same place must correspond; see
-        `personalize.captions.aligned`.
+        `personalize.captions.align_prompt`.
         """
-        return aligned(prompt, self.caption) if self.adapter is not None and self.adapter.source else prompt
+        return align_prompt(prompt, self.caption) if self.adapter is not None and self.adapter.source else prompt
 
     @property
     def caption(self) -> str:
@@ -191,7 +191,7 @@ class Editor:
         """The conditioning of `prompt`; unless `strength` is 0, with the adapter's text encoder LoRA and tokens."""
         tokens = self.adapter.concepts if self.adapter and strength else {}
         with self.adapter.apply_text(self.model, strength) if self.adapter and strength else nullcontext():
-            with installed(self.model, tokens):
+            with installed_tokens(self.model, tokens):
                 return self.model.prompts([prompt], size)
 
     def _sample(
@@ -227,7 +227,7 @@ class Editor:
             return nullcontext()
         if self._entered is None:
             return self.adapter.apply(self.model) if wanted else nullcontext()
-        return nullcontext() if wanted else without_lora(self.model.unet)
+        return nullcontext() if wanted else lora_disabled(self.model.unet)
 
     @contextmanager
     def _adapter_removed(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     rules = [parse_rule(text) for text in forget if text != "none"]
     unet = {key: tensor for key, tensor in adapter.lora.items() if key.startswith(lora.PREFIX)}
     text = {key: tensor for key, tensor in adapter.lora.items() if key not in unet and strength}
-    state = lora.baked(empty_unet(adapter.family), unet, rules, strength)
+    state = lora.scaled_state(empty_unet(adapter.family), unet, rules, strength)
     state |= {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in text.items()}
     if not state:
         raise UserError("nothing of the adapter is left: forget less, or use a strength other than 0")

@@ -1,15 +1,15 @@
-"""Forgetting: which parts of a learned change go back to the base model, as rows of one table.
+"""Forgetting rules: scaling down an adapter's LoRA in some modules of the UNet, which weakens what it learned there.
 
-A rule selects LoRA modules by the side of the UNet they sit on (encoder = down path: layout, pose; decoder = up path:
-look, identity) and by what they are (self-attention, keys and values, …).  A selected module keeps the share `degree`
-of its learned change: 0, the default, forgets it wholly, 1 keeps it.
+A rule selects LoRA modules by their side of the UNet (encoder = down blocks: layout and pose; decoder = up blocks:
+appearance and identity) and by their kind (self-attention, keys and values, …).  The LoRA of a selected module is
+multiplied by the rule's `degree`: 0, the default, removes it; 1 keeps it.  All rules are rows of the table below.
 
-    parse_rule("decoder=0.5")      half of the learned change on the decoder side
-    parse_rule("encoderattn")      the encoder forgets all but its attentions
+    parse_rule("decoder=0.5")      halves the LoRA of the decoder
+    parse_rule("encoderattn")      removes the LoRA of the encoder except in its attention layers
 
-Published names (`encoderattn`, `decoderkv`, …) say what *survives* on that side; names with `no` say what goes.
-`encoderkv` is used for two opposite rules by its authors: here it is the vanilla one (K and V survive), and their
-DreamBooth one (only K and V go) is `noencoderkv`.
+Published names (`encoderattn`, `decoderkv`, …) say what is *kept* on that side; names with `no` say what is removed.
+The authors use `encoderkv` for two opposite rules.  Here it is that of their plain method, which keeps keys and values;
+that of their DreamBooth variant, which removes only keys and values, is `noencoderkv`.
 
 References: Zhang et al., "Forgedit", arXiv 2309.10556.
 """
@@ -26,19 +26,23 @@ from personalize.errors import UserError
 
 @dataclass(frozen=True)
 class Role:
-    """Where a module sits: the `side` of the UNet, and its `level` = how often the latents were halved before it."""
+    """Where a module is in the UNet: on which side, and how often the latents were halved before it (`level`)."""
 
     side: str  # "encoder", "middle", "decoder", or "outside" (input, output and embedding layers)
     level: int
-    attention: bool = False  # has its block any attention?
+    attention: bool = False  # whether its block has attention layers
 
 
 @dataclass(frozen=True)
 class ForgettingRule:
-    """Forget on `sides`; if `only` is given just the modules with one of these name parts; never those of `keep`."""
+    """One rule: which modules it selects, and the `degree` by which their LoRA is multiplied.
+
+    Selected are the modules on one of `sides`, at `level` if given, whose path contains one of `only` if given, and
+    that are neither at `keep_level` nor contain one of `keep` in their path.
+    """
 
     name: str
-    says: str
+    description: str
     sides: tuple[str, ...]
     only: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
@@ -58,7 +62,7 @@ QUERY = ("attn1.to_q", "attn2.to_q")
 
 _ROWS = (
     ForgettingRule("none", "nothing is forgotten", ()),
-    # published: by side, the name says what survives
+    # published rules, by side: the name says what is kept
     ForgettingRule("noencoder", "the whole encoder side", ENCODER),
     ForgettingRule("encoderattn", "the encoder but its attentions", ENCODER, keep=ATTENTION),
     ForgettingRule(
@@ -71,7 +75,7 @@ _ROWS = (
         "decoderattn+decoder2", "the same, and its half-resolution stage is kept", DECODER, keep=ATTENTION, keep_level=1
     ),
     ForgettingRule("decoderkv", "the decoder but its cross-attention keys and values", DECODER, keep=KEY_VALUE),
-    # finer: useful for attention-only adapters too, the name says what goes
+    # finer rules, useful for attention-only adapters too: the name says what is removed
     ForgettingRule("nomiddle", "the middle block", MIDDLE),
     ForgettingRule("noselfattn", "all self-attention", ALL, only=("attn1",)),
     ForgettingRule("nocrossattn", "all cross-attention", ALL, only=("attn2",)),
@@ -83,7 +87,7 @@ _ROWS = (
     ForgettingRule("nodecoderselfattn", "the decoder's self-attention", DECODER, only=("attn1",)),
     ForgettingRule("nodecodercrossattn", "the decoder's cross-attention", DECODER, only=("attn2",)),
     ForgettingRule("nodecoderkv", "the decoder's cross-attention keys and values", DECODER, only=KEY_VALUE),
-    # the two transformers that InstantStyle reports for style and layout on SDXL
+    # the two transformers of SDXL to which InstantStyle attributes style and layout
     ForgettingRule("nostyle", "the transformer of style (decoder)", DECODER, only=("attentions.1",), level=2),
     ForgettingRule("nolayout", "the transformer of layout (encoder)", ENCODER, only=("attentions.1",), level=2),
 )
@@ -99,10 +103,10 @@ ALIASES = {
 
 
 def parse_rule(text: str) -> ForgettingRule:
-    """The rule of "NAME" or "NAME=degree"; `decoder`, `encoder` and `middle` mean that whole side.
+    """The rule of "NAME" or "NAME=degree"; the names `decoder`, `encoder` and `middle` stand for a whole side.
 
     Raises:
-        UserError: unknown name (the nearest ones are given), or a degree outside [0, 1].
+        UserError: an unknown name (the message names similar ones), or a degree outside [0, 1].
     """
     name, equals, number = (part.strip() for part in text.partition("="))
     rule = RULES.get(ALIASES.get(name.lower(), name.lower()))
@@ -124,7 +128,7 @@ def _degree(text: str, number: str) -> float:
 
 
 def selects(rule: ForgettingRule, path: str, role: Role) -> bool:
-    """Does `rule` forget the module at `path`, e.g. `up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k`?"""
+    """Whether `rule` selects the module at `path`, e.g. `up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k`."""
     if role.side not in rule.sides or (rule.level is not None and role.level != rule.level):
         return False
     if rule.only and not _has(path, rule.only):
@@ -133,28 +137,32 @@ def selects(rule: ForgettingRule, path: str, role: Role) -> bool:
 
 
 def _has(path: str, parts: Iterable[str]) -> bool:
-    """Is one of `parts` a run of whole names of `path`?  So `attn1` is not found in `attentions.1`."""
+    """Whether `path` contains one of `parts` as whole dotted names: `attentions.1` does not contain `attn1`."""
     return any(f".{part}." in f".{path}." for part in parts)
 
 
 def degrees(roles: Mapping[str, Role], rules: Iterable[ForgettingRule]) -> dict[str, float]:
-    """The share kept of each module of `roles` (path → role): the smallest degree among the rules that select it.
+    """The factor of each module's LoRA under `rules`: the smallest degree among the rules that select it, else 1.
 
-    So a rule given twice acts once, and the order of rules does not matter.
+    The order of the rules does not matter, and a rule given twice counts once.
+
+    Args:
+        roles: the role of each module, by path.
 
     Raises:
-        UserError: a rule (other than `none`) selects no module; the message says why.
+        UserError: a rule other than `none` selects no module; the message says why.
     """
     kept = dict.fromkeys(roles, 1.0)
     for rule in rules:
         chosen = [path for path, role in roles.items() if selects(rule, path, role)]
         if rule.sides and not chosen:
-            raise UserError(_nothing(rule, roles))
+            raise UserError(_no_match(rule, roles))
         kept |= {path: min(kept[path], rule.degree) for path in chosen}
     return kept
 
 
-def _nothing(rule: ForgettingRule, roles: Mapping[str, Role]) -> str:
+def _no_match(rule: ForgettingRule, roles: Mapping[str, Role]) -> str:
+    """The error message for a rule that selects none of the adapter's modules."""
     there = [path for path, role in roles.items() if role.side in rule.sides]
     side = " or ".join(rule.sides)
     if not there:
@@ -165,4 +173,4 @@ def _nothing(rule: ForgettingRule, roles: Mapping[str, Role]) -> str:
         reason = f"none of the adapter's {len(there)} modules in the {side} is one of these"
     able = [row.name for row in _ROWS if any(selects(row, path, role) for path, role in roles.items())]
     others = ", ".join(able) or "none"
-    return f"rule {rule.name!r} ({rule.says}) forgets nothing here: {reason}; rules that do: {others}"
+    return f"rule {rule.name!r} ({rule.description}) forgets nothing here: {reason}; rules that do: {others}"

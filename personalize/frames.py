@@ -1,4 +1,4 @@
-"""Pictures of any size on the model's terms: scaled, padded to whole latent cells, and back again."""
+"""Pictures of any size as input of the model: scaled down and padded, with points and masks mapped both ways."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ Point = tuple[float, float]
 Picture = Image.Image | str | Path
 
 
-def opened(picture: Picture) -> Image.Image:
+def as_image(picture: Picture) -> Image.Image:
+    """The picture itself, or the one in the file of that path."""
     return picture if isinstance(picture, Image.Image) else load_image(picture)
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A picture on the model's terms: scaled to `size` (H, W), then padded by reflection below and on the right.
+class PaddedImage:
+    """A picture scaled to `size` (H, W), then reflected at the bottom and right up to sides that the UNet can halve.
 
-    pixels: (1, 3, H′, W′), sides multiples of what the UNet halves.  factor: pixels per latent cell.
+    Attributes:
+        picture: the original, in its own size.
+        pixels: the scaled and padded picture (1, 3, H′, W′) in [−1, 1].
+        factor: pixels per latent cell.
     """
 
     picture: Image.Image
@@ -38,29 +42,29 @@ class Frame:
     factor: int
 
     @staticmethod
-    def of(model: StableDiffusion, picture: Image.Image, resolution: int | None = None) -> Frame:
-        """Pictures of more than resolution² pixels, by default the base's own, are scaled down to about that."""
+    def of(model: StableDiffusion, picture: Image.Image, resolution: int | None = None) -> PaddedImage:
+        """Pad `picture`, scaled down if it has more than resolution² pixels (by default the base's resolution)."""
         picture = picture.convert("RGB")
         side = resolution or model.resolution
         scale = min(1.0, side / math.sqrt(picture.width * picture.height))
         height, width = (max(1, round(length * scale)) for length in (picture.height, picture.width))
         scaled = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
         multiple = model.factor * 2 ** max(role.level for role in block_roles(model.unet).values())
-        return Frame(picture, (height, width), _padded(to_pixels(scaled), multiple), model.factor)
+        return PaddedImage(picture, (height, width), _padded(to_pixels(scaled), multiple), model.factor)
 
     def to_cells(self, point: Point) -> Point:
-        """(x, y) in pixels of the picture → in latent cells."""
+        """Convert (x, y) in pixels of the original to latent cells."""
         return tuple(at * scale / self.factor for at, scale in zip(point, self._scales, strict=True))  # pyright: ignore
 
     def to_point(self, cells: Point) -> Point:
-        """(x, y) in latent cells → in pixels of the picture."""
+        """Convert (x, y) in latent cells to pixels of the original."""
         return tuple(at * self.factor / scale for at, scale in zip(cells, self._scales, strict=True))  # pyright: ignore
 
     def mask_to_cells(self, mask: Image.Image) -> Tensor:
-        """A mask picture, white = may move → boolean (h, w): cells at least half white.
+        """The latent cells (h, w), boolean, of which at least half is white in a mask of the original's size.
 
         Raises:
-            UserError: it has another size than the picture.
+            UserError: the mask has another size than the picture.
         """
         if mask.size != self.picture.size:
             raise UserError(
@@ -74,13 +78,13 @@ class Frame:
         return avg_pool2d(torch.from_numpy(full)[None, None], self.factor)[0, 0] >= 0.5
 
     def mask_to_picture(self, mask: Tensor) -> Image.Image:
-        """A boolean mask (h, w) as a picture of the source's size, white = True."""
+        """A boolean mask (h, w) of latent cells as a picture of the original's size, white where it is True."""
         whole = np.kron(mask.numpy().astype(np.uint8) * 255, np.ones((self.factor, self.factor), np.uint8))
         height, width = self.size
         return Image.fromarray(whole[:height, :width]).resize(self.picture.size, Image.Resampling.NEAREST)
 
     def to_picture(self, pixels: Tensor) -> Image.Image:
-        """Pixels (1, 3, H′, W′) without their padding, as a picture of the source's size."""
+        """Pixels (1, 3, H′, W′) without the padding, as a picture of the original's size."""
         height, width = self.size
         image = to_image(pixels[..., :height, :width])
         same = image.size == self.picture.size
@@ -88,7 +92,7 @@ class Frame:
 
     @property
     def visible(self) -> Tensor:
-        """Cells (h, w) that show something of the picture, and not only padding."""
+        """The latent cells (h, w), boolean, that show some of the picture and not padding alone."""
         height, width = (length // self.factor for length in self.pixels.shape[-2:])
         rows, columns = (torch.arange(side) * self.factor for side in (height, width))
         return (rows < self.size[0])[:, None] & (columns < self.size[1])
@@ -99,7 +103,7 @@ class Frame:
 
 
 def _padded(pixels: Tensor, multiple: int) -> Tensor:
-    """`pixels` (1, 3, H, W) reflected below and on the right until both sides are multiples of `multiple`."""
+    """`pixels` (1, 3, H, W) padded by reflection at the bottom and right to sides that are multiples of `multiple`."""
     height, width = pixels.shape[-2:]
     extra = ((0, 0), (0, 0), (0, -height % multiple), (0, -width % multiple))
     mode = "reflect" if min(height, width) > 1 else "edge"

@@ -1,4 +1,4 @@
-"""Reading a base model: diffusers folder, single-file checkpoint or hub id → stock pipeline."""
+"""Loading a base model as a stock diffusers pipeline: from a diffusers folder, a single-file checkpoint or the hub."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 def read(
     source: str | Path, dtype: torch.dtype, *, revision: str | None = None, variant: str | None = None
 ) -> DiffusionPipeline:
-    """The stock pipeline stored at `source`, its UNet in `dtype` and all else in fp32.
+    """The stock pipeline at `source`, its UNet in `dtype` and everything else in fp32.
 
-    Raises UserError in one line for anything that is no Stable Diffusion model.
+    Raises UserError, in one line, for anything that is not a Stable Diffusion model.
     """
     path = Path(source)
     if path.is_file():
@@ -50,7 +50,7 @@ def read(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` of a diffusers folder. Raises UserError if there is none, or it is no JSON object."""
+    """The `model_index.json` of a diffusers folder; UserError if it is missing or not a JSON object."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise UserError(f"{folder} is no base model: it has no model_index.json; give a folder saved by diffusers")
@@ -61,14 +61,17 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def require_parts(names: Iterable[str], source: object) -> None:
-    """Raises UserError unless `names` has every part of a Stable Diffusion model."""
+    """UserError if `names`, the components of `source`, lack a part of a Stable Diffusion model."""
     present = set(names)
     if missing := [part for part in PARTS if part not in present]:
         raise UserError(f"{source} is no Stable Diffusion 1.x, 2.x or XL model: it has no {' and no '.join(missing)}")
 
 
 def read_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """A single-file checkpoint in the original layout, offline: shapes and tokenizer come from `base_configs`."""
+    """The pipeline of a single-file checkpoint in the original layout; configs and tokenizer come from `base_configs`.
+
+    Nothing is downloaded.
+    """
     kind, overrides = checkpoint_kind(path)
     folder = CONFIGS / kind
     cls, parts = StableDiffusionPipeline, {"tokenizer": clip_tokenizer(EOS if kind == "sd15" else "!")}
@@ -84,9 +87,10 @@ def read_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
-    """Which of `base_configs` a single file is, by its tensors' names, and what it says of its own schedule.
+    """The folder of `base_configs` that fits a single file, and scheduler settings that the file overrides.
 
-    Raises UserError for pickles, LoRA files, inpainting models and other families.
+    Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files, inpainting
+    models and other families.
     """
     if path.suffix != ".safetensors":
         raise UserError(
@@ -116,9 +120,9 @@ def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
-    """CLIP's tokenizer of 49,408 entries; SD 1.x pads with the end mark, SD 2.x and SDXL's second encoder with "!"."""
+    """CLIP's tokenizer of 49,408 tokens; SD 1.x pads with the end token, SD 2.x and SDXL's second encoder with "!"."""
     merges = [tuple(line.split()) for line in (CONFIGS / "clip" / "merges.txt").read_text("utf-8").splitlines()]
-    symbols = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]  # stand for the 256 bytes
+    symbols = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]  # represent the 256 bytes
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(
@@ -133,12 +137,16 @@ def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
 
 
 def _unreadable(source: str | Path, error: Exception) -> UserError:
+    """A one-line error for what a library raised while reading `source`."""
     reason = " ".join(str(error).split())[:200]
     return UserError(f"cannot load the base model {source}: {reason}")
 
 
 def family(unet: Any, text_encoders: int) -> str:
-    """SDXL by its added embeddings, 2.x by its linear projections, else 1.x. Raises UserError for relatives."""
+    """"sd1", "sd2" or "sdxl", from the UNet's config: SDXL has added embeddings, 2.x has linear projections.
+
+    Raises UserError for inpainting models and the SDXL refiner.
+    """
     config = unet.config
     if config.in_channels != config.out_channels:
         raise UserError(
@@ -152,10 +160,12 @@ def family(unet: Any, text_encoders: int) -> str:
 
 
 def default_device() -> torch.device:
+    """The first of CUDA, MPS and CPU that is available."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a CUDA device that supports it, else fp32."""
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

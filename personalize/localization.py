@@ -33,7 +33,7 @@ from personalize.dynamic_prompts import (
 )
 from personalize.errors import UserError
 from personalize.files import read_json, read_tensors, tensor_bytes, write_folder
-from personalize.frames import Frame, Picture, opened
+from personalize.frames import PaddedImage, Picture, as_image
 from personalize.model import Conditioning, StableDiffusion
 from personalize.moves import Step
 from personalize.noun_groups import NounGroup, group_maps, noun_groups
@@ -118,8 +118,8 @@ class AttentionReport:
 
 @torch.no_grad()
 def report_attention(
-    model: StableDiffusion, frame: Frame, trajectory: Trajectory, prompt: str, regions: NounRegions = AUTO_REGIONS,
-    maps: InversionMaps | None = None,
+    model: StableDiffusion, frame: PaddedImage, trajectory: Trajectory, prompt: str,
+    regions: NounRegions = AUTO_REGIONS, maps: InversionMaps | None = None,
 ) -> AttentionReport:  # fmt: skip
     """Report where the nouns of `prompt` attend during an inversion.
 
@@ -129,9 +129,9 @@ def report_attention(
         UserError: a noun is not in the prompt, or a mask or box does not fit the photo.
     """
     groups = tuple(noun_groups(model, prompt, regions.nouns))
-    if maps is None or not maps.seen:
+    if maps is None or not maps.recorded:
         maps = record_maps(model, trajectory)
-    attention = maps.text().flip(0)
+    attention = maps.cross_attention().flip(0)
     mean, notes = group_maps(attention.mean(0), groups), ()
     size = (int(mean.shape[1]), int(mean.shape[2]))
     if regions.regions:
@@ -141,7 +141,7 @@ def report_attention(
     if isinstance(regions.background, str) and regions.background == "auto":
         background, notes = find_background(maps.self_attention(), mean)
         return AttentionReport(groups, attention, background, notes)
-    return AttentionReport(groups, attention, _cells(frame, opened(regions.background), size))
+    return AttentionReport(groups, attention, _cells(frame, as_image(regions.background), size))
 
 
 def record_maps(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps:
@@ -213,7 +213,7 @@ def noun_map_sheet(photo: Image.Image, groups: Sequence[NounGroup], stages: Mapp
 
 
 def _outside_regions(
-    frame: Frame, groups: Sequence[NounGroup], regions: Mapping[str, Picture | Box], size: tuple[int, int]
+    frame: PaddedImage, groups: Sequence[NounGroup], regions: Mapping[str, Picture | Box], size: tuple[int, int]
 ) -> Tensor:
     """Where each noun does not belong, boolean (k, h, w); False everywhere for a noun without a region."""
     outside = torch.zeros(len(groups), *size, dtype=torch.bool)
@@ -225,10 +225,10 @@ def _outside_regions(
     return outside
 
 
-def _mask_of(frame: Frame, region: Picture | Box) -> Image.Image:
+def _mask_of(frame: PaddedImage, region: Picture | Box) -> Image.Image:
     """A region as a mask of the photo's size; UserError for a box outside of the photo."""
     if not isinstance(region, tuple):
-        return opened(region)
+        return as_image(region)
     left, top, right, bottom = region
     width, height = frame.picture.size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
@@ -238,7 +238,7 @@ def _mask_of(frame: Frame, region: Picture | Box) -> Image.Image:
     return mask
 
 
-def _cells(frame: Frame, mask: Image.Image, size: tuple[int, int]) -> Tensor:
+def _cells(frame: PaddedImage, mask: Image.Image, size: tuple[int, int]) -> Tensor:
     """A mask as boolean cells (h, w) of the attention maps: True where at least half of the cell is white."""
     fine = frame.mask_to_cells(mask)[None, None].float()
     return interpolate(fine, size, mode="area")[0, 0] >= 0.5

@@ -1,9 +1,9 @@
-"""The adapter inside the UNet: which modules it changes, adding and removing it, and its strength per module.
+"""The LoRA adapter in a UNet: which modules get one, adding, loading and removing it, and its strength per module.
 
     W = W₀ + s · (alpha / rank) · B A          A (rank, in) random, B (out, rank) zero, s = 1 unless `scaled`
 
-Modules are found by their names and by the role of the block they sit in (side and level, read off the UNet's
-structure), never by counting.  Everything is peft's: `LoraLayer`s under one adapter name, exported in peft's names.
+Modules are selected by their names and by the role of their block (side and level, read from the UNet's structure),
+never by counting.  The layers are peft's `LoraLayer`s, under one adapter name and with peft's state dict keys.
 
 References: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; Zhang et al., "Forgedit", arXiv 2309.10556.
 """
@@ -26,7 +26,7 @@ from personalize.forgetting import ForgettingRule, Role, degrees
 from personalize.lora_layers import lora_config
 from personalize.randomness import generator
 
-ADAPTER = "personalize"  # peft's name for it
+ADAPTER = "personalize"  # the adapter's name in peft
 PREFIX = "unet."  # diffusers' prefix in adapter files
 TARGETS = ("full", "attention")
 _PROJECTIONS = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
@@ -35,7 +35,7 @@ Rules = ForgettingRule | Iterable[ForgettingRule] | Mapping[str, float] | None
 
 
 def block_roles(unet: nn.Module) -> dict[str, Role]:
-    """The role of every block: `down_blocks.1` → the encoder at level 1 (half the latents' resolution), …"""
+    """The role of every block, by name: `down_blocks.1` is the encoder at level 1 (half the latents' resolution), …"""
     roles, level = {}, 0
     for name, block in unet.get_submodule("down_blocks").named_children():
         roles[f"down_blocks.{name}"] = Role("encoder", level, _attends(block))
@@ -49,11 +49,12 @@ def block_roles(unet: nn.Module) -> dict[str, Role]:
 
 
 def _attends(block: nn.Module) -> bool:
+    """Whether the block has attention layers."""
     return any(isinstance(module, Attention) for module in block.modules())
 
 
 def module_roles(unet: nn.Module, names: Iterable[str]) -> dict[str, Role]:
-    """The role of each module path in `names`; paths outside the blocks (`conv_in`, …) have the side "outside"."""
+    """The role of each module path in `names`; modules outside the blocks (`conv_in`, …) have the side "outside"."""
     blocks = block_roles(unet)
 
     def role(name: str) -> Role:
@@ -63,15 +64,18 @@ def module_roles(unet: nn.Module, names: Iterable[str]) -> dict[str, Role]:
 
 
 def module_names(unet: nn.Module, family: str | None = None, targets: str = "full") -> list[str]:
-    """Paths of the modules that single-image tuning changes, in the UNet's own order.
+    """Paths of the modules that single-image training adds LoRA to, in the UNet's order.
 
-    Trained are the encoder below full resolution and every decoder block with attention: on SD 1.x and 2.x
-    `down_blocks.1`–`3` and `up_blocks.1`–`3`, on SDXL `down_blocks.1`–`2` and `up_blocks.0`–`1`.  There, "full" takes
-    every linear layer and convolution (216 modules on SD 1.x and 2.x, 661 on SDXL), "attention" only the projections
-    q, k, v and out of the attentions (104 and 480).
+    They are in the encoder below full resolution and in the decoder blocks with attention: on SD 1.x and 2.x
+    `down_blocks.1`–`3` and `up_blocks.1`–`3`, on SDXL `down_blocks.1`–`2` and `up_blocks.0`–`1`.
+
+    Args:
+        family: the base model's, for the error message.
+        targets: "full" for every linear layer and convolution there (216 modules on SD 1.x and 2.x, 661 on SDXL),
+            "attention" for the q, k, v and output projections of the attention layers (104 and 480).
 
     Raises:
-        UserError: unknown `targets`, or a UNet without such modules (`family` is named in the message).
+        UserError: unknown `targets`, or a UNet without such modules.
     """
     if targets not in TARGETS:
         raise UserError(f"unknown LoRA targets {targets!r}: choose one of {', '.join(TARGETS)}")
@@ -89,7 +93,7 @@ def _trained(role: Role) -> bool:
 
 
 def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer and convolution, by the path it has without an adapter."""
+    """Every linear layer and convolution with its path; one with LoRA has the path it had without."""
     for name, child in module.named_children():
         here = f"{path}.{name}" if path else name
         if isinstance(child, nn.Linear | nn.Conv2d | LoraLayer):
@@ -101,11 +105,11 @@ def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 def add_lora(
     unet: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int, prefix: str = ""
 ) -> list[nn.Parameter]:
-    """Add a fresh trainable adapter to the modules `names`; returns its parameters, fp32, A before B.
+    """Add a new trainable adapter to the modules `names`; returns its parameters, fp32, A before B.
 
-    A is uniform in ±1/√fan_in from a generator keyed by (`seed`, `prefix` and the module's name), so that neither the
-    order of modules nor the presence of others matters; B is zero, so the UNet's output is unchanged.  The base's
-    `requires_grad` flags stay as they are.
+    A is uniform in ±1/√fan_in, drawn by a generator keyed by (`seed`, `prefix` and the module's name), so it does not
+    depend on the order of the modules or on which others there are.  B is zero, so the UNet's output is unchanged.  The
+    base's `requires_grad` flags stay as they are.
 
     Raises:
         UserError: unknown module name, or the UNet already carries an adapter.
@@ -120,12 +124,12 @@ def add_lora(
 
 
 def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters, A before B, in the UNet's own order."""
+    """The adapter's parameters, A before B, in the UNet's order."""
     return [parameter for layer in lora_layers(unet).values() for parameter in _pair(layer)]
 
 
 def lora_state(unet: nn.Module, prefix: str = PREFIX) -> dict[str, Tensor]:
-    """Copies of the adapter's tensors, fp32 on the CPU, as "unet.<path>.lora_A.weight" and "….lora_B.weight"."""
+    """Copies of the adapter's tensors, fp32 on the CPU, named "unet.<path>.lora_A.weight" and "….lora_B.weight"."""
     state = {}
     for name, layer in lora_layers(unet).items():
         for key, parameter in zip(("lora_A", "lora_B"), _pair(layer), strict=True):
@@ -134,36 +138,36 @@ def lora_state(unet: nn.Module, prefix: str = PREFIX) -> dict[str, Tensor]:
 
 
 def load_lora(unet: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: float) -> None:
-    """Add the adapter of `state` (names as in `lora_state`; keys without the prefix "unet." are not for us), frozen.
+    """Add the adapter with the tensors `state`, named as by `lora_state`, frozen; other keys than "unet.…" are ignored.
 
     Raises:
-        UserError: a module the UNet does not have, half a pair, a wrong shape, or an adapter is already there.
+        UserError: a module that the UNet lacks, A without B, a wrong shape, or a UNet that already has an adapter.
     """
-    mine = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)}
-    names = dict.fromkeys(re.sub(r"\.lora_[AB]\.weight$", "", key) for key in mine)
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)}
+    names = dict.fromkeys(re.sub(r"\.lora_[AB]\.weight$", "", key) for key in tensors)
     if not names:
         raise UserError(f"this adapter has no UNet part: expected names like {PREFIX}down_blocks.1.….lora_A.weight")
-    missing = [key for name in names for key in (f"{name}.lora_A.weight", f"{name}.lora_B.weight") if key not in mine]
-    if missing:
+    pairs = {name: (f"{name}.lora_A.weight", f"{name}.lora_B.weight") for name in names}
+    if missing := [key for pair in pairs.values() for key in pair if key not in tensors]:
         raise UserError(f"adapter tensor {PREFIX}{missing[0]} is missing: the file is incomplete, get it anew")
     layers = _inject(unet, names, rank, alpha)
     try:
         for name, layer in layers.items():
-            tensors = [mine[f"{name}.{key}.weight"] for key in ("lora_A", "lora_B")]
-            for parameter, tensor in zip(_pair(layer), tensors, strict=True):
+            a_and_b = [tensors[key] for key in pairs[name]]
+            for parameter, tensor in zip(_pair(layer), a_and_b, strict=True):
                 if parameter.shape != tensor.shape:
                     raise UserError(
                         f"adapter module {name} has shape {tuple(tensor.shape)}, this base model needs "
                         f"{tuple(parameter.shape)} at rank {rank}: it was made for another base or rank"
                     )
-            _set_pair(layer, *(tensor.detach().float().clone() for tensor in tensors), trainable=False)
+            _set_pair(layer, *(tensor.detach().float().clone() for tensor in a_and_b), trainable=False)
     except BaseException:
         remove_lora(unet)
         raise
 
 
 def remove_lora(unet: nn.Module) -> None:
-    """Put the base modules back; the very same objects as before.  Nothing happens if there is no adapter."""
+    """Put the original modules back, the same objects as before; does nothing if there is no adapter."""
     for name, layer in lora_layers(unet).items():
         unet.set_submodule(name, layer.get_base_layer())
     if ADAPTER in getattr(unet, "peft_config", {}):
@@ -171,15 +175,15 @@ def remove_lora(unet: nn.Module) -> None:
 
 
 @contextmanager
-def lora_aside(*modules: nn.Module) -> Iterator[None]:
-    """Run the body without the adapters in `modules` (a UNet, text encoders); then they are back, the same objects."""
-    taken = [(module, dict(vars(module)).get("peft_config"), lora_layers(module)) for module in modules]
+def lora_removed(*modules: nn.Module) -> Iterator[None]:
+    """Run the body with the adapters taken out of `modules` (a UNet, text encoders); then put the same objects back."""
+    removed = [(module, dict(vars(module)).get("peft_config"), lora_layers(module)) for module in modules]
     try:
         for module in modules:
             remove_lora(module)
         yield
     finally:
-        for module, config, layers in taken:
+        for module, config, layers in removed:
             for name, layer in layers.items():
                 module.set_submodule(name, layer)  # pyright: ignore
             if config is not None:
@@ -187,20 +191,22 @@ def lora_aside(*modules: nn.Module) -> Iterator[None]:
 
 
 def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
-    """The UNet's LoRA layers of this adapter, by module path."""
-    found = {path: module for path, module in _leaves(unet) if isinstance(module, LoraLayer)}
-    return {path: layer for path, layer in found.items() if ADAPTER in layer.lora_A}
+    """The LoRA layers of our adapter in the UNet, by module path."""
+    layers = {path: module for path, module in _leaves(unet) if isinstance(module, LoraLayer)}
+    return {path: layer for path, layer in layers.items() if ADAPTER in layer.lora_A}
 
 
 @contextmanager
 def scaled(unet: nn.Module, rules: Rules = None, strength: float = 1.0) -> Iterator[None]:
-    """Run the body with the adapter at `strength`, and `rules` forgotten; every scale is restored exactly.
+    """Run the body with the adapter's LoRA multiplied by `strength` and, per module, by the factor of `rules`.
 
-    `rules` is a forgetting rule, several (each module keeps the smallest share any of them leaves it), or a mapping
-    from module path to multiplier.  Contexts inside one another multiply.
+    Afterwards every scale is restored exactly.  Nested contexts multiply.
+
+    Args:
+        rules: a forgetting rule, several (the smallest degree counts), or a factor per module path.
 
     Raises:
-        UserError: there is no adapter, or a rule selects none of its modules.
+        UserError: the UNet has no adapter, or a rule selects none of its modules.
     """
     layers = lora_layers(unet)
     if not layers:
@@ -218,10 +224,10 @@ def scaled(unet: nn.Module, rules: Rules = None, strength: float = 1.0) -> Itera
 
 
 def multipliers(unet: nn.Module, names: Iterable[str], rules: Rules, strength: float = 1.0) -> dict[str, float]:
-    """The factor s of each module in `names` under `rules` and `strength`.
+    """The factor s of each module in `names`, from `rules` and `strength`; see `scaled`.
 
     Raises:
-        UserError: a rule selects none of `names`, or a mapping names a module that is not there.
+        UserError: a rule selects none of `names`, or `rules` has a factor for a module that is not among them.
     """
     names = list(names)
     if isinstance(rules, Mapping):
@@ -233,8 +239,13 @@ def multipliers(unet: nn.Module, names: Iterable[str], rules: Rules, strength: f
     return {name: strength * kept for name, kept in degrees(module_roles(unet, names), chosen).items()}
 
 
-def baked(unet: nn.Module, state: Mapping[str, Tensor], rules: Rules, strength: float = 1.0) -> dict[str, Tensor]:
-    """The adapter `state` with `rules` and `strength` worked in: modules at 0 are dropped, others have B multiplied."""
+def scaled_state(
+    unet: nn.Module, state: Mapping[str, Tensor], rules: Rules, strength: float = 1.0
+) -> dict[str, Tensor]:
+    """The adapter's tensors multiplied as by `scaled`: B by the module's factor; modules with factor 0 are left out.
+
+    state: named as by `lora_state`; tensors of other modules than the UNet's stay as they are.
+    """
     suffix = ".lora_B.weight"
     names = [key.removeprefix(PREFIX).removesuffix(suffix) for key in state if key.endswith(suffix)]
     out = dict(state)
@@ -248,8 +259,8 @@ def baked(unet: nn.Module, state: Mapping[str, Tensor], rules: Rules, strength: 
 
 
 @contextmanager
-def without_lora(unet: nn.Module) -> Iterator[None]:
-    """Run the body on the base model alone; the adapter is skipped, not multiplied by zero."""
+def lora_disabled(unet: nn.Module) -> Iterator[None]:
+    """Run the body with the adapter switched off: its products are skipped, not multiplied by zero."""
     layers = lora_layers(unet).values()
     flags = [[parameter.requires_grad for parameter in _pair(layer)] for layer in layers]
     try:
@@ -264,7 +275,7 @@ def without_lora(unet: nn.Module) -> Iterator[None]:
 
 
 def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> dict[str, LoraLayer]:
-    """LoRA layers around exactly the modules `names`, with A and B still on the meta device."""
+    """Put LoRA layers around exactly the modules `names`, with A and B still on the meta device."""
     names, leaves = list(names), dict(_leaves(unet))
     if any(isinstance(module, LoraLayer) for module in leaves.values()):
         raise UserError("this UNet already carries an adapter: unload or fuse it first")
@@ -273,7 +284,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
     if not names:
         raise UserError("no module was named for the adapter: choose some of module_names(unet)")
     config = lora_config(r"\d+", rank, alpha)
-    box = nn.ModuleDict({str(number): leaves[name] for number, name in enumerate(names)})  # no UNet to be searched
+    box = nn.ModuleDict({str(number): leaves[name] for number, name in enumerate(names)})  # peft searches only these
     box.is_loaded_in_4bit = getattr(unet, "is_loaded_in_4bit", False)  # pyright: ignore
     flags = [(parameter, parameter.requires_grad) for parameter in box.parameters()]
     with torch.device("meta"):  # peft draws no random numbers; a quarter faster than its own low_cpu_mem_usage
@@ -288,6 +299,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
 
 
 def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B."""
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # pyright: ignore
 
 

@@ -1,10 +1,10 @@
-"""LoRA layers that are peft's in name, state and behaviour, and read each large tensor once less.
+"""LoRA layers with peft's names, state and results that make fewer passes over memory than peft's.
 
     y = W x + s · B A x            gu = s · Bᵀ gy,   gB = s · gy uᵀ,   gA = gu xᵀ,   gx = Wᵀ gy + Aᵀ gu       (u = A x)
 
-The sums are made inside the matrix products, in place; A and B stay fp32 and are multiplied as copies in the base's
-precision.  Whatever is not plain (merged weights, dropout, several adapters,
-quantised bases) goes peft's own way.
+The sums are accumulated in place by the matrix products themselves.  A and B stay fp32 and are multiplied as copies in
+the base's precision.  For anything else (merged weights, dropout, several active adapters, a quantized base) the
+layers call peft's own `forward`.  They compile under `torch.compile` as one graph.
 
 References: Hu et al., "LoRA", arXiv 2106.09685, eq. 3.
 """
@@ -26,29 +26,33 @@ from personalize.errors import UserError
 
 
 def lora_config(targets: str, rank: int, alpha: float) -> LoraConfig:
-    """peft's configuration of an adapter on the modules whose names match `targets`, made of this file's layers."""
+    """peft's configuration of an adapter on the modules whose names match `targets`, with this file's layers."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)  # pyright: ignore
     config._register_custom_module({nn.Linear: _linear, nn.Conv2d: _conv})  # pyright: ignore
     return config
 
 
 def _linear(target: nn.Module, adapter: str, **kwargs: Any) -> Linear | None:
-    """Our layer, or None: quantised linear layers have layers of their own in peft."""
+    """Our LoRA layer for `target`, or None for other classes: peft has its own layers for quantized ones."""
     return LoraLinear(target, adapter, **kwargs) if type(target) is nn.Linear else None
 
 
 def _conv(target: nn.Module, adapter: str, **kwargs: Any) -> Conv2d | None:
+    """As `_linear`, for convolutions."""
     return LoraConv2d(target, adapter, **kwargs) if type(target) is nn.Conv2d else None
 
 
-class _Lean(LoraLayer):
-    """What the two layers share: when the short way is open, and the copies of A and B that it multiplies with."""
+class _FusedSum(LoraLayer):
+    """What both layers share: whether the sum can be computed our way, and the tensors it is computed from."""
 
-    _copies: tuple[Any, ...] | None = None  # A and B, their state, copies of A and B
-    _rows: tuple[Tensor, Tensor] | None = None  # A and B of several adapters, in the place of this layer's own
+    _copies: tuple[Any, ...] | None = None  # A and B, their versions, and their copies in the base's precision
+    _batched: tuple[Tensor, Tensor] | None = None  # A and B of several adapters, see `batched_adapters`
 
     def _plain(self: Any, x: Tensor, rest: Any) -> str | None:
-        """The adapter's name, if there is one and nothing but W x + s · B A x is asked for."""
+        """The name of the only active adapter if the output is W x + s · B A x and no more, else None.
+
+        rest: further arguments of the call, which only peft's own `forward` knows.
+        """
         base, active = self.base_layer, [name for name in self.active_adapters if name in self.lora_A]
         if rest or len(active) != 1 or self.disable_adapters or self.merged or self.lora_variant:
             return None
@@ -58,11 +62,11 @@ class _Lean(LoraLayer):
         cast = torch.is_autocast_enabled(x.device.type)
         return None if hooked or not (cast or x.dtype == base.weight.dtype) else active[0]
 
-    def _strength(self: Any) -> float:
+    def _scale(self: Any) -> float:
         return self.scaling[next(iter(self.lora_A))]
 
     def _operands(self: Any, x: Tensor, name: str) -> tuple[Any, ...]:
-        """x, W, bias, A, B, then A and B in the precision of the product, and s."""
+        """x, W, bias, A, B, the copies of A and B in the precision of the product, and s."""
         kind, base = x.device.type, self.base_layer
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -70,71 +74,82 @@ class _Lean(LoraLayer):
         return x.to(dtype), base.weight.to(dtype), bias, a, b, *self._low(a, b, dtype), self.scaling[name]
 
     def _low(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in `dtype`: kept if they are frozen, anew each time if they learn (AdamW changes them unmarked)."""
-        if a.requires_grad or a.dtype == b.dtype == dtype:
+        """A and B cast to `dtype`.
+
+        Casts of frozen ones are kept until A or B changes.  Trained ones are cast at every call, since fused AdamW does
+        not count its changes in `_version`; so are those of a compiled layer, where the compiler fuses the cast.
+        """
+        if a.requires_grad or a.dtype == b.dtype == dtype or torch.compiler.is_compiling():
             return a.detach().to(dtype), b.detach().to(dtype)
-        old, state = self._copies, (a._version, b._version, dtype, a.device)
-        if old is None or old[0] is not a or old[1] is not b or old[2] != state:
-            self._copies = old = (a, b, state, a.detach().to(dtype), b.detach().to(dtype))
-        return old[3], old[4]
+        kept, version = self._copies, (a._version, b._version, dtype, a.device)
+        if kept is None or kept[0] is not a or kept[1] is not b or kept[2] != version:
+            self._copies = kept = (a, b, version, a.detach().to(dtype), b.detach().to(dtype))
+        return kept[3], kept[4]
 
 
 @contextmanager
-def batched_adapters(layers: Mapping[str, LoraLayer], rows: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Run the body with n adapters at once: of every batch the first share goes through the first adapter, and so on.
+def batched_adapters(layers: Mapping[str, LoraLayer], stacked: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Run the body with n adapters at once: the first nth of every batch goes through the first, and so on.
 
-    rows: for each layer A (n, rank, in[, k, k]) and B (n, out, rank[, 1, 1]); equal strengths, the layers' own.
+    Args:
+        layers: the UNet's LoRA layers by path; their own A and B are not used meanwhile, their scale is.
+        stacked: for each layer A (n, rank, in[, k, k]) and B (n, out, rank[, 1, 1]).
+
+    Raises:
+        UserError: a layer that is not one of this file's, as on a base in 4 bits.
     """
-    lean: dict[str, Any] = {name: layers[name] for name in rows}
-    if wrong := [name for name, layer in lean.items() if not isinstance(layer, _Lean)]:
-        raise UserError(f"several adapters at once need plain layers, {wrong[0]} is none: leave load_in_4bit out")
+    batched: dict[str, Any] = {name: layers[name] for name in stacked}
+    if others := [name for name, layer in batched.items() if not isinstance(layer, _FusedSum)]:
+        raise UserError(f"several adapters at once need plain layers, {others[0]} is none: leave load_in_4bit out")
     try:
-        for name, layer in lean.items():
-            layer._rows = rows[name]
+        for name, layer in batched.items():
+            layer._batched = stacked[name]
         yield
     finally:
-        for layer in lean.values():
-            layer._rows = None
+        for layer in batched.values():
+            layer._batched = None
 
 
-class LoraLinear(Linear, _Lean):
-    """peft's LoRA on a linear layer: x (…, in) → (…, out)."""
+class LoraLinear(Linear, _FusedSum):
+    """LoRA on a linear layer: x (…, in) → (…, out)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._rows is not None:
-            return self._several(x, *self._rows)
+        if self._batched is not None:
+            return self._forward_batched(x, *self._batched)
         name = self._plain(x, args or kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
         return _LinearProduct.apply(*self._operands(x, name))  # pyright: ignore
 
-    def _several(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _forward_batched(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y, count = self.base_layer(x), len(a)
         u = x.reshape(count, -1, x.shape[-1]) @ a.to(x.dtype).transpose(1, 2)
-        y.view(count, -1, y.shape[-1]).baddbmm_(u, b.to(x.dtype).transpose(1, 2), alpha=self._strength())
+        y.view(count, -1, y.shape[-1]).baddbmm_(u, b.to(x.dtype).transpose(1, 2), alpha=self._scale())
         return y
 
 
-class LoraConv2d(Conv2d, _Lean):
-    """peft's LoRA on a convolution: A is one of the base's shape with `rank` outputs, B a 1×1 convolution."""
+class LoraConv2d(Conv2d, _FusedSum):
+    """LoRA on a convolution: A is a convolution like the base's with `rank` output channels, B a 1×1 convolution."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._rows is not None:
-            return self._several(x, *self._rows)
+        if self._batched is not None:
+            return self._forward_batched(x, *self._batched)
         name, base = self._plain(x, args or kwargs), self.base_layer
         if name is None or base.groups != 1 or base.padding_mode != "zeros" or isinstance(base.padding, str):
             return super().forward(x, *args, **kwargs)
         return _ConvProduct.apply(*self._operands(x, name), (base.stride, base.padding, base.dilation))  # pyright: ignore
 
-    def _several(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _forward_batched(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y, base, count = self.base_layer(x), self.base_layer, len(a)
         pairs = zip(x.chunk(count), a.to(x.dtype), strict=True)
         u = torch.cat([conv2d(part, low, None, base.stride, base.padding, base.dilation) for part, low in pairs])
         rows = b.to(x.dtype).flatten(2).repeat_interleave(len(x) // count, 0)
-        return y.add_((rows @ u.flatten(2)).view(y.shape), alpha=self._strength())
+        return y.add_((rows @ u.flatten(2)).view(y.shape), alpha=self._scale())
 
 
 class _LinearProduct(torch.autograd.Function):
+    """y = W x + b + s · B A x, and the gradients at the head of this file."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low_a: Tensor,
                 low_b: Tensor, scale: float) -> Tensor:  # fmt: skip
@@ -157,39 +172,41 @@ class _LinearProduct(torch.autograd.Function):
 
 
 class _ConvProduct(torch.autograd.Function):
+    """The same for convolutions; `geometry` is their stride, padding and dilation."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low_a: Tensor,
-                low_b: Tensor, scale: float, how: Any) -> Tensor:  # fmt: skip
-        y, u = conv2d(x, w, bias, *how), conv2d(x, low_a, None, *how)
+                low_b: Tensor, scale: float, geometry: Any) -> Tensor:  # fmt: skip
+        y, u = conv2d(x, w, bias, *geometry), conv2d(x, low_a, None, *geometry)
         low_b = low_b.flatten(1) if scale == 1 else low_b.flatten(1) * scale
         if y.is_contiguous():
             y.flatten(2).baddbmm_(low_b.expand(len(y), -1, -1), u.flatten(2))
         else:
             y.add_(conv2d(u, low_b[:, :, None, None]))
         ctx.save_for_backward(x, u, w, low_a, low_b)
-        ctx.scale, ctx.how, ctx.dtype = scale, how, a.dtype
+        ctx.scale, ctx.geometry, ctx.dtype = scale, geometry, a.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
-        x, u, w, low_a, low_b = ctx.saved_tensors  # B is multiplied by s
+        x, u, w, low_a, low_b = ctx.saved_tensors  # low_b was multiplied by s
         gy, wanted = grads[0], ctx.needs_input_grad[0]
-        if gy.is_contiguous():  # no copies of gy, which a product over all samples at once would make
+        if gy.is_contiguous():  # one product per sample: a product over all samples at once would copy gy
             flat = gy.flatten(2)
             gu = low_b.t().expand(len(gy), -1, -1).bmm(flat).view_as(u)
             gb = flat.bmm(u.flatten(2).transpose(1, 2)).sum(0)
         else:
-            flat = gy.permute(0, 2, 3, 1).flatten(0, 2)  # a view, if channels come last
+            flat = gy.permute(0, 2, 3, 1).flatten(0, 2)  # a view if the layout is channels last
             gu = conv2d(gy, low_b.t()[:, :, None, None])
             gb = flat.t() @ u.permute(0, 2, 3, 1).flatten(0, 2)
         gb = gb if ctx.scale == 1 else gb.mul_(ctx.scale)
-        gx, ga, _ = _conv_backward(gu, x, low_a, ctx.how, (wanted, True, False))
+        gx, ga, _ = _conv_backward(gu, x, low_a, ctx.geometry, (wanted, True, False))
         if wanted:
-            gx = gx.add_(_conv_backward(gy, x, w, ctx.how, (True, False, False))[0])
+            gx = gx.add_(_conv_backward(gy, x, w, ctx.geometry, (True, False, False))[0])
         return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype)[:, :, None, None], None, None, None, None
 
 
-def _conv_backward(grad: Tensor, x: Tensor, w: Tensor, how: Any, mask: tuple[bool, ...]) -> Any:
-    """Gradients of a convolution: of its input, of its weight, of its bias, as `mask` wants them."""
-    return torch.ops.aten.convolution_backward(grad, x, w, None, *how, False, [0, 0], 1, mask)
+def _conv_backward(grad: Tensor, x: Tensor, w: Tensor, geometry: Any, mask: tuple[bool, ...]) -> Any:
+    """The gradients of a convolution's input, weight and bias; `mask` says which are computed."""
+    return torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, False, [0, 0], 1, mask)

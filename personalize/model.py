@@ -1,4 +1,4 @@
-"""The frozen base model: one handle on Stable Diffusion 1.x, 2.x and XL."""
+"""The frozen base model: one class for Stable Diffusion 1.x, 2.x and XL, made of a diffusers pipeline's modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.loading import default_device, default_dtype, family, read, require_parts
-from personalize.quantisation import quantise
+from personalize.quantisation import quantize
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -24,7 +24,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told: `embeds` (b, l, d) and, for SDXL, `pooled` (b, e) and `time_ids` (b, 6)."""
+    """What the UNet is conditioned on: text `embeds` (b, l, d) and, for SDXL, `pooled` (b, e) and `time_ids` (b, 6)."""
 
     embeds: Tensor
     pooled: Tensor | None = None
@@ -37,7 +37,7 @@ class Conditioning:
         return self._map(lambda tensor: tensor[rows])
 
     def repeat(self, count: int) -> Conditioning:
-        """Every row `count` times, in the order of the rows: a, a, b, b."""
+        """Every row `count` times in a row: a, a, b, b."""
         return self._map(lambda tensor: tensor.repeat_interleave(count, 0))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
@@ -45,10 +45,10 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Join rows. Raises ValueError if the parts differ in tokens l, width d, or in having pooled embeddings."""
+        """Concatenate rows; ValueError if the parts differ in tokens l, width d, or in having pooled embeddings."""
         shapes = {(part.embeds.shape[1:], part.pooled is None) for part in parts}
         if len(shapes) != 1:
-            raise ValueError(f"conditionings to be joined must have one shape (l, d), got {sorted(map(str, shapes))}")
+            raise ValueError(f"conditionings to concatenate need one shape (l, d), got {sorted(map(str, shapes))}")
         rows = zip(*((part.embeds, part.pooled, part.time_ids) for part in parts), strict=True)
         return Conditioning(*(None if column[0] is None else torch.cat(column) for column in rows))  # pyright: ignore
 
@@ -60,8 +60,8 @@ class Conditioning:
 class StableDiffusion:
     """UNet, autoencoder, text encoders and noise schedule of one base model.
 
-    Pictures are (b, 3, H, W) in [−1, 1]; latents (b, c, h, w), always multiplied by the VAE's scaling factor, in fp32;
-    `timesteps` are integers in [0, 1000). The prediction type, ε or v, is handled here and nowhere else:
+    Pictures are (b, 3, H, W) in [−1, 1].  Latents are (b, c, h, w) in fp32, always multiplied by the VAE's scaling
+    factor.  `timesteps` are integers in [0, 1000).  The prediction type, ε or v, is handled here and nowhere else:
 
         z_t = √ᾱ x0 + √(1−ᾱ) ε        v = √ᾱ ε − √(1−ᾱ) x0
 
@@ -84,7 +84,7 @@ class StableDiffusion:
         self.resolution = self.unet.config.sample_size * self.factor
         schedule: Any = DDIMScheduler.from_config(self.scheduler.config)
         self.alphas_cumprod: Tensor = schedule.alphas_cumprod.to(self.device)  # ᾱ of t = 0 … 999
-        self._identity: dict[str, str] = {}  # of before `quantise`
+        self._identity: dict[str, str] = {}  # the identity from before `quantize`, if it was called
         self.final_alpha = float(schedule.final_alpha_cumprod)  # ᾱ of clean latents, below t = 0
 
     @staticmethod
@@ -100,10 +100,10 @@ class StableDiffusion:
         """Load a diffusers folder or `.safetensors` checkpoint (both offline), a hub id, or (None) the embedded model.
 
         Args:
-            dtype: of the UNet; by default fp32 on the CPU, bf16 on a GPU that has it. Everything else is fp32.
-            prediction_type: overrides what the base says of itself, for single files that do not say it.
+            dtype: of the UNet; by default fp32 on the CPU, bf16 on a GPU that supports it.  All other parts are fp32.
+            prediction_type: overrides that of the base's scheduler, for single files that do not state it.
 
-        All weights are frozen. Raises UserError, in one line, if there is no such base model.
+        All weights are frozen.  Raises UserError if there is no such base model.
         """
         device = torch.device(device) if device is not None else default_device()
         dtype = dtype or default_dtype(device)
@@ -118,13 +118,13 @@ class StableDiffusion:
 
     @staticmethod
     def from_pipeline(pipe: DiffusionPipeline, name: str = "") -> StableDiffusion:
-        """A handle on the modules of a stock pipeline, which are shared and left as they are."""
+        """The base model made of a stock pipeline's modules, which are shared with it and left as they are."""
         return StableDiffusion(pipe, name)
 
     def pipeline(self, cls: type | None = None, **parts: Any) -> Any:
-        """A stock diffusers pipeline over these modules, with a scheduler of its own; `parts` come on top."""
+        """A stock diffusers pipeline of these modules with a scheduler of its own; `parts` replace components."""
         cls = cls or (StableDiffusionXLPipeline if self.family == "sdxl" else StableDiffusionPipeline)
-        offered = {
+        components = {
             "unet": self.unet, "vae": self.vae, "scheduler": type(self.scheduler).from_config(self.scheduler.config),
             "text_encoder": self.text_encoders[0], "tokenizer": self.tokenizers[0],
             "text_encoder_2": self.text_encoders[-1], "tokenizer_2": self.tokenizers[-1],
@@ -132,12 +132,12 @@ class StableDiffusion:
             "force_zeros_for_empty_prompt": self.zero_null, "add_watermarker": False,
         }  # fmt: skip
         accepted = inspect.signature(cls).parameters
-        return cls(**{key: value for key, value in (offered | parts).items() if key in accepted})
+        return cls(**{key: value for key, value in (components | parts).items() if key in accepted})
 
-    def quantise(self) -> tuple[int, int]:
-        """Keep the UNet's linear layers in 4 bits from now on; returns its bytes before and after."""
+    def quantize(self) -> tuple[int, int]:
+        """Turn the UNet's linear layers into 4-bit ones, for good; returns the UNet's bytes before and after."""
         self._identity = self.identity
-        return quantise(self.unet)
+        return quantize(self.unet)
 
     @property
     def device(self) -> torch.device:
@@ -149,23 +149,24 @@ class StableDiffusion:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Name, family and a quick hash of the UNet: names, shapes and 64 signs of every weight, adapters left out.
+        """Name, family and a quick hash of the UNet: names, shapes and 64 signs of every weight, without adapters.
 
-        Signs survive rounding, so a base keeps its hash in fp32, fp16 and bf16; in 4 bits it keeps that of before.
+        Signs survive rounding, so a base has the same hash in fp32, fp16 and bf16.  A base in 4 bits has the hash that
+        it had before `quantize`.
         """
         if self._identity:
             return dict(self._identity)
         state = self.unet.state_dict().items()
         named = sorted((key.replace("base_layer.", ""), weight) for key, weight in state if ".lora_" not in key)
         signs = [torch.signbit(w.reshape(-1)[:: max(1, w.numel() // 64)][:64]) for _, w in named]
-        digest = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
-        digest.update(torch.cat(signs).cpu().numpy().tobytes())
-        return {"name": self.name, "family": self.family, "sha256": digest.hexdigest()}
+        unet_hash = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
+        unet_hash.update(torch.cat(signs).cpu().numpy().tobytes())
+        return {"name": self.name, "family": self.family, "sha256": unet_hash.hexdigest()}
 
     def about(self) -> dict[str, str]:
-        """What adapters record of their base: its identity and prediction type, and that it was in 4 bits if so."""
-        small = {"quantisation": "nf4"} if self._identity else {}
-        return {**self.identity, "prediction_type": self.prediction_type, **small}
+        """What adapters record of their base: its identity, its prediction type, and whether it was in 4 bits."""
+        quantization = {"quantisation": "nf4"} if self._identity else {}
+        return {**self.identity, "prediction_type": self.prediction_type, **quantization}
 
     # -- pictures and latents --------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class StableDiffusion:
         return posterior.mean.float() * scale, posterior.std.float() * scale
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents of `pixels`: the posterior's mean, or a draw from it if a (CPU) generator is given."""
+        """Latents of `pixels`: the posterior's mean, or a sample of it if a (CPU) generator is given."""
         mean, std = self.posterior(pixels)
         if generator is None:
             return mean
@@ -194,10 +195,9 @@ class StableDiffusion:
     # -- prompts ---------------------------------------------------------------------------------------------
 
     def prompts(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """Conditioning of `texts`, one row each, as the family's stock pipeline makes it.
+        """Conditioning of `texts`, one row each, as the family's stock pipeline makes it, with gradients if enabled.
 
-        `size` (H, W) in pixels goes into SDXL's time ids.
-        Gradients flow if the caller allows them. Texts longer than the encoder's 77 positions are cut.
+        Texts longer than the encoder's 77 positions are cut.  `size` (H, W) in pixels goes into SDXL's time ids.
         """
         if isinstance(texts, str):
             raise ValueError(f"prompts takes a list of texts, got the single text {texts!r}: put it in a list")
@@ -211,7 +211,7 @@ class StableDiffusion:
         return Conditioning(embeds, outputs[-1].text_embeds, self.time_ids(len(texts), size).to(embeds))
 
     def null(self, count: int = 1, size: tuple[int, int] | None = None) -> Conditioning:
-        """What stands for "no prompt" in guidance: the empty text, or zeros where an SDXL base asks for them."""
+        """The conditioning of the null pass: that of the empty text, or zeros if an SDXL base is configured so."""
         empty = self.prompts([""] * count, size)
         if not self.zero_null or empty.pooled is None:
             return empty
@@ -223,29 +223,32 @@ class StableDiffusion:
         return torch.tensor([[height, width, 0, 0, height, width]] * count, device=self.device)
 
     def tokens(self, text: str) -> list[str]:
-        """The pieces the first tokenizer cuts `text` into, a "-" after those that do not end a word."""
+        """The tokens of `text` by the first tokenizer, with a "-" after those that do not end a word."""
         pieces = self.tokenizers[0].tokenize(text)
         return [piece.removesuffix("</w>") + ("" if piece.endswith("</w>") else "-") for piece in pieces]
 
     def ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-        """Numbers (b, l) of one of `tokenizers`, learned tokens spelled out, padded and cut to the encoder's length."""
+        """Token ids (b, l) by one of `tokenizers`, padded and cut to the encoder's length.
+
+        Learned tokens of several vectors are written out, as stock pipelines do.
+        """
         length = tokenizer.model_max_length
-        texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)  # tokens of several vectors
-        found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return found.input_ids.to(self.device)
+        texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
+        encoding = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return encoding.input_ids.to(self.device)
 
     # -- the diffusion ---------------------------------------------------------------------------------------
 
     def predict(self, latents: Tensor, timestep: Tensor | int | float, conditioning: Conditioning) -> Tensor:
         """The UNet's raw output (ε or v) in fp32, (b, c, h, w), for one timestep or one per row."""
-        told = conditioning.to(self.device, self.dtype)
-        extra = None if told.pooled is None else {"text_embeds": told.pooled, "time_ids": told.time_ids}
+        cond = conditioning.to(self.device, self.dtype)
+        extra = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
         time = torch.as_tensor(timestep, device=self.device)
         latents = latents.to(self.device, self.dtype)
-        return self.unet(latents, time, told.embeds, added_cond_kwargs=extra, return_dict=False)[0].float()
+        return self.unet(latents, time, cond.embeds, added_cond_kwargs=extra, return_dict=False)[0].float()
 
     def alpha(self, level: int) -> float:
-        """ᾱ at timestep `level`; below zero, that of clean latents."""
+        """ᾱ at timestep `level`; that of clean latents if `level` is negative."""
         return float(self.alphas_cumprod[level]) if level >= 0 else self.final_alpha
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -272,7 +275,7 @@ class StableDiffusion:
         return signal * z_t - sigma * output, signal * output + sigma * z_t
 
     def joined(self, x0: Tensor, z_t: Tensor, alpha_bar: Tensor | float) -> Tensor:
-        """The raw output whose clean estimate is `x0`: the inverse of `split` (ᾱ < 1)."""
+        """The raw output from which `split` would estimate `x0`; needs ᾱ < 1."""
         alpha = torch.as_tensor(alpha_bar, dtype=z_t.dtype, device=z_t.device)
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         if self.prediction_type == "epsilon":

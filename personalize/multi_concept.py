@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from personalize.attention import AttentionHook, AttentionSite, MapStore, attention_sites, hooked
-from personalize.concepts import ConceptRows
+from personalize.concepts import TokenEmbedding
 from personalize.errors import UserError
 from personalize.lora import lora_layers, lora_parameters
 from personalize.losses import LossTerms, Objective, anchoring, calibration, masked_mse
@@ -105,13 +105,13 @@ def calibration_layers(unet: UNet2DConditionModel, size: tuple[int, int]) -> lis
 class MultiConceptObjective(Objective):
     """The loss at the head of this module; trains the adapter (or the projections' full weights) and the token rows.
 
-    Make it inside `concepts.installed(…, trainable=True)`.  Everything else of the base is frozen.
+    Make it inside `concepts.installed_tokens(…, trainable=True)`.  Everything else of the base is frozen.
     """
 
     def __init__(
         self,
         model: StableDiffusion,
-        rows: Sequence[ConceptRows],
+        rows: Sequence[TokenEmbedding],
         *,
         calibration_weight: float = CALIBRATION_WEIGHT,
         prior_loss_weight: float = 1.0,

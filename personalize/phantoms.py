@@ -1,6 +1,7 @@
-"""Phantoms: the released models' architectures without weights, into which diffusers' own loader can put a LoRA.
+"""The released models' architectures without their weights, into which diffusers' own loader can load a LoRA.
 
-Their weights are zeros that share one number's memory; on the meta device the LoRA would be put there, and lost.
+Every weight is a zero expanded to the weight's shape, which takes no memory.  Weights on the meta device would not do:
+diffusers would put the LoRA on that device too, and its values would be lost.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithPr
 
 
 @dataclass(frozen=True)
-class Phantom:
-    """UNet and text encoders of a released model, without weights."""
+class EmptyModel:
+    """The UNet and text encoders of a released model, with zeros that take no memory in place of weights."""
 
     family: str
     unet: UNet2DConditionModel
     text_encoders: tuple[Any, ...]
 
     def pipeline(self) -> Any:
-        """A stock pipeline that can load a LoRA, and nothing else."""
+        """A stock pipeline of these parts, without VAE and tokenizers: it can load a LoRA, but not draw."""
         parts: dict[str, Any] = {
             "vae": None,
             "unet": self.unet,
@@ -40,8 +41,8 @@ class Phantom:
         return StableDiffusionPipeline(**parts, tokenizer=None, **extra)  # pyright: ignore
 
 
-def phantom(family: str) -> Phantom:
-    """A fresh phantom of `family`: "sd1", "sd2" or "sdxl"."""
+def empty_model(family: str) -> EmptyModel:
+    """A new empty model of `family`: "sd1", "sd2" or "sdxl"."""
     folder = CONFIGS / FOLDERS[family]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))  # pyright: ignore
@@ -51,12 +52,12 @@ def phantom(family: str) -> Phantom:
             if (folder / name).is_dir()
         ]
     for part in (unet, *encoders):
-        _hollow(part)  # pyright: ignore[reportArgumentType]
-    return Phantom(family, unet, tuple(encoders))  # pyright: ignore[reportArgumentType]
+        _zero_weights(part)  # pyright: ignore[reportArgumentType]
+    return EmptyModel(family, unet, tuple(encoders))  # pyright: ignore[reportArgumentType]
 
 
-def _hollow(part: torch.nn.Module) -> None:
-    """Give every parameter and buffer of a module on the meta device its shape in zeros that take no memory."""
+def _zero_weights(part: torch.nn.Module) -> None:
+    """Replace every parameter and buffer of a module on the meta device by an expanded zero of its shape."""
     for module in part.modules():
         for name, tensor in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)

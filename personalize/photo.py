@@ -32,7 +32,7 @@ from personalize.controls import Controls, ControlSettings, MapSum, make_control
 from personalize.dragging import pasted
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.errors import UserError
-from personalize.frames import Frame, Picture, opened
+from personalize.frames import PaddedImage, Picture, as_image
 from personalize.images import to_image
 from personalize.inversion import STRENGTH
 from personalize.localization import AUTO_REGIONS, NounRegions
@@ -187,7 +187,7 @@ def edit_photo(
             trajectory.
     """
     began = time.perf_counter()
-    frame = Frame.of(model, opened(picture), settings.resolution)
+    frame = PaddedImage.of(model, as_image(picture), settings.resolution)
     with applied(model, adapter):
         tokens = tokenize_prompt(model, source)
         target = request.prompt(tokens)
@@ -218,8 +218,8 @@ def edit_photo(
 
 
 def _controls(
-    model: StableDiffusion, frame: Frame, source: Tokens, target: str, request: EditRequest, settings: PhotoSettings,
-    maps: bool,
+    model: StableDiffusion, frame: PaddedImage, source: Tokens, target: str, request: EditRequest,
+    settings: PhotoSettings, maps: bool,
 ) -> Controls:  # fmt: skip
     """The attention hooks and latent edits of the chosen controller; `maps`: also collect attention maps."""
     if settings.controller == "mutual":
@@ -234,7 +234,7 @@ def _controls(
 
 
 def _sampled(
-    model: StableDiffusion, frame: Frame, prepared: PreparedImage, source: str, target: str, control: Controls,
+    model: StableDiffusion, frame: PaddedImage, prepared: PreparedImage, source: str, target: str, control: Controls,
     guidance: float,
 ) -> Tensor:  # fmt: skip
     """Sample source and target side by side: clean latents (2, c, h, w)."""

@@ -14,7 +14,7 @@ from personalize.adapter import Adapter
 from personalize.attachment import applied
 from personalize.dynamic_prompts import DynamicPrompt
 from personalize.errors import UserError
-from personalize.frames import Frame, Picture, opened
+from personalize.frames import PaddedImage, Picture, as_image
 from personalize.inversion import invert
 from personalize.localization import (
     AttentionReport,
@@ -51,12 +51,12 @@ class PreparedImage:
 
 
 def prepare_image(
-    model: StableDiffusion, frame: Frame, source: str, request: EditRequest, settings: PhotoSettings,
+    model: StableDiffusion, frame: PaddedImage, source: str, request: EditRequest, settings: PhotoSettings,
     folder: str | Path | None, cache: str | Path | None, *, plain: bool,
 ) -> PreparedImage:  # fmt: skip
     """Invert a photo and, unless `plain`, fit its dynamic prompt and sample its auxiliary reconstruction."""
     dynamic, uniform = (None, None) if plain else (settings.dynamic, settings.uniform)
-    mask = None if request.mask is None else frame.mask_to_cells(opened(request.mask))
+    mask = None if request.mask is None else frame.mask_to_cells(as_image(request.mask))
     if dynamic is not None:
         noun_groups(model, source, request.regions.nouns)  # raises before anything is inverted
     maps = InversionMaps(model, cells(model, frame)) if dynamic else None
@@ -81,7 +81,7 @@ def prepare_image(
 
 
 def blend_of(
-    model: StableDiffusion, frame: Frame, trajectory: Trajectory, settings: UniformSettings, mask: Tensor | None
+    model: StableDiffusion, frame: PaddedImage, trajectory: Trajectory, settings: UniformSettings, mask: Tensor | None
 ) -> UniformBlend:
     """The latent edit of uniform maps, with the auxiliary reconstruction of the photo; `mask` boolean (h, w)."""
     down = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"])
@@ -98,7 +98,7 @@ def report_photo(
     adapter: Adapter | None = None, cache: str | Path | None = None,
 ) -> tuple[AttentionReport, Image.Image]:  # fmt: skip
     """Report whether a photo needs dynamic prompts, with a sheet of its nouns' attention maps; nothing is edited."""
-    frame = Frame.of(model, opened(picture), settings.resolution)
+    frame = PaddedImage.of(model, as_image(picture), settings.resolution)
     with applied(model, adapter):
         maps = InversionMaps(model, cells(model, frame))
         trajectory = invert(model, frame.pixels, source, steps=settings.steps, cache=cache, hooks=(maps,))
@@ -106,7 +106,7 @@ def report_photo(
     return report, noun_map_sheet(frame.picture, report.groups, {"": report.maps})
 
 
-def dynamic_noun_sheet(model: StableDiffusion, frame: Frame, prepared: PreparedImage) -> Image.Image:
+def dynamic_noun_sheet(model: StableDiffusion, frame: PaddedImage, prepared: PreparedImage) -> Image.Image:
     """A sheet with the attention map of each noun of the photo before and after dynamic prompts fitted it."""
     assert prepared.report is not None and prepared.dynamic is not None
     dynamic = prepared.dynamic.conditionings(model, [prepared.dynamic.prompt], pixel_size(frame))
@@ -116,7 +116,7 @@ def dynamic_noun_sheet(model: StableDiffusion, frame: Frame, prepared: PreparedI
     return noun_map_sheet(frame.picture, groups, maps)
 
 
-def mask_sheet(frame: Frame, blend: UniformBlend) -> Image.Image:
+def mask_sheet(frame: PaddedImage, blend: UniformBlend) -> Image.Image:
     """A sheet of the photo in which only what may change is not faded: at each blended step, and at any of them."""
     masks = {f"t {start:g}": mask[0].any(0) for start, mask in blend.masks.items()} | {"any": blend.edited_region()}
     faded = Image.blend(frame.picture, Image.new("RGB", frame.picture.size, "white"), 0.85)
@@ -124,12 +124,12 @@ def mask_sheet(frame: Frame, blend: UniformBlend) -> Image.Image:
     return grid([pictures], columns=list(masks), title="Where the photo may change", cell=96)
 
 
-def cells(model: StableDiffusion, frame: Frame) -> tuple[int, int]:
+def cells(model: StableDiffusion, frame: PaddedImage) -> tuple[int, int]:
     """Height and width of the padded photo in latent cells."""
     height, width = (side // model.factor for side in pixel_size(frame))
     return height, width
 
 
-def pixel_size(frame: Frame) -> tuple[int, int]:
+def pixel_size(frame: PaddedImage) -> tuple[int, int]:
     """Height and width of the padded photo in pixels."""
     return int(frame.pixels.shape[-2]), int(frame.pixels.shape[-1])

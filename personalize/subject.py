@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.captions import describe, find_caption, sidecar_caption
+from personalize.captions import find_caption, generate_caption, sidecar_caption
 from personalize.data import find_picture
 from personalize.errors import UserError
 from personalize.images import fitted_size, load_image, read_image, resize_and_crop, to_pixels
@@ -113,7 +113,7 @@ def _training_image(row: Mapping[str, Any], name: str, config: Any) -> TrainingI
     caption = " ".join(str(row.get(config.caption_column) or "").split())
     caption = caption or (sidecar_caption(path) if path else None) or config.caption
     if not caption and config.caption_model is not None:
-        caption = describe(image, config.caption_model)
+        caption = generate_caption(image, config.caption_model)
     if not caption or not caption.strip():
         raise UserError(
             f"{path or name} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file "

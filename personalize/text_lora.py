@@ -1,4 +1,4 @@
-"""The text encoders' part of a LoRA: learned there, or added to their weights while a prompt is read."""
+"""The text encoders' part of a LoRA: training it as layers, and adding it to the weights while prompts are encoded."""
 
 from __future__ import annotations
 
@@ -18,32 +18,36 @@ _TRAINED = {"attention": _ATTENTION, "full": (*_ATTENTION, "fc1", "fc2")}  # as 
 
 
 def has_text(lora: Mapping[str, Tensor]) -> bool:
-    """Does the LoRA (house's names) change a text encoder?"""
+    """Whether the LoRA (tensors named as in our adapter files) changes a text encoder."""
     return any(key.startswith("text_encoder") for key in lora)
 
 
 def add_text_lora(model: StableDiffusion, rank: int, alpha: float, seed: int, targets: str = "full") -> None:
-    """Add a fresh trainable adapter to every layer of the text encoders that a prompt's conditioning depends on.
+    """Add a new trainable LoRA to the text encoders' layers, in all blocks that the conditioning depends on.
 
-    SDXL reads its first encoder before the last layer, which would learn nothing and is left out.
+    SDXL takes the hidden states before the last block of its first encoder, so that block would get no gradient and is
+    left out.
+
+    Args:
+        targets: "attention" for the attention projections alone, "full" for the MLPs' layers too.
 
     Raises:
         UserError: a text encoder already carries an adapter.
     """
     for component, encoder in zip(COMPONENTS, model.text_encoders, strict=False):
-        unread = None
+        unused = None
         if model.family == "sdxl" and component == COMPONENTS[0]:
-            unread = f".layers.{encoder.config.num_hidden_layers - 1}."
+            unused = f".layers.{encoder.config.num_hidden_layers - 1}."
         names = [
             path
             for path, layer in encoder.named_modules()
-            if isinstance(layer, nn.Linear) and path.endswith(_TRAINED[targets]) and not (unread and unread in path)
+            if isinstance(layer, nn.Linear) and path.endswith(_TRAINED[targets]) and not (unused and unused in path)
         ]
         add_lora(encoder, names, rank, alpha, seed, f"{component}.")
 
 
 def text_lora_state(model: StableDiffusion) -> dict[str, Tensor]:
-    """Copies of what the text encoders have learned, as "text_encoder.text_model.<path>.lora_A.weight", …"""
+    """Copies of the text encoders' LoRA tensors, named "text_encoder.text_model.<path>.lora_A.weight", …"""
     state = {}
     for component, encoder in zip(COMPONENTS, model.text_encoders, strict=False):
         for key, tensor in lora_state(encoder, "").items():
@@ -52,17 +56,17 @@ def text_lora_state(model: StableDiffusion) -> dict[str, Tensor]:
 
 
 def remove_text_lora(model: StableDiffusion) -> None:
-    """Put the text encoders' own layers back; nothing happens if there is no adapter."""
+    """Put the text encoders' original layers back; does nothing if there is no adapter."""
     for encoder in model.text_encoders:
         remove_lora(encoder)
 
 
 @contextmanager
 def text_lora(model: StableDiffusion, lora: Mapping[str, Tensor], strength: float) -> Iterator[None]:
-    """Run the body with W + strength · B A in the text encoders; afterwards every weight is what it was, bit for bit.
+    """Run the body with weights W + strength · B A in the text encoders; afterwards all weights are restored exactly.
 
     Raises:
-        UserError: a module that the text encoders do not have, or one of another shape.
+        UserError: `lora` has a module that the text encoders lack, or one of another shape.
     """
     before: list[tuple[Tensor, Tensor]] = []
     try:
@@ -87,6 +91,7 @@ def text_lora(model: StableDiffusion, lora: Mapping[str, Tensor], strength: floa
 
 
 def _pairs(lora: Mapping[str, Tensor], component: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every module of one text encoder, by the module's path."""
     start, end = f"{component}.text_model.", ".lora_A.weight"
     names = [key[len(start) : -len(end)] for key in lora if key.startswith(start) and key.endswith(end)]
     return {name: (lora[f"{start}{name}{end}"], lora[f"{start}{name}.lora_B.weight"]) for name in names}

@@ -1,4 +1,7 @@
-"""Text attention of "the 16×16 stage": collected while a photo is inverted, or of one step alone, with gradients."""
+"""Cross-attention maps of the stage that stands for the papers' 16×16 maps (see `stage_side`).
+
+`InversionMaps` collects them during an inversion; `stage_attention` computes them for one step, with gradients.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,16 @@ from personalize.moves import Step
 
 
 class InversionMaps(AttentionHook):
-    """Collects, while a photo is inverted, its text maps of every step and its mean self-attention, on the CPU.
+    """Collects attention maps while a photo is inverted: cross-attention of every step, self-attention as a mean.
 
-    Row 0 of the conditional pass; means over heads and layers.  Text maps are those of "the 16×16 stage"
-    (`stage_side`); self-attention is that of twice its side where the UNet has any, else of the same.
+    Maps are kept on the CPU.  They are those of row 0 of the conditional pass, averaged over heads and layers.
+    Cross-attention is read at the stage of `stage_side`; self-attention at twice its side if the UNet has any there,
+    else at the same side.
     """
 
     def __init__(self, model: Any, size: tuple[int, int]) -> None:
         sites = attention_sites(model.unet, size)
-        self.level = text_level(model)
+        self.level = stage_level(model)
         finer = {site.level for site in sites.values() if not site.cross and site.level == self.level - 1}
         self.self_level = min(finer, default=self.level)
         self.grid = next(s for s in sites.values() if s.cross and s.level == self.level)
@@ -46,36 +50,36 @@ class InversionMaps(AttentionHook):
         return p
 
     @property
-    def seen(self) -> bool:
-        """Has it been part of an inversion yet?"""
+    def recorded(self) -> bool:
+        """Whether an inversion has been recorded yet."""
         return bool(self._text)
 
-    def text(self) -> Tensor:
-        """(t, h, w, l): the map of every step, in the order in which the steps were made."""
+    def cross_attention(self) -> Tensor:
+        """The cross-attention map of every step, (t, h, w, l), in the order of the steps."""
         steps = [torch.stack(self._text[index]).mean(0) for index in sorted(self._text)]
         return torch.stack(steps).unflatten(1, (self.grid.height, self.grid.width))
 
     def self_attention(self) -> Tensor:
-        """(h, w, h·w): how positions attend to one another, on the mean."""
+        """The self-attention map, averaged over steps: (h, w, h·w), from each position to all positions."""
         assert self._self is not None
         return (self._self / self._count).unflatten(0, (self.fine.height, self.fine.width))
 
 
-def text_level(model: Any) -> int:
-    """How often the latents are halved at "the 16×16 maps"."""
+def stage_level(model: Any) -> int:
+    """How often the latents are halved before the stage of `stage_side`."""
     side = stage_side(model)
     return next(s.level for s in attention_sites(model.unet).values() if s.cross and s.side == side)
 
 
-class _Seen(Exception):
-    """All maps that are wanted have been made: the rest of the UNet need not run."""
+class StopForward(Exception):
+    """Raised in a hook to leave the UNet's forward pass once all wanted maps are there."""
 
 
 class StageMaps(MapStore):
-    """Text maps of "the 16×16 stage", with gradients; the prediction is cut off behind the last of them."""
+    """Stores the cross-attention maps of one stage with their graph; raises `StopForward` after the last of them."""
 
     def __init__(self, model: StableDiffusion, size: tuple[int, int]) -> None:
-        level = text_level(model)
+        level = stage_level(model)
         sites = {n: s for n, s in attention_sites(model.unet, size).items() if s.cross and s.level == level}
         super().__init__(True, keep_graph=True)
         self.names = frozenset(sites)
@@ -86,16 +90,19 @@ class StageMaps(MapStore):
     def probs(self, p: Tensor, site: AttentionSite) -> Tensor:
         super().probs(p, site)
         if len(self.maps) == len(self.names):
-            raise _Seen
+            raise StopForward
         return p
 
 
-def stage_attention(model: StableDiffusion, latents: Tensor, step: Step, told: Conditioning) -> Tensor:
-    """(h, w, l): text attention at one step, the mean over heads and the layers of "the 16×16 stage"."""
+def stage_attention(model: StableDiffusion, latents: Tensor, step: Step, conditioning: Conditioning) -> Tensor:
+    """The cross-attention map (h, w, l) of row 0 at one step, averaged over heads and layers; with gradients.
+
+    The UNet runs only as far as the stage's last layer.
+    """
     store = StageMaps(model, (int(latents.shape[-2]), int(latents.shape[-1])))
     try:
         with hooked(model.unet, [store], step=step):
-            model.predict(latents[:1], step.timestep, told)
-    except _Seen:
+            model.predict(latents[:1], step.timestep, conditioning)
+    except StopForward:
         return store.mean()[0]
-    raise AssertionError("the UNet ended before its own layer")
+    raise AssertionError("the UNet's forward pass ended without calling all layers of the stage")

@@ -80,7 +80,7 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
         revision=config.revision, variant=config.variant,
     )  # fmt: skip
     if config.load_in_4bit:
-        before, after = model.quantise()
+        before, after = model.quantize()
         accelerator.print(f"4 bits: the UNet takes {after / 1e6:.0f} MB, {before / 1e6:.0f} MB in bf16")
     return model
 

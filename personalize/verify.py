@@ -21,7 +21,7 @@ from personalize import token_files
 from personalize.errors import Mismatch, UserError
 from personalize.files import TensorFile, plain_name, read_json, read_tensors
 from personalize.model import EMBEDDED, StableDiffusion
-from personalize.phantoms import Phantom, phantom
+from personalize.phantoms import EmptyModel, empty_model
 from personalize.reader_names import Factors, ReaderKeys
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers looks for in a folder
@@ -129,7 +129,7 @@ def verify_file(path: Path, model: StableDiffusion | None = None) -> Verificatio
     content = read_tensors(path)
     kohya = any(key.startswith("lora_") for key in content.tensors)
     family = model.family if model is not None else _family(content, kohya)
-    base = model if model is not None else phantom(family)
+    base = model if model is not None else empty_model(family)
     keys = ReaderKeys(family, base.unet)
     factors, problems = keys.kohya(content) if kohya else keys.peft(content)
     if model is None and not _any_shape_matches(factors, keys.shapes or {}):
@@ -224,7 +224,7 @@ def tensor_digest(tensor: Tensor) -> str:
     return sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data).hexdigest()[:16]
 
 
-def compare_through_diffusers(path: Path, model: StableDiffusion | Phantom, expected: Factors) -> FileReport:
+def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, expected: Factors) -> FileReport:
     """Load the file into `model` with diffusers' own loader, compare ΔW in every layer, and unload it.
 
     Raises:

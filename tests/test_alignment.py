@@ -16,7 +16,7 @@ from personalize.alignment import (
     tokenize_prompt,
     word_swaps,
 )
-from personalize.concepts import installed
+from personalize.concepts import installed_tokens
 from personalize.errors import UserError
 from tests.tiny import tiny
 
@@ -140,7 +140,7 @@ def test_prompts_of_more_than_77_tokens_are_refused_and_77_are_not():
 
 def test_learned_tokens_of_several_vectors_are_one_word():
     base = model()
-    with installed(base, {"<cat1>": {"text_encoder": torch.zeros(2, 32)}}):
+    with installed_tokens(base, {"<cat1>": {"text_encoder": torch.zeros(2, 32)}}):
         prompt_tokens = tokenize_prompt(base, "a <cat1> cat")
         assert prompt_tokens.find("<cat1>") == [(2,)] and prompt_tokens.find("cat") == [(4,)]
         assert len(prompt_tokens.ids) == 6

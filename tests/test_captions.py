@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from personalize.captions import aligned, describe, find_caption
+from personalize.captions import align_prompt, find_caption, generate_caption
 from personalize.errors import UserError
 
 
@@ -70,7 +70,7 @@ def blip(tmp_path: Path) -> Path:
 def test_blip_folder_describes_the_picture(photo: Path, blip: Path) -> None:
     words = find_caption(photo, caption_model=blip).split()
     assert words and set(words) <= {"a", "dog", "red"}
-    assert describe(Image.new("RGB", (40, 30), "red"), blip).split() == words  # no sampling: the same again
+    assert generate_caption(Image.new("RGB", (40, 30), "red"), blip).split() == words  # no sampling: the same again
 
 
 @pytest.mark.parametrize(
@@ -89,4 +89,4 @@ def test_blip_folder_describes_the_picture(photo: Path, blip: Path) -> None:
 )
 def test_the_target_begins_like_the_caption(prompt, caption, worded):
     """Rows of the two embeddings are compared by position, so their words must stand at the same ones."""
-    assert aligned(prompt, caption) == worded
+    assert align_prompt(prompt, caption) == worded

@@ -15,7 +15,7 @@ from personalize.attachment import attach
 from personalize.concept_data import ClassImage, ConceptDataset, ConceptPicture
 from personalize.concept_learning import MultiConceptConfig, multi_concept_run
 from personalize.concept_maps import concept_maps, map_sheet
-from personalize.concepts import Subject, initial_rows, installed
+from personalize.concepts import Subject, initial_embeddings, installed_tokens
 from personalize.data import SampleShard
 from personalize.editor import Editor, Sampling
 from personalize.errors import UserError
@@ -71,7 +71,7 @@ def test_a_run_changes_adapter_and_tokens_and_leaves_no_trace(model: StableDiffu
         assert all(torch.equal(tensor, state[key]) for key, tensor in mine.state_dict().items())
         assert not any(p.requires_grad or p.grad is not None for p in mine.parameters())
     assert len(unbroken.lora) == 64 and unbroken.concepts["<cat1>"]["text_encoder"].shape == (2, 32)
-    start = initial_rows(model, CAT, "ktn")["text_encoder"]
+    start = initial_embeddings(model, CAT, "ktn")["text_encoder"]
     assert bool((unbroken.concepts["<cat1>"]["text_encoder"] != start).any())
     assert unbroken.info["subjects"][0] == {"token": "<cat1>", "noun": "cat", "vectors": 2}
 
@@ -106,7 +106,7 @@ def test_disendiff_g_the_folder_loads_in_a_stock_pipeline_and_predicts_the_same_
     folder = adapter.save(tmp_path / "pets")
     again = Adapter.load(folder)
     assert same(adapter, again)
-    with again.apply(base), installed(base, again.concepts):
+    with again.apply(base), installed_tokens(base, again.concepts):
         ours = noise_of(base, text)
     assert (ours - noise_of(base, "a cat on the beach")).abs().max() > 1e-3
     other = tiny(name)
@@ -139,8 +139,8 @@ def test_full_weights_come_out_as_a_lora_with_its_residual(model: StableDiffusio
 
 
 def test_samples_are_keyed_by_update_and_index_and_batches_are_stratified(model: StableDiffusion) -> None:
-    rows = {s.token: initial_rows(model, s) for s in (CAT, DOG)}
-    with installed(model, rows):
+    rows = {s.token: initial_embeddings(model, s) for s in (CAT, DOG)}
+    with installed_tokens(model, rows):
         data = ConceptDataset(model, PICTURE, 64, 0, EXAMPLES)
         one, two = list(data.batches(SampleShard(2, 2), 0, 1))
         again = next(iter(ConceptDataset(model, PICTURE, 64, 0, EXAMPLES).batches(SampleShard(2, 2), 0, 1)))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from personalize.attachment import applied
 from personalize.drag import DragSettings
-from personalize.dragging import Frame, conditioning, drag_picture, handles_and_targets, overlay
+from personalize.dragging import PaddedImage, conditioning, drag_picture, handles_and_targets, overlay
 from personalize.editor import Editor
 from personalize.errors import UserError
 from tests.lora_states import random_adapter, text_lora
@@ -63,7 +63,7 @@ def test_the_overlay_shows_handle_target_and_mask(usual):
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (50, 37), (33, 61), (300, 200), (1000, 90)])
 def test_frames_fit_any_picture_and_are_undone(model, width, height):
-    frame = Frame.of(model, picture(width, height))
+    frame = PaddedImage.of(model, picture(width, height))
     assert all(side % 32 == 0 for side in frame.pixels.shape[-2:])
     assert frame.size[0] * frame.size[1] <= 64 * 64 * 1.05
     assert frame.to_picture(frame.pixels).size == (width, height)
@@ -77,7 +77,7 @@ def test_frames_fit_any_picture_and_are_undone(model, width, height):
 
 
 def test_a_frame_repeats_the_border_and_masks_stay_within_the_picture(model):
-    frame = Frame.of(model, picture(50, 37))
+    frame = PaddedImage.of(model, picture(50, 37))
     assert torch.equal(frame.pixels[..., 37:40, :50], frame.pixels[..., 33:36, :50].flip(-2))
     white = frame.mask_to_cells(Image.new("L", (50, 37), 255))
     assert white[:9, :12].all() and not white[10:].any() and not white[:, 13:].any()

@@ -277,7 +277,7 @@ def test_a_base_of_4_bits_learns_and_says_so() -> None:
     model = tiny_sd1()
     identity = model.identity
     model.unet.to(torch.bfloat16)
-    model.quantise()
+    model.quantize()
     adapter = learn(model, pixels(), CAPTION, replace(SMALL, max_train_samples=1))
     assert adapter.info["base"]["quantisation"] == "nf4" and adapter.info["base"]["sha256"] == identity["sha256"]
     assert all(bool(value.any()) for key, value in adapter.lora.items() if ".lora_B." in key)

@@ -12,7 +12,7 @@ from PIL import Image
 from personalize import localization
 from personalize.dynamic_prompts import DynamicSettings
 from personalize.errors import UserError
-from personalize.frames import Frame
+from personalize.frames import PaddedImage
 from personalize.images import to_image
 from personalize.inversion import invert
 from personalize.localization import NounRegions, fit_dynamic_prompt, mean_noun_maps, record_maps, report_attention
@@ -46,7 +46,7 @@ def settings(**more) -> PhotoSettings:
 
 def surveyed(model, things: NounRegions | None = None, method: str = "direct"):
     things = things or NounRegions(background=half())
-    frame = Frame.of(model, photo())
+    frame = PaddedImage.of(model, photo())
     maps = InversionMaps(model, (16, 16))
     trajectory = invert(model, frame.pixels, SOURCE, method, steps=2, hooks=(maps,))
     return frame, trajectory, report_attention(model, frame, trajectory, SOURCE, things, maps)
@@ -74,7 +74,7 @@ def test_dpl_c02_maps_of_a_kept_trajectory_are_made_again():
     model = tiny_sd1()
     _, trajectory, found = surveyed(model)
     again = record_maps(model, trajectory)
-    assert again.text().shape == found.attention.shape and again.self_attention().shape == (16, 16, 256)
+    assert again.cross_attention().shape == found.attention.shape and again.self_attention().shape == (16, 16, 256)
 
 
 def test_dpl_c06_report_says_beforehand_whether_it_is_needed():

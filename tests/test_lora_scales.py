@@ -26,7 +26,7 @@ def test_forgedit_c11_all_forgotten_is_the_base_none_is_the_adapter(adapted: Sta
         assert torch.equal(answer(adapted), base)
     with lora.scaled(adapted.unet, [parse_rule("decoder=1"), parse_rule("encoder=1")]):
         assert torch.equal(answer(adapted), learned)
-    with lora.without_lora(adapted.unet):
+    with lora.lora_disabled(adapted.unet):
         assert torch.equal(answer(adapted), base)
     with lora.scaled(adapted.unet, strength=0.0):
         assert torch.equal(answer(adapted), base)
@@ -92,7 +92,7 @@ def test_forgedit_c15_contexts_leave_no_trace(adapted: StableDiffusion) -> None:
         assert torch.equal(answer(adapted), both)
     with pytest.raises(RuntimeError), lora.scaled(unet, RULES["nodecoder"], strength=0.3):
         raise RuntimeError
-    with pytest.raises(RuntimeError), lora.without_lora(unet):
+    with pytest.raises(RuntimeError), lora.lora_disabled(unet):
         raise RuntimeError
     assert {name: dict(layer.scaling) for name, layer in lora.lora_layers(unet).items()} == scales
     assert modules(unet) == before and torch.equal(answer(adapted), output)
@@ -144,7 +144,7 @@ def test_forgedit_c30_baked_is_scaled() -> None:
     rules = [parse_rule("encoderkv"), parse_rule("decoder=0.25")]
     with lora.scaled(model.unet, rules, strength=0.8):
         expected = answer(model)
-    state = lora.baked(model.unet, lora.lora_state(model.unet), rules, strength=0.8)
+    state = lora.scaled_state(model.unet, lora.lora_state(model.unet), rules, strength=0.8)
     lora.remove_lora(model.unet)
     lora.load_lora(model.unet, state, rank=2, alpha=3.0)
     assert len(lora.lora_layers(model.unet)) == 216 - 62

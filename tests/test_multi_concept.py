@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from personalize.attention import MapStore, attention_sites, hooked
-from personalize.concepts import Subject, initial_rows, installed, locate
+from personalize.concepts import Subject, initial_embeddings, installed_tokens, locate_subjects
 from personalize.errors import UserError
 from personalize.lora import add_lora, lora_parameters, remove_lora
 from personalize.losses import calibration, normalised, smoothed
@@ -32,7 +32,7 @@ def batch(model: Any, side: int = 64, rows: int = 1, prior: int = 0) -> dict[str
     """A fixed batch of `rows` instance and `prior` regularisation samples; needs the tokens in the model."""
     rng = torch.Generator().manual_seed(0)
     count = rows + prior
-    places = locate(model, TEXT, [CAT, DOG])
+    places = locate_subjects(model, TEXT, [CAT, DOG])
     length = model.tokenizers[0].model_max_length
     nouns, modifiers = torch.zeros(2, count, 2, length)
     for index, place in enumerate(places):
@@ -56,7 +56,7 @@ def made(model: Any, rows: Any, **options: Any) -> MultiConceptObjective:
 
 
 def tokens(model: Any) -> dict[str, dict[str, Tensor]]:
-    return {subject.token: initial_rows(model, subject) for subject in (CAT, DOG)}
+    return {subject.token: initial_embeddings(model, subject) for subject in (CAT, DOG)}
 
 
 def sized(name: str, side: int) -> Any:
@@ -84,7 +84,7 @@ def test_disendiff_d_sdxl_takes_one_block_of_each_row() -> None:
 
 def test_disendiff_d_maps_are_distributions_with_gradient_and_change_no_output() -> None:
     model = sized("sd1", 32)
-    with installed(model, tokens(model), trainable=True) as rows:
+    with installed_tokens(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows)
         given = batch(model, side=32)
         question = given["latents"], given["timesteps"], model.prompts(given["texts"])
@@ -109,7 +109,7 @@ def gradients(objective: MultiConceptObjective, loss: Tensor) -> dict[str, Tenso
 
 def test_disendiff_d_gradient_checkpointing_changes_no_gradient_and_stores_no_second_set() -> None:
     model = sized("sd1", 16)
-    with installed(model, tokens(model), trainable=True) as rows:
+    with installed_tokens(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows, calibration_weight=1.0)
         given = batch(model, side=16)
         plain = gradients(objective, objective(given).total)
@@ -131,7 +131,7 @@ def test_disendiff_e_gradient_reaches_lora_and_tokens_and_nothing_else() -> None
     model = sized("sd1", 16)
     before = {name: p.detach().clone() for name, p in model.text_encoders[0].named_parameters()}
     unet = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
-    with installed(model, tokens(model), trainable=True) as rows:
+    with installed_tokens(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows, calibration_weight=0.01)
         given = batch(model, side=16)
         gradient_by_name = gradients(objective, objective(given).total)
@@ -156,7 +156,7 @@ def test_disendiff_e_gradient_reaches_lora_and_tokens_and_nothing_else() -> None
 def test_disendiff_e_attention_alone_reaches_nineteen_tensors_at_the_first_step() -> None:
     """to_k of the ten cross-attention layers up to the last captured one, to_v of the first nine; A has none."""
     model = sized("sd1", 64)
-    with installed(model, tokens(model), trainable=True) as rows:
+    with installed_tokens(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows, calibration_weight=1.0)
         given = batch(model)
         store = CalibrationMaps(calibration_layers(model.unet, (64, 64)))
@@ -193,7 +193,7 @@ def _reached(model: Any, loss: Tensor) -> bool:
 def test_disendiff_g_attention_loss_falls_on_a_fixed_batch() -> None:
     """It rises first: binding lets no gradient into the class maps, which separation moves away meanwhile."""
     model = sized("sd1", 16)
-    with installed(model, tokens(model), trainable=True) as rows:
+    with installed_tokens(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows, calibration_weight=1.0)
         given = batch(model, side=16)
         given["canvas"] = torch.zeros_like(given["canvas"])  # no diffusion loss: attention alone
@@ -211,7 +211,7 @@ def test_disendiff_g_attention_loss_falls_on_a_fixed_batch() -> None:
 @pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
 def test_every_family_trains_with_regularisation_and_masks(name: str) -> None:
     model = tiny(name)
-    with installed(model, tokens(model), trainable=True) as rows:
+    with installed_tokens(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows, mask_weight=0.1)
         given = batch(model, side=16, rows=1, prior=1)
         given["masks"] = torch.ones(2, 2, 64, 64)
@@ -225,7 +225,7 @@ def test_weight_zero_reads_no_map_and_regularisation_alone_has_no_attention_loss
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = sized("sd1", 16)
-    with installed(model, tokens(model), trainable=True) as rows:
+    with installed_tokens(model, tokens(model), trainable=True) as rows:
         plain = made(model, rows, calibration_weight=0.0)
         given = batch(model, side=16, rows=1, prior=1)
         expected = plain(given)
@@ -240,7 +240,7 @@ def test_weight_zero_reads_no_map_and_regularisation_alone_has_no_attention_loss
 
 def test_half_precision_reads_the_same_loss_up_to_rounding() -> None:
     model = sized("sd1", 16)
-    with installed(model, tokens(model), trainable=True) as rows:
+    with installed_tokens(model, tokens(model), trainable=True) as rows:
         objective = made(model, rows)
         given = batch(model, side=16)
         whole = objective(given).parts["calibration"]

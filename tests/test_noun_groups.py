@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from personalize.concepts import installed
+from personalize.concepts import installed_tokens
 from personalize.dynamic_prompts import noun_rows
 from personalize.errors import UserError
 from personalize.noun_groups import group_maps, noun_groups
@@ -48,7 +48,7 @@ def test_dpl_c02_named_nouns_override_and_wrong_ones_are_refused():
 def test_dpl_c02_a_learned_token_can_be_a_noun():
     model = tiny_sd1()
     rows = {"<cat1>": {"text_encoder": torch.randn(2, 32)}}
-    with installed(model, rows):
+    with installed_tokens(model, rows):
         (group,) = noun_groups(model, "a <cat1> on the beach", ["<cat1>"])
         assert group.positions == (2, 3)
         plain = model.prompts(["a <cat1>"]).embeds

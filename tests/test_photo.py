@@ -13,7 +13,7 @@ from personalize.adapter import Adapter
 from personalize.attachment import applied
 from personalize.editor import Editor
 from personalize.errors import UserError
-from personalize.frames import Frame
+from personalize.frames import PaddedImage
 from personalize.null_text import NullTextSettings
 from personalize.photo import EditRequest, PhotoSettings, edit_photo
 from tests.lora_states import random_adapter
@@ -49,7 +49,7 @@ def test_the_target_is_another_picture_of_the_photos_size(method):
 
 def test_dpl_c67_an_identity_edit_is_the_vae_round_trip():
     model, picture = shared(), photo()
-    once = Frame.of(model, picture)
+    once = PaddedImage.of(model, picture)
     trip = once.to_picture(model.decode(model.encode(once.pixels)))
     for request in (EditRequest(SOURCE.upper()), EditRequest(weights={"cat": 1.0})):
         found = edited(request)

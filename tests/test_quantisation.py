@@ -14,7 +14,7 @@ from personalize.errors import UserError
 from personalize.loading import CONFIGS
 from personalize.lora import add_lora, lora_layers, module_names
 from personalize.model import StableDiffusion
-from personalize.quantisation import KEPT, _linear, held, quantise
+from personalize.quantisation import NOT_QUANTIZED, _linear, quantize, weight_bytes
 from tests.tiny import tiny, tiny_sd1
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -36,17 +36,17 @@ def output(model: StableDiffusion) -> torch.Tensor:
 def test_linear_layers_are_nf4_and_the_rest_is_as_it_was() -> None:
     model = half()
     linear = {path: layer.weight.numel() for path, layer in model.unet.named_modules() if type(layer) is nn.Linear}
-    identity, bytes_before = model.identity, held(model.unet)
+    identity, bytes_before = model.identity, weight_bytes(model.unet)
     with torch.no_grad():
         exact = output(model)
-    before, after = model.quantise()
+    before, after = model.quantize()
     small = {path for path, layer in model.unet.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
-    assert small == {path for path in linear if not any(part in path for part in KEPT)}
+    assert small == {path for path in linear if not any(part in path for part in NOT_QUANTIZED)}
     assert all(model.unet.get_submodule(path).weight.quant_type == "nf4" for path in small)
     assert model.dtype == torch.bfloat16 and all(
         layer.weight.dtype == torch.bfloat16 for layer in model.unet.modules() if isinstance(layer, nn.Conv2d)
     )
-    assert before == bytes_before and after == held(model.unet)
+    assert before == bytes_before and after == weight_bytes(model.unet)
     # two bytes become half a byte; a scale of one byte to every 64, and tables of 1.1 kB to every layer, on top
     saved = sum(1.5 * linear[path] - linear[path] / 64 - 1.1e3 for path in small)
     assert before - after == pytest.approx(saved, rel=0.02)
@@ -69,7 +69,7 @@ def test_what_there_is_to_save_on_real_bases(family: str, small: int, whole: int
 
 def test_adapters_are_fp32_and_gradients_pass_also_after_drawing() -> None:
     model = half()
-    model.quantise()
+    model.quantize()
     add_lora(model.unet, module_names(model.unet), 2, 2.0, 0)
     layers = lora_layers(model.unet)
     assert len(layers) == 216
@@ -103,4 +103,4 @@ def test_the_naive_layer_hands_no_gradient_back_once_it_has_drawn() -> None:
 def test_without_the_package_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        quantise(tiny_sd1().unet)
+        quantize(tiny_sd1().unet)

@@ -8,7 +8,7 @@ import torch
 from personalize.attention import attention_sites, hooked
 from personalize.moves import Step, make_schedule
 from personalize.sampling import Edit, denoise
-from personalize.text_maps import InversionMaps, StageMaps, stage_attention, text_level
+from personalize.text_maps import InversionMaps, StageMaps, stage_attention, stage_level
 from tests.tiny import NAMES, tiny, tiny_sd1
 
 PROMPT, SIZE = "a cat and a dog", (64, 64)
@@ -29,10 +29,10 @@ def test_dpl_c04_stage_maps_are_means_of_all_layers_of_the_stage(name: str):
     whole = InversionMaps(model, (16, 16))
     with torch.no_grad(), hooked(model.unet, [whole], step=step):
         model.predict(latents(), step.timestep, told)
-    torch.testing.assert_close(whole.text()[0], attention.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole.cross_attention()[0], attention.detach(), rtol=0, atol=1e-6)
     sites = attention_sites(model.unet)
     ours = [sites[one] for one in StageMaps(model, (16, 16)).names]
-    assert {site.place for site in ours} >= {"down", "up"} and {site.level for site in ours} == {text_level(model)}
+    assert {site.place for site in ours} >= {"down", "up"} and {site.level for site in ours} == {stage_level(model)}
     assert name != "sd1" or len(ours) == 5
     rows = whole.self_attention()
     torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:2]))
@@ -44,5 +44,5 @@ def test_inversion_maps_are_of_every_step():
     maps = InversionMaps(model, (16, 16))
     edit = Edit(model.prompts([PROMPT]), guidance_scale=1, hooks=(maps,))
     denoise(model, latents(), edit, make_schedule(model, 3, inverse=True))
-    assert maps.text().shape == (3, 16, 16, 77) and maps.self_attention().shape == (16, 16, 256)
-    assert not torch.equal(maps.text()[0], maps.text()[2])
+    assert maps.cross_attention().shape == (3, 16, 16, 77) and maps.self_attention().shape == (16, 16, 256)
+    assert not torch.equal(maps.cross_attention()[0], maps.cross_attention()[2])

@@ -27,7 +27,7 @@ from torch.nn.functional import interpolate
 from personalize.attention import hooked
 from personalize.calibrated import settings_for
 from personalize.dynamic_prompts import DynamicSettings, disjoint_loss
-from personalize.frames import Frame
+from personalize.frames import PaddedImage
 from personalize.inversion import invert
 from personalize.localization import NounRegions, fit_dynamic_prompt, mean_noun_maps, report_attention
 from personalize.model import EMBEDDED, Conditioning, StableDiffusion
@@ -107,7 +107,7 @@ class Bench:
         """Noun maps of a scene with two objects: without dynamic prompts, with them, and with them and null-text."""
         scene, model, steps = self.scene(seed, 2), self.model, self.options.steps[0]
         picture, masks = render(scene, model.resolution)
-        prompt, frame = caption(scene), Frame.of(model, Image.fromarray(picture))
+        prompt, frame = caption(scene), PaddedImage.of(model, Image.fromarray(picture))
         size = (model.resolution,) * 2
         recorder = InversionMaps(model, tuple(side // model.factor for side in size))
         inverted = invert(model, frame.pixels, prompt, "direct", steps=steps, hooks=(recorder,))

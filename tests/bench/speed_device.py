@@ -101,7 +101,7 @@ def memory(bench: SpeedBench) -> Rows:
         base.cache_clear()
         model = base(bench.base, torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
         if small:
-            model.quantise()
+            model.quantize()
         for checkpointing in (False, True):
             config = SingleImageConfig(
                 rank=bench.rank, train_batch_size=bench.batch, max_train_samples=2 * bench.batch,

@@ -19,7 +19,7 @@ import torch
 
 from personalize import formats, verify
 from personalize.lora import module_names
-from personalize.phantoms import phantom
+from personalize.phantoms import empty_model
 from personalize.reader_names import original_paths
 from tests.foreign_files import delta, modules
 from tests.lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
@@ -190,7 +190,7 @@ def test_sd_scripts(tmp_path, monkeypatch, capsys, family, targets):
     checkout("PERSONALIZE_SD_SCRIPTS", monkeypatch)
     lora = load("networks.lora")
     if family == "sdxl":
-        ours = phantom("sdxl")
+        ours = empty_model("sdxl")
         with torch.device("meta"):
             unet = load("library.sdxl_original_unet").SdxlUNet2DConditionModel()
         originals = original_paths(ours.unet)
