@@ -6,12 +6,12 @@ from pathlib import Path
 from PIL import Image
 
 from personalize import Editor, StableDiffusion
-from personalize.bundled import bundled
-from personalize.catalogue import Catalogue, learn_catalogue, write_table
-from personalize.catalogue_table import read_items
-from personalize.recipes import SingleImageConfig
-from personalize.settings import Sampling
-from personalize.teams import ProcessGroup
+from personalize.editing.strengths import Sampling
+from personalize.embedded.samples import bundled
+from personalize.training.catalogue import Catalogue, learn_catalogue, write_table
+from personalize.training.catalogue_table import read_items
+from personalize.training.config import SingleImageConfig
+from personalize.training.distributed import ProcessGroup
 
 
 def main(

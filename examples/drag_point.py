@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from personalize import Editor, StableDiffusion
-from personalize.bundled import bundled
-from personalize.drag import DragSettings
+from personalize.editing.drag.drag import DragSettings
+from personalize.embedded.samples import bundled
 
 
 def main(

@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from personalize import Editor, StableDiffusion
-from personalize.bundled import bundled
-from personalize.photo import EditRequest, PhotoSettings
+from personalize.editing.real_image_settings import EditRequest, PhotoSettings
+from personalize.embedded.samples import bundled
 
 
 def main(

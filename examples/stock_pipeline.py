@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import personalize
-from personalize.model import EMBEDDED
+from personalize.models.stable_diffusion import EMBEDDED
 
 
 def main(

@@ -6,11 +6,11 @@ from pathlib import Path
 from PIL import Image
 
 from personalize import Editor, StableDiffusion
-from personalize.bundled import bundled
-from personalize.editor import Sampling
-from personalize.images import fitted_pixels, load_image
-from personalize.learning import learn
-from personalize.recipes import SingleImageConfig
+from personalize.editing.strengths import Sampling
+from personalize.embedded.samples import bundled
+from personalize.io.images import fitted_pixels, load_image
+from personalize.training.config import SingleImageConfig
+from personalize.training.single_image import learn
 
 
 def main(

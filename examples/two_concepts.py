@@ -6,13 +6,14 @@ from pathlib import Path
 from PIL import Image
 
 from personalize import Editor, StableDiffusion
-from personalize.concept_data import ConceptPicture
-from personalize.concept_learning import MultiConceptConfig, multi_concept_run
-from personalize.concepts import Subject
-from personalize.editor import Sampling
-from personalize.images import load_image
-from personalize.pictures import grid
-from personalize.scenes import Scene, SceneObject, render
+from personalize.adapters.textual_inversion import Subject
+from personalize.editing.strengths import Sampling
+from personalize.embedded.scenes import Scene, SceneObject, render
+from personalize.io.figures import grid
+from personalize.io.images import load_image
+from personalize.training.config import MultiConceptConfig
+from personalize.training.data.concepts import ConceptPicture
+from personalize.training.multi_concept import multi_concept_run
 
 
 def main(

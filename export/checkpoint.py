@@ -43,10 +43,10 @@ def main(config: Config) -> Path:
     """Merge, write, and print what was written; returns its path."""
     import torch
 
-    from personalize.adapter import Adapter
-    from personalize.exporting import DTYPES, baked, require_absent
-    from personalize.merged_base import export_folder, export_single_file, has_published_sizes, merged_weights
-    from personalize.model import StableDiffusion
+    from personalize.adapters.adapter import Adapter
+    from personalize.adapters.export import DTYPES, baked, require_absent
+    from personalize.adapters.fuse import export_folder, export_single_file, has_published_sizes, merged_weights
+    from personalize.models.stable_diffusion import StableDiffusion
 
     output = require_absent(config.output)
     adapter = baked(Adapter.load(config.adapter), config.forget, config.strength)
@@ -66,6 +66,6 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    from personalize.cli import run_script
+    from personalize.cli.main import run_script
 
     raise SystemExit(run_script(Config, main))

@@ -35,8 +35,8 @@ class Config:
 
 def main(config: Config) -> Path:
     """Write the file and print what it contains; returns its path."""
-    from personalize.adapter import Adapter
-    from personalize.exporting import DTYPES, baked, export_lora, with_lower_rank
+    from personalize.adapters.adapter import Adapter
+    from personalize.adapters.export import DTYPES, baked, export_lora, with_lower_rank
 
     adapter = Adapter.load(config.adapter)
     if adapter.source is not None and not adapter.info.get("standalone"):
@@ -51,6 +51,6 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    from personalize.cli import run_script
+    from personalize.cli.main import run_script
 
     raise SystemExit(run_script(Config, main))

@@ -28,8 +28,9 @@ class Config:
 
 def main(config: Config) -> Path:
     """Merge, reduce the rank if asked, save, and print the relative error; returns the folder."""
-    from personalize.adapter import Adapter
-    from personalize.exporting import merged, require_absent, with_lower_rank
+    from personalize.adapters.adapter import Adapter
+    from personalize.adapters.export import require_absent, with_lower_rank
+    from personalize.adapters.merging import merged
 
     output, weights = require_absent(config.output), config.weights or (1.0,) * len(config.adapters)
     names = [path.resolve().name.removesuffix(".safetensors") for path in config.adapters]
@@ -43,6 +44,6 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    from personalize.cli import run_script
+    from personalize.cli.main import run_script
 
     raise SystemExit(run_script(Config, main))

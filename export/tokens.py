@@ -17,7 +17,7 @@ import tyro
 from personalize.errors import UserError
 
 if TYPE_CHECKING:
-    from personalize.token_files import Rows
+    from personalize.formats.textual_inversion_files import Rows
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Config:
 
 def main(config: Config) -> Path:
     """Write the files and print what they contain; returns the folder."""
-    from personalize.exporting import DTYPES, require_absent
-    from personalize.files import write_folder
-    from personalize.token_files import require_token_files, token_file_contents, token_file_names
+    from personalize.adapters.export import DTYPES, require_absent
+    from personalize.formats.textual_inversion_files import require_token_files, token_file_contents, token_file_names
+    from personalize.io.atomic import write_folder
 
     concepts, family = read(config)
     layout, dtype = config.layout, DTYPES[config.dtype]
@@ -53,8 +53,8 @@ def main(config: Config) -> Path:
 
 def read(config: Config) -> tuple[dict[str, Rows], str | None]:
     """The learned tokens with their embedding rows, and the base model's family if it is known."""
-    from personalize.adapter import Adapter
-    from personalize.token_files import read_concept
+    from personalize.adapters.adapter import Adapter
+    from personalize.formats.textual_inversion_files import read_concept
 
     if not config.source.is_dir():
         concept = read_concept(config.source, config.token)
@@ -68,6 +68,6 @@ def read(config: Config) -> tuple[dict[str, Rows], str | None]:
 
 
 if __name__ == "__main__":
-    from personalize.cli import run_script
+    from personalize.cli.main import run_script
 
     raise SystemExit(run_script(Config, main))

@@ -17,18 +17,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from personalize.adapter import Adapter as Adapter
-    from personalize.attachment import attach as attach
-    from personalize.editor import Editor as Editor
-    from personalize.model import StableDiffusion as StableDiffusion
+    from personalize.adapters.adapter import Adapter as Adapter
+    from personalize.editing.attach import attach as attach
+    from personalize.editing.editor import Editor as Editor
+    from personalize.models.stable_diffusion import StableDiffusion as StableDiffusion
 
 __version__ = "0.1.0"
 
 _MODULES = {  # the module of each public name; a module of the same name would hide it
-    "Adapter": "personalize.adapter",
-    "Editor": "personalize.editor",
-    "StableDiffusion": "personalize.model",
-    "attach": "personalize.attachment",
+    "Adapter": "personalize.adapters.adapter",
+    "Editor": "personalize.editing.editor",
+    "StableDiffusion": "personalize.models.stable_diffusion",
+    "attach": "personalize.editing.attach",
 }
 
 

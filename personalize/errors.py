@@ -1,4 +1,6 @@
 """The exceptions that the command line shows to the user as one line instead of a traceback."""
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -14,3 +16,12 @@ class Mismatch(UserError):
     """A command that checks something could read it and found it wrong, as `personalize verify` may."""
 
     exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error message: the names of `known` that are similar to `name`, or all of them if they are few."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(prefix + word for word in near)}?"
+    return f"choose one of {', '.join(prefix + word for word in known)}" if len(known) <= 12 else "see --help"

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from personalize.errors import UserError
-from personalize.recipes import BaseModelOptions, SingleImageConfig, extract_config
+from personalize.models.config import BaseModelOptions
+from personalize.training.config import SingleImageConfig, extract_config
 
 if TYPE_CHECKING:
-    from personalize.model import StableDiffusion
+    from personalize.models.stable_diffusion import StableDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,11 @@ def main(config: Config) -> Path:
     """
     from accelerate import Accelerator
 
-    from personalize import teams
-    from personalize.catalogue import Catalogue, learn_catalogue, write_table
-    from personalize.catalogue_table import DONE, read_items
-    from personalize.several import check_batchable
-    from personalize.trainer import load_base
+    from personalize.training import distributed
+    from personalize.training.batched_adapters import check_batchable
+    from personalize.training.catalogue import Catalogue, learn_catalogue, write_table
+    from personalize.training.catalogue_table import DONE, read_items
+    from personalize.training.trainer import load_base
 
     settings = extract_config(config, SingleImageConfig)
     if config.adapters_per_batch < 1:
@@ -67,7 +68,7 @@ def main(config: Config) -> Path:
         config.output_dir, settings, base, config.resolution, config.caption_model, config.preview_steps,
         config.adapters_per_batch,
     )  # fmt: skip
-    processes = teams.join_process_group()
+    processes = distributed.join_process_group()
 
     def load() -> StableDiffusion:
         return load_base(config, Accelerator(mixed_precision=config.mixed_precision))
@@ -85,6 +86,6 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    from personalize.cli import run_script
+    from personalize.cli.main import run_script
 
     raise SystemExit(run_script(Config, main))

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import tyro
 
 from personalize.errors import UserError
-from personalize.recipes import MultiConceptConfig, PriorPreservationOptions, RunOptions, extract_config
+from personalize.training.config import MultiConceptConfig, PriorPreservationOptions, RunOptions, extract_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from personalize.concept_learning import MultiConceptRun
+    from personalize.training.multi_concept import MultiConceptRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,12 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
 
 def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
-    from personalize import trainer
-    from personalize.adapter import check_target
-    from personalize.concept_learning import multi_concept_run
-    from personalize.concept_training import MapSnapshots, read_picture
-    from personalize.regularisation import class_images
+    from personalize.adapters.adapter import check_target
+    from personalize.training import trainer
+    from personalize.training.concept_maps import MapSnapshots
+    from personalize.training.data.class_images import class_images
+    from personalize.training.data.concepts import read_picture
+    from personalize.training.multi_concept import multi_concept_run
 
     if config.mask_weight and not config.masks:
         raise UserError("mask_weight needs masks: name a picture for each concept with --masks")
@@ -93,6 +94,6 @@ def describe(run: MultiConceptRun, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    from personalize.cli import run_script
+    from personalize.cli.main import run_script
 
     raise SystemExit(run_script(Config, main))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from personalize.scene_scorer import ScorerNet
+    from personalize.evaluation.scene_scorer import ScorerNet
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def main(config: Config) -> Path:
     """Train, measure the accuracy on held-out scenes, and write the weights; returns their file."""
     import torch
 
-    from personalize import scene_scorer
-    from personalize.scorer_training import accuracy
+    from personalize.evaluation import scene_scorer
+    from personalize.training.pretraining.scorer import accuracy
 
     config.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)  # the initial weights are the only thing drawn from global state
@@ -80,8 +80,8 @@ def train(config: Config, net: ScorerNet) -> ScorerNet:
     from accelerate import Accelerator
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    from personalize.scorer_training import ScorerData, ScorerObjective
-    from personalize.stages import Stage, run_stage
+    from personalize.training.pretraining.scorer import ScorerData, ScorerObjective
+    from personalize.training.pretraining.stages import Stage, run_stage
 
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=0.02)
@@ -102,7 +102,7 @@ def scenes(config: Config) -> dict[str, Tensor]:
     """The training scenes, rendered once and kept in the output folder."""
     import torch
 
-    from personalize.scorer_training import rendered
+    from personalize.training.pretraining.scorer import rendered
 
     path = config.output_dir / f"scenes_{config.scenes}_{config.autoencoded}.pt"
     if not path.is_file():
@@ -122,7 +122,7 @@ def autoencoder(noise: float) -> Any:
     """
     import torch
 
-    from personalize.model import StableDiffusion
+    from personalize.models.stable_diffusion import StableDiffusion
     from personalize.randomness import generator
 
     model, rng = StableDiffusion.load(device="cpu"), generator(0, "autoencoder")
@@ -136,6 +136,6 @@ def autoencoder(noise: float) -> Any:
 
 
 if __name__ == "__main__":
-    from personalize.cli import run_script
+    from personalize.cli.main import run_script
 
     raise SystemExit(run_script(Config, main))

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import tyro
 
 from personalize.errors import UserError
-from personalize.recipes import PriorPreservationOptions, RunOptions, SingleImageConfig, extract_config
+from personalize.training.config import PriorPreservationOptions, RunOptions, SingleImageConfig, extract_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from personalize.learning import SingleImageRun
-    from personalize.subject import TrainingImage
+    from personalize.training.data.images import TrainingImage
+    from personalize.training.single_image import SingleImageRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,12 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
 
 def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
-    from personalize import trainer
-    from personalize.adapter import check_target
-    from personalize.learning import single_image_run
-    from personalize.preview import preview
-    from personalize.regularisation import class_images
-    from personalize.subject import read_training_images, to_common_size
+    from personalize.adapters.adapter import check_target
+    from personalize.training import trainer
+    from personalize.training.data.class_images import class_images
+    from personalize.training.data.images import read_training_images, to_common_size
+    from personalize.training.single_image import single_image_run
+    from personalize.training.validation import preview
 
     images = read_training_images(config)
     check_target(config.output_dir)
@@ -104,6 +104,6 @@ def describe(run: SingleImageRun, images: Sequence[TrainingImage], accelerator: 
 
 
 if __name__ == "__main__":
-    from personalize.cli import run_script
+    from personalize.cli.main import run_script
 
     raise SystemExit(run_script(Config, main))

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from personalize.attention import AttentionHook, AttentionSite, hooked
-from personalize.model import StableDiffusion
+from personalize.embedded.scenes import Scene, render
+from personalize.models.attention import AttentionHook, AttentionSite, hooked
+from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
-from personalize.scenes import Scene, render
-from tests.bench.judge import as_pixels
+from tests.bench.judge.judge import as_pixels
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 CELL_GRID = 16  # the cell "inside the object" is one of a 16×16 grid

@@ -24,24 +24,30 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from personalize.attention import hooked
-from personalize.calibrated import settings_for
-from personalize.dynamic_prompts import DynamicSettings, disjoint_loss
-from personalize.frames import PaddedImage
-from personalize.inversion import invert
-from personalize.localization import NounRegions, fit_dynamic_prompt, mean_noun_maps, report_attention
-from personalize.model import EMBEDDED, Conditioning, StableDiffusion
-from personalize.moves import Schedule, make_schedule
-from personalize.null_text import NullTextSettings
-from personalize.photo import EditRequest, PhotoSettings, edit_photo
-from personalize.sampling import Edit, denoise, denoise_with_history
-from personalize.scenes import Scene, random_scene, render
-from personalize.text_maps import InversionMaps
-from personalize.uniform import UniformSettings, reconstruct, uniform_edit
+from personalize.editing.defaults import settings_for
+from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings, disjoint_loss
+from personalize.editing.dynamic_prompt_learning.leakage import (
+    NounRegions,
+    fit_dynamic_prompt,
+    mean_noun_maps,
+    report_attention,
+)
+from personalize.editing.real_image import edit_photo
+from personalize.editing.real_image_settings import EditRequest, PhotoSettings
+from personalize.editing.uniform_attention import UniformSettings, reconstruct, uniform_edit
+from personalize.embedded.scenes import Scene, random_scene, render
+from personalize.models.attention import hooked
+from personalize.models.attention_maps import InversionMaps
+from personalize.models.image_processor import PaddedImage
+from personalize.models.stable_diffusion import EMBEDDED, Conditioning, StableDiffusion
+from personalize.sampling.denoise import Edit, denoise, denoise_with_history
+from personalize.sampling.inversion import invert
+from personalize.sampling.null_text import NullTextSettings
+from personalize.sampling.schedule import Schedule, make_schedule
 from tests.bench.cells import Cells
 from tests.bench.contract import caption, iou, psnr, random_task
 from tests.bench.intervals import mean_interval, paired_interval, wilson
-from tests.bench.judge import as_bytes, as_pixels
+from tests.bench.judge.judge import as_bytes, as_pixels
 from tests.bench.world import weights_of, world_of
 
 THETAS = [round(0.05 * step, 2) for step in range(1, 20)]

@@ -24,7 +24,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image, ImageFilter
 
-from personalize.scenes import (
+from personalize.embedded.scenes import (
     BACKGROUNDS,
     NOUNS,
     TRAINING_STYLES,
@@ -35,7 +35,7 @@ from personalize.scenes import (
     sprite_path,
 )
 from tests.bench.cells import Cells
-from tests.bench.judge import Judge, Verdict
+from tests.bench.judge.judge import Judge, Verdict
 
 KINDS = ("background", "object", "style", "move")
 DO_NOTHING, BASE = "do nothing", "base without adapter"

@@ -24,11 +24,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from personalize.model import EMBEDDED, StableDiffusion
-from personalize.moves import make_schedule
-from personalize.pictures import grid
-from personalize.sampling import Edit, denoise, sample
-from personalize.scenes import (
+from personalize.embedded.scenes import (
     ANY_STYLE,
     HELD_OUT_STYLE,
     STYLES,
@@ -39,11 +35,15 @@ from personalize.scenes import (
     random_scene,
     render,
 )
+from personalize.io.figures import grid
+from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
+from personalize.sampling.denoise import Edit, denoise, sample
+from personalize.sampling.schedule import make_schedule
 from tests.bench.attention_auc import attention_aucs
 from tests.bench.cells import Cells
 from tests.bench.contract import psnr
 from tests.bench.figure_tables import figures, markdown
-from tests.bench.judge import Judge, as_bytes, as_pixels
+from tests.bench.judge.judge import Judge, as_bytes, as_pixels
 from tests.bench.world import weights_of, world_of
 
 INVERSION_STEPS = 50

@@ -19,12 +19,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from personalize.forgetting import ForgettingRule, degrees
-from personalize.lora import block_roles, module_roles
-from personalize.losses import LossTerms
-from personalize.model import Conditioning, StableDiffusion
+from personalize.adapters.forgetting import ForgettingRule, degrees
+from personalize.models.blocks import block_roles, module_roles
+from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
-from personalize.training import training_steps
+from personalize.training.loop import training_steps
+from personalize.training.losses import LossTerms
 
 EMBEDDING_RATE = 1e-3  # learning rate of the source embedding
 

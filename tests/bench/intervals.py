@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from personalize.evaluation import mean_interval
+from personalize.evaluation.report import mean_interval
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 

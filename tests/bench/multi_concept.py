@@ -25,20 +25,11 @@ import torch
 import tyro
 from PIL import Image
 
-from personalize.adapter import Adapter
-from personalize.attachment import applied
-from personalize.calibrated import text_to_image_guidance
-from personalize.concept_data import ClassImage, ConceptPicture
-from personalize.concept_learning import MultiConceptConfig, multi_concept_run
-from personalize.concept_maps import concept_maps
-from personalize.concepts import Subject
-from personalize.images import to_pixels
-from personalize.losses import normalised, separation
-from personalize.model import EMBEDDED, StableDiffusion
-from personalize.multi_concept import CALIBRATION_WEIGHT
-from personalize.regularisation import from_base
-from personalize.sampling import Edit, make_schedule, sample
-from personalize.scenes import (
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.apply import applied
+from personalize.adapters.textual_inversion import Subject
+from personalize.editing.defaults import text_to_image_guidance
+from personalize.embedded.scenes import (
     HELD_OUT_STYLE,
     PLACES,
     Scene,
@@ -48,11 +39,22 @@ from personalize.scenes import (
     random_scene,
     render,
 )
+from personalize.io.images import to_pixels
+from personalize.models.map_filters import normalised
+from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
+from personalize.sampling.denoise import Edit, sample
+from personalize.sampling.schedule import make_schedule
+from personalize.training.concept_maps import concept_maps
+from personalize.training.config import CALIBRATION_WEIGHT, MultiConceptConfig
+from personalize.training.data.class_images import from_base
+from personalize.training.data.concepts import ClassImage, ConceptPicture
+from personalize.training.losses import separation
+from personalize.training.multi_concept import multi_concept_run
 from tests.bench.attention_auc import coverage
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, iou, picture_file
 from tests.bench.intervals import mean_interval, paired_interval
-from tests.bench.judge import Judge, as_bytes
+from tests.bench.judge.judge import Judge, as_bytes
 from tests.bench.world import weights_of, world_of
 
 SPLIT = "bench-multi-concept"

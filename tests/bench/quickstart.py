@@ -27,14 +27,14 @@ import torch
 import tyro
 from PIL import Image
 
-from personalize.attachment import load_adapters
-from personalize.bundled import bundled
-from personalize.editor import Editor
-from personalize.model import StableDiffusion
-from personalize.quickstart import SAMPLING, VARIANTS
+from personalize.adapters.apply import load_adapters
+from personalize.cli.commands.quickstart import SAMPLING, VARIANTS
+from personalize.editing.editor import Editor
+from personalize.embedded.samples import bundled
+from personalize.models.stable_diffusion import StableDiffusion
 from tests.bench.cells import Cells
 from tests.bench.contract import Task, psnr, score
-from tests.bench.judge import Judge
+from tests.bench.judge.judge import Judge
 
 REPLAY_GAIN, IDENTITY_GAIN, EDITS_RIGHT = 6.0, 3.0, 3  # dB, dB, of four
 

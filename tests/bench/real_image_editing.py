@@ -25,21 +25,23 @@ import torch
 import tyro
 from PIL import Image
 
-from personalize.calibrated import guidance, settings_for
-from personalize.controls import ControlSettings
-from personalize.dynamic_prompts import DynamicSettings
-from personalize.editor import Editor, Sampling
-from personalize.inversion import METHODS
-from personalize.localization import NounRegions
-from personalize.model import EMBEDDED, StableDiffusion
-from personalize.null_text import NullTextSettings
-from personalize.photo import EditRequest, PhotoSettings, edit_photo
-from personalize.scenes import render
-from personalize.uniform import UniformSettings
+from personalize.editing.defaults import guidance, settings_for
+from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
+from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
+from personalize.editing.editor import Editor
+from personalize.editing.prompt_to_prompt.control import ControlSettings
+from personalize.editing.real_image import edit_photo
+from personalize.editing.real_image_settings import EditRequest, PhotoSettings
+from personalize.editing.strengths import Sampling
+from personalize.editing.uniform_attention import UniformSettings
+from personalize.embedded.scenes import render
+from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
+from personalize.sampling.inversion import METHODS
+from personalize.sampling.null_text import NullTextSettings
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, psnr, random_task, score
 from tests.bench.intervals import paired_interval
-from tests.bench.judge import Judge, as_bytes, as_pixels
+from tests.bench.judge.judge import Judge, as_bytes, as_pixels
 from tests.bench.report import BenchOptions, contact_sheet, mean, share
 from tests.bench.world import weights_of, world_of
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from personalize.pictures import grid
-from personalize.scenes import render
+from personalize.embedded.scenes import render
+from personalize.io.figures import grid
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, KINDS, Task, picture_file
 from tests.bench.intervals import mean_interval, paired_interval, wilson

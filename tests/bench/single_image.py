@@ -23,28 +23,30 @@ import torch
 import tyro
 from PIL import Image
 
-from personalize.adapter import Adapter
-from personalize.calibrated import text_to_image_guidance
-from personalize.choosing import SWEEP, search
-from personalize.editor import Editor
-from personalize.images import psnr, to_image, to_pixels
-from personalize.launching import presets
-from personalize.learning import learn
-from personalize.mixing import edit_conditioning
-from personalize.model import EMBEDDED, StableDiffusion
-from personalize.options import read_yaml
-from personalize.recipes import SingleImageConfig
-from personalize.sampling import Edit, make_schedule, sample
-from personalize.scene_scorer import SceneScorer
-from personalize.scenes import HELD_OUT_STYLE, render
-from personalize.scoring import Request, Scorer
-from personalize.settings import EditStrengths, Sampling, parse_rule_sum
-from personalize.verify import MANIFEST
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.forgetting import parse_rule_sum
+from personalize.cli.launch import presets
+from personalize.cli.parser import read_yaml
+from personalize.editing.defaults import text_to_image_guidance
+from personalize.editing.editor import Editor
+from personalize.editing.search import SWEEP, search
+from personalize.editing.strengths import EditStrengths, Sampling
+from personalize.editing.vector_projection import edit_conditioning
+from personalize.embedded.scenes import HELD_OUT_STYLE, render
+from personalize.evaluation.scene_scorer import SceneScorer
+from personalize.evaluation.scoring import Request, Scorer
+from personalize.formats.manifest import MANIFEST
+from personalize.io.images import psnr, to_image, to_pixels
+from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
+from personalize.sampling.denoise import Edit, sample
+from personalize.sampling.schedule import make_schedule
+from personalize.training.config import SingleImageConfig
+from personalize.training.single_image import learn
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Arm, Task, do_nothing, evaluate, random_task
 from tests.bench.full_weights import FullWeights, full_weights_applied, learn_full
 from tests.bench.intervals import paired_interval
-from tests.bench.judge import Judge
+from tests.bench.judge.judge import Judge
 from tests.bench.report import BenchOptions, contact_sheet, mean, table
 from tests.bench.world import weights_of, world_of
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from personalize.model import StableDiffusion
-from personalize.scenes import BACKGROUNDS, NOUNS, TRAINING_STYLES
+from personalize.embedded.scenes import BACKGROUNDS, NOUNS, TRAINING_STYLES
+from personalize.models.stable_diffusion import StableDiffusion
 
 PRIME = 65521  # the largest below 2¹⁶, so that sums of products of two remainders fit into 64 bits
 

@@ -4,10 +4,10 @@ import diffusers
 import pytest
 import torch
 
-from personalize.moves import SCHEDULERS, make_schedule
 from personalize.randomness import generator
-from personalize.sampling import Edit, ddim, denoise, initial_latents, sample
-from tests.tiny import NAMES, tiny, tiny_sd1, tiny_sdxl
+from personalize.sampling.denoise import Edit, ddim, denoise, initial_latents, sample
+from personalize.sampling.schedule import SCHEDULERS, make_schedule
+from tests.support.tiny import NAMES, tiny, tiny_sd1, tiny_sdxl
 
 SEEDS = [3, 4]
 PROMPTS = ["a cat on the beach", "my red dog"]

@@ -17,14 +17,14 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from personalize import formats, verify
-from personalize.lora import module_names
-from personalize.phantoms import empty_model
-from personalize.reader_names import original_paths
-from tests.foreign_files import delta, modules
-from tests.lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
-from tests.original_layout import unet_layout
-from tests.tiny import tiny
+from personalize.adapters.lora import module_names
+from personalize.formats import lora_files, verification
+from personalize.formats.reader_keys import original_paths
+from personalize.models.empty import empty_model
+from tests.support.foreign_files import delta, modules
+from tests.support.lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
+from tests.support.original_layout import unet_layout
+from tests.support.tiny import tiny
 
 pytestmark = pytest.mark.peer
 TOPOLOGY = {"sd1": "sd1", "sd2": "sd2v", "sdxl": "sdxl"}
@@ -106,14 +106,14 @@ def written(tmp_path, family, targets):
     model = tiny(TOPOLOGY[family])
     state = random_lora(paths(model.unet, TARGETS[targets])) | text_lora(model)
     file = tmp_path / "ours.safetensors"
-    file.write_bytes(formats.kohya_file(state, 10.0, family=family))  # alpha is not the rank, 4
+    file.write_bytes(lora_files.kohya_file(state, 10.0, family=family))  # alpha is not the rank, 4
     return model, file, {module: delta(a, b, 2.5) for module, (a, b) in modules(state).items()}
 
 
 def deviation(found, truth):
     """Largest deviation of ΔW, given as such or as its factors (whose products would not fit into memory together)."""
     if isinstance(truth, tuple):
-        return verify.deviation(found, truth)
+        return verification.deviation(found, truth)
     return float((found - truth).abs().max() / truth.abs().max())
 
 
@@ -135,7 +135,7 @@ def test_comfyui_and_forge(tmp_path, monkeypatch, capsys, reader, family, target
     keys: dict = {}
     theirs.model_lora_keys_unet(unet, keys)
     theirs.model_lora_keys_clip(clip, keys)
-    tensors = formats.read_tensors(file).tensors
+    tensors = lora_files.read_tensors(file).tensors
     patches = theirs.load_lora(tensors, keys)
     if isinstance(patches, tuple):  # Forge returns what it did not recognise too, and refuses a file with much of it
         patches, unmatched = patches
@@ -202,7 +202,7 @@ def test_sd_scripts(tmp_path, monkeypatch, capsys, family, targets):
     chosen = set(module_names(ours.unet, family)) if targets == "full" else set(paths(ours.unet, TARGETS[targets]))
     state = random_lora(paths(ours.unet, chosen.__contains__), rank=1) | text_lora(ours, rank=1)
     file = tmp_path / "ours.safetensors"
-    file.write_bytes(formats.kohya_file(state, 2.5, family=family))
+    file.write_bytes(lora_files.kohya_file(state, 2.5, family=family))
     encoders = [Nested(encoder) for encoder in ours.text_encoders]
     for component, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=False):
         where |= layers(encoder, component)

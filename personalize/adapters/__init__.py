@@ -1,0 +1,13 @@
+"""What training leaves behind, and how it is put into a base model and taken out again.
+
+    adapter             LoRA weights, learned tokens and source embedding in one value; save and load
+    apply               put adapters into a model for the length of a `with` block
+    lora, lora_layers   LoRA on a UNet;  text_encoder_lora: on its text encoders
+    textual_inversion   new tokens and their rows
+    forgetting          named rules that scale single LoRA layers
+    merging, fuse       adapters into one; an adapter into its base model
+    export              adapters in the layouts of other programs
+    model_card, hub     the card of an adapter; uploading it
+
+Imports: io, models, formats.
+"""

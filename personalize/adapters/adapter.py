@@ -1,0 +1,302 @@
+"""The adapter: the result of training, as a value and as a folder whose files other programs can use."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from personalize.adapters.lora import load_lora, remove_lora
+from personalize.adapters.model_card import model_card
+from personalize.adapters.text_encoder_lora import has_text, text_lora
+from personalize.errors import UserError
+from personalize.formats import lora_files, textual_inversion_files, verification
+from personalize.formats.foreign_files import read_foreign_file
+from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
+from personalize.formats.reader_keys import ReaderKeys
+from personalize.formats.verification import VerificationReport
+from personalize.io.atomic import plain_name, write_folder
+from personalize.io.figures import png
+from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
+from personalize.models.stable_diffusion import StableDiffusion
+
+SCHEMA = 1
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA weights, the fitted source embedding, learned tokens, and information about them.
+
+    lora: "<component>.<path>.lora_A.weight" (rank, in[, k, k]) and "….lora_B.weight" (out, rank[, 1, 1]);
+        ΔW = (alpha / rank) · B A.  Empty for learned tokens alone.
+    source: the fitted source embedding, "embeds" (1, l, d) and, for SDXL, "pooled" (1, e); None for an adapter that
+        was trained to work without it (`standalone`) or comes from another program.
+    info: values that JSON can hold.  Used here: `base` (name, family, sha256, prediction_type), `caption`, `config`
+        (the trainer's options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`,
+        `header` (metadata of the file it was read from).  Any other key is kept: `targets`, `versions`, `seed`,
+        `data_sha256`, `edits`, ….
+    concepts: learned tokens, token → "text_encoder" (n, d) and, for SDXL, "text_encoder_2" (n, d₂).
+    """
+
+    lora: Mapping[str, Tensor]
+    rank: int
+    alpha: float
+    source: Mapping[str, Tensor] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    concepts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What is recorded about the base model it was trained on: name, family, sha256, prediction_type."""
+        return dict(self.info.get("base") or {})
+
+    @property
+    def family(self) -> str:
+        """The base model's family, "sd1", "sd2" or "sdxl": as recorded, or else by the tensors' shapes."""
+        family = self.base.get("family") or lora_files.family_of(self.lora)
+        if family not in ("sd1", "sd2", "sdxl"):
+            raise UserError(f"the adapter's family is {family!r}: info['base']['family'] must be sd1, sd2 or sdxl")
+        return family
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        pictures: Mapping[str, Image.Image] | None = None,
+        kohya_dtype: torch.dtype = torch.float32,
+    ) -> Path:
+        """Write the adapter folder atomically, after its files were read back and every ΔW in them was verified.
+
+        An older adapter in `folder` is replaced in one step; files that were not part of it stay.  Equal adapters give
+        equal bytes.  `kohya_dtype` is the precision of the file in kohya's names, torch.float32 or torch.float16.
+
+        Raises:
+            UserError: the disk is full, the folder cannot be replaced, weights are not finite or do not fit
+                `kohya_dtype`, or the files do not verify.  What was there before is unchanged.
+        """
+        folder = Path(folder).resolve()
+        check_target(folder)
+        files = self._files(folder.name, pictures or {}, kohya_dtype)
+        old = _saved_files(folder)
+        keep = [entry.name for entry in folder.iterdir() if entry.name not in old] if folder.is_dir() else []
+        return write_folder(folder, files, check=lambda written: self.check_files(written, folder.name), keep=keep)
+
+    @staticmethod
+    def load(folder: str | Path) -> Adapter:
+        """Read an adapter folder, or a LoRA or textual-inversion file of any program.
+
+        From a file come no source embedding and no caption.  Its metadata `ss_*` and `modelspec.*` are kept in
+        `info["header"]`, and what they say of the base model in `info["base"]`.  A learned token has the file's own
+        word, or else `<file name>`.
+
+        Raises:
+            UserError: nothing is there, the folder is no adapter folder, a file is missing, damaged, a pickle or no
+                plain LoRA, or the files are not those that were saved.
+        """
+        folder = Path(folder)
+        if folder.is_file():
+            return _load_file(folder)
+        if not folder.exists():
+            raise UserError(f"{folder} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
+        info = read_json(folder / MANIFEST)
+        content = lora_files.read_lora(folder / DIFFUSERS_FILE)
+        _check_manifest(info, content, folder)
+        source = None
+        if info["source_tensors"]:
+            source = read_tensors(folder / SOURCE_FILE).tensors
+            VerificationReport((verification.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
+            _check_source(source)
+        concepts = _read_concepts(folder, info.pop("concepts", {}))
+        for key in ("schema", "twin", "tensors", "source_tensors", "files"):
+            info.pop(key, None)
+        return Adapter(content.state, info.pop("rank"), info.pop("alpha"), source, info, concepts)
+
+    @contextmanager
+    def apply(self, model: StableDiffusion, *, any_base: bool = False) -> Iterator[None]:
+        """Run the body with the LoRA in `model.unet` and remove it afterwards, also when the body raises.
+
+        Raises:
+            UserError: `model` is of another family, is another base of the family (`any_base` allows that), or already
+                has an adapter.
+        """
+        if not self.lora:  # learned tokens alone, whose base is checked when they are added to the tokenizer
+            yield
+            return
+        self.check_base(model, any_base=any_base)
+        load_lora(model.unet, dict(self.lora), self.rank, self.alpha)
+        try:
+            yield
+        finally:
+            remove_lora(model.unet)
+
+    @contextmanager
+    def apply_text(self, model: StableDiffusion, strength: float = 1.0) -> Iterator[None]:
+        """Run the body with the LoRA's part for the text encoders in them, if it has one; removed as by `apply`."""
+        change = text_lora(model, self.lora, strength * self.alpha / self.rank)
+        with change if has_text(self.lora) else nullcontext():
+            yield
+
+    def check_base(self, model: StableDiffusion, *, any_base: bool = False) -> None:
+        """UserError, naming both bases, unless the adapter was trained on `model`; see `apply`."""
+        trained_on, identity = self.base, model.identity
+        name, other = trained_on.get("name") or "an unknown base", identity["name"] or "the loaded base"
+        if self.family != identity["family"]:
+            raise UserError(
+                f"the adapter was made for {name} ({self.family}), not for {other} ({identity['family']}): "
+                "name a base model of its family"
+            )
+        if not any_base and trained_on.get("sha256") not in (None, identity["sha256"]):
+            raise UserError(
+                f"the adapter was made for {name}, {other} has other weights: name the base it was trained on"
+            )
+
+    def check_files(self, folder: Path, name: str) -> VerificationReport:
+        """Read the files in `folder` as other programs do; UserError unless every ΔW and token is this adapter's."""
+        textual_inversion_files.require_token_files(folder, self.concepts)
+        modules = lora_files.factor_pairs(self.lora)
+        live = {module: (a, b, self.alpha / self.rank) for module, (a, b) in modules.items()}
+        kohya_file = kohya_file_name(name, self.concepts)
+        reports = verification.compare_files(folder, kohya_file, live, ReaderKeys(self.family))
+        return VerificationReport(tuple(reports)).require()
+
+    def _files(self, name: str, pictures: Mapping[str, Image.Image], kohya_dtype: torch.dtype) -> dict[str, bytes]:
+        if lora_files.common_rank(lora_files.factor_pairs(self.lora)) != self.rank or not self.alpha > 0:
+            raise UserError(f"the adapter says rank {self.rank} and alpha {self.alpha}, which its tensors contradict")
+        kohya_file, family = kohya_file_name(name, self.concepts), self.family
+        metadata = lora_files.kohya_metadata(title=name, family=family, rank=self.rank, info=self.info)
+        files = {
+            DIFFUSERS_FILE: lora_files.diffusers_file(self.lora, self.alpha),
+            kohya_file: lora_files.kohya_file(self.lora, self.alpha, family=family, dtype=kohya_dtype, metadata=metadata),
+            **textual_inversion_files.token_file_contents(self.concepts, family=family),
+        }
+        if self.source is not None:
+            _check_source(self.source)
+            identity = {key: str(value) for key, value in self.base.items()}
+            about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
+            files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)
+        images = {picture_name(key): png(image) for key, image in pictures.items()}
+        card = model_card(name=name, kohya_file=kohya_file, adapter=self, pictures=list(images))
+        files |= {**images, CARD: card.encode()}
+        files[MANIFEST] = self._manifest(kohya_file, [*files, MANIFEST])
+        return files
+
+    def _manifest(self, kohya_file: str, names: list[str]) -> bytes:
+        tensors = {
+            f"{module}.lora_{side}.weight": verification.tensor_digest(tensor.float())
+            for module, pair in lora_files.factor_pairs(self.lora).items()
+            for side, tensor in zip("AB", pair, strict=True)
+        }
+        source = {key: verification.tensor_digest(value.float()) for key, value in sorted((self.source or {}).items())}
+        own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": kohya_file, "files": sorted(names)}
+        about = {"base": self.base | {"family": self.family}}
+        if self.concepts:
+            about["concepts"] = {
+                token: {key: verification.tensor_digest(part) for key, part in textual_inversion_files.checked_rows(token, rows).items()}
+                for token, rows in self.concepts.items()
+            }
+        values = dict(sorted(self.info.items())) | own | about | {"source_tensors": source, "tensors": tensors}
+        return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def check_target(folder: str | Path) -> None:
+    """UserError if saving an adapter in `folder` would overwrite a file that is not ours; called before training."""
+    folder = Path(folder).resolve()
+    names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, kohya_file_name(folder.name)]
+    foreign = [name for name in names if (folder / name).exists() and name not in _saved_files(folder)]
+    if foreign:
+        raise UserError(f"{folder} already holds a {foreign[0]} that is not ours: name another output folder")
+
+
+def kohya_file_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
+    """File name of the LoRA in kohya's names: the folder's name in plain letters, which graphical programs display.
+
+    "_lora" is added if it is the file name of one of the learned `tokens`, which is the word that prompts use.
+    """
+    plain = re.sub(r"[^\w.-]+", "_", folder_name).strip("._") or "adapter"
+    taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem, "learned_embeds", "learned_embeds_2"}
+    taken |= {textual_inversion_files.token_file_stem(token).casefold() for token in tokens}
+    return f"{plain}_lora.safetensors" if plain.casefold() in taken else f"{plain}.safetensors"
+
+
+def picture_name(key: str) -> str:
+    """File name of a picture: `key` with ".png"; UserError if it is no plain name."""
+    return plain_name(key if key.endswith(".png") else f"{key}.png")
+
+
+def _load_file(path: Path) -> Adapter:
+    """The adapter in a LoRA or textual-inversion file of another program; its metadata is kept in `info["header"]`."""
+    content = read_foreign_file(path, read_tensors(path))
+    if isinstance(content, lora_files.LoraFile):
+        info = {"imported": path.name, "base": content.base, "header": content.header}
+        return Adapter(content.state, content.rank, content.alpha, None, info)
+    token = f"<{content.token}>" if content.token == path.stem else content.token
+    family = textual_inversion_files.family_of(content.rows)
+    info = {"imported": path.name, "base": {"family": family} if family else {}}
+    return Adapter({}, 1, 1.0, None, info, {token: content.rows})
+
+
+def _saved_files(folder: Path) -> set[str]:
+    """Names of the files in `folder` that an earlier save has written there."""
+    names = read_json(folder / MANIFEST).get("files", []) if (folder / MANIFEST).is_file() else []
+    kinds = (".safetensors", ".json", ".md", ".png")
+    ours = (entry for entry in folder.glob("*") if entry.name in names and entry.suffix in kinds)
+    return {entry.name for entry in ours if entry.is_file()}
+
+
+def _check_manifest(info: Mapping[str, Any], content: lora_files.LoraFile, folder: Path) -> None:
+    """UserError unless the LoRA file is the one that `adapter.json` describes."""
+    path = folder / MANIFEST
+    wanted = {"schema": int, "rank": int, "alpha": (int, float), "base": dict, "tensors": dict, "source_tensors": dict}
+    wrong = [key for key, kind in wanted.items() if not isinstance(info.get(key), kind)]
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong[0]} is missing or of the wrong kind")
+    if info["schema"] > SCHEMA:
+        raise UserError(f"{path} has schema {info['schema']}, this version reads up to {SCHEMA}: update personalize")
+    family = lora_files.family_of(content.state)
+    if family not in (None, info["base"].get("family")):
+        raise UserError(
+            f"{path} says family {info['base'].get('family')!r}, the tensors are of {family!r}: files are mixed up"
+        )
+    if content.rank != info["rank"] or not math.isclose(content.alpha, info["alpha"]):
+        raise UserError(
+            f"{folder / DIFFUSERS_FILE} has rank {content.rank} and alpha {content.alpha:g}, {MANIFEST} says "
+            f"{info['rank']} and {info['alpha']:g}: the files are not of one adapter"
+        )
+    VerificationReport((verification.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
+
+
+def _read_concepts(folder: Path, digests: Any) -> dict[str, dict[str, Tensor]]:
+    """The learned tokens of the manifest's `digests` (token → encoder → digest), from the files for diffusers."""
+    if not isinstance(digests, dict) or not all(isinstance(rows, dict) for rows in digests.values()):
+        raise UserError(f"{folder / MANIFEST} is damaged: concepts is of the wrong kind")
+    concepts: dict[str, dict[str, Tensor]] = {token: {} for token in digests}
+    for name, (token, encoder) in textual_inversion_files.token_file_names(digests, "diffusers").items():
+        learned = textual_inversion_files.read_concept(folder / name)
+        report = verification.compare_digests(name, learned.rows, {str(encoder): digests[token][encoder]})
+        VerificationReport((report,)).require()
+        concepts[token] |= learned.rows
+    return concepts
+
+
+def _check_source(source: Mapping[str, Tensor]) -> None:
+    """UserError unless it is "embeds" (1, l, d), and for SDXL "pooled" (1, e), of finite numbers."""
+    embeds, pooled = source.get("embeds"), source.get("pooled")
+    if embeds is None or embeds.ndim != 3 or len(embeds) != 1 or not set(source) <= {"embeds", "pooled"}:
+        shapes = {key: tuple(value.shape) for key, value in source.items()}
+        raise UserError(f"the source embedding holds {shapes}: expected embeds (1, l, d) and at most pooled (1, e)")
+    if pooled is not None and (pooled.ndim != 2 or len(pooled) != 1):
+        raise UserError(f"the source embedding's pooled part has shape {tuple(pooled.shape)}: expected (1, e)")
+    if not all(bool(value.isfinite().all()) for value in source.values()):
+        raise UserError("the source embedding holds a number that is not finite: train the adapter again")

@@ -1,0 +1,37 @@
+"""TODO: adapters/apply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.merging import merged
+from personalize.adapters.textual_inversion import installed_tokens
+from personalize.models.stable_diffusion import StableDiffusion
+
+
+@contextmanager
+def applied(
+    model: StableDiffusion, adapter: Adapter | None, text_strength: float = 1.0, *, any_base: bool = False
+) -> Iterator[None]:
+    """Run the body with the whole adapter applied: LoRA of UNet and text encoders, and learned tokens.
+
+    Afterwards `model` is as before. Without an adapter nothing is changed. `text_strength` is a factor on the LoRA of
+    the text encoders; `any_base` allows another base of the adapter's family.
+    """
+    with ExitStack() as stack:
+        if adapter is not None:
+            stack.enter_context(adapter.apply(model, any_base=any_base))
+            stack.enter_context(adapter.apply_text(model, text_strength))
+            stack.enter_context(installed_tokens(model, adapter.concepts))
+        yield
+
+
+def load_adapters(folder: str | Path | Sequence[str | Path]) -> Adapter:
+    """Load the adapter in `folder`, or the sum of those in several folders; UserError if they do not fit together."""
+    if isinstance(folder, str | Path):
+        return Adapter.load(folder)
+    adapters = [Adapter.load(one) for one in folder]
+    return adapters[0] if len(adapters) == 1 else merged(adapters, [1.0] * len(adapters), [str(one) for one in folder])

@@ -1,0 +1,127 @@
+"""Exporting a LoRA: multiply strength and forgetting rules into it, lower its rank, write it in one program's layout.
+
+    layout      what is written                          read by
+    kohya       NAME.safetensors                         A1111, Forge, ComfyUI, InvokeAI, kohya's tools, diffusers
+    diffusers   pytorch_lora_weights.safetensors         diffusers' `load_lora_weights`
+    peft        a folder with adapter_config.json and    PEFT's `PeftModel.from_pretrained(pipe.unet, FOLDER)`
+                adapter_model.safetensors, or one such
+                folder in it for each part of the model
+
+A file takes its final name only after it has been read back through `reader_names`, which shares no code with the
+writers, and every ΔW was equal to the adapter's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from personalize.adapters import lora
+from personalize.adapters.adapter import Adapter, kohya_file_name
+from personalize.adapters.forgetting import parse_rule
+from personalize.adapters.merging import RankReduction, reduced
+from personalize.errors import UserError
+from personalize.formats import lora_files, verification
+from personalize.formats.peft_files import peft_files, require_peft_files
+from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.io.atomic import write_file, write_folder
+from personalize.io.tensor_files import read_tensors
+from personalize.models.empty import empty_unet
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = ("kohya", "diffusers", "peft")
+
+
+def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -> Adapter:
+    """The adapter with forgetting rules and a strength multiplied into its weights, instead of `lora.scaled`.
+
+    B of each module is multiplied by the fraction that is kept; modules that keep nothing are left out.  Forgetting
+    rules select parts of the UNet, so that text encoders get the strength alone.
+
+    Raises:
+        UserError: a rule is unknown or selects nothing, the strength is no number, the adapter holds no LoRA, or
+            nothing of it would be left.
+    """
+    if not math.isfinite(strength):
+        raise UserError(f"the strength must be a number, got {strength}")
+    if not adapter.lora:
+        raise UserError("the adapter has learned tokens but no LoRA: use `personalize export tokens`")
+    rules = [parse_rule(text) for text in forget if text != "none"]
+    unet = {key: tensor for key, tensor in adapter.lora.items() if key.startswith(lora.PREFIX)}
+    text = {key: tensor for key, tensor in adapter.lora.items() if key not in unet and strength}
+    state = lora.scaled_state(empty_unet(adapter.family), unet, rules, strength)
+    state |= {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in text.items()}
+    if not state:
+        raise UserError("nothing of the adapter is left: forget less, or use a strength other than 0")
+    if not rules and strength == 1:
+        return adapter
+    return replace(adapter, lora=state, info={**adapter.info, "baked": {"forget": [*forget], "strength": strength}})
+
+
+def with_lower_rank(adapter: Adapter, rank: int) -> tuple[Adapter, RankReduction]:
+    """The nearest adapter of the lower rank `rank`, and the error that this makes; UserError if it is not lower."""
+    if rank >= adapter.rank:
+        raise UserError(f"the adapter has rank {adapter.rank}: --rank must be lower, got {rank}")
+    reduction = reduced(adapter.lora, adapter.alpha / adapter.rank, rank)
+    return replace(adapter, lora=reduction.state, rank=rank, alpha=float(rank)), reduction
+
+
+
+
+
+
+
+
+def export_lora(
+    adapter: Adapter, output: str | Path, layout: str = "kohya", dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write the LoRA in one layout and verify it; returns the path of the file, or of the folder for "peft".
+
+    If `output` does not end in ".safetensors" it is a folder, and the file in it gets the name that its readers expect.
+
+    Raises:
+        UserError: the file or folder exists already, the disk is full, a number does not fit `dtype`, or the file read
+            back does not give the adapter's ΔW.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    output, strength = Path(output), adapter.alpha / adapter.rank
+    live = {module: (a, b, strength) for module, (a, b) in lora_files.factor_pairs(adapter.lora).items()}
+    if layout == "peft":
+        folder, family = require_absent(output), adapter.family
+        files = peft_files(adapter.lora, adapter.alpha, dtype, adapter.base.get("name"))
+        return write_folder(folder, files, check=lambda written: require_peft_files(written, live, family))
+    standard = verification.DIFFUSERS_FILE if layout == "diffusers" else kohya_file_name(output.resolve().name)
+    file = require_absent(output if output.suffix == ".safetensors" else output / standard)
+    content = _content(adapter, file.stem, layout, dtype)
+    return write_file(file, content, check=lambda written: _require(written, file.name, live, adapter.family, layout))
+
+
+def require_absent(path: Path) -> Path:
+    """`path`, if nothing exists there; else UserError, so that an export never overwrites its source."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists already: name another output, or remove it first")
+    return path
+
+
+def _content(adapter: Adapter, title: str, layout: str, dtype: torch.dtype) -> bytes:
+    if layout == "diffusers":
+        return lora_files.diffusers_file(adapter.lora, adapter.alpha, dtype=dtype)
+    kept = dict(adapter.info.get("header") or {})  # of the file that the adapter was read from
+    own = lora_files.kohya_metadata(title=title, family=adapter.family, rank=adapter.rank, info=adapter.info)
+    changed = {"ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_output_name", "modelspec.title"}
+    metadata = own | kept | {key: own[key] for key in changed}
+    if applied := adapter.info.get("baked"):
+        metadata["ss_training_comment"] = f"worked in: {json.dumps(applied)}"
+    return lora_files.kohya_file(adapter.lora, adapter.alpha, family=adapter.family, dtype=dtype, metadata=metadata)
+
+
+def _require(path: Path, name: str, live: Factors, family: str, layout: str) -> None:
+    names = ReaderKeys(family)
+    read = names.kohya if layout == "kohya" else names.peft
+    verification.VerificationReport((verification.compare(name, *read(read_tensors(path)), live),)).require()

@@ -1,0 +1,277 @@
+"""The LoRA adapter in a UNet: which modules get one, adding, loading and removing it, and its strength per module.
+
+    W = W₀ + s · (alpha / rank) · B A          A (rank, in) random, B (out, rank) zero, s = 1 unless `scaled`
+
+Modules are selected by their names and by the role of their block (side and level, read from the UNet's structure),
+never by counting.  The layers are peft's `LoraLayer`s, under one adapter name and with peft's state dict keys.
+
+References: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; Zhang et al., "Forgedit", arXiv 2309.10556.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from personalize.adapters.forgetting import ForgettingRule, degrees
+from personalize.adapters.lora_layers import lora_config
+from personalize.errors import UserError
+from personalize.models.blocks import Role, _leaves, module_roles
+from personalize.randomness import generator
+
+ADAPTER = "personalize"  # the adapter's name in peft
+PREFIX = "unet."  # diffusers' prefix in adapter files
+TARGETS = ("full", "attention")
+_PROJECTIONS = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+Rules = ForgettingRule | Iterable[ForgettingRule] | Mapping[str, float] | None
+
+
+
+
+
+
+
+
+def module_names(unet: nn.Module, family: str | None = None, targets: str = "full") -> list[str]:
+    """Paths of the modules that single-image training adds LoRA to, in the UNet's order.
+
+    They are in the encoder below full resolution and in the decoder blocks with attention: on SD 1.x and 2.x
+    `down_blocks.1`–`3` and `up_blocks.1`–`3`, on SDXL `down_blocks.1`–`2` and `up_blocks.0`–`1`.
+
+    Args:
+        family: the base model's, for the error message.
+        targets: "full" for every linear layer and convolution there (216 modules on SD 1.x and 2.x, 661 on SDXL),
+            "attention" for the q, k, v and output projections of the attention layers (104 and 480).
+
+    Raises:
+        UserError: unknown `targets`, or a UNet without such modules.
+    """
+    if targets not in TARGETS:
+        raise UserError(f"unknown LoRA targets {targets!r}: choose one of {', '.join(TARGETS)}")
+    leaves = [path for path, _ in _leaves(unet)]
+    names = [name for name, role in module_roles(unet, leaves).items() if _trained(role)]
+    if targets == "attention":
+        names = [name for name in names if _PROJECTIONS.fullmatch(name)]
+    if not names:
+        raise UserError(f"this {family or ''} UNet has no module to tune: expected down and up blocks with attention")
+    return names
+
+
+def _trained(role: Role) -> bool:
+    return (role.side == "encoder" and role.level > 0) or (role.side == "decoder" and role.attention)
+
+
+
+
+def add_lora(
+    unet: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int, prefix: str = ""
+) -> list[nn.Parameter]:
+    """Add a new trainable adapter to the modules `names`; returns its parameters, fp32, A before B.
+
+    A is uniform in ±1/√fan_in, drawn by a generator keyed by (`seed`, `prefix` and the module's name), so it does not
+    depend on the order of the modules or on which others there are.  B is zero, so the UNet's output is unchanged.  The
+    base's `requires_grad` flags stay as they are.
+
+    Raises:
+        UserError: unknown module name, or the UNet already carries an adapter.
+    """
+    layers = _inject(unet, names, rank, alpha)
+    for name, layer in layers.items():
+        a, b = _pair(layer)
+        bound = 1 / math.sqrt(a[0].numel())  # fan_in = entries of one row of A
+        values = torch.empty(a.shape).uniform_(-bound, bound, generator=generator(seed, f"lora/{prefix}{name}"))
+        _set_pair(layer, values, torch.zeros(b.shape), trainable=True)
+    return [parameter for layer in layers.values() for parameter in _pair(layer)]
+
+
+def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters, A before B, in the UNet's order."""
+    return [parameter for layer in lora_layers(unet).values() for parameter in _pair(layer)]
+
+
+def lora_state(unet: nn.Module, prefix: str = PREFIX) -> dict[str, Tensor]:
+    """Copies of the adapter's tensors, fp32 on the CPU, named "unet.<path>.lora_A.weight" and "….lora_B.weight"."""
+    state = {}
+    for name, layer in lora_layers(unet).items():
+        for key, parameter in zip(("lora_A", "lora_B"), _pair(layer), strict=True):
+            state[f"{prefix}{name}.{key}.weight"] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return state
+
+
+def load_lora(unet: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: float) -> None:
+    """Add the adapter with the tensors `state`, named as by `lora_state`, frozen; other keys than "unet.…" are ignored.
+
+    Raises:
+        UserError: a module that the UNet lacks, A without B, a wrong shape, or a UNet that already has an adapter.
+    """
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)}
+    names = dict.fromkeys(re.sub(r"\.lora_[AB]\.weight$", "", key) for key in tensors)
+    if not names:
+        raise UserError(f"this adapter has no UNet part: expected names like {PREFIX}down_blocks.1.….lora_A.weight")
+    pairs = {name: (f"{name}.lora_A.weight", f"{name}.lora_B.weight") for name in names}
+    if missing := [key for pair in pairs.values() for key in pair if key not in tensors]:
+        raise UserError(f"adapter tensor {PREFIX}{missing[0]} is missing: the file is incomplete, get it anew")
+    layers = _inject(unet, names, rank, alpha)
+    try:
+        for name, layer in layers.items():
+            a_and_b = [tensors[key] for key in pairs[name]]
+            for parameter, tensor in zip(_pair(layer), a_and_b, strict=True):
+                if parameter.shape != tensor.shape:
+                    raise UserError(
+                        f"adapter module {name} has shape {tuple(tensor.shape)}, this base model needs "
+                        f"{tuple(parameter.shape)} at rank {rank}: it was made for another base or rank"
+                    )
+            _set_pair(layer, *(tensor.detach().float().clone() for tensor in a_and_b), trainable=False)
+    except BaseException:
+        remove_lora(unet)
+        raise
+
+
+def remove_lora(unet: nn.Module) -> None:
+    """Put the original modules back, the same objects as before; does nothing if there is no adapter."""
+    for name, layer in lora_layers(unet).items():
+        unet.set_submodule(name, layer.get_base_layer())
+    if ADAPTER in getattr(unet, "peft_config", {}):
+        del unet.peft_config
+
+
+@contextmanager
+def lora_removed(*modules: nn.Module) -> Iterator[None]:
+    """Run the body with the adapters taken out of `modules` (a UNet, text encoders); then put the same objects back."""
+    removed = [(module, dict(vars(module)).get("peft_config"), lora_layers(module)) for module in modules]
+    try:
+        for module in modules:
+            remove_lora(module)
+        yield
+    finally:
+        for module, config, layers in removed:
+            for name, layer in layers.items():
+                module.set_submodule(name, layer)  # pyright: ignore
+            if config is not None:
+                module.peft_config = config  # pyright: ignore
+
+
+def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
+    """The LoRA layers of our adapter in the UNet, by module path."""
+    layers = {path: module for path, module in _leaves(unet) if isinstance(module, LoraLayer)}
+    return {path: layer for path, layer in layers.items() if ADAPTER in layer.lora_A}
+
+
+@contextmanager
+def scaled(unet: nn.Module, rules: Rules = None, strength: float = 1.0) -> Iterator[None]:
+    """Run the body with the adapter's LoRA multiplied by `strength` and, per module, by the factor of `rules`.
+
+    Afterwards every scale is restored exactly.  Nested contexts multiply.
+
+    Args:
+        rules: a forgetting rule, several (the smallest degree counts), or a factor per module path.
+
+    Raises:
+        UserError: the UNet has no adapter, or a rule selects none of its modules.
+    """
+    layers = lora_layers(unet)
+    if not layers:
+        raise UserError("there is no adapter to scale in this UNet: load one first")
+    factors = multipliers(unet, layers, rules, strength)
+    before = {name: layer.scaling[ADAPTER] for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            full = layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
+            layer.set_scale(ADAPTER, factors[name] * before[name] / full)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.scaling[ADAPTER] = before[name]
+
+
+def multipliers(unet: nn.Module, names: Iterable[str], rules: Rules, strength: float = 1.0) -> dict[str, float]:
+    """The factor s of each module in `names`, from `rules` and `strength`; see `scaled`.
+
+    Raises:
+        UserError: a rule selects none of `names`, or `rules` has a factor for a module that is not among them.
+    """
+    names = list(names)
+    if isinstance(rules, Mapping):
+        factors = {str(name): float(factor) for name, factor in rules.items()}
+        if unknown := sorted(set(factors) - set(names)):
+            raise UserError(f"no module {unknown[0]!r} in the adapter, which has {len(names)}, e.g. {names[:1]}")
+        return {name: strength * factors.get(name, 1.0) for name in names}
+    chosen = () if rules is None else (rules,) if isinstance(rules, ForgettingRule) else tuple(rules)
+    return {name: strength * kept for name, kept in degrees(module_roles(unet, names), chosen).items()}
+
+
+def scaled_state(
+    unet: nn.Module, state: Mapping[str, Tensor], rules: Rules, strength: float = 1.0
+) -> dict[str, Tensor]:
+    """The adapter's tensors multiplied as by `scaled`: B by the module's factor; modules with factor 0 are left out.
+
+    state: named as by `lora_state`; tensors of other modules than the UNet's stay as they are.
+    """
+    suffix = ".lora_B.weight"
+    names = [key.removeprefix(PREFIX).removesuffix(suffix) for key in state if key.endswith(suffix)]
+    out = dict(state)
+    for name, factor in multipliers(unet, names, rules, strength).items():
+        a, b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}{suffix}"
+        if factor == 0:
+            del out[a], out[b]
+        else:
+            out[b] = state[b] * factor
+    return out
+
+
+@contextmanager
+def lora_disabled(unet: nn.Module) -> Iterator[None]:
+    """Run the body with the adapter switched off: its products are skipped, not multiplied by zero."""
+    layers = lora_layers(unet).values()
+    flags = [[parameter.requires_grad for parameter in _pair(layer)] for layer in layers]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, (a, b) in zip(layers, flags, strict=True):
+            layer.enable_adapters(True)
+            _pair(layer)[0].requires_grad_(a)
+            _pair(layer)[1].requires_grad_(b)
+
+
+def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> dict[str, LoraLayer]:
+    """Put LoRA layers around exactly the modules `names`, with A and B still on the meta device."""
+    names, leaves = list(names), dict(_leaves(unet))
+    if any(isinstance(module, LoraLayer) for module in leaves.values()):
+        raise UserError("this UNet already carries an adapter: unload or fuse it first")
+    if unknown := [name for name in names if name not in leaves]:
+        raise UserError(f"this UNet has no layer {unknown[0]!r}: the adapter was made for another base model")
+    if not names:
+        raise UserError("no module was named for the adapter: choose some of module_names(unet)")
+    config = lora_config(r"\d+", rank, alpha)
+    box = nn.ModuleDict({str(number): leaves[name] for number, name in enumerate(names)})  # peft searches only these
+    box.is_loaded_in_4bit = getattr(unet, "is_loaded_in_4bit", False)  # pyright: ignore
+    flags = [(parameter, parameter.requires_grad) for parameter in box.parameters()]
+    with torch.device("meta"):  # peft draws no random numbers; a quarter faster than its own low_cpu_mem_usage
+        inject_adapter_in_model(config, box, ADAPTER)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    for name, layer in zip(names, box.values(), strict=True):
+        unet.set_submodule(name, layer)
+    config.target_modules = "|".join(map(re.escape, names))
+    unet.peft_config = {ADAPTER: config}  # pyright: ignore
+    return dict(zip(names, box.values(), strict=True))  # pyright: ignore
+
+
+def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # pyright: ignore
+
+
+def _set_pair(layer: LoraLayer, a: Tensor, b: Tensor, *, trainable: bool) -> None:
+    device = next(layer.get_base_layer().parameters()).device
+    layer.lora_A[ADAPTER].weight = nn.Parameter(a.to(device), requires_grad=trainable)
+    layer.lora_B[ADAPTER].weight = nn.Parameter(b.to(device), requires_grad=trainable)

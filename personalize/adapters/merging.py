@@ -1,0 +1,196 @@
+"""Sums of LoRAs and LoRAs of lower rank: several become one exactly, or one becomes a smaller one by SVD.
+
+    Σ wᵢ ΔWᵢ = [w₁s₁B₁ … wₙsₙBₙ] [A₁; …; Aₙ]        s = alpha / rank; the rank is the sum of the ranks; exact
+    ΔW = B A ≈ U_k S_k V_kᵀ                            the nearest matrix of rank k (Eckart–Young)
+
+A LoRA is in PEFT's names ("<component>.<path>.lora_A.weight" …) with one rank, as `formats.factor_pairs` reads it.
+Convolutions count as matrices (out, in·k·k).  Results have alpha = rank, so that alpha / rank is 1: strengths are
+multiplied into the factors.
+
+Reference: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from personalize.adapters.adapter import Adapter
+from personalize.errors import UserError
+from personalize.formats.lora_files import factor_pairs
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class WeightedLora:
+    """One term of a sum of LoRAs: its tensors, its `strength` alpha / rank, and its weight in the sum."""
+
+    state: State
+    strength: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RankReduction:
+    """A LoRA of lower rank and its relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm).
+
+    state, rank: the LoRA, with alpha = rank.  error: over all modules together.  errors: of each module.
+    """
+
+    state: dict[str, Tensor]
+    rank: int
+    error: float
+    errors: dict[str, float]
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        return (
+            f"rank {self.rank}: relative error of the weight change {self.error:.2%}, "
+            f"largest {self.errors[worst]:.2%} in {worst}"
+        )
+
+
+def concatenated(parts: Sequence[WeightedLora]) -> tuple[dict[str, Tensor], int]:
+    """The exact sum Σ weight · ΔW of all `parts` as one LoRA, and its rank.
+
+    It has the modules of all parts.  Modules with fewer factors than the common rank are padded with zeros.
+
+    Raises:
+        UserError: there is no part or no LoRA module in them, a weight is not finite, or a module has two shapes.
+    """
+    if not parts or not all(math.isfinite(part.weight) for part in parts):
+        raise UserError(f"weights of a sum of adapters must be numbers, got {[part.weight for part in parts]}")
+    factors_of: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for part in parts:
+        for module, (a, b) in factor_pairs(part.state).items():
+            factors_of.setdefault(module, []).append((a.float(), b.float() * (part.strength * part.weight)))
+    for module, factors in factors_of.items():
+        shapes = {(*b.shape[:1], *a.shape[1:]) for a, b in factors}
+        if len(shapes) > 1:
+            raise UserError(f"module {module} has shapes {sorted(shapes)}: the adapters are of different base models")
+    if not factors_of:
+        raise UserError("the adapters hold no LoRA module: there is nothing to add up")
+    joined = {m: (torch.cat([a for a, _ in f]), torch.cat([b for _, b in f], 1)) for m, f in factors_of.items()}
+    rank = max(len(a) for a, _ in joined.values())
+    return _state({module: _zero_padded(a, b, rank) for module, (a, b) in joined.items()}), rank
+
+
+def reduced(state: State, strength: float, rank: int) -> RankReduction:
+    """The nearest LoRA of the given `rank` to ΔW = strength · B A, found for each module by itself, and its errors.
+
+    Raises:
+        UserError: `rank` is below 1, or the LoRA has no module.
+    """
+    if rank < 1:
+        raise UserError(f"the rank must be a whole number from 1, got {rank}")
+    modules = factor_pairs(state)
+    if not modules:
+        raise UserError("the adapter holds no LoRA module: there is nothing to reduce")
+    nearest, errors, lost, whole = {}, {}, 0.0, 0.0
+    for module, (a, b) in modules.items():
+        nearest[module], values = _nearest(a, b, strength, rank)
+        tail, total = float(values[rank:].square().sum()), float(values.square().sum())
+        errors[module] = math.sqrt(tail / total) if total else 0.0
+        lost, whole = lost + tail, whole + total
+    return RankReduction(_state(nearest), rank, math.sqrt(lost / whole) if whole else 0.0, errors)
+
+
+def _nearest(a: Tensor, b: Tensor, strength: float, rank: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Factors (A, B) of the nearest matrix of `rank`, each multiplied by √S, and all singular values S.
+
+    With the QR decompositions B = Q_b R_b and Aᵀ = Q_a R_a, only the small matrix R_b R_aᵀ needs an SVD.
+    """
+    q_b, r_b = torch.linalg.qr(b.flatten(1).double() * strength)
+    q_a, r_a = torch.linalg.qr(a.flatten(1).double().T)
+    u, values, v = torch.linalg.svd(r_b @ r_a.T)
+    count = min(rank, len(values))
+    root = values[:count].sqrt()
+    up, down = (q_b @ u[:, :count]) * root, (q_a @ v[:count].T * root).T
+    ones = (1,) * (b.ndim - 2)
+    return _zero_padded(
+        down.float().reshape(count, *a.shape[1:]), up.float().reshape(len(b), count, *ones), rank
+    ), values
+
+
+def _zero_padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B padded with zeros to `rank`, which leaves ΔW as it is."""
+    missing = rank - len(a)
+    return torch.cat([a, a.new_zeros(missing, *a.shape[1:])]), torch.cat(
+        [b, b.new_zeros(len(b), missing, *b.shape[2:])], 1
+    )
+
+
+def _state(modules: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Tensors in PEFT's names of the pairs (A, B) by module."""
+    return {
+        f"{module}.lora_{side}.weight": tensor.contiguous()
+        for module, pair in modules.items()
+        for side, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequence[str]) -> Adapter:
+    """The exact sum Σ weight · ΔW of several adapters as one adapter, whose rank is the sum of their ranks.
+
+    The learned tokens of all are kept.  Source embeddings are not: each belongs to one picture.  `names` are for
+    messages and for the record in `info["merged_from"]`.
+
+    Raises:
+        UserError: fewer than two adapters, another number of weights, different families or base models, or a token
+            that two of them have learned.
+    """
+    if len(adapters) < 2 or len(weights) != len(adapters):
+        raise UserError(
+            f"merging takes two adapters or more and a weight for each, got {len(adapters)}, {len(weights)}"
+        )
+    first = adapters[0]
+    for name, adapter in zip(names, adapters, strict=True):
+        if adapter.family != first.family:
+            raise UserError(
+                f"{name} is for the family {adapter.family}, {names[0]} for {first.family}: name adapters of one"
+            )
+        if (adapter.base.get("sha256") or "") != (first.base.get("sha256") or "") and _both_known(adapter, first):
+            raise UserError(f"{name} was made for another base model than {names[0]}: merge adapters of one base")
+    parts = [WeightedLora(a.lora, a.alpha / a.rank, weight) for a, weight in zip(adapters, weights, strict=True)]
+    state, rank = concatenated([part for part in parts if part.weight] or parts)
+    sources = [{"name": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]
+    captions = dict.fromkeys(str(adapter.info.get("caption") or "") for adapter in adapters)
+    info = {"base": first.base | {"family": first.family}, "merged_from": sources}
+    info["caption"] = ", ".join(caption for caption in captions if caption)
+    info["person"] = any(bool(adapter.info.get("person")) for adapter in adapters)
+    return Adapter(state, rank, float(rank), None, info, _all_concepts(adapters))
+
+
+def _all_concepts(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, torch.Tensor]]:
+    concepts: dict[str, Mapping[str, torch.Tensor]] = {}
+    for adapter in adapters:
+        if doubled := sorted(set(concepts) & set(adapter.concepts)):
+            raise UserError(f"two of the adapters have learned the token {doubled[0]}: export one under another name")
+        concepts |= adapter.concepts
+    return concepts
+
+
+def _both_known(*adapters: Adapter) -> bool:
+    return all(adapter.base.get("sha256") for adapter in adapters)
+
+
+def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
+    """The LoRA of `rank` (alpha = rank) nearest to weight changes ΔW (by module path), and the relative error.
+
+    ΔW ≈ B A,  B = U √S,  A = √S Vᵀ  of the `rank` largest singular values;   error = ‖ΔW − B A‖ / ‖ΔW‖ over all modules
+    """
+    state, missed, whole = {}, 0.0, 0.0
+    for name, change in changes.items():
+        u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
+        kept = min(rank, len(s))
+        a, b = torch.zeros(rank, change.shape[1]), torch.zeros(change.shape[0], rank)
+        a[:kept] = (s[:kept, None].sqrt() * v[:kept]).float()
+        b[:, :kept] = (u[:, :kept] * s[:kept].sqrt()).float()
+        state[f"unet.{name}.lora_A.weight"], state[f"unet.{name}.lora_B.weight"] = a, b
+        missed, whole = missed + float(s[kept:].square().sum()), whole + float(s.square().sum())
+    return state, (missed / whole) ** 0.5 if whole else 0.0

@@ -1,0 +1,243 @@
+"""Learned tokens (textual inversion): new tokens in the tokenizers, with embeddings beside the text encoders' own.
+
+    E(id) = rows[id − first new id]  if id is new,  else the frozen table's row        rows (n, d) fp32, one per vector
+
+A concept is written as its token, such as `<cat1>`.  Further vectors of a token are `<cat1>_1`, `<cat1>_2`, …, which
+are inserted behind it in prompts, as stock diffusers pipelines do.  The new ids are those that
+`load_textual_inversion` would give in the same order: SDXL's second encoder pools at the highest id, so it pools where
+a stock pipeline does.
+
+References: Gal et al., "An Image is Worth One Word", arXiv 2208.01618.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.loaders import TextualInversionLoaderMixin
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import StableDiffusion
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+TOKEN = re.compile(r"<[a-z0-9][a-z0-9-]*>")
+Rows = Mapping[str, Tensor]  # by text encoder, (n, d)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A concept to be learned: its token, its number of vectors, and its class phrase ("cat", "coffee cup").
+
+    In prompts the class phrase follows the token: "a <cup1> coffee cup".  UserError for a token or phrase of another
+    form, or for other than 1 to 16 vectors.
+    """
+
+    token: str
+    noun: str
+    vectors: int = 1
+
+    def __post_init__(self) -> None:
+        if not TOKEN.fullmatch(self.token):
+            raise UserError(
+                f"{self.token!r} cannot be a token: write it like <my-cat>, in angle brackets, of small letters, "
+                "digits and hyphens, so that no other word contains it"
+            )
+        if not self.noun.strip() or TOKEN.search(self.noun):
+            raise UserError(f"token {self.token} needs a class phrase of plain words, e.g. {self.token} cat")
+        if not 1 <= self.vectors <= 16:
+            raise UserError(f"token {self.token}: 1 to 16 vectors are possible, got {self.vectors}")
+
+    @staticmethod
+    def of(phrase: str, vectors: int = 1) -> Subject:
+        """The subject of a phrase such as "<cup1> coffee cup"."""
+        token, _, noun = " ".join(phrase.split()).partition(" ")
+        return Subject(token, noun, vectors)
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.token} {self.noun}"
+
+
+@dataclass(frozen=True)
+class SubjectPositions:
+    """Positions of a subject among the text encoder's l tokens: of its token's vectors, and of its class phrase."""
+
+    modifier: tuple[int, ...]
+    noun: tuple[int, ...]
+
+
+class TokenEmbedding(nn.Module):
+    """An embedding layer that gives the new `ids` the rows of `weight` (n, d), and all other ids those of `base`.
+
+    `base` is the text encoder's own embedding layer, unchanged; only `weight` can be trained.
+    """
+
+    ids: Tensor
+
+    def __init__(self, base: nn.Module, ids: Sequence[int], rows: Tensor, *, trainable: bool = False) -> None:
+        super().__init__()
+        self.base = base
+        self.weight = nn.Parameter(rows.detach().float().clone(), requires_grad=trainable)
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embeddings (b, l, d) of ids (b, l)."""
+        matches = input_ids[..., None] == self.ids  # (b, l, n)
+        new = matches.any(-1)
+        plain = self.base(input_ids.masked_fill(new, 0))
+        return torch.where(new[..., None], embedding(matches.int().argmax(-1), self.weight).to(plain.dtype), plain)
+
+
+def vocabulary_entries(token: str, vectors: int) -> list[str]:
+    """The vocabulary entries of a token of several vectors, as diffusers names them: <cat1>, <cat1>_1, …"""
+    return [token, *(f"{token}_{number}" for number in range(1, vectors))]
+
+
+def initial_embeddings(model: StableDiffusion, subject: Subject, initializer: str = "class") -> dict[str, Tensor]:
+    """Initial embeddings (vectors, d) of a token, by text encoder: each the mean embedding of `initializer`'s tokens.
+
+    Args:
+        initializer: a word, or "class" for the subject's class phrase.
+
+    Raises:
+        UserError: the initializer is empty.
+    """
+    text = subject.noun if initializer == "class" else initializer
+    embeddings = {}
+    for name, tokenizer, encoder in zip(ENCODERS, model.tokenizers, model.text_encoders, strict=False):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if not ids:
+            raise UserError(f"token {subject.token} cannot start from the word {text!r}, which is empty")
+        table = encoder.get_input_embeddings()
+        with torch.no_grad():
+            row = table(torch.tensor([ids], device=model.device))[0].float().mean(0)
+        embeddings[name] = row.repeat(subject.vectors, 1)
+    return embeddings
+
+
+@contextmanager
+def installed_tokens(
+    model: StableDiffusion, concepts: Mapping[str, Rows], *, trainable: bool = False
+) -> Iterator[list[TokenEmbedding]]:
+    """Run the body with the tokens of `concepts` (token → rows) added to the tokenizers and text encoders.
+
+    Afterwards everything is as before; contexts may be nested.  Yields one `TokenEmbedding` per text encoder, which has
+    the rows of all tokens in their order.  The tokenizers are copies, so that those of a pipeline are never altered.
+
+    Raises:
+        UserError: a token that the tokenizers already have, or rows that do not fit the text encoders.
+    """
+    if not concepts:
+        yield []
+        return
+    check_new_tokens(model, concepts)
+    tokenizers = model.tokenizers
+    tables = [encoder.get_input_embeddings() for encoder in model.text_encoders]
+    try:
+        model.tokenizers = tuple(copy.deepcopy(tokenizer) for tokenizer in tokenizers)
+        wrapped = []
+        names = ENCODERS[: len(tables)]
+        for name, tokenizer, encoder, table in zip(names, model.tokenizers, model.text_encoders, tables, strict=True):
+            rows = _rows(concepts, name, encoder.config.hidden_size)
+            entries = [word for token, tensor in rows.items() for word in vocabulary_entries(token, len(tensor))]
+            tokenizer.add_tokens(entries)
+            ids = tokenizer.convert_tokens_to_ids(entries)
+            layer = TokenEmbedding(table, ids, torch.cat([*rows.values()]), trainable=trainable).to(model.device)
+            encoder.set_input_embeddings(layer)
+            wrapped.append(layer)
+        yield wrapped
+    finally:
+        model.tokenizers = tokenizers
+        for encoder, table in zip(model.text_encoders, tables, strict=True):
+            encoder.set_input_embeddings(table)
+
+
+def check_new_tokens(model: StableDiffusion, tokens: Mapping[str, Any] | Sequence[str]) -> None:
+    """UserError if a tokenizer already has one of `tokens`, or if two of them are equal; case is ignored."""
+    earlier: set[str] = set()
+    for token in tokens:
+        if token.lower() in earlier:
+            raise UserError(f"the token {token} is given twice: every concept needs a token of its own")
+        earlier.add(token.lower())
+    for tokenizer in model.tokenizers:
+        known = tokenizer.get_vocab()
+        added = {word.lower() for word in tokenizer.added_tokens_encoder}
+        for token in tokens:
+            if token in known or f"{token}</w>" in known or token.lower() in added:
+                raise UserError(
+                    f"the token {token} is already a word of this base or of an adapter in it: choose another"
+                )
+
+
+def _rows(concepts: Mapping[str, Rows], name: str, width: int) -> dict[str, Tensor]:
+    """Each token's rows for the text encoder `name`, checked against its embedding `width`."""
+    fitting = {}
+    for token, rows in concepts.items():
+        if name not in rows or rows[name].ndim != 2 or rows[name].shape[1] != width:
+            shape = tuple(rows[name].shape) if name in rows else "none"
+            raise UserError(
+                f"token {token} has rows {shape} for the {name} of this base, which needs (n, {width}): "
+                "it was learned on another base model"
+            )
+        fitting[token] = rows[name]
+    return fitting
+
+
+def token_state(layers: Sequence[TokenEmbedding], subjects: Sequence[Subject]) -> dict[str, dict[str, Tensor]]:
+    """The tokens' embeddings, by token and text encoder: copies (vectors, d) in fp32 on the CPU."""
+    learned: dict[str, dict[str, Tensor]] = {subject.token: {} for subject in subjects}
+    for name, layer in zip(ENCODERS, layers, strict=False):
+        parts = layer.weight.detach().to("cpu", torch.float32, copy=True).split([s.vectors for s in subjects])
+        for subject, part in zip(subjects, parts, strict=True):
+            learned[subject.token][name] = part.clone()
+    return learned
+
+
+def locate_subjects(model: StableDiffusion, text: str, subjects: Sequence[Subject]) -> list[SubjectPositions]:
+    """The token positions of each of `subjects` in `text`, which must name it exactly once: token, then class phrase.
+
+    Raises:
+        UserError: a phrase is missing, repeated, or cut off at the end; the message shows the tokens of `text`.
+    """
+    first, *others = [[_positions(tokenizer, text, subject) for subject in subjects] for tokenizer in model.tokenizers]
+    if any(positions != first for positions in others):
+        raise UserError(f"the two tokenizers of this base split {text!r} into tokens at different places")
+    return first
+
+
+def _positions(tokenizer: Any, text: str, subject: Subject) -> SubjectPositions:
+    """The positions of one subject by one tokenizer; UserError as in `locate_subjects`."""
+    entries = vocabulary_entries(subject.token, subject.vectors)
+    whole = TextualInversionLoaderMixin().maybe_convert_prompt([text], tokenizer)
+    ids = tokenizer(whole, truncation=False, verbose=False).input_ids[0]
+    modifier = tokenizer.convert_tokens_to_ids(entries)
+    noun = tokenizer(subject.noun, add_special_tokens=False).input_ids
+    starts = [at for at in range(len(ids)) if ids[at : at + len(modifier)] == modifier]
+    behind = [at for at in starts if ids[at + len(modifier) : at + len(modifier) + len(noun)] == noun]
+    if len(starts) != 1 or len(behind) != 1:
+        how = "no" if not behind else "more than one"
+        raise UserError(
+            f"there must be one “{subject.phrase}” in the prompt, there is {how}: {_pieces(tokenizer, ids)}"
+        )
+    first, middle, end = (behind[0] + count for count in (0, len(modifier), len(modifier) + len(noun)))
+    if end > tokenizer.model_max_length - 1:
+        raise UserError(
+            f"“{subject.phrase}” is cut off, the text encoder reads {tokenizer.model_max_length} tokens: "
+            f"shorten the prompt {_pieces(tokenizer, ids)}"
+        )
+    return SubjectPositions(tuple(range(first, middle)), tuple(range(middle, end)))
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The tokens of a text in readable form: "a · <cat1> · cat"."""
+    special = set(tokenizer.all_special_ids)
+    pieces = tokenizer.convert_ids_to_tokens([number for number in ids if number not in special])
+    return " · ".join(piece.removesuffix("</w>") for piece in pieces)

@@ -1,0 +1,10 @@
+"""The command line: options are parsed and checked before torch is imported.
+
+    main            dispatch, exit codes and one-line errors
+    parser          dataclasses to options, YAML presets
+    options, edit_options   the options of the commands
+    launch          scripts of train/ and export/, and `accelerate launch`
+    commands/       one file per command
+
+Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing, training.
+"""

@@ -1,0 +1,169 @@
+"""`personalize edit`: pictures for a grid of given strengths, or a search for the best strengths, with a sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from personalize.editing.editor import Editor
+from personalize.editing.search import Trial, ranked, search
+from personalize.editing.strengths import DEFAULT_STRENGTHS, EditStrengths, Sampling, remember, remembered
+from personalize.errors import UserError
+from personalize.evaluation.scorers import find_scorer
+from personalize.evaluation.scoring import Request
+from personalize.io.atomic import Content, unowned_files, write_folder
+from personalize.io.figures import grid, png
+from personalize.io.images import load_image
+
+if TYPE_CHECKING:
+    from personalize.cli.edit_options import EditConfig
+
+OUTPUT_FILES = ("edit-", "edits.json", "grid.png", "ranking.json")
+STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
+COLUMNS = 4  # pictures in a row of the ranked sheet
+
+
+def run(config: EditConfig) -> Path:
+    """Draw the pictures into the output folder, which is returned.  UserError where options contradict one another."""
+    check(config)
+    editor = Editor.configured(config, (config.adapter, *config.add))
+    prompt = editor.align_prompt(config.prompt)
+    if prompt != config.prompt:
+        print(f"Worded like the caption: “{prompt}”")
+    size = (config.height or editor.size[0], config.width or editor.size[1])
+    sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
+    pictures = searched if config.auto else combinations
+    files = pictures(config, editor, prompt, sampling)
+    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
+    print(f"{sum(name.startswith('edit-') for name in files)} pictures and grid.png in {config.output_dir}")
+    return config.output_dir
+
+
+def check(config: EditConfig) -> None:
+    """UserError where options contradict one another."""
+    given = [name for name in STRENGTHS if getattr(config, name) not in ((), None)]
+    if config.auto and given:
+        raise UserError(f"--auto chooses the strengths itself: leave out --{given[0]}, or --auto")
+    if config.auto and config.budget < 1:
+        raise UserError(f"--budget must be at least 1 picture, got {config.budget}")
+    extra = [name for name in ("clip_model", "identity_model", "source_image") if getattr(config, name) is not None]
+    if extra and not config.auto:
+        raise UserError(f"--{extra[0]} belongs to --auto: add it, or leave --{extra[0]} out")
+    if config.auto and (config.seeds or config.num_images != 1):
+        raise UserError("--auto draws --budget pictures with seeds from --seed on: leave out --seeds and --num_images")
+
+
+def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
+    """A picture for every combination of strengths and seeds, a labelled grid, and edits.json."""
+    settings, seed = list(_settings(config)), config.seed or 0
+    recalled = None
+    if not any(getattr(config, name) not in ((), None) for name in STRENGTHS):
+        recalled = remembered(editor.adapter.info if editor.adapter else {}, prompt)
+    if recalled is not None:
+        settings, seed = [recalled[0]], recalled[1] if config.seed is None else config.seed
+        print(
+            f"Using what --auto chose for this prompt: {recalled[0]}, seed {seed}; give --beta or another to change it"
+        )
+    seeds = list(config.seeds) or [seed + index for index in range(config.num_images)]
+    with editor:
+        rows = [
+            editor.edit(prompt, setting, seeds=seeds, negative_prompt=config.negative_prompt, sampling=sampling)
+            for setting in settings
+        ]
+    sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=prompt)
+    files: dict[str, Content] = {"grid.png": png(sheet)}
+    entries = []
+    for setting, row in zip(settings, rows, strict=True):
+        for number, picture in zip(seeds, row, strict=True):
+            name = f"edit-{len(entries):03d}.png"
+            files[name] = png(picture)
+            entries.append({"file": name, "prompt": prompt, "seed": number, **asdict(setting)})
+    files["edits.json"] = json.dumps(entries, indent=1).encode()
+    return files
+
+
+def _settings(config: EditConfig) -> Iterator[EditStrengths]:
+    """All combinations of the given strengths; with `--gamma` by vector subtraction, otherwise by projection."""
+    usual = DEFAULT_STRENGTHS
+    strength = usual.strength if config.strength is None else config.strength
+    alphas, betas = config.alpha or (usual.alpha,), config.beta or (usual.beta,)
+    mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [(a, b, None) for a, b in product(alphas, betas)]
+    for mix, forget in product(mixes, config.forget or (usual.forget,)):
+        yield EditStrengths(*mix, forget, strength)
+
+
+def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
+    """Search the strengths: the pictures from best to worst, a ranked sheet, and ranking.json.
+
+    The best strengths are stored in the adapter's folder for the next `edit` with this prompt.
+    """
+    scorer = find_scorer(editor.model.name, config.clip_model, config.identity_model, editor.model.device)
+    request = Request(prompt, editor.caption, load_image(source_picture(config)))
+    candidates = search(
+        editor, request, scorer, budget=config.budget, seed=config.seed or 0,
+        negative_prompt=config.negative_prompt, sampling=sampling,
+    )  # fmt: skip
+    console = Console(soft_wrap=True)
+    trials = ranked(track(candidates, "Searching", total=config.budget, console=console))
+    best = trials[0]
+    console.print(f"Best of {len(trials)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")
+    if best.state != "good":
+        console.print(f"No picture shows both the edit and the source (best: {_STATES[best.state]}); raise --budget.")
+    if config.adapter.is_dir():
+        remember(config.adapter, prompt, best.strengths, best.seed, _figures(best))
+        console.print(f"Stored in {config.adapter}: the next `edit` with this prompt uses it.")
+    files: dict[str, Content] = {f"edit-{place:03d}.png": png(trial.picture) for place, trial in enumerate(trials)}
+    files["grid.png"] = png(ranked_sheet(trials, request))
+    files["ranking.json"] = json.dumps(ranking(trials, request, scorer.name), indent=1, ensure_ascii=False).encode()
+    return files
+
+
+_STATES = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "it has neither"}
+
+
+def source_picture(config: EditConfig) -> Path:
+    """The picture the adapter was trained on: --source_image, or the one in its folder."""
+    path = config.source_image or config.adapter / "source.png"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name the picture the adapter was trained on with --source_image")
+    return path
+
+
+def ranked_sheet(trials: Sequence[Trial], request: Request) -> Image.Image:
+    """The source, then all pictures from best to worst, with strengths and scores below each."""
+    pictures = [request.source, *(trial.picture for trial in trials)]
+    texts = ["source", *(f"{place}. {trial.strengths}  seed {trial.seed}\n{scores(trial)}"
+                         for place, trial in enumerate(trials, 1))]  # fmt: skip
+    rows = [range(start, min(start + COLUMNS, len(pictures))) for start in range(0, len(pictures), COLUMNS)]
+    return grid(
+        [[pictures[i] for i in row] for row in rows], captions=[[texts[i] for i in row] for row in rows],
+        title=request.prompt,
+    )  # fmt: skip
+
+
+def scores(trial: Trial) -> str:
+    return f"edit {trial.scores.edit:.2f}  identity {trial.scores.identity:.2f}"
+
+
+def ranking(trials: Sequence[Trial], request: Request, scorer: str) -> dict[str, object]:
+    """The contents of ranking.json."""
+    rows = [
+        {"rank": place, "file": f"edit-{place - 1:03d}.png", "seed": trial.seed, **asdict(trial.strengths),
+         **_figures(trial), "state": trial.state, "facts": dict(trial.scores.facts)}
+        for place, trial in enumerate(trials, 1)
+    ]  # fmt: skip
+    return {"prompt": request.prompt, "caption": request.caption, "scorer": scorer, "pictures": rows}
+
+
+def _figures(trial: Trial) -> dict[str, float]:
+    reading = trial.scores
+    names = ("score", "edit", "identity", "distance")
+    return {name: round(getattr(reading, name), 4) for name in names}

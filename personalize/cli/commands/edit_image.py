@@ -1,0 +1,147 @@
+"""`personalize edit PHOTO`: edit one photo by text and write the pictures into a folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from personalize.editing.defaults import settings_for
+from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
+from personalize.editing.dynamic_prompt_learning.leakage import Box, NounRegions
+from personalize.editing.editor import Editor
+from personalize.editing.prompt_to_prompt.control import ControlSettings
+from personalize.editing.real_image import EditResult, report_photo
+from personalize.editing.real_image_settings import EditRequest, PhotoSettings
+from personalize.editing.uniform_attention import UniformSettings
+from personalize.errors import UserError
+from personalize.io.atomic import unowned_files, write_folder
+from personalize.io.figures import png
+from personalize.io.images import load_image, psnr, to_pixels
+from personalize.sampling.null_text import NullTextSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from personalize.cli.edit_options import PhotoConfig
+
+OUTPUT_FILES = ("edited.png", "before-after.png", "attention.png", "nouns.png", "masks.png", "edit.json")
+INVERSIONS = "trajectories"  # folder in the output folder that keeps inversions for later edits
+
+
+def run(config: PhotoConfig) -> Path:
+    """Edit the photo, write the pictures and edit.json, and print how long it took; returns the output folder."""
+    swaps = [pair(text) for text in config.swap]
+    local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
+    request = EditRequest(
+        config.target, swaps, dict(weight(text) for text in config.weight), local, config.mask,
+        config.strict_background, _noun_regions(config),
+    )  # fmt: skip
+    photo = load_image(config.photo)
+    editor = Editor.configured(config, config.adapter)
+    settings = _settings(config, editor.model.name)
+    if config.report:
+        return _report(config, editor, photo, settings)
+    result = editor.photo(
+        photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps,
+        cache=config.output_dir / INVERSIONS,
+    )  # fmt: skip
+    files = {"edited.png": png(result.image), "before-after.png": png(result.sheet)}
+    optional = {"attention.png": result.attention, "nouns.png": result.nouns, "masks.png": result.masks}
+    files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
+    similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
+    files["edit.json"] = json.dumps(summary(config.source, request, settings, result, similarity), indent=1).encode()
+    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
+    for note in result.notes:
+        print(f"Note: {note}.")
+    done = f"“{result.target}”: {result.seconds:.1f} s, reconstruction {similarity:.1f} dB"
+    print(f"{done}; edited.png in {config.output_dir}")
+    return config.output_dir
+
+
+def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: PhotoSettings) -> Path:
+    """Print whether dynamic prompt learning is needed, and draw the attention of the nouns."""
+    report, sheet = report_photo(
+        editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter,
+        cache=config.output_dir / INVERSIONS,
+    )  # fmt: skip
+    write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=unowned_files(config.output_dir, ("nouns.png",)))
+    print(*report.sentences(), f"nouns.png in {config.output_dir}", sep="\n")
+    return config.output_dir
+
+
+def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
+    """The settings that the options give; what they leave open is chosen for the base model of the name `base`."""
+    null_text = settings_for(
+        NullTextSettings, base, iterations=config.null_text_iterations, rate=config.null_text_rate,
+        tolerance=config.null_text_tolerance,
+    )  # fmt: skip
+    dynamic = settings_for(
+        DynamicSettings, base, updates=config.dpl_updates, balancing=config.dpl_balancing, disjoint=config.dpl_disjoint,
+        background=config.dpl_background, words_only=config.dpl_words_only,
+    )  # fmt: skip
+    return PhotoSettings(
+        config.inversion, config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,
+        fixed_point=config.fixed_point_iterations, null_text=null_text, controller=config.controller,
+        dynamic=dynamic if config.dpl else None, uniform=_uniform(config), resolution=config.resolution,
+        control=ControlSettings(
+            config.mode, config.cross_replace_steps, config.self_replace_steps, bind_adjectives=config.bind_adjectives
+        ),
+    )  # fmt: skip
+
+
+def _uniform(config: PhotoConfig) -> UniformSettings | None:
+    """Settings of uniform maps, if they are asked for; the source's row is blended only with mutual self-attention."""
+    if not config.uniform:
+        if config.mask or config.strict_background:
+            raise UserError("--mask and --strict_background belong to --uniform: give that too")
+        return None
+    return UniformSettings(
+        config.uniform_until, config.uniform_quantile, blend_source=config.controller == "mutual",
+        auxiliary=config.uniform_auxiliary,
+    )  # fmt: skip
+
+
+def _noun_regions(config: PhotoConfig) -> NounRegions:
+    """What the options say about the photo's nouns, for dynamic prompt learning."""
+    regions = {noun: box(where) or Path(where) for noun, where in map(pair, config.region)}
+    plain = config.background_mask in ("auto", "none")
+    return NounRegions(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
+
+
+def box(text: str) -> Box | None:
+    """ "10,20,100,80" → (10.0, 20.0, 100.0, 80.0); None if `text` is no list of four numbers."""
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError:
+        return None
+    return left, top, right, bottom
+
+
+def pair(text: str) -> tuple[str, str]:
+    """ "cat=dog" → ("cat", "dog")."""
+    old, _, new = (part.strip() for part in text.partition("="))
+    if not old or not new:
+        raise UserError(f"{text!r}: write old=new, for example cat=dog")
+    return old, new
+
+
+def weight(text: str) -> tuple[str, float]:
+    """ "fluffy=3" → ("fluffy", 3.0)."""
+    word, _, factor = text.rpartition("=")
+    try:
+        return word.strip(), float(factor)
+    except ValueError:
+        raise UserError(f"{text!r}: write word=factor, for example fluffy=3") from None
+
+
+def summary(
+    source: str, request: EditRequest, settings: PhotoSettings, result: EditResult, similarity: float
+) -> dict[str, object]:
+    """The contents of edit.json."""
+    return {
+        "source": source, "target": result.target, "weights": dict(request.weights), "local": list(request.local),
+        "settings": asdict(settings), "trajectory": result.trajectory.key, "reconstruction_db": round(similarity, 2),
+        "seconds": round(result.seconds, 2), "notes": result.notes,
+    }  # fmt: skip

@@ -1,0 +1,170 @@
+"""`personalize quickstart`: train on one picture, save and verify the adapter, edit, and show all on one sheet."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from personalize.cli.launch import presets
+from personalize.cli.parser import read_yaml
+from personalize.editing.editor import Editor
+from personalize.editing.strengths import EditStrengths, Sampling
+from personalize.embedded.samples import SampleEdit, SampleImage, bundled
+from personalize.io.atomic import write_file
+from personalize.io.figures import grid, png
+from personalize.io.images import fitted_pixels, load_image, psnr, to_image, to_pixels
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.config import SingleImageConfig
+from personalize.training.data.captions import find_caption
+from personalize.training.data.samples import find_picture
+from personalize.training.single_image import single_image_run
+
+if TYPE_CHECKING:
+    from personalize.cli.options import QuickstartConfig
+
+MIN_ROUND_TRIP = 24.0  # dB PSNR: below it the base's autoencoder cannot represent the picture
+VARIANTS = {  # one keeps more of the picture, one follows the prompt more: see tests/bench/results/quickstart.md
+    "all that was learned": EditStrengths(1.0, 1.2),
+    "half of the decoder forgotten": EditStrengths(1.0, 1.2, forget="decoder=0.5"),
+}
+SAMPLING = Sampling(15, "dpm++_2m")  # on all five scenes as good as 25 steps of DDIM, in 0.6 of the time
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All pictures of a quickstart; tensors are pixels (1, 3, H, W).
+
+    source: the picture.  round_trip: the picture encoded and decoded by the VAE.  replay: the adapter's reconstruction.
+    base: a sample of the base model for the caption.  edits: for each of `VARIANTS`, a picture for each edit prompt.
+    """
+
+    source: torch.Tensor
+    round_trip: torch.Tensor
+    replay: torch.Tensor
+    base: torch.Tensor
+    edits: dict[str, list[Image.Image]]
+
+    def singles(self) -> dict[str, Image.Image]:
+        """The sheet's pictures by name; the edits of all rows are numbered from 000."""
+        edits = enumerate(picture for row in self.edits.values() for picture in row)
+        named = {"source": self.source, "replay": self.replay, "base": self.base}
+        return {name: to_image(one) for name, one in named.items()} | {f"edit-{k:03d}": one for k, one in edits}
+
+
+def run(config: QuickstartConfig) -> Path:
+    """Train, save, verify, edit, write the sheet, and print the results; returns the output folder."""
+    console, started = Console(soft_wrap=True), time.monotonic()
+    example = bundled(config.scene) if config.photo is None else own_example(config.photo, config.caption)
+    model = StableDiffusion.load(config.pretrained_model_name_or_path)
+    pixels, _ = fitted_pixels(example.picture, model.resolution, 8 * model.factor)
+    round_trip = model.decode(model.encode(pixels)).cpu()
+    report_round_trip(console, psnr(round_trip, pixels), embedded=config.pretrained_model_name_or_path is None)
+    begun = time.monotonic()
+    training = training_config(config)
+    with single_image_run(model, pixels, example.caption, training, accelerator=accelerator(model)) as run:
+        for _ in track(run.steps(), f"Learning “{example.caption}”", total=run.updates, console=console):
+            pass
+        adapter = run.adapter()
+    seconds = time.monotonic() - begun
+    outcome = sample_outcome(Editor(model, adapter), example, pixels, round_trip, config.seed)
+    pictures = {"source": to_image(pixels), "reconstruction": to_image(outcome.replay)}
+    figures = {"autoencoder_db": psnr(round_trip, pixels), "reconstruction_db": psnr(outcome.replay, pixels)}
+    adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
+    folder = adapter.save(config.output_dir / "adapter", pictures=pictures)
+    write_file(config.output_dir / "sheet.png", png(sheet(outcome, example)))
+    for name, picture in outcome.singles().items():
+        write_file(config.output_dir / "pictures" / f"{name}.png", png(picture))
+    report(console, outcome, example, folder, config.output_dir / "sheet.png")
+    console.print(f"Learned in {seconds:.0f} s; {time.monotonic() - started:.0f} s in all.")
+    return config.output_dir
+
+
+def own_example(photo: Path, caption: str | None) -> SampleImage:
+    """The user's picture, with edits that suit any caption."""
+    path = find_picture(photo)
+    caption = find_caption(path, caption)
+    places = ("on the beach", "in the snow", "on a red background")
+    changes = tuple(SampleEdit("background", f"{caption} {place}") for place in places)
+    return SampleImage(load_image(path), caption, changes)
+
+
+def training_config(config: QuickstartConfig) -> SingleImageConfig:
+    """The embedded model's preset, or on another base the defaults, with the command's seed and number of updates."""
+    embedded = config.pretrained_model_name_or_path is None
+    values: dict[str, Any] = read_yaml(presets("single_image")["embedded"], SingleImageConfig) if embedded else {}
+    values["seed"] = config.seed
+    chosen = SingleImageConfig(**values)
+    if config.max_train_steps is None:
+        return chosen
+    batch = chosen.train_batch_size * chosen.gradient_accumulation_steps
+    return replace(chosen, max_train_samples=config.max_train_steps * batch)
+
+
+def accelerator(model: StableDiffusion) -> Accelerator:
+    """An Accelerator in bf16 if the processor has bf16 products, which takes two thirds of the time; else in fp32."""
+    on_cpu = model.device.type == "cpu"
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else model.dtype == torch.bfloat16
+    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no")
+
+
+def report_round_trip(console: Console, ceiling: float, *, embedded: bool) -> None:
+    """Print the PSNR of the autoencoder's round trip, and below `MIN_ROUND_TRIP` what to do."""
+    console.print(f"Autoencoder round trip: {ceiling:.1f} dB.")
+    if ceiling < MIN_ROUND_TRIP:
+        which = "the embedded model, which was trained on emoji art only," if embedded else "this base model"
+        console.print(
+            f"That is below {MIN_ROUND_TRIP:g} dB: {which} cannot represent this picture, whatever is learned. "
+            "Name a real base: --pretrained_model_name_or_path FOLDER, a .safetensors checkpoint or a hub id."
+        )
+
+
+def sample_outcome(
+    editor: Editor, example: SampleImage, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int
+) -> Outcome:
+    """Sample all pictures of the sheet, all of them from the noise of `seed`."""
+    with editor:
+        replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
+        base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
+        edits = {
+            name: [editor.edit(one.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for one in example.edits]
+            for name, setting in VARIANTS.items()
+        }
+    return Outcome(pixels, round_trip, replay, base, edits)
+
+
+def sheet(outcome: Outcome, example: SampleImage) -> Image.Image:
+    """The labelled contact sheet: source, reconstruction and base model, and below them a row for each variant."""
+    top = [to_image(outcome.source), to_image(outcome.replay), to_image(outcome.base)]
+    head = grid(
+        [top],
+        columns=["source", "reconstructed by the adapter", "the base model alone"],
+        labels=["learned"],
+        title=example.caption,
+    )
+    prompts = [change.prompt for change in example.edits]
+    body = grid(list(outcome.edits.values()), columns=prompts, labels=list(outcome.edits))
+    page = Image.new("RGB", (max(head.width, body.width), head.height + body.height), (255, 255, 255))
+    page.paste(head, (0, 0))
+    page.paste(body, (0, head.height))
+    return page
+
+
+def report(console: Console, outcome: Outcome, example: SampleImage, folder: Path, sheet_path: Path) -> None:
+    """Print the PSNR values, where the files are, and what to try next."""
+    ceiling, replay, base = (psnr(p, outcome.source) for p in (outcome.round_trip, outcome.replay, outcome.base))
+    console.print(f"Reconstruction: {replay:.1f} dB (autoencoder ceiling {ceiling:.1f}, base model alone {base:.1f}).")
+    for name, pictures in outcome.edits.items():
+        values = [psnr(to_pixels(picture), outcome.replay) for picture in pictures]
+        console.print(f"Edits to reconstruction, {name}: " + ", ".join(f"{value:.1f} dB" for value in values))
+    console.print(f"Adapter, verified: {folder}\nContact sheet:     {sheet_path}")
+    console.print("Next, try:", style="bold")
+    console.print(f'  personalize edit {folder} --prompt "{example.edits[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4')
+    console.print('  personalize quickstart YOUR_PICTURE.png --caption "what it shows"')

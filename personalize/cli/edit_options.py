@@ -1,0 +1,199 @@
+"""The options of `personalize edit PHOTO`.  This module imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from personalize.models.config import InferenceOptions
+
+
+@dataclass(frozen=True)
+class PhotoConfig(InferenceOptions):
+    """Edit a photo by text: it is inverted, and sampled again with a new prompt and the attention of the old one.
+
+    Give --source, what the photo shows, and what it is to show: a whole prompt (--target), words to replace (--swap),
+    or weights of words (--weight).  The inversion is kept: the next edit of the same photo takes less time.
+    """
+
+    photo: Positional[Path]
+    """The picture."""
+    source: str
+    """What the photo shows, e.g. "a cat on the beach"."""
+    target: str = ""
+    """What the result is to show, e.g. "a dog on the beach"."""
+    swap: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """Instead of --target: old=new, a word or phrase of --source and its replacement; may be given several times."""
+    weight: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """word=factor: factor on the attention to a word of the target; may be given several times."""
+    local: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """old=new: change the photo only where these words of source and target have attention; or one word of both."""
+    inversion: Literal["direct", "ddim", "negative", "null-text", "ddpm"] = "direct"
+    """direct is exact and fast; null-text fits the empty prompt's embeddings and is slow; ddpm draws noise."""
+    mode: Literal["auto", "replace", "refine"] = "auto"
+    """replace: word for word; refine: words are added or removed; auto: replace if there are equally many words."""
+    cross_replace_steps: float = 0.8
+    """Fraction of the steps that use the source's cross-attention; less lets shapes change more."""
+    self_replace_steps: float = 0.5
+    """Fraction of the steps that use the source's self-attention, which keeps the layout."""
+    bind_adjectives: bool = True
+    """A word added before a noun gets the noun's attention."""
+    controller: Literal["p2p", "mutual"] = "p2p"
+    """p2p: Prompt-to-Prompt; mutual: self-attention reads the source's keys and values (MasaCtrl)."""
+    dpl: bool = False
+    """Dynamic prompt learning: fit the nouns of --source until the attention of each is on its own thing; slow."""
+    report: bool = False
+    """Only report whether --dpl is needed, from the attention of the nouns; nothing is edited."""
+    nouns: tuple[str, ...] = ()
+    """--dpl: nouns of --source, synonyms joined by =, e.g. cat kitten=cat; by default found automatically."""
+    background_mask: str = "auto"
+    """--dpl: picture, white where no noun belongs; or auto, from the attention; or none."""
+    region: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """--dpl: where a noun belongs, noun=mask.png or noun=left,top,right,bottom in pixels; may be repeated."""
+    dpl_updates: int | None = None
+    """--dpl: most updates at each step; by default 21, on the package's model 4."""
+    dpl_balancing: float | None = None
+    """--dpl: weight of the loss that gives every noun a place; by default 1, on the package's model 0.05."""
+    dpl_disjoint: float | None = None
+    """--dpl: weight of the loss that keeps nouns apart, 0.005 to 0.2; by default 0.05, on the package's model 1."""
+    dpl_background: float | None = None
+    """--dpl: weight of the loss against attention on the background; by default 0.05, on the package's model 1."""
+    dpl_words_only: bool = False
+    """--dpl: leave padding tokens out of the loss; for base models whose attention goes to the padding."""
+    uniform: bool = False
+    """Uniform attention maps: use a reconstruction of the photo wherever the edit changes nothing."""
+    uniform_until: float = 0.2
+    """--uniform: fraction of the schedule, at its clean end, in which it is used; more keeps more of the photo."""
+    uniform_quantile: float = 0.5
+    """--uniform: quantile of the differences that counts as no edit, at the last step; less lets more change."""
+    uniform_auxiliary: Literal["u", "stored", "z0"] = "u"
+    """--uniform: what is used there: a reconstruction (u), one of the last steps only (stored), or the photo (z0)."""
+    mask: Path | None = None
+    """--uniform: picture, white where the photo may change, instead of the automatic mask."""
+    strict_background: bool = False
+    """--uniform: copy the photo's own pixels outside the mask."""
+    num_inference_steps: int = 50
+    """Denoising steps of the full schedule."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the edit, 1 is off; by default 7.5, with ddpm 15; on the package's model 4 and 6."""
+    seed: int = 0
+    """Seed of the noise that ddpm draws; the other inversions draw none."""
+    null_text_iterations: int = 10
+    """null-text: most updates at each step."""
+    null_text_rate: float | None = None
+    """null-text: learning rate of the first step; by default 0.01, on the package's model 0.1."""
+    null_text_tolerance: float = 1e-5
+    """null-text: a step ends when its loss is below this; later steps allow a little more."""
+    fixed_point_iterations: int = 0
+    """Fixed-point iterations at each inversion step, which make sampling without guidance exact; not for ddpm."""
+    attention_maps: bool = False
+    """Draw the attention of each word in attention.png."""
+    trajectory: Path | None = None
+    """Folder in which the inversion is kept for later edits; by default one for each photo in output_dir."""
+    adapter: Annotated[tuple[Path, ...], UseAppendAction] = ()
+    """Adapter folder or LoRA file to use; prompts may name its learned tokens; may be given several times."""
+    resolution: int | None = None
+    """Larger photos are scaled down to about resolution² pixels; by default the base model's own."""
+    output_dir: Path = Path("personalize-edit")
+    """Folder for the pictures, edit.json and the inversion."""
+
+
+@dataclass(frozen=True)
+class EditConfig(InferenceOptions):
+    """Edit the picture that an adapter was trained on.
+
+    To edit a photo without an adapter, see personalize edit photo.png --help.  Several values of --alpha, --beta,
+    --gamma or --forget make a grid: one picture per combination and seed.  With --auto these are searched, and the best
+    values for this prompt are stored in the adapter.
+    """
+
+    adapter: Positional[Path]
+    """Adapter folder, as written by `personalize train`, or a LoRA or textual-inversion file of any program."""
+    prompt: str
+    """What the edited picture should show; best the adapter's caption with the change put in."""
+    negative_prompt: str = ""
+    """What the picture should not show."""
+    add: tuple[Path, ...] = ()
+    """More adapter folders to use together with it, for example other concepts; prompts name each by its token."""
+    auto: bool = False
+    """Search the strengths: draw --budget pictures, rank them by edit and identity, store the best in the adapter."""
+    budget: int = 16
+    """Pictures that --auto may draw."""
+    clip_model: str | None = None
+    """CLIP folder or hub id with which --auto scores the edit; only the embedded model needs none."""
+    identity_model: str | None = None
+    """How --auto scores identity: "alex" (the default) or "vgg" for LPIPS, or a DINOv2 folder or hub id."""
+    source_image: Path | None = None
+    """The picture the adapter was trained on, for --auto; by default the one in its folder."""
+    alpha: tuple[float, ...] = ()
+    """Vector projection: how much of the learned source embedding is kept, about 0.7 to 1.1; by default 0.8."""
+    beta: tuple[float, ...] = ()
+    """Vector projection: how much of the edit is added, about 0.7 to 1.6; by default 1.2."""
+    gamma: tuple[float, ...] = ()
+    """Vector subtraction instead of projection: 0 is the source, 1 the prompt, more exaggerates; about 0.6 to 1.2."""
+    forget: tuple[str, ...] = ()
+    """Forgetting rules, e.g. `decoder=0.5` (half of what the decoder learned) or `encoderattn`; `none` keeps all."""
+    strength: float | None = None
+    """Strength of the whole adapter: 0 is the base model, 1 as trained."""
+    seed: int | None = None
+    """Seed of the first picture, the next ones have the next numbers; by default 0, or the seed that --auto stored."""
+    seeds: tuple[int, ...] = ()
+    """A list of seeds, instead of --seed and --num_images."""
+    num_images: int = 1
+    """Number of pictures, each with its own seed, for each combination."""
+    num_inference_steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, 1 is off; by default 7.5, on the package's model 4."""
+    scheduler: str = "ddim"
+    """Sampler, e.g. ddim, euler, euler_a, dpm++_2m, ddpm."""
+    height: int | None = None
+    """Height in pixels; by default that of the picture the adapter was trained on."""
+    width: int | None = None
+    """Width in pixels; by default that of the picture the adapter was trained on."""
+    output_dir: Path = Path("personalize-edit")
+    """Folder for the pictures and the labelled grid."""
+
+
+@dataclass(frozen=True)
+class DragConfig(InferenceOptions):
+    """Drag points of a picture: what is at each --from moves to its --to; nothing is trained.
+
+    Writes the picture, the mask of what moved, an overlay with mask and points, and where the points arrived.
+    """
+
+    photo: Positional[Path]
+    """The picture."""
+    from_: Annotated[tuple[str, ...], UseAppendAction, arg(name="from")]
+    """Point to drag as x,y in pixels; may be given several times."""
+    to: Annotated[tuple[str, ...], UseAppendAction]
+    """Target as x,y in pixels, the first for the first --from, and so on."""
+    mask: Path | None = None
+    """Picture of the same size, white where things may move; by default attention finds what is at the points."""
+    mode: Literal["move", "deform"] = "move"
+    """move: the thing moves as a whole.  deform: it stretches, each part as far as it belongs to the point."""
+    prompt: str | None = None
+    """What the picture shows; by default what the adapter has learned, or nothing."""
+    adapter: Path | None = None
+    """Adapter folder trained on this picture, if there is one."""
+    mask_threshold: float = 0.3
+    """Higher values, up to 1, move less of the picture."""
+    displacement: Literal["attention", "stretch"] = "attention"
+    """How far parts move in `deform`: by their attention, or by their distance as in FastDrag."""
+    fill: Literal["bnni", "attention", "attention_raw"] = "bnni"
+    """How the place it left is filled: from neighbours; by attention with corrected noise; or by attention alone."""
+    num_inference_steps: int = 50
+    """Denoising steps of the full schedule."""
+    strength: float = 0.7
+    """Fraction of the schedule that is inverted and sampled."""
+    seed: int = 42
+    """Seed of the noise of `--fill attention`."""
+    resolution: int | None = None
+    """Larger pictures are scaled down to about resolution² pixels; by default the base model's own."""
+    paste: bool = False
+    """Copy the picture's own pixels to where nothing was to change."""
+    output_dir: Path = Path("personalize-drag")
+    """Folder for the pictures and drag.json."""

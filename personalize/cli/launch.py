@@ -1,0 +1,130 @@
+"""Finding the scripts of `train/` and `export/`, and running one in several processes through `accelerate launch`.
+
+In a checkout of the repository its own `train/`, `export/` and `configs/` are used, in an installed wheel the copies in
+`personalize/_launch/`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from personalize.errors import UserError
+
+PACKAGE = Path(__file__).parents[1]
+ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment variable: file for the one-line error of a launched process
+
+
+def scripts_home() -> Path:
+    """The folder that holds `train/`, `export/` and `configs/`."""
+    checkout = PACKAGE.parent
+    return checkout if (checkout / "pyproject.toml").is_file() else PACKAGE / "_launch"
+
+
+def scripts(folder: str) -> dict[str, Path]:
+    """Every script in `folder`, "train" or "export": name → file."""
+    return {path.stem: path for path in sorted((scripts_home() / folder).glob("*.py"))}
+
+
+def presets(name: str) -> dict[str, Path]:
+    """The presets of the script `name`, which are the files `configs/PRESET/<name>.yaml`: preset → file."""
+    return {path.parent.name: path for path in sorted((scripts_home() / "configs").glob(f"*/{name}.yaml"))}
+
+
+def summary(script: Path) -> str:
+    """The first line of a script's docstring; the script is parsed, not run."""
+    return (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a script as a module, with its `Config` and `main`; its `__main__` part does not run."""
+    name = f"{path.parent.name}.{path.stem}"
+    if name in sys.modules and sys.modules[name].__file__ == str(path):
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader, f"{path} is no Python file"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and tyro look here for the module of a class
+    spec.loader.exec_module(module)
+    return module
+
+
+def process_count(values: Sequence[str]) -> int:
+    """The number given with `--num_processes`, of several the last, by default 1; UserError if it is no number."""
+    text = values[-1] if values else "1"
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--num_processes must be a whole number from 1, got {text}")
+    return int(text)
+
+
+def launch(script: Path, args: Sequence[str], processes: int) -> int:
+    """Run `script` in several processes, print their one-line error once, and return their exit code.
+
+    A process that fails through a mistake of the user writes its line into a file.  From then on the launcher's own
+    report of the failed processes is not shown, because the line says what is wrong.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder, "errors")
+        process = subprocess.Popen(
+            [*accelerate_launch(processes), str(script), *args],
+            env=environment(processes) | {ERROR_FILE: str(errors)},
+            stderr=subprocess.PIPE,
+        )
+        try:
+            _pass_on(process, errors)
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # the interrupt has reached it too
+            raise
+        if code and errors.exists():
+            first = json.loads(errors.read_text(encoding="utf-8").splitlines()[0])
+            return report_error(first)
+        return code
+
+
+def accelerate_launch(processes: int) -> list[str]:
+    """The command line of `accelerate launch`; all values are given, so that it does not warn about defaults."""
+    size = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launcher, *size, "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def environment(processes: int) -> dict[str, str]:
+    """Environment of the launched processes: cores divided among them, this package importable, device chosen."""
+    import torch
+
+    devices = torch.accelerator.device_count()
+    if 0 < devices < processes:
+        raise UserError(f"--num_processes {processes} needs as many accelerators, found {devices}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PYTHONPATH": path}
+    return os.environ | settings | ({} if devices else {"ACCELERATE_USE_CPU": "true"})
+
+
+def report_error(message: str) -> int:
+    """Print `message` as one line on stderr, or in a launched process write it to `ERROR_FILE`; returns exit code 2."""
+    line = " ".join(message.split())
+    if ERROR_FILE in os.environ:
+        with open(os.environ[ERROR_FILE], "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    else:
+        print(f"personalize: {line}", file=sys.stderr)
+    return 2
+
+
+def _pass_on(process: subprocess.Popen[bytes], errors: Path) -> None:
+    """Copy the stderr of `process` to ours as it arrives, until a launched process has written the file `errors`."""
+    assert process.stderr is not None
+    while chunk := os.read(process.stderr.fileno(), 65536):
+        if not errors.exists():
+            sys.stderr.write(chunk.decode(errors="replace"))
+            sys.stderr.flush()

@@ -1,0 +1,164 @@
+"""The command line: `personalize train|export NAME …` and the commands of `personalize.cli.options`.
+
+Options are parsed and checked before torch is imported.  A script of `train/` or `export/` defines a frozen dataclass
+`Config` and a function `main(config)`; with these last lines it can also be started as a file:
+
+    if __name__ == "__main__":
+        raise SystemExit(run_script(Config, main))
+
+Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can correct (one line on stderr), 130
+interrupted.  A bug shows its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import personalize
+from personalize.cli import launch
+from personalize.cli.options import COMMANDS, resolve_command
+from personalize.cli.pages import keep_freed_memory
+from personalize.cli.parser import HELP, parse, take_option
+from personalize.errors import UserError, nearest
+
+SCRIPT_FOLDERS = {
+    "train": "Train an adapter, or the embedded model.",
+    "export": "Export an adapter to another format.",
+}
+TRAINING = {"train", "quickstart"}  # commands, and the folder of scripts, that train
+USER_ERRNOS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.EEXIST,
+}  # fmt: skip
+UNWANTED_MESSAGES = {  # of other libraries, by logger: about optional parts that are not used here
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "transformers.utils.import_utils": "requires torchvision (not installed)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    own_process = argv is None  # not called by another program
+    return to_exit_code(lambda: dispatch(sys.argv[1:] if argv is None else list(argv), own_process))
+
+
+def dispatch(args: list[str], own_process: bool = False) -> int:
+    """Run the command that `args` name; a training command may tune `own_process`."""
+    if not args or args[0] in HELP:
+        print(commands_help())
+        return 0
+    if args[0] == "--version":
+        print(f"personalize {personalize.__version__}")
+        return 0
+    configs, args = take_option(args, "config")  # may stand before the command too
+    args += [f"--config={file}" for file in configs]
+    command, rest = args[0], args[1:]
+    if command in SCRIPT_FOLDERS:
+        return run_named_script(command, rest, own_process)
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command}: {nearest(command, [*SCRIPT_FOLDERS, *COMMANDS])}")
+    config, target = COMMANDS[resolve_command(command, rest)]
+    options = parse(config, rest, prog=f"personalize {command}", description=inspect.getdoc(config) or "")
+    prepare(own_process and command in TRAINING)
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(module), function)(options)
+    return 0
+
+
+def run_named_script(folder: str, args: list[str], own_process: bool = False) -> int:
+    """Run `personalize train NAME …` or `personalize export NAME …`, in several processes with `--num_processes`."""
+    processes, args = take_option(args, "num_processes")
+    known = launch.scripts(folder)
+    if not known:
+        raise UserError(f"personalize {folder}: this version has nothing to {folder}")
+    words = [index for index, token in enumerate(args) if not token.startswith("-")]
+    if not words:
+        if HELP & set(args):
+            print(scripts_help(folder, known))
+            return 0
+        raise UserError(f"personalize {folder} needs a name: {', '.join(known)}")
+    name = args.pop(words[0]).replace("-", "_")
+    if name not in known:
+        raise UserError(f"there is no personalize {folder} {name}: {nearest(name, known)}")
+    script = launch.load_script(known[name])
+    prog, about, presets = f"personalize {folder} {name}", inspect.getdoc(script) or "", launch.presets(name)
+    config = parse(script.Config, args, prog=prog, description=about, presets=presets)
+    count = launch.process_count(processes)
+    if count > 1:
+        return launch.launch(known[name], args, count)
+    prepare(own_process and folder in TRAINING)
+    script.main(config)
+    return 0
+
+
+def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] | None = None) -> int:
+    """What a script of `train/` or `export/` does under `__main__`: parse the options, run, return the exit code."""
+    path = Path(sys.modules[config.__module__].__file__ or config.__module__)
+
+    def call() -> int:
+        args = sys.argv[1:] if argv is None else argv
+        description = inspect.getdoc(sys.modules[config.__module__]) or ""
+        options = parse(config, args, prog=path.name, description=description, presets=launch.presets(path.stem))
+        prepare(argv is None and path.parent.name in TRAINING)
+        run(options)
+        return 0
+
+    return to_exit_code(call)
+
+
+def to_exit_code(call: Callable[[], int]) -> int:
+    """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        launch.report_error(str(error))
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return launch.report_error(f"{(error.strerror or str(error)).lower()}{where}")
+
+
+def prepare(keep_memory: bool) -> None:
+    """Settings of this process, made after the options are checked; `keep_memory` if it is ours alone and trains."""
+    silence_libraries()
+    if keep_memory:
+        keep_freed_memory()
+
+
+def silence_libraries() -> None:
+    """Hide messages of other libraries about parts that are not used, and their progress bars for loading files."""
+    for logger, part in UNWANTED_MESSAGES.items():
+        logging.getLogger(logger).addFilter(lambda record, part=part: part not in record.getMessage())
+    for library in ("diffusers", "transformers"):
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+
+
+def commands_help() -> str:
+    """The text of `personalize --help`."""
+    lines = {f"{folder} NAME": text for folder, text in SCRIPT_FOLDERS.items() if launch.scripts(folder)}
+    lines |= {name: (inspect.getdoc(config) or "").partition("\n")[0] for name, (config, _) in COMMANDS.items()}
+    usage = "usage: personalize COMMAND [options]      personalize COMMAND --help      personalize --version"
+    return f"{usage}\n\n{_columns(lines)}"
+
+
+def scripts_help(folder: str, known: Mapping[str, Path]) -> str:
+    """The text of `personalize train --help`."""
+    usage = f"usage: personalize {folder} NAME [--config FILE] [--num_processes N] [options]"
+    lines = {name: launch.summary(path) for name, path in known.items()}
+    return f"{usage}\n\n{_columns(lines)}\n\nThe options of each: personalize {folder} NAME --help"
+
+
+def _columns(lines: Mapping[str, str]) -> str:
+    width = max(map(len, lines), default=0) + 4
+    return "\n".join(f"  {name:{width}}{text}" for name, text in lines.items())

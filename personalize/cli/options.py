@@ -1,0 +1,136 @@
+"""The options of every command besides `train` and `export`, and the function that runs each.
+
+This module imports no torch, so that a command line is checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Train on one picture, save and verify the adapter, edit, and show all on one sheet; nothing is downloaded."""
+
+    photo: Positional[Path | None] = None
+    """Your picture; by default a bundled scene in an art style that the embedded model has never seen."""
+    caption: str | None = None
+    """What the picture shows, e.g. "a cat on the beach"; by default read from a .txt beside it."""
+    output_dir: Path = Path("personalize-quickstart")
+    """Folder for the adapter, the pictures and the contact sheet."""
+    scene: int = 0
+    """Number of the bundled scene, from 0."""
+    seed: int = 0
+    """Seed of training and of the pictures."""
+    max_train_steps: int | None = None
+    """Optimiser updates; by default the embedded model's preset."""
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one in the package."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what a LoRA or embedding file is, what it changes, which programs read it, and what is wrong with it."""
+
+    file: Positional[Path]
+    """LoRA or textual-inversion file of any program."""
+    json: bool = False
+    """Print everything as JSON."""
+    picture: Path | None = None
+    """Write a chart of the changed blocks, and by how much, to this .png file."""
+    allow_pickle: bool = False
+    """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a LoRA or embedding file for other programs, correct its keys, alphas and ranks, and verify the result.
+
+    Alphas that differ are multiplied into the weights and ranks are padded, so that all programs compute the same.
+    """
+
+    file: Positional[Path]
+    """LoRA or textual-inversion file of any program."""
+    to: Literal["diffusers", "kohya", "peft"]
+    """diffusers; kohya for A1111, Forge, ComfyUI, InvokeAI and sd-scripts; peft for PEFT's own folders."""
+    output: Path
+    """File to write; with `--to peft` a folder."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the numbers written."""
+    family: Literal["sd1", "sd2", "sdxl"] | None = None
+    """Family of the base model, if the file does not say it."""
+    unet_only: bool = False
+    """Leave out the part for the text encoders."""
+    token: str | None = None
+    """Word for a learned token, e.g. `<my-cat>`; by default the file's own or its name."""
+    allow_pickle: bool = False
+    """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Verify an adapter: compute every weight change from its files, through independent key names, and compare.
+
+    Exits with 1 if something does not match, with 2 if the input cannot be read.
+    """
+
+    path: Positional[Path]
+    """Adapter folder, or one LoRA file (.safetensors) of any origin."""
+    base: str | None = None
+    """Base model to check the names and shapes against; by default the one named in the adapter."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score edited pictures as PIE-Bench does: background, structure, and agreement with the prompt.
+
+    The benchmark is a folder of PIE-Bench (mapping_file.json), TEdBench (input_list.json) or DragBench
+    (original_image.png in each folder).  Nothing is downloaded unless you name a hub id; scores left out are reported.
+    """
+
+    benchmark: Positional[Path]
+    """Folder of the benchmark."""
+    results: Path
+    """Folder of the edited pictures, named like the benchmark's own."""
+    output: Path = Path("evaluation.json")
+    """File for all values and the summary."""
+    structure_model: str | None = None
+    """Structure distance: folder or hub id of a DINO ViT, published with facebook/dino-vitb8."""
+    clip_model: str | None = None
+    """CLIP scores: folder or hub id, published with openai/clip-vit-large-patch14."""
+    lpips_backbone: Path | None = None
+    """LPIPS: file of torchvision's squeezenet1_1 weights."""
+    allow_pickle: bool = False
+    """Read arrays and plain values of DragBench's meta_data.pkl; without it, pickles are refused."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""
+
+
+EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
+# those of `images.IMAGE_SUFFIXES`, which cannot be imported here without torch; a test compares them
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+COMMANDS = {  # name: (options, "module:function" that is called with them)
+    "edit": (EditConfig, "personalize.cli.commands.edit:run"),
+    EDIT_PHOTO: (PhotoConfig, "personalize.cli.commands.edit_image:run"),
+    "drag": (DragConfig, "personalize.cli.commands.drag:run"),
+    "quickstart": (QuickstartConfig, "personalize.cli.commands.quickstart:run"),
+    "inspect": (InspectConfig, "personalize.cli.commands.inspect:run"),
+    "convert": (ConvertConfig, "personalize.cli.commands.convert:run"),
+    "verify": (VerifyConfig, "personalize.cli.commands.verify:run"),
+    "evaluate": (EvaluateConfig, "personalize.cli.commands.evaluate:run"),
+}
+
+
+def resolve_command(command: str, words: Sequence[str]) -> str:
+    """The name in COMMANDS that `command` means: `edit` with a picture file or with --source means `edit PHOTO`."""
+    pairs = zip(("", *words), words, strict=False)
+    pictures = [word for before, word in pairs if before.replace("-", "_") != "__source_image"]
+    photo = any(word.lower().endswith(IMAGE_SUFFIXES) or word.partition("=")[0] == "--source" for word in pictures)
+    return EDIT_PHOTO if command == "edit" and photo else command

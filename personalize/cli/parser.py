@@ -1,0 +1,190 @@
+"""Reading options: a command line becomes an instance of a frozen dataclass, with defaults from YAML files.
+
+A flag is the name of a field, written with dashes or underscores.  A flag on the command line has precedence over the
+same key in a file.  All options are checked here before torch is imported, so that this module must not import torch or
+anything that does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import tyro
+import yaml
+
+from personalize.errors import UserError, nearest
+
+ALIASES = {  # names of the same options in sd-scripts and in diffusers' DreamBooth script
+    "network_dim": "rank", "network_alpha": "lora_alpha", "instance_prompt": "caption",
+}  # fmt: skip
+HELP = {"-h", "--help"}
+_POSITIONAL = get_args(tyro.conf.Positional[Path])[1]  # tyro's mark of an argument without a flag
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse(
+    config: type[ConfigT],
+    args: Sequence[str],
+    *,
+    prog: str,
+    description: str = "",
+    presets: Mapping[str, Path] | None = None,
+) -> ConfigT:
+    """Read the command line `args` into an instance of the dataclass `config`; `--help` prints the options and exits.
+
+    `--config X` may stand anywhere and several times, the later file having precedence; X is a YAML file or one of
+    `presets`.
+
+    Raises:
+        UserError: an unknown option or key (the message names the nearest), a missing option, or a wrong value.
+    """
+    files, args = take_option(args, "config")
+    args = [_resolved(token, config) for token in args]
+    if HELP & set(args):
+        tyro.cli(config, args=["--help"], prog=prog, description=_about(description, presets), use_underscores=True)
+    flags = [name for token in args if (name := flag_name(token))]
+    _check_names(flags, config, "option", "--")
+    defaults: dict[str, Any] = {}
+    for file in files:
+        defaults |= read_yaml(_find(file, presets or {}), config)
+    given = {*flags, *(name.removeprefix("no_") for name in flags)}
+    _check_required(config, given | set(defaults), prog)
+    tokens = [t for key, value in defaults.items() if key not in given for t in _tokens(key, value, config)]
+    with _one_line(prog):
+        return tyro.cli(config, args=[*args, *tokens], prog=prog, use_underscores=True)
+
+
+def take_option(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Split `args` into the values of every `--name value` or `--name=value`, and the remaining arguments."""
+    values, rest, tokens = [], [], iter(args)
+    for token in tokens:
+        if flag_name(token) != name:
+            rest.append(token)
+            continue
+        value = token.partition("=")[2] if "=" in token else next(tokens, "")
+        if not value or flag_name(value):
+            raise UserError(f"--{name} needs a value, got {value or 'nothing'}")
+        values.append(value)
+    return values, rest
+
+
+def flag_name(token: str) -> str | None:
+    """The name in a long option, `--train-batch-size=4` → "train_batch_size"; None for any other token."""
+    match = re.match(r"--([A-Za-z][\w-]*)(=|$)", token)
+    return match[1].replace("-", "_") if match else None
+
+
+
+
+def read_yaml(path: Path, config: type) -> dict[str, Any]:
+    """The keys and values of the YAML file `path`; UserError for a key that is no option of `config`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected lines of `option: value`")
+    content = {_field_name(str(key), config): value for key, value in content.items()}
+    _check_names(content, config, f"key in {path}:")
+    for key, value in content.items():
+        if isinstance(value, dict):
+            raise UserError(f"{path}: {key} must be one value or a list, got a mapping")
+        if _is_positional(config, key):
+            raise UserError(f"{path}: {key} is given on the command line itself, not in a file")
+    return content
+
+
+def _field_name(name: str, config: type) -> str:
+    """The field of `config` that `name` means: dashes become underscores, names of `ALIASES` ours."""
+    name = name.replace("-", "_")
+    return ALIASES[name] if ALIASES.get(name) in _hints(config) else name
+
+
+def _resolved(token: str, config: type) -> str:
+    """`token` with the name of its flag, if it has one, as the field of `config`."""
+    name = flag_name(token)
+    return token if name is None else f"--{_field_name(name, config)}{token[2 + len(name) :]}"
+
+
+def _check_names(names: Iterable[str], config: type, what: str, prefix: str = "") -> None:
+    """UserError unless each of `names` is a field of `config`, or `no_` followed by a boolean field."""
+    hints = _hints(config)
+    known = {name for name in hints if prefix == "" or not _is_positional(config, name)}
+    switches = {f"no_{name}" for name in known if hints[name] is bool} if prefix else set()
+    for name in names:
+        if name not in known | switches:
+            raise UserError(f"unknown {what} {prefix}{name}: {nearest(name, known | {'config'}, prefix)}")
+
+
+def _check_required(config: type, given: set[str], prog: str) -> None:
+    required = [f.name.rstrip("_") for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [f"--{name}" for name in required if name not in given and not _is_positional(config, name)]
+    if missing:
+        raise UserError(f"{prog} needs {' and '.join(missing)} (see {prog} --help)")
+
+
+def _hints(config: type, include_extras: bool = False) -> dict[str, Any]:
+    """The type of each option; a field whose name would be a Python keyword ends in an underscore: `from_`."""
+    return {name.rstrip("_"): hint for name, hint in get_type_hints(config, include_extras=include_extras).items()}
+
+
+def _is_positional(config: type, name: str) -> bool:
+    return _POSITIONAL in getattr(_hints(config, include_extras=True)[name], "__metadata__", ())
+
+
+def _tokens(key: str, value: Any, config: type) -> list[str]:
+    """One YAML entry as the tokens of the same option on a command line, so that tyro checks both in the same way."""
+    hint = _hints(config)[key]
+    if isinstance(value, bool) and hint is bool:
+        return [f"--{key}" if value else f"--no_{key}"]
+    if isinstance(value, bool) and bool not in get_args(hint):  # YAML reads an unquoted `no` as false
+        value = "yes" if value else "no"
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
+
+
+def _find(name: str, presets: Mapping[str, Path]) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in presets:
+        return presets[name]
+    hint = f"; presets: {', '.join(sorted(presets))}" if presets else ""
+    raise UserError(f"--config {name}: no such file{hint}")
+
+
+def _about(description: str, presets: Mapping[str, Path] | None) -> str:
+    names = f", or a preset: {', '.join(sorted(presets))}" if presets else ""
+    config = f"--config FILE reads defaults for these options from YAML (same names){names}; flags win."
+    return f"{description.strip()}\n\n{config}"
+
+
+@contextlib.contextmanager
+def _one_line(prog: str):
+    """Turn tyro's error message, several lines in a box, into a UserError of one line."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            yield
+    except SystemExit as error:
+        if error.code == 0:
+            raise
+        raise UserError(_sentence(message.getvalue(), prog)) from None
+
+
+def _sentence(box: str, prog: str) -> str:
+    """The text of tyro's boxed error message, without colours, frame, title, and the hints below its first line."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
+    parts = re.split(r"\n[─-]+(?=\n)", "\n".join(lines[1:]).lstrip("─-"))  # a plain box has a rule under its title
+    text = " ".join(re.sub("[╰─╯]+", "", parts[0]).replace("(required)", "").split())
+    return f"{text.rstrip('.') or 'the options were not understood'} (see {prog} --help)"

@@ -1,0 +1,12 @@
+"""Editing methods, and the two front doors to them.
+
+    editor, attach            with an adapter of ours; inside somebody else's pipeline
+    real_image                photos: inversion, then an edit beside the reconstruction
+    strengths, defaults       the dials of an edit; where a measured default differs
+    search                    choose the strengths by drawing and scoring
+    vector_projection         edits of text embeddings
+    prompt_to_prompt/  dynamic_prompt_learning/  drag/
+    uniform_attention, mutual_self_attention
+
+Imports: io, embedded, models, formats, adapters, sampling, evaluation.
+"""

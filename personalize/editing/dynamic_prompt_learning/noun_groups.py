@@ -1,0 +1,76 @@
+"""Group the tokens of a prompt by the object that they name: nouns, found in the prompt or named by the user.
+
+A group holds all tokens that name one object: all tokens of a word, all its occurrences, and its synonyms. Its
+attention map is the mean over its tokens, so that dynamic prompts do not push repeated nouns and synonyms apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from personalize.editing.dynamic_prompt_learning.nouns import depicted_nouns
+from personalize.errors import UserError
+from personalize.models.prompts import Tokens, tokenize_prompt
+from personalize.models.stable_diffusion import StableDiffusion
+
+
+@dataclass(frozen=True)
+class NounGroup:
+    """The tokens of a prompt that name one object.
+
+    words: the noun and its synonyms. positions: indices of their tokens among the l tokens of the prompt.
+    ids: for each text encoder the ids of these tokens, without repetitions.
+    """
+
+    words: tuple[str, ...]
+    positions: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.words)
+
+
+def noun_groups(model: StableDiffusion, prompt: str, named: Sequence[str] = ()) -> list[NounGroup]:
+    """The objects that `prompt` names: those in `named`, where "=" joins synonyms ("kitten=cat"), or else its nouns.
+
+    Raises:
+        UserError: there is no noun, a word is not in the prompt or was given twice, or the prompt has over 77 tokens.
+    """
+    objects = [tuple(phrase.split("=")) for phrase in named] or _nouns_of(prompt)
+    if not objects:
+        raise UserError(f"no noun was found in {prompt!r}: name what it shows with --nouns")
+    every = [word.lower() for words in objects for word in words]
+    if len(set(every)) < len(every):
+        raise UserError(f"a noun is named twice in {', '.join(every)}: name each object once, and join synonyms by =")
+    return [_group(model, prompt, words) for words in objects]
+
+
+def group_maps(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
+    """Attention maps (k, h, w) of k groups, from `attention` (h, w, l): the mean over each group's tokens."""
+    return torch.stack([attention[..., list(group.positions)].mean(-1) for group in groups])
+
+
+def _nouns_of(prompt: str) -> list[tuple[str, ...]]:
+    """The nouns of `prompt` in lower case, each once."""
+    return [(word,) for word in dict.fromkeys(noun.text.lower() for noun in depicted_nouns(prompt))]
+
+
+def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...]) -> NounGroup:
+    tokens = tokenize_prompt(model, prompt)
+    positions = sorted({position for word in words for position in _positions(tokens, word)})
+    encoded = [model.ids(tokenizer, [prompt])[0].tolist() for tokenizer in model.tokenizers]
+    ids = tuple(tuple(dict.fromkeys(one[position] for position in positions)) for one in encoded)
+    return NounGroup(words, tuple(positions), ids)
+
+
+def _positions(tokens: Tokens, word: str) -> list[int]:
+    """Positions of every occurrence of `word`; for a learned token also of its further vectors, such as `<cat1>_1`."""
+    positions = [position for span in tokens.find(word) for position in span]
+    vectors = [w.positions for w in tokens.words if re.fullmatch(rf"{re.escape(word.lower())}_\d+", w.text)]
+    return [*positions, *(position for span in vectors for position in span)]

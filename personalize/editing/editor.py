@@ -1,0 +1,245 @@
+"""The `Editor`: a base model and an adapter, loaded once, and every way to make images with them.
+
+editor = Editor.load("my-cat")
+pictures = editor.edit("a cat on the beach", alpha=0.8, beta=1.2, forget="decoder=0.5", seeds=[0, 1])
+best = editor.choose("a cat on the beach", source, budget=16)[0].picture
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.apply import load_adapters
+from personalize.adapters.forgetting import parse_rule_sum
+from personalize.adapters.lora import lora_disabled
+from personalize.adapters.text_encoder_lora import has_text
+from personalize.adapters.textual_inversion import installed_tokens
+from personalize.editing.defaults import text_to_image_guidance
+from personalize.editing.drag.drag import DEFAULTS, DragSettings
+from personalize.editing.drag.image import DragResult, drag_picture
+from personalize.editing.real_image import EditResult, edit_photo
+from personalize.editing.real_image_settings import PHOTO_DEFAULTS, EditRequest, PhotoSettings
+from personalize.editing.search import Trial, ranked, search
+from personalize.editing.strengths import DEFAULT_SAMPLING, DEFAULT_STRENGTHS, EditStrengths, Sampling
+from personalize.editing.vector_projection import edit_conditioning
+from personalize.errors import UserError
+from personalize.evaluation.scorers import find_scorer
+from personalize.evaluation.scoring import Request, Scorer
+from personalize.io.images import to_image
+from personalize.models.image_processor import Picture, Point
+from personalize.models.prompts import align_prompt
+from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.sampling.denoise import Edit, sample
+from personalize.sampling.schedule import make_schedule
+
+
+class Editor:
+    """A base model and an adapter that is applied to it during each call; between calls the base is unchanged.
+
+    As a context manager (`with Editor.load("my-cat") as editor:`) the editor applies the adapter once for the whole
+    block instead of once for each call, which is faster with large bases; after the block the base is as before.
+    """
+
+    def __init__(self, model: StableDiffusion, adapter: Adapter | None = None) -> None:
+        self.model, self.adapter = model, adapter
+        self._entered: ExitStack | None = None  # removes the adapter at the end of a `with` block
+
+    def __enter__(self) -> Editor:
+        if self._entered is not None:
+            raise ValueError("this editor is in a `with` block already: leave that one first")
+        with ExitStack() as stack:
+            if self.adapter is not None:
+                stack.enter_context(self.adapter.apply(self.model))
+            self._entered = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        entered, self._entered = self._entered, None
+        if entered is not None:
+            entered.close()
+
+    @staticmethod
+    def load(folder: str | Path | Sequence[str | Path], base: str | Path | None = None, **settings: Any) -> Editor:
+        """Load an adapter folder, or a LoRA file of any program, and a base model.
+
+        Args:
+            folder: the adapter, or several that are applied together as their sum.
+            base: the base model; by default the one that the adapter names.
+            settings: further arguments of `StableDiffusion.load`.
+
+        Raises:
+            UserError: there is no adapter, it was trained on another family of bases, or two adapters share a token.
+        """
+        adapter = load_adapters(folder)
+        named = base if base is not None else adapter.info.get("base", {}).get("name")
+        return Editor(StableDiffusion.load(None if named in (None, "", "embedded") else named, **settings), adapter)
+
+    @staticmethod
+    def configured(config: Any, adapters: Sequence[Path] = ()) -> Editor:
+        """The editor for a command's options: base, revision, variant, precision, device, and `adapters` if any."""
+        dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+        about = {"dtype": dtype, "device": "cpu" if config.cpu else None, "revision": config.revision,
+                 "variant": config.variant}  # fmt: skip
+        base = config.pretrained_model_name_or_path
+        return Editor.load(adapters, base, **about) if adapters else Editor(StableDiffusion.load(base, **about))
+
+    def edit(
+        self, prompt: str, strengths: EditStrengths = DEFAULT_STRENGTHS, *, seeds: Sequence[int] = (0,),
+        negative_prompt: str = "", sampling: Sampling = DEFAULT_SAMPLING, **changes: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Images of the adapter's subject that show `prompt`, one for each seed.
+
+        `changes` are fields of `EditStrengths` that take the place of those of `strengths`, such as alpha=0.8.
+
+        Raises:
+            UserError: the prompt is empty, or a forgetting rule is unknown or matches no layer of the adapter.
+        """
+        if not prompt.strip():
+            raise UserError("the prompt is empty: say what the picture should show")
+        strengths = replace(strengths, **changes)
+        size = sampling.size or self.size
+        conditioning = edit_conditioning(
+            self.model, self._adapter.source, self._encode(prompt, size, strengths.strength),
+            alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
+        )  # fmt: skip
+        return self._sample(conditioning, strengths, seeds, negative_prompt, sampling)
+
+    def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = DEFAULT_SAMPLING) -> list[Image.Image]:
+        """Images sampled from the adapter's source embedding without an edit, or from its caption if it has none."""
+        return self.edit(self.caption or "a picture", alpha=1.0, beta=0.0, seeds=seeds, sampling=sampling)
+
+    def base(
+        self, prompt: str, *, seeds: Sequence[int] = (0,), negative_prompt: str = "",
+        sampling: Sampling = DEFAULT_SAMPLING,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Images of `prompt` by the base model without the adapter, to compare with."""
+        conditioning = self._encode(prompt, sampling.size or self.size)
+        return self._sample(conditioning, None, seeds, negative_prompt, sampling)
+
+    def choose(
+        self, prompt: str, source: Image.Image, *, budget: int = 16, seed: int = 0, scorer: Scorer | None = None,
+        negative_prompt: str = "", sampling: Sampling = DEFAULT_SAMPLING,
+    ) -> list[Trial]:  # fmt: skip
+        """Search for the best strengths: `budget` images of `prompt`, the best first, with their strengths and scores.
+
+        `source` is the image the adapter was trained on. The search is described in `personalize.editing.search`; equal seeds
+        give equal results.
+
+        Raises:
+            UserError: the prompt is empty, the budget is below 1, or there is no scorer for this base.
+        """
+        scorer = scorer or find_scorer(self.model.name, device=self.model.device)
+        request = Request(self.align_prompt(prompt), self.caption, source)
+        trials = search(
+            self, request, scorer, budget=budget, seed=seed, negative_prompt=negative_prompt, sampling=sampling
+        )
+        return ranked(trials)
+
+    def drag(
+        self, points: Sequence[Point], picture: Picture, *, mask: Picture | None = None, prompt: str | None = None,
+        settings: DragSettings = DEFAULTS, resolution: int | None = None, paste: bool = False,
+    ) -> DragResult:  # fmt: skip
+        """Drag the content at each handle point to its target point, with the adapter if there is one.
+
+        `points` are (x, y) in pixels of `picture`: handle, target, handle, target, …  See `drag_picture`.
+        """
+        with self._adapter_removed():
+            return drag_picture(
+                self.model, picture, points, mask=mask, prompt=prompt, adapter=self.adapter, settings=settings,
+                resolution=resolution, paste=paste,
+            )  # fmt: skip
+
+    def align_prompt(self, prompt: str) -> str:
+        """`prompt`, made to begin like the adapter's caption if the adapter has a source embedding.
+
+        The embedding is edited token by token, so that words at the same place must correspond; see
+        `personalize.models.prompts.align_prompt`.
+        """
+        return align_prompt(prompt, self.caption) if self.adapter is not None and self.adapter.source else prompt
+
+    @property
+    def caption(self) -> str:
+        """The caption the adapter was trained with; "" if there is none."""
+        return str(self.adapter.info.get("caption", "")) if self.adapter else ""
+
+    def photo(
+        self, picture: Picture, source: str, request: EditRequest, settings: PhotoSettings = PHOTO_DEFAULTS, **more: Any
+    ) -> EditResult:
+        """Edit a photo, described by the prompt `source`, with the adapter if there is one; see `edit_photo`."""
+        with self._adapter_removed():
+            return edit_photo(self.model, picture, source, request, settings, adapter=self.adapter, **more)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels at which the adapter was trained; without one, those of the base model."""
+        height, width = (self.adapter.info if self.adapter else {}).get("size") or (self.model.resolution,) * 2
+        return int(height), int(width)
+
+    @property
+    def _adapter(self) -> Adapter:
+        if self.adapter is None:
+            raise ValueError("this editor has no adapter: make it with Editor.load(folder) or Editor(model, adapter)")
+        return self.adapter
+
+    @torch.no_grad()
+    def _encode(self, prompt: str, size: tuple[int, int], strength: float = 0.0) -> Conditioning:
+        """The conditioning of `prompt`; unless `strength` is 0, with the adapter's text encoder LoRA and tokens."""
+        tokens = self.adapter.concepts if self.adapter and strength else {}
+        with self.adapter.apply_text(self.model, strength) if self.adapter and strength else nullcontext():
+            with installed_tokens(self.model, tokens):
+                return self.model.prompts([prompt], size)
+
+    def _sample(
+        self,
+        conditioning: Conditioning,
+        strengths: EditStrengths | None,
+        seeds: Sequence[int],
+        negative_prompt: str,
+        sampling: Sampling,
+    ) -> list[Image.Image]:
+        """Sample images of `conditioning`; without `strengths`, by the base model alone."""
+        size = sampling.size or self.size
+        strength = strengths.strength if strengths else 0.0
+        adapter_changes_null = self.adapter is not None and has_text(self.adapter.lora) and not self.model.zero_null
+        encode_negative = bool(negative_prompt) or adapter_changes_null
+        negative = self._encode(negative_prompt, size, strength) if encode_negative else None
+        scale = text_to_image_guidance(self.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
+        edit = Edit(conditioning, negative, scale)
+        if strengths is not None and self._adapter.lora:
+            edit = replace(edit, rule=parse_rule_sum(strengths.forget), strength=strengths.strength)
+        schedule = make_schedule(self.model, sampling.steps, sampling.scheduler)
+        with self._applied(strengths is not None):
+            latents = sample(self.model, edit, seeds, schedule, size)
+        return [to_image(row) for row in self.model.decode(latents)]
+
+    def applied_throughout(self) -> AbstractContextManager[object]:
+        """A context in which the adapter stays applied between calls; also allowed inside a `with` block."""
+        return self if self._entered is None else nullcontext()
+
+    def _applied(self, wanted: bool) -> AbstractContextManager[None]:
+        """A context in which the adapter's LoRA is in the UNet or not, inside and outside of a `with` block."""
+        if self.adapter is None:
+            return nullcontext()
+        if self._entered is None:
+            return self.adapter.apply(self.model) if wanted else nullcontext()
+        return nullcontext() if wanted else lora_disabled(self.model.unet)
+
+    @contextmanager
+    def _adapter_removed(self) -> Iterator[None]:
+        """Run the body without the adapter that a `with` block applied; the callee applies it itself."""
+        if self._entered is None:
+            yield
+            return
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()

@@ -1,0 +1,281 @@
+"""Prompt-to-Prompt: gives the target rows of a batch the attention maps of the source row.
+
+Cross-attention, for the share `cross_replace_steps` of the steps, with A (n, q, l) after the softmax:
+
+    A_target ← c ⊙ (A_source M + A_target ⊙ own)
+
+M (l, l) and own (l) say which tokens of the two prompts correspond (`Alignment`); c (l) are weights of words.
+
+Self-attention, for the share `self_replace_steps` of the steps, in layers of at most `self_max_queries` image
+positions: A_target ← A_source, by giving the target the source's queries and keys. The values remain the target's. The
+source row (row 0) and the unconditional pass are not changed.
+
+References: Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Control", arXiv 2208.01626, §3; Yang et
+al., "Dynamic Prompt Learning", arXiv 2309.15664, for giving an adjective the map of its noun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, max_pool2d
+
+from personalize.editing.prompt_to_prompt.alignment import (
+    adjective_bindings,
+    phrase_swaps,
+    refinement_mapper,
+    replacement_mapper,
+    word_swaps,
+)
+from personalize.errors import UserError
+from personalize.models.attention import AttentionHook, AttentionSite
+from personalize.models.attention_maps import MapSum, calibration_layers
+from personalize.models.prompts import Span, Tokens, tokenize_prompt
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.sampling.denoise import LatentEdit
+from personalize.sampling.schedule import Step
+
+__all__ = [
+    "Alignment", "ControlSettings", "Controls", "LocalBlend", "MapSum", "SelfControl", "TextControl",
+    "align", "make_controls", "refinement_mapper", "replacement_mapper",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """How long and how the target gets the source's attention; shares are of all steps. UserError out of range."""
+
+    mode: Literal["auto", "replace", "refine"] = "auto"
+    """replace: word for word, in prompts of equally many words; refine: words are inserted or removed; auto: replace if
+    the words were swapped or are equally many, else refine."""
+    cross_replace_steps: float = 0.8
+    """Share of the steps in which the target gets the source's cross-attention maps."""
+    self_replace_steps: float = 0.5
+    """Share of the steps in which the target gets the source's self-attention maps."""
+    self_max_queries: int = 1024
+    """Self-attention layers with more image positions than this are not changed."""
+    bind_adjectives: bool = True
+    """Words inserted before a noun get the noun's map; only in mode refine."""
+    word_steps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """For single words of the target, in place of `cross_replace_steps`: (first share, last share) of the steps."""
+    blend_threshold: float = 0.3
+    """Local blend: a word's region is where its map is at least this share of its maximum."""
+    blend_start: float = 0.2
+    """Local blend: the share of the steps before it begins."""
+
+    def __post_init__(self) -> None:
+        shares = {"cross_replace_steps": self.cross_replace_steps, "self_replace_steps": self.self_replace_steps,
+                  "blend_threshold": self.blend_threshold, "blend_start": self.blend_start}  # fmt: skip
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} is {value:g}: give a share from 0 to 1")
+        if self.mode not in ("auto", "replace", "refine"):
+            raise UserError(f"mode is {self.mode!r}: choose auto, replace or refine")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which tokens of source and target correspond:  A′ = A_source `matrix` + A_target ⊙ `own`.
+
+    `matrix` (l, l) and `own` (l,) are for the l positions of the text encoder; `mode` is replace or refine.
+    """
+
+    matrix: Tensor
+    own: Tensor
+    mode: str = "replace"
+
+
+def align(
+    source: Tokens, target: Tokens, length: int, settings: ControlSettings = ControlSettings(),
+    swaps: Sequence[tuple[Span, Span]] = (),
+) -> Alignment:  # fmt: skip
+    """Align the tokens of `target` with those of `source`, for a text encoder of `length` positions.
+
+    `swaps` are (source positions, target positions) of words that the user swapped; without them, words are compared.
+
+    Raises:
+        UserError: in mode replace, the prompts have different numbers of words.
+    """
+    equal = len(source.words) == len(target.words)
+    mode = settings.mode if settings.mode != "auto" else "replace" if swaps or equal else "refine"
+    if mode == "replace":
+        source_ids, target_ids = ([*tokens.ids, *[-1] * (length - len(tokens.ids))] for tokens in (source, target))
+        matrix = replacement_mapper(source_ids, target_ids, swaps or word_swaps(source, target))
+        return Alignment(matrix, torch.zeros(length), mode)
+    mapper, alphas = refinement_mapper(source.ids, target.ids)
+    own = torch.cat([1 - alphas, torch.zeros(length - len(alphas))])
+    sources = torch.cat([mapper, torch.arange(len(mapper), length)])
+    matrix = torch.zeros(length, length)
+    aligned = (own == 0).nonzero()[:, 0]
+    matrix[sources[aligned], aligned] = 1
+    for word, noun in adjective_bindings(source, target) if settings.bind_adjectives else ():
+        for place in word:
+            matrix[list(noun), place], own[place] = 1 / len(noun), 0.0
+    return Alignment(matrix, own, mode)
+
+
+class TextControl(AttentionHook):
+    """Replaces the cross-attention maps of rows 1 … (the targets) by aligned maps of row 0 (the source).
+
+    For each target: an alignment, weights c (l,), and for each token the first step `begin` (l,) at which its map is
+    replaced and the step `end` (l,) from which it no longer is.
+    """
+
+    def __init__(
+        self, alignments: Sequence[Alignment], weights: Sequence[Tensor], begin: Sequence[Tensor], end: Sequence[Tensor]
+    ) -> None:
+        self.matrix = torch.stack([one.matrix for one in alignments])[:, None]  # (b, 1, l, l)
+        self.own = torch.stack([one.own for one in alignments])[:, None, None]  # (b, 1, 1, l)
+        self.weights, self.begin, self.end = (torch.stack(list(rows))[:, None, None] for rows in (weights, begin, end))
+
+    def wants(self, site: AttentionSite) -> bool:
+        return site.cross
+
+    def active(self, site: AttentionSite) -> bool:
+        return site.branch == "cond" and bool(self._now(site.step).any())
+
+    def probs(self, p: Tensor, site: AttentionSite) -> Tensor:
+        source, target = p[:1], p[1:]
+        matrix, own, weights = (part.to(p) for part in (self.matrix, self.own, self.weights))
+        changed = weights * (source @ matrix + target * own)
+        return torch.cat([source, torch.where(self._now(site.step).to(p.device), changed, target)])
+
+    def _now(self, step: Step) -> Tensor:
+        return (self.begin <= step.index) & (step.index < self.end)
+
+
+class SelfControl(AttentionHook):
+    """Gives rows 1 … (the targets) the self-attention maps of row 0 (the source) before step number `end`.
+
+    Only in layers of at most `most` image positions.
+    """
+
+    def __init__(self, end: int, most: int) -> None:
+        self.end, self.most = end, most
+
+    def wants(self, site: AttentionSite) -> bool:
+        return not site.cross and site.height * site.width <= self.most
+
+    def active(self, site: AttentionSite) -> bool:
+        return site.branch == "cond" and site.step.index < self.end
+
+    def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
+        return q[:1].expand_as(q), k[:1].expand_as(k), v
+
+
+
+
+class LocalBlend(LatentEdit):
+    """Local blend: outside the regions of given words, rows 1 … become row 0:  z ← z_source + m (z − z_source).
+
+    m is the union of the source word's and the target word's region. A word's region is where its mean map so far,
+    3×3 max-pooled and resized to the latents, is at least `threshold` of its maximum.
+
+    Args:
+        maps: a hook of the same edit; it must come after the hooks that change maps.
+        words: (b, l), 1 at the tokens of the words, else 0; one row for the source and one for each target.
+        threshold: share of the maximum, in [0, 1].
+        begin: number of the first step that is blended.
+    """
+
+    def __init__(self, maps: MapSum, words: Tensor, threshold: float, begin: int) -> None:
+        self.maps, self.words, self.threshold, self.begin = maps, words, threshold, begin
+
+    def latents(self, z: Tensor, step: Step) -> Tensor:
+        if step.index < self.begin:
+            return z
+        return torch.where(self.mask((z.shape[-2], z.shape[-1])), z, z[:1])
+
+    def mask(self, size: tuple[int, int]) -> Tensor:
+        """m: where rows keep their own latents, boolean (b, 1, h, w), for latents of `size` (h, w)."""
+        mean = self.maps.mean()
+        heat = (mean * self.words.to(mean)[:, None, None]).sum(-1)[:, None]
+        heat = interpolate(max_pool2d(heat, 3, 1, 1), size, mode="nearest")
+        region = heat >= self.threshold * heat.amax((-2, -1), keepdim=True)
+        return region[:1] | region
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Hooks and latent edits of Prompt-to-Prompt for one source and its targets, to be put into an `Edit`.
+
+    alignments: one for each target. source, targets: the tokenized prompts.
+    maps: the cross-attention maps of all rows, if they were asked for.
+    """
+
+    hooks: tuple[AttentionHook, ...]
+    latent_edits: tuple[LatentEdit, ...]
+    alignments: tuple[Alignment, ...]
+    source: Tokens
+    targets: tuple[Tokens, ...]
+    maps: MapSum | None = None
+
+
+def make_controls(
+    model: StableDiffusion,
+    source: str,
+    targets: str | Sequence[str],
+    *,
+    steps: int,
+    size: tuple[int, int],
+    settings: ControlSettings = ControlSettings(),
+    swaps: Sequence[tuple[str, str]] = (),
+    weights: Mapping[str, float] | None = None,
+    blend: Sequence[tuple[str, str]] = (),
+    keep_maps: bool = False,
+) -> Controls:
+    """Build the hooks and latent edits with which `targets` (rows 1 …) keep the layout of `source` (row 0).
+
+    Args:
+        steps: number of steps of the schedule.
+        size: of the latents, (h, w).
+        swaps: (phrase of the source, phrase of every target) that correspond; by default found by comparing words.
+        weights: factors on the maps of words of the targets.
+        blend: (word of the source, word of the targets): the targets may differ only in the regions of these words.
+        keep_maps: collect the cross-attention maps, also without `blend`.
+
+    Raises:
+        UserError: a word is not in its prompt (the nearest word is named), or a prompt has more than 77 tokens.
+    """
+    source_tokens = tokenize_prompt(model, source)
+    target_tokens = tuple(tokenize_prompt(model, text) for text in ([targets] if isinstance(targets, str) else targets))
+    length = model.tokenizers[0].model_max_length
+    alignments = tuple(
+        align(source_tokens, one, length, settings, phrase_swaps(source_tokens, one, swaps) if swaps else ())
+        for one in target_tokens
+    )
+    factors = [_per_word(one, weights or {}, 1.0, length) for one in target_tokens]
+    starts = {word: round(low * steps) for word, (low, _) in settings.word_steps.items()}
+    ends = {word: round(high * steps) for word, (_, high) in settings.word_steps.items()}
+    begin = [_per_word(one, starts, 0, length) for one in target_tokens]
+    end = [_per_word(one, ends, round(settings.cross_replace_steps * steps), length) for one in target_tokens]
+    hooks: list[AttentionHook] = [TextControl(alignments, factors, begin, end)]
+    if self_end := round(settings.self_replace_steps * steps):
+        hooks.append(SelfControl(self_end, settings.self_max_queries))
+    maps = MapSum(calibration_layers(model.unet, size)) if blend or keep_maps else None
+    edits: tuple[LatentEdit, ...] = ()
+    if maps is not None:
+        hooks.append(maps)
+    if maps is not None and blend:
+        marked = [_marked(source_tokens, [old for old, _ in blend], length)]
+        marked += [_marked(one, [new for _, new in blend], length) for one in target_tokens]
+        edits = (LocalBlend(maps, torch.stack(marked), settings.blend_threshold, round(settings.blend_start * steps)),)
+    return Controls(tuple(hooks), edits, alignments, source_tokens, target_tokens, maps)
+
+
+def _per_word(tokens: Tokens, values: Mapping[str, float], default: float, length: int) -> Tensor:
+    """A value for each token, (l,): `values` at every occurrence of their words, `default` elsewhere."""
+    row = torch.full((length,), float(default))
+    for word, value in values.items():
+        for span in tokens.find(word):
+            row[list(span)] = float(value)
+    return row
+
+
+def _marked(tokens: Tokens, words: Sequence[str], length: int) -> Tensor:
+    """1 at the tokens of every occurrence of `words`, else 0: (l,)."""
+    return _per_word(tokens, dict.fromkeys(words, 1.0), 0.0, length)

@@ -1,0 +1,8 @@
+"""Measuring edited pictures.
+
+    metrics, scoring    what is measured, and how measures become one score
+    scorers             CLIP, DINO, LPIPS and the embedded model's own
+    benchmarks, report  folders of PIE-Bench, TEdBench and DragBench, and the figures of a run
+
+Imports: io, embedded, models.
+"""

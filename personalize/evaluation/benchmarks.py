@@ -1,0 +1,205 @@
+"""Reading the folders of published editing benchmarks: PIE-Bench, TEdBench, DragBench, and others in their layout."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.io.images import IMAGE_SUFFIXES, load_image
+from personalize.io.tensor_files import read_json
+
+MASK_SIDE = 512  # px, of PIE-Bench's masks
+PUBLISHED_SIZES = {"PIE-Bench": (700, 700), "TEdBench": (100, 40)}  # (edits, pictures)
+ALLOWED_IN_PICKLES = {  # the globals that unpickling a numpy array needs
+    ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.numeric", "_frombuffer"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BenchmarkItem:
+    """One edit of a benchmark.
+
+    source: the file of the picture to edit.
+    result: where the edited picture belongs: its path below the folder of results, without suffix.
+    mask: (H, W), True where the edit belongs; None if the benchmark has none.
+    kind: PIE-Bench's id of the kind of edit.
+    """
+
+    name: str
+    source: Path
+    result: str
+    source_prompt: str = ""
+    target_prompt: str = ""
+    mask: Tensor | None = None
+    kind: str = ""
+
+
+def read_benchmark(folder: Path, *, allow_pickle: bool = False) -> tuple[str, list[BenchmarkItem]]:
+    """The name of the benchmark in `folder`, recognised by its files, and its items.
+
+    PIE-Bench: mapping_file.json and annotation_images/.  TEdBench: input_list.json and originals/.  DragBench: folders
+    that hold original_image.png and meta_data.json, or meta_data.pkl if pickles are allowed, of which only arrays and
+    plain values are read.
+
+    Raises:
+        UserError: the folder is none of these, or a file in it is damaged.
+    """
+    if (folder / "mapping_file.json").is_file():
+        return "PIE-Bench", list(_pie_bench_items(folder))
+    if (folder / "input_list.json").is_file():
+        return "TEdBench", list(_tedbench_items(folder))
+    samples = sorted(path.parent for path in folder.rglob("original_image.png"))
+    if samples:
+        return "DragBench", [_dragbench_item(folder, sample, allow_pickle) for sample in samples]
+    raise UserError(
+        f"{folder} is no benchmark: it has neither mapping_file.json (PIE-Bench) nor input_list.json (TEdBench) nor "
+        "folders with original_image.png (DragBench)"
+    )
+
+
+def size_warning(name: str, items: Sequence[BenchmarkItem]) -> str:
+    """A warning that `items` are more or fewer than the published benchmark `name` has; empty if the counts agree."""
+    counts = (len(items), len({item.source for item in items}))
+    if counts == PUBLISHED_SIZES.get(name, counts):
+        return ""
+    (edits, pictures), (edits_here, pictures_here) = PUBLISHED_SIZES[name], counts
+    return (
+        f"{name} is {edits} edits of {pictures} pictures, this folder {edits_here} of {pictures_here}: its figures do "
+        "not compare with published ones"
+    )
+
+
+def decode_mask(runs: list[int], side: int = MASK_SIDE) -> Tensor:
+    """PIE-Bench's run-length mask (side, side), True where the picture is edited.
+
+    runs: start and length of each run of edited pixels in row-major order, alternating.  As in the published code, the
+    outermost pixels count as edited.
+    """
+    flat = torch.zeros(side * side, dtype=torch.bool)
+    for start, length in zip(runs[::2], runs[1::2], strict=True):
+        flat[start : start + length] = True
+    mask = flat.view(side, side)
+    mask[0] = mask[-1] = True
+    mask[:, 0] = mask[:, -1] = True
+    return mask
+
+
+def find_result(results: Path, item: BenchmarkItem) -> Path | None:
+    """The file of the edited picture of `item` below the folder `results`, with any image suffix; None if not there."""
+    for stem in (item.result, f"annotation_images/{item.result}", Path(item.result).name):
+        for suffix in IMAGE_SUFFIXES:
+            if (path := results / f"{stem}{suffix}").is_file():
+                return path
+    return None
+
+
+def _pie_bench_items(folder: Path) -> Iterator[BenchmarkItem]:
+    for key, entry in read_json(folder / "mapping_file.json").items():
+        try:
+            path, runs = Path(entry["image_path"]), entry["mask"]
+            source_prompt, target_prompt = (
+                entry[name].replace("[", "").replace("]", "") for name in ("original_prompt", "editing_prompt")
+            )
+            runs = [int(number) for number in (runs.split() if isinstance(runs, str) else runs)]
+            mask = decode_mask(runs)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / 'mapping_file.json'}: entry {key} cannot be read ({error})") from None
+        kind = str(entry.get("editing_type_id", ""))
+        source = _inside(folder / "annotation_images", path)
+        yield BenchmarkItem(key, source, str(path.with_suffix("")), source_prompt, target_prompt, mask, kind)
+
+
+def _tedbench_items(folder: Path) -> Iterator[BenchmarkItem]:
+    """The items of TEdBench.
+
+    The result of a picture with one target text has the picture's name; with several texts, name_0, name_1, ….
+    """
+    edits = read_edit_list(folder / "input_list.json")
+    counts: Counter[str] = Counter(name for name, _ in edits)
+    earlier: Counter[str] = Counter()
+    for name, target in edits:
+        stem = Path(name).stem
+        result = stem if counts[name] == 1 else f"{stem}_{earlier[name]}"
+        earlier[name] += 1
+        yield BenchmarkItem(result, _inside(folder / "originals", Path(name)), result, "", target)
+
+
+def read_edit_list(path: Path) -> list[tuple[str, str]]:
+    """The (picture, target text) pairs in a JSON file.
+
+    The file holds a list of pairs, a list of objects with img_name and target_text, or an object that maps each picture
+    to its text or texts.
+
+    Raises:
+        UserError: the file is no JSON, or an entry has another form.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its JSON cannot be read ({error})") from None
+    entries = list(value.items()) if isinstance(value, dict) else value
+    pairs = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
+        pair = [entry.get("img_name"), entry.get("target_text")] if isinstance(entry, dict) else entry
+        name, text = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
+        texts = text if isinstance(text, list) else [text]
+        if not isinstance(name, str) or not all(isinstance(one, str) for one in texts):
+            raise UserError(f"{path}: entry {number} names no picture and target text: {str(entry)[:60]}")
+        pairs += [(name, one) for one in texts]
+    return pairs
+
+
+def _dragbench_item(folder: Path, sample: Path, allow_pickle: bool) -> BenchmarkItem:
+    metadata: dict[str, Any] = {}
+    if (sample / "meta_data.json").is_file():
+        metadata = read_json(sample / "meta_data.json")
+    elif (sample / "meta_data.pkl").is_file():
+        if not allow_pickle:
+            raise UserError(f"{sample / 'meta_data.pkl'} is a pickle: give --allow_pickle to read its arrays and texts")
+        metadata = _read_plain_pickle(sample / "meta_data.pkl")
+    name = str(sample.relative_to(folder))
+    array, mask_file = metadata.get("mask"), sample / "mask.png"
+    if array is None and mask_file.is_file():
+        array = np.asarray(load_image(mask_file).convert("L")) > 127
+    mask = None if array is None else torch.from_numpy(np.array(array) > 0)
+    return BenchmarkItem(name, sample / "original_image.png", name, str(metadata.get("prompt", "")), "", mask)
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """`folder` / `path`, which must not lead out of it."""
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{path} leads out of {folder}: a benchmark names pictures inside its own folder")
+    return folder / path
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses every global but those of `ALLOWED_IN_PICKLES`: nothing in the file is executed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED_IN_PICKLES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_plain_pickle(path: Path) -> dict[str, Any]:
+    try:
+        value = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a malicious pickle can make the unpickler raise anything
+        raise UserError(
+            f"{path} holds more than arrays and plain values: {' '.join(str(error).split())[:120]}"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, a dictionary was expected")
+    return value

@@ -1,0 +1,211 @@
+"""Which programs read an adapter file, and what is wrong with the file.
+
+A program's verdict on a file ("yes", "partly" or "no", with a reason) is the worst one that applies to it: by the
+naming scheme of the file's keys, by its algorithms, by its kind, and by each finding.  The tables hold for diffusers
+0.42, peft 0.21, and the other programs' key maps as they were in 2025 and 2026; those on diffusers are tested.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from personalize.formats.layouts import FileContents
+
+YES, PARTLY, NO = "yes", "partly", "no"
+UIS = ("A1111", "Forge", "ComfyUI", "InvokeAI")
+PROGRAMS = ("personalize", "diffusers", *UIS, "sd-scripts")
+OTHERS = (*UIS, "sd-scripts")
+NEEDS_KOHYA_NAMES = "knows modules by kohya's names: convert --to kohya"
+SOME_LAYOUTS = {"InvokeAI": (PARTLY, "reads these names only in some layouts")}
+LORA_ALGORITHMS = {"LoRA", "Tucker LoCon"}
+BY_NAMING_SCHEME = {  # programs that do not fully read a naming scheme: verdict and reason; all others read it
+    "kohya": {},
+    "PEFT": {name: (NO, NEEDS_KOHYA_NAMES) for name in OTHERS} | SOME_LAYOUTS,
+    "diffusers": {name: (NO, NEEDS_KOHYA_NAMES) for name in OTHERS} | SOME_LAYOUTS,
+    "old diffusers": {"sd-scripts": (NO, NEEDS_KOHYA_NAMES)}
+    | {name: (PARTLY, "support for the old processor names comes and goes") for name in ("A1111", "Forge")},
+    "ComfyUI": {name: (NO, "does not know ComfyUI's names: convert the file") for name in PROGRAMS[1:]}
+    | {"ComfyUI": (YES, ""), "Forge": (YES, "")},
+    "PEFT folder": {name: (NO, "PEFT's own layout, which only PEFT loads: convert the file") for name in PROGRAMS[1:]},
+    "no prefix": {name: (NO, "loads nothing: the names lack their 'unet.'; convert the file") for name in PROGRAMS[1:]},
+}  # fmt: skip
+BY_ALGORITHM = {  # programs that do not fully read an algorithm
+    "DoRA": {"diffusers": (NO, "drops kohya's dora_scale with a warning"), "sd-scripts": (PARTLY, "needs LyCORIS")},
+    "LoHa": {"diffusers": (NO, "raises: no LoHa for Stable Diffusion"), "sd-scripts": (PARTLY, "needs LyCORIS")},
+    "LoKr": {"diffusers": (NO, "raises: no LoKr for Stable Diffusion"), "sd-scripts": (PARTLY, "needs LyCORIS")},
+    "Custom Diffusion": {name: (NO, "knows no Custom Diffusion") for name in OTHERS}
+    | {"diffusers": (PARTLY, "only with a private argument; a plain load does nothing and says nothing")},
+}  # fmt: skip
+BY_ALGORITHM["LyCORIS"] = BY_ALGORITHM["LoHa"] | {"diffusers": (NO, "knows plain LoRA only")}
+BY_FILE_KIND = {  # programs that do not fully read a kind of file
+    "checkpoint": {name: (NO, "a whole model, no adapter") for name in PROGRAMS},
+    "flat list of cloneofsimo/lora": {name: (NO, "nothing current reads this layout") for name in PROGRAMS},
+    "source embedding of personalize": {name: (NO, "goes with an adapter folder") for name in PROGRAMS[1:]},
+    "bundle": {
+        "diffusers": (NO, "raises: embeddings cannot travel inside a LoRA"),
+        "Forge": (PARTLY, "ignores the embeddings"), "InvokeAI": (PARTLY, "some versions raise"),
+        "ComfyUI": (PARTLY, "embeddings only when chosen as one"),
+        "sd-scripts": (PARTLY, "ignores the embeddings"),
+    },
+    "textual inversion, diffusers form": {"ComfyUI": (YES, ""), "sd-scripts": (PARTLY, "takes a file of one tensor")},
+    "textual inversion, A1111 form": {"diffusers": (PARTLY, "the token becomes 'emb_params' unless token= is given")},
+    "textual inversion, A1111 pickle": {"InvokeAI": (PARTLY, "may refuse pickles")},
+    "textual inversion, SDXL form": {"diffusers": (NO, "raises: each tensor must be passed to its own encoder")},
+    "textual inversion, OneTrainer form": {"diffusers": (PARTLY, "give token=, or it takes the key for the token")},
+    "textual inversion, cog-sdxl form": {name: (NO, "only cog-sdxl reads it") for name in PROGRAMS[1:]},
+}  # fmt: skip
+TRIGGER = "the trigger is the file's name"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a file: a sentence, and the verdict on every program that it affects."""
+
+    text: str
+    programs: Mapping[str, str] = field(default_factory=dict)
+
+
+def readers(contents: FileContents, findings: list[Finding]) -> dict[str, tuple[str, str]]:
+    """For each program: whether it reads the file ("yes", "partly" or "no"), and the reason."""
+    return {program: _verdict(program, contents, findings) for program in PROGRAMS}
+
+
+def _verdict(program: str, contents: FileContents, findings: list[Finding]) -> tuple[str, str]:
+    """The worst verdict on a file that applies to `program`, and its reason."""
+    if not contents.modules and not contents.file_kind:
+        return NO, "nothing known is in it"
+    other_algorithms = set(contents.algorithm_counts) - LORA_ALGORITHMS
+    tables = [BY_NAMING_SCHEME[scheme] for scheme in contents.naming_schemes]
+    tables += [BY_ALGORITHM.get(name, BY_ALGORITHM["LyCORIS"]) for name in other_algorithms]
+    tables += [BY_FILE_KIND[contents.file_kind]] if contents.file_kind in BY_FILE_KIND else []
+    reasons = [table[program] for table in tables if program in table]
+    reasons += [(finding.programs[program], finding.text) for finding in findings if program in finding.programs]
+    if program == "personalize" and other_algorithms:
+        reasons.append((NO, "reads and converts plain LoRA only"))
+    worst = max(reasons, key=lambda reason: (YES, PARTLY, NO).index(reason[0]), default=(YES, ""))
+    embedding = contents.file_kind.startswith("textual inversion") and program in UIS
+    return (YES, TRIGGER if embedding else "") if worst[0] == YES else worst
+
+
+def findings(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """What is wrong with the keys and the metadata of a file; `inspection` checks the values of its tensors."""
+    checks = (
+        _unknown_or_duplicate_keys,
+        _mixed_naming_schemes,
+        _missing_text_model,
+        _uneven_alpha_or_rank,
+        _alpha_in_two_places_or_none,
+        _diffusers_block_names,
+        _family_in_metadata,
+        _no_token_name,
+    )
+    return [finding for check in checks for finding in check(contents, metadata, family)]
+
+
+def _unknown_or_duplicate_keys(
+    contents: FileContents, metadata: Mapping[str, str], family: str | None
+) -> list[Finding]:
+    """Keys that are not recognised, and keys that give a factor a second time."""
+    out = []
+    if contents.unknown_keys and not contents.file_kind:
+        text = f"{len(contents.unknown_keys)} key(s) belong to nothing known, first {contents.unknown_keys[0][:80]!r}"
+        out.append(Finding(text, {"Forge": PARTLY}))
+    if contents.duplicate_keys:
+        out.append(
+            Finding(
+                f"{len(contents.duplicate_keys)} key(s) repeat another under a second name",
+                dict.fromkeys(PROGRAMS, PARTLY),
+            )
+        )
+    return out
+
+
+def _mixed_naming_schemes(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """PEFT's and diffusers' names in one file.
+
+    diffusers takes the naming scheme of the UNet's first key for all of them: if that key is in PEFT's names, it skips
+    attention modules in its own.
+    """
+    if not (contents.naming_schemes["PEFT"] and contents.naming_schemes["diffusers"]):
+        return []
+    unet = sorted(module for module in contents.modules if module.startswith("unet."))
+    old = [module for module in unet if contents.module_schemes.get(module) == "diffusers"]
+    if not old or old[0] == unet[0]:
+        return []
+    return [
+        Finding(
+            f"PEFT's and diffusers' names are mixed: diffusers drops {len(old)} of {len(unet)} UNet modules, silently; "
+            "convert --to diffusers repairs it",
+            {"diffusers": PARTLY},
+        )
+    ]
+
+
+def _missing_text_model(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Text encoder modules whose keys lack the level `text_model`."""
+    lacking = [m for m, stem in contents.key_stems.items() if m.startswith("text_") and "text_model" not in stem]
+    lacking = [module for module in lacking if "text_projection" not in module]
+    if not lacking:
+        return []
+    text = f"{len(lacking)} text-encoder module(s) lack 'text_model' and are dropped; convert puts it back"
+    return [Finding(text, dict.fromkeys(OTHERS, PARTLY))]
+
+
+def _uneven_alpha_or_rank(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Alphas or ranks that differ between attention modules: kohya's tools load them correctly, diffusers does not."""
+    out = []
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        infix = ".attn" if part == "unet" else ".layers."
+        own = [p for m, p in contents.modules.items() if m.startswith(f"{part}.") and infix in m and "A" in p]
+        alphas = {(float(p["alpha"]) if p["alpha"].numel() == 1 else -1.0) if "alpha" in p else None for p in own}
+        ranks = {p["A"].shape[0] if p["A"].ndim else 0 for p in own}
+        if contents.naming_schemes["kohya"] and (len(alphas) > 1 or len(ranks) > 1):
+            text = f"alphas or ranks differ among the attention modules of {part}: diffusers takes wrong strengths"
+            out.append(Finding(f"{text}, silently; convert makes them one", {"diffusers": NO}))
+    return out
+
+
+def _alpha_in_two_places_or_none(
+    contents: FileContents, metadata: Mapping[str, str], family: str | None
+) -> list[Finding]:
+    """alpha both in diffusers' metadata and in alpha keys, or in neither."""
+    alphas = any("alpha" in parts for parts in contents.modules.values())
+    has_metadata = "lora_adapter_metadata" in metadata
+    if has_metadata and alphas:
+        return [
+            Finding(
+                "it has both lora_adapter_metadata and alpha keys: diffusers refuses such a file", {"diffusers": NO}
+            )
+        ]
+    if not has_metadata and not alphas and (contents.naming_schemes["PEFT"] or contents.naming_schemes["diffusers"]):
+        return [Finding("nothing says what alpha is: readers take alpha = rank, right only if it was trained so")]
+    return []
+
+
+def _diffusers_block_names(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """SDXL modules in kohya's names but with diffusers' names of blocks."""
+    block = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks|add_embedding|time_embedding|conv_)")
+    modules = [module for module, stem in contents.key_stems.items() if block.match(stem)]
+    if family != "sdxl" or not modules:
+        return []
+    text = f"{len(modules)} SDXL module(s) have diffusers' block names, which tools that know the original ones reject"
+    return [Finding(f"{text}; convert --to kohya renames them", {"sd-scripts": NO, "InvokeAI": PARTLY})]
+
+
+def _family_in_metadata(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Metadata that do not state the family: A1111 lists only LoRAs whose metadata say the loaded model's family."""
+    if not metadata or not contents.naming_schemes["kohya"] or family not in ("sd2", "sdxl"):
+        return []
+    version = metadata.get("ss_base_model_version", "")
+    correct = version.startswith("sdxl_") if family == "sdxl" else metadata.get("ss_v2") == "True"
+    text = f"the metadata do not say {family}: A1111 takes the file for SD 1.x and hides it beside a {family} model"
+    return [] if correct else [Finding(f"{text}; convert --to kohya writes them", {"A1111": PARTLY})]
+
+
+def _no_token_name(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Layouts of learned tokens that do not hold the token itself."""
+    if contents.file_kind in ("textual inversion, A1111 form", "textual inversion, SDXL form"):
+        return [Finding(f"the file does not name its token: {TRIGGER}")]
+    return []

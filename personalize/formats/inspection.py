@@ -1,0 +1,222 @@
+"""Inspect an adapter file: its layout, the modules it changes, the programs that read it, and its problems.
+
+personalize inspect FILE [--json] [--picture out.png]
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.formats import compatibility, coverage, layouts
+from personalize.formats.layouts import FileContents
+from personalize.io.pickles import is_pickle, read_any
+from personalize.io.tensor_files import TensorFile
+from personalize.models.empty import adaptable_layers, empty_unet
+
+if TYPE_CHECKING:
+    pass
+
+FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", None: "unknown"}
+MAX_LINES = 12  # of metadata, and of problems, in the text; --json prints all
+MAX_VALUE_LENGTH = 200  # characters of one metadata value in the text
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that `personalize inspect` reports about a file; `--json` prints these fields under their names."""
+
+    file: str
+    bytes: int
+    layout: str
+    family: str | None
+    family_by: str
+    algorithms: dict[str, int]
+    components: dict[str, int]
+    parameters: int
+    dtypes: dict[str, int]
+    ranks: dict[str, int]
+    strengths: dict[str, int]
+    """Number of modules for each value of alpha / r; `ranks` likewise for r."""
+    rows: list[coverage.BlockCoverage]
+    tokens: list[dict[str, Any]]
+    readers: dict[str, tuple[str, str]]
+    problems: list[str]
+    metadata: dict[str, str]
+
+
+
+
+def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
+    """Inspect one adapter file; whatever is wrong with a readable file becomes part of the result.
+
+    Raises:
+        UserError: a file that is missing, damaged, or a pickle without `allow_pickle`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name one of its files, or verify the folder with `personalize verify`")
+    content = read_any(path, allow_pickle=allow_pickle)
+    contents = layouts.classify_tensors(content.tensors)
+    family, evidence = layouts.detect_family(contents, content.metadata)
+    scalings, problems = _scalings(contents, content.metadata)
+    findings = compatibility.findings(contents, content.metadata, family)
+    problems = [finding.text for finding in findings] + problems + _matrix_problems(contents)
+    problems += _modules_not_in_unet(contents, family)
+    readers = compatibility.readers(contents, findings)
+    if is_pickle(path):
+        problems.append("it is a pickle, which can run code in programs that open it carelessly: convert it")
+    modules = contents.modules
+    factors = [tensor for parts in modules.values() for role, tensor in parts.items() if role != "alpha"]
+    tensors = [*factors, *contents.embeddings.values()]
+    return Inspection(
+        file=str(path), bytes=path.stat().st_size, layout=layout(contents), family=family, family_by=evidence,
+        algorithms=dict(contents.algorithm_counts), components=dict(Counter(m.partition(".")[0] for m in modules)),
+        parameters=sum(tensor.numel() for tensor in tensors),
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
+        ranks=_counts(parts["A"].shape[0] for parts in modules.values() if "A" in parts and parts["A"].ndim),
+        strengths=_counts(scalings.values()), rows=_coverage(contents, scalings, family),
+        tokens=_tokens(contents, content, path), readers=readers, problems=problems, metadata=dict(content.metadata),
+    )  # fmt: skip
+
+
+def layout(contents: FileContents) -> str:
+    """What the file is, in one phrase, such as "LoRA in kohya names"."""
+    names = " and ".join(contents.naming_schemes) + " names" if contents.naming_schemes else ""
+    algorithms = " and ".join(sorted(contents.algorithm_counts))
+    phrases = [f"{algorithms} in {names}" if algorithms and names else names, contents.file_kind]
+    return ", ".join(phrase for phrase in phrases if phrase) or "nothing known"
+
+
+def _counts(values: Any) -> dict[str, int]:
+    """How often each number occurs, by the number as text, in rising order."""
+    counted = Counter(values)
+    return {f"{value:.6g}": count for value, count in sorted(counted.items())}
+
+
+def _scalings(contents: FileContents, metadata: Mapping[str, str]) -> tuple[dict[str, float], list[str]]:
+    """alpha / r of every module for which it can be computed, and the reasons why it cannot for the others."""
+    scalings, problems = {}, []
+    try:
+        settings = layouts.peft_settings(metadata, "the file")
+    except UserError as error:
+        settings, problems = {}, [str(error)]
+    for module, parts in contents.modules.items():
+        if "A" in parts and parts["A"].ndim and parts["A"].shape[0]:
+            try:
+                scalings[module] = layouts.scaling(module, parts, settings)
+            except UserError as error:
+                problems.append(str(error))
+    return scalings, problems
+
+
+def _matrix_problems(contents: FileContents) -> list[str]:
+    """Modules without A or B, with shapes that do not fit, with numbers that are not finite, or that change nothing."""
+    problems, zero = [], 0
+    for module, parts in contents.modules.items():
+        infinite = [
+            role for role, tensor in parts.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+        ]
+        if infinite:
+            problems.append(f"module {module} holds a number that is not finite (in {infinite[0]})")
+        if not contents.algorithms.get(module, set()) <= {"LoRA"}:
+            continue
+        if set(parts) & {"A", "B"} != {"A", "B"}:
+            problems.append(f"module {module} has only {sorted(parts)} of its two matrices")
+        elif not _makes_pair(parts["A"], parts["B"]):
+            shapes = f"{tuple(parts['A'].shape)} and {tuple(parts['B'].shape)}"
+            problems.append(f"module {module}: shapes {shapes} make no pair")
+        else:
+            zero += not (bool(parts["A"].any()) and bool(parts["B"].any()))
+    if zero:
+        problems.append(f"{zero} module(s) are zero and change nothing: were they trained?")
+    return problems
+
+
+def _makes_pair(a: Tensor, b: Tensor) -> bool:
+    """True if B A can be computed: A is (r, in[, k, k]) and B is (out, r[, 1, 1])."""
+    return a.ndim == b.ndim and a.ndim in (2, 4) and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
+
+
+def _modules_not_in_unet(contents: FileContents, family: str | None) -> list[str]:
+    """As a problem: modules that the family's UNet does not have, or a family that is not known."""
+    if family is None:
+        return ["its family is unknown: it may be for a model of another kind"] if contents.modules else []
+    existing = {f"unet.{path}" for path, _ in adaptable_layers(empty_unet(family))}
+    others = [module for module in contents.modules if module.startswith("unet.") and module not in existing]
+    return [f"{len(others)} module(s) are not in a UNet of {family}, first {others[0][:120]!r}"] if others else []
+
+
+def _coverage(
+    contents: FileContents, scalings: Mapping[str, float], family: str | None
+) -> list[coverage.BlockCoverage]:
+    """The coverage of every block; norms are computed of LoRA modules only, not of other algorithms."""
+    norms: dict[str, float | None] = {}
+    for module, parts in contents.modules.items():
+        is_lora = contents.algorithms.get(module) == {"LoRA"} and "A" in parts and "B" in parts
+        complete = is_lora and module in scalings and _makes_pair(parts["A"], parts["B"])
+        norms[module] = coverage.norm_of(parts["A"], parts["B"], scalings[module]) if complete else None
+    return coverage.coverage_table(norms, family) if norms else []
+
+
+def _tokens(contents: FileContents, content: TensorFile, path: Path) -> list[dict[str, Any]]:
+    """The learned tokens of a file: key, token (or trigger), number of vectors, width."""
+    tokens = []
+    for key, tensor in contents.embeddings.items():
+        token = content.metadata.get("name") or path.stem
+        if contents.file_kind.endswith("diffusers form"):
+            token = key
+        elif "bundle_emb." in key:
+            token = key.split(".")[1]
+        shape = (1, *tensor.shape) if tensor.ndim == 1 else tuple(tensor.shape)
+        vectors, width = (shape[0], shape[-1]) if shape else (0, 0)
+        tokens.append({"key": key, "token": token, "vectors": vectors, "width": width})
+    return tokens
+
+
+def report(inspection: Inspection) -> str:
+    """The inspection as text for a terminal; characters that are not printable become "?"."""
+    lines = [
+        f"{inspection.file}: {inspection.layout}, {inspection.bytes:,} bytes",
+        f"family      {FAMILIES[inspection.family]} ({inspection.family_by})",
+    ]
+    if inspection.components:
+        parts = ", ".join(f"{count} in {name}" for name, count in inspection.components.items())
+        lines += [f"modules     {sum(inspection.components.values())} ({parts}), {inspection.parameters:,} parameters, "
+                  f"{', '.join(inspection.dtypes)}"]  # fmt: skip
+        lines += [f"rank        {_values_text(inspection.ranks)}", f"alpha/rank  {_values_text(inspection.strengths)}"]
+    for token in inspection.tokens:
+        lines.append(
+            f"token       {token['token']}: {token['vectors']} vector(s) of width {token['width']} ({token['key']})"
+        )
+    if inspection.rows:
+        lines += ["", coverage.coverage_text(inspection.rows)]
+    lines += ["", "read by"]
+    lines += [f"  {name:12}{verdict:8}{reason}".rstrip() for name, (verdict, reason) in inspection.readers.items()]
+    if inspection.problems:
+        lines += ["", "problems", *_first_lines([f"  {problem}" for problem in inspection.problems])]
+    if inspection.metadata:
+        values = [(key[:60], " ".join(value.split())) for key, value in sorted(inspection.metadata.items())]
+        lines += ["", "metadata", *_first_lines([f"  {key} = {value[:MAX_VALUE_LENGTH]}" for key, value in values])]
+    return "\n".join("".join(c if c.isprintable() or c == "\n" else "?" for c in line) for line in lines)
+
+
+def _values_text(values: Mapping[str, int]) -> str:
+    """The value that all modules share, or each value with the number of modules that have it."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return next(iter(values))
+    return ", ".join(f"{value} ({count} modules)" for value, count in list(values.items())[:MAX_LINES])
+
+
+def _first_lines(lines: list[str]) -> list[str]:
+    """At most `MAX_LINES` lines, and one that says how many are left out."""
+    omitted = len(lines) - MAX_LINES
+    return lines[:MAX_LINES] + ([f"  and {omitted} more (--json has all)"] if omitted > 0 else [])

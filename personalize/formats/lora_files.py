@@ -1,0 +1,286 @@
+"""Write a LoRA as the two files that other programs read, and read LoRA files of any layout.
+
+In memory a LoRA is a dictionary of tensors in PEFT's names, "<component>.<module path>.lora_A.weight" (r, in[, k, k])
+and "….lora_B.weight" (out, r[, 1, 1]), with one rank r and one alpha:
+
+    ΔW = (alpha / r) · B A
+
+Components are `unet`, `text_encoder` and `text_encoder_2`; paths inside a text encoder always start with `text_model.`
+(see `lora_names`).  diffusers reads what `diffusers_file` returns; A1111, Forge, ComfyUI, InvokeAI and kohya's tools
+read what `kohya_file` returns.  No single file serves both, because diffusers refuses alpha keys in a file that also
+has its own metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.formats import layouts
+from personalize.formats.layouts import FAMILY_OF_WIDTH
+from personalize.formats.lora_keys import COMPONENTS, kohya_name, with_text_model
+from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
+
+TRAINING_OPTIONS = (  # those that kohya's tools also record, under the same names
+    "learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "optimizer", "resolution", "seed"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as read from a file: `state` in PEFT's names with one `rank` and one `alpha` for all modules."""
+
+    state: dict[str, Tensor]
+    rank: int
+    alpha: float
+    family: str | None
+    layout: str
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The metadata that graphical programs show and that do not depend on the layout: `ss_*` and `modelspec.*`."""
+        return {key: value for key, value in self.metadata.items() if key.startswith(("ss_", "modelspec."))}
+
+    @property
+    def base(self) -> dict[str, str]:
+        """What the file says about its base model: `family`, `name` and `prediction_type`, as far as it says them."""
+        velocity = self.family == "sd2" and self.header.get("ss_base_model_version", "").endswith("_v")
+        base = {"family": self.family, "name": self.header.get("ss_sd_model_name")}
+        base["prediction_type"] = "v_prediction" if velocity else None
+        return {key: value for key, value in base.items() if value}
+
+
+def factor_pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The LoRA matrices (A, B) of every module, by canonical module name, sorted.
+
+    Raises:
+        UserError: a key that is not in PEFT's names, a missing A or B, ranks that disagree, or numbers that are not
+            finite.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"(unet|text_encoder|text_encoder_2)\.(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise UserError(f"{key[:120]!r} is no LoRA tensor in PEFT names: expected <component>.<path>.lora_A.weight")
+        modules.setdefault(with_text_model(match[1], match[2]), {})[match[3]] = tensor
+    for module, pair in modules.items():
+        if set(pair) != {"A", "B"} or pair["A"].ndim < 2 or pair["B"].ndim < 2:
+            raise UserError(f"module {module} has only {sorted(pair)} of its two LoRA matrices A and B")
+        if pair["A"].shape[0] != pair["B"].shape[1]:
+            raise UserError(f"module {module}: A has rank {pair['A'].shape[0]}, B has rank {pair['B'].shape[1]}")
+        if not all(bool(tensor.isfinite().all()) for tensor in pair.values()):
+            raise UserError(f"module {module} holds a number that is not finite: train the adapter again")
+    return {module: (modules[module]["A"], modules[module]["B"]) for module in sorted(modules)}
+
+
+def family_of(state: Mapping[str, Tensor]) -> str | None:
+    """The model family of a LoRA by d, the text width that its cross-attention reads; None if no tensor shows it."""
+    if any(key.startswith(("text_encoder_2.", "unet.add_embedding.")) for key in state):
+        return "sdxl"
+    keys = (key for key in state if key.endswith(("attn2.to_k.lora_A.weight", "attn2.to_v.lora_A.weight")))
+    return next((FAMILY_OF_WIDTH.get(state[key].shape[1]) for key in keys), None)
+
+
+def diffusers_file(state: Mapping[str, Tensor], alpha: float, *, dtype: torch.dtype = torch.float32) -> bytes:
+    """The bytes of `pytorch_lora_weights.safetensors`, the LoRA file that diffusers loads.
+
+    All keys are in PEFT's names: from a file that mixes them with diffusers' older ones, diffusers silently drops every
+    attention module.  The metadata hold r, lora_alpha and target_modules and nothing else, because an older PEFT
+    refuses settings that it does not know.
+
+    Raises:
+        UserError: as `factor_pairs`; ranks that differ between modules; a number too large for `dtype`.
+    """
+    modules = factor_pairs(state)
+    tensors = {}
+    for module, (down, up) in modules.items():
+        tensors[f"{module}.lora_A.weight"] = _cast(down, dtype, module)
+        tensors[f"{module}.lora_B.weight"] = _cast(up, dtype, module)
+    settings: dict[str, Any] = {}
+    common_rank(modules)
+    for component in COMPONENTS:
+        own = [module for module in modules if module.startswith(f"{component}.")]
+        if own:
+            settings[f"{component}.r"] = modules[own[0]][0].shape[0]
+            settings[f"{component}.lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+            settings[f"{component}.target_modules"] = [_target(module) for module in own]
+    return tensor_bytes(tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)})
+
+
+def kohya_file(
+    state: Mapping[str, Tensor],
+    alpha: float,
+    *,
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """The bytes of the LoRA file for graphical programs, in kohya's names.
+
+    Every alpha equals the rank, so that readers multiply by 1; the factor alpha / r is multiplied into `lora_up`.
+    SDXL modules have the names of the original code, the only ones that most of those programs know.
+
+    Raises:
+        UserError: as `diffusers_file`, and a module that the family's UNet does not have.
+    """
+    modules = factor_pairs(state)
+    rank = common_rank(modules)
+    tensors = {}
+    for module, (down, up) in modules.items():
+        name = kohya_name(module, family)
+        tensors[f"{name}.lora_down.weight"] = _cast(down, dtype, module)
+        tensors[f"{name}.lora_up.weight"] = _cast(up.double() * (alpha / rank), dtype, module)
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank), dtype=dtype)
+    without_metadata = tensor_bytes(tensors)
+    data = without_metadata[8 + int.from_bytes(without_metadata[:8], "little") :]
+    data_hash = sha256(data).hexdigest()
+    header = {**(metadata or {}), "format": "pt", "sshs_model_hash": data_hash}
+    return tensor_bytes(tensors, header | {"modelspec.hash_sha256": f"0x{data_hash}"})
+
+
+def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any]) -> dict[str, str]:
+    """The header strings by which graphical programs sort and display a LoRA (`ss_*` and `modelspec.*`).
+
+    `info` may hold `base` (name, sha256, prediction_type), `caption`, `config` (the trainer's options) and `date`.
+    No date is written unless `info` gives one, so that equal training gives equal files.
+    """
+    base, config, caption = info.get("base", {}), info.get("config", {}), str(info.get("caption", ""))
+    v_prediction = base.get("prediction_type") == "v_prediction"
+    version, architecture = {
+        "sd1": ("sd_v1", "stable-diffusion-v1"),
+        "sd2": ("sd_v2_v", "stable-diffusion-v2-768-v") if v_prediction else ("sd_v2", "stable-diffusion-v2-512"),
+        "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    }[family]
+    side = config.get("resolution")
+    values = {
+        "ss_v2": str(family == "sd2"),
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_network_args": "{}",
+        "ss_output_name": title,
+        "ss_sd_model_name": base.get("name"),
+        "ss_new_sd_model_hash": base.get("sha256"),
+        "ss_num_train_images": 1,
+        "ss_tag_frequency": json.dumps({"1_picture": {caption: 1}}) if caption else None,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": caption or None,
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "modelspec.date": info.get("date"),
+        "modelspec.resolution": f"{side}x{side}" if side else None,
+        "ss_steps": config.get("max_train_steps"),
+        "ss_unet_lr": config.get("learning_rate"),
+    }
+    values |= {f"ss_{name}": config.get(name) for name in TRAINING_OPTIONS}
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def read_lora(path: str | Path, content: TensorFile | None = None) -> LoraFile:
+    """Read a LoRA in any naming scheme, or in several at once, into PEFT's names with one rank and one alpha.
+
+    Where alphas or ranks differ between modules, alpha / r is multiplied into B and smaller ranks are padded with
+    zeros, which leaves every ΔW as it was.  The Tucker core of a convolution (`lora_mid`) is multiplied into A, which
+    is exact too.  `content` is what has already been read from `path`.
+
+    Raises:
+        UserError: no safetensors file, or one that holds something other than LoRA matrices.
+    """
+    content = read_tensors(path) if content is None else content
+    contents = layouts.classify_tensors(content.tensors)
+    _require_only_lora(contents, path)
+    parts = {module: _with_folded_core(module, values) for module, values in contents.modules.items()}
+    modules = factor_pairs({f"{m}.lora_{s}.weight": v[s].float() for m, v in parts.items() for s in "AB" if s in v})
+    if not modules:
+        raise UserError(f"{path} holds no LoRA tensors: name a file with LoRA weights")
+    settings = layouts.peft_settings(content.metadata, path)
+    scalings = {module: layouts.scaling(module, contents.modules[module], settings) for module in modules}
+    state, rank, alpha = _with_one_rank_and_alpha(modules, scalings)
+    layout = "kohya" if contents.naming_schemes["kohya"] else "peft"
+    return LoraFile(state, rank, alpha, layouts.detect_family(contents, content.metadata)[0], layout, content.metadata)
+
+
+def _require_only_lora(contents: layouts.FileContents, path: str | Path) -> None:
+    """UserError, which says what the file is, unless it holds LoRA matrices and nothing else."""
+    others = [(name, n) for name, n in contents.algorithm_counts.items() if name not in ("LoRA", "Tucker LoCon")]
+    if others:
+        listed = ", ".join(f"{count} module(s) of {name}" for name, count in sorted(others))
+        raise UserError(f"{path} is no plain LoRA: it holds {listed}, which are recognised but not converted")
+    if contents.file_kind:
+        raise UserError(f"{path} is no plain LoRA: it is a {contents.file_kind}; `personalize inspect` says more")
+    if contents.unknown_keys:
+        key = contents.unknown_keys[0][:120]
+        raise UserError(f"{path}: {key!r} belongs to no known part of a LoRA: is it for another kind of base model?")
+    if contents.duplicate_keys:
+        raise UserError(f"{path} gives the same factor of a module twice, once as {contents.duplicate_keys[0][:120]!r}")
+
+
+def _with_folded_core(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a module with a Tucker core multiplied into A; without a core they are returned unchanged.
+
+    A (r, i, k, k) = Σ_s mid (r, s, k, k) · down (s, i)
+    """
+    if "mid" not in parts:
+        return parts
+    mid, down = parts["mid"].float(), parts.get("A", torch.empty(0)).float()
+    if mid.ndim != 4 or down.ndim != 4 or down.shape[2:].numel() != 1 or mid.shape[1] != down.shape[0]:
+        raise UserError(f"module {module}: lora_mid {tuple(mid.shape)} and lora_down {tuple(down.shape)} do not fit")
+    return {**parts, "A": torch.einsum("rskl,si->rikl", mid, down.flatten(1))}
+
+
+def common_rank(modules: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    """The rank that all modules share; UserError if there is no module, or naming one whose rank differs."""
+    ranks = {module: pair[0].shape[0] for module, pair in modules.items()}
+    if not ranks:
+        raise UserError("the adapter holds no LoRA module: nothing to write")
+    first = next(iter(ranks.values()))
+    other = next((module for module, rank in ranks.items() if rank != first), None)
+    if other is not None:
+        raise UserError(
+            f"module {other} has rank {ranks[other]}, others have {first}: one rank per adapter is expected"
+        )
+    return first
+
+
+def _with_one_rank_and_alpha(
+    modules: Mapping[str, tuple[Tensor, Tensor]], scalings: Mapping[str, float]
+) -> tuple[dict[str, Tensor], int, float]:
+    """State, rank and alpha of a LoRA whose modules may have ranks and scalings alpha / r of their own.
+
+    Smaller ranks are padded with zeros; scalings, where they differ, are multiplied into B, and alpha is the rank.
+    """
+    rank = max(down.shape[0] for down, _ in modules.values())
+    same = len(set(scalings.values())) == 1
+    state = {}
+    for module, (down, up) in modules.items():
+        missing = rank - down.shape[0]
+        up = up if same else up * scalings[module]
+        state[f"{module}.lora_A.weight"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+        state[f"{module}.lora_B.weight"] = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
+    return state, rank, rank * next(iter(scalings.values())) if same else float(rank)
+
+
+def _target(module: str) -> str:
+    """The entry in PEFT's target_modules: the path's ending that is the same with and without `text_model.encoder.`."""
+    return module.split(".", 1)[1].removeprefix("text_model.").removeprefix("encoder.")
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
+    """`tensor` in `dtype`; UserError if a number is too large for it."""
+    cast = tensor.detach().to(dtype)
+    if not bool(cast.isfinite().all()):
+        raise UserError(f"module {module} does not fit into {dtype}: write the file in torch.float32")
+    return cast

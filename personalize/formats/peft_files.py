@@ -1,0 +1,74 @@
+"""TODO: formats/peft_files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from personalize.formats import lora_files as formats
+from personalize.formats import verification as verify
+from personalize.formats.lora_keys import COMPONENTS
+from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.io.tensor_files import TensorFile, read_json, read_tensors, tensor_bytes
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def _read_peft_keys(content: TensorFile, family: str | None) -> tuple[Factors, list[str]]:
+    """The modules of a file in PEFT's keys; if the family is unknown, as read by the family that knows most of them.
+
+    Any family reads the same ΔW: no block numbers in PEFT's keys differ between families.
+    """
+    readings = (ReaderKeys(name).peft(content) for name in ([family] if family else verify.FAMILIES))
+    return max(readings, key=lambda reading: len(reading[0]))
+
+
+def peft_files(
+    state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype = torch.float32, base: str | None = None
+) -> dict[str, bytes]:
+    """PEFT's own files of a LoRA, name → bytes, for `PeftModel.from_pretrained(module, folder)`.
+
+    A LoRA of the UNet alone gives `adapter_config.json` and `adapter_model.safetensors`; one that also changes text
+    encoders gives a folder of these two files for each part: "unet/", "text_encoder/", "text_encoder_2/".  `base` is
+    the name of the base model.  Only settings that every version of PEFT knows are written.  Module paths of the first
+    text encoder have no `text_model.`, because transformers ≥ 5.6 builds it without; those of SDXL's second have it.
+    """
+    modules = formats.factor_pairs(state)
+    rank, files = formats.common_rank(modules), {}
+    parts = [part for part in COMPONENTS if any(module.startswith(f"{part}.") for module in modules)]
+    for part in parts:
+        own = {module.partition(".")[2]: pair for module, pair in modules.items() if module.startswith(f"{part}.")}
+        if part == "text_encoder":
+            own = {path.removeprefix("text_model."): pair for path, pair in own.items()}
+        tensors = {
+            f"{PEFT_PREFIX}{path}.lora_{side}.weight": tensor.to(dtype)
+            for path, pair in own.items()
+            for side, tensor in zip("AB", pair, strict=True)
+        }
+        settings = {"peft_type": "LORA", "task_type": None, "r": rank, "lora_alpha": alpha,
+                    "target_modules": list(own), "bias": "none", "inference_mode": True,
+                    "base_model_name_or_path": base}  # fmt: skip
+        folder = "" if parts == ["unet"] else f"{part}/"
+        files[f"{folder}{PEFT_CONFIG}"] = (json.dumps(settings, indent=2) + "\n").encode()
+        files[f"{folder}{PEFT_WEIGHTS}"] = tensor_bytes(tensors, {"format": "pt"})
+    return files
+
+
+def require_peft_files(folder: Path, expected: Factors, family: str | None) -> None:
+    """UserError unless the files of `peft_files` in `folder` give every ΔW of `expected` (keys: `reader_names`)."""
+    tensors, settings = {}, {}
+    folders = {part: folder / part for part in COMPONENTS if (folder / part).is_dir()} or {"unet": folder}
+    for part, place in folders.items():
+        config, nested = read_json(place / PEFT_CONFIG), "text_model." if part == "text_encoder" else ""
+        for key, tensor in read_tensors(place / PEFT_WEIGHTS).tensors.items():
+            tensors[f"{part}.{nested}{key.removeprefix(PEFT_PREFIX)}"] = tensor
+        settings |= {f"{part}.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
+    content = TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
+    factors, problems = _read_peft_keys(content, family)
+    verify.VerificationReport((verify.compare(PEFT_WEIGHTS, factors, problems, expected),)).require()

@@ -1,0 +1,215 @@
+"""Files of learned tokens (textual inversion): new rows of a text encoder's embedding table.
+
+The rows of a token are a dictionary from "text_encoder" to a tensor (n, d) and, for SDXL, from "text_encoder_2" to a
+tensor (n, d₂): a token may stand for n > 1 vectors.  Programs read one of two layouts:
+
+    layout      keys                              read by
+    ui          emb_params; SDXL: clip_l, clip_g  A1111, Forge, ComfyUI, InvokeAI, kohya; the file's name is the trigger
+    diffusers   the token itself                  diffusers' `load_textual_inversion`; one file per text encoder
+
+For the second and later rows of a token `<cat>`, diffusers adds tokens `<cat>_1`, `<cat>_2`, … on loading.
+
+Reference: Gal et al., "An Image is Worth One Word", arXiv 2208.01618.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+UI_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+KNOWN_KEYS = {  # keys of every layout except diffusers': the graphical programs', OneTrainer's and cog-sdxl's
+    "emb_params": "text_encoder", "emp_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
+    "text_encoders_0": "text_encoder", "text_encoders_1": "text_encoder_2",
+}  # fmt: skip
+ENCODER_METADATA_KEY = "personalize.text_encoder"  # since diffusers' layout does not say which encoder the rows are for
+MAX_ROWS = 75  # CLIP has 77 positions, two of which are the start and end tokens
+ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"
+}  # fmt: skip
+Rows = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LearnedToken:
+    """A token, and its learned rows for each text encoder."""
+
+    token: str
+    rows: dict[str, Tensor]
+
+
+def checked_rows(token: str, rows: Rows) -> dict[str, Tensor]:
+    """The rows as tensors (n, d) in fp32 on the CPU, after checking that they can be a token's.
+
+    Raises:
+        UserError: a token with spaces or over 100 characters; rows for an unknown text encoder, of a wrong shape, of
+            different n for two text encoders, more than `MAX_ROWS`, or not finite.
+    """
+    if not token or len(token) > 100 or any(character.isspace() or ord(character) < 32 for character in token):
+        raise UserError(f"{token[:100]!r} is no token: one word without spaces is expected, such as <my-cat>")
+    if not rows or not set(rows) <= set(ENCODERS):
+        raise UserError(f"token {token} has rows for {sorted(rows)}: expected {' and '.join(ENCODERS)}")
+    tensors = {key: rows[key].detach().float().cpu() for key in ENCODERS if key in rows}
+    tensors = {key: tensor[None] if tensor.ndim == 1 else tensor for key, tensor in tensors.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if any(len(shape) != 2 for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) != 1:
+        raise UserError(f"token {token} has rows of shapes {shapes}: expected (n, d) with one n for all text encoders")
+    if not all(0 < count <= MAX_ROWS and width for count, width in shapes.values()):
+        raise UserError(f"token {token} has rows of shapes {shapes}: 1 to {MAX_ROWS} rows fit into a prompt")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise UserError(f"token {token} holds a number that is not finite: train it again")
+    return tensors
+
+
+def token_file_stem(token: str) -> str:
+    """The name of a token's file without ending, the trigger in graphical programs: `<my-cat>` → "my-cat"."""
+    return re.sub(r"[^\w.-]+", "_", token.strip("<>")).strip("._") or "token"
+
+
+def family_of(rows: Rows) -> str | None:
+    """The model family ("sd1", "sd2", "sdxl") by the rows' width d; None if it is the width of no family."""
+    if "text_encoder_2" in rows:
+        return "sdxl"
+    return {768: "sd1", 1024: "sd2"}.get(rows["text_encoder"].shape[-1])
+
+
+def ui_file(learned: LearnedToken, *, family: str | None = None, dtype: torch.dtype = torch.float32) -> bytes:
+    """The bytes of a token's file for graphical programs, which take the file's name without ending as the trigger.
+
+    Raises:
+        UserError: rows that are no token's (see `checked_rows`), too large for `dtype`, or for a text encoder that
+            `family` does not have.
+    """
+    rows, family = _cast(learned, dtype), family or family_of(learned.rows)
+    trigger = token_file_stem(learned.token)
+    metadata = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": trigger}
+    metadata["modelspec.trigger_phrase"] = trigger
+    if family is not None:
+        metadata["modelspec.architecture"] = f"{ARCHITECTURES[family]}/textual-inversion"
+    keys = UI_KEYS if family == "sdxl" else {"text_encoder": "emb_params"}
+    if missing := set(rows) - set(keys):
+        raise UserError(f"token {learned.token} has rows for {missing.pop()}, which {family} does not have")
+    return tensor_bytes({keys[encoder]: tensor for encoder, tensor in rows.items()}, metadata)
+
+
+def diffusers_file(learned: LearnedToken, encoder: str, *, dtype: torch.dtype = torch.float32) -> bytes:
+    """The bytes of a token's file for one text encoder, from which `load_textual_inversion` learns the token too.
+
+    Raises:
+        UserError: as `ui_file`, and a token that is a key of another layout.
+    """
+    if learned.token in KNOWN_KEYS:
+        raise UserError(f"the token {learned.token} is a word of the file formats: give it another name")
+    rows = _cast(learned, dtype)[encoder]
+    return tensor_bytes({learned.token: rows}, {"format": "pt", ENCODER_METADATA_KEY: encoder})
+
+
+def token_file_names(concepts: Mapping[str, Iterable[str]], layout: str = "both") -> dict[str, tuple[str, str | None]]:
+    """The names of the files for several tokens, and what each file holds.
+
+    "my-cat.safetensors" is for graphical programs, "my-cat_learned_embeds.safetensors" for diffusers; the latter is
+    "learned_embeds.safetensors" if there is only one token, and ends in "_2" for a second text encoder.
+
+    Args:
+        concepts: for each token, the text encoders that it has rows for.
+        layout: "ui" (for graphical programs), "diffusers", or "both".
+
+    Returns:
+        For each file name: the token, and the text encoder whose rows the file holds, or None if it holds all.
+
+    Raises:
+        UserError: an unknown `layout`, or two names that differ only in case.
+    """
+    if layout not in ("ui", "diffusers", "both"):
+        raise UserError(f"unknown layout {layout!r} of token files: choose ui, diffusers or both")
+    names: dict[str, tuple[str, str | None]] = {}
+    for token, encoders in concepts.items():
+        stem = "learned_embeds" if len(concepts) == 1 else f"{token_file_stem(token)}_learned_embeds"
+        added: dict[str, tuple[str, str | None]] = {}
+        if layout != "diffusers":
+            added[f"{token_file_stem(token)}.safetensors"] = (token, None)
+        if layout != "ui":
+            endings = {encoder: "_2" if encoder == "text_encoder_2" else "" for encoder in encoders}
+            added |= {f"{stem}{ending}.safetensors": (token, encoder) for encoder, ending in endings.items()}
+        used = {name.casefold() for name in names}
+        if clash := next((name for name in added if name.casefold() in used), None):
+            raise UserError(f"token {token} would be written to {clash}, as another token is: rename one of them")
+        names |= added
+    return names
+
+
+def token_file_contents(
+    concepts: Mapping[str, Rows],
+    *,
+    layout: str = "both",
+    family: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, bytes]:
+    """The bytes of every file that `token_file_names` lists; UserError for rows that cannot be written."""
+    files = {}
+    for name, (token, encoder) in token_file_names(concepts, layout).items():
+        learned = LearnedToken(token, checked_rows(token, concepts[token]))
+        if encoder is None:
+            files[name] = ui_file(learned, family=family, dtype=dtype)
+        else:
+            files[name] = diffusers_file(learned, encoder, dtype=dtype)
+    return files
+
+
+def require_token_files(
+    folder: Path, concepts: Mapping[str, Rows], layout: str = "both", dtype: torch.dtype = torch.float32
+) -> None:
+    """UserError unless every file that `token_file_names` lists is in `folder` and holds the rows of its token."""
+    for name, (token, encoder) in token_file_names(concepts, layout).items():
+        expected = checked_rows(token, concepts[token])
+        expected = expected if encoder is None else {encoder: expected[encoder]}
+        saved = read_concept(folder / name)
+        same = saved.rows.keys() == expected.keys() and saved.token == (token if encoder else Path(name).stem)
+        if not same or not all(torch.equal(saved.rows[key], expected[key].to(dtype).float()) for key in expected):
+            raise UserError(f"{name} does not give back the rows of token {token}: the disk or memory is faulty")
+
+
+def read_concept(path: str | Path, token: str | None = None, content: TensorFile | None = None) -> LearnedToken:
+    """Read a token file of any program.
+
+    The token is `token` if given, else the one in a file of diffusers' layout, else the file's name without ending.
+    `content` is what has already been read from `path`.
+
+    Raises:
+        UserError: a file that is damaged, a pickle, or no textual inversion.
+    """
+    path, content = Path(path), read_tensors(path) if content is None else content
+    tensors = content.tensors
+    if not tensors:
+        raise UserError(f"{path} is empty: a file with learned token rows was expected")
+    if set(tensors) <= set(KNOWN_KEYS):
+        encoders = [KNOWN_KEYS[key] for key in tensors]
+        if len(set(encoders)) != len(encoders):
+            raise UserError(f"{path} holds {sorted(tensors)}, which are rows of one text encoder twice")
+        token = token or path.stem
+        return LearnedToken(token, checked_rows(token, {KNOWN_KEYS[key]: tensor for key, tensor in tensors.items()}))
+    if len(tensors) != 1:
+        raise UserError(f"{path} holds {len(tensors)} tensors, e.g. {min(tensors)[:80]!r}: is it a LoRA or a model?")
+    key, rows = next(iter(tensors.items()))
+    encoder = content.metadata.get(
+        ENCODER_METADATA_KEY, "text_encoder_2" if rows.shape[-1:] == (1280,) else "text_encoder"
+    )
+    token = token or key
+    return LearnedToken(token, checked_rows(token, {encoder: rows}))
+
+
+def _cast(learned: LearnedToken, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The checked rows of a token in `dtype`; UserError if a number is too large for it."""
+    rows = {encoder: tensor.to(dtype) for encoder, tensor in checked_rows(learned.token, learned.rows).items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in rows.values()):
+        raise UserError(f"token {learned.token} does not fit into {dtype}: write the file in torch.float32")
+    return rows

@@ -1,0 +1,261 @@
+"""Verify adapter files: read them as other programs do, compute every weight update ΔW, and compare it with ours.
+
+    ΔW = (alpha / r) · B A
+
+Keys are mapped to modules by `reader_names`, which shares no code with `formats`, which writes the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.formats import textual_inversion_files
+from personalize.formats.manifest import DIFFUSERS_FILE, FAMILIES, MANIFEST, SOURCE_FILE, _read_manifest, tensor_digest
+from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.io.tensor_files import TensorFile, read_tensors
+from personalize.models.empty import EmptyModel, empty_model
+from personalize.models.stable_diffusion import StableDiffusion
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Largest allowed |ΔW in the file − ΔW| / max |ΔW|, by the file's dtype: rounding of A, B and their product."""
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """The result of comparing one file: how many modules (or tensors) match, the largest deviation, the problems."""
+
+    file: str
+    matched: int
+    total: int
+    deviation: float
+    worst: str
+    problems: tuple[str, ...]
+    unit: str = "modules"
+
+    def __str__(self) -> str:
+        text = f"{self.file}: {self.matched} / {self.total} {self.unit} match, largest deviation {self.deviation:.1e}"
+        lines = [text + (f" ({self.worst})" if self.deviation else "")]
+        listed = [f"  {problem}" for problem in self.problems[:20]]
+        omitted = len(self.problems) - len(listed)
+        return "\n".join([*lines, *listed, *([f"  and {omitted} more"] if omitted else [])])
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """The results of verifying an adapter, file by file."""
+
+    files: tuple[FileReport, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if no file has a problem."""
+        return not any(file.problems for file in self.files)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.files), "verified" if self.ok else "NOT verified"])
+
+    def require(self) -> VerificationReport:
+        """This report if it has no problem; otherwise UserError with the first problem and their number."""
+        problems = [f"{file.file}: {problem}" for file in self.files for problem in file.problems]
+        if problems:
+            raise UserError(f"the adapter does not verify, {len(problems)} problem(s); first: {problems[0]}")
+        return self
+
+
+
+
+
+
+
+
+def verify_file(path: Path, model: StableDiffusion | None = None) -> VerificationReport:
+    """Check one LoRA file by itself: every key must name a module, and diffusers must load the same ΔW from it.
+
+    The file is read with the keys of `reader_names`; then diffusers' own loader reads it into `model` or, without a
+    `model`, into one of the released size without weights, if the file's shapes are of that size.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content = read_tensors(path)
+    kohya = any(key.startswith("lora_") for key in content.tensors)
+    family = model.family if model is not None else _family(content, kohya)
+    base = model if model is not None else empty_model(family)
+    keys = ReaderKeys(family, base.unet)
+    factors, problems = keys.kohya(content) if kohya else keys.peft(content)
+    if model is None and not _any_shape_matches(factors, keys.shapes or {}):
+        base, keys = None, ReaderKeys(family)
+    report = compare(path.name, factors, problems, factors, keys.shapes)
+    stems = {key.removesuffix(ending) for ending in _ENDINGS for key in content.tensors if key.endswith(ending)}
+    reports = [replace(report, total=max(len(stems), len(factors)))]
+    if not factors:
+        reports = [replace(report, problems=(*report.problems[:1], "it has no LoRA module that any program reads"))]
+    elif base is not None:
+        reports.append(compare_through_diffusers(path, base, factors))
+    return VerificationReport(tuple(reports))
+
+
+_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha")
+
+
+def _family(content: TensorFile, kohya: bool) -> str:
+    """The family that has most of the file's modules; the width of the text separates SD 1.x from 2.x."""
+    readers = {family: ReaderKeys(family) for family in FAMILIES}
+    factors = {family: (keys.kohya if kohya else keys.peft)(content)[0] for family, keys in readers.items()}
+    best = max(FAMILIES, key=lambda family: len(factors[family]))
+    widths = {a.shape[1] for module, (a, _, _) in factors[best].items() if module.endswith("attn2.to_k")}
+    return "sd2" if best == "sd1" and 1024 in widths else best
+
+
+def _any_shape_matches(factors: Factors, shapes: Mapping[str, torch.Size]) -> bool:
+    """True if the ΔW of at least one module has the shape of the released model's weight."""
+    updates = {module: (b.shape[0], *a.shape[1:]) for module, (a, b, _) in factors.items() if module in shapes}
+    return any(shape == tuple(shapes[module]) for module, shape in updates.items())
+
+
+def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> VerificationReport:
+    """Compare the files of an adapter folder with the hashes in `adapter.json`, and with one another.
+
+    With a `model`, the shapes must be those of its layers, and diffusers' own loader loads both LoRA files into it (and
+    unloads them again).
+
+    Raises:
+        UserError: no adapter folder, files that cannot be read, or a `model` that is of another family or already has
+            an adapter loaded.
+    """
+    folder = Path(folder)
+    family, kohya_file, scaling, hashes, source, concepts = _read_manifest(folder / MANIFEST)
+    if model is not None and model.family != family:
+        raise UserError(
+            f"the adapter is for the family {family}, the base {model.name} is {model.family}: name another base"
+        )
+    keys = ReaderKeys(family, None if model is None else model.unet)
+    content = read_tensors(folder / DIFFUSERS_FILE)
+    expected = {module: (a, b, scaling) for module, (a, b, _) in keys.peft(content)[0].items()}
+    reports = [compare_digests(DIFFUSERS_FILE, content.tensors, hashes)]
+    reports += compare_files(folder, kohya_file, expected, keys)
+    if source:
+        reports.append(compare_digests(SOURCE_FILE, read_tensors(folder / SOURCE_FILE).tensors, source))
+    for name, (token, encoder) in textual_inversion_files.token_file_names(concepts).items():
+        rows = concepts[token] if encoder is None else {encoder: concepts[token][encoder]}
+        reports.append(compare_digests(name, textual_inversion_files.read_concept(folder / name).rows, rows))
+    if model is not None:
+        reports += [compare_through_diffusers(folder / file, model, expected) for file in (DIFFUSERS_FILE, kohya_file)]
+    return VerificationReport(tuple(reports))
+
+
+
+
+def compare_digests(file: str, tensors: Mapping[str, Tensor], hashes: Mapping[str, str]) -> FileReport:
+    """Compare tensors, bit for bit, with the hashes recorded when they were saved (`tensor_digest`)."""
+    wrong = [f"tensor {key} is missing" for key in hashes if key not in tensors]
+    wrong += [f"tensor {key[:120]} was not in the adapter" for key in tensors if key not in hashes]
+    computed = {key: tensor_digest(tensor) for key, tensor in tensors.items() if key in hashes}
+    wrong += [f"tensor {key} is not what was saved" for key, value in computed.items() if value != hashes[key]]
+    matched = sum(hashes[key] == value for key, value in computed.items())
+    return FileReport(f"{file} as recorded in {MANIFEST}", matched, len(hashes), 0.0, "", tuple(wrong), "tensors")
+
+
+
+
+def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, expected: Factors) -> FileReport:
+    """Load the file into `model` with diffusers' own loader, compare ΔW in every layer, and unload it.
+
+    Raises:
+        UserError: `model` already has an adapter loaded.
+    """
+    parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
+    if any(isinstance(module, LoraLayer) for part in parts.values() for module in part.modules()):
+        raise UserError("the base model already carries an adapter: unload it before verifying another")
+    loaded: Factors = {}
+    pipe = model.pipeline()
+    try:
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="verify", local_files_only=True)
+        for component, part in parts.items():
+            for name, layer in part.named_modules():
+                if isinstance(layer, LoraLayer):
+                    nested = component == "unet" or name.startswith("text_model.")
+                    a, b = (side["verify"].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))  # pyright: ignore
+                    path_in_file = name if nested else f"text_model.{name}"
+                    loaded[f"{component}.{path_in_file}"] = (a, b, layer.scaling["verify"])
+    except Exception as error:  # an error of the loader, of whatever type, is a result and not a failure of the check
+        reason = " ".join(str(error).split())[:200]
+        return FileReport(f"{path.name} through diffusers", 0, len(expected), 0.0, "", (f"cannot be loaded: {reason}",))
+    finally:
+        pipe.unload_lora_weights()
+    return compare(f"{path.name} through diffusers", loaded, [], expected)
+
+
+def compare_files(folder: Path, kohya_file: str, expected: Factors, keys: ReaderKeys) -> list[FileReport]:
+    """Compare both LoRA files of `folder`, diffusers' and kohya's, with the `expected` matrices."""
+    readers = {DIFFUSERS_FILE: keys.peft, kohya_file: keys.kohya}
+    return [compare(file, *read(read_tensors(folder / file)), expected, keys.shapes) for file, read in readers.items()]
+
+
+def compare(
+    file: str, found: Factors, problems: list[str], expected: Factors, shapes: Mapping[str, torch.Size] | None = None
+) -> FileReport:
+    """Compare ΔW module by module.
+
+    Args:
+        file: the file's name in the report.
+        found: the matrices read from the file.
+        problems: those met in reading, which become part of the report.
+        expected: the matrices that should be in it.
+        shapes: the shape of every layer's weight in the base model, if it is known.
+    """
+    problems, deviations, matched = list(problems), {}, 0
+    problems += [f"module {module} is not in the adapter" for module in found if module not in expected]
+    for module, reference in expected.items():
+        if module not in found:
+            problems.append(f"module {module} is missing")
+        elif wrong := _shape_problem(module, found[module], reference, shapes):
+            problems.append(wrong)
+        else:
+            deviations[module] = value = deviation(found[module], reference)
+            if value <= TOLERANCE.get(found[module][0].dtype, TOLERANCE[torch.float32]):
+                matched += 1
+            else:
+                problems.append(f"module {module}: ΔW deviates by {value:.1e} of its largest entry")
+    worst = max(deviations, key=deviations.__getitem__, default="")
+    return FileReport(file, matched, len(expected), deviations.get(worst, 0.0), worst, tuple(problems))
+
+
+def deviation(found: tuple[Tensor, Tensor, float], expected: tuple[Tensor, Tensor, float]) -> float:
+    """max |ΔW_found − ΔW| / max |ΔW|, the absolute deviation where ΔW is zero, ∞ for numbers that are not finite."""
+    (a, b, scaling), (expected_a, expected_b, expected_scaling) = found, expected
+    if scaling == expected_scaling and torch.equal(a, expected_a) and torch.equal(b, expected_b):
+        return 0.0 if all(bool(tensor.isfinite().all()) for tensor in (a, b)) else float("inf")
+    reference = _weight_update(*expected)
+    largest = float((_weight_update(*found) - reference).abs().max())
+    value = largest / (float(reference.abs().max()) or 1.0)
+    return value if value == value else float("inf")
+
+
+def _weight_update(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """ΔW = scaling · B A as a matrix (out, in·k·k)."""
+    return (b.detach().float().flatten(1) @ a.detach().float().flatten(1)) * scaling
+
+
+def _shape_problem(
+    module: str,
+    found: tuple[Tensor, Tensor, float],
+    expected: tuple[Tensor, Tensor, float],
+    shapes: Mapping[str, torch.Size] | None,
+) -> str:
+    """What is wrong with the shape (out, in[, k, k]) of a module's ΔW; "" if nothing is."""
+    a, b, _ = found
+    if a.ndim != b.ndim or a.ndim not in (2, 4) or a.shape[0] != b.shape[1] or b.shape[2:].numel() != 1:
+        return f"module {module}: A {tuple(a.shape)} and B {tuple(b.shape)} do not make a pair"
+    shape = (b.shape[0], *a.shape[1:])
+    required = (expected[1].shape[0], *expected[0].shape[1:])
+    if shapes is not None and module in shapes:
+        required = tuple(shapes[module])
+    return "" if shape == required else f"module {module} has shape {shape}, the base model's has {required}"

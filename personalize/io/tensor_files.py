@@ -1,0 +1,192 @@
+"""Write files and folders atomically, and read safetensors and JSON files without trusting them.
+
+A file is written under a temporary name beside its target, synced to the disk, and then renamed, so that a reader sees
+the old contents or the new ones and never a part.  The header of a safetensors file (sizes, shapes, offsets, counts) is
+checked against the length of the file before any memory is allocated.  Names in a file become dictionary keys and never
+paths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from personalize.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 50_000
+MAX_DIMENSIONS = 8
+MAX_JSON_BYTES = 16 * 2**20
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The content of a safetensors file: its tensors by name, and the strings of its header (`__metadata__`)."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file; equal tensors and metadata give equal bytes, because names are sorted."""
+    return b"".join(tensor_parts(tensors, metadata))
+
+
+def tensor_parts(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[bytes]:
+    """The bytes of a safetensors file in parts, the header and then one tensor after the other.
+
+    Floating-point tensors are cast to `dtype` if it is given.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        offsets = [end, end := end + tensor.numel() * kind.itemsize]
+        header[name] = {"dtype": names[kind], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        yield tensor.to("cpu", kind).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def read_tensors(path: str | Path) -> TensorFile:
+    """Read a safetensors file after checking its header against the length of the file.
+
+    Raises:
+        UserError: a file that is missing, a pickle, truncated, or whose header contradicts itself or the file's length.
+    """
+    path = Path(path)
+    with _open_file(path) as stream:
+        header, start = _read_header(stream, path)
+        size = os.fstat(stream.fileno()).st_size - start
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise UserError(f"{path} is damaged: its metadata must map strings to strings")
+        entries = {name: _checked_entry(name, value, size, path) for name, value in header.items()}
+        _check_ranges(entries, size, path)
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            tensors = {name: _read_tensor(view, start, *entry) for name, entry in entries.items()}
+    return TensorFile(tensors, metadata)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object of at most 16 MiB; UserError if the file is missing or anything else."""
+    path = Path(path)
+    with _open_file(path) as stream:
+        text = stream.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise UserError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, a smaller JSON file was expected: check it")
+    return _json_object(text, path)
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading; UserError if it is missing or unreadable."""
+    try:
+        if not path.is_file():  # reading from a pipe or a device could block for ever
+            raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: check the path")
+        with open(path, "rb") as stream:
+            yield stream
+    except OSError as error:
+        raise UserError(f"could not read {path}: {error.strerror or error}") from error
+
+
+def _read_header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file as a dictionary, and the position at which the tensors' data start."""
+    prefix = stream.read(8)
+    file_size = os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, file_size - 8):
+        if path.suffix.lower() in PICKLE_SUFFIXES or prefix.startswith((b"PK\x03\x04", b"\x80")):
+            raise UserError(f"{path} is a pickle, which can run code when opened: convert it to .safetensors first")
+        raise UserError(f"{path} is no safetensors file or is truncated ({file_size} bytes): use a .safetensors file")
+    stream.seek(8)
+    header = _json_object(stream.read(length), path)
+    if len(header) > MAX_TENSORS:
+        raise UserError(f"{path} names {len(header)} tensors, more than the {MAX_TENSORS} any model of this kind has")
+    return header, 8 + length
+
+
+def _json_object(text: bytes, path: Path) -> dict[str, Any]:
+    """Parse a JSON object; UserError if it is no object, or if a name occurs twice in one."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its JSON cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: its JSON holds a {type(value).__name__}, an object was expected")
+    return value
+
+
+def _checked_entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.dtype, list[int], int, int]:
+    """One tensor's dtype, shape, begin and end; UserError unless they are consistent and within `size` bytes."""
+    try:
+        dtype, shape, (begin, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
+        integers = isinstance(shape, list) and all(type(number) is int for number in [*shape, begin, end])
+        fits = integers and len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0
+        fits = fits and math.prod(max(1, side) for side in shape) < 2**40  # bounds the strides of empty tensors
+        if fits and 0 <= begin <= end <= size and end - begin == math.prod(shape) * dtype.itemsize:
+            return dtype, shape, begin, end
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    raise UserError(f"{path} is damaged: the entry of tensor {name[:120]!r} does not fit its {size} bytes of data")
+
+
+def _check_ranges(entries: Mapping[str, tuple[torch.dtype, list[int], int, int]], size: int, path: Path) -> None:
+    """UserError unless every byte of the data belongs to exactly one tensor."""
+    position = 0
+    for _, _, begin, end in sorted(entries.values(), key=lambda entry: entry[2:]):
+        if begin != position:
+            raise UserError(f"{path} is damaged: its tensors overlap or leave a gap at byte {position}")
+        position = end
+    if position != size:
+        raise UserError(f"{path} is damaged: {size - position} bytes belong to no tensor")
+
+
+def _read_tensor(view: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int], begin: int, end: int) -> Tensor:
+    """One tensor, copied out of the file's data, which begin at byte `start`."""
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(view[start + begin : start + end]), dtype=dtype).reshape(shape)

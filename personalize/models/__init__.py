@@ -1,0 +1,15 @@
+"""Base models of the Stable Diffusion family, and handles on their parts.
+
+    stable_diffusion   one handle for SD 1.x, SD 2.x and SDXL: encode, predict, decode
+    parameterization   what a UNet predicts (ε or v), turned into the other and into the clean latents
+    loading, config    from a folder, the hub or a single file; configs/ holds what single files lack
+    blocks             which layers belong to the encoder, the middle and the decoder
+    attention          hooks on attention layers;  attention_maps: record and average what they look at
+    prompts            prompts as tokens and as words
+    image_processor    pictures of any size, padded to what the base model can encode, and back
+    fast_paths         the same results in less time
+    empty              a model's shapes without its weights
+    quantization       4-bit base models
+
+Imports: io.
+"""

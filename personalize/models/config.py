@@ -1,0 +1,28 @@
+"""TODO: models/config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelOptions:
+    """Options that choose the base model."""
+
+    pretrained_model_name_or_path: str | None = None
+    """Base: a diffusers folder, hub id or single-file checkpoint; by default the adapter's own, or the package's."""
+    revision: str | None = None
+    """Revision of a base from the hub."""
+    variant: str | None = None
+    """Variant of the base's files, e.g. fp16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions(BaseModelOptions):
+    """Options of every command that draws pictures."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the base model."""
+    cpu: bool = False
+    """Run on the CPU even if there is an accelerator."""

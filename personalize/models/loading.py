@@ -1,0 +1,171 @@
+"""Loading a base model as a stock diffusers pipeline: from a diffusers folder, a single-file checkpoint or the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTokenizer
+
+from personalize.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def read(
+    source: str | Path, dtype: torch.dtype, *, revision: str | None = None, variant: str | None = None
+) -> DiffusionPipeline:
+    """The stock pipeline at `source`, its UNet in `dtype` and everything else in fp32.
+
+    Raises UserError, in one line, for anything that is not a Stable Diffusion model.
+    """
+    path = Path(source)
+    if path.is_file():
+        return read_file(path, dtype)
+    extra: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+    if path.is_dir():
+        index = read_index(path)
+        require_parts(index, path)
+        extra = {name: None for name in extra if name in index}
+    elif not re.fullmatch(HUB_ID, str(source)):
+        raise UserError(
+            f"no base model at {source}: give a diffusers folder, a .safetensors file or a hub id owner/name"
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(
+            str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
+            revision=revision, variant=variant, **extra,
+        )  # fmt: skip
+    except Exception as error:
+        raise _unreadable(source, error) from error
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a diffusers folder; UserError if it is missing or not a JSON object."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no base model: it has no model_index.json; give a folder saved by diffusers")
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def require_parts(names: Iterable[str], source: object) -> None:
+    """UserError if `names`, the components of `source`, lack a part of a Stable Diffusion model."""
+    present = set(names)
+    if missing := [part for part in PARTS if part not in present]:
+        raise UserError(f"{source} is no Stable Diffusion 1.x, 2.x or XL model: it has no {' and no '.join(missing)}")
+
+
+def read_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a single-file checkpoint in the original layout; configs and tokenizer come from `base_configs`.
+
+    Nothing is downloaded.
+    """
+    kind, overrides = checkpoint_kind(path)
+    folder = CONFIGS / kind
+    cls, parts = StableDiffusionPipeline, {"tokenizer": clip_tokenizer(EOS if kind == "sd15" else "!")}
+    if kind == "sdxl":
+        cls, parts = StableDiffusionXLPipeline, {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+    try:
+        pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, dtype=torch.float32, **parts)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    pipe.unet.to(dtype)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **overrides)
+    return pipe
+
+
+def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
+    """The folder of `base_configs` that fits a single file, and scheduler settings that the file overrides.
+
+    Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files, inpainting
+    models and other families.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{path.name} is no .safetensors file: convert the checkpoint to .safetensors (pickles can run code)"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            keys, metadata = set(file.keys()), file.metadata() or {}
+            first = "model.diffusion_model.input_blocks.0.0.weight"
+            channels = file.get_slice(first).get_shape()[1] if first in keys else None
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    if channels is None or not any(key.startswith(("cond_stage_model.", "conditioner.")) for key in keys):
+        raise UserError(
+            f"{path.name} is no Stable Diffusion checkpoint (UNet and text encoder expected): is it a LoRA file?"
+        )
+    if channels != 4:
+        raise UserError(f"{path.name} is an inpainting model ({channels} input channels): give a text-to-image model")
+    if "conditioner.embedders.1.model.ln_final.weight" in keys:
+        overrides = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
+        return "sdxl", overrides | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
+    if "cond_stage_model.model.ln_final.weight" in keys:
+        return ("sd21" if metadata.get("modelspec.prediction_type") == "epsilon" else "sd21v"), {}
+    if any(key.startswith("cond_stage_model.transformer.") for key in keys):
+        return "sd15", {}
+    raise UserError(f"{path.name} is neither Stable Diffusion 1.x, 2.x nor the SDXL base: give one of these")
+
+
+def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
+    """CLIP's tokenizer of 49,408 tokens; SD 1.x pads with the end token, SD 2.x and SDXL's second encoder with "!"."""
+    merges = [tuple(line.split()) for line in (CONFIGS / "clip" / "merges.txt").read_text("utf-8").splitlines()]
+    symbols = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]  # represent the 256 bytes
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,  # pyright: ignore[reportArgumentType]
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=EOS,
+        pad_token=pad,
+        model_max_length=77,
+    )
+
+
+def _unreadable(source: str | Path, error: Exception) -> UserError:
+    """A one-line error for what a library raised while reading `source`."""
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"cannot load the base model {source}: {reason}")
+
+
+def family(unet: Any, text_encoders: int) -> str:
+    """"sd1", "sd2" or "sdxl", from the UNet's config: SDXL has added embeddings, 2.x has linear projections.
+
+    Raises UserError for inpainting models and the SDXL refiner.
+    """
+    config = unet.config
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"the base is an inpainting model ({config.in_channels} input channels); give a text-to-image one"
+        )
+    if config.addition_embed_type == "text_time":
+        if text_encoders != 2:
+            raise UserError("the base is an SDXL refiner (one text encoder); the SDXL base model is needed")
+        return "sdxl"
+    return "sd2" if config.use_linear_projection else "sd1"
+
+
+def default_device() -> torch.device:
+    """The first of CUDA, MPS and CPU that is available."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a CUDA device that supports it, else fp32."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

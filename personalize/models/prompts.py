@@ -1,0 +1,110 @@
+"""TODO: models/prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from diffusers.loaders import TextualInversionLoaderMixin
+
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import StableDiffusion
+
+WORD = re.compile(r"<[^<>\s]+>(?:_\d+)?|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_")
+
+
+Positions = int | Sequence[int]
+
+
+Span = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word or punctuation mark of a prompt in lower case, and the positions of its tokens."""
+
+    text: str
+    positions: Span
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized prompt: `ids` with start and end token but without padding, and the words."""
+
+    text: str
+    ids: tuple[int, ...]
+    words: tuple[Word, ...]
+
+    def find(self, phrase: str) -> list[Span]:
+        """Positions of every occurrence of a word or phrase, ignoring case; UserError if there is none."""
+        wanted = list(_spelled(phrase))
+        spelled = [word.text for word in self.words]
+        starts = [at for at in range(len(spelled)) if wanted and spelled[at : at + len(wanted)] == wanted]
+        if not starts:
+            near = get_close_matches(phrase.lower(), spelled, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"its words are {', '.join(dict.fromkeys(spelled))}"
+            raise UserError(f"the word {phrase!r} is not in the prompt {self.text!r}: {hint}")
+        return [self.positions_of(at, len(wanted)) for at in starts]
+
+    def positions_of(self, first: int, count: int) -> Span:
+        """Positions of the tokens of `count` words, the first of which is number `first`."""
+        return sum((word.positions for word in self.words[first : first + count]), ())
+
+
+def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
+    """Tokenize a prompt, learned tokens of several vectors spelled out; UserError if it would be truncated."""
+    tokenizer = model.tokenizers[0]
+    whole = TextualInversionLoaderMixin().maybe_convert_prompt([text], tokenizer)[0]
+    read = tokenizer(whole, truncation=False, verbose=False, return_offsets_mapping=True)
+    ids, most = read["input_ids"], tokenizer.model_max_length
+    if len(ids) > most:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens with its start and end mark, the text encoder reads {most}: shorten "
+            f"{text if len(text) < 60 else text[:57] + '…'!r}"
+        )
+    offsets, words = read["offset_mapping"], []
+    for match in WORD.finditer(whole):
+        positions = [at for at, (low, high) in enumerate(offsets) if low < match.end() and high > match.start()]
+        if positions:
+            words.append(Word(match.group().lower(), tuple(positions)))
+    return Tokens(text, tuple(ids), tuple(words))
+
+
+def _spelled(phrase: str) -> tuple[str, ...]:
+    """The words of a phrase in lower case."""
+    return tuple(match.group().lower() for match in WORD.finditer(phrase))
+
+
+_NEUTRAL, _ANY = ("photo", "photograph", "picture", "image"), ("picture", "image")
+
+
+_PREFIX = re.compile(
+    r"(an?|the) (?P<medium>photo|photograph|picture|image|drawing|painting|sketch|render|rendering|icon|sticker|cartoon"
+    r"|illustration|sculpture|statue|close-up|portrait) of ",
+    re.IGNORECASE,
+)
+
+
+def align_prompt(prompt: str, caption: str) -> str:
+    """`prompt` with the caption's beginning, so that the same token positions of the two mean the same.
+
+    A source embedding is edited token by token, and in "a dog" and "a photo of a dog" the token "dog" has different
+    positions.  So a beginning such as "a photo of" is taken from the caption, or removed if the caption has none.  A
+    medium that only the prompt names, as in "a drawing of a dog", is part of the edit and stays.
+
+    References: Zhang et al., "Forgedit", arXiv 2309.10556 (the official code copies "A photo of").
+    """
+    prompt = prompt.strip()
+    of_caption, of_prompt = _PREFIX.match(caption.strip()), _PREFIX.match(prompt)
+    replaceable = _NEUTRAL if of_caption is None or _neutral(of_caption) else _ANY
+    if of_prompt is not None and of_prompt["medium"].lower() not in replaceable:
+        return prompt
+    rest = prompt[of_prompt.end() :] if of_prompt else prompt
+    return (of_caption[0] if of_caption else "") + rest
+
+
+def _neutral(prefix: re.Match[str]) -> bool:
+    """Whether the prefix names no medium but photography."""
+    return prefix["medium"].lower() in _NEUTRAL

@@ -1,0 +1,290 @@
+"""The frozen base model: one class for Stable Diffusion 1.x, 2.x and XL, made of a diffusers pipeline's modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.models.loading import default_device, default_dtype, family, read, require_parts
+from personalize.models.quantization import quantize
+
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is conditioned on: text `embeds` (b, l, d) and, for SDXL, `pooled` (b, e) and `time_ids` (b, 6)."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
+        return self._map(lambda tensor: tensor[rows])
+
+    def repeat(self, count: int) -> Conditioning:
+        """Every row `count` times in a row: a, a, b, b."""
+        return self._map(lambda tensor: tensor.repeat_interleave(count, 0))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate rows; ValueError if the parts differ in tokens l, width d, or in having pooled embeddings."""
+        shapes = {(part.embeds.shape[1:], part.pooled is None) for part in parts}
+        if len(shapes) != 1:
+            raise ValueError(f"conditionings to concatenate need one shape (l, d), got {sorted(map(str, shapes))}")
+        rows = zip(*((part.embeds, part.pooled, part.time_ids) for part in parts), strict=True)
+        return Conditioning(*(None if column[0] is None else torch.cat(column) for column in rows))  # pyright: ignore
+
+    def _map(self, function: Any) -> Conditioning:
+        rest = (tensor if tensor is None else function(tensor) for tensor in (self.pooled, self.time_ids))
+        return Conditioning(function(self.embeds), *rest)
+
+
+class StableDiffusion:
+    """UNet, autoencoder, text encoders and noise schedule of one base model.
+
+    Pictures are (b, 3, H, W) in [−1, 1].  Latents are (b, c, h, w) in fp32, always multiplied by the VAE's scaling
+    factor.  `timesteps` are integers in [0, 1000).  The prediction type, ε or v, is handled here and nowhere else:
+
+        z_t = √ᾱ x0 + √(1−ᾱ) ε        v = √ᾱ ε − √(1−ᾱ) x0
+
+    References: Ho et al., arXiv 2006.11239, eq. 4; Salimans and Ho, arXiv 2202.00512, appendix D.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, name: str = "") -> None:
+        parts = pipe.components
+        require_parts((key for key, part in parts.items() if part is not None), name or type(pipe).__name__)
+        self.unet, self.vae, self.scheduler = parts["unet"], parts["vae"], parts["scheduler"]
+        self.text_encoders = _present(parts, "text_encoder", "text_encoder_2")
+        self.tokenizers = _present(parts, "tokenizer", "tokenizer_2")
+        self.name = name or str(pipe.config.get("_name_or_path") or "")
+        self.family = family(self.unet, len(self.text_encoders))
+        self.prediction_type: str = self.scheduler.config.prediction_type
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UserError(f"the base predicts {self.prediction_type!r}; expected one of {PREDICTION_TYPES}")
+        self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.resolution = self.unet.config.sample_size * self.factor
+        schedule: Any = DDIMScheduler.from_config(self.scheduler.config)
+        self.alphas_cumprod: Tensor = schedule.alphas_cumprod.to(self.device)  # ᾱ of t = 0 … 999
+        self._identity: dict[str, str] = {}  # the identity from before `quantize`, if it was called
+        self.final_alpha = float(schedule.final_alpha_cumprod)  # ᾱ of clean latents, below t = 0
+
+    @staticmethod
+    def load(
+        source: str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        prediction_type: str | None = None,
+    ) -> StableDiffusion:
+        """Load a diffusers folder or `.safetensors` checkpoint (both offline), a hub id, or (None) the embedded model.
+
+        Args:
+            dtype: of the UNet; by default fp32 on the CPU, bf16 on a GPU that supports it.  All other parts are fp32.
+            prediction_type: overrides that of the base's scheduler, for single files that do not state it.
+
+        All weights are frozen.  Raises UserError if there is no such base model.
+        """
+        device = torch.device(device) if device is not None else default_device()
+        dtype = dtype or default_dtype(device)
+        source = EMBEDDED if source is None else source
+        pipe = read(source, dtype, revision=revision, variant=variant)
+        if prediction_type is not None:
+            pipe.scheduler.register_to_config(prediction_type=prediction_type)  # pyright: ignore
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval().to(device)
+        return StableDiffusion(pipe, name="embedded" if source == EMBEDDED else str(source))
+
+    @staticmethod
+    def from_pipeline(pipe: DiffusionPipeline, name: str = "") -> StableDiffusion:
+        """The base model made of a stock pipeline's modules, which are shared with it and left as they are."""
+        return StableDiffusion(pipe, name)
+
+    def pipeline(self, cls: type | None = None, **parts: Any) -> Any:
+        """A stock diffusers pipeline of these modules with a scheduler of its own; `parts` replace components."""
+        cls = cls or (StableDiffusionXLPipeline if self.family == "sdxl" else StableDiffusionPipeline)
+        components = {
+            "unet": self.unet, "vae": self.vae, "scheduler": type(self.scheduler).from_config(self.scheduler.config),
+            "text_encoder": self.text_encoders[0], "tokenizer": self.tokenizers[0],
+            "text_encoder_2": self.text_encoders[-1], "tokenizer_2": self.tokenizers[-1],
+            "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+            "force_zeros_for_empty_prompt": self.zero_null, "add_watermarker": False,
+        }  # fmt: skip
+        accepted = inspect.signature(cls).parameters
+        return cls(**{key: value for key, value in (components | parts).items() if key in accepted})
+
+    def quantize(self) -> tuple[int, int]:
+        """Turn the UNet's linear layers into 4-bit ones, for good; returns the UNet's bytes before and after."""
+        self._identity = self.identity
+        return quantize(self.unet)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name, family and a quick hash of the UNet: names, shapes and 64 signs of every weight, without adapters.
+
+        Signs survive rounding, so a base has the same hash in fp32, fp16 and bf16.  A base in 4 bits has the hash that
+        it had before `quantize`.
+        """
+        if self._identity:
+            return dict(self._identity)
+        state = self.unet.state_dict().items()
+        named = sorted((key.replace("base_layer.", ""), weight) for key, weight in state if ".lora_" not in key)
+        signs = [torch.signbit(w.reshape(-1)[:: max(1, w.numel() // 64)][:64]) for _, w in named]
+        unet_hash = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
+        unet_hash.update(torch.cat(signs).cpu().numpy().tobytes())
+        return {"name": self.name, "family": self.family, "sha256": unet_hash.hexdigest()}
+
+    def about(self) -> dict[str, str]:
+        """What adapters record of their base: its identity, its prediction type, and whether it was in 4 bits."""
+        quantization = {"quantisation": "nf4"} if self._identity else {}
+        return {**self.identity, "prediction_type": self.prediction_type, **quantization}
+
+    # -- pictures and latents --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of `pixels`, both (b, c, h, w) and both scaled."""
+        weight = self.vae.encoder.conv_in.weight
+        posterior = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+        scale = self.vae.config.scaling_factor
+        return posterior.mean.float() * scale, posterior.std.float() * scale
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents of `pixels`: the posterior's mean, or a sample of it if a (CPU) generator is given."""
+        mean, std = self.posterior(pixels)
+        if generator is None:
+            return mean
+        return mean + std * torch.randn(mean.shape, generator=generator).to(mean)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of `latents`, clamped to [−1, 1]."""
+        weight = self.vae.decoder.conv_in.weight
+        scaled = latents.to(weight.device, weight.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(scaled).sample.float().clamp(-1, 1)
+
+    # -- prompts ---------------------------------------------------------------------------------------------
+
+    def prompts(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """Conditioning of `texts`, one row each, as the family's stock pipeline makes it, with gradients if enabled.
+
+        Texts longer than the encoder's 77 positions are cut.  `size` (H, W) in pixels goes into SDXL's time ids.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"prompts takes a list of texts, got the single text {texts!r}: put it in a list")
+        if self.family != "sdxl":
+            return Conditioning(self.text_encoders[0](self.ids(self.tokenizers[0], texts)).last_hidden_state)
+        outputs = [
+            encoder(self.ids(tokenizer, texts), output_hidden_states=True)
+            for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
+        ]
+        embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        return Conditioning(embeds, outputs[-1].text_embeds, self.time_ids(len(texts), size).to(embeds))
+
+    def null(self, count: int = 1, size: tuple[int, int] | None = None) -> Conditioning:
+        """The conditioning of the null pass: that of the empty text, or zeros if an SDXL base is configured so."""
+        empty = self.prompts([""] * count, size)
+        if not self.zero_null or empty.pooled is None:
+            return empty
+        return Conditioning(torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled), empty.time_ids)
+
+    def time_ids(self, count: int, size: tuple[int, int] | None = None) -> Tensor:
+        """SDXL's micro-conditioning (count, 6): original size, crop corner (0, 0), target size, as (height, width)."""
+        height, width = size or (self.resolution, self.resolution)
+        return torch.tensor([[height, width, 0, 0, height, width]] * count, device=self.device)
+
+    def tokens(self, text: str) -> list[str]:
+        """The tokens of `text` by the first tokenizer, with a "-" after those that do not end a word."""
+        pieces = self.tokenizers[0].tokenize(text)
+        return [piece.removesuffix("</w>") + ("" if piece.endswith("</w>") else "-") for piece in pieces]
+
+    def ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+        """Token ids (b, l) by one of `tokenizers`, padded and cut to the encoder's length.
+
+        Learned tokens of several vectors are written out, as stock pipelines do.
+        """
+        length = tokenizer.model_max_length
+        texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
+        encoding = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return encoding.input_ids.to(self.device)
+
+    # -- the diffusion ---------------------------------------------------------------------------------------
+
+    def predict(self, latents: Tensor, timestep: Tensor | int | float, conditioning: Conditioning) -> Tensor:
+        """The UNet's raw output (ε or v) in fp32, (b, c, h, w), for one timestep or one per row."""
+        cond = conditioning.to(self.device, self.dtype)
+        extra = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+        time = torch.as_tensor(timestep, device=self.device)
+        latents = latents.to(self.device, self.dtype)
+        return self.unet(latents, time, cond.embeds, added_cond_kwargs=extra, return_dict=False)[0].float()
+
+    def alpha(self, level: int) -> float:
+        """ᾱ at timestep `level`; that of clean latents if `level` is negative."""
+        return float(self.alphas_cumprod[level]) if level >= 0 else self.final_alpha
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """z_t = √ᾱ x0 + √(1−ᾱ) ε."""
+        alpha = self._column(timesteps, latents)
+        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What `predict` should return for z_t made of `latents` and `noise`: ε, or v = √ᾱ ε − √(1−ᾱ) x0."""
+        if self.prediction_type == "epsilon":
+            return noise
+        alpha = self._column(timesteps, latents)
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+
+    def split(self, output: Tensor, z_t: Tensor, alpha_bar: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Estimates (x0, ε) from a raw output; `alpha_bar` is a number or broadcasts against (b, c, h, w).
+
+        ε: x0 = (z_t − √(1−ᾱ) ε) / √ᾱ        v: x0 = √ᾱ z_t − √(1−ᾱ) v,  ε = √ᾱ v + √(1−ᾱ) z_t
+        """
+        alpha = torch.as_tensor(alpha_bar, dtype=z_t.dtype, device=z_t.device)
+        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction_type == "epsilon":
+            return (z_t - sigma * output) / signal, output
+        return signal * z_t - sigma * output, signal * output + sigma * z_t
+
+    def joined(self, x0: Tensor, z_t: Tensor, alpha_bar: Tensor | float) -> Tensor:
+        """The raw output from which `split` would estimate `x0`; needs ᾱ < 1."""
+        alpha = torch.as_tensor(alpha_bar, dtype=z_t.dtype, device=z_t.device)
+        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction_type == "epsilon":
+            return (z_t - signal * x0) / sigma
+        return (signal * z_t - x0) / sigma
+
+    def _column(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        return self.alphas_cumprod.to(like)[timesteps.to(like.device)].view(-1, 1, 1, 1)
+
+
+def _present(parts: dict[str, Any], *names: str) -> tuple[Any, ...]:
+    return tuple(parts[name] for name in names if parts.get(name) is not None)

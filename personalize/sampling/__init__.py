@@ -1,0 +1,10 @@
+"""The one denoising loop, run in either direction.
+
+    schedule     transitions between noise levels
+    denoise      the loop: sampling, inversion and replay
+    trajectory   the latents and noise that were stored on the way
+    inversion    real photos to latents that replay to them
+    null_text    the empty prompt's embedding, fitted at each step
+
+Imports: io, models, adapters.
+"""

@@ -1,0 +1,103 @@
+"""Null-text inversion: fit a null embedding for each step so that guided sampling follows the inverted latents.
+
+    L(U) = mean (z*_{t′} − DDIM(z̄_t, ε_U + w (ε_C − ε_U)))²          U (1, l, d); a few updates with Adam at each step
+
+z* are the latents of the inversion, z̄ those of guided sampling, ε_C and ε_U the conditional and null predictions.
+
+References: Mokady et al., "Null-text Inversion for Editing Real Images", arXiv 2211.09794, eq. 3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.sampling.denoise import Condition, ddim
+from personalize.sampling.schedule import Step
+
+HALF_SCALE = 2.0**12  # loss scale in fp16, in which the gradients would underflow
+
+
+@dataclass(frozen=True)
+class NullTextSettings:
+    """How null embeddings are fitted. Raises UserError for a value out of range."""
+
+    iterations: int = 10
+    """Maximum number of updates at each step."""
+    rate: float = 1e-2
+    """Learning rate of the first step; at step i of T it is multiplied by 1 − i/(2T)."""
+    tolerance: float = 1e-5
+    """The updates of a step end as soon as its loss is below `tolerance` + `growth` · i, i being the step's number."""
+    growth: float = 2e-5
+    """For 50 steps; with T steps it is multiplied by 50/T. 0 asks the same loss of every step."""
+    warm_start: bool = True
+    """Start each step at the embedding fitted for the previous one, instead of the empty prompt."""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.rate <= 0 or self.tolerance < 0 or self.growth < 0:
+            raise UserError(f"null-text takes iterations from 1, a positive rate and no negative tolerance, got {self}")
+
+
+NULL_TEXT = NullTextSettings()
+
+
+class NullFit:
+    """Fits the null embedding of each step while `denoise` samples: it is given to `Edit` as `negative`.
+
+    The result of a step is the embedding with the smallest loss, so that no step ends worse than it began. The weights
+    of the model are not changed. `rows` collects the fitted conditionings, `losses` the losses of each step's updates.
+
+    Args:
+        pivots: latents of the inversion (t+1, 1, c, h, w), clean ones first.
+        conditioning: of the source prompt, or a function of step and latents that returns it.
+        null: the conditioning at which the first step starts, one row.
+        guidance_scale: w of the guided sampling.
+    """
+
+    def __init__(
+        self, model: StableDiffusion, pivots: Tensor, conditioning: Conditioning | Condition, null: Conditioning,
+        guidance_scale: float, settings: NullTextSettings,
+    ) -> None:  # fmt: skip
+        self.model, self.pivots, self.conditioning, self.null = model, pivots, conditioning, null
+        self.guidance_scale, self.settings = guidance_scale, settings
+        self.rows: list[Conditioning] = []
+        self.losses: list[list[float]] = []
+
+    def __call__(self, step: Step, latents: Tensor) -> Conditioning:
+        initial = self.rows[-1] if self.rows and self.settings.warm_start else self.null.to(latents.device)
+        target = self.pivots[step.count - 1 - step.index].to(latents)
+        given = self.conditioning
+        conditioning = given if isinstance(given, Conditioning) else given(step, latents)
+        e_cond = self.model.predict(latents, step.timestep, conditioning)
+        embeds = initial.embeds.float().clone()
+        best, losses = embeds, []
+        with torch.enable_grad():
+            embeds.requires_grad_(True)
+            rate = self.settings.rate * (1 - step.index / (2 * step.count))
+            adam = torch.optim.Adam([embeds], lr=rate)
+            for number in range(self.settings.iterations + 1):
+                loss = self._loss(latents, e_cond, replace(initial, embeds=embeds), target, step)
+                losses.append(float(loss.detach()))
+                if losses[-1] <= min(losses):
+                    best = embeds.detach().clone()
+                if losses[-1] < self._tolerance(step) or number == self.settings.iterations:
+                    break
+                scale = HALF_SCALE if self.model.dtype == torch.float16 else 1.0
+                embeds.grad = torch.autograd.grad(loss * scale, embeds)[0] / scale
+                adam.step()
+        self.rows.append(replace(initial, embeds=best))
+        self.losses.append(losses)
+        return self.rows[-1]
+
+    def _tolerance(self, step: Step) -> float:
+        return self.settings.tolerance + self.settings.growth * step.index * 50 / step.count
+
+    def _loss(self, latents: Tensor, e_cond: Tensor, null: Conditioning, target: Tensor, step: Step) -> Tensor:
+        e_null = self.model.predict(latents, step.timestep, null)
+        output = e_null + self.guidance_scale * (e_cond - e_null)
+        x0, eps = self.model.split(output, latents, step.alpha)
+        return (ddim(x0, eps, step.alpha_next) - target).square().mean()

@@ -1,0 +1,14 @@
+"""Training adapters: the two trainers, and what they share.
+
+    config                        the options, which are also the YAML keys
+    run                           what every run has: updates, checkpoints, the adapter so far
+    single_image, multi_concept   the two kinds of run;  *_objective: their losses
+    losses, loop                  loss terms; the loop of updates
+    cuda_graph, batched_adapters  one graph per update; several adapters in one batch
+    checkpoints, memory_estimate, validation, trainer, distributed
+    catalogue, catalogue_table    one adapter for each row of a table
+    data/                         pictures, captions and masks as samples
+    pretraining/                  how the embedded model was made; no product code imports it
+
+Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing.
+"""

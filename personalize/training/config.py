@@ -1,0 +1,260 @@
+"""The options of the trainers: those that all share, and a configuration for each that decides what is learned.
+
+The fields have the names of diffusers' own training scripts.  A trainer's `Config` inherits from the classes here, so
+that every option is defined once.  Read before torch is imported: this module must import nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from personalize.errors import UserError
+from personalize.models.config import BaseModelOptions
+
+ConfigT = TypeVar("ConfigT", bound="LoraTrainingConfig")
+
+
+
+
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(BaseModelOptions):
+    """Options of how a training run is carried out; they do not decide what is learned."""
+
+    output_dir: Path = Path("adapter")
+    """Where the adapter folder, its checkpoints and logs go."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward pass; trained parameters and the loss are always fp32."""
+    load_in_4bit: bool = False
+    """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
+    checkpointing_steps: int | None = None
+    """Updates between two checkpoints in output_dir/checkpoint-N; none if not given."""
+    checkpoints_total_limit: int | None = None
+    """Keep only this many of the newest checkpoints."""
+    resume_from_checkpoint: str | None = None
+    """Continue from a checkpoint folder, or from the "latest" whole one in output_dir."""
+    validation_prompt: str | None = None
+    """Draw pictures of this prompt while training, as `personalize edit` would."""
+    num_validation_images: int = 4
+    """Validation pictures drawn each time."""
+    validation_steps: int = 20
+    """Updates between two validations."""
+    preview_steps: int = 30
+    """Denoising steps of validation pictures and of those on the model card; 0 draws none for the card."""
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = None
+    """Tracker for losses, rates and validation pictures, through Accelerate."""
+    logging_dir: str = "logs"
+    """Folder of tracker files inside output_dir."""
+    push_to_hub: bool = False
+    """Also upload the adapter folder to the hub, as the user of `hf auth login`; with --person, a private one."""
+    hub_model_id: str | None = None
+    """Repository to upload to; named like output_dir if not given."""
+    person: bool = False
+    """The picture shows a recognisable person: the card says so, and asks for consent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorPreservationOptions:
+    """Options of prior preservation: class pictures, which keep the class word's meaning during training."""
+
+    with_prior_preservation: bool = False
+    """Train on class pictures too: from class_data_dir, class_dataset_name, or drawn by the base."""
+    class_prompt: str | None = None
+    """What class pictures show, e.g. "a photo of a dog"."""
+    class_data_dir: Path | None = None
+    """Folder of class pictures, with captions in .txt files beside them."""
+    class_dataset_name: str | None = None
+    """Data set of class pictures: a hub id or a local folder."""
+    image_column: str = "image"
+    """Column of pictures in data sets."""
+    caption_column: str = "text"
+    """Column of captions in data sets."""
+    num_class_images: int = 100
+    """How many class pictures to use, or to let the base draw."""
+    class_image_steps: int = 50
+    """Denoising steps of the class pictures that the base draws."""
+    class_image_cache: Path | None = None
+    """Where drawn class pictures are kept; ~/.cache/personalize if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraTrainingConfig:
+    """Settings of every training configuration."""
+
+    rank: int = 16
+    """Rank of the LoRA."""
+    lora_alpha: float | None = None
+    """LoRA alpha, the strength being alpha / rank; the rank if not given."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, but slower."""
+    torch_compile: bool = False
+    """Compile the UNet's repeated blocks at the first update; meant for GPUs, and for runs of many updates."""
+    use_8bit_adam: bool = False
+    """Keep the optimizer's moments in 8 bits (bitsandbytes)."""
+    prior_loss_weight: float = 1.0
+    """With class pictures: weight of their loss."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm; not clipped if not given."""
+    seed: int = 0
+    """Seed of everything random: LoRA, latents or views, noise, timesteps, class pictures."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank", "lora_alpha", "max_grad_norm")
+        _not_negative(self, "prior_loss_weight")
+
+    @property
+    def alpha(self) -> float:
+        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleImageConfig(LoraTrainingConfig):
+    """Configuration of single-image training; the defaults are those of the method.
+
+    An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes;
+    `max_train_samples` counts over all of them, so the defaults make 400 // 10 = 40 updates.
+    """
+
+    targets: Literal["full", "attention"] = "full"
+    """Modules tuned: every linear layer and convolution of the tuned blocks, or only their attentions."""
+    learning_rate: float = 1e-3
+    """Learning rate of the LoRA."""
+    text_embedding_lr: float = 1e-3
+    """Learning rate of the source embedding."""
+    standalone: bool = False
+    """Train no source embedding, for programs that cannot load one; reconstructs less exactly."""
+    train_text_encoder: bool = False
+    """Train a LoRA in the text encoders instead of a source embedding, as DreamBooth does."""
+    text_encoder_lr: float = 1e-4
+    """Learning rate of the text encoders' LoRA."""
+    max_train_samples: int = 400
+    """Samples (noisy copies of the picture) to train on, over all processes: 400 in updates of 10 make 40 updates."""
+    train_batch_size: int = 10
+    """Samples per batch and process; with prior preservation, as many class pictures are added."""
+    gradient_accumulation_steps: int = 1
+    """Batches per update; `--train_batch_size 1 --gradient_accumulation_steps 10` learns the same in less memory."""
+    cuda_graph: bool = False
+    """Replay each update as one CUDA graph, which saves the time of launching kernels; one process only."""
+    resample_latents: bool = False
+    """Draw latents from the picture's posterior anew for each sample, instead of once."""
+    mask_weight: float = 0.9
+    """With a mask: how much less the loss counts outside it; 1 ignores the outside, 0 ignores the mask."""
+    snr_gamma: float | None = None
+    """Gamma of the min-SNR weighting of the loss, usually 5; no weighting if not given."""
+    early_stop_loss: float | None = None
+    """Stop after 350 samples once an update's loss is below this; the paper uses 0.03."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "max_train_samples", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+                  "text_encoder_lr", "snr_gamma", "early_stop_loss")  # fmt: skip
+        _not_negative(self, "text_embedding_lr")
+        _fraction(self, "mask_weight")
+
+    @property
+    def source_embedding_frozen(self) -> bool:
+        """Is the source embedding left at the text encoder's output?"""
+        return self.without_source_embedding or self.train_text_encoder
+
+    @property
+    def without_source_embedding(self) -> bool:
+        """Has the adapter no source embedding?  If text encoders are trained, it has their output for the caption."""
+        return self.standalone or (self.text_embedding_lr == 0 and not self.train_text_encoder)
+
+
+CALIBRATION_WEIGHT = 0.0025
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiConceptConfig(LoraTrainingConfig):
+    """Configuration of multi-concept training, by LoRA on the keys and values of cross-attention.
+
+    The defaults are those of the method.
+
+    An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes.
+    `calibration_weight` is relative to a mean squared error, see `MultiConceptObjective`; 0 is Custom Diffusion.
+    """
+
+    full_kv: bool = False
+    """Train the keys' and values' weights in full and save the nearest LoRA; adapter.json has the error of that."""
+    learning_rate: float | None = None
+    """Learning rate of the LoRA; 5e-4 if not given, 8e-5 with full_kv."""
+    token_learning_rate: float = 5e-4
+    """Learning rate of the new tokens' embeddings."""
+    adam_weight_decay: float = 1e-2
+    """AdamW's weight decay of the LoRA; token embeddings never decay."""
+    max_train_steps: int = 250
+    """Updates to make."""
+    train_batch_size: int = 2
+    """Samples per batch and process, class pictures included."""
+    gradient_accumulation_steps: int = 4
+    """Batches per update."""
+    calibration_weight: float = CALIBRATION_WEIGHT
+    """Weight of the attention losses against the mean squared error (0.01 in the paper's code); 0: Custom Diffusion."""
+    mask_weight: float | None = None
+    """Weight of the masks' loss; that of the calibration if not given."""
+    initializer_token: str = "ktn+pll+ucd"
+    """Words whose embeddings the new tokens start from, in turn; "class": each from its own class words."""
+    augment: bool = True
+    """Show the picture also shrunk and zoomed in, with "far away" or "close up" in the prompt."""
+    swap_subjects: float = 0.5
+    """Fraction of samples whose prompt names the concepts in another order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate")
+        _not_negative(self, "token_learning_rate", "adam_weight_decay", "calibration_weight", "mask_weight")
+        _fraction(self, "swap_subjects")
+
+    @property
+    def alpha(self) -> float:
+        return float(self.rank) if self.full_kv else super().alpha
+
+    @property
+    def weight_learning_rate(self) -> float:
+        """The learning rate of the LoRA, or with `full_kv` of the full weights."""
+        return self.learning_rate or (8e-5 if self.full_kv else 5e-4)
+
+    @property
+    def anchoring_weight(self) -> float:
+        """The weight of the masks' loss, if there are masks."""
+        return self.calibration_weight if self.mask_weight is None else self.mask_weight
+
+    @property
+    def early_stop_loss(self) -> None:
+        """None: multi-concept runs never stop early, for the loss says little about likeness."""
+
+    @property
+    def cuda_graph(self) -> bool:
+        """False: a batch's contents, and so the maps that are read, differ from update to update."""
+        return False
+
+    def initializer(self, index: int) -> str:
+        """The word whose embedding concept `index` starts from; "class" stands for its own class phrase."""
+        words = self.initializer_token.split("+")
+        return words[index % len(words)]
+
+
+def extract_config(options: Any, kind: type[ConfigT], **changes: Any) -> ConfigT:
+    """The training configuration, of class `kind`, among a trainer's options; `changes` override some of its fields."""
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)} | changes)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) is not None and not value > 0:
+            raise UserError(f"{name} must be above 0, got {value}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) is not None and not value >= 0:
+            raise UserError(f"{name} must be 0 or more, got {value}")
+
+
+def _fraction(config: Any, name: str) -> None:
+    if not 0 <= getattr(config, name) <= 1:
+        raise UserError(f"{name} is a fraction from 0 to 1, got {getattr(config, name)}")

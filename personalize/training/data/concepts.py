@@ -1,0 +1,238 @@
+"""Training samples of multi-concept training: views of the picture, and class pictures for regularisation.
+
+If there are class pictures, every batch holds both kinds: the first half (rounded up) shows the picture.  As in
+`personalize.training.data.samples`, a sample depends on the seed, its update and its index alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from personalize.adapters.textual_inversion import TOKEN, Subject, check_new_tokens, installed_tokens, locate_subjects
+from personalize.errors import UserError
+from personalize.io.images import load_image, resize_and_crop, to_pixels
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.randomness import generator
+from personalize.training.data.augmentation import (
+    canvas_mask,
+    crop_square,
+    draw_order,
+    draw_view,
+    render_view,
+    reorder_phrases,
+)
+from personalize.training.data.samples import SampleShard, find_picture
+
+
+@dataclass(frozen=True)
+class ConceptPicture:
+    """A picture, the subjects in it, and a prompt that contains the phrase of each subject once.
+
+    Making one cuts picture and masks to the square in their middle.
+
+    masks: for each subject a grey picture of the same size, white where it is; or none at all.
+    """
+
+    image: Image.Image
+    subjects: tuple[Subject, ...]
+    prompt: str = ""
+    masks: tuple[Image.Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.subjects:
+            raise UserError("name at least one concept, e.g. '<cat1> cat'")
+        if self.masks and len(self.masks) != len(self.subjects):
+            raise UserError(f"{len(self.subjects)} concepts need as many masks or none, got {len(self.masks)}")
+        if any(mask.size != self.image.size for mask in self.masks):
+            sizes = ", ".join(f"{mask.width}×{mask.height}" for mask in self.masks)
+            picture = f"{self.image.width}×{self.image.height}"
+            raise UserError(f"masks are {sizes} px, the picture {picture}: make them the same size")
+        object.__setattr__(self, "image", crop_square(self.image.convert("RGB")))
+        object.__setattr__(self, "masks", tuple(crop_square(mask.convert("L")) for mask in self.masks))
+        object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or default_prompt(self.subjects))
+
+    @property
+    def class_prompt(self) -> str:
+        """The prompt without the learned tokens: "photo of a cat and a dog"."""
+        text = self.prompt
+        for subject in self.subjects:
+            text = text.replace(f"{subject.token} ", "")
+        return text
+
+
+def default_prompt(subjects: Sequence[Subject]) -> str:
+    """`photo of a <a> cat and <b> dog`, the template of the released code."""
+    return "photo of a " + " and ".join(subject.phrase for subject in subjects)
+
+
+def check_prompt(model: StableDiffusion, picture: ConceptPicture) -> None:
+    """UserError unless the subjects' tokens are new and the prompt, also with a view's prefix, names every subject."""
+    check_new_tokens(model, [subject.token for subject in picture.subjects])
+    widths = [encoder.config.hidden_size for encoder in model.text_encoders]
+    names = ("text_encoder", "text_encoder_2")
+    blank = {
+        s.token: {n: torch.zeros(s.vectors, w) for n, w in zip(names, widths, strict=False)} for s in picture.subjects
+    }
+    with installed_tokens(model, blank):
+        locate_subjects(model, f"a far away {picture.prompt}", picture.subjects)
+
+
+@dataclass(frozen=True)
+class ClassImage:
+    """A class picture for regularisation, as a file or in memory, and its caption."""
+
+    caption: str
+    picture: Path | Image.Image
+
+    def open(self) -> Image.Image:
+        return load_image(self.picture) if isinstance(self.picture, Path) else self.picture
+
+    def content(self) -> tuple[bytes, bytes]:
+        """The caption, and the picture's file or pixels, as bytes to hash."""
+        picture = self.picture.tobytes() if isinstance(self.picture, Image.Image) else self.picture.read_bytes()
+        return self.caption.encode(), picture
+
+
+def class_pixels(images: Sequence[ClassImage], size: tuple[int, int]) -> Tensor:
+    """All pictures cut to `size` (H, W), as pixels (n, 3, H, W)."""
+    return torch.cat([to_pixels(resize_and_crop(image.open().convert("RGB"), size)) for image in images])
+
+
+def content_hash(*parts: Tensor | bytes | None) -> str:
+    """The SHA-256 of tensors (as fp32) and bytes, one after the other."""
+    hasher = sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().float().cpu().contiguous().numpy().tobytes()
+        hasher.update(part or b"")
+    return hasher.hexdigest()
+
+
+@dataclass
+class ConceptDataset:
+    """Training batches for `MultiConceptObjective`; the subjects' tokens must be in `model` while they are made.
+
+    side: of the training square, in pixels.
+    augment: show the picture also shrunk and zoomed in (see `views`).
+    swap: probability that a prompt names the subjects in another order.
+    """
+
+    model: StableDiffusion
+    picture: ConceptPicture
+    side: int
+    seed: int
+    class_images: Sequence[ClassImage] = ()
+    augment: bool = True
+    swap: float = 0.5
+    _positions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _encoded: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+
+    def batches(self, shard: SampleShard, first: int, last: int) -> Iterator[dict[str, Any]]:
+        """This process's batches of updates `first` … `last` − 1."""
+        for update in range(first, last):
+            for micro in range(shard.accumulation):
+                yield self.batch(update, shard.indices(micro))
+
+    def batch(self, update: int, indices: Sequence[int]) -> dict[str, Any]:
+        """The samples `indices` of `update`, stacked along b."""
+        instances = (len(indices) + 1) // 2 if self.class_images else len(indices)
+        rows = [(self.instance if n < instances else self.class_image)(update, i) for n, i in enumerate(indices)]
+        tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "texts"}
+        return tensors | {"texts": [row["texts"] for row in rows], "size": (self.side, self.side)}
+
+    def instance(self, update: int, index: int) -> dict[str, Any]:
+        """A sample that shows the picture: a view of it, its prompt, and where the prompt names the subjects."""
+        rng, picture = generator(self.seed, "view", update, index), self.picture
+        view = draw_view(self.side, rng, augment=self.augment)
+        order = draw_order(len(picture.subjects), self.swap, rng)
+        text = view.prefix + reorder_phrases(picture.prompt, [subject.phrase for subject in picture.subjects], order)
+        pixels = render_view(picture.image, view, self.side)[None]
+        nouns, modifiers = self._token_positions(text)
+        row = {
+            "texts": text, "instance": torch.tensor(True), "nouns": nouns, "modifiers": modifiers,
+            "canvas": canvas_mask(view, self.side, self.model.factor),
+            **self._noise_sample(self.model.posterior(pixels), update, index),
+        }  # fmt: skip
+        if picture.masks:
+            row["masks"] = torch.cat([render_view(mask, view, self.side) for mask in picture.masks])
+        return self._on_device(row)
+
+    def class_image(self, update: int, index: int) -> dict[str, Any]:
+        """A sample that shows a class picture, mirrored or not, with its own caption."""
+        rng = generator(self.seed, "regularisation", update, index)
+        number = int(torch.randint(len(self.class_images), (), generator=rng))
+        view = draw_view(self.side, rng, augment=False)
+        if (number, view.flip) not in self._encoded:
+            pixels = render_view(crop_square(self.class_images[number].open().convert("RGB")), view, self.side)[None]
+            self._encoded[number, view.flip] = tuple(part.cpu() for part in self.model.posterior(pixels))  # pyright: ignore
+        blank = torch.zeros(len(self.picture.subjects), self.model.tokenizers[0].model_max_length)
+        row = {
+            "texts": self.class_images[number].caption, "instance": torch.tensor(False), "nouns": blank,
+            "modifiers": blank, "canvas": canvas_mask(view, self.side, self.model.factor),
+            **self._noise_sample(self._encoded[number, view.flip], update, index),
+        }  # fmt: skip
+        if self.picture.masks:
+            row["masks"] = torch.zeros(len(blank), self.side, self.side)
+        return self._on_device(row)
+
+    def _noise_sample(self, posterior: tuple[Tensor, Tensor], update: int, index: int) -> dict[str, Tensor]:
+        """Latents drawn from `posterior` (mean, std), noise and a timestep."""
+        mean, std = (part[0].cpu() for part in posterior)
+        rng = generator(self.seed, "noise", update, index)
+        timestep = torch.randint(len(self.model.alphas_cumprod), (), generator=rng)
+        noise, draw = (torch.randn(mean.shape, generator=rng) for _ in range(2))
+        return {"latents": mean + std * draw, "noise": noise, "timesteps": timestep}
+
+    def _token_positions(self, text: str) -> tuple[Tensor, Tensor]:
+        """The text positions of class phrases and of tokens, two (s, l) in {0, 1}, in the order of the subjects."""
+        if text not in self._positions:
+            places = locate_subjects(self.model, text, self.picture.subjects)
+            nouns, modifiers = torch.zeros(2, len(places), self.model.tokenizers[0].model_max_length)
+            for row, place in enumerate(places):
+                nouns[row, list(place.noun)] = 1
+                modifiers[row, list(place.modifier)] = 1
+            self._positions[text] = nouns, modifiers
+        return self._positions[text]
+
+    def _on_device(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {key: part.to(self.model.device) if isinstance(part, Tensor) else part for key, part in row.items()}
+
+
+def read_picture(config: Any) -> ConceptPicture:
+    """The picture with its subjects and masks, as the trainer's options name them.
+
+    Raises:
+        UserError: no picture or two, no concept, or masks that do not fit.
+    """
+    given = [path for path in (config.picture, config.instance_data_dir) if path is not None]
+    if len(given) != 1:
+        raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")
+    subjects = read_subjects(config.concepts, config.modifier_token, config.instance_prompt, config.num_vectors)
+    masks = tuple(load_image(path) for path in config.masks)
+    return ConceptPicture(load_image(find_picture(given[0])), subjects, config.instance_prompt or "", masks)
+
+
+def read_subjects(
+    concepts: Sequence[str], modifier_token: str | None, prompt: str | None, vectors: int = 1
+) -> tuple[Subject, ...]:
+    """Subjects from phrases "<cat1> cat", or from tokens "<cat1>+<dog1>" and the word after each in `prompt`."""
+    if concepts and modifier_token:
+        raise UserError("give either concepts or modifier_token, not both")
+    if modifier_token is None:
+        return tuple(Subject.of(phrase, vectors) for phrase in concepts)
+    words = (prompt or "").split()
+    subjects = []
+    for token in modifier_token.split("+"):
+        following = [after for word, after in zip(words, words[1:], strict=False) if word == token]
+        if len(following) != 1 or TOKEN.fullmatch(following[0]):
+            raise UserError(f"instance_prompt {prompt!r} must say {token} once, and after it what it is: {token} cat")
+        subjects.append(Subject(token, following[0].strip(",."), vectors))
+    return tuple(subjects)

@@ -1,0 +1,226 @@
+"""The training loop, as one generator for every objective, and the optimizer and contexts it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from personalize.adapters.lora import remove_lora
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.losses import LossTerms
+
+
+def adamw(
+    groups: list[dict[str, Any]], device: torch.device, *, use_8bit: bool = False, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """AdamW over the parameter `groups`; a group's own "weight_decay" overrides the argument.
+
+    With `use_8bit` each moment takes one byte instead of four, except in tensors of fewer than 4,096 entries, which
+    bitsandbytes keeps in 32 bits.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if not use_8bit:
+        on_cuda = device.type == "cuda"  # there a CUDA graph may hold the optimizer: keep its step count on the device
+        fused = on_cuda or device.type == "cpu"
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused, capturable=on_cuda)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
+    return AdamW8bit(groups, weight_decay=weight_decay)
+
+
+@contextmanager
+def restored(model: StableDiffusion) -> Iterator[None]:
+    """Run the body; afterwards remove every adapter from `model`, all gradients, and restore each `requires_grad`."""
+    parts = (model.unet, *model.text_encoders)
+    flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+    try:
+        yield
+    finally:
+        for part in parts:
+            remove_lora(part)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag).grad = None
+
+
+def training_dtype(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
+    """The dtype to cast the base's weights to for training with `accelerator`; None if they stay as they are.
+
+    For bf16, an fp32 base is cast once: autocast would cast weights in every pass.  For fp16 the weights stay fp32
+    behind autocast, which keeps what overflows in fp16 in fp32.
+    """
+    cast = accelerator is not None and accelerator.mixed_precision == "bf16" and model.dtype == torch.float32
+    return torch.bfloat16 if cast else None
+
+
+def set_autocast(accelerator: Accelerator, *, enabled: bool) -> None:
+    """Switch autocast on or off for the modules that `accelerator` prepares from now on."""
+    accelerator.autocast_handler = AutocastKwargs(enabled=enabled)  # pyright: ignore
+
+
+@contextmanager
+def gradient_checkpointing(unet: Any, enabled: bool = True) -> Iterator[None]:
+    """Run the body with gradient checkpointing in `unet`, if `enabled`; afterwards its settings are as before.
+
+    Of each block only the inputs are kept for the backward pass, which computes the rest again.
+    """
+    blocks = [vars(module) for module in unet.modules() if "gradient_checkpointing" in vars(module)]
+    before = [{key: block[key] for key in _CHECKPOINTING if key in block} for block in blocks]
+    try:
+        if enabled:
+            unet.enable_gradient_checkpointing()
+        yield
+    finally:
+        for block, values in zip(blocks, before, strict=True):
+            for key in _CHECKPOINTING:
+                block.pop(key, None)
+            block.update(values)
+
+
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient was NaN or infinite; training stopped before it changed the weights."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The result of one optimizer update (counted from 1): detached losses, and the learning rates that were used."""
+
+    update: int
+    losses: dict[str, Tensor]
+    learning_rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Stop at the first loss below `loss` after `samples` samples; an update uses `batch` samples."""
+
+    loss: float
+    batch: int
+    samples: int = 350
+
+    def __call__(self, update: int, loss: Tensor) -> bool:
+        """Is it time to stop, after `update` updates?  The loss is read from the device only if it can matter."""
+        return update * self.batch > self.samples and float(loss) < self.loss
+
+
+def training_steps(
+    objective: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    accelerator: Accelerator,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    max_grad_norm: float | None = None,
+    first_update: int = 0,
+    early_stop: EarlyStop | None = None,
+) -> Iterator[StepReport]:
+    """Train `objective` on `batches`, yielding a report after each optimizer update.
+
+    There are no callbacks: the body of the caller's `for` loop logs, saves and stops.
+
+    Args:
+        objective, optimizer, lr_scheduler: as returned by `accelerator.prepare`.
+        batches: those of this process, of equal size, `accelerator.gradient_accumulation_steps` to an update.  Reported
+            losses are means over the batches of an update.
+        max_grad_norm: clip the gradient to this norm.
+        first_update: number of updates that were made before.
+        early_stop: ends the loop, without applying the update whose loss it stops at.
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
+    """
+    update, sums, losses = first_update, {}, {}
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}  # once: it takes long
+    accelerator.step = 0  # in case an earlier loop stopped amid an accumulation
+    for batch in batches:
+        with accelerator.accumulate(objective):
+            terms: LossTerms = objective(batch)
+            _add(sums, {"loss": terms.total.detach(), **terms.parts})
+            accelerator.backward(terms.total)
+            if accelerator.sync_gradients:
+                losses = _means(sums, accelerator)
+                if early_stop is not None and early_stop(update, losses["loss"]):
+                    optimizer.zero_grad(set_to_none=True)
+                    return
+                _check_and_clip(
+                    objective, trained, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1
+                )
+            rates = tuple(group["lr"] for group in optimizer.param_groups)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if accelerator.sync_gradients:
+            if lr_scheduler is not None:
+                lr_scheduler.step()
+            update, sums = update + 1, {}
+            yield StepReport(update, losses, rates)
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _means(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Means over this update's batches and over all processes, so that all processes stop at the same update."""
+    means = {name: value / accelerator.gradient_accumulation_steps for name, value in sums.items()}
+    return accelerator.reduce(means, "mean") if accelerator.num_processes > 1 else means  # pyright: ignore
+
+
+def _check_and_clip(
+    objective: nn.Module,
+    trained: dict[str, nn.Parameter],
+    batch: dict[str, Tensor],
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    max_grad_norm: float | None,
+    update: int,
+) -> None:
+    """Unscale and clip the gradients; raise NonFiniteError, naming the first tensor, if one is NaN or infinite.
+
+    An overflow under a loss scaler (fp16) is no error while the scale is above 1: the scaler then skips the update and
+    halves the scale.
+    """
+    if not torch.isfinite(loss):
+        optimizer.zero_grad(set_to_none=True)
+        cause = _nonfinite_cause(objective, batch)
+        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {cause}; {ADVICE}")
+    named = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    accelerator.unscale_gradients(optimizer)
+    norm = get_total_norm(named.values())
+    if not torch.isfinite(norm):
+        bad = next((name for name, grad in named.items() if not torch.isfinite(grad).all()), None)
+        overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
+        if bad is not None and not overflow:
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {ADVICE}")
+    elif max_grad_norm is not None:
+        parameters = [p for p in trained.values() if p.grad is not None]
+        clip_grads_with_norm_(parameters, max_grad_norm, norm)
+
+
+def _nonfinite_cause(objective: nn.Module, batch: dict[str, Tensor]) -> str:
+    """For the message: the first tensor that is not finite among the batch and the parameters."""
+    tensors = {f"the batch's {name}": part for name, part in batch.items() if isinstance(part, Tensor)}
+    tensors |= dict(objective.named_parameters())
+    names = (name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all())
+    name = next(names, None)
+    return f"because {name} is not finite" if name else "from finite inputs and weights: the forward pass overflowed"
+
+
+ADVICE = "this update changed nothing: lower --learning_rate, or use --mixed_precision no"

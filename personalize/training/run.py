@@ -1,0 +1,199 @@
+"""TODO: training/run."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.lora import lora_removed
+from personalize.formats.lora_files import diffusers_file
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training import checkpoints
+from personalize.training.checkpoints import Checkpoint
+from personalize.training.config import MultiConceptConfig, SingleImageConfig
+from personalize.training.cuda_graph import graphed_steps
+from personalize.training.data.samples import Dataset, SampleShard
+from personalize.training.loop import EarlyStop, StepReport, adamw, set_autocast, training_steps
+from personalize.training.losses import Objective
+
+# settings that may change between a run and its resumption: the samples of an update and their loss stay the same
+MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing", "cuda_graph", "torch_compile")
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+ConfigT = TypeVar("ConfigT", SingleImageConfig, MultiConceptConfig)
+
+
+ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
+
+
+class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
+    """One training run on a loaded base model: what single-image and multi-concept runs share.
+
+    A subclass sets the attributes below, adds the adapter to the model and calls `prepare`.  After that `steps` makes
+    the updates, `adapter` returns what has been learned, `save_checkpoint` and `resume` interrupt and continue the run.
+
+    Attributes:
+        update, updates: number of updates that are finished, and of those the whole run makes.
+        shard: which samples of an update this process draws.
+        dataset: where the batches come from.
+        caption: what the (first) picture shows; recorded in the adapter.
+        size: height and width of the training pictures, in pixels.
+        data_sha256: hash of all training data; a run resumes only on the same data.
+        objective: the module that owns every trained parameter, and whose forward pass is the loss.
+    """
+
+    updates: int
+    caption: str
+    size: tuple[int, int]
+    dataset: Dataset
+    data_sha256: str
+    objective: ObjectiveT
+
+    def __init__(self, model: StableDiffusion, config: ConfigT, accelerator: Accelerator | None) -> None:
+        self.model, self.config, self.update = model, config, 0
+        self.base = model.about()  # read before anything is trained: a run may train the base's own weights
+        self.accelerator = accelerator or Accelerator(
+            cpu=model.device.type == "cpu", gradient_accumulation_steps=config.gradient_accumulation_steps
+        )
+        if self.accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+            raise ValueError(
+                f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches, the configuration"
+                f" {config.gradient_accumulation_steps}: make the accelerator with the configuration's number"
+            )
+        bf16_weights = model.dtype == torch.bfloat16 and "quantisation" not in self.base
+        set_autocast(self.accelerator, enabled=not bf16_weights)
+        self.shard = SampleShard(
+            config.train_batch_size, config.gradient_accumulation_steps,
+            self.accelerator.process_index, self.accelerator.num_processes,
+        )  # fmt: skip
+
+    def prepare(self, objective: ObjectiveT, groups: list[dict[str, Any]]) -> None:
+        """Train `objective` with AdamW over the parameter `groups`; Accelerate prepares both."""
+        self.objective = objective
+        optimizer = adamw(groups, self.model.device, use_8bit=self.config.use_8bit_adam)
+        self._prepared, self.optimizer = self.accelerator.prepare(objective, optimizer)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Make the updates that remain, yielding a report after each.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite; the adapter is that of the last finished update.
+        """
+        first = self.update
+        for report in self._reports(self.dataset.batches(self.shard, first, self.updates)):
+            self.update = report.update
+            yield report
+        if first < self.update and not self._any_weight_changed():
+            rate = self.config.learning_rate
+            warnings.warn(
+                f"no adapter weight changed in {self.update} updates: raise learning_rate ({rate})", stacklevel=2
+            )
+
+    def _reports(self, batches: Iterable[dict[str, Any]]) -> Iterator[StepReport]:
+        config, accelerator = self.config, self.accelerator
+        if config.cuda_graph:
+            autocast = accelerator.mixed_precision == "fp16" or "quantisation" in self.base
+            return graphed_steps(
+                self.objective, batches, self.optimizer.optimizer, config, device=self.model.device, shard=self.shard,
+                autocast=autocast, first_update=self.update,
+            )  # fmt: skip
+        stop = None if config.early_stop_loss is None else EarlyStop(config.early_stop_loss, self.shard.samples)
+        return training_steps(
+            self._prepared, batches, self.optimizer, accelerator=accelerator, max_grad_norm=config.max_grad_norm,
+            first_update=self.update, early_stop=stop,
+        )  # fmt: skip
+
+    def _any_weight_changed(self) -> bool:
+        """Has any update had an effect?  B is zero before the first one."""
+        return any(bool(b.detach().any()) for b in self.objective.adapter_parameters()[1::2])
+
+    @abstractmethod
+    def adapter(self, **info: Any) -> Adapter:
+        """What has been learned so far; `info` is added to the adapter's metadata."""
+
+    @abstractmethod
+    def lora(self) -> dict[str, Tensor]:
+        """Copies of the adapter's LoRA tensors, by the names they have in adapter files."""
+
+    @contextmanager
+    def adapter_removed(self) -> Iterator[Adapter]:
+        """Yield the adapter as it is now, and run the body on the bare base model; then training can go on."""
+        adapter = self.adapter()
+        with lora_removed(self.model.unet, *self.model.text_encoders):
+            yield adapter
+
+    def metadata(self) -> dict[str, Any]:
+        """All settings and data that decide the outcome of this run, as values that JSON can hold."""
+        return {
+            "base": self.base,
+            "caption": self.caption,
+            **self._own_metadata(),
+            "size": list(self.size),
+            "seed": self.config.seed,
+            "processes": self.shard.processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "data_sha256": self.data_sha256,
+            "config": asdict(self.config),
+        }
+
+    @abstractmethod
+    def _own_metadata(self) -> dict[str, Any]:
+        """The entries of `metadata` that only this kind of run has."""
+
+    def save_checkpoint(self, output_dir: str | Path, limit: int | None = None) -> Path:
+        """Write `output_dir/checkpoint-N` on the main process, with an adapter file that other programs can load."""
+        folder = Path(output_dir) / f"checkpoint-{self.update}"
+        if self.accelerator.is_main_process:
+            trainable = {name: p.detach() for name, p in self.objective.trainable().items()}
+            scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+            state = self.optimizer.state_dict()
+            checkpoint = Checkpoint(self.update, trainable, state, self._resumable_metadata(), scaler)
+            checkpoints.save(output_dir, checkpoint, limit=limit, extra=self.adapter_files())
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """The adapter as other programs load it, by file name; a checkpoint holds it beside the training state."""
+        return {"pytorch_lora_weights.safetensors": diffusers_file(self.lora(), self.config.alpha)}
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from `checkpoint`; UserError if it was made with other settings or another picture."""
+        checkpoints.check_same_run(checkpoint, self._resumable_metadata())
+        checkpoints.restore(checkpoint, self.objective.trainable(), self.optimizer)
+        if self.accelerator.scaler is not None and checkpoint.scaler:
+            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
+        self.update = checkpoint.update
+
+    def _resumable_metadata(self) -> dict[str, Any]:
+        """`metadata`, flat and without the settings that a resumed run may change: equal for the same run only."""
+        metadata = self.metadata()
+        config = metadata.pop("config")
+        return metadata | {name: value for name, value in config.items() if name not in MAY_DIFFER}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of this package, and of the libraries that decide the numbers."""
+    names = ("personalize", *PACKAGES)
+    return {"python": platform.python_version()} | {name: _installed_version(name) for name in names}
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # e.g. `personalize` run from a checkout
+        return "not installed"

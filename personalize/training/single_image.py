@@ -1,0 +1,191 @@
+"""Train an adapter on one picture of a subject, or on a few.
+
+    with single_image_run(model, pixels, "a photo of a dog", SingleImageConfig(rank=8)) as run:
+        for report in run.steps():
+            print(report.update, float(report.losses["loss"]))
+        adapter = run.adapter()
+
+`learn` does the same in one call.  The trainer, the quick start and the editor all train through this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.lora import add_lora, lora_state, module_names
+from personalize.adapters.text_encoder_lora import add_text_lora, text_lora_state
+from personalize.errors import UserError
+from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precision
+from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.training.config import SingleImageConfig
+from personalize.training.data.concepts import ClassImage, class_pixels, content_hash
+from personalize.training.data.samples import LatentDataset
+from personalize.training.loop import (
+    gradient_checkpointing,
+    restored,
+    training_dtype,
+)
+from personalize.training.run import TrainingRun, versions
+from personalize.training.single_image_objective import SingleImageObjective
+
+Captions = str | Sequence[str]  # one for all pictures, or one for each
+
+
+@contextmanager
+def single_image_run(
+    model: StableDiffusion,
+    pixels: Tensor,
+    caption: Captions,
+    config: SingleImageConfig | None = None,
+    *,
+    masks: Tensor | None = None,
+    class_images: Sequence[ClassImage] = (),
+    accelerator: Accelerator | None = None,
+) -> Iterator[SingleImageRun]:
+    """Prepare a run that trains an adapter on `pixels` (p, 3, H, W) in [−1, 1] with their `caption`.
+
+    On leaving the context, `model` is as it was before.
+
+    Args:
+        masks: (p, 1, H, W) in [0, 1], 1 where the subject is; see `SingleImageConfig.mask_weight`.
+        class_images: class pictures with captions, for prior preservation; cut to H×W.
+
+    Raises:
+        UserError: settings that cannot work, or a model that already carries an adapter.
+    """
+    config = config or SingleImageConfig()
+    with (
+        restored(model), in_precision(model.unet, training_dtype(model, accelerator)),
+        compiled_blocks(model.unet, config.torch_compile), fast_paths(model.unet),
+        gradient_checkpointing(model.unet, config.gradient_checkpointing),
+    ):  # fmt: skip
+        run = SingleImageRun(model, pixels, caption, config, masks, class_images, accelerator)
+        run.add_adapter()
+        yield run
+
+
+def learn(
+    model: StableDiffusion,
+    pixels: Tensor,
+    caption: Captions,
+    config: SingleImageConfig | None = None,
+    *,
+    accelerator: Accelerator | None = None,
+) -> Adapter:
+    """Train on `pixels` (p, 3, H, W) in [−1, 1] with their `caption` and return the adapter; see `single_image_run`."""
+    with single_image_run(model, pixels, caption, config, accelerator=accelerator) as run:
+        for _ in run.steps():
+            pass
+        return run.adapter()
+
+
+class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
+    """A run that trains on one picture or a few; make it with `single_image_run`, which restores the model afterwards.
+
+    Making one encodes the pictures and captions and leaves the model alone; `add_adapter` alters it.
+
+    Attributes:
+        captions: the different captions of the pictures, (p); the source embedding has a row for each.
+        class_captions: the different captions of the class pictures.
+        conditioning: the text encoders' output for all of these, in this order.
+    """
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        pixels: Tensor,
+        caption: Captions,
+        config: SingleImageConfig,
+        masks: Tensor | None,
+        class_images: Sequence[ClassImage],
+        accelerator: Accelerator | None,
+    ) -> None:
+        super().__init__(model, config, accelerator)
+        self.updates = self.shard.updates(config.max_train_samples)
+        self.size = (pixels.shape[-2], pixels.shape[-1])
+        captions = [caption] * len(pixels) if isinstance(caption, str) else list(caption)
+        if len(captions) != len(pixels):
+            raise ValueError(f"{len(pixels)} pictures need one caption or as many, got {len(captions)}")
+        self.captions, self.caption = tuple(dict.fromkeys(captions)), captions[0]
+        self.class_captions = tuple(dict.fromkeys(image.caption for image in class_images))
+        rows = [self.captions.index(text) for text in captions]
+        dataset, prior = self._encoded(pixels, masks, rows), self._encoded_class_images(class_images, masks is not None)
+        self.dataset = replace(dataset, prior=prior)
+        self.data_sha256 = content_hash(pixels, masks, *(part for image in class_images for part in image.content()))
+        self.texts = (*self.captions, *self.class_captions)
+        with torch.no_grad():
+            self.conditioning = model.prompts(self.texts, self.size)
+
+    def _encoded(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> LatentDataset:
+        """The pictures encoded, with the rows of their captions, and loss weights made from `masks`."""
+        model, config = self.model, self.config
+        with fast_paths(model.vae.encoder):
+            posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, to save memory
+        mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
+        weights = None
+        if masks is not None:
+            cells = adaptive_avg_pool2d(masks.to(mean), (mean.shape[-2], mean.shape[-1]))
+            weights = 1 - config.mask_weight * (1 - cells)
+            if not bool(weights.flatten(1).any(1).all()):
+                raise UserError("a mask is black wherever its picture is used: paint white where the subject is")
+        steps = len(model.alphas_cumprod)
+        return LatentDataset(mean, std, config.seed, config.resample_latents, steps, tuple(rows), weights)
+
+    def _encoded_class_images(self, class_images: Sequence[ClassImage], masked: bool) -> LatentDataset | None:
+        """The class pictures encoded; their captions' rows come after those of the subject's captions."""
+        if not class_images:
+            return None
+        rows = [len(self.captions) + self.class_captions.index(image.caption) for image in class_images]
+        prior = self._encoded(class_pixels(class_images, self.size), None, rows)
+        weights = torch.ones_like(prior.mean[:, :1]) if masked else None
+        return replace(prior, purpose="class ", resample=True, weights=weights)
+
+    def add_adapter(self) -> None:
+        """Add a new adapter to the model, and make the objective and its optimizer."""
+        model, config, conditioning, own = self.model, self.config, self.conditioning, len(self.captions)
+        names = module_names(model.unet, model.family, config.targets)
+        add_lora(model.unet, names, config.rank, config.alpha, config.seed)
+        if config.train_text_encoder:
+            add_text_lora(model, config.rank, config.alpha, config.seed, config.targets)
+        objective = SingleImageObjective(
+            model, conditioning[:own], standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
+            prior=conditioning[own:] if self.class_captions else None, prior_loss_weight=config.prior_loss_weight,
+            texts=self.texts if config.train_text_encoder else (), size=self.size,
+        )  # fmt: skip
+        rates = config.learning_rate, config.text_embedding_lr, config.text_encoder_lr
+        self.prepare(objective, objective.groups(*rates))
+
+    def adapter(self, **info: Any) -> Adapter:
+        """What has been learned so far; `info` is added to the adapter's metadata."""
+        return self.make_adapter(self.lora(), self.objective.source(), self.update, **info)
+
+    def make_adapter(self, lora: dict[str, Tensor], source: Conditioning, updates: int, **info: Any) -> Adapter:
+        """An adapter of these LoRA tensors and this source embedding (one row), with the run's metadata.
+
+        With `standalone` it has no source embedding: there it is the text encoder's output for the caption.
+        """
+        parts = {"embeds": source.embeds, "pooled": source.pooled}
+        embedding = {name: part.detach().to("cpu", copy=True) for name, part in parts.items() if part is not None}
+        return Adapter(
+            lora=lora,
+            rank=self.config.rank,
+            alpha=self.config.alpha,
+            source=None if self.config.without_source_embedding else embedding,
+            info={**self.metadata(), "updates": updates, "versions": versions(), **info},
+        )
+
+    def lora(self) -> dict[str, Tensor]:
+        return lora_state(self.model.unet) | text_lora_state(self.model)
+
+    def _own_metadata(self) -> dict[str, Any]:
+        captions = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
+        return {**captions, "targets": self.config.targets, "standalone": self.config.without_source_embedding}

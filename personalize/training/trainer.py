@@ -1,0 +1,129 @@
+"""What every trainer does around its run: load the base, show progress, log, save checkpoints, validate, upload."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from personalize.adapters import hub
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training import checkpoints
+from personalize.training.cuda_graph import check_capturable
+from personalize.training.memory_estimate import check_fits, estimate
+from personalize.training.run import TrainingRun
+from personalize.training.validation import validate
+
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
+
+
+def make_accelerator(config: Any) -> Accelerator:
+    """The Accelerator of a trainer's options, made after a check that everything they name is available.
+
+    Raises:
+        UserError: a tracker that is not installed, a precision that the device does not support, a checkpoint or a hub
+            repository that does not exist or cannot be used.
+    """
+    check_tracker(config.report_to)
+    checkpoints.find(config.output_dir, config.resume_from_checkpoint)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=config.report_to,
+            project_dir=str(config.output_dir / config.logging_dir),
+        )
+    except ValueError as error:  # e.g. bf16 on an old GPU
+        raise UserError(f"--mixed_precision {config.mixed_precision} does not work here: {error}") from None
+    if config.mixed_precision != "no" and not accelerator.native_amp:  # fp16 on a CPU would silently be fp32
+        device = accelerator.device.type
+        raise UserError(f"--mixed_precision {config.mixed_precision} does not work on this {device}: use bf16 or no")
+    if config.cuda_graph:
+        autocast = config.mixed_precision == "fp16" or config.load_in_4bit
+        check_capturable(config, accelerator.device, accelerator.num_processes, autocast=autocast)
+    if config.push_to_hub and accelerator.is_main_process:
+        hub.repository(repository(config), private=config.person)
+    return accelerator
+
+
+def check_tracker(name: str | None) -> None:
+    """UserError unless the package of the tracker `name` is installed; "all" needs any one of them."""
+    wanted = TRACKERS if name == "all" else () if name is None else (name,)
+    if wanted and not any(map(find_spec, wanted)):
+        raise UserError(f"--report_to {name} needs the package {' or '.join(wanted)}: pip install {wanted[0]}")
+
+
+def repository(config: Any) -> str:
+    """The repository's name on the hub: the given one, or that of the output folder."""
+    return config.hub_model_id or config.output_dir.resolve().name
+
+
+def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = False) -> StableDiffusion:
+    """Load the base model in the precision that `config` asks for.
+
+    bf16 means bf16 weights, in half the memory.  Under fp16, or if the base's own weights are trained (`full_weights`),
+    the UNet stays in fp32 behind autocast.  With load_in_4bit all that is not in 4 bits is bf16; the memory it saves is
+    printed.
+
+    Raises:
+        UserError: `full_weights` together with load_in_4bit.
+    """
+    if full_weights and config.load_in_4bit:
+        raise UserError("full_kv trains the base's own weights, which cannot be in 4 bits: leave one of them out")
+    bf16 = config.mixed_precision == "bf16" and not full_weights
+    model = StableDiffusion.load(
+        config.pretrained_model_name_or_path, device=accelerator.device,
+        dtype=torch.bfloat16 if bf16 or config.load_in_4bit else torch.float32,
+        revision=config.revision, variant=config.variant,
+    )  # fmt: skip
+    if config.load_in_4bit:
+        before, after = model.quantize()
+        accelerator.print(f"4 bits: the UNet takes {after / 1e6:.0f} MB, {before / 1e6:.0f} MB in bf16")
+    return model
+
+
+def train(config: Any, run: TrainingRun, name: str) -> None:
+    """Make all updates of `run`, with a memory estimate before, and progress, logs, validation and checkpoints."""
+    from rich.progress import Progress
+
+    accelerator = run.accelerator
+    _resume(config, run)
+    expected = estimate(run)
+    accelerator.print(expected)
+    if advice := check_fits(expected, run):
+        accelerator.print(f"Warning: {advice}")
+    if config.report_to is not None:
+        accelerator.init_trackers(name, {key: str(value) for key, value in vars(config).items()})
+    with Progress(disable=not accelerator.is_local_main_process) as progress:
+        task = progress.add_task("Learning", total=run.updates, completed=run.update)
+        for report in run.steps():
+            losses = {key: float(value) for key, value in report.losses.items()}
+            progress.update(task, completed=report.update, description=f"Learning, loss {losses['loss']:.3f}")
+            accelerator.log(losses | {"learning_rate": report.learning_rates[0]}, step=report.update)
+            if config.checkpointing_steps and report.update % config.checkpointing_steps == 0:
+                run.save_checkpoint(config.output_dir, config.checkpoints_total_limit)
+            if config.validation_prompt and report.update % config.validation_steps == 0:
+                validate(run, config)
+
+
+def _resume(config: Any, run: TrainingRun) -> None:
+    checkpoint = checkpoints.find(config.output_dir, config.resume_from_checkpoint)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    if config.resume_from_checkpoint is not None:
+        start = f"checkpoint-{run.update}" if checkpoint else "the beginning: no whole checkpoint was found"
+        run.accelerator.print(f"Going on from {start}")
+
+
+def finish(config: Any, accelerator: Accelerator) -> Path:
+    """Upload the saved adapter if `config` asks for it, and close the trackers; returns the adapter's folder."""
+    if accelerator.is_main_process:
+        print(f"Adapter: {config.output_dir}")
+        if config.push_to_hub:
+            print(f"Uploaded: {hub.push(config.output_dir, repository(config))}")
+    accelerator.end_training()
+    return config.output_dir

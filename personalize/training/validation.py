@@ -1,0 +1,90 @@
+"""Validation pictures drawn while training, by the code of `personalize edit`; a failure never ends the run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from personalize.adapters.adapter import Adapter
+from personalize.editing.editor import Editor
+from personalize.editing.strengths import Sampling
+from personalize.io.atomic import write_file
+from personalize.io.figures import png
+from personalize.io.images import psnr, to_image, to_pixels
+from personalize.models.stable_diffusion import StableDiffusion
+
+if TYPE_CHECKING:
+    from personalize.training.run import TrainingRun
+
+FOLDER = "validation"
+
+
+def draw(run: TrainingRun, prompt: str, *, count: int, steps: int) -> list[Image.Image]:
+    """`count` pictures of `prompt` (seeds 0, 1, …) by the adapter as it is now; training can go on afterwards."""
+    with run.adapter_removed() as adapter:
+        return Editor(run.model, adapter).edit(prompt, seeds=range(count), sampling=Sampling(steps))
+
+
+def validate(run: TrainingRun, config: Any) -> list[Path]:
+    """Draw --validation_prompt, write output_dir/validation/N-i.png, and log the pictures; returns their paths.
+
+    A failure becomes a warning.  Only the main process draws; the others wait for it at the next update.
+    """
+    if not run.accelerator.is_main_process:
+        return []
+    steps = config.preview_steps or 30
+    try:
+        images = draw(run, config.validation_prompt, count=config.num_validation_images, steps=steps)
+        paths = [config.output_dir / FOLDER / f"{run.update:06d}-{number}.png" for number in range(len(images))]
+        for path, image in zip(paths, images, strict=True):
+            write_file(path, png(image))
+        _log_images(run, images)
+    except Exception as error:  # any failure: pictures must not cost the training
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"update {run.update}: no validation pictures, training goes on: {reason}", stacklevel=2)
+        return []
+    return paths
+
+
+def _log_images(run: TrainingRun, images: Sequence[Image.Image]) -> None:
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stack = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({FOLDER: stack}, step=run.update, dataformats="NHWC")  # pyright: ignore
+        elif tracker.name == "wandb":
+            tracker.log_images({FOLDER: list(images)}, step=run.update)  # pyright: ignore
+
+
+def preview(
+    model: StableDiffusion, adapter: Adapter, pixels: Tensor, *, steps: int = 30, seed: int = 0
+) -> tuple[dict[str, float], dict[str, Image.Image]]:
+    """PSNR figures in dB against the source `pixels` (1, 3, H, W), and the pictures "source" and "reconstruction".
+
+    `autoencoder_db` is what the base's autoencoder reaches, and so the most that any adapter can; `reconstruction_db`
+    is the source drawn by the adapter; `standalone_gap_db` is how much of it is lost in programs that cannot load the
+    source embedding.  With `steps` = 0 nothing is drawn, and there are no figures.
+    """
+    source = pixels.detach().cpu()
+    pictures = {"source": to_image(source)}
+    if steps < 1:
+        return {}, pictures
+
+    def reconstruct(part: Adapter) -> Image.Image:
+        return Editor(model, part).reconstruct(seeds=[seed], sampling=Sampling(steps=steps))[0]
+
+    pictures["reconstruction"] = reconstruct(adapter)
+    figures = {
+        "autoencoder_db": psnr(model.decode(model.encode(pixels)).cpu(), source),
+        "reconstruction_db": psnr(to_pixels(pictures["reconstruction"]), source),
+    }
+    if adapter.source is not None:
+        standalone = to_pixels(reconstruct(replace(adapter, source=None)))
+        figures["standalone_gap_db"] = figures["reconstruction_db"] - psnr(standalone, source)
+    return {name: round(value, 2) for name, value in figures.items()}, pictures

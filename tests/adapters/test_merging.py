@@ -1,0 +1,71 @@
+"""Sums and lower ranks of LoRAs, against dense matrices."""
+
+import pytest
+import torch
+
+from personalize.adapters.merging import WeightedLora, concatenated, reduced
+from personalize.errors import UserError
+from personalize.formats.lora_files import factor_pairs
+from tests.support.lora_states import random_lora
+
+SHAPES = {"up_blocks.1.a.to_q": (12, 8), "up_blocks.1.b.conv1": (6, 5, 3, 3), "up_blocks.1.c.proj_in": (9, 9, 1, 1)}
+FP32 = 1e-6  # entries of order 1e-2 from sums of at most 7 products: rounding of 6e-8 each
+
+
+def deltas(state, strength=1.0):
+    return {module: strength * (b.flatten(1) @ a.flatten(1)) for module, (a, b) in factor_pairs(state).items()}
+
+
+def test_a_sum_is_exact_and_holds_the_modules_of_all():
+    few = {key: shape for key, shape in SHAPES.items() if "to_q" not in key}
+    first, second = random_lora(SHAPES, rank=4), random_lora(few, rank=3, seed=1)
+    state, rank = concatenated([WeightedLora(first, 2.0, 0.5), WeightedLora(second, 1.0, -1.5)])
+    assert rank == 7 and {a.shape[0] for a, _ in factor_pairs(state).values()} == {7}
+    one, two, found = deltas(first), deltas(second, -1.5), deltas(state)
+    assert found.keys() == one.keys()
+    for module, matrix in found.items():
+        torch.testing.assert_close(matrix, one[module] + two.get(module, 0), atol=FP32, rtol=0)
+    assert all(state[key].shape[1:] == tensor.shape[1:] for key, tensor in first.items() if "lora_A" in key)
+
+
+def test_lower_rank_is_the_nearest_matrix_and_states_its_error():
+    state = random_lora(SHAPES, rank=5)
+    found = reduced(state, 3.0, 2)
+    lost = whole = 0.0
+    for module, matrix in deltas(state, 3.0).items():
+        u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        nearest = (u[:, :2] * values[:2]) @ v[:2]
+        torch.testing.assert_close(deltas(found.state)[module].double(), nearest, atol=FP32, rtol=0)
+        tail, total = float(values[2:].square().sum()), float(values.square().sum())
+        assert found.errors[module] == pytest.approx((tail / total) ** 0.5, rel=1e-4)  # fp32 dense product above
+        lost, whole = lost + tail, whole + total
+    assert found.error == pytest.approx((lost / whole) ** 0.5, rel=1e-4) and 0.1 < found.error < 1
+    worst = max(found.errors, key=found.errors.get)
+    assert str(found).startswith("rank 2: relative error") and worst in str(found)
+    shapes = {key: tensor.shape for key, tensor in random_lora(SHAPES, rank=2).items()}
+    assert {key: tensor.shape for key, tensor in found.state.items()} == shapes
+
+
+def test_what_has_a_lower_rank_already_loses_nothing():
+    state = random_lora(SHAPES, rank=2)
+    doubled, rank = concatenated([WeightedLora(state, 1.0, 0.25), WeightedLora(state, 1.0, 0.75)])
+    found = reduced(doubled, 1.0, 2)
+    assert rank == 4 and found.error < 1e-6  # fp32 rounding of the sum
+    for module, matrix in deltas(state).items():
+        torch.testing.assert_close(deltas(found.state)[module], matrix, atol=FP32, rtol=0)
+    zero = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    assert reduced(zero, 1.0, 1).error == 0
+
+
+def test_mistakes():
+    state = random_lora(SHAPES)
+    other = random_lora({key: (7, *shape[1:]) for key, shape in SHAPES.items()})
+    for attempt, message in (
+        (lambda: concatenated([]), "must be numbers"),
+        (lambda: concatenated([WeightedLora(state, 1.0, float("nan"))]), "must be numbers"),
+        (lambda: concatenated([WeightedLora(state, 1.0), WeightedLora(other, 1.0)]), "different base models"),
+        (lambda: reduced(state, 1.0, 0), "whole number from 1"),
+        (lambda: reduced({}, 1.0, 2), "nothing to reduce"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attempt()

@@ -1,0 +1,199 @@
+"""Learned tokens: rows beside the table, positions in prompts, and agreement with stock pipelines."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from personalize.adapters.textual_inversion import (
+    Subject,
+    SubjectPositions,
+    TokenEmbedding,
+    check_new_tokens,
+    initial_embeddings,
+    installed_tokens,
+    locate_subjects,
+    token_state,
+)
+from personalize.errors import UserError
+from personalize.formats import textual_inversion_files
+from personalize.models.stable_diffusion import StableDiffusion
+from tests.support.tiny import tiny
+
+CAT, DOG, FOX = Subject("<cat1>", "cat"), Subject("<dog1>", "dog"), Subject("<fox1>", "red fox", 2)
+PROMPT = "photo of a <cat1> cat and <dog1> dog"
+
+
+@pytest.fixture(scope="module")
+def sd1() -> StableDiffusion:
+    return tiny("sd1")
+
+
+def drawn(model: StableDiffusion, *subjects: Subject, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Rows that differ from all others."""
+    rng = torch.Generator().manual_seed(seed)
+    found = {subject.token: initial_embeddings(model, subject) for subject in subjects}
+    return {t: {k: torch.randn(v.shape, generator=rng) for k, v in rows.items()} for t, rows in found.items()}
+
+
+PREFIXES = ("", "a far away ", "very small ", "zoomed in ", "close up ")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_disendiff_c_positions_behind_every_prefix(sd1: StableDiffusion, prefix: str) -> None:
+    with installed_tokens(sd1, drawn(sd1, CAT, DOG)):
+        cat, dog = locate_subjects(sd1, prefix + PROMPT, [CAT, DOG])
+        first = 4 + len(sd1.tokens(prefix))  # BOS, photo, of, a
+    assert cat == SubjectPositions((first,), (first + 1,)) and dog == SubjectPositions((first + 3,), (first + 4,))
+
+
+def test_disendiff_c_swapped_order_three_concepts_and_phrases_of_several_tokens(sd1: StableDiffusion) -> None:
+    with installed_tokens(sd1, drawn(sd1, CAT, DOG, FOX)):
+        dog, cat = locate_subjects(sd1, "photo of a <dog1> dog and <cat1> cat", [DOG, CAT])
+        assert (dog.modifier, cat.modifier) == ((4,), (7,))
+        prompt = "a <fox1> red fox and <cat1> cat and a dog and <dog1> dog"
+        cat, dog, fox = locate_subjects(sd1, prompt, [CAT, DOG, FOX])
+        assert fox == SubjectPositions((2, 3), (4, 5)) and cat == SubjectPositions((7,), (8,))
+        assert dog.modifier == (13,)
+    model = tiny("sdxl")
+    with installed_tokens(model, drawn(model, FOX)):
+        assert locate_subjects(model, "a <fox1> red fox", [FOX]) == [SubjectPositions((2, 3), (4, 5))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("photo of a <dog1> dog", "there is no: photo · of · a · <dog1> · dog"),
+        ("a <cat1> fox", "there is no: a · <cat1> · fox"),
+        ("a <cat1> cat and <cat1> cat", "more than one: a · <cat1> · cat · and · <cat1> · cat"),
+        ("a cat and " * 25 + "<cat1> cat", "cut off, the text encoder reads 77 tokens"),
+    ],
+)
+def test_disendiff_c_missing_repeated_or_truncated_is_an_error_that_shows_the_tokens(
+    sd1: StableDiffusion, text: str, message: str
+) -> None:
+    with installed_tokens(sd1, drawn(sd1, CAT, DOG)), pytest.raises(UserError, match=message):
+        locate_subjects(sd1, text, [CAT])
+
+
+def test_disendiff_c_companion_the_next_position_is_not_the_class_of_a_token_with_two_vectors(
+    sd1: StableDiffusion,
+) -> None:
+    """Naive: the class is the position behind the token's first id."""
+    with installed_tokens(sd1, drawn(sd1, FOX)):
+        (place,) = locate_subjects(sd1, "a <fox1> red fox", [FOX])
+    assert place.modifier[0] + 1 not in place.noun
+
+
+def test_rows_begin_as_copies_and_leave_no_trace() -> None:
+    model = tiny("sd1")
+    tables, tokenizers = [e.get_input_embeddings() for e in model.text_encoders], model.tokenizers
+    before = tables[0].weight.clone()
+    with torch.no_grad():
+        plain = model.prompts(["a cat on the beach", "a cat cat and dog"])
+        start = {"<cat1>": initial_embeddings(model, CAT)}
+        with pytest.raises(RuntimeError, match="stop"), installed_tokens(model, start):
+            inside = model.prompts(["a cat on the beach", "a <cat1> cat and dog"])
+            assert torch.equal(inside.embeds, plain.embeds)
+            raise RuntimeError("stop")
+        assert torch.equal(model.prompts(["a cat on the beach", "a cat cat and dog"]).embeds, plain.embeds)
+    assert model.tokenizers is tokenizers and "<cat1>" not in tokenizers[0].get_vocab()
+    assert [e.get_input_embeddings() for e in model.text_encoders] == tables
+    assert torch.equal(tables[0].weight, before)
+
+
+def test_only_the_rows_of_named_tokens_get_a_gradient() -> None:
+    model = tiny("sd1")
+    with installed_tokens(model, drawn(model, CAT, DOG), trainable=True) as (rows,):
+        model.prompts(["a <cat1> cat"]).embeds.sum().backward()
+        assert rows.weight.grad is not None and bool(rows.weight.grad[0].any()) and not bool(rows.weight.grad[1].any())
+        learning = [name for name, p in model.text_encoders[0].named_parameters() if p.requires_grad]
+        assert len(learning) == 1 and token_state([rows], [CAT, DOG])["<dog1>"]["text_encoder"].shape == (1, 32)
+
+
+def test_contexts_go_inside_one_another() -> None:
+    model = tiny("sd1")
+    cats, dogs = drawn(model, CAT), drawn(model, DOG)
+    with torch.no_grad(), installed_tokens(model, cats | dogs):
+        both = model.prompts([PROMPT]).embeds
+    with torch.no_grad(), installed_tokens(model, cats), installed_tokens(model, dogs):
+        assert torch.equal(model.prompts([PROMPT]).embeds, both)
+        with pytest.raises(UserError, match="already a word"):
+            check_new_tokens(model, ["<cat1>"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Subject("cat1", "cat"), "angle brackets"),
+        (lambda: Subject("<Cat1>", "cat"), "small letters"),
+        (lambda: Subject("<cat1>", " "), "class phrase"),
+        (lambda: Subject.of("<cat1> <cat1> cat"), "class phrase"),
+        (lambda: Subject("<cat1>", "cat", 0), "1 to 16 vectors"),
+        (lambda: check_new_tokens(tiny("sd1"), ["<a>", "<a>"]), "given twice"),
+        (lambda: check_new_tokens(tiny("sd1"), ["<|endoftext|>"]), "already a word"),
+        (lambda: check_new_tokens(tiny("sd1"), ["cat"]), "already a word"),
+    ],
+)
+def test_tokens_that_would_collide_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_rows_of_another_base_are_refused_and_leave_no_trace() -> None:
+    model, other = tiny("sd1"), tiny("sd2v")
+    table = model.text_encoders[0].get_input_embeddings()
+    with pytest.raises(UserError, match="learned on another base"), installed_tokens(model, drawn(other, CAT)):
+        pass
+    assert model.text_encoders[0].get_input_embeddings() is table
+
+
+def stock(model: StableDiffusion, concepts: dict[str, dict[str, Tensor]], folder: Any) -> Any:
+    """A stock pipeline of `model`'s parts, with the tokens read from the files that diffusers reads."""
+    pipe = model.pipeline()
+    for name, (token, encoder) in textual_inversion_files.token_file_names(concepts, "diffusers").items():
+        assert encoder is not None
+        path = folder / name
+        path.write_bytes(textual_inversion_files.diffusers_file(textual_inversion_files.LearnedToken(token, concepts[token]), encoder))
+        ending = "_2" if encoder == "text_encoder_2" else ""
+        parts = {"text_encoder": getattr(pipe, encoder), "tokenizer": getattr(pipe, f"tokenizer{ending}")}
+        pipe.load_textual_inversion(str(path), token=token, **parts)
+    return pipe
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("eos", [None, 2])
+def test_a_stock_pipeline_reads_prompts_as_we_do(name: str, eos: int | None, tmp_path: Any) -> None:
+    """With eos_token_id 2, as in published SDXL files, CLIP pools at the highest id: the new token's, not the end's."""
+    model, other = tiny(name), tiny(name)
+    for encoder in (*model.text_encoders, *other.text_encoders) if eos else ():
+        inner = getattr(encoder, "text_model", encoder)
+        encoder.config.eos_token_id = inner.eos_token_id = eos
+    concepts = drawn(model, CAT, FOX)
+    text = "a <fox1> red fox and <cat1> cat"
+    with torch.no_grad(), installed_tokens(model, concepts):
+        ours = model.prompts([text])
+    pipe = stock(other, concepts, tmp_path)
+    told = pipe.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours.embeds, told[0], atol=1e-6, rtol=0)
+    if name == "sdxl":
+        torch.testing.assert_close(ours.pooled, told[2], atol=1e-6, rtol=0)
+
+
+def test_companion_pooling_at_the_end_mark_is_not_what_a_stock_sdxl_pipeline_does() -> None:
+    """Naive: pool at the end mark whatever the configuration says; the answer is another one."""
+    model = tiny("sdxl")
+    with torch.no_grad(), installed_tokens(model, drawn(model, CAT)):
+        at_end = model.prompts(["a <cat1> cat on the beach"]).pooled
+        inner = model.text_encoders[1].text_model
+        inner.eos_token_id = 2
+        at_highest = model.prompts(["a <cat1> cat on the beach"]).pooled
+    assert at_end is not None and at_highest is not None and (at_end - at_highest).abs().max() > 1e-2
+
+
+def test_rows_work_for_any_table() -> None:
+    table = torch.nn.Embedding(5, 3)
+    rows = TokenEmbedding(table, [7, 2], torch.ones(2, 3) * torch.tensor([[1.0], [2.0]]))
+    out = rows(torch.tensor([[0, 7, 2]]))
+    assert torch.equal(out[0, 0], table.weight[0]) and torch.equal(out[0, 1:].mean(-1), torch.tensor([1.0, 2.0]))

@@ -1,0 +1,221 @@
+"""How well point drags move objects, in scenes whose true result is known: figures D9 to D17.
+
+    python -m tests.bench.drag                                     # everything, 50 scenes
+    python -m tests.bench.drag --only calibration                  # D9: layers, bands, thresholds
+    python -m tests.bench.drag --only drags --scenes 8 --arms move # a quick look
+
+Each finished cell is one JSON line; calibration.md, drag.md and figures.json are rewritten every time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from personalize.editing.drag.drag import DragSettings
+from personalize.editing.drag.image import drag_picture
+from personalize.embedded.scenes import random_scene, render
+from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
+from personalize.sampling.denoise import Edit, denoise
+from personalize.sampling.schedule import make_schedule
+from tests.bench.attention_auc import coverage
+from tests.bench.cells import Cells
+from tests.bench.contract import BASE, DO_NOTHING, Task, psnr, structure_distance
+from tests.bench.drag.calibration import best_reader, calibration_row, default_ious, table
+from tests.bench.drag.figures import ABLATED, DISTANCES, PASTE, ablations, figures
+from tests.bench.drag.measures import (
+    away_from,
+    background_only,
+    centroid_shift,
+    disc,
+    drag_task,
+    find_shift,
+    ghost,
+    handle_point,
+    paste_object,
+    seam,
+)
+from tests.bench.figure_tables import average
+from tests.bench.intervals import paired_interval
+from tests.bench.judge.judge import as_bytes, as_pixels
+from tests.bench.world import weights_of, world_of
+
+# each arm differs from `move` in one setting; "mask" and "paste" are arguments of the bench, no settings
+ARMS: dict[str, dict[str, Any]] = {
+    "move": {},
+    "move, true mask": {"mask": "true"},
+    "deform": {"mode": "deform"},
+    "deform, stretch": {"mode": "deform", "displacement": "stretch"},
+    "move, backward": {"mapping": "backward"},
+    "move, raw fill": {"fill": "attention_raw"},
+    "move, repaired fill": {"fill": "attention"},
+    "move, source noise": {"fill": "attention", "fill_noise": "source"},
+    "move, no kv": {"kv": "off"},
+    "move, no protection": {"protect": False},
+    "move, pasted": {"paste": True},
+}
+WITH_DISTANCES = ("move", "deform")
+TWIN = "twin"
+
+
+@dataclass(frozen=True)
+class DragBench:
+    model: Path = EMBEDDED
+    """A Stable Diffusion folder; its world.json, if there, says which nouns, styles and backgrounds it knows."""
+    scenes: int = 50
+    """Number of scenes, the same ones for every arm."""
+    budget: int = 1
+    """Pictures an arm may draw for a scene; only 1, for a drag is deterministic."""
+    only: tuple[str, ...] = ()
+    """Parts to run: calibration, drags; both when empty."""
+    arms: tuple[str, ...] = ()
+    """Arms to run; all when empty."""
+    true_mask: bool = False
+    """Give every arm the true mask, for models where calibration finds no layer that segments objects."""
+    steps: int = 50
+    """Steps of the whole schedule."""
+    strength: float = 0.7
+    """Share of the schedule that is inverted and sampled."""
+    output_dir: Path = Path("runs/bench/drag")
+    """Where results go; finished cells found there are not measured again."""
+
+
+class Bench:
+    """The bench's model, settings and finished cells."""
+
+    def __init__(self, options: DragBench, model: StableDiffusion | None = None) -> None:
+        self.options, self.model = options, model or StableDiffusion.load(options.model)
+        self.settings = DragSettings(steps=options.steps, strength=options.strength)
+        self.world = world_of(options.model)
+        settings = {"true_mask": options.true_mask, "settings": asdict(self.settings)}
+        stamp = {"weights": weights_of(self.model), **self.world, **settings}
+        self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
+
+    def task(self, seed: int, cells: int, *, twin: bool = False) -> Task:
+        scene = random_scene(seed, split="bench/drag", objects=1, **self.world)
+        return drag_task(scene, seed, cells * self.model.factor / self.model.resolution, twin=twin)
+
+    def calibration(self) -> list[dict[str, Any]]:
+        rows = []
+        for seed in range(self.options.scenes):
+            task = self.task(seed, ABLATED)
+            rows.append(
+                self.cells.once(
+                    f"calibration/{seed}", lambda task=task: calibration_row(self.model, task, self.settings)
+                )
+            )
+        return rows
+
+    def drags(self) -> list[dict[str, Any]]:
+        """A row for every arm, distance and scene, controls included."""
+        wanted = [DO_NOTHING, BASE, PASTE, *(self.options.arms or ARMS)]
+        plan = [
+            (arm, cells, False) for arm in wanted for cells in DISTANCES if cells == ABLATED or arm in WITH_DISTANCES
+        ]
+        plan += [("move", ABLATED, True)] if "move" in wanted else []
+        rows = []
+        for seed in range(self.options.scenes):
+            for arm, cells, twin in plan:
+                key = f"{arm}/{cells}/{TWIN + '/' if twin else ''}{seed}"
+                rows.append(self.cells.once(key, lambda a=(arm, cells, twin, seed): self.row(*a)))
+        return rows
+
+    def row(self, arm: str, cells: int, twin: bool, seed: int) -> dict[str, Any]:
+        """The measures of one drag by `arm`, against the truth; lengths in pixels."""
+        task, size, cell = self.task(seed, cells, twin=twin), self.model.resolution, self.model.factor
+        (before, masks), (truth, ends) = render(task.before, size), render(task.after, size)
+        vector = find_shift(truth, before, masks[0])  # sprites are placed on whole pixels
+        handle = handle_point(masks[0])
+        target = tuple(min(size - 1.0, max(0.0, at + by)) for at, by in zip(handle, vector, strict=True))
+        picture, facts = self.dragged(arm, task, before, masks[0], vector, handle, target)
+        background = background_only(task.before, size)
+        went = find_shift(picture, before, masks[0])
+        marker = find_shift(picture, before, disc(masks[0].shape, handle, 2 * cell) & masks[0])
+        far = away_from([masks[0], ends[0]], cell)
+        left = masks[0] & away_from([ends[0]], 1, 1)
+        row = {
+            "arm": arm, "cells": cells, "twin": twin, "seed": seed, "vector": vector, "went": went, "marker": marker,
+            "centroid": centroid_shift(picture, before, background), "background_db": psnr(picture, truth, far),
+            "ghost": ghost(picture, before, background, left, masks[0]), "seam_db": seam(picture, truth, ends[0], cell),
+            "truth_db": psnr(picture, truth), "kept": 1 - structure_distance(picture, before, np.ones_like(masks[0])),
+        }  # fmt: skip
+        if twin:
+            row["twin_went"] = find_shift(picture, before, masks[1])
+        self.save(picture, arm, cells, twin, seed)
+        return row | facts
+
+    def dragged(
+        self, arm: str, task: Task, before: np.ndarray, mask: np.ndarray, vector: Any, handle: Any, target: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """The arm's picture, and the seconds, tracking errors and notes that `drag_picture` reports."""
+        if arm == DO_NOTHING:
+            return before, {}
+        if arm == PASTE:
+            return paste_object(before, mask, vector), {}
+        if arm == BASE:
+            return self.replayed(task, before), {}
+        changes = dict(ARMS[arm])
+        paste, true_mask = changes.pop("paste", False), changes.pop("mask", "") == "true" or self.options.true_mask
+        settings = DragSettings(**asdict(self.settings) | changes)
+        result = drag_picture(
+            self.model, Image.fromarray(before), [handle, target], prompt=task.source_prompt, settings=settings,
+            mask=Image.fromarray(mask.astype(np.uint8) * 255) if true_mask else None, paste=paste,
+        )  # fmt: skip
+        within = torch.from_numpy(coverage(mask, *result.drag.mask.shape) > 0.5)
+        mean = float(result.drag.ratios[0].clamp(0, 1)[within].mean()) if bool(within.any()) else math.nan
+        facts = {"seconds": result.seconds, "edit_seconds": result.edit_seconds, "arrived": result.arrived[0],
+                 "missed": result.missed[0], "mean_ratio": mean, "notes": len(result.notes)}  # fmt: skip
+        return np.asarray(result.image), facts
+
+    @torch.no_grad()
+    def replayed(self, task: Task, before: np.ndarray) -> np.ndarray:
+        """The picture inverted and sampled again by the base, without a drag: the best that a drag can preserve."""
+        size = (self.model.resolution,) * 2
+        edit = Edit(self.model.prompts([task.source_prompt], size), guidance_scale=1)
+        latents = self.model.encode(as_pixels(before[None]))
+        for inverse in (True, False):
+            plan = make_schedule(self.model, self.options.steps, strength=self.options.strength, inverse=inverse)
+            latents = denoise(self.model, latents, edit, plan)
+        return as_bytes(self.model.decode(latents).cpu())[0]
+
+    def save(self, picture: np.ndarray, arm: str, cells: int, twin: bool, seed: int) -> None:
+        folder = self.options.output_dir / "pictures"
+        folder.mkdir(exist_ok=True)
+        name = f"{seed:03d}-{cells}{'-twin' if twin else ''}-{arm.replace(' ', '_').replace(',', '')}.png"
+        Image.fromarray(picture).save(folder / name)
+
+
+def run(options: DragBench, model: StableDiffusion | None = None) -> dict[str, Any]:
+    """Measure the cells that are not finished, write all figures, and return them."""
+    bench, started, report = Bench(options, model), time.monotonic(), {}
+    if not options.only or "calibration" in options.only:
+        rows = bench.calibration()
+        best, defaults = best_reader(rows), default_ious(rows, bench.settings)
+        difference, low, high = paired_interval(defaults, best["iou"])
+        report["D9 defaults"] = {"iou": average(defaults, ""), "above the chosen": [difference, low, high]}
+        report["D9"] = best | {
+            "auc": average([v for v in best["auc"] if v is not None], ""),
+            "iou": average(best["iou"], ""),
+        }
+        (options.output_dir / "calibration.md").write_text(table(rows), encoding="utf-8")
+    if not options.only or "drags" in options.only:
+        rows = bench.drags()
+        report |= figures(rows, bench.model.factor)
+        (options.output_dir / "drag.md").write_text(ablations(rows), encoding="utf-8")
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    (options.output_dir / "figures.json").write_text(text, encoding="utf-8")
+    print(text, f"\n{time.monotonic() - started:.0f} s")
+    return report
+
+
+if __name__ == "__main__":
+    run(tyro.cli(DragBench, config=(tyro.conf.OmitArgPrefixes,)))

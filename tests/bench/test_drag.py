@@ -1,0 +1,106 @@
+"""The bench of drags in miniature, and its measures on pictures whose answer is known."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from personalize.embedded.scenes import Scene, SceneObject, random_scene, render
+from tests.bench.contract import BASE, DO_NOTHING
+from tests.bench.drag import bench as bench
+from tests.bench.drag.bench import DragBench
+from tests.bench.drag.figures import PASTE, figures
+from tests.bench.drag.measures import (
+    away_from,
+    background_only,
+    centroid_shift,
+    disc,
+    drag_task,
+    find_shift,
+    ghost,
+    handle_point,
+    paste_object,
+    seam,
+)
+from tests.support.tiny import tiny_sd1
+
+SIZE = 96
+BEFORE = Scene("teal", (SceneObject("cat", "3d", 0.35, 0.5, 0.36),))
+AFTER = BEFORE.with_object_shifted(0, 0.25, -0.125)  # 24 px right, 12 px up
+
+
+@pytest.fixture(scope="module")
+def scene():
+    (before, (mask,)), (truth, (end,)) = render(BEFORE, SIZE), render(AFTER, SIZE)
+    return before, mask, truth, end, background_only(BEFORE, SIZE)
+
+
+def test_the_truth_is_where_it_is_and_doing_nothing_goes_nowhere(scene):
+    before, mask, truth, _, background = scene
+    assert find_shift(truth, before, mask) == (24, -12) and find_shift(before, before, mask) == (0, 0)
+    shift = centroid_shift(truth, before, background)
+    assert shift == pytest.approx((24, -12), abs=1.0)  # the shadow and the sky's slope count a little
+    handle = handle_point(mask)
+    assert mask[int(handle[1]), int(handle[0])]
+    assert find_shift(truth, before, disc(mask.shape, handle, 8) & mask) == (24, -12)
+
+
+def test_ghost_seam_and_background(scene):
+    before, mask, truth, end, background = scene
+    left = mask & away_from([end], 1, 1)
+    copy = paste_object(before, mask, (24, -12))
+    assert ghost(truth, before, background, left, mask) < 0.05
+    assert ghost(before, before, background, left, mask) == ghost(copy, before, background, left, mask) > 0.4
+    assert seam(truth, truth, end, 4) == 60 > seam(copy, truth, end, 4) > seam(before, truth, end, 4)
+    far = away_from([mask, end], 4)
+    assert far.any() and not (far & (mask | end)).any()
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_tasks_stay_in_the_frame_and_go_as_far_as_asked(twin):
+    for seed in range(8):
+        task = drag_task(random_scene(seed, split="test", objects=1), seed, 0.25, twin=twin)
+        first, last = task.before.objects[0], task.after.objects[0]
+        assert math.dist((first.x, first.y), (last.x, last.y)) == pytest.approx(0.25)
+        for thing in (first, last):
+            assert thing.size / 2 <= thing.x <= (0.5 if twin else 1) - thing.size / 2 + 1e-9
+        assert len(task.before.objects) == 1 + twin and task.before.objects[1:] == task.after.objects[1:]
+
+
+@pytest.mark.slow  # a bench in miniature
+def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
+    model = tiny_sd1()
+    arms = ("move", "deform")
+    options = DragBench(scenes=2, arms=arms, steps=2, strength=1.0, true_mask=True, output_dir=tmp_path, model=tmp_path)
+    monkeypatch.setattr(bench, "DISTANCES", (4,))
+    monkeypatch.setattr("tests.bench.drag.figures.DISTANCES", (4,))
+    monkeypatch.setattr("tests.bench.drag.calibration.THRESHOLDS", (0.3,))
+    monkeypatch.setattr("tests.bench.drag.calibration.BANDS", ((0, 500),))
+    found = bench.run(options, model)
+    assert found["D9"]["threshold"] == 0.3 and {name.split()[0] for name in found} >= {"D9", "D10", "D11", "D12", "D17"}
+    assert "up_blocks.3" in (tmp_path / "calibration.md").read_text()
+    text = (tmp_path / "drag.md").read_text()
+    assert all(arm in text for arm in (*arms, DO_NOTHING, BASE, PASTE))
+    monkeypatch.setattr(bench.Bench, "row", None)
+    assert bench.run(options, model) == json.loads((tmp_path / "figures.json").read_text())
+
+
+def test_figures_of_a_perfect_drag():
+    """Doing everything right gives 100 %, nothing left of the way; the seam and time are as said."""
+    row = {"cells": 4, "twin": False, "vector": (16.0, 0.0), "went": (16.0, 0.0), "marker": (16.0, 0.0),
+           "centroid": (8.0, 0.0), "background_db": 30.0, "ghost": 0.0, "seam_db": 30.0, "mean_ratio": 0.5,
+           "seconds": 10.0, "edit_seconds": 0.5, "twin_went": (0.0, 1.0)}  # fmt: skip
+    arms = [("move", False), ("deform", False), ("move", True), (BASE, False), (PASTE, False)]
+    rows = [row | {"arm": arm, "twin": twin, "seed": seed} for arm, twin in arms for seed in range(3)]
+    found = figures(rows, 4)
+    for name in ("D10 moved by 4 cells within tolerance", "D11 centroid as the mean ratio says, 4 cells",
+                 "D13 ghost of at most 15 %", "D14 twin stays within a cell"):  # fmt: skip
+        assert found[name]["value"] == 100 and found[name]["n"] == 3
+    assert found["D15 distance left, share of the way"]["value"] == 0
+    assert found["D17 latent edit, share of the time"]["value"] == pytest.approx(0.05)
+    away = [entry | {"went": (0.0, 16.0)} for entry in rows]
+    assert figures(away, 4)["D10 moved by 4 cells within tolerance"]["value"] == 0
+    assert np.isfinite(found["D12 background below the replay's"]["value"])

@@ -1,0 +1,90 @@
+"""`personalize drag`, on random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from personalize.cli.commands.drag import interleaved_points
+from personalize.cli.edit_options import DragConfig
+from personalize.cli.main import main
+from personalize.cli.parser import parse
+from personalize.errors import UserError
+from tests.editing.drag.test_image import picture, square
+from tests.support.lora_states import random_adapter
+from tests.support.tiny import tiny, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    place = tmp_path_factory.mktemp("drag")
+    picture().save(place / "photo.png")
+    square().save(place / "mask.png")
+    return tiny_folder("sd1", place), random_adapter(tiny("sd1")).save(place / "adapter"), place
+
+
+def run(places, *words: str) -> int:
+    base, _, place = places
+    fixed = ["--pretrained_model_name_or_path", base, "--output_dir", place / "out", "--num_inference_steps", "3"]
+    return main(["drag", str(place / "photo.png"), *words, *map(str, fixed)])
+
+
+def test_the_command_writes_the_pictures_and_says_where_the_points_arrived(places, capsys):
+    words = ["--from", "20,24", "--to", "36,28", "--from", "30,30", "--to=44,34"]
+    assert run(places, *words, "--mask", str(places[2] / "mask.png"), "--mode", "deform", "--paste") == 0
+    out = places[2] / "out"
+    assert {path.name for path in out.iterdir()} == {"dragged.png", "mask.png", "overlay.png", "drag.json"}
+    assert all(Image.open(path).size == (64, 64) for path in out.glob("*.png"))
+    found = json.loads((out / "drag.json").read_text())
+    assert [row["to"] for row in found["drags"]] == [[36, 28], [44, 34]] and found["seconds"] > found["edit_seconds"]
+    text = capsys.readouterr().out
+    assert text.count("px from the target") == 2 and "36,28: arrived at" in text and " s; dragged.png" in text
+
+
+def test_an_adapter_brings_its_base(places, capsys):
+    assert run(places, "--from", "20,24", "--to", "36,28", "--adapter", str(places[1])) == 0
+    assert json.loads((places[2] / "out" / "drag.json").read_text())["mask_thresholds"]
+
+
+def test_flags_may_be_words_of_python(capsys):
+    config = parse(DragConfig, ["a.png", "--from", "1,2", "--to", "3,4", "--from=5,6", "--to=7,8"], prog="x")
+    assert config.from_ == ("1,2", "5,6") and config.to == ("3,4", "7,8")
+    with pytest.raises(SystemExit, match="0"):
+        main(["drag", "--help"])
+    assert "--from STR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "personalize drag needs --from and --to"),
+        (["--from", "1,2"], "personalize drag needs --to"),
+        (["--from", "1,2", "--to", "3,4", "--to", "5,6"], "1 of --from and 2 of --to: each --from needs a --to"),
+        (["--from", "1", "--to", "3,4"], "a point is x,y in pixels, for example 120,64; got '1'"),
+        (["--from", "1,2", "--to", "300,4"], "target 300,4 is outside the picture: it is 64×64 px"),
+        (["--from", "1,2", "--to", "3,4", "--mask", "none.png"], "none.png: no such file"),
+        (["--from", "1,2", "--to", "3,4", "--mode", "shift"], "mode"),
+        (["--form", "1,2", "--to", "3,4"], "unknown option --form: did you mean --from?"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
+    assert run(places, *words) == 2
+    line = capsys.readouterr().err.strip()
+    assert message in line and "\n" not in line and line.startswith("personalize: ")
+
+
+def test_points_are_paired_in_their_order():
+    assert interleaved_points(("1,2", "5,6.5"), ("3,4", "7,8")) == [(1, 2), (3, 4), (5, 6.5), (7, 8)]
+    with pytest.raises(UserError, match="got '1,2,3'"):
+        interleaved_points(("1,2,3",), ("4,5",))
+
+
+def test_the_fill_is_as_asked_and_its_seed_counts(places):
+    drawn = []
+    for words in ([], ["--fill", "attention"], ["--fill", "attention", "--seed", "7"]):
+        mask = ["--mask", str(places[2] / "mask.png")]
+        assert run(places, "--from", "20,24", "--to", "44,34", *mask, *words) == 0
+        drawn.append((places[2] / "out" / "dragged.png").read_bytes())
+    assert len(set(drawn)) == 3

@@ -1,0 +1,79 @@
+"""`personalize edit --auto` from the command line, on random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from personalize.adapters.adapter import Adapter
+from personalize.cli.main import main
+from personalize.editing.strengths import EditStrengths, remembered
+from tests.support.lora_states import random_adapter
+from tests.support.tiny import tiny, tiny_folder
+from tests.support.tiny_scorers import clip_folder, dino_folder
+
+PROMPT = "a dog in the snow"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A base, an adapter with its source picture, CLIP and DINO, and where to write."""
+    place = tmp_path_factory.mktemp("auto")
+    source = {"source": Image.linear_gradient("L").resize((64, 64))}
+    adapter = random_adapter(tiny("sd1")).save(place / "adapter", pictures=source)
+    scorer = ["--clip_model", str(clip_folder(place)), "--identity_model", str(dino_folder(place))]
+    return tiny_folder("sd1", place), adapter, place / "out", scorer
+
+
+def edit(places, *words: str) -> int:
+    base, adapter, out, _ = places
+    return main(["edit", str(adapter), "--pretrained_model_name_or_path", str(base), "--output_dir", str(out),
+                 "--num_inference_steps", "1", *words])  # fmt: skip
+
+
+def test_auto_ranks_shows_and_remembers(places, capsys):
+    _, adapter, out, scorer = places
+    assert edit(places, "--prompt", PROMPT, "--auto", "--budget", "5", *scorer) == 0
+    said = capsys.readouterr().out
+    assert "Best of 5, by CLIP" in said and "Stored in" in said and "5 pictures and grid.png" in said
+    ranking = json.loads((out / "ranking.json").read_text())
+    rows = ranking["pictures"]
+    assert ranking["prompt"] == PROMPT and ranking["caption"] == "a cat on the beach" and len(rows) == 5
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    assert all({"edit", "identity", "distance", "state", "alpha", "forget", "seed"} <= set(row) for row in rows)
+    assert all("clip_score" in row["facts"] for row in rows)
+    assert all(Image.open(out / row["file"]).size == (64, 64) for row in rows)
+    assert Image.open(out / "grid.png").width > 4 * 192, "four to a row"
+    chosen = remembered(Adapter.load(adapter).info, PROMPT)
+    best = {key: rows[0][key] for key in ("alpha", "beta", "gamma", "forget", "strength")}
+    assert chosen == (EditStrengths(**best), rows[0]["seed"])
+    first = (out / rows[0]["file"]).read_bytes()
+    assert edit(places, "--prompt", PROMPT) == 0
+    assert "Using what --auto chose" in capsys.readouterr().out
+    assert (out / "edit-000.png").read_bytes() == first, "what was chosen is what the next edit draws"
+    assert not (out / "ranking.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--auto"], "need a CLIP model"),
+        (["--auto", "--alpha", "0.8"], "leave out --alpha"),
+        (["--auto", "--strength", "0.5"], "leave out --strength"),
+        (["--auto", "--num_images", "2"], "leave out --seeds"),
+        (["--auto", "--source_image", "nowhere.png"], "nowhere.png does not exist"),
+        (["--clip_model", "x"], "belongs to --auto"),
+    ],
+)
+def test_mistakes_are_one_line(places, capsys, words, message):
+    scorer = places[3] if "--source_image" in words else []
+    assert edit(places, "--prompt", PROMPT, *words, *scorer) == 2
+    line = capsys.readouterr().err.strip()
+    assert message in line and "\n" not in line
+
+
+def test_a_budget_of_nothing_is_refused(places, capsys):
+    assert edit(places, "--prompt", PROMPT, "--auto", "--budget", "0", *places[3]) == 2
+    assert "at least 1 picture" in capsys.readouterr().err

@@ -1,0 +1,110 @@
+"""`personalize edit EDIT_PHOTO`, on random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from personalize.cli import options
+from personalize.cli.commands.edit_image import pair, weight
+from personalize.cli.main import main
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import StableDiffusion
+from tests.support.lora_states import random_adapter
+from tests.support.photos import photo
+from tests.support.tiny import tiny, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    place = tmp_path_factory.mktemp("photo")
+    photo().save(place / "photo.png")
+    return tiny_folder("sd1", place), random_adapter(tiny("sd1")).save(place / "adapter"), place
+
+
+def run(places, *words, base=None) -> int:
+    fixed = ["--pretrained_model_name_or_path", base or places[0], "--num_inference_steps", "2"]
+    return main(["edit", str(places[2] / "photo.png"), *map(str, words), *map(str, fixed)])
+
+
+def test_it_writes_pictures_and_begins_the_next_time_where_it_ended(places, tmp_path, monkeypatch, capsys):
+    asked, keep = [], StableDiffusion.predict
+    monkeypatch.setattr(StableDiffusion, "predict", lambda self, *a: asked.append(len(a[0])) or keep(self, *a))
+    words = ["--source", "a cat on the beach", "--output_dir", tmp_path / "out"]
+    assert run(places, *words, "--swap", "cat=dog", "--weight", "dog=2", "--attention_maps", "--local", "cat=dog") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"edited.png", "before-after.png", "attention.png", "edit.json", "trajectories"}
+    assert Image.open(tmp_path / "out" / "edited.png").size == (32, 32)
+    found = json.loads((tmp_path / "out" / "edit.json").read_text())
+    assert found["target"] == "a dog on the beach" and found["weights"] == {"dog": 2.0}
+    assert asked == [1, 1, 4, 4]  # up with one row, then two rows with guidance
+    assert run(places, *words, "--target", "a fox on the beach") == 0
+    assert asked[4:] == [4, 4]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"edited.png", "before-after.png", "edit.json", "trajectories"}  # no old maps beside new pictures
+    assert "“a fox on the beach”" in capsys.readouterr().out
+
+
+def test_an_adapter_brings_its_base_and_its_trajectory(places, tmp_path, capsys):
+    words = ["--source", "a cat", "--target", "a dog", "--output_dir", tmp_path, "--inversion", "ddpm", "--seed", "3"]
+    assert run(places, *words, "--adapter", places[1]) == 0 and run(places, *words) == 0
+    assert len(list((tmp_path / "trajectories").iterdir())) == 2
+    same = ["--source", "a cat", "--target", "A cat", "--output_dir", tmp_path]
+    assert run(places, *same) == 0
+    assert "Note: the target says what the source says" in capsys.readouterr().out
+
+
+def test_a_trajectory_of_another_base_is_refused(places, tmp_path, capsys):
+    words = ["--source", "a cat", "--target", "a dog", "--trajectory", tmp_path / "kept", "--output_dir"]
+    assert run(places, *words, tmp_path / "one") == 0 and (tmp_path / "kept" / "trajectory.json").is_file()
+    capsys.readouterr()
+    assert run(places, *words, tmp_path / "two", base=tiny_folder("sd2v", tmp_path)) == 2
+    line = capsys.readouterr().err.strip()
+    assert "was made with another base model" in line and "\n" not in line and not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--target", "a dog"], "personalize edit needs --source"),
+        (["--source", "a cat"], "nothing is to change: give a target prompt, words to swap, or weights of words"),
+        (
+            ["--source", "a cat", "--swap", "dog=cat"],
+            "the word 'dog' is not in the prompt 'a cat': its words are a, cat",
+        ),
+        (["--source", "a cat", "--swap", "cat"], "'cat': write old=new, for example cat=dog"),
+        (["--source", "a cat", "--weight", "cat=much"], "'cat=much': write word=factor, for example fluffy=3"),
+        (["--source", "a cat", "--target", "a dog", "--weight", "dig=2"], "did you mean dog?"),
+        (["--source", "cat " * 80, "--target", "a dog"], "the prompt has 82 tokens"),
+        (["--source", "a cat", "--target", "dog " * 80], "the prompt has 82 tokens"),
+        (["--source", "a cat", "--target", "a dog", "--inversion", "nul"], "--inversion"),
+        (["--source", "a cat", "--target", "a dog", "--cross_replace_steps", "2"], "cross_replace_steps is 2"),
+        (["--source", "a cat", "--target", "a dog", "--null_text_rate", "0"], "null-text takes iterations from 1"),
+        (["--source", "a cat", "--prompt", "a dog"], "unknown option --prompt"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2_and_leave_nothing(places, tmp_path, capsys, words, says):
+    assert run(places, *words, "--output_dir", tmp_path / "out") == 2
+    line = capsys.readouterr().err.strip()
+    assert says in line and "\n" not in line and line.startswith("personalize: ") and not (tmp_path / "out").exists()
+
+
+def test_edit_means_a_photo_when_it_is_given_one(capsys):
+    assert options.resolve_command("edit", ["my-dog", "--prompt", "a.b"]) == "edit"
+    assert options.resolve_command("edit", ["a.JPG"]) == options.resolve_command("edit", ["photo", "--source", "x"]) == options.EDIT_PHOTO
+    assert options.resolve_command("drag", ["a.png"]) == "drag"
+    for words, option in ((["edit", "--help"], "--forget"), (["edit", "a.png", "--help"], "--inversion")):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        text = capsys.readouterr().out
+        assert option in text
+    assert main(["--help"]) == 0 and "edit PHOTO" in capsys.readouterr().out
+
+
+def test_pairs_and_weights():
+    assert pair("cat = red dog") == ("cat", "red dog") and weight("a=b=2.5") == ("a=b", 2.5)
+    for wrong in ("cat", "=dog", "cat="):
+        with pytest.raises(UserError, match="write old=new"):
+            pair(wrong)

@@ -1,0 +1,80 @@
+"""`personalize quickstart` from end to end on a tiny random base."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from personalize.cli.commands import quickstart
+from personalize.cli.main import main
+from personalize.editing.strengths import Sampling
+from personalize.embedded.samples import bundled
+from personalize.embedded.scenes import HELD_OUT_STYLE, captions
+from personalize.errors import UserError
+from tests.support.tiny import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_folder("sd1", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(quickstart, "SAMPLING", Sampling(steps=1))
+    monkeypatch.setattr(quickstart, "accelerator", lambda model: None)  # one precision to a process is its rule
+
+
+def run(base, place, *words: str) -> int:
+    extra = ["--pretrained_model_name_or_path", str(base), "--max_train_steps", "1"]
+    return main(["quickstart", *words, "--output_dir", str(place), *extra])
+
+
+def test_it_leaves_an_adapter_and_a_sheet_and_says_where(base, tmp_path, capsys):
+    assert run(base, tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    adapter = json.loads((tmp_path / "out" / "adapter" / "adapter.json").read_text())
+    assert adapter["caption"] == bundled(0).caption and adapter["updates"] == 1
+    sheet = Image.open(tmp_path / "out" / "sheet.png")
+    assert sheet.width > 4 * 192 and sheet.height > 3 * 192
+    singles = {path.stem for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert singles == {"source", "replay", "base", *(f"edit-{number:03d}" for number in range(8))}
+    for words in ("Reconstruction:", "Edits to reconstruction", "Contact sheet:", "personalize edit", "24 dB"):
+        assert words in told
+    assert main(["verify", str(tmp_path / "out" / "adapter"), "--base", str(base)]) == 0
+
+
+def test_a_photo_of_any_shape_with_a_caption_beside_it(base, tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (90, 160, 4), np.uint8)
+    Image.fromarray(colours, "RGBA").save(tmp_path / "dog.png")
+    (tmp_path / "dog.txt").write_text("a dog in the park")
+    assert run(base, tmp_path / "out", str(tmp_path / "dog.png")) == 0
+    source = Image.open(tmp_path / "out" / "adapter" / "source.png")
+    assert source.width > source.height, "the aspect ratio is kept"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["missing.png"], "no such file"), (["--scene", "9"], "choose 0 to 4"), (["--max_train_steps", "0"], "above 0")],
+)
+def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path, capsys, words, message):
+    extra = [] if "--max_train_steps" in words else ["--max_train_steps", "1"]
+    place = ["--output_dir", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(base)]
+    assert main(["quickstart", *words, *place, *extra]) == 2
+    line = capsys.readouterr().err.strip()
+    assert message in line and "\n" not in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bundled_scenes_are_of_the_held_out_style_and_their_edits_true():
+    for index in range(5):
+        example = bundled(index)
+        assert example.scene is not None and example.scene.objects[0].style == HELD_OUT_STYLE
+        assert example.caption in captions(example.scene) and len(example.edits) == 4
+        assert all(change.truth is not None and change.prompt in captions(change.truth) for change in example.edits)
+        assert {change.kind for change in example.edits} == {"background", "object", "style"}
+    with pytest.raises(UserError, match="choose 0 to 4"):
+        bundled(5)

@@ -1,0 +1,130 @@
+"""Options: flags over a YAML file, every mistake one sentence that names the nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from tyro.conf import Positional
+
+from personalize.cli.edit_options import EditConfig
+from personalize.cli.parser import parse
+from personalize.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """A trainer's options in miniature."""
+
+    output_dir: Path
+    """Where."""
+    photo: Positional[Path | None] = None
+    """A picture."""
+    rank: int = 4
+    """Rank."""
+    lora_alpha: float = 4.0
+    """Alpha."""
+    learning_rate: float = 1e-4
+    """Rate."""
+    center_crop: bool = False
+    """Crop?"""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    """Precision."""
+    nouns: tuple[str, ...] = ("cat",)
+    """Nouns."""
+
+
+def read(*args: str, **kwargs) -> Config:
+    return parse(Config, args, prog="miniature", **kwargs)
+
+
+@pytest.mark.parametrize("flag", ["--learning_rate", "--learning-rate"])
+def test_dashes_and_underscores_are_the_same(flag: str):
+    assert read("--output-dir", "x", flag, "1e-3").learning_rate == 1e-3
+    assert read("--output_dir=x", f"{flag}=1e-3").learning_rate == 1e-3
+
+
+def test_a_diffusers_command_line_pastes():
+    line = "--output_dir out --rank 8 --center_crop --mixed_precision fp16 --learning_rate=1e-04"
+    assert read(*line.split()) == Config(Path("out"), None, 8, 4.0, 1e-4, True, "fp16")
+
+
+def test_what_sd_scripts_calls_rank_and_alpha():
+    config = read("--output_dir", "x", "--network_dim", "16", "--network-alpha=8")
+    assert (config.rank, config.lora_alpha) == (16, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--rnak", "3"], "unknown option --rnak: did you mean --rank?"),
+        (["--no_center-crp"], "unknown option --no_center_crp: did you mean --center_crop?"),
+        (["--no_rank"], "unknown option --no_rank"),
+        (["--zzz"], "unknown option --zzz: choose one of --center_crop, --config, --learning_rate"),
+        ([], "miniature needs --output_dir (see miniature --help)"),
+        (["--output_dir", "x", "--rank", "many"], "--rank: invalid literal for int"),
+        (["--output_dir", "x", "--rank"], "Missing value for argument '--rank'"),
+        (["--output_dir", "x", "--mixed_precision", "fp8"], "'fp8' for argument '--mixed_precision'"),
+        (["--output_dir", "x", "a.png", "b.png"], "Unrecognized options: b.png"),
+        (["--output_dir", "x", "--center_crop", "--config"], "--config needs a value, got nothing"),
+        (["--config", "--rank", "4"], "--config needs a value, got --rank"),
+        (["--output_dir", "x", "--config", "none.yaml"], "--config none.yaml: no such file"),
+    ],
+)
+def test_mistakes_on_the_line_are_one_sentence(args: list[str], says: str):
+    with pytest.raises(UserError) as caught:
+        read(*args)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and "│" not in str(caught.value)
+
+
+def test_yaml_gives_defaults_and_flags_win_wherever_it_stands(tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    lines = ("output-dir: here", "learning_rate: 1e-5", "rank: 8", "nouns: [dog, fox]", "mixed_precision: no")
+    file.write_text("\n".join([*lines, "center_crop: true"]))
+    expected = Config(Path("here"), Path("p.png"), 2, 4.0, 1e-5, True, "no", ("dog", "fox"))
+    assert read("p.png", "--config", str(file), "--rank", "2") == expected
+    assert read("p.png", "--rank", "2", f"--config={file}") == expected
+    assert not read("--config", str(file), "--no_center_crop").center_crop
+
+
+def test_later_files_win_and_presets_have_names(tmp_path: Path):
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("network_dim: 8\noutput_dir: a\n")
+    second.write_text("output_dir: b\n")
+    config = read("--config", str(first), "--config", "mine", presets={"mine": second})
+    assert (config.output_dir, config.rank) == (Path("b"), 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rnak: 3", "unknown key in FILE: rnak: did you mean rank?"),
+        ("no_center_crop: true", "unknown key in FILE: no_center_crop: did you mean center_crop?"),
+        ("rank: many", "--rank: invalid literal for int"),
+        ("rank: {a: 1}", "FILE: rank must be one value or a list, got a mapping"),
+        ("photo: a.png", "FILE: photo is given on the command line itself"),
+        ("- rank", "FILE holds a list, expected lines of `option: value`"),
+        ("rank: [", "FILE is no valid YAML"),
+        ("rank: \x00", "FILE is no valid YAML"),
+        ("rank: null", "--rank: invalid literal for int() with base 10: 'None'"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_sentence(tmp_path: Path, text: str, says: str):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read("--output_dir", "x", "--config", str(file))
+    assert says.replace("FILE", str(file)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path):
+    file = tmp_path / "empty.yaml"
+    file.write_text("# nothing\n")
+    assert read("--output_dir", "x", "--config", str(file)) == Config(Path("x"))
+
+
+def test_edit_reads_lists_and_keeps_its_defaults():
+    config = parse(EditConfig, "folder --prompt=a --alpha 0.7 0.9 --forget none decoder=0.5".split(), prog="edit")
+    assert (config.alpha, config.beta, config.forget) == ((0.7, 0.9), (), ("none", "decoder=0.5"))

@@ -1,0 +1,186 @@
+"""Pictures of any size dragged by points in pixels, and what is told about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from personalize.adapters.apply import applied
+from personalize.editing.drag.drag import DragSettings
+from personalize.editing.drag.image import conditioning, drag_picture, handles_and_targets, overlay
+from personalize.editing.editor import Editor
+from personalize.errors import UserError
+from personalize.models.image_processor import PaddedImage
+from tests.support.lora_states import random_adapter, text_lora
+from tests.support.tiny import tiny_sd1
+
+SETTINGS = DragSettings(steps=2, strength=1.0)
+
+
+def picture(width=64, height=64, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def square(width=64, height=64, box=(12, 16, 36, 40)):
+    """A mask picture: white in `box` (left, top, right, bottom)."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, box)
+    return mask
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_sd1()
+
+
+@pytest.fixture(scope="module")
+def usual(model):
+    return drag_picture(model, picture(), [(20, 24), (36, 28)], mask=square(), settings=SETTINGS)
+
+
+def test_everything_comes_back_in_the_size_of_the_picture(usual):
+    assert usual.image.size == usual.mask.size == usual.overlay.size == (64, 64)
+    assert np.array_equal(np.asarray(usual.mask), np.asarray(square()))
+    assert usual.image.tobytes() != picture().tobytes()
+    assert len(usual.arrived) == len(usual.missed) == 1 and usual.notes == ()
+    (x, y), missed = usual.arrived[0], usual.missed[0]
+    assert (x % 4, y % 4) == (0, 0), "as far within a cell of four pixels as the handle was"
+    assert missed == pytest.approx(((x - 36) ** 2 + (y - 28) ** 2) ** 0.5)
+    assert 0 < usual.edit_seconds < usual.seconds
+
+
+def test_the_overlay_shows_handle_target_and_mask(usual):
+    colours, plain = np.asarray(usual.overlay).astype(int), np.asarray(picture()).astype(int)
+    assert tuple(colours[24, 20]) == (230, 57, 70) and tuple(colours[28, 36]) == (29, 120, 240)
+    assert np.abs(colours[34:39, 14:34] - plain[34:39, 14:34]).mean() > 10, "the mask is tinted"
+    bare = np.asarray(overlay(picture(), Image.new("L", (64, 64)), [], [], []))
+    assert np.abs(bare.astype(int) - plain).max() <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (50, 37), (33, 61), (300, 200), (1000, 90)])
+def test_frames_fit_any_picture_and_are_undone(model, width, height):
+    frame = PaddedImage.of(model, picture(width, height))
+    assert all(side % 32 == 0 for side in frame.pixels.shape[-2:])
+    assert frame.size[0] * frame.size[1] <= 64 * 64 * 1.05
+    assert frame.to_picture(frame.pixels).size == (width, height)
+    if width * height <= 64 * 64:
+        assert frame.to_picture(frame.pixels).tobytes() == picture(width, height).tobytes()
+    point = (width * 0.7, height * 0.2)
+    assert frame.to_point(frame.to_cells(point)) == pytest.approx(point)
+    x, y = frame.to_cells((width - 1, height - 1))
+    rows, columns = frame.visible.nonzero().max(0).values.tolist()
+    assert (int(y), int(x)) == (rows, columns), "the last pixel lies in the last visible cell"
+
+
+def test_a_frame_repeats_the_border_and_masks_stay_within_the_picture(model):
+    frame = PaddedImage.of(model, picture(50, 37))
+    assert torch.equal(frame.pixels[..., 37:40, :50], frame.pixels[..., 33:36, :50].flip(-2))
+    white = frame.mask_to_cells(Image.new("L", (50, 37), 255))
+    assert white[:9, :12].all() and not white[10:].any() and not white[:, 13:].any()
+    again = np.asarray(frame.mask_to_picture(white))
+    assert again.shape == (37, 50) and again[:36, :48].all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 37), (96, 60)])
+def test_pictures_of_odd_sizes_are_dragged(model, width, height):
+    box = (width // 5, height // 5, width // 2, height // 2)
+    points = [(box[0] + 3, box[1] + 3), (width - 2, height - 2)]
+    found = drag_picture(model, picture(width, height), points, mask=square(width, height, box), settings=SETTINGS)
+    assert found.image.size == found.mask.size == (width, height)
+
+
+def test_pasting_keeps_the_sources_pixels_outside_the_region(model, usual):
+    points = [(20, 24), (36, 28)]
+    found = drag_picture(model, picture(), points, mask=square(), settings=SETTINGS, paste=True)
+    region = np.kron(usual.drag.region.numpy(), np.ones((4, 4), bool))
+    source, ours, plain = (np.asarray(image).astype(int) for image in (picture(), found.image, usual.image))
+    assert np.array_equal(ours[~region], source[~region]) and not np.array_equal(plain[~region], source[~region])
+    inner = np.zeros_like(region)
+    inner[20:36, 20:48] = True
+    assert np.array_equal(ours[inner], plain[inner])
+
+
+def test_an_adapter_is_used_and_leaves_no_trace(model, usual):
+    adapter = random_adapter(model)
+    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    points = [(20, 24), (36, 28)]
+    found = Editor(model, adapter).drag(points, picture(), mask=square(), settings=SETTINGS)
+    assert found.image.tobytes() != usual.image.tobytes()
+    after = model.unet.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert (
+        Editor(model).drag(points, picture(), mask=square(), settings=SETTINGS).image.tobytes() == usual.image.tobytes()
+    )
+
+
+def test_what_the_model_is_told(model):
+    adapter = random_adapter(model)
+    with torch.no_grad():
+        dog, empty = model.prompts(["a dog"]), model.prompts([""])
+    assert torch.equal(conditioning(model, None, None, (64, 64)).embeds, empty.embeds)
+    assert torch.equal(conditioning(model, None, "a dog", (64, 64)).embeds, dog.embeds)
+    assert torch.equal(conditioning(model, adapter, "a dog", (64, 64)).embeds, dog.embeds)
+    learned = conditioning(model, adapter, None, (64, 64)).embeds
+    torch.testing.assert_close(learned, adapter.source["embeds"], atol=1e-5, rtol=1e-5)  # projected on itself
+
+
+def test_prompts_are_read_by_the_adapters_text_encoder_and_tokens(model):
+    adapter = random_adapter(model)
+    rows = {"text_encoder": torch.ones(1, model.text_encoders[0].config.hidden_size)}
+    both = replace(adapter, lora={**adapter.lora, **text_lora(model)}, concepts={"<thing>": rows})
+    with torch.no_grad():
+        dog = model.prompts(["a dog"]).embeds
+    with applied(model, both):
+        told = [conditioning(model, both, prompt, (64, 64)).embeds for prompt in ("a <thing>", "a dog")]
+    assert not torch.allclose(*told, atol=1e-3) and not torch.allclose(told[1], dog, atol=1e-3)
+    one, other = (
+        drag_picture(model, picture(), [(20, 24), (36, 28)], mask=square(), prompt=prompt, adapter=both,
+                     settings=SETTINGS).image.tobytes()
+        for prompt in ("a <thing>", "a dog")
+    )  # fmt: skip
+    assert one != other
+    with torch.no_grad():
+        assert torch.equal(model.prompts(["a dog"]).embeds, dog)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([], "there are no points"),
+        ([(1, 1)], "1 points: every handle needs a target"),
+        ([(1, 1), (2, 2), (3, 3)], "3 points: every handle needs a target"),
+        ([(64, 1), (2, 2)], "handle 64,1 is outside the picture: it is 64×48 px, so x is 0 to 63 and y 0 to 47"),
+        ([(1, 1), (2, 48.5)], "target 2,48.5 is outside"),
+        ([(1, -1), (2, 2)], "handle 1,-1 is outside"),
+        ([(float("nan"), 1), (2, 2)], "outside the picture"),
+    ],
+)
+def test_points_that_make_no_pairs_in_the_picture_are_refused(points, message):
+    with pytest.raises(UserError, match=message):
+        handles_and_targets(points, (64, 48))
+
+
+def test_a_mask_of_another_size_is_refused(model):
+    with pytest.raises(UserError, match="the mask is 32×64 px, the picture 64×64"):
+        drag_picture(model, picture(), [(1, 1), (9, 9)], mask=square(32, 64), settings=SETTINGS)
+
+
+@pytest.mark.parametrize(("target", "said"), [((21.0, 24.0), True), ((20.0, 24.0), False), ((22.5, 24.0), False)])
+def test_attentiondrag_d4_a_drag_under_half_a_cell_is_told(model, target, said):
+    """Cells of four pixels: 1 px vanishes by rounding; 2.5 px go a whole cell; no length at all is meant."""
+    found = drag_picture(model, picture(), [(20, 24), target], mask=square(), settings=SETTINGS)
+    assert any("drag 1 is shorter than half a latent cell (a cell is 4 px)" in note for note in found.notes) == said
+
+
+def test_a_handle_beside_the_mask_or_on_the_background_is_told(model):
+    found = drag_picture(model, picture(), [(50, 56), (40, 50)], mask=square(), settings=SETTINGS)
+    assert found.notes == ("handle 1 lies outside the mask",)
+    grey = Image.new("RGB", (64, 64), (120, 130, 140))
+    found = drag_picture(model, grey, [(30, 30), (40, 40)], settings=SETTINGS)
+    assert found.drag.mask.sum() <= 0.4 * 256
+    assert any("too large at threshold 0.3" in note and "give a mask" in note for note in found.notes)

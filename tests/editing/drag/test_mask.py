@@ -1,0 +1,102 @@
+"""Masks on the latent grid: thresholds with limits, one part for each handle, masks of the user's shared out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from personalize.editing.drag.mask import (
+    closed,
+    connected_component,
+    dilated,
+    masks_per_handle,
+    ratio_mask,
+    without_holes,
+)
+from personalize.errors import UserError
+
+LIMITS = {"fewest": 9, "most": 0.4}
+
+
+def bump(row: float, column: float, width: float = 3.0, size: int = 24) -> torch.Tensor:
+    """A smooth ratio map (size, size): 1 at its centre, falling like a bell."""
+    y, x = torch.meshgrid(torch.arange(float(size)), torch.arange(float(size)), indexing="ij")
+    return torch.exp(-((y - row) ** 2 + (x - column) ** 2) / (2 * width**2))
+
+
+def drawn(*rows: str) -> torch.Tensor:
+    return torch.tensor([[cell == "#" for cell in row] for row in rows])
+
+
+def test_attentiondrag_d5_the_mask_is_where_the_ratio_exceeds_the_threshold():
+    """Exact: a disc is closed, in one piece and without holes, so that cleaning changes nothing."""
+    ratio = bump(10, 12)
+    for threshold in (0.2, 0.3, 0.6):
+        mask, taken = ratio_mask(ratio, (10, 12), threshold, **LIMITS)
+        assert taken == threshold and torch.equal(mask, ratio > threshold)
+
+
+def test_attentiondrag_d5_contains_the_handle_in_one_part_and_shrinks_with_the_threshold():
+    noise = torch.rand(24, 24, generator=torch.Generator().manual_seed(3))
+    ratio = 0.7 * bump(6, 6, 4.0) + 0.5 * noise
+    before = torch.ones(24, 24, dtype=torch.bool)
+    for threshold in torch.linspace(0, 1, 11).tolist():
+        mask, _ = ratio_mask(ratio, (6, 6), threshold, **LIMITS)
+        assert mask[6, 6] and torch.equal(connected_component(mask, (6, 6)), mask)
+        assert 9 <= mask.sum() <= int(0.4 * mask.numel())
+        assert not (mask & ~before).any(), "a higher threshold gave cells that a lower one had not"
+        before = mask
+
+
+def test_two_identical_objects_only_the_one_with_the_handle():
+    ratio = torch.maximum(bump(6, 6, 2.0), bump(6, 18, 2.0))
+    mask, _ = ratio_mask(ratio, (6, 6), 0.3, **LIMITS)
+    assert torch.equal(mask, bump(6, 6, 2.0) > 0.3) and not mask[:, 12:].any()
+
+
+def test_a_handle_on_the_background_gets_a_mask_of_limited_size():
+    """The sky resembles the sky: nine tenths of the picture exceed 0.3, so the threshold rises."""
+    noise = torch.rand(24, 24, generator=torch.Generator().manual_seed(0))
+    ratio = 0.5 + 0.5 * bump(4, 4, 6.0) + 0.001 * noise
+    ratio[18:, 18:] = 0.1
+    mask, taken = ratio_mask(ratio, (4, 4), 0.3, **LIMITS)
+    assert taken > 0.5 and mask.sum() <= 0.4 * 576
+    assert ratio_mask(ratio, (4, 4), taken - 1e-3, **LIMITS)[0].sum() > mask.sum() or mask.sum() > 0.35 * 576
+
+
+def test_a_mask_that_shrinks_to_a_dot_is_widened():
+    mask, taken = ratio_mask(bump(10, 10, 0.5), (10, 10), 0.3, **LIMITS)
+    assert taken < 0.3 and 9 <= mask.sum() <= 13  # the next ring of a bell has four cells more
+
+
+def test_ratios_above_one_still_find_a_threshold():
+    ratio = 1 + bump(12, 12, 8.0)
+    mask, taken = ratio_mask(ratio, (12, 12), 0.3, **LIMITS)
+    assert 1 < taken < 2 and mask.sum() <= 0.4 * 576
+
+
+def test_attention_that_is_the_same_everywhere_is_no_guide():
+    with pytest.raises(UserError, match="handle at cell .x 3, y 2. apart.*give a mask"):
+        ratio_mask(torch.ones(12, 12), (2, 3), 0.3, **LIMITS)
+
+
+def test_a_users_mask_is_shared_among_handles():
+    mask = drawn("##..#", "##..#", ".....", "#....")
+    first, second = masks_per_handle(mask, [(0, 0), (1, 4)])
+    assert torch.equal(first, drawn("##...", "##...", ".....", "#...."))
+    assert torch.equal(second, drawn("....#", "....#", ".....", "#...."))
+    everything = masks_per_handle(mask, [(2, 2)])[0]
+    assert torch.equal(everything, mask), "a handle outside the mask moves all of it"
+
+
+def test_shapes():
+    ring = drawn("......", ".####.", ".#..#.", ".####.", "......")
+    assert torch.equal(without_holes(ring), drawn("......", ".####.", ".####.", ".####.", "......"))
+    leaky = drawn(".##", "#..", ".##")
+    assert torch.equal(without_holes(leaky), leaky)
+    assert torch.equal(connected_component(drawn("#..#", ".#..", "...#"), (0, 0)), drawn("#...", ".#..", "...."))
+    assert not connected_component(drawn("#.", ".."), (1, 1)).any()
+    assert torch.equal(closed(drawn("#.#", "...", "#.#")), drawn("###", "###", "###"))
+    assert torch.equal(closed(drawn("#...", "....", "....")), drawn("#...", "....", "...."))
+    assert torch.equal(dilated(drawn(".....", ".....", "..#.."), 2), drawn("#####", "#####", "#####"))
+    assert torch.equal(dilated(leaky, 0), leaky)

@@ -1,0 +1,180 @@
+"""The front door and `personalize edit`, on random weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from personalize.adapters.forgetting import parse_rule_sum
+from personalize.cli.main import main
+from personalize.editing.editor import Editor
+from personalize.editing.strengths import EditStrengths, Sampling, remember
+from personalize.errors import UserError
+from tests.support.lora_states import random_adapter
+from tests.support.tiny import tiny, tiny_folder
+
+SHORT = Sampling(steps=2)
+
+
+@pytest.fixture(scope="module")
+def editor():
+    model = tiny("sd1")
+    return Editor(model, random_adapter(model))
+
+
+def array(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture, np.int16)
+
+
+def test_forgedit_c26_unedited_is_the_source(editor):
+    """VP(1, 0) and VS(0) without forgetting are sampling with s itself: the very same pictures."""
+    source = editor.reconstruct(sampling=SHORT)[0]
+    projected = editor.edit("a dog in the snow", alpha=1.0, beta=0.0, sampling=SHORT)[0]
+    subtracted = editor.edit("a dog in the snow", gamma=0.0, sampling=SHORT)[0]
+    assert np.array_equal(array(source), array(projected))
+    assert np.array_equal(array(source), array(subtracted))
+
+
+def test_forgedit_c27_strength_zero_with_the_prompt_alone_is_the_base(editor):
+    base = editor.base("a dog", sampling=SHORT)[0]
+    off = editor.edit("a dog", gamma=1.0, strength=0.0, sampling=SHORT)[0]
+    assert np.abs(array(base) - array(off)).max() <= 1  # zero times B·A is added; one grey level of rounding
+
+
+def test_strengths_and_rules_show(editor):
+    pictures = [
+        editor.edit("a dog in the snow", setting, sampling=SHORT)[0]
+        for setting in (EditStrengths(), EditStrengths(beta=2.0), EditStrengths(alpha=0.2), EditStrengths(gamma=0.9),
+                        EditStrengths(forget="decoder"), EditStrengths(forget="decoder=0.5"),
+                        EditStrengths(forget="encoderattn+encoder1"), EditStrengths(forget="encoder+decoder"))
+    ]  # fmt: skip
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_seeds_are_pictures_of_their_own(editor):
+    pair = editor.edit("a dog", seeds=[3, 4], sampling=SHORT)
+    assert pair[0].tobytes() != pair[1].tobytes()
+    alone = editor.edit("a dog", seeds=[4], sampling=SHORT)[0]
+    assert np.abs(array(pair[1]) - array(alone)).max() <= 1  # a batch of two sums in another order
+
+
+def test_nothing_is_left_in_the_base(editor):
+    before = {name: tensor.clone() for name, tensor in editor.model.unet.state_dict().items()}
+    with pytest.raises(UserError, match="unknown forgetting rule"):
+        editor.edit("a dog", forget="decodr", sampling=SHORT)
+    editor.edit("a dog", sampling=SHORT)
+    after = editor.model.unet.state_dict()
+    assert list(before) == list(after) and all((before[name] == after[name]).all() for name in before)
+
+
+def test_a_rule_with_a_plus_in_its_name_is_one_rule():
+    assert [str(rule) for rule in parse_rule_sum("encoderattn+encoder1=0.5")] == ["encoderattn+encoder1=0.5"]
+    assert [str(rule) for rule in parse_rule_sum("encoder+decoder=0.5")] == ["noencoder", "nodecoder=0.5"]
+    assert parse_rule_sum("none") == []
+
+
+def test_an_empty_prompt_is_refused(editor):
+    with pytest.raises(UserError, match="prompt is empty"):
+        editor.edit("  ", sampling=SHORT)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    place = tmp_path_factory.mktemp("edit")
+    base = tiny_folder("sd1", place)
+    return base, random_adapter(tiny("sd1")).save(place / "adapter"), place
+
+
+def edit(places, *words: str) -> int:
+    base, adapter, place = places
+    return main(["edit", str(adapter), "--pretrained_model_name_or_path", str(base), "--output_dir", str(place / "out"),
+                 "--num_inference_steps", "2", *words])  # fmt: skip
+
+
+def test_the_command_writes_every_combination_and_a_grid(places):
+    out = places[2] / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    assert (
+        edit(
+            places, "--prompt", "a dog", "--beta", "0.8", "1.2", "--forget", "none", "decoder=0.5", "--num_images", "2"
+        )
+        == 0
+    )
+    found = json.loads((out / "edits.json").read_text())
+    assert len(found) == 8 and len({(f["beta"], f["forget"], f["seed"]) for f in found}) == 8
+    assert all(Image.open(out / entry["file"]).size == (64, 64) for entry in found)
+    assert Image.open(out / "grid.png").width > 2 * 64
+    assert (out / "mine.txt").read_text() == "keep me"
+    first = (out / found[0]["file"]).read_bytes()
+    assert edit(places, "--prompt", "a dog", "--beta", "0.8", "--num_images", "2") == 0
+    assert (out / "edit-000.png").read_bytes() == first, "the same seed and settings give the same file"
+    assert not (out / "edit-007.png").exists(), "pictures of the former edit are gone"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "a dog", "--forget", "decodr"], "nodecoder"),
+        (["--prompt", "a dog", "--scheduler", "dim"], "unknown scheduler"),
+        (["--prompt", "a dog", "--height", "63"], "multiples"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
+    assert edit(places, *words) == 2
+    line = capsys.readouterr().err.strip()
+    assert message in line and "\n" not in line and line.startswith("personalize: ")
+
+
+def test_an_open_editor_holds_the_adapter_and_draws_the_same(editor):
+    """Also the base without it, and after the block the base is as before."""
+    prompt, setting = "a dog in the snow", EditStrengths(forget="decoder=0.5")
+    apart = [editor.edit(prompt, setting, sampling=SHORT)[0], editor.base(prompt, sampling=SHORT)[0]]
+    before = {name: tensor.clone() for name, tensor in editor.model.unet.state_dict().items()}
+    with editor as held:
+        together = [held.edit(prompt, setting, sampling=SHORT)[0], held.base(prompt, sampling=SHORT)[0]]
+        assert held.edit(prompt, setting, sampling=SHORT)[0].tobytes() == together[0].tobytes()
+        with pytest.raises(ValueError, match="in a `with` block already"), held:
+            pass
+    assert [one.tobytes() for one in apart] == [one.tobytes() for one in together]
+    after = editor.model.unet.state_dict()
+    assert list(before) == list(after) and all((before[name] == after[name]).all() for name in before)
+
+
+def test_an_open_editor_leaves_no_trace_when_its_body_raises(editor):
+    names = list(editor.model.unet.state_dict())
+    with pytest.raises(RuntimeError, match="mine"), editor:
+        raise RuntimeError("mine")
+    assert list(editor.model.unet.state_dict()) == names
+    editor.edit("a dog", sampling=SHORT)  # and it works as before
+
+
+def test_strengths_that_were_not_given_are_the_remembered_ones(places, capsys):
+    base, adapter, place = places
+    remember(adapter, "a cat in the snow", EditStrengths(alpha=0.7, beta=1.5, forget="encoderattn"), 9, {})
+    assert edit(places, "--prompt", "a cat in the snow") == 0
+    assert "Using what --auto chose" in capsys.readouterr().out
+    (found,) = json.loads((place / "out" / "edits.json").read_text())
+    assert (found["alpha"], found["beta"], found["forget"], found["seed"]) == (0.7, 1.5, "encoderattn", 9)
+    assert edit(places, "--prompt", "a cat in the snow", "--beta", "1.0") == 0
+    (found,) = json.loads((place / "out" / "edits.json").read_text())
+    assert (found["alpha"], found["beta"], found["forget"], found["seed"]) == (0.8, 1.0, "none", 0)
+    assert "Using what" not in capsys.readouterr().out
+
+
+def test_a_prompt_is_worded_like_the_caption(places, capsys):
+    assert edit(places, "--prompt", "a picture of a cat in the snow") == 0
+    assert "Worded like the caption: “a cat in the snow”" in capsys.readouterr().out
+    (found,) = json.loads((places[2] / "out" / "edits.json").read_text())
+    assert found["prompt"] == "a cat in the snow"
+
+
+@pytest.mark.parametrize(("name", "scale"), [("", 7.5), ("embedded", 4.0)])
+def test_guidance_that_is_not_given_is_what_suits_the_base(editor, monkeypatch, name, scale):
+    monkeypatch.setattr(editor.model, "name", name)
+    given = editor.base("a dog", sampling=Sampling(steps=2, guidance_scale=scale))[0]
+    assert editor.base("a dog", sampling=SHORT)[0].tobytes() == given.tobytes()

@@ -1,0 +1,174 @@
+"""Fuzz: whatever a file holds, it is read or refused in one line; nothing hangs and nothing eats the memory."""
+
+import json
+import os
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from personalize.adapters.adapter import Adapter
+from personalize.cli.edit_options import EditConfig
+from personalize.cli.parser import read_yaml
+from personalize.errors import UserError
+from personalize.formats import conversion
+from personalize.formats.inspection import inspect_file, report
+from personalize.formats.verification import verify_folder
+from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
+from tests.support.children import in_child
+from tests.support.foreign_files import kohya, modules, small_state
+from tests.support.lora_states import paths, random_lora
+from tests.support.tiny import tiny
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+MEMORY = 256  # MiB: hypothesis' own records of thousands of examples, and files of a few KiB
+EXAMPLES = 500
+KINDS = ("header", "body", "manifest", "settings", "yaml")
+ODD = ["", "a", "../../x", "unet", "lora_unet_", ".", "unet..lora_A.weight", "text_encoder.lora_B.weight", "\u2028",
+       "lora_unet_input_blocks_" + "9" * 300, "bundle_emb.", "string_to_param.*", "emb_params", "clip_g"]  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.sampled_from(ODD),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+BYTES = st.lists(st.tuples(st.integers(0, 10_000), st.binary(max_size=6), st.integers(0, 8)), min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Good files to begin from: a kohya file, an adapter folder, and option files."""
+    folder = tmp_path_factory.mktemp("seeds")
+    model = tiny("sd1")
+    lora = random_lora(
+        paths(model.unet, lambda path: path.startswith("mid_block.attentions") and "attn2" in path), rank=2
+    )
+    source = {"embeds": torch.zeros(1, 4, 8)}
+    Adapter(lora, 2, 2.0, source, {"base": model.identity, "caption": "a cat"}).save(folder / "mine")
+    small = {key: t for key, t in small_state("sd1", rank=1, width=2).items() if ".mid_block." in key}
+    assert modules(small)
+    return {
+        "kohya": tensor_bytes(kohya(small, "sd1", 1.0), {"ss_v2": "False"}),
+        "mine": {path.name: path.read_bytes() for path in (folder / "mine").iterdir()},
+        "yaml": b"prompt: a cat\nalpha: [0.8, 1.0]\nseed: 3\nforget: [none]\n",
+    }
+
+
+def attempt(*calls):
+    """Run each call; a UserError of one line is fine, anything else is not."""
+    for call in calls:
+        try:
+            call()
+        except UserError as error:
+            assert str(error).strip() and "Traceback" not in str(error)
+
+
+def spliced(content, changes):
+    """`content` with bytes replaced, inserted and cut out."""
+    for place, new, cut in changes:
+        at = place % (len(content) + 1)
+        content = content[:at] + new + content[at + cut :]
+    return content
+
+
+def replanted(value, place, new):
+    """A JSON value with one of its parts, at any depth, exchanged for `new`."""
+    if isinstance(value, dict) and value and place:
+        key = sorted(value)[place % len(value)]
+        if place % 7 == 0:
+            return {**{k: v for k, v in value.items() if k != key}, str(new)[:40]: value[key]}
+        return {**value, key: replanted(value[key], place // max(1, len(value)), new)}
+    if isinstance(value, list) and value and place:
+        at = place % len(value)
+        return [*value[:at], replanted(value[at], place // len(value), new), *value[at + 1 :]]
+    return new
+
+
+def dumped(value):
+    return json.dumps(value).encode()
+
+
+def try_file(path, content, folder):
+    path.write_bytes(content)
+    out = folder / "out.safetensors"
+    options = {"file": path, "to": "kohya", "output": out, "dtype": "float32", "family": "sd1", "unet_only": False}
+    options |= {"token": None, "allow_pickle": False}
+    attempt(
+        lambda: read_tensors(path), lambda: report(inspect_file(path)),
+        lambda: conversion.run(SimpleNamespace(**options)), lambda: Adapter.load(path),
+    )  # fmt: skip
+
+
+def try_folder(files, folder):
+    for name, content in files.items():
+        if not (folder / name).exists() or (folder / name).read_bytes() != content:
+            (folder / name).write_bytes(content)
+    attempt(lambda: Adapter.load(folder), lambda: verify_folder(folder))
+
+
+def header_of(content):
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(header, data):
+    text = dumped(header)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def one(kind, seeds, folder, changes, place, value):
+    """One mutated file of a kind, through everything that reads such files."""
+    if kind == "header":
+        header, data = header_of(seeds["kohya"])
+        try_file(folder / "x.safetensors", with_header(replanted(header, place, value), data), folder)
+    elif kind == "body":
+        try_file(folder / "x.safetensors", spliced(seeds["kohya"], changes), folder)
+    elif kind == "manifest":
+        manifest = json.loads(seeds["mine"]["adapter.json"])
+        try_folder(seeds["mine"] | {"adapter.json": dumped(replanted(manifest, place, value))}, folder)
+        path = folder / "x.json"
+        path.write_bytes(spliced(seeds["mine"]["adapter.json"], changes))
+        attempt(lambda: read_json(path))
+    elif kind == "settings":
+        name = "pytorch_lora_weights.safetensors"
+        header, data = header_of(seeds["mine"][name])
+        settings = json.loads(header["__metadata__"]["lora_adapter_metadata"])
+        header["__metadata__"]["lora_adapter_metadata"] = json.dumps(replanted(settings, place, value))
+        try_folder(seeds["mine"] | {name: with_header(header, data)}, folder)
+        try_file(folder / "x.safetensors", with_header(header, data), folder)
+    else:
+        path = folder / "x.yaml"
+        path.write_bytes(spliced(seeds["yaml"], changes) if place % 2 else dumped(replanted({"seed": 1}, place, value)))
+        attempt(lambda: read_yaml(path, EditConfig))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "examples", [EXAMPLES // len(KINDS), pytest.param(2_500, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+)
+def test_mutated_files_are_read_or_refused_in_one_line(kind, examples, seeds, tmp_path, capfd):
+    (tmp_path / "mine").mkdir()
+
+    def fuzz():
+        quick = hypothesis.settings(
+            max_examples=examples, deadline=None, database=None, derandomize=True,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+
+        @quick
+        @hypothesis.given(BYTES, st.integers(0, 10**6), VALUES)
+        def run(changes, place, value):
+            done.append(None)
+            one(kind, seeds, folder, changes, place, value)
+
+        folder, done = tmp_path / "mine", []
+        run()
+        return len(done)
+
+    count, grown = in_child(fuzz, seconds=max(240, examples))
+    assert count >= examples and grown < MEMORY
+    assert {path.name for path in tmp_path.iterdir()} == {"mine"}  # names in files never became paths
+    assert not any(Path(path).suffix == ".partial" for path in os.listdir(tmp_path / "mine"))

@@ -1,0 +1,128 @@
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from personalize.adapters.lora import module_names
+from personalize.errors import UserError
+from personalize.models import loading
+from personalize.models.loading import CONFIGS, checkpoint_kind, clip_tokenizer
+from personalize.models.stable_diffusion import StableDiffusion
+from tests.support.original_layout import original_layout
+from tests.support.tiny import tiny, tiny_folder
+
+KINDS = {"sd1": "sd15", "sd2v": "sd21v", "sdxl": "sdxl"}
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "unet", "text", "modules"),
+    [
+        ("sd15", 859_520_964, 123_060_480, 216),
+        ("sd21", 865_910_724, 340_387_840, 216),
+        ("sd21v", 865_910_724, 340_387_840, 216),
+        ("sdxl", 2_567_463_684, 123_060_480, 661),
+    ],
+)
+def test_shipped_configs_have_the_published_parameter_counts(kind, unet, text, modules):
+    with torch.device("meta"):
+        built = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / kind / "unet"))
+        assert parameters(built) == unet and len(module_names(built)) == modules
+        assert parameters(AutoencoderKL.from_config(AutoencoderKL.load_config(CONFIGS / kind / "vae"))) == 83_653_863
+        assert parameters(CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIGS / kind / "text_encoder"))) == text
+        if kind == "sdxl":
+            config = CLIPTextConfig.from_pretrained(CONFIGS / kind / "text_encoder_2")
+            assert parameters(CLIPTextModelWithProjection(config)) == 694_659_840
+
+
+def test_clip_tokenizer_gives_the_published_numbers():
+    tokenizer = clip_tokenizer()
+    assert len(tokenizer) == 49_408
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("Hello, WORLD!").input_ids == [49406, 3306, 267, 1002, 256, 49407]
+    padded = clip_tokenizer("!")("a cat", padding="max_length", max_length=6).input_ids
+    assert padded == [49406, 320, 2368, 49407, 0, 0]
+    assert tokenizer("a cat", padding="max_length", max_length=6).input_ids[-2:] == [49407, 49407]
+
+
+@pytest.fixture
+def tiny_configs(tmp_path, monkeypatch):
+    """Shipped configs with the sizes of the tiny models, and their tokenizers."""
+    for name, kind in KINDS.items():
+        folder = tiny_folder(name, tmp_path / "saved")
+        for part in folder.glob("**/*.json"):
+            target = tmp_path / "configs" / kind / part.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(part, target)
+    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(loading, "clip_tokenizer", lambda pad="": tiny("sd1").tokenizers[0])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_single_file_gives_the_same_model_as_the_folder(name, tiny_configs):
+    model = tiny(name)
+    file = tiny_configs / f"{name}.safetensors"
+    save_file(original_layout(model), file)
+    assert checkpoint_kind(file)[0] == KINDS[name]
+    loaded = StableDiffusion.load(file, device="cpu")
+    assert (loaded.family, loaded.prediction_type) == (model.family, model.prediction_type)
+    assert loaded.identity["sha256"] == model.identity["sha256"]
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for text in (["a cat"], [""]):
+        ours, expected = loaded.prompts(text), model.prompts(text)
+        torch.testing.assert_close(ours.embeds, expected.embeds)
+        torch.testing.assert_close(loaded.predict(latents, 9, ours), model.predict(latents, 9, expected))
+    torch.testing.assert_close(loaded.decode(latents), model.decode(latents))
+
+
+def header(path, keys, metadata=None):
+    tensors = {key: torch.zeros(1) for key in keys} | {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4)
+    }
+    save_file(tensors, path, metadata)
+    return path
+
+
+def test_kinds_are_read_off_names_and_metadata(tmp_path):
+    file = tmp_path / "base.safetensors"
+    open_clip, xl = "cond_stage_model.model.ln_final.weight", "conditioner.embedders.1.model.ln_final.weight"
+    assert checkpoint_kind(header(file, ["cond_stage_model.transformer.x"])) == ("sd15", {})
+    assert checkpoint_kind(header(file, [open_clip])) == ("sd21v", {})
+    assert checkpoint_kind(header(file, [open_clip], {"modelspec.prediction_type": "epsilon"})) == ("sd21", {})
+    assert checkpoint_kind(header(file, [xl])) == ("sdxl", {})
+    zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert checkpoint_kind(header(file, [xl, "v_pred", "ztsnr"])) == ("sdxl", zero_snr)
+
+
+@pytest.mark.parametrize("wrong", ["pickle", "text", "truncated", "lora", "inpainting", "other"])
+def test_other_files_are_refused_in_one_line(wrong, tmp_path):
+    file = tmp_path / ("base.ckpt" if wrong == "pickle" else "base.safetensors")
+    if wrong in ("pickle", "text"):
+        file.write_text("no tensors here")
+    elif wrong == "truncated":
+        header(file, ["cond_stage_model.transformer.x"])
+        file.write_bytes(file.read_bytes()[:100])
+    elif wrong == "lora":
+        save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, file)
+    elif wrong == "inpainting":
+        first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9)}
+        save_file(first | {"cond_stage_model.transformer.x": torch.zeros(1)}, file)
+    else:
+        header(file, ["conditioner.embedders.0.model.ln_final.weight"])
+    with pytest.raises(UserError) as caught:
+        StableDiffusion.load(file, device="cpu")
+    assert "\n" not in str(caught.value) and "base." in str(caught.value)
+
+
+def test_shipped_configs_are_the_four_and_valid():
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {"clip", "sd15", "sd21", "sd21v", "sdxl"}
+    assert all(json.loads(path.read_text()) for path in CONFIGS.rglob("*.json"))
+    assert sum(path.stat().st_size for path in CONFIGS.rglob("*") if path.is_file()) < 1_000_000

@@ -1,0 +1,61 @@
+"""Every example runs, on random weights."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from personalize.cli.launch import load_script, scripts_home
+from personalize.training.config import MultiConceptConfig, SingleImageConfig
+from tests.editing.drag.test_image import picture
+from tests.support.lora_states import random_adapter
+from tests.support.tiny import tiny, tiny_folder
+
+EXAMPLES = sorted((scripts_home() / "examples").glob("*.py"))
+SHORT = SingleImageConfig(rank=2, max_train_samples=2, train_batch_size=1)
+
+
+def arguments(name, place):
+    """What each example is called with: a tiny random base, two steps."""
+    base = tiny_folder("sd1", place)
+    if name == "train_and_edit":
+        return {"output_dir": place / "out", "base": base, "config": SHORT, "steps": 2}
+    if name == "catalogue":
+        return {"output_dir": place / "out", "base": base, "config": SHORT, "steps": 2}
+    if name == "two_concepts":
+        config = MultiConceptConfig(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
+        return {"output_dir": place / "out", "base": base, "config": config, "steps": 2}
+    if name == "edit_photo":
+        picture(64, 64).save(place / "photo.png")
+        return {"photo": place / "photo.png", "source": "a cat", "target": "a dog", "base": base, "steps": 2}
+    if name == "drag_point":
+        picture(64, 64).save(place / "photo.png")
+        return {"photo": place / "photo.png", "handle": "20,24", "target": "36,28", "base": base, "steps": 3}
+    return {"adapter": random_adapter(tiny("sd1")).save(place / "adapter"), "base": base, "steps": 2}
+
+
+def test_there_are_examples():
+    assert {path.stem for path in EXAMPLES} == {
+        "catalogue", "drag_point", "edit_photo", "stock_pipeline", "train_and_edit", "two_concepts"
+    }  # fmt: skip
+
+
+LONG = {"catalogue", "two_concepts"}  # learn two adapters, or tokens and regularisation
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in EXAMPLES]
+)
+def test_it_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main = load_script(path).main
+    shown = main(**arguments(path.stem, tmp_path))
+    assert shown.size == (64, 64)
+    assert list(tmp_path.rglob("*.png")), "an example leaves a picture behind"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_it_is_short(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40 and inspect.getdoc(load_script(path))

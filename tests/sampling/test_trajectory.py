@@ -1,0 +1,127 @@
+"""Trajectories are kept whole, found again, and refused where they do not belong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.sampling.inversion import invert
+from personalize.sampling.trajectory import MANIFEST, TENSORS, Trajectory, fingerprint_hash, model_fingerprint
+from tests.support.lora_states import random_adapter
+from tests.support.photos import SOURCE, gentle, shared, smooth
+
+
+def made(model, method="direct", **more):
+    return invert(model, smooth(), SOURCE, method, steps=2, **more)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often the network was asked."""
+    seen, keep = [], StableDiffusion.predict
+    monkeypatch.setattr(StableDiffusion, "predict", lambda self, *words: seen.append(1) or keep(self, *words))
+    return seen
+
+
+@pytest.mark.parametrize(("name", "method"), [("sdxl", "negative"), ("sd1", "ddpm")])
+def test_what_is_saved_is_what_is_read(tmp_path, name, method):
+    model = shared(name)
+    found = made(model, method)
+    assert found.save(tmp_path / "kept") == tmp_path / "kept"
+    again = Trajectory.load(tmp_path / "kept")
+    assert torch.equal(again.latents, found.latents) and again.about == found.about and again.key == found.key
+    assert torch.equal(again.null.embeds, found.null.embeds)
+    if method == "ddpm":
+        assert torch.equal(again.noise, found.noise)
+    else:
+        assert torch.equal(again.conditioning.time_ids, found.conditioning.time_ids)
+    assert torch.equal(again.replay(model), found.replay(model))
+    again.check(model)
+
+
+def test_it_is_found_again_by_its_content(tmp_path, asked):
+    model = shared()
+    first = made(model, cache=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [first.key[:16]]
+    count = len(asked)
+    assert torch.equal(made(model, cache=tmp_path).latents, first.latents) and len(asked) == count
+    others = [
+        invert(model, smooth() * 0.9, SOURCE, steps=2, cache=tmp_path),
+        invert(model, smooth(), "a dog", steps=2, cache=tmp_path),
+        invert(model, smooth(), SOURCE, steps=3, cache=tmp_path),
+        made(model, "ddim", cache=tmp_path),
+        made(model, "ddpm", cache=tmp_path),
+        made(model, "ddpm", cache=tmp_path, seed=1),
+        made(model, "direct", cache=tmp_path, strength=0.5),
+    ]
+    assert len({first.key, *(one.key for one in others)}) == len(list(tmp_path.iterdir())) == 8
+
+
+def test_an_adapter_makes_another_trajectory(tmp_path):
+    model = gentle()
+    plain = made(model, folder=tmp_path / "kept")
+    with random_adapter(model).apply(model):
+        now = model_fingerprint(model)
+        assert now["base"] == plain.about["base"] and now["adapter"] is not None
+        with pytest.raises(UserError, match="made with another adapter"):
+            made(model, folder=tmp_path / "kept")
+        learned = made(model)
+        assert not torch.equal(learned.latents, plain.latents)
+    with pytest.raises(UserError, match="another adapter"):
+        learned.check(model)
+
+
+def another_schedule():
+    model = gentle()
+    model.alphas_cumprod = model.alphas_cumprod**2
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "says"),
+    [
+        (lambda: shared("sd2v"), {}, "made with another base model"),
+        (another_schedule, {}, "made with another noise schedule"),
+        (shared, {"prompt": "a dog"}, r'another prompt \("a red cat on the beach", now "a dog"\)'),
+        (shared, {"image": smooth() * 0.5}, "another image"),
+        (shared, {"steps": 3}, r"another steps \(2, now 3\)"),
+        (shared, {"method": "negative"}, r'another method \("direct", now "negative"\)'),
+    ],
+)
+def test_what_belongs_to_something_else_is_refused(tmp_path, model, arguments, says):
+    kept = made(shared(), folder=tmp_path / "kept")
+    asked = {"image": smooth(), "prompt": SOURCE, "steps": 2, "method": "direct"} | arguments
+    before = (tmp_path / "kept" / TENSORS).read_bytes()
+    with pytest.raises(UserError, match=says) as caught:
+        invert(model(), folder=tmp_path / "kept", **asked)
+    assert "\n" not in str(caught.value) and "invert the picture again" in str(caught.value)
+    assert (tmp_path / "kept" / TENSORS).read_bytes() == before
+    if not arguments:
+        with pytest.raises(UserError, match=says):
+            kept.check(model())
+
+
+def test_damage_is_one_sentence(tmp_path):
+    folder = made(shared()).save(tmp_path / "kept")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    with pytest.raises(UserError, match="holds no trajectory"):
+        Trajectory.load(tmp_path)
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"schema": 99}))
+    with pytest.raises(UserError, match="another version"):
+        Trajectory.load(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    content = bytearray((folder / TENSORS).read_bytes())
+    content[-1] ^= 1
+    (folder / TENSORS).write_bytes(content)
+    with pytest.raises(UserError, match="is not what was saved"):
+        Trajectory.load(folder)
+
+
+def test_the_key_does_not_depend_on_where_the_base_lies():
+    about = dict(made(shared()).about)
+    renamed, other = about | {"name": "elsewhere"}, about | {"steps": 4}
+    assert fingerprint_hash(about) == fingerprint_hash(renamed) != fingerprint_hash(other)

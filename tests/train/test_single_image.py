@@ -1,0 +1,164 @@
+"""train/single_image.py on a tiny base: from a picture file to a verified adapter folder."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import yaml
+from PIL import Image
+
+from personalize.adapters.adapter import Adapter
+from personalize.cli.launch import load_script
+from personalize.cli.main import main
+from personalize.cli.parser import parse
+from personalize.errors import UserError
+from tests.adapters.test_hub import Hub
+from tests.support.tiny import tiny_folder
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = load_script(ROOT / "train" / "single_image.py")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder("sd1", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    picture = Image.linear_gradient("L").resize((90, 60)).convert("RGBA")
+    picture.save(tmp_path / "photo.png")
+    (tmp_path / "photo.txt").write_text("a photo of a cat")
+    return tmp_path / "photo.png"
+
+
+def small(base: Path, photo: Path, output: Path) -> list[str]:
+    options = {"pretrained_model_name_or_path": base, "output_dir": output, "rank": 2, "targets": "attention",
+               "max_train_steps": 2, "train_batch_size": 1, "preview_steps": 2, "checkpointing_steps": 1}  # fmt: skip
+    return ["train", "single_image", str(photo), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def test_command_line_trains_saves_and_resumes(
+    base: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = small(base, photo, tmp_path / "out")
+    assert main([*line, "--report_to", "tensorboard", "--person"]) == 0
+    said = capsys.readouterr().out
+    assert "caption “a photo of a cat”" in said and "reconstruction_db" in said
+    adapter = Adapter.load(tmp_path / "out")
+    assert adapter.rank == 2 and adapter.info["updates"] == 2 and adapter.info["person"] is True
+    assert adapter.info["size"] == [64, 96] and {"autoencoder_db", "standalone_gap_db"} <= set(adapter.info)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"checkpoint-1", "checkpoint-2", "logs", "source.png", "reconstruction.png", "README.md"} <= names
+    again = (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes()
+    assert main([*line, "--resume_from_checkpoint", "checkpoint-1"]) == 0
+    assert "Going on from checkpoint-1" in capsys.readouterr().out
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes() == again
+
+
+@pytest.mark.slow  # each by itself is tried elsewhere
+def test_everything_at_once(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pictures, one of them masked, class pictures, text encoders, 4 and 8 bits, validation, and the hub."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "told", [])
+    folder, out = tmp_path / "subject", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", "b", "m"):
+        Image.linear_gradient("L").resize((64, 64)).save(folder / f"{name}.png")
+    rows = [{"file_name": "a.png", "text": "a photo of a cat"}, {"file_name": "b.png", "text": "a cat on the beach"}]
+    rows = [{**rows[0], "mask_file_name": "m.png"}, {**rows[1], "mask_file_name": None}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = small(base, folder, out)
+    line += ["--train_text_encoder", "--load_in_4bit", "--use_8bit_adam", "--gradient_checkpointing", "--push_to_hub"]
+    line += ["--with_prior_preservation", "--class_prompt", "a photo of a dog", "--num_class_images", "2"]
+    line += ["--class_image_steps", "1", "--class_image_cache", str(tmp_path / "drawn"), "--network_dim", "3"]
+    line += ["--validation_prompt", "a cat in snow", "--validation_steps", "2", "--num_validation_images", "1"]
+    assert main([part for part in line if not part.startswith("--rank")]) == 0
+    said = capsys.readouterr().out
+    for words in ("2 pictures at 64×64 px", "= a · photo · of · a · cat, masked", "4 bits: the UNet takes 4 MB",
+                  "Memory, about", "Class pictures: 2 of “a photo of a dog”", "Uploaded: https://hub"):  # fmt: skip
+        assert words in said, said
+    adapter = Adapter.load(out)
+    assert adapter.rank == 3 and adapter.info["pictures"] == 2 and adapter.info["regularisation"] == 2
+    assert adapter.info["captions"] == [row["text"] for row in rows] and adapter.source is not None
+    assert any(key.startswith("text_encoder.") for key in adapter.lora)
+    assert [path.name for path in (out / "validation").iterdir()] == ["000002-0.png"]
+    assert Hub.told[0]["repo_id"] == "out" and "validation" not in " ".join(Hub.told[1]["allow_patterns"])
+    assert "2 pictures, learned by" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_standalone(base: Path, photo: Path, tmp_path: Path) -> None:
+    assert main([*small(base, photo, tmp_path / "out"), "--standalone"]) == 0
+    adapter = Adapter.load(tmp_path / "out")
+    assert adapter.source is None and "standalone_gap_db" not in adapter.info
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--caption", " "], "caption from --caption is empty"),
+        (["--rank", "0"], "rank must be above 0"),
+        (["--max_train_samples=3", "--train_batch_size=4", "--max_train_steps=None"], "one update of 4 samples"),
+        (["--instance_data_dir", "."], "name one picture"),
+        (["--resume_from_checkpoint", "nowhere"], "no checkpoint at"),
+        (["--with_prior_preservation"], "needs class_prompt"),
+        (["--instance_mask", "nowhere.png"], "nowhere.png: no such file"),
+        (["--mask_weight", "2"], "mask_weight is a fraction from 0 to 1"),
+        (["--learning_rte", "1"], "did you mean --learning_rate"),
+    ],
+)
+def test_bad_options_write_nothing_and_say_so_in_one_line(
+    extra: list[str], message: str, base: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small(base, photo, tmp_path / "out"), *extra]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("personalize: ") and message in said
+    assert not (tmp_path / "out" / "adapter.json").exists()
+
+
+def test_a_dreambooth_command_line_pastes() -> None:
+    line = """--instance_data_dir dogs --instance_prompt dog --output_dir out --rank 4 --learning_rate=1e-4 --seed=0
+        --with_prior_preservation --class_data_dir c --class_prompt dogs --num_class_images=7 --prior_loss_weight 0.5
+        --train_text_encoder --use_8bit_adam --gradient_checkpointing --mixed_precision fp16 --resolution 512
+        --train_batch_size=1 --gradient_accumulation_steps=2 --max_train_steps=9 --max_grad_norm 1.0 --snr_gamma 5
+        --checkpointing_steps 3 --checkpoints_total_limit=2 --resume_from_checkpoint latest --report_to wandb
+        --validation_prompt cat --num_validation_images 2 --push_to_hub --hub_model_id me/dog"""
+    config = parse(SCRIPT.Config, line.split(), prog="single_image")
+    assert (config.caption, config.rank, config.prior_loss_weight) == ("dog", 4, 0.5)
+    assert SCRIPT.training_config(config, 2).max_train_samples == 9 * 1 * 2 * 2
+    assert SCRIPT.class_prompt(config) == "dogs"
+
+
+def test_no_picture_is_an_error() -> None:
+    with pytest.raises(UserError, match="name one picture"):
+        SCRIPT.main(SCRIPT.Config())
+
+
+def test_every_preset_holds_known_options_that_differ_from_the_defaults() -> None:
+    presets = sorted((ROOT / "configs").glob("*/single_image.yaml"))
+    names = {"embedded", "sd15", "sd21", "sdxl", "low_memory", "fast", "dreambooth"}
+    assert {path.parent.name for path in presets} == names
+    known = {field.name: field.default for field in fields(SCRIPT.Config)}
+    for path in presets:
+        for name, value in (yaml.safe_load(path.read_text()) or {}).items():
+            assert known[name] != value, f"{path}: {name} is the default"
+
+
+def test_accelerate_presets_say_their_number() -> None:
+    for count in (1, 2, 4, 8):
+        text = (ROOT / "configs" / "accelerate" / f"{count}_gpu.yaml").read_text()
+        assert int(re.search(r"num_processes: (\d+)", text)[1]) == count  # type: ignore[index]
+        assert json.dumps(yaml.safe_load(text))
+
+
+def test_importing_the_script_is_light() -> None:
+    text = (ROOT / "train" / "single_image.py").read_text()
+    head = text[: text.index("@dataclass")].split("if TYPE_CHECKING")[0]
+    heavy = r"import (torch|diffusers|transformers|peft|accelerate)|from personalize\.(?!errors|recipes)"
+    assert not re.search(heavy, head)

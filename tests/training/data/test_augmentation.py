@@ -1,0 +1,94 @@
+"""Views of the picture: their shares, their canvas, and how prompts are rearranged."""
+
+import pytest
+import torch
+from PIL import Image
+
+from personalize.randomness import generator
+from personalize.training.data.augmentation import (
+    FAR,
+    NEAR,
+    View,
+    canvas_mask,
+    crop_square,
+    draw_order,
+    draw_view,
+    render_view,
+    reorder_phrases,
+)
+
+DRAWS = 10_000
+WITHIN = 0.02  # the specification's; four standard deviations of a share of 10 000 draws
+
+
+def test_disendiff_i_shares_of_the_branches_and_of_swaps() -> None:
+    rng = generator(0, "test views")
+    prefixes = [draw_view(512, rng).prefix for _ in range(DRAWS)]
+    assert sum(prefix in FAR for prefix in prefixes) / DRAWS == pytest.approx(0.266, abs=WITHIN)
+    assert sum(prefix in NEAR for prefix in prefixes) / DRAWS == pytest.approx(0.333, abs=WITHIN)
+    assert prefixes.count("") / DRAWS == pytest.approx(0.400, abs=WITHIN)
+    swaps = sum(draw_order(2, 0.5, rng) == [1, 0] for _ in range(DRAWS))
+    assert swaps / DRAWS == pytest.approx(0.5, abs=WITHIN)
+
+
+def test_disendiff_i_sizes_and_grey_canvas() -> None:
+    rng, white = generator(0, "test canvas"), Image.new("RGB", (80, 80), "white")
+    far = 0
+    for _ in range(300):
+        view = draw_view(64, rng)
+        pixels, mask = render_view(white, view, 64), canvas_mask(view, 64, 4)
+        assert pixels.shape == (3, 64, 64) and mask.shape == (1, 16, 16)
+        inside = pixels.amin(0) > 0.5
+        assert int(inside.sum()) == min(view.size, 64) ** 2  # the rest of the canvas is 0, mid grey
+        if view.prefix in FAR:
+            far += 1
+            assert 0 < int(mask.sum()) <= (view.size // 4) ** 2
+            covered = mask[0].bool().repeat_interleave(4, 0).repeat_interleave(4, 1)
+            assert bool(inside[covered].all())  # no cell of the loss looks at the canvas
+        else:
+            assert bool(mask.all())
+    assert far > 50
+
+
+def test_far_mask_is_one_cell_smaller_on_each_side() -> None:
+    assert int(canvas_mask(View(size=32, top=8, left=16), 64, 4).sum()) == (32 // 4 - 2) ** 2
+
+
+def test_views_move_masks_as_they_move_the_picture() -> None:
+    image, mask = Image.new("RGB", (64, 64), "black"), Image.new("L", (64, 64))
+    image.paste("white", (4, 8, 28, 40))
+    mask.paste(255, (4, 8, 28, 40))
+    rng = generator(0, "test masks")
+    for _ in range(20):
+        view = draw_view(64, rng)
+        seen, moved = render_view(image, view, 64), render_view(mask, view, 64)
+        assert float(((seen[0] > 0.6) == (moved[0] > 0.8)).float().mean()) > 0.96  # the two filters blur differently
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ((0, 1, 2), "photo of a <a> cat, <b> dog and <c> red fox"),
+        ((1, 0, 2), "photo of a <b> dog, <a> cat and <c> red fox"),
+        ((2, 0, 1), "photo of a <c> red fox, <a> cat and <b> dog"),
+    ],
+)
+def test_prompts_are_rearranged(order: tuple[int, ...], expected: str) -> None:
+    assert (
+        reorder_phrases("photo of a <a> cat, <b> dog and <c> red fox", ["<a> cat", "<b> dog", "<c> red fox"], order)
+        == expected
+    )
+
+
+def test_a_single_concept_is_never_swapped_and_three_take_every_other_order() -> None:
+    rng = generator(0, "test order")
+    assert draw_order(1, 1.0, rng) == [0]
+    assert {tuple(draw_order(3, 1.0, rng)) for _ in range(200)} == {
+        (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)
+    }  # fmt: skip
+
+
+def test_squares_and_plain_views() -> None:
+    assert crop_square(Image.new("RGB", (90, 40))).size == (40, 40)
+    view = draw_view(64, torch.Generator().manual_seed(0), augment=False)
+    assert view.size == 64 and view.prefix == ""

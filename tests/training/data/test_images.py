@@ -1,0 +1,102 @@
+"""The pictures of a subject: one file, a folder, a data set; a caption each, and masks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from personalize.cli.launch import load_script
+from personalize.errors import UserError
+from personalize.training.data.images import TrainingImage, read_training_images, to_common_size
+
+SCRIPT = load_script(Path(__file__).parents[3] / "train" / "single_image.py")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures of different shapes, a mask for the second, and words for the first alone."""
+    place = tmp_path / "subject"
+    place.mkdir()
+    Image.new("RGBA", (90, 60), (255, 0, 0, 0)).save(place / "a.png")  # transparent: white once it is read
+    Image.linear_gradient("L").resize((64, 96)).convert("RGB").save(place / "b.jpg")
+    Image.new("L", (64, 96), 255).save(tmp_path / "mask.png")
+    return place
+
+
+def tell(folder: Path, *rows: dict[str, Any]) -> None:
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def read(**options: Any) -> list[TrainingImage]:
+    return read_training_images(SCRIPT.Config(**options))
+
+
+def test_one_file_with_a_mask(folder: Path) -> None:
+    mask = folder.parent / "mask.png"
+    (one,) = read(picture=folder / "b.jpg", caption="a  dog", instance_mask=mask)
+    assert one.caption == "a dog" and one.mask is not None
+    with pytest.raises(UserError, match="is 64×96 px, the picture 90×60"):
+        read(picture=folder / "a.png", caption="a dog", instance_mask=mask)
+    Image.new("L", (64, 96)).save(mask)
+    with pytest.raises(UserError, match="all black"):
+        read(picture=folder / "b.jpg", caption="a dog", instance_mask=mask)
+
+
+@pytest.mark.parametrize("how", ["picture", "instance_data_dir", "dataset_name"])
+def test_a_folder_with_metadata(folder: Path, how: str) -> None:
+    Image.open(folder.parent / "mask.png").save(folder / "m.png")
+    words = [{"file_name": "a.png", "text": "a cat"}, {"file_name": "b.jpg", "text": "a dog in a park"}]
+    tell(folder, *({**row, "mask_file_name": "m.png" if "b" in row["file_name"] else None} for row in words))
+    given = str(folder) if how == "dataset_name" else folder
+    first, second = read(**{how: given}, caption="not this")
+    assert (first.caption, second.caption) == ("a cat", "a dog in a park")
+    assert first.mask is None and second.mask is not None and second.mask.size == (64, 96)
+    assert first.image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_words_beside_the_pictures_or_for_all(folder: Path) -> None:
+    (folder / "b.txt").write_text("a dog\n")
+    assert [one.caption for one in read(instance_data_dir=folder, caption="a pet")] == ["a pet", "a dog"]
+    with pytest.raises(UserError, match=r"a\.png has no caption"):
+        read(instance_data_dir=folder)
+
+
+def test_a_changed_folder_is_read_anew(folder: Path) -> None:
+    tell(folder, {"file_name": "a.png", "text": "a cat"})
+    assert [one.caption for one in read(instance_data_dir=folder)] == ["a cat"]
+    tell(folder, {"file_name": "a.png", "text": "a cow"})
+    assert [one.caption for one in read(instance_data_dir=folder)] == ["a cow"]
+
+
+def test_what_cannot_be_read(folder: Path) -> None:
+    for options, message in (
+        ({}, "got 0"),
+        ({"picture": folder / "a.png", "dataset_name": "x"}, "got 2"),
+        ({"dataset_name": "no/such-set"}, "cannot be loaded"),
+        ({"instance_data_dir": folder, "instance_mask": folder / "a.png"}, "belongs to one picture"),
+        ({"instance_data_dir": folder, "image_column": "photo", "caption": "a"}, "no pictures in column 'photo'"),
+        ({"instance_data_dir": folder.parent / "nowhere"}, "no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(**options)
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="empty"):
+        read(instance_data_dir=empty)
+
+
+def test_pictures_of_one_shape_keep_it_and_others_become_squares(folder: Path) -> None:
+    wide, tall = Image.new("RGB", (90, 60)), Image.new("RGB", (60, 90))
+    pixels, masks = to_common_size([TrainingImage("a", wide, "a"), TrainingImage("b", wide, "b")], 64, 32)
+    assert pixels.shape == (2, 3, 64, 96) and masks is None
+    half = Image.new("L", (60, 90))
+    half.paste(255, (0, 0, 60, 45))  # the upper half is the subject
+    pixels, masks = to_common_size([TrainingImage("a", wide, "a"), TrainingImage("b", tall, "b", half)], 64, 32)
+    assert pixels.shape == (2, 3, 64, 64) and masks is not None and masks.shape == (2, 1, 64, 64)
+    assert bool((masks[0] == 1).all()) and torch.equal(masks[1, 0, :28], torch.ones(28, 64))
+    assert masks[1, 0, 36:].max() < 0.02  # a resampled edge rings a little

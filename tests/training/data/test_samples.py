@@ -1,0 +1,88 @@
+"""Where the picture is, and which samples a run draws of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.randomness import generator
+from personalize.training.data.samples import LatentDataset, SampleShard, find_picture
+
+
+def test_file_or_folder_with_one_picture(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_picture(tmp_path / "missing.png")
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match="found 0"):
+        find_picture(tmp_path)
+    (tmp_path / "a.PNG").touch()
+    assert find_picture(tmp_path) == find_picture(tmp_path / "a.PNG") == tmp_path / "a.PNG"
+    (tmp_path / "b.webp").touch()
+    with pytest.raises(UserError, match=r"found 2 \(a.PNG, b.webp\)"):
+        find_picture(tmp_path)
+
+
+def picture(seed: int = 0, **settings: Any) -> LatentDataset:
+    mean = torch.randn(1, 4, 8, 8, generator=generator(5, "test picture"))
+    return LatentDataset(mean, torch.full_like(mean, 0.1), seed, **settings)
+
+
+def test_forgedit_c21_samples_are_counted_exactly() -> None:
+    assert SampleShard(10).updates(400) == 40
+    assert SampleShard(1, 10).updates(400) == 40
+    assert SampleShard(5, 1, 0, 2).updates(400) == 40
+    assert SampleShard(10).updates(409) == 40
+    with pytest.raises(UserError, match="one update of 10 samples"):
+        SampleShard(10).updates(9)
+
+
+def test_forgedit_c21_every_way_of_dealing_out_sees_the_same_samples() -> None:
+    def drawn(*shares: SampleShard) -> dict[str, Tensor]:
+        """Update 3's samples of all processes, in the order of their index."""
+        rows = {}
+        for share in shares:
+            for micro, batch in enumerate(picture().batches(share, 3, 4)):
+                rows |= {index: [v[i] for v in batch.values()] for i, index in enumerate(share.indices(micro))}
+        assert sorted(rows) == list(range(shares[0].samples))
+        return {str(i): torch.cat([v.flatten() for v in rows[i]]) for i in sorted(rows)}
+
+    one = drawn(SampleShard(4))
+    for others in (
+        [SampleShard(1, 4)],
+        [SampleShard(2, 1, rank, 2) for rank in (0, 1)],
+        [SampleShard(1, 2, rank, 2) for rank in (0, 1)],
+    ):
+        many = drawn(*others)
+        assert all(torch.equal(one[key], many[key]) for key in one)
+    assert len({tuple(row.tolist()) for row in one.values()}) == 4  # no sample twice
+
+
+def test_timesteps_and_posterior() -> None:
+    steps = torch.cat([batch["timesteps"] for batch in picture().batches(SampleShard(50), 0, 40)]).double()
+    assert steps.min() >= 0 and steps.max() <= 999
+    assert abs(steps.mean() - 499.5) < 4 * 1000 / 12**0.5 / 2000**0.5  # four standard errors of a uniform mean
+    fixed = next(picture().batches(SampleShard(2), 0, 1))["latents"]
+    assert torch.equal(fixed[0], fixed[1])
+    drawn = torch.cat([batch["latents"] for batch in picture(resample=True).batches(SampleShard(50), 0, 4)])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert (drawn.std(0).mean() - 0.1).abs() < 0.01
+
+
+def test_several_pictures_take_turns_over_updates_and_batches() -> None:
+    mean = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 8, 8)
+    several = LatentDataset(mean, torch.zeros(3, 4, 8, 8), 0, rows=(0, 1, 0), weights=torch.ones(3, 1, 8, 8))
+    batches = list(several.batches(SampleShard(2, 2), 0, 2))
+    seen = torch.cat([batch["latents"][:, 0, 0, 0] for batch in batches]).tolist()
+    assert seen == [0, 1, 2, 0, 1, 2, 0, 1] and batches[0]["weights"].shape == (2, 1, 8, 8)
+    assert torch.cat([batch["rows"] for batch in batches]).tolist() == [0, 1, 0, 0, 1, 0, 0, 1]
+
+
+def test_class_pictures_come_behind_and_have_noise_of_their_own() -> None:
+    own = picture()
+    both = LatentDataset(own.mean, own.std, 0, prior=LatentDataset(own.mean, own.std, 0, rows=(1,), purpose="class "))
+    batch, alone = next(both.batches(SampleShard(2), 0, 1)), next(own.batches(SampleShard(2), 0, 1))
+    assert all(torch.equal(batch[name][:2], alone[name]) for name in alone)
+    assert batch["rows"].tolist() == [0, 0, 1, 1] and not torch.equal(batch["noise"][:2], batch["noise"][2:])

@@ -1,0 +1,204 @@
+"""The embedded model's architecture, tokenizer and trainer, in miniature."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from personalize.adapters.lora import module_names
+from personalize.cli.launch import load_script, scripts_home
+from personalize.embedded import scenes
+from personalize.training.losses import grounding
+from personalize.training.pretraining import dataset, networks
+from tests.support.tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return networks.build_tokenizer(dataset.vocabulary())
+
+
+def script():
+    return load_script(scripts_home() / "train" / "embedded_model.py")
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    for seed in range(200):
+        for caption in scenes.captions(scenes.random_scene(seed, styles=tuple(scenes.STYLES))):
+            assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
+
+
+def test_the_tokenizer_is_byte_level_and_small(tokenizer):
+    assert len(tokenizer) <= 2000
+    symbols = networks.byte_symbols()
+    assert len(set(symbols)) == 256
+    assert all(symbol in tokenizer.get_vocab() and f"{symbol}</w>" in tokenizer.get_vocab() for symbol in symbols)
+    ids = tokenizer("zyzzyva ünïcode 猫 🐱").input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in ids[1:-1], "an unknown word must fall back to bytes, not to the end mark"
+
+
+def test_the_unet_has_the_topology_of_sd1():
+    with torch.device("meta"):
+        unet = networks.build_unet()
+    assert len(module_names(unet, "sd1")) == 216
+    assert len(module_names(unet, "sd1", "attention")) == 104
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    assert 16e6 < parameters < 18e6, "the weights must stay under 45 MB in fp16"
+
+
+def test_the_autoencoder_works_at_every_size():
+    vae = networks.build_autoencoder()
+    for height, width in ((64, 64), (128, 96)):
+        latents = vae.encode(torch.zeros(1, 3, height, width)).latent_dist.mean
+        assert latents.shape == (1, 4, height // 4, width // 4)
+        assert vae.decode(latents).sample.shape == (1, 3, height, width)
+
+
+def test_the_held_out_style_is_never_trained_on(tmp_path):
+    """Every sprite that reaches a training picture is hashed; none is of the held-out style."""
+    held_out = {file_hash(path) for path in (scenes.SPRITES / scenes.HELD_OUT_STYLE).glob("*.webp")}
+    assert len(held_out) == len(scenes.NOUNS)
+    module = script()
+    config = module.Config(output_dir=tmp_path)
+    drawn = [scenes.random_scene(seed, nouns=config.nouns, styles=config.styles) for seed in range(300)]
+    drawn += [scenes.random_scene(seed, styles=scenes.TRAINING_STYLES) for seed in range(300)]
+    used = {file_hash(scenes.sprite_path(thing.noun, thing.style)) for scene in drawn for thing in scene.objects}
+    assert len(used) > 100 and not used & held_out
+    with pytest.raises(ValueError, match="held out"):
+        module.main(module.Config(output_dir=tmp_path, styles=("3d", scenes.HELD_OUT_STYLE)))
+
+
+def file_hash(path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_autoencoder_objective_is_what_its_docstring_says():
+    torch.manual_seed(0)
+    vae = networks.build_autoencoder()
+    pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
+    terms = networks.AutoencoderObjective(vae)({"pixels": pixels, "noise": noise})
+    posterior = vae.encode(pixels).latent_dist
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    expected = (decoded - pixels).pow(2).mean() + 0.25 * (decoded - pixels).abs().mean()
+    expected = expected + networks.KL_WEIGHT * posterior.kl().mean() / (4 * 8 * 8)
+    torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=1e-7)  # fp32 sums in another order
+
+
+def test_training_resumes_exactly(tmp_path, monkeypatch):
+    """Four updates in one run equal two, an interruption, and two more from the checkpoint: bit for bit."""
+    module = script()
+    monkeypatch.setattr(networks, "build_autoencoder", tiny_autoencoder)
+    whole, parts = (config(tmp_path / name) for name in ("whole", "parts"))
+    module.main(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dataset.Crops, "batch", interrupted(dataset.Crops.batch, at=2))
+        module.main(parts)
+    assert torch.load(parts.output_dir / "autoencoder.pt")["update"] == 2
+    module.main(parts)
+    states = [torch.load(run.output_dir / "autoencoder.pt")["objective"] for run in (whole, parts)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def config(output_dir):
+    common = dict(stages=("autoencoder",), steps=(4, 1, 1), batch_sizes=(2, 2, 2), checkpointing_steps=1)
+    return script().Config(output_dir=output_dir, mixed_precision="no", **common)
+
+
+def interrupted(real, at: int):
+    def batch(self, update, samples):
+        if update == at:
+            raise KeyboardInterrupt
+        return real(self, update, samples)
+
+    return batch
+
+
+def tiny_autoencoder():
+    return networks.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+def test_a_third_of_the_scenes_is_of_hard_nouns_with_as_many_pairs_among_them(tmp_path):
+    trainer, hard = script(), ("rocket", "house", "guitar")
+    scene_list = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6, hard_nouns=hard), 600)
+    is_hard = [{thing.noun for thing in scene.objects} <= set(hard) for scene in scene_list]
+    assert all(is_hard[2::3]) and 0.5 < np.mean([len(scene.objects) == 2 for scene in scene_list[2::3]]) < 0.7
+    assert np.mean(is_hard) < 0.4 and np.mean([len(scene.objects) == 2 for scene in scene_list]) == 0.6
+    without = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6), 600)
+    assert [s for i, s in enumerate(scene_list) if i % 3 < 2] == [s for i, s in enumerate(without) if i % 3 < 2]
+
+
+def test_scenes_for_the_autoencoder_are_pixels():
+    pixels = torch.stack([dataset.Crops(64, seed=0)[sample] for sample in range(8)])
+    assert pixels.shape == (8, 3, 64, 64) and pixels.min() >= -1 and pixels.max() <= 1
+    assert np.unique(pixels.numpy()).size > 100
+
+
+def test_grounding_is_the_share_of_attention_off_the_thing_squared():
+    masks = torch.zeros(1, 2, 2, 2)
+    masks[0, 0, 0] = 1.0  # the upper half
+    maps = torch.tensor([[[[3.0, 3.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
+    assert torch.allclose(grounding(maps, masks), torch.tensor([[0.0625, 1.0]]))  # a quarter is off; nothing is on
+    assert torch.allclose(grounding(7 * maps, masks), grounding(maps, masks)), "how much attention does not count"
+
+
+def test_a_pool_says_where_the_nouns_of_a_caption_are(tokenizer):
+    things = [scenes.SceneObject(noun, "3d", x, 0.5, 0.3) for noun, x in (("owl", 0.7), ("coffee_cup", 0.2))]
+    scene = scenes.Scene("snow", tuple(things))
+    pool = dataset.LatentPool(torch.zeros(1, 4, 4, 4), torch.zeros(1, 2, 4, 4), (scene,), tokenizer, 0, 0.0)
+    text = "a picture of a coffee cup on the left and an owl on the right in the snow"
+    pieces = ["<start>", *text.split()]
+    assert [pieces[position] for position in pool.noun_positions(text, scene)] == ["owl", "cup"]
+    assert pool.noun_positions("", scene) == [0, 0] and pool.noun_positions("an owl", scene) == [2, 0]
+
+
+class ConstantTextEncoder(nn.Module):
+    """A text encoder that gives every text the same embedding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.states = nn.Parameter(torch.randn(1, 77, width))
+
+    def forward(self, ids):
+        return SimpleNamespace(last_hidden_state=self.states.expand(len(ids), -1, -1))
+
+
+def test_grounding_reaches_text_attention_and_ignores_nouns_that_are_not_named():
+    unet = tiny("sd1").unet.requires_grad_(True)
+    text: Any = ConstantTextEncoder(unet.config["cross_attention_dim"])
+    objective = networks.TextToImageObjective(unet, text, networks.build_scheduler(), grounding_weight=0.5)
+    query = next(p for name, p in unet.named_parameters() if "up_blocks" in name and "attn2.to_q.weight" in name)
+    batch = {name: torch.randn(2, 4, 16, 16) for name in ("latents", "noise")} | {
+        "timesteps": torch.tensor([10, 900]), "input_ids": torch.zeros(2, 77, dtype=torch.long),
+        "masks": torch.rand(2, 2, 16, 16), "nouns": torch.tensor([[2, 5], [0, 0]]),
+    }  # fmt: skip
+
+    def gradient(nouns):
+        terms = objective(batch | {"nouns": nouns})
+        return terms.parts["grounding"].item(), torch.autograd.grad(terms.total, query)[0]
+
+    (named, with_grounding), (unnamed, without) = gradient(batch["nouns"]), gradient(torch.zeros_like(batch["nouns"]))
+    assert 0 < named <= 1 and unnamed == 0
+    assert not torch.allclose(with_grounding, without), "the loss reaches the queries of cross-attention"
+
+
+def test_samples_depend_on_their_number_alone(tokenizer):
+    """The same samples whether drawn in one batch or in two: what makes several processes and resuming equal."""
+    scene_list = [scenes.random_scene(index) for index in range(4)]
+    masks = torch.randint(256, (4, 2, 4, 4), dtype=torch.uint8)
+    pool = dataset.LatentPool(torch.randn(4, 4, 4, 4), masks, tuple(scene_list), tokenizer, seed=0, caption_dropout=0.5)
+    whole, parts = pool.batch(7, range(64)), [pool.batch(7, range(32)), pool.batch(9, range(32, 64))]
+    for name in whole:
+        assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+    empty = tokenizer("").input_ids
+    dropped = (whole["input_ids"][:, : len(empty)] == torch.tensor(empty)).all(1).float().mean()
+    assert 0.25 < dropped < 0.75  # half of 64 in expectation; four standard deviations either way

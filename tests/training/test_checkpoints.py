@@ -1,0 +1,76 @@
+"""Checkpoint folders: whole or passed over, limited in number, exact."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from personalize.errors import UserError
+from personalize.training import checkpoints
+from personalize.training.checkpoints import Checkpoint
+
+
+def trained(steps: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+    parameters = {"a": torch.nn.Parameter(torch.arange(4.0)), "b.c": torch.nn.Parameter(torch.ones(2, 3))}
+    optimizer = torch.optim.Adam([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(parameters.values())])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((p**3).sum() for p in parameters.values()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    return parameters, optimizer
+
+
+def checkpoint(update: int) -> Checkpoint:
+    parameters, optimizer = trained(update)
+    return Checkpoint(update, {n: p.detach() for n, p in parameters.items()}, optimizer.state_dict(), {"rank": 2})
+
+
+def test_round_trip_goes_on_exactly(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, checkpoint(2))
+    parameters, optimizer = trained(0)
+    found = checkpoints.find(tmp_path, "latest")
+    assert found is not None and found.update == 2 and found.metadata == {"rank": 2}
+    checkpoints.restore(found, parameters, optimizer)
+    optimizer.zero_grad()
+    sum((p**3).sum() for p in parameters.values()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    for name, parameter in trained(3)[0].items():
+        assert torch.equal(parameter, parameters[name])
+
+
+def test_limit_keeps_the_newest_and_never_a_former_runs_later_ones(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-notes").mkdir()
+    for update in (9, 1, 2, 3, 10):
+        checkpoints.save(tmp_path, checkpoint(update), limit=2 if update != 9 else None)
+        if update == 3:
+            assert [number for number, _ in checkpoints.numbered(tmp_path)] == [2, 3, 9]
+    assert [number for number, _ in checkpoints.numbered(tmp_path)] == [9, 10]
+
+
+def test_half_written_ones_are_passed_over(tmp_path: Path) -> None:
+    for update in (1, 2, 3, 4):
+        checkpoints.save(tmp_path, checkpoint(update))
+    (tmp_path / "checkpoint-4" / checkpoints.STATE).unlink()
+    damaged = tmp_path / "checkpoint-3" / checkpoints.OPTIMIZER
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+    (tmp_path / "checkpoint-2" / checkpoints.TRAINABLE).write_bytes(b"")
+    found = checkpoints.find(tmp_path, "latest")
+    assert found is not None and found.update == 1
+    with pytest.raises(UserError, match="optimizer.safetensors is not what was written"):
+        checkpoints.find(tmp_path, "checkpoint-3")
+
+
+def test_missing_ones(tmp_path: Path) -> None:
+    assert checkpoints.find(tmp_path, None) is None
+    assert checkpoints.find(tmp_path / "nowhere", "latest") is None
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoints.find(tmp_path, "checkpoint-7")
+
+
+def test_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    parameters, optimizer = trained(0)
+    parameters["b.c"] = torch.nn.Parameter(torch.ones(5))
+    with pytest.raises(UserError, match=r"b.c is \(2, 3\) there, \(5,\) here"):
+        checkpoints.restore(checkpoint(1), parameters, optimizer)
+    with pytest.raises(UserError, match="rank = 2, this run has 4"):
+        checkpoints.check_same_run(checkpoint(1), {"rank": 4})

@@ -1,0 +1,52 @@
+"""What trainers share: what is missing is said before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from personalize.cli.launch import load_script
+from personalize.cli.main import main
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training import trainer
+from personalize.training.trainer import check_tracker, make_accelerator
+from tests.support.children import in_child
+
+
+def test_trackers_are_asked_for_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("a base was loaded"))
+    picture = Path(__file__).parents[2] / "examples" / "quickstart.png"
+    line = ["train", "single_image", str(picture), "--caption", "a", "--output_dir", str(tmp_path / "out")]
+    assert main([*line, "--report_to", "tensorboard"]) == 2
+    said = "personalize: --report_to tensorboard needs the package tensorboard: pip install tensorboard\n"
+    assert capsys.readouterr().err == said and not (tmp_path / "out").exists()
+
+
+def test_any_tracker_will_do_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "find_spec", lambda name: name == "wandb" or None)
+    check_tracker("all")
+    check_tracker("wandb")
+    check_tracker(None)
+    with pytest.raises(UserError, match="comet_ml"):
+        check_tracker("comet_ml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"), reason="needs a machine without fp16")
+def test_a_precision_the_device_has_not_is_one_line(tmp_path: Path) -> None:
+    def refused() -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        script = load_script(Path(__file__).parents[2] / "train" / "single_image.py")
+        with pytest.raises(UserError) as caught:
+            make_accelerator(script.Config(mixed_precision="fp16", output_dir=tmp_path))
+        return str(caught.value)
+
+    message, _ = in_child(refused)  # Accelerate keeps one precision to a process
+    assert message == "--mixed_precision fp16 does not work on this cpu: use bf16 or no"

@@ -1,0 +1,92 @@
+"""Pictures while training: those that inference gives, without a trace in the run, and never its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from personalize.adapters.textual_inversion import Subject
+from personalize.editing.editor import Editor
+from personalize.editing.strengths import Sampling
+from personalize.io.images import to_image
+from personalize.training import validation
+from personalize.training.config import MultiConceptConfig
+from personalize.training.data.concepts import ConceptPicture
+from personalize.training.multi_concept import multi_concept_run
+from personalize.training.single_image import learn, single_image_run
+from personalize.training.validation import draw, validate
+from tests.support.tiny import tiny_sd1
+from tests.training.test_single_image_run import CAPTION, SMALL, pixels, same
+
+PROMPT = "a photo of a cat in snow"
+
+
+def options(folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(output_dir=folder, validation_prompt=PROMPT, num_validation_images=2, preview_steps=1)
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(False, id="source", marks=pytest.mark.slow), pytest.param(True, id="text_encoders")]
+)
+def test_they_are_what_inference_gives_and_the_run_does_not_notice(text: bool, tmp_path: Path) -> None:
+    model, settings = tiny_sd1(), replace(SMALL, max_train_samples=2, train_text_encoder=text)
+    plain = learn(model, pixels(), CAPTION, settings)
+    with single_image_run(model, pixels(), CAPTION, settings) as run:
+        steps = run.steps()
+        next(steps)
+        drawn, adapter = draw(run, PROMPT, count=1, steps=1), run.adapter()
+        list(steps)
+        assert same(run.adapter(), plain)
+    expected = Editor(model, adapter).edit(PROMPT, seeds=[0], sampling=Sampling(1))
+    assert np.array_equal(np.asarray(drawn[0]), np.asarray(expected[0]))
+
+
+def test_they_are_written_and_shown_to_trackers(tmp_path: Path) -> None:
+    logged = {}
+    tracker = SimpleNamespace(name="tensorboard", log_images=lambda values, **extra: logged.update(values, **extra))
+    with single_image_run(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
+        run.accelerator.trackers = [tracker]
+        next(run.steps())
+        paths = validate(run, options(tmp_path))
+    assert [path.name for path in paths] == ["000001-0.png", "000001-1.png"] and all(p.is_file() for p in paths)
+    assert logged["validation"].shape == (2, 64, 64, 3) and (logged["step"], logged["dataformats"]) == (1, "NHWC")
+
+
+def test_a_failed_one_is_a_warning_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, settings = tiny_sd1(), replace(SMALL, max_train_samples=2)
+    plain = learn(model, pixels(), CAPTION, settings)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    monkeypatch.setattr(validation.Editor, "edit", fail)
+    with single_image_run(model, pixels(), CAPTION, settings) as run:
+        steps = run.steps()
+        next(steps)
+        with pytest.warns(UserWarning, match="update 1: no validation pictures, training goes on: no memory$"):
+            assert validate(run, options(tmp_path)) == []
+        list(steps)
+        assert same(run.adapter(), plain)
+
+
+@pytest.mark.parametrize("full_kv", [False, True])
+def test_several_concepts_are_drawn_with_their_words(full_kv: bool) -> None:
+    picture = ConceptPicture(to_image(pixels()), (Subject("<cat1>", "cat"),))
+    config = MultiConceptConfig(
+        rank=64 if full_kv else 2, max_train_steps=1, full_kv=full_kv, initializer_token="class",
+        calibration_weight=0.0, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    model = tiny_sd1()
+    with multi_concept_run(model, picture, config) as run:
+        list(run.steps())
+        weights = {name: value.detach().clone() for name, value in run.objective.trainable().items()}
+        (drawn,) = draw(run, "a <cat1> cat", count=1, steps=1)
+        assert all(torch.equal(value, weights[name]) for name, value in run.objective.trainable().items())
+        adapter = run.adapter()
+    (expected,) = Editor(tiny_sd1(), adapter).edit("a <cat1> cat", seeds=[0], sampling=Sampling(1))
+    assert np.array_equal(np.asarray(drawn), np.asarray(expected))
