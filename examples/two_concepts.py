@@ -8,7 +8,6 @@ from PIL import Image
 from personalize import Editor, StableDiffusion
 from personalize.adapters.textual_inversion import Subject
 from personalize.editing.strengths import Sampling
-from personalize.embedded.scenes import Scene, SceneObject, render
 from personalize.io.figures import grid
 from personalize.io.images import load_image
 from personalize.training.config import MultiConceptConfig
@@ -21,8 +20,7 @@ def main(
     config: MultiConceptConfig | None = None, steps: int = 30,
 ) -> Image.Image:  # fmt: skip
     model = StableDiffusion.load(base)
-    things = SceneObject("cat", "flat", 0.27, 0.55, 0.42), SceneObject("dog", "flat", 0.73, 0.5, 0.42)
-    image = load_image(photo) if photo else Image.fromarray(render(Scene("grass", things), 512)[0])
+    image = load_image(photo or Path(__file__).parent / "pictures" / "pets.png")  # a cat and a dog
     subjects = tuple(Subject.of(phrase) for phrase in phrases or ("<cat1> cat", "<dog1> dog"))
     config = config or MultiConceptConfig(initializer_token="class")
     with multi_concept_run(model, ConceptPicture(image, subjects), config) as run:
