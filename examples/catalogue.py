@@ -5,32 +5,34 @@ from pathlib import Path
 
 from PIL import Image
 
-from personalize import Editor, StableDiffusion
-from personalize.editing.strengths import Sampling
-from personalize.embedded.samples import bundled
-from personalize.training.catalogue import Catalogue, learn_catalogue, write_table
-from personalize.training.catalogue_table import read_items
-from personalize.training.config import SingleImageConfig
-from personalize.training.distributed import ProcessGroup
+import personalize
 
 
 def main(
     table: str | None = None, *, base: str | Path | None = None, output_dir: str | Path = "my-catalogue",
-    config: SingleImageConfig | None = None, steps: int = 30,
+    config: personalize.SingleImageConfig | None = None, steps: int = 30,
 ) -> Image.Image:  # fmt: skip
-    folder, config, model = Path(output_dir), config or SingleImageConfig(), StableDiffusion.load(base)
-    items, refused = read_items(table or bundled_table(folder), config)
-    rows = learn_catalogue(items, refused, Catalogue(folder, config, model.name), lambda: model, ProcessGroup())
-    write_table(rows, folder / "results.csv")
+    folder, config, model = (
+        Path(output_dir),
+        config or personalize.SingleImageConfig(),
+        personalize.StableDiffusion.load(base),
+    )
+    items, refused = personalize.read_items(table or bundled_table(folder), config)
+    rows = personalize.learn_catalogue(
+        items, refused, personalize.Catalogue(folder, config, model.name), lambda: model, personalize.ProcessGroup()
+    )
+    personalize.write_table(rows, folder / "results.csv")
     learned = [row for row in rows if row["status"] == "done"]
-    return Editor.load(learned[-1]["adapter"], base).reconstruct(sampling=Sampling(steps=steps))[0]
+    return personalize.Editor.load(learned[-1]["adapter"], base).reconstruct(
+        sampling=personalize.Sampling(steps=steps)
+    )[0]
 
 
 def bundled_table(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in (0, 1):
-        bundled(number).picture.save(folder / f"photo-{number}.png")
-    rows = [f'photo-{number}.png,"{bundled(number).caption}",subject-{number}' for number in (0, 1)]
+        personalize.bundled(number).picture.save(folder / f"photo-{number}.png")
+    rows = [f'photo-{number}.png,"{personalize.bundled(number).caption}",subject-{number}' for number in (0, 1)]
     (folder / "items.csv").write_text("\n".join(["image,caption,name", *rows]), encoding="utf-8")
     return folder / "items.csv"
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from personalize import Editor, StableDiffusion
-from personalize.editing.drag.drag import DragSettings
-from personalize.embedded.samples import bundled
+from personalize import DragSettings, Editor, StableDiffusion, bundled
 
 
 def main(

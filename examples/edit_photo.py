@@ -5,9 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from personalize import Editor, StableDiffusion
-from personalize.editing.real_image_settings import EditRequest, PhotoSettings
-from personalize.embedded.samples import bundled
+from personalize import Editor, EditRequest, PhotoSettings, StableDiffusion, bundled
 
 
 def main(

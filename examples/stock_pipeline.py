@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import personalize
-from personalize.models.stable_diffusion import EMBEDDED
+from personalize import EMBEDDED
 
 
 def main(

@@ -5,12 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from personalize import Editor, StableDiffusion
-from personalize.editing.strengths import Sampling
-from personalize.embedded.samples import bundled
-from personalize.io.images import fitted_pixels, load_image
-from personalize.training.config import SingleImageConfig
-from personalize.training.single_image import learn
+from personalize import Editor, Sampling, SingleImageConfig, StableDiffusion, bundled, fitted_pixels, learn, load_image
 
 
 def main(

@@ -5,33 +5,26 @@ from pathlib import Path
 
 from PIL import Image
 
-from personalize import Editor, StableDiffusion
-from personalize.adapters.textual_inversion import Subject
-from personalize.editing.strengths import Sampling
-from personalize.io.figures import grid
-from personalize.io.images import load_image
-from personalize.training.config import MultiConceptConfig
-from personalize.training.data.concepts import ConceptPicture
-from personalize.training.multi_concept import multi_concept_run
+import personalize
 
 
 def main(
     photo: str | None = None, *phrases: str, base: str | Path | None = None, output_dir: str | Path = "my-pets",
-    config: MultiConceptConfig | None = None, steps: int = 30,
+    config: personalize.MultiConceptConfig | None = None, steps: int = 30,
 ) -> Image.Image:  # fmt: skip
-    model = StableDiffusion.load(base)
-    image = load_image(photo or Path(__file__).parent / "pictures" / "pets.png")  # a cat and a dog
-    subjects = tuple(Subject.of(phrase) for phrase in phrases or ("<cat1> cat", "<dog1> dog"))
-    config = config or MultiConceptConfig(initializer_token="class")
-    with multi_concept_run(model, ConceptPicture(image, subjects), config) as run:
+    model = personalize.StableDiffusion.load(base)
+    image = personalize.load_image(photo or Path(__file__).parent / "pictures" / "pets.png")  # a cat and a dog
+    subjects = tuple(personalize.Subject.of(phrase) for phrase in phrases or ("<cat1> cat", "<dog1> dog"))
+    config = config or personalize.MultiConceptConfig(initializer_token="class")
+    with personalize.multi_concept_run(model, personalize.ConceptPicture(image, subjects), config) as run:
         for report in run.steps():
             print(f"{report.update} of {run.updates}: loss {float(report.losses['loss']):.3f}", end="\r")
         adapter = run.adapter()
     adapter.save(output_dir)
     prompts = [f"a picture of a {subject.phrase} in the snow" for subject in subjects]
-    with Editor(model, adapter) as editor:
-        row = [image, *(editor.edit(prompt, sampling=Sampling(steps=steps))[0] for prompt in prompts)]
-    grid([row], columns=["the picture", *prompts]).save(Path(output_dir) / "apart.png")
+    with personalize.Editor(model, adapter) as editor:
+        row = [image, *(editor.edit(prompt, sampling=personalize.Sampling(steps=steps))[0] for prompt in prompts)]
+    personalize.grid([row], columns=["the picture", *prompts]).save(Path(output_dir) / "apart.png")
     return row[-1]
 
 

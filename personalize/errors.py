@@ -1,4 +1,5 @@
 """The exceptions that the command line shows to the user as one line instead of a traceback."""
+
 from collections.abc import Iterable
 from difflib import get_close_matches
 

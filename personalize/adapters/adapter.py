@@ -178,7 +178,9 @@ class Adapter:
         metadata = lora_files.kohya_metadata(title=name, family=family, rank=self.rank, info=self.info)
         files = {
             DIFFUSERS_FILE: lora_files.diffusers_file(self.lora, self.alpha),
-            kohya_file: lora_files.kohya_file(self.lora, self.alpha, family=family, dtype=kohya_dtype, metadata=metadata),
+            kohya_file: lora_files.kohya_file(
+                self.lora, self.alpha, family=family, dtype=kohya_dtype, metadata=metadata
+            ),
             **textual_inversion_files.token_file_contents(self.concepts, family=family),
         }
         if self.source is not None:
@@ -203,7 +205,10 @@ class Adapter:
         about = {"base": self.base | {"family": self.family}}
         if self.concepts:
             about["concepts"] = {
-                token: {key: verification.tensor_digest(part) for key, part in textual_inversion_files.checked_rows(token, rows).items()}
+                token: {
+                    key: verification.tensor_digest(part)
+                    for key, part in textual_inversion_files.checked_rows(token, rows).items()
+                }
                 for token, rows in self.concepts.items()
             }
         values = dict(sorted(self.info.items())) | own | about | {"source_tensors": source, "tensors": tensors}

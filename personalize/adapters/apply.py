@@ -1,4 +1,4 @@
-"""TODO: adapters/apply."""
+"""Put adapters into a base model for the length of a `with` block."""
 
 from __future__ import annotations
 

@@ -71,12 +71,6 @@ def with_lower_rank(adapter: Adapter, rank: int) -> tuple[Adapter, RankReduction
     return replace(adapter, lora=reduction.state, rank=rank, alpha=float(rank)), reduction
 
 
-
-
-
-
-
-
 def export_lora(
     adapter: Adapter, output: str | Path, layout: str = "kohya", dtype: torch.dtype = torch.float32
 ) -> Path:

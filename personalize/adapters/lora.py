@@ -33,12 +33,6 @@ _PROJECTIONS = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
 Rules = ForgettingRule | Iterable[ForgettingRule] | Mapping[str, float] | None
 
 
-
-
-
-
-
-
 def module_names(unet: nn.Module, family: str | None = None, targets: str = "full") -> list[str]:
     """Paths of the modules that single-image training adds LoRA to, in the UNet's order.
 
@@ -66,8 +60,6 @@ def module_names(unet: nn.Module, family: str | None = None, targets: str = "ful
 
 def _trained(role: Role) -> bool:
     return (role.side == "encoder" and role.level > 0) or (role.side == "decoder" and role.attention)
-
-
 
 
 def add_lora(

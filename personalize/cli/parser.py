@@ -81,8 +81,6 @@ def flag_name(token: str) -> str | None:
     return match[1].replace("-", "_") if match else None
 
 
-
-
 def read_yaml(path: Path, config: type) -> dict[str, Any]:
     """The keys and values of the YAML file `path`; UserError for a key that is no option of `config`."""
     try:

@@ -100,10 +100,6 @@ def attach(
             yield Attached(model, adapter)
 
 
-
-
-
-
 @contextmanager
 def _tokenizers(pipe: Any, model: StableDiffusion) -> Iterator[None]:
     """Run the body with `model`'s tokenizers in `pipe`; afterwards `pipe` has its own ones again."""

@@ -130,8 +130,8 @@ class Editor:
     ) -> list[Trial]:  # fmt: skip
         """Search for the best strengths: `budget` images of `prompt`, the best first, with their strengths and scores.
 
-        `source` is the image the adapter was trained on. The search is described in `personalize.editing.search`; equal seeds
-        give equal results.
+        `source` is the image the adapter was trained on. `personalize.editing.search` describes the search; equal
+        seeds give equal results.
 
         Raises:
             UserError: the prompt is empty, the budget is below 1, or there is no scorer for this base.

@@ -1,13 +1,12 @@
 """Edit a photo by text: invert it, then sample it again together with a second row that has the target prompt.
 
-1.  The photo is encoded and inverted to a trajectory (`personalize.sampling.inversion`).
-2.  Source and target are sampled side by side as rows of one batch. Prompt-to-Prompt (`personalize.editing.prompt_to_prompt.control`) or mutual
-    self-attention (`personalize.editing.mutual_self_attention`) gives the target the source's attention.
+1.  The photo is encoded and inverted to a trajectory (`sampling.inversion`).
+2.  Source and target are sampled side by side as rows of one batch. Prompt-to-Prompt or mutual self-attention gives
+    the target the source's attention.
 3.  The target is decoded.
 
-Optional: dynamic prompts, which fit the nouns' embeddings so that each attends to its own object
-(`personalize.editing.dynamic_prompt_learning.leakage`), and uniform attention maps, which keep what the edit does not change
-(`personalize.editing.uniform_attention`).
+Optional: dynamic prompts, which fit the nouns' embeddings so that each attends to its own object, and uniform
+attention maps, which keep what the edit does not change.
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ from personalize.io.figures import grid, overlay, pasted
 from personalize.io.images import to_image
 from personalize.models.attention_maps import InversionMaps, MapSum
 from personalize.models.image_processor import PaddedImage, Picture, as_image
+from personalize.models.map_filters import normalised
 from personalize.models.prompts import Tokens, tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import denoise
@@ -56,12 +56,6 @@ if TYPE_CHECKING:
     from personalize.editing.real_image_settings import EditRequest, PhotoSettings
 
 PUNCTUATION = ".,;:!?'’-()"  # left out of the sheet of attention maps
-
-
-
-
-
-
 
 
 @dataclass(frozen=True)
@@ -196,7 +190,7 @@ def word_sheet(control: Controls, maps: MapSum, pictures: Sequence[Image.Image],
     for heat, tokens, picture in zip(maps.mean().cpu(), (control.source, *control.targets), pictures, strict=True):
         shown = (word for word in tokens.words if word.text[-1] not in PUNCTUATION)
         words.append([word for word in shown if word.text not in FUNCTION_WORDS])
-        marked = [overlay(picture, heat[..., list(word.positions)].sum(-1)) for word in words[-1]]
+        marked = [overlay(picture, normalised(heat[..., list(word.positions)].sum(-1))) for word in words[-1]]
         rows.append([one.crop((0, 0, width, height)) for one in marked])
     pairs = zip_longest(*([word.text for word in row] for row in words), fillvalue="–")
     columns = [" / ".join(dict.fromkeys(pair)) for pair in pairs]

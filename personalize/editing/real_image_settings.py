@@ -1,4 +1,4 @@
-"""TODO: editing/real_image_settings."""
+"""What an edit of a real photo is asked for, and the settings of its methods."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from personalize.editing import defaults as calibrated
+from personalize.editing import defaults
 from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import AUTO_REGIONS, NounRegions
 from personalize.editing.prompt_to_prompt.alignment import swap_words
@@ -82,11 +82,11 @@ class PhotoSettings:
 
     def guidance(self, base: str) -> float:
         """The guidance scale of the edit, for the base model of that name."""
-        return calibrated.guidance(base, self.inversion) if self.guidance_scale is None else self.guidance_scale
+        return defaults.guidance(base, self.inversion) if self.guidance_scale is None else self.guidance_scale
 
     def null_text_settings(self, base: str) -> NullTextSettings:
         """How null embeddings are fitted, for the base model of that name."""
-        return self.null_text or calibrated.settings_for(NullTextSettings, base)
+        return self.null_text or defaults.settings_for(NullTextSettings, base)
 
     @property
     def inverted_share(self) -> float:

@@ -20,19 +20,39 @@ References: Zhang et al., "Forgedit", arXiv 2309.10556 (the strategies and their
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
+from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora import PREFIX, multipliers
 from personalize.editing.strengths import DEFAULT_SAMPLING, EditStrengths, Sampling
 from personalize.errors import UserError
 from personalize.evaluation.scoring import Request, Scorer, Scores
+from personalize.models.stable_diffusion import StableDiffusion
 
-if TYPE_CHECKING:
-    from personalize.editing.editor import Editor
+
+class DrawsEdits(Protocol):
+    """What the search needs of an `Editor`: its model and adapter, and images of a prompt at given strengths."""
+
+    model: StableDiffusion
+    adapter: Adapter | None
+
+    def applied_throughout(self) -> AbstractContextManager[Any]: ...
+
+    def edit(
+        self,
+        prompt: str,
+        strengths: EditStrengths,
+        *,
+        seeds: Sequence[int],
+        negative_prompt: str,
+        sampling: Sampling,
+    ) -> list[Image.Image]: ...
+
 
 State = Literal["good", "copy", "lost", "neither"]
 SUCCESS = 0.5  # least Scores.edit of an image that shows the edit
@@ -57,7 +77,7 @@ class Trial:
 
 
 def search(
-    editor: Editor,
+    editor: DrawsEdits,
     request: Request,
     scorer: Scorer,
     *,
@@ -97,7 +117,7 @@ def state(scores: Scores, scorer: Scorer) -> State:
     return "copy" if scores.distance < scorer.copy_distance else "neither"
 
 
-def usable_rules(editor: Editor) -> tuple[str, ...]:
+def usable_rules(editor: DrawsEdits) -> tuple[str, ...]:
     """The forgetting rules that match layers of the editor's adapter, the weakest first."""
     lora = editor.adapter.lora if editor.adapter else {}
     names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in lora if key.startswith(PREFIX)]
@@ -107,7 +127,7 @@ def usable_rules(editor: Editor) -> tuple[str, ...]:
     return tuple(name for name in (STRONGER if full else ATTENTION_ONLY) if name in usable)
 
 
-def _matches(editor: Editor, names: list[str], rule: str) -> bool:
+def _matches(editor: DrawsEdits, names: list[str], rule: str) -> bool:
     try:
         multipliers(editor.model.unet, names, parse_rule_sum(rule))
     except UserError:

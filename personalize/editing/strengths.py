@@ -23,10 +23,9 @@ class Sampling:
     """How images are sampled.
 
     scheduler: a name in `personalize.sampling.denoise.SCHEDULERS`.
-    guidance_scale: as in diffusers, 1 is off; None is the default for the base model, see `personalize.editing.defaults`.
+    guidance_scale: as in diffusers, 1 is off; None is the base model's, by `personalize.editing.defaults`.
     size: height and width in pixels; None is the size at which the adapter was trained.
     """
-
 
     steps: int = 50
     scheduler: str = "ddim"
@@ -44,7 +43,6 @@ class EditStrengths:
     strength: factor on the whole adapter.
     """
 
-
     alpha: float = 0.8
     beta: float = 1.2
     gamma: float | None = None
@@ -58,8 +56,6 @@ class EditStrengths:
 
 
 DEFAULT_SAMPLING, DEFAULT_STRENGTHS = Sampling(), EditStrengths()
-
-
 
 
 def remember(folder: str | Path, prompt: str, strengths: EditStrengths, seed: int, scores: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 Background metrics set both pictures to black inside the mask and average over the whole frame.  The networks (CLIP, a
 ViT, LPIPS) are named by the user: a folder, a hub id, or a file.  What cannot be measured raises `Unavailable` with the
-reason; no number takes its place.  The functions `load_…` are also what `personalize.evaluation.scorers` loads its networks with.
+reason; no number takes its place.  `personalize.evaluation.scorers` loads its networks by
+the `load_…` functions too.
 
 References: Ju et al., "Direct Inversion" (PIE-Bench), arXiv 2310.01506; Tumanyan et al., "Splicing ViT Features",
 arXiv 2201.00424, for structure; Zhang et al., arXiv 1801.03924 (LPIPS); Hessel et al., arXiv 2104.08718 (CLIP score).

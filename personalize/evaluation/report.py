@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 RESAMPLES = 10_000  # of the bootstrap
 
 
-
-
 def measure_item(item: BenchmarkItem, result: Path, columns: Sequence[Metric]) -> dict[str, Any]:
     """One item's values by column; where a metric cannot be measured, a text that says why."""
     pair = load_pair(item, result)

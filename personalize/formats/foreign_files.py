@@ -1,18 +1,16 @@
-"""TODO: formats/foreign_files."""
+"""The one reader of adapter files that do not lie in a folder of ours: LoRA and embeddings of any program."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from personalize.formats import layouts
-from personalize.formats import lora_files as formats
-from personalize.formats import textual_inversion_files as token_files
+from personalize.formats import layouts, lora_files, textual_inversion_files
 from personalize.io.tensor_files import TensorFile
 
 
 def read_foreign_file(
     path: str | Path, content: TensorFile, token: str | None = None
-) -> formats.LoraFile | token_files.LearnedToken:
+) -> lora_files.LoraFile | textual_inversion_files.LearnedToken:
     """The LoRA or the learned token in a file of any program; the one reader of files that are no adapter folder.
 
     Args:
@@ -25,10 +23,10 @@ def read_foreign_file(
     """
     path = Path(path)
     if not layouts.classify_tensors(content.tensors).file_kind.startswith("textual inversion"):
-        return formats.read_lora(path, content)
+        return lora_files.read_lora(path, content)
     tensors = {key: tensor for key, tensor in content.tensors.items() if not key.endswith("_out")}
     if set(tensors) == {"string_to_param.*"}:  # a pickle of A1111
         rows = {"text_encoder": tensors["string_to_param.*"].float()}
         token = token or content.metadata.get("name") or path.stem
-        return token_files.LearnedToken(token, token_files.checked_rows(token, rows))
-    return token_files.read_concept(path, token, TensorFile(tensors, content.metadata))
+        return textual_inversion_files.LearnedToken(token, textual_inversion_files.checked_rows(token, rows))
+    return textual_inversion_files.read_concept(path, token, TensorFile(tensors, content.metadata))

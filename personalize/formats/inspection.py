@@ -51,8 +51,6 @@ class Inspection:
     metadata: dict[str, str]
 
 
-
-
 def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     """Inspect one adapter file; whatever is wrong with a readable file becomes part of the result.
 

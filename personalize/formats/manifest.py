@@ -1,4 +1,4 @@
-"""TODO: formats/manifest."""
+"""`adapter.json`, which says what an adapter folder holds, and the names of the folder's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO: formats/peft_files."""
+"""PEFT folders: `adapter_config.json` beside `adapter_model.safetensors`, one folder for each network."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from personalize.formats import lora_files as formats
-from personalize.formats import verification as verify
+from personalize.formats import lora_files, verification
 from personalize.formats.lora_keys import COMPONENTS
+from personalize.formats.manifest import FAMILIES
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.tensor_files import TensorFile, read_json, read_tensors, tensor_bytes
 
@@ -25,7 +25,7 @@ def _read_peft_keys(content: TensorFile, family: str | None) -> tuple[Factors, l
 
     Any family reads the same ΔW: no block numbers in PEFT's keys differ between families.
     """
-    readings = (ReaderKeys(name).peft(content) for name in ([family] if family else verify.FAMILIES))
+    readings = (ReaderKeys(name).peft(content) for name in ([family] if family else FAMILIES))
     return max(readings, key=lambda reading: len(reading[0]))
 
 
@@ -39,8 +39,8 @@ def peft_files(
     the name of the base model.  Only settings that every version of PEFT knows are written.  Module paths of the first
     text encoder have no `text_model.`, because transformers ≥ 5.6 builds it without; those of SDXL's second have it.
     """
-    modules = formats.factor_pairs(state)
-    rank, files = formats.common_rank(modules), {}
+    modules = lora_files.factor_pairs(state)
+    rank, files = lora_files.common_rank(modules), {}
     parts = [part for part in COMPONENTS if any(module.startswith(f"{part}.") for module in modules)]
     for part in parts:
         own = {module.partition(".")[2]: pair for module, pair in modules.items() if module.startswith(f"{part}.")}
@@ -71,4 +71,4 @@ def require_peft_files(folder: Path, expected: Factors, family: str | None) -> N
         settings |= {f"{part}.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
     content = TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
     factors, problems = _read_peft_keys(content, family)
-    verify.VerificationReport((verify.compare(PEFT_WEIGHTS, factors, problems, expected),)).require()
+    verification.VerificationReport((verification.compare(PEFT_WEIGHTS, factors, problems, expected),)).require()

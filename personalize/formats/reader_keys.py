@@ -104,8 +104,6 @@ def _by_module(
     return complete, problems
 
 
-
-
 def original_paths(unet: nn.Module) -> dict[str, str]:
     """For every layer's path in the original SDXL code, its path in diffusers' `unet`.
 
@@ -149,8 +147,6 @@ def _original_layer(name: str, prefix: str) -> str:
         names = {".conv1": ".in_layers.2", ".conv2": ".out_layers.3", ".time_emb_proj": ".emb_layers.1"}
         return (names | {".conv_shortcut": ".skip_connection"})[name]
     return ".op" if "downsamplers" in prefix else name
-
-
 
 
 def _text_paths() -> list[str]:

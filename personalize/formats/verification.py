@@ -69,12 +69,6 @@ class VerificationReport:
         return self
 
 
-
-
-
-
-
-
 def verify_file(path: Path, model: StableDiffusion | None = None) -> VerificationReport:
     """Check one LoRA file by itself: every key must name a module, and diffusers must load the same ΔW from it.
 
@@ -151,8 +145,6 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> V
     return VerificationReport(tuple(reports))
 
 
-
-
 def compare_digests(file: str, tensors: Mapping[str, Tensor], hashes: Mapping[str, str]) -> FileReport:
     """Compare tensors, bit for bit, with the hashes recorded when they were saved (`tensor_digest`)."""
     wrong = [f"tensor {key} is missing" for key in hashes if key not in tensors]
@@ -161,8 +153,6 @@ def compare_digests(file: str, tensors: Mapping[str, Tensor], hashes: Mapping[st
     wrong += [f"tensor {key} is not what was saved" for key, value in computed.items() if value != hashes[key]]
     matched = sum(hashes[key] == value for key, value in computed.items())
     return FileReport(f"{file} as recorded in {MANIFEST}", matched, len(hashes), 0.0, "", tuple(wrong), "tensors")
-
-
 
 
 def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, expected: Factors) -> FileReport:

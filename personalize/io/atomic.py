@@ -1,4 +1,8 @@
-"""TODO: io/atomic."""
+"""Write a file or a folder so that a reader sees the old contents or the new ones, and never a part.
+
+What is written stands under a temporary name beside its target until it is complete, synced to the disk and checked;
+then it is renamed. Temporary names of writers that were killed are recognised later and removed.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,6 @@ from typing import BinaryIO
 from zlib import crc32
 
 from personalize.errors import UserError
-from personalize.io import atomic as leftovers
-from personalize.io import atomic as replacing
 
 Content = bytes | Iterable[bytes]  # of a file; an iterable need not have all parts in memory at once
 
@@ -39,8 +41,8 @@ def write_file(path: str | Path, content: Content, *, check: Callable[[Path], ob
     path = Path(path)
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        leftovers.remove_stale(path)
-        temporary = leftovers.hidden_name(path)
+        remove_stale(path)
+        temporary = hidden_name(path)
         try:
             _write_synced(temporary, content)
             if check is not None:
@@ -49,7 +51,7 @@ def write_file(path: str | Path, content: Content, *, check: Callable[[Path], ob
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        replacing.sync_folder(path.parent)
+        sync_folder(path.parent)
     return path
 
 
@@ -82,24 +84,24 @@ def write_folder(
         raise UserError(f"{path} is where this program runs and cannot be replaced: name a folder inside it")
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        leftovers.remove_stale(path)
-        temporary = leftovers.hidden_name(path)
+        remove_stale(path)
+        temporary = hidden_name(path)
         try:
             temporary.mkdir()
             for name in set(keep) - set(files):
-                replacing.link_or_copy(path / name, temporary / name)
+                link_or_copy(path / name, temporary / name)
             for name, content in files.items():
                 target = temporary.joinpath(*map(plain_name, name.split("/")))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _write_synced(target, content)
             for folder in {temporary, *(path for path in temporary.rglob("*") if path.is_dir())}:
-                replacing.sync_folder(folder)
+                sync_folder(folder)
             if check is not None:
                 check(temporary)
-            replacing.replace_folder(temporary, path)
+            replace_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # this is the old folder, if the two were swapped
-        replacing.sync_folder(path.parent)
+        sync_folder(path.parent)
     return path
 
 
@@ -200,7 +202,7 @@ def replace_folder(temporary: Path, path: Path) -> None:
     if not path.exists():
         os.rename(temporary, path)
     elif not _swap_folders(temporary, path):
-        old = leftovers.hidden_name(path, "old")
+        old = hidden_name(path, "old")
         os.rename(path, old)
         try:
             os.rename(temporary, path)

@@ -11,8 +11,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from personalize.models.map_filters import normalised
-
 _GAP = 6
 _INK, _PAPER = (32, 32, 36), (255, 255, 255)
 
@@ -95,8 +93,8 @@ def png(picture: Image.Image) -> bytes:
 
 
 def overlay(image: Image.Image, attention: Tensor) -> Image.Image:
-    """`image` in grey with the map (h, w), scaled to [0, 1], drawn over it in orange."""
-    heat = (normalised(attention) * 255).round().to(torch.uint8).numpy()
+    """`image` in grey with the map (h, w), of values in [0, 1], drawn over it in orange."""
+    heat = (attention * 255).round().to(torch.uint8).numpy()
     alpha = np.asarray(Image.fromarray(heat).resize(image.size, Image.Resampling.BICUBIC), np.float32)[..., None] / 255
     grey = np.asarray(image.convert("L").convert("RGB"), np.float32) * 0.5
     glow = np.array([255, 140, 0], np.float32) * alpha + grey * (1 - 0.8 * alpha)

@@ -1,7 +1,6 @@
-"""Write files and folders atomically, and read safetensors and JSON files without trusting them.
+"""Safetensors and JSON files: bytes of tensors to write, and files read without trusting them.
 
-A file is written under a temporary name beside its target, synced to the disk, and then renamed, so that a reader sees
-the old contents or the new ones and never a part.  The header of a safetensors file (sizes, shapes, offsets, counts) is
+The header of a safetensors file (sizes, shapes, offsets, counts) is
 checked against the length of the file before any memory is allocated.  Names in a file become dictionary keys and never
 paths.
 """
@@ -32,20 +31,6 @@ MAX_TENSORS = 50_000
 MAX_DIMENSIONS = 8
 MAX_JSON_BYTES = 16 * 2**20
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,6 @@ class AttentionHook:
         return p
 
 
-
-
 @contextmanager
 def hooked(
     unet: UNet2DConditionModel,
@@ -120,8 +118,6 @@ def attention_sites(unet: UNet2DConditionModel, size: tuple[int, int] | None = N
         cross = attention.is_cross_attention
         sites[name] = AttentionSite(name, PLACES[role.side], role.level, cross, attention.heads, h, w)
     return sites
-
-
 
 
 def _attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:

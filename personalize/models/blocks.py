@@ -1,4 +1,4 @@
-"""TODO: models/blocks."""
+"""Which block, role and stage each layer of a UNet belongs to, found by the names of its modules."""
 
 from __future__ import annotations
 

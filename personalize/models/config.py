@@ -1,4 +1,4 @@
-"""TODO: models/config."""
+"""Options that name a base model and its precision; every command and trainer has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""TODO: models/map_filters."""
+"""Attention maps scaled to [0, 1] and smoothed.
+
+Pure: torch alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO: models/prompts."""
+"""Prompts as words and as tokens: which positions a word takes, and a prompt worded like a caption."""
 
 from __future__ import annotations
 

@@ -14,12 +14,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
-from personalize.errors import UserError
+from personalize.models import parameterization
 from personalize.models.loading import default_device, default_dtype, family, read, require_parts
 from personalize.models.quantization import quantize
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,7 @@ class StableDiffusion:
         self.name = name or str(pipe.config.get("_name_or_path") or "")
         self.family = family(self.unet, len(self.text_encoders))
         self.prediction_type: str = self.scheduler.config.prediction_type
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise UserError(f"the base predicts {self.prediction_type!r}; expected one of {PREDICTION_TYPES}")
+        self.parameterization = parameterization.of(self.prediction_type)
         self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = self.unet.config.sample_size * self.factor
@@ -253,36 +251,22 @@ class StableDiffusion:
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t = √ᾱ x0 + √(1−ᾱ) ε."""
-        alpha = self._column(timesteps, latents)
-        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        return parameterization.noised(latents, noise, self._alphas(timesteps, latents))
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What `predict` should return for z_t made of `latents` and `noise`: ε, or v = √ᾱ ε − √(1−ᾱ) x0."""
-        if self.prediction_type == "epsilon":
-            return noise
-        alpha = self._column(timesteps, latents)
-        return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        return self.parameterization.target(latents, noise, self._alphas(timesteps, latents))
 
     def split(self, output: Tensor, z_t: Tensor, alpha_bar: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Estimates (x0, ε) from a raw output; `alpha_bar` is a number or broadcasts against (b, c, h, w).
-
-        ε: x0 = (z_t − √(1−ᾱ) ε) / √ᾱ        v: x0 = √ᾱ z_t − √(1−ᾱ) v,  ε = √ᾱ v + √(1−ᾱ) z_t
-        """
-        alpha = torch.as_tensor(alpha_bar, dtype=z_t.dtype, device=z_t.device)
-        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        if self.prediction_type == "epsilon":
-            return (z_t - sigma * output) / signal, output
-        return signal * z_t - sigma * output, signal * output + sigma * z_t
+        """Estimates (x0, ε) from a raw output; `alpha_bar` is a number or broadcasts against (b, c, h, w)."""
+        return self.parameterization.split(output, z_t, parameterization.as_alpha(alpha_bar, z_t))
 
     def joined(self, x0: Tensor, z_t: Tensor, alpha_bar: Tensor | float) -> Tensor:
-        """The raw output from which `split` would estimate `x0`; needs ᾱ < 1."""
-        alpha = torch.as_tensor(alpha_bar, dtype=z_t.dtype, device=z_t.device)
-        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        if self.prediction_type == "epsilon":
-            return (z_t - signal * x0) / sigma
-        return (signal * z_t - x0) / sigma
+        """The raw output whose clean estimate is `x0`: the inverse of `split` (ᾱ < 1)."""
+        return self.parameterization.output(x0, z_t, parameterization.as_alpha(alpha_bar, z_t))
 
-    def _column(self, timesteps: Tensor, like: Tensor) -> Tensor:
+    def _alphas(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """ᾱ of `timesteps`, (b, 1, 1, 1)."""
         return self.alphas_cumprod.to(like)[timesteps.to(like.device)].view(-1, 1, 1, 1)
 
 

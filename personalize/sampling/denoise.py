@@ -66,8 +66,8 @@ class Edit:
         guidance_scale: w in  ε̂ = ε_null + w (ε_cond − ε_null), as in diffusers: 1 is off. One number, or one per row.
         hooks: attention hooks, called in this order.
         latent_edits: latent edits, called in this order.
-        rule: forgetting rules for the adapter (see `personalize.adapters.lora.scaled`), or a function that takes the UNet and
-            returns a context manager.
+        rule: forgetting rules for the adapter (see `personalize.adapters.lora.scaled`), or a function that takes the
+            UNet and returns a context manager.
         strength: factor on the whole adapter.
     """
 

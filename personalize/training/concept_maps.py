@@ -14,6 +14,7 @@ from personalize.io.figures import grid, overlay
 from personalize.io.images import to_pixels
 from personalize.models.attention import hooked
 from personalize.models.attention_maps import CalibrationMaps, calibration_layers
+from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 from personalize.training.data.concepts import ConceptPicture
@@ -66,11 +67,9 @@ def concept_maps(
     return ConceptMaps(nouns, modifiers)
 
 
-
-
 def map_sheet(image: Image.Image, subjects: Sequence[Subject], stages: dict[str, ConceptMaps]) -> Image.Image:
     """A sheet of overlays: one row for each stage ("before", "after"), a column for each token and class phrase."""
-    rows = [[overlay(image, one) for pair in zip(m.modifiers, m.nouns, strict=True) for one in pair]
+    rows = [[overlay(image, normalised(one)) for pair in zip(m.modifiers, m.nouns, strict=True) for one in pair]
             for m in stages.values()]  # fmt: skip
     columns = [text for subject in subjects for text in (subject.token, subject.noun)]
     return grid(rows, columns=columns, labels=list(stages), title="Where each word looks")

@@ -16,10 +16,6 @@ from personalize.models.config import BaseModelOptions
 ConfigT = TypeVar("ConfigT", bound="LoraTrainingConfig")
 
 
-
-
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(BaseModelOptions):
     """Options of how a training run is carried out; they do not decide what is learned."""

@@ -95,10 +95,6 @@ def grounding(maps: Tensor, masks: Tensor) -> Tensor:
     return (1 - inside).square()
 
 
-
-
-
-
 def soft_iou(a: Tensor, b: Tensor) -> Tensor:
     """Overlap of maps (…, h, w) in [0, 1]:  (Σ ab + 1) / (Σ (a + b − ab) + 1), shape (…); 1 if both are empty."""
     both = (a * b).sum((-2, -1))

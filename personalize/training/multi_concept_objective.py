@@ -50,10 +50,6 @@ class DetachedStart(AttentionHook):
         return q, k, v
 
 
-
-
-
-
 class MultiConceptObjective(Objective):
     """The loss at the head of this module; trains the adapter (or the projections' full weights) and the token rows.
 

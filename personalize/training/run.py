@@ -1,4 +1,4 @@
-"""TODO: training/run."""
+"""What every training run shares: the accelerator, the optimiser, its updates, checkpoints, and the adapter so far."""
 
 from __future__ import annotations
 

@@ -170,7 +170,13 @@ def test_merging_adds_up_and_says_of_what(tmp_path):
     folder = both.save(tmp_path / "both")
     expected = tiny("sd1")
     predict_with_delta(expected, replace(first, alpha=first.alpha * 0.5))
-    assert difference(compare_through_diffusers(model, folder / "both.safetensors"), predict_with_delta(expected, negative(second))) < CLOSE
+    assert (
+        difference(
+            compare_through_diffusers(model, folder / "both.safetensors"),
+            predict_with_delta(expected, negative(second)),
+        )
+        < CLOSE
+    )
     found = Adapter.load(folder)
     assert found.rank == 8 and found.info["merged_from"][1] == {"name": "two", "weight": -1.0}
     assert found.concepts.keys() == {"<a>"} and found.info["caption"] == "a cat"

@@ -155,7 +155,11 @@ def stock(model: StableDiffusion, concepts: dict[str, dict[str, Tensor]], folder
     for name, (token, encoder) in textual_inversion_files.token_file_names(concepts, "diffusers").items():
         assert encoder is not None
         path = folder / name
-        path.write_bytes(textual_inversion_files.diffusers_file(textual_inversion_files.LearnedToken(token, concepts[token]), encoder))
+        path.write_bytes(
+            textual_inversion_files.diffusers_file(
+                textual_inversion_files.LearnedToken(token, concepts[token]), encoder
+            )
+        )
         ending = "_2" if encoder == "text_encoder_2" else ""
         parts = {"text_encoder": getattr(pipe, encoder), "tokenizer": getattr(pipe, f"tokenizer{ending}")}
         pipe.load_textual_inversion(str(path), token=token, **parts)

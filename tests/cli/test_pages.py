@@ -19,7 +19,7 @@ from tests.support.tiny import tiny_sd1
 # In a process of its own: what other tests have left on the heap may serve as the block.
 FAULTS = """
 import resource, torch
-from personalize.pages import keep_freed_memory
+from personalize.cli.pages import keep_freed_memory
 
 def cleared():
     for use in range(18):
@@ -35,7 +35,7 @@ print(returned, cleared())
 SCRIPT = '''"""Train nothing."""
 
 from dataclasses import dataclass
-from personalize.cli import run_script
+from personalize.cli.main import run_script
 
 @dataclass(frozen=True)
 class Config:

@@ -228,7 +228,11 @@ def test_the_key_maps_of_writer_and_verifier_share_no_code():
     for name in ("verify", "reader_names"):
         tree = ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))
         names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert not names & {"personalize.formats.lora_files", "personalize.formats.lora_keys", "personalize.adapters.adapter"}
+        assert not names & {
+            "personalize.formats.lora_files",
+            "personalize.formats.lora_keys",
+            "personalize.adapters.adapter",
+        }
     assert adapter_module.verify is verification
 
 

@@ -1,4 +1,4 @@
-"""Real sizes: random weights (slow), or a checkpoint: `pytest -m hub --base FOLDER tests/integration/test_real_model.py`."""
+"""Real sizes: random weights (slow), or a checkpoint (`pytest -m hub --base FOLDER tests/integration`)."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def test_forgedit_c20_the_probe_loss_falls_in_every_quarter_of_the_timesteps(rea
     pixels, size = fitted_pixels(bundled(0).picture, real.resolution, 8 * real.factor)
     with torch.no_grad():
         before = probe(real, pixels, real.prompts([bundled(0).caption], size))
-    adapter = learn(real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10))
+    adapter = learn(
+        real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10)
+    )
     source = dict(adapter.source or {})
     load_lora(real.unet, adapter.lora, adapter.rank, adapter.alpha)
     try:
@@ -116,7 +118,9 @@ def test_forgedit_c20_the_probe_loss_falls_in_every_quarter_of_the_timesteps(rea
 def test_forgedit_c28_strengths_pull_the_way_their_names_say(real: StableDiffusion) -> None:
     """Away from the source (in dB, means over four seeds): with beta, against alpha, and with every forgetting."""
     pixels, size = fitted_pixels(bundled(0).picture, real.resolution, 8 * real.factor)
-    adapter = learn(real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10))
+    adapter = learn(
+        real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10)
+    )
     editor, prompt = Editor(real, adapter), bundled(0).edits[0].prompt
 
     def near(**strengths: Any) -> float:

@@ -273,7 +273,9 @@ def test_a_file_in_parts_is_checked_before_it_takes_its_name(tmp_path):
     tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(3)}
     path = write_file(tmp_path / "t", tensor_files.tensor_parts(tensors, {"k": "v"}))
     assert path.read_bytes() == tensor_bytes(tensors, {"k": "v"})
-    write_file(path, tensor_files.tensor_parts(tensors, dtype=torch.float16), check=lambda new: read_tensors(new).tensors["b"])
+    write_file(
+        path, tensor_files.tensor_parts(tensors, dtype=torch.float16), check=lambda new: read_tensors(new).tensors["b"]
+    )
     found = read_tensors(path).tensors
     assert found["b"].dtype == torch.float16 and found["a"].dtype == torch.int64
     before = path.read_bytes()

@@ -1,6 +1,6 @@
 """LoRA files as other programs write them, made by the documented rules of their formats.
 
-`personalize.formats.lora_files` and `personalize.formats.lora_keys` are not used, because they are what is tested with these files.
+`personalize.formats` is not used, because it is what is tested with these files.
 """
 
 from __future__ import annotations

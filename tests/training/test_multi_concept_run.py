@@ -127,7 +127,9 @@ def test_disendiff_g_the_folder_loads_in_a_stock_pipeline_and_predicts_the_same_
 def test_disendiff_g_weight_zero_is_custom_diffusion_whatever_the_maps_do(
     model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("personalize.training.multi_concept_objective.calibration", lambda *_: pytest.fail("maps were looked at"))
+    monkeypatch.setattr(
+        "personalize.training.multi_concept_objective.calibration", lambda *_: pytest.fail("maps were looked at")
+    )
     adapter = taught(model, replace(SMALL, max_train_steps=1, calibration_weight=0.0))
     assert adapter.info["calibrated"] == {}
 

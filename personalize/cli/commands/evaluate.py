@@ -1,4 +1,4 @@
-"""TODO: cli/commands/evaluate."""
+"""`personalize evaluate`: measure edited pictures by the conventions of the published benchmarks."""
 
 from __future__ import annotations
 

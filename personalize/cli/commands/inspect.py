@@ -1,4 +1,4 @@
-"""TODO: cli/commands/inspect."""
+"""`personalize inspect`: say what an adapter file is, what it changes and who can read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO: cli/commands/verify."""
+"""`personalize verify`: check an adapter folder or file by an independent reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dragging points of pictures of any size: from pixels to latent cells, through `personalize.editing.drag.drag`, and back.
+"""Drag points of pictures of any size: from pixels to latent cells, through `editing.drag.drag`, and back.
 
 Points are (x, y) in pixels of the picture as given, in the order handle, target, handle, target, ….
 """
@@ -154,8 +154,6 @@ def notes(
     if not result.mask.any():
         sentences.append("the mask contains no cell")
     return tuple(sentences)
-
-
 
 
 def overlay(

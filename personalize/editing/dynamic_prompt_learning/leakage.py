@@ -38,6 +38,7 @@ from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.attention import hooked
 from personalize.models.attention_maps import InversionMaps
 from personalize.models.image_processor import PaddedImage, Picture, as_image
+from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, denoise
 from personalize.sampling.null_text import NullFit, NullTextSettings
@@ -190,7 +191,9 @@ def fit_dynamic_prompt(
 
 @torch.no_grad()
 def mean_noun_maps(
-    model: StableDiffusion, trajectory: Trajectory, groups: Sequence[NounGroup],
+    model: StableDiffusion,
+    trajectory: Trajectory,
+    groups: Sequence[NounGroup],
     conditionings: Sequence[Conditioning],
 ) -> Tensor:
     """Mean attention maps (k, h, w) of the nouns on the inverted latents, with one conditioning for each step.
@@ -209,7 +212,7 @@ def mean_noun_maps(
 
 def noun_map_sheet(photo: Image.Image, groups: Sequence[NounGroup], stages: Mapping[str, Tensor]) -> Image.Image:
     """A sheet of the nouns' attention maps over the photo: a row for each of `stages`, a column for each noun."""
-    rows = [[overlay(photo, one) for one in maps] for maps in stages.values()]
+    rows = [[overlay(photo, normalised(one)) for one in maps] for maps in stages.values()]
     return grid(rows, columns=[group.name for group in groups], labels=list(stages), title="Where each noun looks")
 
 

@@ -1,4 +1,4 @@
-"""TODO: editing/dynamic_prompt_learning/stage_maps."""
+"""Cross-attention maps of one resolution stage at one step, computed with gradients and no further than needed."""
 
 from __future__ import annotations
 

@@ -25,12 +25,6 @@ FUNCTION_WORDS = frozenset(  # words that no adjective describes
 Swaps = Mapping[Positions, Positions] | Iterable[tuple[Positions, Positions]]
 
 
-
-
-
-
-
-
 def replacement_mapper(source_ids: Sequence[int], target_ids: Sequence[int], swaps: Swaps) -> Tensor:
     """The matrix M (l_source, l_target) in A′ = A_source M, for prompts in which words were swapped for words.
 
@@ -164,8 +158,6 @@ def adjective_bindings(source: Tokens, target: Tokens) -> list[tuple[Span, Span]
         if plain:
             bindings += [(word.positions, noun.positions) for word in added]
     return bindings
-
-
 
 
 def _longest_first(swaps: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -167,8 +167,6 @@ class SelfControl(AttentionHook):
         return q[:1].expand_as(q), k[:1].expand_as(k), v
 
 
-
-
 class LocalBlend(LatentEdit):
     """Local blend: outside the regions of given words, rows 1 … become row 0:  z ← z_source + m (z − z_source).
 

@@ -52,10 +52,6 @@ def _one_line(text: str, where: str) -> str:
     return words
 
 
-
-
-
-
 def generate_caption(image: Image.Image, model: str | Path) -> str:
     """Caption `image` with a model of the BLIP family: a transformers folder, or a hub id (`owner/name`).
 

@@ -1,4 +1,4 @@
-"""The embedded model's architecture: its tokenizer, its three networks, and the two objectives that train them."""
+"""The embedded model's architecture: its tokenizer and its three networks."""
 
 # the annotations of diffusers and transformers are narrower than what they accept and return
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false

@@ -1,4 +1,7 @@
-"""TODO: training/pretraining/objectives."""
+"""What the embedded model's autoencoder and diffusion are trained to minimise."""
+
+# diffusers annotates less than it returns
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

@@ -93,7 +93,11 @@ def test_mistakes_are_one_line_and_code_2_and_leave_nothing(places, tmp_path, ca
 
 def test_edit_means_a_photo_when_it_is_given_one(capsys):
     assert options.resolve_command("edit", ["my-dog", "--prompt", "a.b"]) == "edit"
-    assert options.resolve_command("edit", ["a.JPG"]) == options.resolve_command("edit", ["photo", "--source", "x"]) == options.EDIT_PHOTO
+    assert (
+        options.resolve_command("edit", ["a.JPG"])
+        == options.resolve_command("edit", ["photo", "--source", "x"])
+        == options.EDIT_PHOTO
+    )
     assert options.resolve_command("drag", ["a.png"]) == "drag"
     for words, option in ((["edit", "--help"], "--forget"), (["edit", "a.png", "--help"], "--inversion")):
         with pytest.raises(SystemExit, match="0"):
