@@ -144,7 +144,7 @@ def _load(adapter: Adapter) -> str:
     name = "StableDiffusionXLPipeline" if adapter.family == "sdxl" else "StableDiffusionPipeline"
     base = _base(adapter)
     if base == "embedded":
-        home, base = "from personalize.model import EMBEDDED\n", "EMBEDDED"
+        home, base = "from personalize.models.stable_diffusion import EMBEDDED\n", "EMBEDDED"
     else:
         home, base = "", json.dumps(base if re.fullmatch(HUB_ID, base) else f"path/to/{base}")
     return f"from diffusers import {name}\n{home}\npipe = {name}.from_pretrained({base})"

@@ -239,7 +239,7 @@ def test_a_script_started_by_hand_does_the_same(room: Path, monkeypatch, capsys)
 def test_two_processes_share_the_cores_and_pass_on_one_line(room: Path):
     code = f"""
 from pathlib import Path
-from personalize.launching import launch
+from personalize.cli.launch import launch
 raise SystemExit(launch(Path({str(room / "train" / "miniature.py")!r}), ["--rank", "14"], 2))
 """
     done = python("-c", code, PYTHONUNBUFFERED="1")  # the harder case: two processes write at the same moment

@@ -73,7 +73,7 @@ def test_installed_wheel_runs_from_an_empty_folder(installed: Path, tmp_path: Pa
     assert Path(file).is_relative_to(installed) and shape == "(128, 128, 3)"
     names = run("-m", "personalize", "train", "--help", cwd=tmp_path, path=installed)
     assert all(path.stem in names for path in (ROOT / "train").glob("*.py"))
-    ask = "from personalize.launching import scripts_home; print(scripts_home())"
+    ask = "from personalize.cli.launch import scripts_home; print(scripts_home())"
     home = run("-c", ask, cwd=tmp_path, path=installed)
     assert Path(home) == installed / "personalize" / "_launch"
 
@@ -96,7 +96,7 @@ def test_editable_install_points_at_the_checkout_and_copies_nothing(tmp_path: Pa
 
 
 def test_checkout_uses_its_own_folders():
-    home = run("-c", "from personalize.launching import scripts_home; print(scripts_home())", cwd=ROOT, path=ROOT)
+    home = run("-c", "from personalize.cli.launch import scripts_home; print(scripts_home())", cwd=ROOT, path=ROOT)
     assert Path(home) == ROOT
 
 
