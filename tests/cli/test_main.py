@@ -51,7 +51,7 @@ SCRIPT = '''"""Train in miniature."""
 
 from dataclasses import dataclass
 
-from personalize.cli import run_script
+from personalize.cli.main import run_script
 from personalize.errors import UserError
 
 
@@ -176,11 +176,15 @@ def test_every_option_is_documented():
     files = {path: "Config" for room in main.SCRIPT_FOLDERS for path in launch.scripts(room).values()}
     classes = [(path, name) for path, name in files.items()]
     classes += [(Path(inspect.getfile(config)), config.__name__) for config, _ in COMMANDS.values()]
-    shared = [
-        "BaseModelOptions", "InferenceOptions", "RunOptions", "PriorPreservationOptions", "LoraTrainingConfig",
-        "SingleImageConfig", "MultiConceptConfig",
-    ]  # fmt: skip
-    classes += [(ROOT / "personalize" / "recipes.py", name) for name in shared]
+    shared = {
+        "models": ("BaseModelOptions", "InferenceOptions"),
+        "training": (
+            "RunOptions", "PriorPreservationOptions", "LoraTrainingConfig", "SingleImageConfig", "MultiConceptConfig",
+        ),
+    }  # fmt: skip
+    classes += [
+        (ROOT / "personalize" / room / "config.py", name) for room, names in shared.items() for name in names
+    ]
     for path, name in classes:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
@@ -207,18 +211,18 @@ def test_every_preset_is_accepted():
 def test_parsing_and_help_import_no_torch():
     code = """
 import contextlib, io, sys
-from personalize import cli, launching
+from personalize.cli import launch, main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    for room in cli.SCRIPT_FOLDERS:
-        for name in launching.scripts(room):
+    for room in main.SCRIPT_FOLDERS:
+        for name in launch.scripts(room):
             for args in ([room, name, "--help"], [room, name, "--nonsense"]):
                 with contextlib.suppress(SystemExit):
-                    cli.main(args)
+                    main.main(args)
                 assert "torch" not in sys.modules, args
     for args in ([], ["--help"], ["edit", "--help"], ["edit", "x"], ["edit", "x.png", "--help"],
             ["edit", "x.png"], ["quickstart", "--help"], ["verify"]):
         with contextlib.suppress(SystemExit):
-            cli.main(args)
+            main.main(args)
         assert "torch" not in sys.modules, args
 """
     done = python("-c", code)
