@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from personalize.formats.textual_inversion_files import token_file_names, token_file_stem
-
-if TYPE_CHECKING:
-    from personalize.adapters.adapter import Adapter
 
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 TAGS = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
-def model_card(*, name: str, kohya_file: str, adapter: Adapter, pictures: Sequence[str]) -> str:
+class CardSubject(Protocol):
+    """What a card says of an adapter: the attributes of `Adapter` that it reads."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def info(self) -> Mapping[str, Any]: ...
+    @property
+    def source(self) -> Mapping[str, Any] | None: ...
+    @property
+    def concepts(self) -> Mapping[str, Mapping[str, Any]]: ...
+    @property
+    def lora(self) -> Mapping[str, Any]: ...
+    @property
+    def base(self) -> Mapping[str, Any]: ...
+    @property
+    def family(self) -> str: ...
+
+
+def model_card(*, name: str, kohya_file: str, adapter: CardSubject, pictures: Sequence[str]) -> str:
     """The card as Markdown: front matter for the hub, pictures, trigger words, code, other programs, limits, consent.
 
     name: of the folder.  kohya_file: file name of the LoRA in kohya's names.  pictures: file names in the folder.
@@ -38,22 +56,22 @@ def model_card(*, name: str, kohya_file: str, adapter: Adapter, pictures: Sequen
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _caption(adapter: Adapter) -> str:
+def _caption(adapter: CardSubject) -> str:
     return " ".join(str(adapter.info.get("caption", "")).split())
 
 
-def _standalone(adapter: Adapter) -> bool:
+def _standalone(adapter: CardSubject) -> bool:
     """True if the adapter was trained to work without a source embedding, or has none."""
     return adapter.source is None or bool(adapter.info.get("standalone"))
 
 
-def _base(adapter: Adapter) -> str:
+def _base(adapter: CardSubject) -> str:
     """Name of the base model: a hub id, or of a local path its last part alone."""
     name = str(adapter.base.get("name") or "an unnamed base")
     return name if re.fullmatch(HUB_ID, name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
-def _front_matter(adapter: Adapter, pictures: Sequence[str]) -> str:
+def _front_matter(adapter: CardSubject, pictures: Sequence[str]) -> str:
     """The YAML front matter; strings are written as JSON, which YAML reads as the same strings."""
     tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", TAGS[adapter.family], "personalize"]
     lines = ["library_name: diffusers", "tags:", *(f"- {tag}" for tag in tags)]
@@ -70,7 +88,7 @@ def _front_matter(adapter: Adapter, pictures: Sequence[str]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _summary(name: str, adapter: Adapter) -> str:
+def _summary(name: str, adapter: CardSubject) -> str:
     source = "no source embedding (standalone)" if _standalone(adapter) else "a fitted source embedding"
     return (
         f"# {name}\n\n{_origin(adapter)} {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
@@ -80,7 +98,7 @@ def _summary(name: str, adapter: Adapter) -> str:
     )
 
 
-def _fidelity(adapter: Adapter) -> str:
+def _fidelity(adapter: CardSubject) -> str:
     """A sentence on how exactly the picture is reconstructed, and on the limit that the autoencoder sets."""
     replay, ceiling = (adapter.info.get(key) for key in ("reconstruction_db", "autoencoder_db"))
     if not isinstance(replay, int | float) or not isinstance(ceiling, int | float):
@@ -91,7 +109,7 @@ def _fidelity(adapter: Adapter) -> str:
     )
 
 
-def _origin(adapter: Adapter) -> str:
+def _origin(adapter: CardSubject) -> str:
     """What the adapter was made from: pictures, or other adapters with their weights."""
     sources = adapter.info.get("merged_from") or ()
     if not sources:
@@ -99,7 +117,7 @@ def _origin(adapter: Adapter) -> str:
     return " + ".join(f"{source['weight']:g} × {source['name']}" for source in sources) + ", for"
 
 
-def _count(adapter: Adapter) -> str:
+def _count(adapter: CardSubject) -> str:
     count = adapter.info.get("pictures", 1)
     return "One picture" if count == 1 else f"{count} pictures"
 
@@ -112,12 +130,12 @@ def _pictures(pictures: Sequence[str]) -> str:
     return "\n".join(["## Pictures", "", "| | |", "|---|---|", *rows])
 
 
-def _trigger(adapter: Adapter) -> str:
+def _trigger(adapter: CardSubject) -> str:
     caption = _caption(adapter)
     return f"## Trigger words\n\nWrite the caption of the picture in your prompt:\n\n> {caption}" if caption else ""
 
 
-def _tokens(adapter: Adapter) -> str:
+def _tokens(adapter: CardSubject) -> str:
     """The learned tokens: the word to write in each program, and the files to load."""
     if not adapter.concepts:
         return ""
@@ -139,7 +157,7 @@ def _tokens(adapter: Adapter) -> str:
     )
 
 
-def _load(adapter: Adapter) -> str:
+def _load(adapter: CardSubject) -> str:
     """Python code that makes `pipe`, the base model in plain diffusers."""
     name = "StableDiffusionXLPipeline" if adapter.family == "sdxl" else "StableDiffusionPipeline"
     base = _base(adapter)
@@ -150,7 +168,7 @@ def _load(adapter: Adapter) -> str:
     return f"from diffusers import {name}\n{home}\npipe = {name}.from_pretrained({base})"
 
 
-def _editing(adapter: Adapter) -> str:
+def _editing(adapter: CardSubject) -> str:
     if _standalone(adapter):
         return ""
     return f"""## Editing, in diffusers with personalize
@@ -168,7 +186,7 @@ with personalize.attach(pipe, "path/to/this/folder") as picture:
 `alpha` is how much of the picture is kept, `beta` how much of the prompt is added."""
 
 
-def _stock(adapter: Adapter) -> str:
+def _stock(adapter: CardSubject) -> str:
     prompt = json.dumps(_caption(adapter) or "your prompt", ensure_ascii=False)
     return f"""## Plain diffusers
 
@@ -179,7 +197,7 @@ image = pipe({prompt}).images[0]
 ```"""
 
 
-def _other_programs(kohya_file: str, adapter: Adapter) -> str:
+def _other_programs(kohya_file: str, adapter: CardSubject) -> str:
     if _base(adapter) == "embedded":
         return (
             f"## Other programs\n\n`{kohya_file}` is the same LoRA in the names that graphical programs read. The "
@@ -195,7 +213,7 @@ Use `{kohya_file}` with any {FAMILIES[adapter.family]} checkpoint close to the b
 * **InvokeAI**: add it in the model manager, then choose it under *Concepts*."""
 
 
-def _limits(adapter: Adapter) -> str:
+def _limits(adapter: CardSubject) -> str:
     gap = adapter.info.get("standalone_gap_db")
     loss = f" Here that costs {float(gap):.1f} dB of reconstruction (PSNR)." if isinstance(gap, int | float) else ""
     if not _standalone(adapter):
@@ -216,7 +234,7 @@ def _limits(adapter: Adapter) -> str:
     )
 
 
-def _consent(adapter: Adapter) -> str:
+def _consent(adapter: CardSubject) -> str:
     own = " This adapter was marked as showing a person." if adapter.info.get("person") else ""
     return (
         "## Consent\n\nDo not use, share or publish an adapter of a recognisable person without that person's consent, "

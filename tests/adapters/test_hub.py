@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 
 from personalize.adapters import hub
 from personalize.errors import UserError
-
-
-class Hub:
-    """Remembers what it was told; `broken` makes it fail."""
-
-    broken = ""
-    told: list[dict] = []
-
-    def create_repo(self, repo_id: str, **settings: object) -> SimpleNamespace:
-        if self.broken == "create":
-            raise RuntimeError("401 who are you\ndetails")
-        self.told.append({"repo_id": repo_id, **settings})
-        return SimpleNamespace(repo_id=f"me/{repo_id}" if "/" not in repo_id else repo_id)
-
-    def upload_folder(self, **settings: object) -> str:
-        if self.broken == "upload":
-            raise ConnectionError("the line is dead")
-        self.told.append(settings)
-        return "https://hub/me/mine"
+from tests.support.hub import Hub
 
 
 @pytest.fixture

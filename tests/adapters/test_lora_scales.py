@@ -9,7 +9,7 @@ from personalize.adapters import lora
 from personalize.adapters.forgetting import RULES, parse_rule
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
-from tests.adapters.test_lora import ZEROED, answer, chosen, filled, modules
+from tests.support.lora_modules import ZEROED, answer, chosen, filled, modules
 from tests.support.tiny import tiny_sd1
 
 

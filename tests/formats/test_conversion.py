@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_formats import difference, through_loader, with_merged
 
 from personalize.errors import UserError
 from personalize.formats import conversion, lora_files
@@ -25,6 +24,7 @@ from tests.support.foreign_files import (
     small_state,
     with_uneven_ranks,
 )
+from tests.support.lora_predictions import difference, through_loader, with_merged
 from tests.support.lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
 from tests.support.tiny import tiny
 

@@ -21,8 +21,8 @@ from personalize.training.config import SingleImageConfig
 from personalize.training.data.samples import LatentDataset
 from personalize.training.single_image import SingleImageRun, single_image_run
 from tests.support.children import in_child, run_processes, start_child
+from tests.support.runs import CAPTION, pixels
 from tests.support.tiny import tiny_sd1
-from tests.training.test_single_image_run import CAPTION, pixels
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=1, targets="attention")

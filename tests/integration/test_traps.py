@@ -5,7 +5,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 from safetensors.torch import save_file
-from test_formats import CLOSE, difference, through_loader, with_merged
 
 from personalize.errors import UserError
 from personalize.formats.lora_files import diffusers_file, kohya_file, read_lora
@@ -13,6 +12,7 @@ from personalize.formats.textual_inversion_files import token_file_contents
 from personalize.io.atomic import write_file
 from personalize.io.tensor_files import read_tensors
 from tests.support.foreign_files import delta, diffusers, kohya, modules, save
+from tests.support.lora_predictions import CLOSE, difference, through_loader, with_merged
 from tests.support.lora_states import ATTENTION, paths, predict, random_lora, text_lora
 from tests.support.tiny import tiny
 

@@ -8,7 +8,7 @@ import pytest
 
 from personalize.cli.launch import load_script, scripts_home
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
-from tests.editing.drag.test_image import picture
+from tests.support.drag_pictures import picture
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 

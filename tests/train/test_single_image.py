@@ -15,7 +15,7 @@ from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.cli.parser import parse
 from personalize.errors import UserError
-from tests.adapters.test_hub import Hub
+from tests.support.hub import Hub
 from tests.support.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[2]

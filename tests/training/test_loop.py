@@ -12,9 +12,9 @@ from personalize.randomness import generator
 from personalize.training.data.samples import SampleShard
 from personalize.training.loop import EarlyStop, NonFiniteError, adamw, gradient_checkpointing, training_steps
 from personalize.training.losses import LossTerms
+from tests.support.objectives import objective
+from tests.support.samples import picture
 from tests.support.tiny import tiny_sd1
-from tests.training.data.test_samples import picture
-from tests.training.test_single_image_objective import objective
 
 
 class Line(nn.Module):

@@ -13,8 +13,8 @@ from personalize.training import memory_estimate
 from personalize.training.config import SingleImageConfig
 from personalize.training.memory_estimate import LiveBytes, MemoryEstimate, check_fits, estimate
 from personalize.training.single_image import SingleImageRun, single_image_run
+from tests.support.runs import CAPTION, pixels
 from tests.support.tiny import tiny_sd1
-from tests.training.test_single_image_run import CAPTION, pixels
 
 SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=2, targets="attention")
 

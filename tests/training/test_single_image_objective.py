@@ -1,25 +1,14 @@
 """The objective of single-image tuning: what it starts from, its target, its weights."""
 
-from typing import Any
-
 import pytest
 import torch
 
-from personalize.adapters.lora import add_lora, lora_layers, module_names, scaled
-from personalize.models.stable_diffusion import StableDiffusion
+from personalize.adapters.lora import lora_layers, scaled
 from personalize.training.data.samples import SampleShard
 from personalize.training.single_image_objective import SingleImageObjective
+from tests.support.objectives import CAPTION, objective
+from tests.support.samples import picture
 from tests.support.tiny import tiny, tiny_sd1
-from tests.training.data.test_samples import picture
-
-CAPTION = "a photo of a cat on the beach"
-
-
-def objective(model: StableDiffusion, **settings: Any) -> SingleImageObjective:
-    names = [name for name in module_names(model.unet) if ".resnets.1." in name]  # few: quick to add
-    add_lora(model.unet, names, 2, 2, seed=0)
-    with torch.no_grad():
-        return SingleImageObjective(model, model.prompts([CAPTION]), **settings)
 
 
 def test_forgedit_c18_the_source_starts_as_the_captions_encoding() -> None:

@@ -11,8 +11,8 @@ from personalize.adapters.lora import load_lora
 from personalize.models.stable_diffusion import Conditioning
 from personalize.randomness import generator
 from personalize.training.single_image import learn, single_image_run
+from tests.support.runs import CAPTION, SMALL, pixels, probe_loss
 from tests.support.tiny import tiny_sd1
-from tests.training.test_single_image_run import CAPTION, SMALL, pixels, probe_loss
 
 
 def test_speed_picture_and_prompt_are_encoded_once_and_for_all() -> None:

@@ -20,8 +20,8 @@ from personalize.training.data.concepts import ConceptPicture
 from personalize.training.multi_concept import multi_concept_run
 from personalize.training.single_image import learn, single_image_run
 from personalize.training.validation import draw, validate
+from tests.support.runs import CAPTION, SMALL, pixels, same
 from tests.support.tiny import tiny_sd1
-from tests.training.test_single_image_run import CAPTION, SMALL, pixels, same
 
 PROMPT = "a photo of a cat in snow"
 

@@ -12,7 +12,7 @@ from personalize.cli.edit_options import DragConfig
 from personalize.cli.main import main
 from personalize.cli.parser import parse
 from personalize.errors import UserError
-from tests.editing.drag.test_image import picture, square
+from tests.support.drag_pictures import picture, square
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 

@@ -15,22 +15,11 @@ from personalize.editing.drag.image import conditioning, drag_picture, handles_a
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.models.image_processor import PaddedImage
+from tests.support.drag_pictures import picture, square
 from tests.support.lora_states import random_adapter, text_lora
 from tests.support.tiny import tiny_sd1
 
 SETTINGS = DragSettings(steps=2, strength=1.0)
-
-
-def picture(width=64, height=64, seed=0):
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def square(width=64, height=64, box=(12, 16, 36, 40)):
-    """A mask picture: white in `box` (left, top, right, bottom)."""
-    mask = Image.new("L", (width, height))
-    mask.paste(255, box)
-    return mask
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from personalize.models.attention_maps import InversionMaps
 from personalize.models.image_processor import PaddedImage
 from personalize.sampling.inversion import invert
 from personalize.sampling.null_text import NullTextSettings
-from tests.editing.drag.test_image import random_adapter
+from tests.support.lora_states import random_adapter
 from tests.support.tiny import NAMES, tiny, tiny_sd1
 
 SOURCE, TARGET = "a cat and a dog", "a fox and a dog"

@@ -1,15 +1,14 @@
 """Where the picture is, and which samples a run draws of it."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.randomness import generator
 from personalize.training.data.samples import LatentDataset, SampleShard, find_picture
+from tests.support.samples import picture
 
 
 def test_file_or_folder_with_one_picture(tmp_path: Path) -> None:
@@ -23,11 +22,6 @@ def test_file_or_folder_with_one_picture(tmp_path: Path) -> None:
     (tmp_path / "b.webp").touch()
     with pytest.raises(UserError, match=r"found 2 \(a.PNG, b.webp\)"):
         find_picture(tmp_path)
-
-
-def picture(seed: int = 0, **settings: Any) -> LatentDataset:
-    mean = torch.randn(1, 4, 8, 8, generator=generator(5, "test picture"))
-    return LatentDataset(mean, torch.full_like(mean, 0.1), seed, **settings)
 
 
 def test_forgedit_c21_samples_are_counted_exactly() -> None:
