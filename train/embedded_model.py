@@ -52,6 +52,8 @@ class Config:
     """Share of these scenes with two objects, the harder kind; with hard nouns, other shares than 1/3 and 2/3."""
     hard_nouns: tuple[str, ...] = ()
     """Nouns that every third of these scenes is made of, such as those that the model has learned worst."""
+    variety: float = 0.0
+    """Share of these scenes whose objects have other hues, a slant and outlines, as if of a style not learned."""
     nouns: tuple[str, ...] = CORE_NOUNS
     """Nouns that the text encoder and the UNet learn (the autoencoder learns all)."""
     styles: tuple[str, ...] = ("3d", "drawing")
@@ -61,7 +63,9 @@ class Config:
     caption_dropout: float = 0.1
     """Share of samples whose caption is replaced by the empty one."""
     ema_decay: float = 0.998
-    """Decay of the averaged weights that are exported."""
+    """Largest decay of the averaged weights, which are what is exported."""
+    ema_start: float = 0.5
+    """Share of a stage's updates before the average begins; until then it is the weights themselves."""
     checkpointing_steps: int = 200
     """Updates between two checkpoints."""
     dataloader_num_workers: int = 0
@@ -104,7 +108,7 @@ def autoencoder(config: Config, accelerator: Accelerator, stage: str) -> None:
 
 
 def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
-    """Train text encoder and UNet together; at 128 px, from the weights and the average of the stage at 64 px."""
+    """Train text encoder and UNet together; at 128 px, from the weights of the stage at 64 px."""
     from diffusers.models.attention_processor import AttnProcessor
     from diffusers.training_utils import EMAModel
 
@@ -113,7 +117,10 @@ def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
         objective.unet.set_attn_processor(AttnProcessor())  # 1.5 × the samples/s of fused attention on a CPU
     if config.torch_compile:
         objective.unet.compile(dynamic=False)  # the weights keep their names
-    ema = EMAModel(objective.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(
+        objective.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75,
+        update_after_step=int(config.ema_start * config.steps[STAGES.index(stage)]),
+    )  # fmt: skip
     train(config, accelerator, stage, objective, pool(config, accelerator, stage).batch, ema)
 
 
@@ -165,12 +172,16 @@ def networks(folder: Path | None = None, grounding_weight: float = 0.0) -> TextT
 
 
 def training_scenes(config: Config, count: int) -> list[Scene]:
-    """Scenes of the split "train": those with two objects spread evenly, every third one made of hard nouns."""
-    from personalize.embedded.scenes import random_scene
+    """Scenes of the split "train": pairs spread evenly, every third scene of hard nouns, and a random share varied."""
+    import numpy as np
+
+    from personalize.embedded.scenes import random_scene, varied_scene
 
     nouns = (config.nouns, config.nouns, config.hard_nouns or config.nouns)
     objects = [1 + int((index + 1) * config.pairs) - int(index * config.pairs) for index in range(count)]
-    return [random_scene(i, nouns=nouns[i % 3], styles=config.styles, objects=n) for i, n in enumerate(objects)]
+    plain = [random_scene(i, nouns=nouns[i % 3], styles=config.styles, objects=n) for i, n in enumerate(objects)]
+    varied = np.random.default_rng(config.seed).random(count) < config.variety
+    return [varied_scene(scene, i) if varied[i] else scene for i, scene in enumerate(plain)]
 
 
 def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
@@ -186,7 +197,8 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
 
     size, count = int(stage.removeprefix("diffusion_")), config.scene_pools[STAGES.index(stage) - 1]
     scene_list = training_scenes(config, count)
-    name = "_".join(["pool", str(size), str(count), f"{config.pairs:g}", *config.hard_nouns])
+    shares = [f"{share:g}" for share in (config.pairs, config.variety)]
+    name = "_".join(["pool", str(size), str(count), *shares, *config.hard_nouns])
     path = config.output_dir / f"{name}.pt"
     if accelerator.is_main_process and not path.is_file():
         vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)

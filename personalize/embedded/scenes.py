@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from personalize.embedded.backgrounds import COLOURS, paint_background
+from personalize.embedded.variation import Variation, random_variation, vary
 
 SPRITES = Path(__file__).parent / "sprites"
 
@@ -63,6 +64,7 @@ class SceneObject:
     size: its longest side, as a fraction of the frame.
     angle: degrees, counter-clockwise.
     flip: mirrored left to right.
+    variation: how the sprite is changed first; None: not at all.
 
     Raises:
         ValueError: there is no such style, or no sprite of the noun in it.
@@ -75,6 +77,7 @@ class SceneObject:
     size: float = 0.6
     angle: float = 0.0
     flip: bool = False
+    variation: Variation | None = None
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -139,14 +142,14 @@ def place_phrase(background: str) -> str:
 def captions(scene: Scene) -> tuple[str, ...]:
     """Every true caption of `scene`.
 
-    Each names the objects and the background; the first one also names the style, if all objects have the same.  Two
-    objects are named in each order, and once as left and right.
+    Each names the objects and the background; the first one also names the style, if all objects have the same and
+    none is varied.  Two objects are named in each order, and once as left and right.
     """
     where = place_phrase(scene.background)
     things = sorted(scene.objects, key=lambda thing: thing.x)
     phrases = [noun_phrase(thing.noun) for thing in things]
-    styles = {thing.style for thing in things}
-    prefixes = [f"{STYLES[things[0].style]} "] if len(styles) == 1 else []
+    styles = {thing.style if thing.variation is None else None for thing in things}
+    prefixes = [f"{STYLES[things[0].style]} "] if len(styles) == 1 and None not in styles else []
     prefixes += [f"{ANY_STYLE} ", ""]
     subjects = [" and ".join(phrases)]
     if len(phrases) == 2:
@@ -194,6 +197,12 @@ def random_scene(
     return Scene(str(rng.choice(list(backgrounds))), tuple(things))
 
 
+def varied_scene(scene: Scene, seed: int) -> Scene:
+    """`scene` with a random variation of each object, determined by `seed`."""
+    rng = np.random.default_rng([crc32(b"variation"), seed])
+    return replace(scene, objects=tuple(replace(thing, variation=random_variation(rng)) for thing in scene.objects))
+
+
 def render(scene: Scene, size: int = 128) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Render `scene` as an RGB image (size, size, 3) uint8, with one boolean mask (size, size) per object.
 
@@ -219,6 +228,8 @@ def _sprite(noun: str, style: str) -> Image.Image:
 def _render_object(thing: SceneObject, size: int) -> tuple[np.ndarray, np.ndarray]:
     """One object alone: premultiplied colour (size, size, 3) and alpha (size, size), both in [0, 1]."""
     sprite = _sprite(thing.noun, thing.style)
+    if thing.variation is not None:
+        sprite = vary(sprite, thing.variation)
     if thing.flip:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = thing.size * size / max(sprite.size)

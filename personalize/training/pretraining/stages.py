@@ -38,7 +38,7 @@ class Stage:
     batch_size: samples per update and process.
     checkpoint_every: updates between two checkpoints.
     workers: processes that make batches ahead.
-    begin_with: checkpoint of another stage, whose weights and average this one starts from, if the file exists.
+    begin_with: checkpoint of another stage, whose weights this one starts from, if the file exists.
     """
 
     folder: Path
@@ -57,9 +57,9 @@ class Stage:
 def learning_rate_factor(update: int, *, updates: int, warmup: int, decay: bool) -> float:
     """Share of the peak learning rate at `update`: rises linearly over `warmup` updates; with `decay` also falls.
 
-    The decay is linear, over the last fifth of `updates`, down to 2 %.
+    The decay is linear, over the last fifth of `updates`, so that the rate after the last one would be 0.
     """
-    decayed = max(0.02, (updates - update) / (0.2 * updates)) if decay else 1.0
+    decayed = max(0.0, (updates - update) / (0.2 * updates)) if decay else 1.0
     return min(1.0, (update + 1) / warmup, decayed)
 
 
@@ -136,15 +136,15 @@ def _save(stage: Stage, update: int, parts: Mapping[str, Any]) -> None:
 
 
 def _restore(stage: Stage, parts: Mapping[str, Any]) -> int:
-    """Load the stage's checkpoint and return its update.
+    """Load the stage's checkpoint and return its update; without one, the weights of `stage.begin_with`, and return 0.
 
-    Without a checkpoint, load the weights and the average of `stage.begin_with`, if that is there, and return 0.
+    A moving average starts anew with the stage, from those weights.
     """
     fresh = not stage.checkpoint.is_file()
     path = stage.begin_with if fresh else stage.checkpoint
     if path is None or not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for name in {"objective", "ema"} & parts.keys() if fresh else parts:
+    for name in ("objective",) if fresh else parts:
         parts[name].load_state_dict(state[name])
     return 0 if fresh else state["update"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from personalize.adapters.lora import module_names
 from personalize.cli.launch import load_script, scripts_home
 from personalize.embedded import scenes
 from personalize.training.losses import grounding
-from personalize.training.pretraining import dataset, networks
+from personalize.training.pretraining import dataset, networks, stages
 from tests.support.tiny import tiny
 
 
@@ -135,6 +138,45 @@ def test_a_third_of_the_scenes_is_of_hard_nouns_with_as_many_pairs_among_them(tm
     assert np.mean(is_hard) < 0.4 and np.mean([len(scene.objects) == 2 for scene in scene_list]) == 0.6
     without = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.6), 600)
     assert [s for i, s in enumerate(scene_list) if i % 3 < 2] == [s for i, s in enumerate(without) if i % 3 < 2]
+
+
+def test_the_share_of_varied_scenes_is_the_one_asked_for_and_changes_nothing_else(tmp_path):
+    trainer = script()
+    plain = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.5), 600)
+    found = trainer.training_scenes(trainer.Config(tmp_path, pairs=0.5, variety=0.4), 600)
+    varied = np.array([all(thing.variation for thing in scene.objects) for scene in found])
+    pairs = np.array([len(scene.objects) == 2 for scene in found])
+    assert abs(varied.mean() - 0.4) < 0.08  # four standard deviations of 600 draws
+    assert 0.3 < varied[pairs].mean() < 0.5 and 0.3 < varied[~pairs].mean() < 0.5, "pairs and single things alike"
+    bare = [replace(s, objects=tuple(replace(thing, variation=None) for thing in s.objects)) for s in found]
+    assert bare == plain
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    rate = partial(stages.learning_rate_factor, updates=1000, warmup=100, decay=True)
+    assert [rate(update) for update in (0, 99, 500, 800)] == [0.01, 1.0, 1.0, 1.0]
+    assert rate(900) == pytest.approx(0.5) and rate(999) == pytest.approx(0.005) and rate(1000) == rate(1200) == 0
+    assert stages.learning_rate_factor(999, updates=1000, warmup=100, decay=False) == 1
+
+
+def test_a_stage_begins_with_the_weights_of_another_and_averages_only_its_last_part(tmp_path):
+    """Weights w = 1, 2, 3 … after the updates of the second stage: until `update_after_step` the average is w."""
+    parts = {"objective": nn.Linear(1, 1, bias=False)}
+    parts["objective"].weight.data.fill_(7)
+    first = stages.Stage(tmp_path, "first", 6, 1, 1)
+    second = replace(first, name="second", begin_with=first.checkpoint)
+    stages._save(first, 6, parts | {"ema": EMAModel(parts["objective"].parameters())})
+    net = nn.Linear(1, 1, bias=False)
+    average = EMAModel(net.parameters(), decay=0.5, use_ema_warmup=True, power=0.75, update_after_step=3)
+    assert stages._restore(second, {"objective": net, "ema": average}) == 0 and net.weight.item() == 7
+    followed = []
+    for value in range(1, 7):
+        net.weight.data.fill_(value)
+        average.step(net.parameters())
+        followed.append(average.shadow_params[0].item())
+    # from the fifth update on the decay is min(0.5, 1 − 2^−¾ = 0.405), then 0.5
+    assert followed[:4] == [1, 2, 3, 4] and followed[4] == pytest.approx(5 - 0.4054, abs=1e-3)
+    assert followed[5] == pytest.approx((followed[4] + 6) / 2)
 
 
 def test_scenes_for_the_autoencoder_are_pixels():
