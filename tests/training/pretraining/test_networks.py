@@ -18,7 +18,7 @@ from personalize.adapters.lora import module_names
 from personalize.cli.launch import load_script, scripts_home
 from personalize.embedded import scenes
 from personalize.training.losses import grounding
-from personalize.training.pretraining import dataset, networks, stages
+from personalize.training.pretraining import dataset, networks, objectives, stages
 from tests.support.tiny import tiny
 
 
@@ -86,11 +86,11 @@ def test_the_autoencoder_objective_is_what_its_docstring_says():
     torch.manual_seed(0)
     vae = networks.build_autoencoder()
     pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
-    terms = networks.AutoencoderObjective(vae)({"pixels": pixels, "noise": noise})
+    terms = objectives.AutoencoderObjective(vae)({"pixels": pixels, "noise": noise})
     posterior = vae.encode(pixels).latent_dist
     decoded = vae.decode(posterior.mean + posterior.std * noise).sample
     expected = (decoded - pixels).pow(2).mean() + 0.25 * (decoded - pixels).abs().mean()
-    expected = expected + networks.KL_WEIGHT * posterior.kl().mean() / (4 * 8 * 8)
+    expected = expected + objectives.KL_WEIGHT * posterior.kl().mean() / (4 * 8 * 8)
     torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=1e-7)  # fp32 sums in another order
 
 
@@ -217,7 +217,7 @@ class ConstantTextEncoder(nn.Module):
 def test_grounding_reaches_text_attention_and_ignores_nouns_that_are_not_named():
     unet = tiny("sd1").unet.requires_grad_(True)
     text: Any = ConstantTextEncoder(unet.config["cross_attention_dim"])
-    objective = networks.TextToImageObjective(unet, text, networks.build_scheduler(), grounding_weight=0.5)
+    objective = objectives.TextToImageObjective(unet, text, networks.build_scheduler(), grounding_weight=0.5)
     query = next(p for name, p in unet.named_parameters() if "up_blocks" in name and "attn2.to_q.weight" in name)
     batch = {name: torch.randn(2, 4, 16, 16) for name in ("latents", "noise")} | {
         "timesteps": torch.tensor([10, 900]), "input_ids": torch.zeros(2, 77, dtype=torch.long),
