@@ -37,7 +37,7 @@ class Config:
     stages: tuple[Literal["autoencoder", "diffusion_64", "diffusion_128", "export"], ...] = STAGES
     """Stages to run, in this order."""
     init_from: Path | None = None
-    """Finished pipeline (e.g. personalize/embedded) whose networks a stage without a checkpoint starts from."""
+    """Finished pipeline (e.g. personalize/embedded/model) whose networks a stage without a checkpoint starts from."""
     steps: tuple[int, int, int] = (2400, 3000, 3000)
     """Optimiser updates of the three trained stages."""
     batch_sizes: tuple[int, int, int] = (12, 16, 12)
