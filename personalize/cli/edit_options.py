@@ -23,18 +23,20 @@ class PhotoConfig(InferenceOptions):
     """The picture."""
     source: str
     """What the photo shows, e.g. "a cat on the beach"."""
-    target: str = ""
-    """What the result is to show, e.g. "a dog on the beach"."""
+    target: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """What the result is to show, e.g. "a dog on the beach"; given several times: several edits from one inversion."""
     swap: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Instead of --target: old=new, a word or phrase of --source and its replacement; may be given several times."""
     weight: Annotated[tuple[str, ...], UseAppendAction] = ()
     """word=factor: factor on the attention to a word of the target; may be given several times."""
     local: Annotated[tuple[str, ...], UseAppendAction] = ()
     """old=new: change the photo only where these words of source and target have attention; or one word of both."""
-    inversion: Literal["direct", "ddim", "negative", "null-text", "ddpm"] = "direct"
-    """direct is exact and fast; null-text fits the empty prompt's embeddings and is slow; ddpm draws noise."""
+    mask: str | None = None
+    """The photo may change only here: a picture, white where it may, or left,top,right,bottom in pixels."""
+    inversion: Literal["direct", "ddim", "negative", "null-text", "ddpm", "none"] = "direct"
+    """direct is exact and fast; null-text is slow; ddpm draws noise; none needs no inversion and 8 to 12 steps."""
     mode: Literal["auto", "replace", "refine"] = "auto"
-    """replace: word for word; refine: words are added or removed; auto: replace if there are equally many words."""
+    """replace: word for word; refine: words are added or removed; auto: replace if words were only exchanged."""
     cross_replace_steps: float = 0.8
     """Fraction of the steps that use the source's cross-attention; less lets shapes change more."""
     self_replace_steps: float = 0.5
@@ -71,22 +73,22 @@ class PhotoConfig(InferenceOptions):
     """--uniform: quantile of the differences that counts as no edit, at the last step; less lets more change."""
     uniform_auxiliary: Literal["u", "stored", "z0"] = "u"
     """--uniform: what is used there: a reconstruction (u), one of the last steps only (stored), or the photo (z0)."""
-    mask: Path | None = None
-    """--uniform: picture, white where the photo may change, instead of the automatic mask."""
     strict_background: bool = False
-    """--uniform: copy the photo's own pixels outside the mask."""
+    """--uniform: keep the photo's own pixels outside the region that it computes; with --mask they are kept anyway."""
     num_inference_steps: int = 50
     """Denoising steps of the full schedule."""
     guidance_scale: float | None = None
-    """Classifier-free guidance of the edit, 1 is off; by default 7.5, with ddpm 15; on the package's model 4 and 6."""
+    """Guidance scale, 1 is off; by default 7.5, with ddpm 15; on the package's model 4 and 6; with none 2."""
     seed: int = 0
-    """Seed of the noise that ddpm draws; the other inversions draw none."""
+    """Seed of the noise that ddpm and none draw; the other inversions draw none."""
     null_text_iterations: int = 10
     """null-text: most updates at each step."""
     null_text_rate: float | None = None
     """null-text: learning rate of the first step; by default 0.01, on the package's model 0.1."""
     null_text_tolerance: float = 1e-5
     """null-text: a step ends when its loss is below this; later steps allow a little more."""
+    null_text_checkpointing: bool = False
+    """null-text: gradient checkpointing, which needs less memory and more time; for SDXL."""
     fixed_point_iterations: int = 0
     """Fixed-point iterations at each inversion step, which make sampling without guidance exact; not for ddpm."""
     attention_maps: bool = False
@@ -95,8 +97,10 @@ class PhotoConfig(InferenceOptions):
     """Folder in which the inversion is kept for later edits; by default one for each photo in output_dir."""
     adapter: Annotated[tuple[Path, ...], UseAppendAction] = ()
     """Adapter folder or LoRA file to use; prompts may name its learned tokens; may be given several times."""
+    add: tuple[Path, ...] = ()
+    """More adapters or LoRA files, such as an LCM or Turbo LoRA for --inversion none at 4 to 8 steps."""
     resolution: int | None = None
-    """Larger photos are scaled down to about resolution² pixels; by default the base model's own."""
+    """The photo is edited at about resolution² pixels, by default the base model's own, and keeps its size."""
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures, edit.json and the inversion."""
 

@@ -1,7 +1,8 @@
 """Editing methods, and the two front doors to them.
 
     editor, attach            with an adapter of ours; inside somebody else's pipeline
-    real_image                photos: inversion, then an edit beside the reconstruction
+    real_image                photos: inversion, then an edit beside the reconstruction;  prepared_photo, photo_sheets
+    region                    where a photo may change, and its own pixels everywhere else
     strengths, defaults       the dials of an edit; where a measured default differs
     search                    choose the strengths by drawing and scoring
     vector_projection         edits of text embeddings

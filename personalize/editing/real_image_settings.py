@@ -1,4 +1,4 @@
-"""What an edit of a real photo is asked for, and the settings of its methods."""
+"""What an edit of a photo is to change, and how: the request and its settings, apart from the work itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import AUTO_REGIONS, NounRegions
 from personalize.editing.prompt_to_prompt.alignment import swap_words
 from personalize.editing.prompt_to_prompt.control import ControlSettings
+from personalize.editing.region import Box
 from personalize.editing.uniform_attention import UniformSettings
 from personalize.errors import UserError
 from personalize.models.image_processor import Picture
@@ -23,33 +24,37 @@ from personalize.sampling.null_text import NullTextSettings
 class EditRequest:
     """The requested edit of a photo: a target prompt, words to swap in the source prompt, or weights of words alone.
 
-    target: the target prompt, or "" if `swaps` or `weights` describe the edit.
+    target: the target prompt, or empty if `swaps` or `weights` describe the edit; or several target prompts, which are
+        edits of their own in one batch.
     swaps: (old, new) words or phrases of the source prompt.
     weights: factors on the attention to words of the target prompt.
     local: (word of the source, word of the target): the photo may change only where these words attend.
-    mask: for uniform maps: an image, white where the photo may change; it replaces the mask that they compute.
-    strict: for uniform maps: outside the mask, copy the photo's own pixels into the result.
+    mask: the photo may change only here: an image, white where it may, or a box (left, top, right, bottom) in pixels.
+        It also replaces the mask that uniform maps compute.
+    strict: for uniform maps without `mask`: keep the photo's own pixels outside the region that they compute.
     regions: for dynamic prompts: the nouns, and where each belongs.
     """
 
-    target: str = ""
+    target: str | Sequence[str] = ()
     swaps: Sequence[tuple[str, str]] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     local: Sequence[tuple[str, str]] = ()
-    mask: Picture | None = None
+    mask: Picture | Box | None = None
     strict: bool = False
     regions: NounRegions = AUTO_REGIONS
 
-    def prompt(self, source: Tokens) -> str:
-        """The target prompt.
+    def prompts(self, source: Tokens) -> list[str]:
+        """The target prompts.
 
         Raises UserError if there is no edit, both a target and swaps, or a swapped word that the source lacks.
         """
-        if self.target.strip() and self.swaps:
+        given = [self.target] if isinstance(self.target, str) else self.target
+        targets = [target.strip() for target in given if target.strip()]
+        if targets and self.swaps:
             raise UserError("a target and words to swap are two ways to say one thing: give one of them")
-        if not self.target.strip() and not self.swaps and not self.weights:
+        if not targets and not self.swaps and not self.weights:
             raise UserError("nothing is to change: give a target prompt, words to swap, or weights of words")
-        return self.target.strip() or swap_words(source, self.swaps)
+        return targets or [swap_words(source, self.swaps)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class PhotoSettings:
     strength: float | None = None
     """Share of the steps that is inverted and sampled, at the clean end; by default 1, with ddpm 0.64."""
     guidance_scale: float | None = None
-    """Guidance scale of the edit; by default 7.5, with ddpm 15; on the embedded model 4, with ddpm 6."""
+    """Guidance scale of the edit; by default 7.5, with ddpm 15; on the embedded model 4, with ddpm 6; with none 2."""
     seed: int = 0
     null_text: NullTextSettings | None = None
     """How null embeddings are fitted; by default as in `personalize.editing.defaults` for the base model."""
@@ -79,6 +84,8 @@ class PhotoSettings:
     def __post_init__(self) -> None:
         if self.controller == "mutual" and self.dynamic is not None:
             raise UserError("mutual attention has no source prompt, so that no noun can be dynamic: use one of them")
+        if self.inversion == "none" and (self.dynamic is not None or self.uniform is not None):
+            raise UserError("dynamic prompts and uniform maps work along an inversion: choose another one than none")
 
     def guidance(self, base: str) -> float:
         """The guidance scale of the edit, for the base model of that name."""

@@ -5,9 +5,10 @@
     loading, config    from a folder, the hub or a single file; configs/ holds what single files lack
     blocks             which layers belong to the encoder, the middle and the decoder
     attention          hooks on attention layers;  attention_maps: record and average what they look at
+    vae                the autoencoder's precision
     prompts            prompts as tokens and as words
     image_processor    pictures of any size, padded to what the base model can encode, and back
-    fast_paths         the same results in less time
+    fast_paths         the same results in less time;  gradient_checkpointing: in less memory
     empty              a model's shapes without its weights
     quantization       4-bit base models
 

@@ -241,7 +241,7 @@ class _Processor:
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale)
         if attn.upcast_attention:
             q, k = q.float(), k.float()
-        scores = (q @ k.transpose(-1, -2)) * attn.scale
+        scores = (q * attn.scale) @ k.transpose(-1, -2)  # scaled first: in fp16 the unscaled product overflows
         p = (scores if mask is None else scores + mask).float().softmax(-1)
         for hook in readers:
             p = hook.probs(p, site)

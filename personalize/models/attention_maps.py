@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,25 +17,31 @@ from torch.nn.functional import adaptive_avg_pool2d
 from personalize.errors import UserError
 from personalize.models.attention import AttentionHook, AttentionSite, attention_sites
 
+SELF_SIDE = 48  # positions a side, at the base's own size, of the largest self-attention maps that are collected
+
 
 class InversionMaps(AttentionHook):
-    """Collects attention maps while a photo is inverted: cross-attention of every step, self-attention as a mean.
+    """Collects attention maps over the steps of a schedule: cross-attention of every step, self-attention as a mean.
 
-    Maps are kept on the CPU.  They are those of row 0 of the conditional pass, averaged over heads and layers.
-    Cross-attention is read at the stage of `stage_side`; self-attention at twice its side if the UNet has any there,
-    else at the same side.
+    They are those of row 0 of the conditional pass, averaged over heads and layers where they are made: on the device
+    there is one sum for each step, (q, l), and one of self-attention, (q, q).  Cross-attention is read at the stage of
+    `stage_side`; self-attention at twice its side if the UNet has any there of at most `SELF_SIDE` positions a side at
+    the base's own size (SD 1: 32, SD 2: 48), else at the same side (SDXL: 32).
     """
 
     def __init__(self, model: Any, size: tuple[int, int]) -> None:
         sites = attention_sites(model.unet, size)
         self.level = stage_level(model)
-        finer = {site.level for site in sites.values() if not site.cross and site.level == self.level - 1}
+        finer = {
+            site.level for site in attention_sites(model.unet).values()
+            if not site.cross and site.level == self.level - 1 and site.side <= SELF_SIDE
+        }  # fmt: skip
         self.self_level = min(finer, default=self.level)
         self.grid = next(s for s in sites.values() if s.cross and s.level == self.level)
         self.fine = next(s for s in sites.values() if not s.cross and s.level == self.self_level)
-        self._text: dict[int, list[Tensor]] = {}
+        self._text: dict[int, Tensor] = {}
         self._self: Tensor | None = None
-        self._count = 0
+        self._counts: Counter[int | str] = Counter()  # summed maps: of each step's text, and "self"
 
     def wants(self, site: AttentionSite) -> bool:
         return site.level == (self.level if site.cross else self.self_level)
@@ -43,28 +50,31 @@ class InversionMaps(AttentionHook):
         return site.branch in (None, "cond")
 
     def probs(self, p: Tensor, site: AttentionSite) -> Tensor:
-        mean = p[0].detach().mean(0).cpu()
+        mean = p[0].detach().mean(0)
         if site.cross:
-            self._text.setdefault(0 if site.step is None else site.step.index, []).append(mean)
+            index = 0 if site.step is None else site.step.index
+            self._text[index] = self._text[index] + mean if index in self._text else mean
+            self._counts[index] += 1
         else:
             self._self = mean if self._self is None else self._self + mean
-            self._count += 1
+            self._counts["self"] += 1
         return p
 
-    @property
-    def recorded(self) -> bool:
-        """Whether an inversion has been recorded yet."""
-        return bool(self._text)
-
     def cross_attention(self) -> Tensor:
-        """The cross-attention map of every step, (t, h, w, l), in the order of the steps."""
-        steps = [torch.stack(self._text[index]).mean(0) for index in sorted(self._text)]
+        """The cross-attention map of every step, (t, h, w, l), in the order of the steps, on the CPU."""
+        steps = [self._text[index].cpu() / self._counts[index] for index in sorted(self._text)]
         return torch.stack(steps).unflatten(1, (self.grid.height, self.grid.width))
 
     def self_attention(self) -> Tensor:
-        """The self-attention map, averaged over steps: (h, w, h·w), from each position to all positions."""
+        """The self-attention map, averaged over steps: (h, w, h·w), from each position to all, on the CPU."""
         assert self._self is not None
-        return (self._self / self._count).unflatten(0, (self.fine.height, self.fine.width))
+        return (self._self.cpu() / self._counts["self"]).unflatten(0, (self.fine.height, self.fine.width))
+
+
+def stage_layers(model: Any) -> list[str]:
+    """Names of the cross-attention layers at the stage of `stage_side`, whatever the size of the photo."""
+    level = stage_level(model)
+    return [name for name, site in attention_sites(model.unet).items() if site.cross and site.level == level]
 
 
 def stage_level(model: Any) -> int:

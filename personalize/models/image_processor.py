@@ -19,6 +19,7 @@ from personalize.models.stable_diffusion import StableDiffusion
 
 Point = tuple[float, float]
 Picture = Image.Image | str | Path
+NEAR = 0.05
 
 
 def as_image(picture: Picture) -> Image.Image:
@@ -42,11 +43,19 @@ class PaddedImage:
     factor: int
 
     @staticmethod
-    def of(model: StableDiffusion, picture: Image.Image, resolution: int | None = None) -> PaddedImage:
-        """Pad `picture`, scaled down if it has more than resolution² pixels (by default the base's resolution)."""
+    def of(
+        model: StableDiffusion, picture: Image.Image, resolution: int | None = None, *, enlarge: bool = False
+    ) -> PaddedImage:  # fmt: skip
+        """Pad `picture`, scaled down if it has more than resolution² pixels (by default the base's resolution).
+
+        enlarge: also scale smaller pictures up to about that: the base was trained at its own size, and draws smears
+            on a few latent cells. A picture whose sides lack less than the share `NEAR` keeps its size, because
+            resampling would blur it for nothing.
+        """
         picture = picture.convert("RGB")
-        side = resolution or model.resolution
-        scale = min(1.0, side / math.sqrt(picture.width * picture.height))
+        scale = (resolution or model.resolution) / math.sqrt(picture.width * picture.height)
+        if 1 < scale < 1 + NEAR or (scale > 1 and not enlarge):
+            scale = 1.0
         height, width = (max(1, round(length * scale)) for length in (picture.height, picture.width))
         scaled = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
         multiple = model.factor * 2 ** max(role.level for role in block_roles(model.unet).values())

@@ -17,6 +17,7 @@ from torch import Tensor
 from personalize.models import parameterization
 from personalize.models.loading import default_device, default_dtype, family, read, require_parts
 from personalize.models.quantization import quantize
+from personalize.models.vae import accurate_vae
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 
@@ -171,8 +172,9 @@ class StableDiffusion:
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of `pixels`, both (b, c, h, w) and both scaled."""
-        weight = self.vae.encoder.conv_in.weight
-        posterior = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+        with accurate_vae(self.vae):
+            weight = self.vae.encoder.conv_in.weight
+            posterior = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
         scale = self.vae.config.scaling_factor
         return posterior.mean.float() * scale, posterior.std.float() * scale
 
@@ -186,9 +188,10 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of `latents`, clamped to [−1, 1]."""
-        weight = self.vae.decoder.conv_in.weight
-        scaled = latents.to(weight.device, weight.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(scaled).sample.float().clamp(-1, 1)
+        with accurate_vae(self.vae):
+            weight = self.vae.decoder.conv_in.weight
+            scaled = latents.to(weight.device, weight.dtype) / self.vae.config.scaling_factor
+            return self.vae.decode(scaled).sample.float().clamp(-1, 1)
 
     # -- prompts ---------------------------------------------------------------------------------------------
 

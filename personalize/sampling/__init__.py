@@ -4,6 +4,7 @@
     denoise      the loop: sampling, inversion and replay
     trajectory   the latents and noise that were stored on the way
     inversion    real photos to latents that replay to them
+    virtual_inversion   editing without inversion: the source row is the photo with fresh noise
     null_text    the empty prompt's embedding, fitted at each step
 
 Imports: io, models, adapters.

@@ -1,10 +1,12 @@
-"""Inversion: find the noise from which sampling returns to a given image, by one of five methods.
+"""Inversion: find the noise from which sampling returns to a given image, by one of six methods.
 
     ddim       DDIM steps from clean to noisy without guidance; guided sampling drifts away from the image
     direct     ddim, and while sampling the source row is set to the stored latents after every step: exact
     negative   ddim, and sampling with the source prompt as negative prompt, which is sampling without guidance
     null-text  ddim, and a null embedding for each step, fitted so that guided sampling follows the trajectory
     ddpm       independent noisy versions of the image, and the noise of the stochastic steps between them: exact
+    none       no inversion: while sampling, the source row is the image with fresh noise, and the target is corrected
+               by its error (`virtual_inversion`); for 4 to 12 steps
 
 A DDIM inversion step uses the UNet's prediction at the less noisy latents in place of that at the noisier ones, which
 are not known yet. `fixed_point` iterations (not for ddpm) solve for noisier latents from whose own prediction sampling
@@ -20,7 +22,7 @@ Friendly DDPM Noise Space", arXiv 2304.06140; Garibi et al., "ReNoise", arXiv 24
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,11 @@ from personalize.sampling.denoise import Edit, LatentEdit, ddim, denoise, denois
 from personalize.sampling.null_text import NULL_TEXT, NullFit, NullTextSettings
 from personalize.sampling.schedule import Schedule, Step, make_schedule
 from personalize.sampling.trajectory import MANIFEST, Trajectory, fingerprint, fingerprint_hash, with_noise
+from personalize.sampling.virtual_inversion import noisy_versions
 
-METHODS = ("direct", "ddim", "negative", "null-text", "ddpm")
+METHODS = ("direct", "ddim", "negative", "null-text", "ddpm", "none")
 GUIDANCE = {"null-text": 7.5, "ddpm": 3.5}  # defaults of the methods that invert with guidance
+SPACING = "trailing"  # of the timesteps without inversion: few steps begin at pure noise
 STRENGTH = {"ddpm": 0.64}  # the paper skips the noisiest 36 of 100 steps
 
 
@@ -64,18 +68,18 @@ def invert(
     """Invert `image` under `prompt`, with the adapter and the learned tokens that are applied to `model`.
 
     Args:
-        image: an image of any size, which is scaled down to about `resolution`² px (by default the base model's) and
+        image: an image of any size, which is scaled to about `resolution`² px (by default the base model's) and
             padded; or pixels (1, 3, H, W) in [−1, 1], which are used as they are.
         prompt: a description of the image.
         steps: number of steps from clean latents to pure noise.
         strength: share of the steps that is carried out, at the clean end; by default 1, and 0.64 for ddpm.
         guidance_scale: for null-text the scale that sampling will use, by default 7.5; for ddpm the scale of the source
             row, by default 3.5; the other methods invert without guidance.
-        seed: of the noise of ddpm.
+        seed: of the noise of ddpm and none.
         null_text: how null embeddings are fitted.
         fixed_point: fixed-point iterations at each step, each of which costs a UNet prediction; not for ddpm.
         hooks: attention hooks that observe the inversion and change nothing. They are not called if the trajectory is
-            read from a folder, nor by ddpm.
+            read from a folder, nor by ddpm and none.
         folder: where the trajectory is written, or read from if it is there already.
         cache: the same, in a subfolder of `cache` that is named by the hash of the inputs.
 
@@ -85,7 +89,9 @@ def invert(
     """
     _require(method, fixed_point)
     tokenize_prompt(model, prompt)
-    pixels = image if isinstance(image, Tensor) else PaddedImage.of(model, as_image(image), resolution).pixels
+    if not isinstance(image, Tensor):
+        image = PaddedImage.of(model, as_image(image), resolution, enlarge=True).pixels
+    pixels = image
     size = (pixels.shape[-2], pixels.shape[-1])
     conditioning, null = model.prompts([prompt], size), model.null(1, size)
     strength = STRENGTH.get(method, 1.0) if strength is None else strength
@@ -107,16 +113,17 @@ def invert(
 
 def _method_settings(method: str, seed: int, fixed_point: int, null_text: NullTextSettings) -> dict[str, Any]:
     """The settings that this method uses: others must not change the hash of its inputs."""
-    settings: dict[str, Any] = {"seed": seed} if method == "ddpm" else {}
+    settings: dict[str, Any] = {"seed": seed} if method in ("ddpm", "none") else {}
+    settings |= {"spacing": SPACING} if method == "none" else {}
     settings |= {"fixed_point": fixed_point} if fixed_point else {}
-    return settings | ({"null_text": asdict(null_text)} if method == "null-text" else {})
+    return settings | ({"null_text": null_text.inputs} if method == "null-text" else {})
 
 
 def _require(method: str, fixed_point: int) -> None:
     if method not in METHODS:
         raise UserError(f"unknown inversion {method!r}: choose one of {', '.join(METHODS)}")
-    if fixed_point < 0 or fixed_point and method == "ddpm":
-        raise UserError(f"{fixed_point} fixed-point iterations of {method}: give 0 or more, and none to ddpm")
+    if fixed_point < 0 or fixed_point and method in ("ddpm", "none"):
+        raise UserError(f"{fixed_point} fixed-point iterations of {method}: give 0 or more, and 0 with ddpm and none")
 
 
 def _invert_latents(
@@ -133,6 +140,9 @@ def _invert_latents(
         down, scale = make_schedule(model, **extent, eta=1.0), about["guidance_scale"]
         latents, noise = ddpm_noise(model, clean, Edit(conditioning, null, scale), down, about["seed"])
         return Trajectory(latents.cpu(), conditioning.to("cpu"), null.to("cpu"), about, noise.cpu())
+    if method == "none":
+        versions = noisy_versions(clean, make_schedule(model, **extent, spacing=about["spacing"]), about["seed"])
+        return Trajectory(versions.cpu(), conditioning.to("cpu"), null.to("cpu"), about)
     up = make_schedule(model, **extent, inverse=True)
     solve = FixedPoint(model, clean, conditioning, about.get("fixed_point", 0))
     edit = Edit(conditioning, guidance_scale=1, hooks=tuple(hooks), latent_edits=(solve,))

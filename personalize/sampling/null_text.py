@@ -9,12 +9,14 @@ References: Mokady et al., "Null-text Inversion for Editing Real Images", arXiv 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Condition, ddim
 from personalize.sampling.schedule import Step
@@ -37,9 +39,17 @@ class NullTextSettings:
     warm_start: bool = True
     """Start each step at the embedding fitted for the previous one, instead of the empty prompt."""
 
+    gradient_checkpointing: bool = False
+    """Compute the UNet's blocks again for the backward pass instead of keeping them: less memory, same result."""
+
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.rate <= 0 or self.tolerance < 0 or self.growth < 0:
             raise UserError(f"null-text takes iterations from 1, a positive rate and no negative tolerance, got {self}")
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The settings that decide the result, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name != "gradient_checkpointing"}
 
 
 NULL_TEXT = NullTextSettings()
@@ -75,7 +85,8 @@ class NullFit:
         e_cond = self.model.predict(latents, step.timestep, conditioning)
         embeds = initial.embeds.float().clone()
         best, losses = embeds, []
-        with torch.enable_grad():
+        checkpointing = gradient_checkpointing(self.model.unet, self.settings.gradient_checkpointing)
+        with torch.enable_grad(), checkpointing:
             embeds.requires_grad_(True)
             rate = self.settings.rate * (1 - step.index / (2 * step.count))
             adam = torch.optim.Adam([embeds], lr=rate)

@@ -122,6 +122,7 @@ def make_schedule(
     strength: float = 1.0,
     inverse: bool = False,
     eta: float = 0.0,
+    spacing: str | None = None,
 ) -> Schedule:
     """The schedule of a diffusers scheduler with the base model's own scheduler settings.
 
@@ -130,6 +131,7 @@ def make_schedule(
         scheduler: a name in SCHEDULERS.
         strength: as in image-to-image, the share of the steps that is kept, at the clean end: 1 keeps all, 0.7 of 10
             steps keeps the last 7.
+        spacing: diffusers' `timestep_spacing`, "leading", "trailing" or "linspace"; by default the base's own.
         inverse: for ddim alone: the same noise levels from clean to noisy. The UNet receives the noisier timestep of
             each transition, as it does while sampling.
         eta: for ddim alone: σ = η √((1−ᾱ′)/(1−ᾱ)) √(1 − ᾱ/ᾱ′); 1 adds as much noise as DDPM.
@@ -148,20 +150,22 @@ def make_schedule(
     most = config.num_train_timesteps - config.get("steps_offset", 0)
     if not 1 <= steps <= most:
         raise UserError(f"{steps} steps: choose 1 to {most}")
-    instance = _diffusers_scheduler(scheduler, config)
+    instance = _diffusers_scheduler(scheduler, config, {} if spacing is None else {"timestep_spacing": spacing})
     instance.set_timesteps(steps)
     skipped = (steps - min(int(steps * strength), steps)) * getattr(instance, "order", 1)
     if skipped >= len(instance.timesteps):
         raise UserError(f"strength {strength} of {steps} steps leaves no step: raise one of them")
     if scheduler == "ddim":
-        spacing = config.num_train_timesteps // steps
-        steps_down = [_ddim_transition(model, int(t), int(t) - spacing, eta) for t in instance.timesteps[skipped:]]
+        starts = [int(t) for t in instance.timesteps]
+        pairs = list(zip(starts, [*starts[1:], -1], strict=True))[skipped:]  # each ends where the next begins
+        steps_down = [_ddim_transition(model, start, end, eta) for start, end in pairs]
         return Schedule(tuple(map(_reversed, reversed(steps_down))) if inverse else tuple(steps_down))
     return _scheduler_steps(model, instance)[skipped:]
 
 
-def _diffusers_scheduler(name: str, config: Any) -> Any:
+def _diffusers_scheduler(name: str, config: Any, more: dict[str, Any]) -> Any:
     cls, settings = SCHEDULERS[name]
+    settings = settings | more
     if "clip_sample" in inspect.signature(cls).parameters:
         settings = settings | {"clip_sample": False}  # latents, unlike pixels, have no bounds
     return cls.from_config(config, **settings)

@@ -24,6 +24,7 @@ from personalize.models.attention import AttentionHook
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, LatentEdit, denoise
 from personalize.sampling.schedule import Schedule, Step, make_schedule
+from personalize.sampling.virtual_inversion import ConsistentRows
 
 SCHEMA = 1
 TENSORS, MANIFEST = "trajectory.safetensors", "trajectory.json"
@@ -63,7 +64,8 @@ class Trajectory:
         """The schedule from noise back to the image, with the stored noise if any; UserError as in `check`."""
         self.check(model)
         eta = 0.0 if self.noise is None else 1.0
-        down = make_schedule(model, self.about["steps"], strength=self.about["strength"], eta=eta)
+        spacing = self.about.get("spacing")
+        down = make_schedule(model, self.about["steps"], strength=self.about["strength"], eta=eta, spacing=spacing)
         return down if self.noise is None else with_noise(down, self.noise)
 
     def start(self, rows: int = 1) -> Tensor:
@@ -76,7 +78,8 @@ class Trajectory:
     ) -> Edit:  # fmt: skip
         """The edit that samples the source (row 0) and `targets` (rows 1 …) from `start`.
 
-        With direct inversion the source row is pinned to the trajectory after each step, before `latent_edits`. The
+        With direct inversion the source row is pinned to the trajectory after each step, before `latent_edits`; without
+        inversion it is the photo with fresh noise, and the targets are corrected by its error. The
         source row of ddpm inversion keeps the guidance scale it was inverted with. A method whose conditioning varies
         by step replaces `conditioning` or `negative` of the returned edit by a function.
         """
@@ -85,7 +88,7 @@ class Trajectory:
             conditioning = Conditioning.cat([conditioning.to(targets.embeds.device), targets])
         source_scale = self.about["guidance_scale"] if self.noise is not None else guidance_scale
         scales = (source_scale, *[guidance_scale] * (len(conditioning) - 1))
-        pins = (Pinned(self),) if self.method == "direct" else ()
+        pins = {"direct": (Pinned(self),), "none": (ConsistentRows(self.latents),)}.get(self.method, ())
         null = self.null if len(self.null) == 1 else self.null_at
         scale = scales if len(set(scales)) > 1 else source_scale
         return Edit(conditioning, null, scale, hooks=tuple(hooks), latent_edits=(*pins, *latent_edits))

@@ -26,10 +26,11 @@ from personalize.errors import UserError
 from personalize.models.attention import attention_sites
 from personalize.models.attention_maps import calibration_layers
 from personalize.models.fast_paths import compiled_blocks, fast_paths
+from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import MultiConceptConfig
 from personalize.training.data.concepts import ClassImage, ConceptDataset, ConceptPicture, check_prompt, content_hash
-from personalize.training.loop import gradient_checkpointing, restored
+from personalize.training.loop import restored
 from personalize.training.multi_concept_objective import MultiConceptObjective, full_weights, text_projections
 from personalize.training.run import TrainingRun, versions
 

@@ -25,12 +25,12 @@ from personalize.adapters.lora import add_lora, lora_state, module_names
 from personalize.adapters.text_encoder_lora import add_text_lora, text_lora_state
 from personalize.errors import UserError
 from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precision
+from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.concepts import ClassImage, class_pixels, content_hash
 from personalize.training.data.samples import LatentDataset
 from personalize.training.loop import (
-    gradient_checkpointing,
     restored,
     training_dtype,
 )

@@ -28,16 +28,15 @@ from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings, disjoint_loss
 from personalize.editing.dynamic_prompt_learning.leakage import (
     NounRegions,
-    fit_dynamic_prompt,
     mean_noun_maps,
     report_attention,
 )
+from personalize.editing.dynamic_prompt_learning.stored_fit import fit_dynamic_prompt
 from personalize.editing.real_image import edit_photo
 from personalize.editing.real_image_settings import EditRequest, PhotoSettings
 from personalize.editing.uniform_attention import UniformSettings, reconstruct, uniform_edit
 from personalize.embedded.scenes import Scene, random_scene, render
 from personalize.models.attention import hooked
-from personalize.models.attention_maps import InversionMaps
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import EMBEDDED, Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, denoise, denoise_with_history
@@ -115,10 +114,9 @@ class Bench:
         picture, masks = render(scene, model.resolution)
         prompt, frame = caption(scene), PaddedImage.of(model, Image.fromarray(picture))
         size = (model.resolution,) * 2
-        recorder = InversionMaps(model, tuple(side // model.factor for side in size))
-        inverted = invert(model, frame.pixels, prompt, "direct", steps=steps, hooks=(recorder,))
+        inverted = invert(model, frame.pixels, prompt, "direct", steps=steps)
         things = NounRegions([thing.noun.replace("_", " ") for thing in scene.objects])
-        report = report_attention(model, frame, inverted, prompt, things, recorder)
+        report = report_attention(model, frame, inverted, prompt, things)
         plain = mean_noun_maps(model, inverted, report.groups, [inverted.conditioning] * steps)
         row: dict[str, Any] = {"plain": map_measures(plain, masks)}
         row["background"] = background_iou(report.background, masks)

@@ -43,6 +43,7 @@ SETTINGS: dict[type, dict[str, tuple[type, str]]] = {  # command's options: opti
         "uniform_auxiliary": (UniformSettings, "auxiliary"),
         "null_text_iterations": (NullTextSettings, "iterations"),
         "null_text_tolerance": (NullTextSettings, "tolerance"),
+        "null_text_checkpointing": (NullTextSettings, "gradient_checkpointing"),
     },
     DragConfig: {
         "mode": (DragSettings, "mode"), "num_inference_steps": (DragSettings, "steps"),
@@ -66,7 +67,7 @@ BY_BASE: dict[type, dict[str, tuple[type, str]]] = {  # None on the command line
 }  # fmt: skip
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")  # of EditConfig: empty or None means `EditStrengths`
 OTHERS = {  # options that fill no setting: what to work on, where to write, which of several things to do
-    PhotoConfig: "photo source weight dpl report region uniform attention_maps trajectory adapter output_dir",
+    PhotoConfig: "photo source weight dpl report region uniform attention_maps trajectory adapter add output_dir",
     DragConfig: "photo from_ to mask prompt adapter resolution paste output_dir",
     EditConfig: "adapter prompt negative_prompt add auto budget clip_model identity_model source_image seed seeds "
     "num_images height width output_dir",

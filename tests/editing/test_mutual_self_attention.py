@@ -36,7 +36,7 @@ def test_the_target_sees_the_source_in_both_passes_from_the_step_on(name: str):
     model = tiny(name)
     names = fine_decoder_sites(model)
     seen = Keys(names)
-    edit = Edit(model.prompts(["a cat", "a dog"], (64, 64)), hooks=(MutualAttention(model, start=1), seen))
+    edit = Edit(model.prompts(["a cat", "a dog"], (64, 64)), hooks=(MutualAttention(model, start=1 / 2), seen))
     found = denoise(model, latents().repeat(2, 1, 1, 1), edit, make_schedule(model, 2))
     assert found.isfinite().all()
     assert seen.equal[1, "null"] == {(True, False)} and seen.equal[1, "cond"] == {(True, False)}

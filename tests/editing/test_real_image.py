@@ -11,16 +11,18 @@ from PIL import Image
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import applied
+from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.editor import Editor
 from personalize.editing.real_image import edit_photo
 from personalize.editing.real_image_settings import EditRequest, PhotoSettings
+from personalize.editing.uniform_attention import UniformSettings
 from personalize.errors import UserError
 from personalize.models.image_processor import PaddedImage
 from personalize.sampling.null_text import NullTextSettings
 from tests.support.lora_states import random_adapter
 from tests.support.photos import SOURCE, TARGET, gentle, photo, relative, shared
 
-SHORT = PhotoSettings(steps=2, null_text=NullTextSettings(iterations=1))
+SHORT = PhotoSettings(steps=2, null_text=NullTextSettings(iterations=1), resolution=32)
 
 
 def array(picture: Image.Image) -> np.ndarray:
@@ -43,7 +45,8 @@ def test_what_is_not_given_is_what_suits_the_base():
 def test_the_target_is_another_picture_of_the_photos_size(method):
     found = edited(EditRequest(TARGET), replace(SHORT, inversion=method), photo(30, 20), attention=method == "direct")
     assert found.image.size == found.reconstruction.size == (30, 20) and found.target == TARGET
-    assert found.latents.shape == (2, 4, 8, 8) and found.trajectory.method == method and not found.notes
+    assert found.latents.shape == (2, 4, 8, 16) and found.trajectory.method == method
+    assert found.notes == ("edited at 39×26 px and scaled back to 30×20",)
     assert (array(found.image) != array(found.reconstruction)).any()
     assert (found.attention is None) == (method != "direct")
 
@@ -111,7 +114,67 @@ def test_an_adapter_and_its_tokens_are_there_for_the_edit_and_gone_afterwards():
     ],
 )
 def test_mistakes_are_found_before_anything_is_inverted(monkeypatch, edit_request, says):
-    monkeypatch.setattr("personalize.editing.real_image.invert", lambda *_, **__: pytest.fail("it was inverted"))
+    monkeypatch.setattr("personalize.editing.prepared_photo.invert", lambda *_, **__: pytest.fail("it was inverted"))
     with pytest.raises(UserError, match=says) as caught:
         edited(edit_request)
     assert "\n" not in str(caught.value)
+
+
+def test_a_small_photo_is_edited_at_the_bases_own_size():
+    found = edited(EditRequest(TARGET), replace(SHORT, resolution=None), photo(40, 30))
+    assert found.latents.shape[-2:] == (16, 24)  # 74×55 px, padded to 96×64
+    assert found.image.size == (40, 30) and "edited at 74×55 px, the base's own size" in found.notes[0]
+
+
+@pytest.mark.parametrize("choice", [{}, {"controller": "mutual"}, {"inversion": "ddpm"}, {"inversion": "none"}])
+def test_outside_the_mask_every_method_returns_the_photos_own_pixels(choice):
+    """In the photo's own resolution, six times that of the edit; the latents outside are the source's."""
+    picture, settings = photo(192, 192), replace(SHORT, **choice)
+    found = edited(EditRequest(TARGET, mask=(48, 48, 144, 144)), settings, picture)
+    equal = (array(found.image) == array(picture)).all(-1)
+    outside = np.ones((192, 192), bool)
+    outside[48:144, 48:144] = False
+    assert found.image.size == (192, 192) and equal[outside].all()
+    assert 192 * 192 - 96 * 96 <= found.untouched[0] <= equal.sum() < 192 * 192
+    cells = torch.zeros(8, 8, dtype=torch.bool)
+    cells[2:6, 2:6] = True
+    assert torch.equal(found.region, cells)
+    assert torch.equal(found.latents[0][:, ~cells], found.latents[1][:, ~cells])
+    assert not torch.equal(found.latents[0], found.latents[1])
+
+
+@pytest.mark.parametrize("controller", ["p2p", "mutual"])
+def test_local_words_keep_the_photos_own_pixels_too(controller):
+    control = replace(SHORT.control, blend_start=0.0, blend_threshold=0.95)
+    settings = replace(SHORT, control=control, controller=controller)
+    found = edited(EditRequest(TARGET, local=[("cat", "dog")]), settings)
+    equal = (array(found.image) == array(photo())).all(-1)
+    assert 0 < found.untouched[0] <= equal.sum() < 32 * 32
+
+
+def test_several_targets_share_one_inversion_and_one_batch(tmp_path):
+    """Each row as on its own, but for the rounding of other batch sizes."""
+    targets = (TARGET, "a red fox on the beach")
+    found = edited(EditRequest(targets), cache=tmp_path)
+    assert found.targets == targets and len(found.images) == 2 and len(found.latents) == 3
+    for index, target in enumerate(targets):
+        alone = edited(EditRequest(target), cache=tmp_path)
+        torch.testing.assert_close(found.latents[1 + index], alone.latents[1], rtol=0, atol=1e-4)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_infedit_without_inversion_an_unchanged_prompt_gives_the_photo(scale):
+    """And another prompt another picture; guidance 1 is one pass, as few-step LoRAs want."""
+    settings = replace(SHORT, inversion="none", guidance_scale=scale, steps=4)
+    found = edited(EditRequest((SOURCE, TARGET)), settings)
+    clean = found.trajectory.latents[0]
+    torch.testing.assert_close(found.latents[:1], clean, rtol=0, atol=0)
+    torch.testing.assert_close(found.latents[1:2], clean, rtol=0, atol=1e-4)  # rows of one batch are rounded otherwise
+    assert relative(found.latents[2], clean[0]) > 1e-3
+
+
+def test_what_needs_an_inversion_is_refused_without_one():
+    for wrong in ({"dynamic": DynamicSettings()}, {"uniform": UniformSettings()}):
+        with pytest.raises(UserError, match="work along an inversion"):
+            PhotoSettings("none", **wrong)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from personalize.errors import UserError
-from personalize.models.attention import AttentionHook, attention_sites, hooked
+from personalize.models.attention import AttentionHook, _Processor, attention_sites, hooked
 from personalize.models.attention_maps import MapStore, stage_side
 from tests.support.tiny import NAMES, tiny, tiny_sd1
 
@@ -214,3 +214,15 @@ def test_stock_pipelines_can_be_watched():
     with hooked(model.unet, [store]):
         pipe("a cat", num_inference_steps=2, output_type="latent")
     assert all(len(maps) == 2 for maps in store.maps.values())  # a foreign loop's two passes are not told apart
+
+
+def test_in_fp16_the_explicit_softmax_scales_before_the_product():
+    """Queries and keys of 150 with 8 values a head: 180,000 is above fp16's 65,504; scaled it is 63,600."""
+    attention = next(module for name, module in tiny_sd1().unet.named_modules() if name.endswith("attn1"))
+    attention.scale = 8**-0.5
+    q, k = torch.full((2, 1, 2, 4, 8), 150.0, dtype=torch.float16)
+    processor = _Processor(None)
+    processor.hooks = [Reads()]
+    site = next(iter(attention_sites(tiny_sd1().unet).values()))
+    found = processor._attend(attention, q, k, torch.ones_like(k), None, site)
+    assert torch.equal(found, torch.ones_like(found))

@@ -174,8 +174,8 @@ def test_dpl_c63_ddpm_versions_of_the_picture_are_independent():
 def test_a_share_of_the_way_and_pictures_of_any_size():
     model = shared()
     found = invert(model, photo(50, 37), SOURCE, steps=5, strength=0.6)
-    assert found.latents.shape == (4, 1, 4, 16, 16) and [int(m.start) for m in found.schedule(model)] == [401, 201, 1]
-    assert found.about["size"] == [64, 64]
+    assert found.latents.shape == (4, 1, 4, 16, 24) and [int(m.start) for m in found.schedule(model)] == [401, 201, 1]
+    assert found.about["size"] == [64, 96]  # scaled up to 74×55 px, about the base's 64² px, and padded
 
 
 @pytest.mark.slow  # half precision is emulated on most processors
@@ -205,5 +205,5 @@ def test_mistakes(arguments, says):
 
 
 def test_fixed_points_are_not_for_ddpm():
-    with pytest.raises(UserError, match="2 fixed-point iterations of ddpm: give 0 or more, and none to ddpm"):
+    with pytest.raises(UserError, match="2 fixed-point iterations of ddpm: give 0 or more, and 0 with ddpm and none"):
         inverted("ddpm", fixed_point=2)

@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.randomness import generator
 from personalize.training.data.samples import SampleShard
-from personalize.training.loop import EarlyStop, NonFiniteError, adamw, gradient_checkpointing, training_steps
+from personalize.training.loop import EarlyStop, NonFiniteError, adamw, training_steps
 from personalize.training.losses import LossTerms
 from tests.support.objectives import objective
 from tests.support.samples import picture

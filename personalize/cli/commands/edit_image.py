@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from personalize.cli.edit_options import PhotoConfig
 
-OUTPUT_FILES = ("edited.png", "before-after.png", "attention.png", "nouns.png", "masks.png", "edit.json")
+EDITED = "edited.png"
+OUTPUT_FILES = (EDITED, "edited-", "before-after.png", "attention.png", "nouns.png", "masks.png", "edit.json")
 INVERSIONS = "trajectories"  # folder in the output folder that keeps inversions for later edits
 
 
@@ -34,12 +35,13 @@ def run(config: PhotoConfig) -> Path:
     """Edit the photo, write the pictures and edit.json, and print how long it took; returns the output folder."""
     swaps = [pair(text) for text in config.swap]
     local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
+    mask = None if config.mask is None else box(config.mask) or Path(config.mask)
     request = EditRequest(
-        config.target, swaps, dict(weight(text) for text in config.weight), local, config.mask,
+        config.target, swaps, dict(weight(text) for text in config.weight), local, mask,
         config.strict_background, _noun_regions(config),
     )  # fmt: skip
     photo = load_image(config.photo)
-    editor = Editor.configured(config, config.adapter)
+    editor = Editor.configured(config, (*config.adapter, *config.add))
     settings = _settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings)
@@ -47,7 +49,10 @@ def run(config: PhotoConfig) -> Path:
         photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps,
         cache=config.output_dir / INVERSIONS,
     )  # fmt: skip
-    files = {"edited.png": png(result.image), "before-after.png": png(result.sheet)}
+    count = len(result.images)
+    names = [EDITED] if count == 1 else [f"edited-{number}.png" for number in range(1, count + 1)]
+    files = {name: png(picture) for name, picture in zip(names, result.images, strict=True)}
+    files["before-after.png"] = png(result.sheet)
     optional = {"attention.png": result.attention, "nouns.png": result.nouns, "masks.png": result.masks}
     files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
     similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
@@ -55,8 +60,12 @@ def run(config: PhotoConfig) -> Path:
     write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
     for note in result.notes:
         print(f"Note: {note}.")
-    done = f"“{result.target}”: {result.seconds:.1f} s, reconstruction {similarity:.1f} dB"
-    print(f"{done}; edited.png in {config.output_dir}")
+    for name, target in zip(names, result.targets, strict=True):
+        print(f"{name}: “{target}”")
+    for name, untouched in zip(names, result.untouched, strict=False):
+        pixels = photo.width * photo.height
+        print(f"{name}: {untouched} of {pixels} pixels ({untouched / pixels:.1%}) are the photo's own")
+    print(f"{result.seconds:.1f} s, reconstruction {similarity:.1f} dB; {', '.join(names)} in {config.output_dir}")
     return config.output_dir
 
 
@@ -75,7 +84,7 @@ def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
     """The settings that the options give; what they leave open is chosen for the base model of the name `base`."""
     null_text = settings_for(
         NullTextSettings, base, iterations=config.null_text_iterations, rate=config.null_text_rate,
-        tolerance=config.null_text_tolerance,
+        tolerance=config.null_text_tolerance, gradient_checkpointing=config.null_text_checkpointing,
     )  # fmt: skip
     dynamic = settings_for(
         DynamicSettings, base, updates=config.dpl_updates, balancing=config.dpl_balancing, disjoint=config.dpl_disjoint,
@@ -94,8 +103,8 @@ def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
 def _uniform(config: PhotoConfig) -> UniformSettings | None:
     """Settings of uniform maps, if they are asked for; the source's row is blended only with mutual self-attention."""
     if not config.uniform:
-        if config.mask or config.strict_background:
-            raise UserError("--mask and --strict_background belong to --uniform: give that too")
+        if config.strict_background:
+            raise UserError("--strict_background belongs to --uniform: give that too, or name the region with --mask")
         return None
     return UniformSettings(
         config.uniform_until, config.uniform_quantile, blend_source=config.controller == "mutual",
@@ -141,7 +150,9 @@ def summary(
 ) -> dict[str, object]:
     """The contents of edit.json."""
     return {
-        "source": source, "target": result.target, "weights": dict(request.weights), "local": list(request.local),
+        "source": source, "target": result.target, "targets": list(result.targets), "weights": dict(request.weights),
+        "local": list(request.local), "mask": None if request.mask is None else str(request.mask),
+        "untouched_pixels": list(result.untouched),
         "settings": asdict(settings), "trajectory": result.trajectory.key, "reconstruction_db": round(similarity, 2),
         "seconds": round(result.seconds, 2), "notes": result.notes,
     }  # fmt: skip

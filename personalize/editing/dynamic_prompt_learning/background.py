@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 from personalize.randomness import generator
 
 MORE_CLUSTERS = (0, 3, 7)  # clusters added, one after the other, while every cluster belongs to a noun
+MAX_CELLS = 48 * 48  # positions that are clustered: with more, their maps are averaged over blocks of positions first
 MAX_ITERATIONS = 100  # of k-means, which stops as soon as no label changes
 
 
@@ -55,6 +56,7 @@ def background_mask(
         dilated: resize like the published script, for which a cell is background if any part of it is; otherwise at
             least half of it must be.
     """
+    self_attention = _pooled(self_attention)
     size = (int(self_attention.shape[0]), int(self_attention.shape[1]))
     labels = kmeans(self_attention.flatten(0, 1), clusters, seed)
     maps = noun_maps.double()
@@ -85,6 +87,23 @@ def find_background(
     if not mask.any():
         return None, ("the nouns attend to the whole photo, so that no background is known: name fewer nouns",)
     return mask, ()
+
+
+def _pooled(self_attention: Tensor) -> Tensor:
+    """`self_attention` (H, W, H·W) with rows and columns averaged over blocks until H·W is at most `MAX_CELLS`.
+
+    k-means works on a matrix of H·W by H·W, which at 64×64 positions would be 134 MB in fp64 and take minutes.
+    """
+    height, width = self_attention.shape[:2]
+    block = 1
+    while -(-height // block) * -(-width // block) > MAX_CELLS:
+        block += 1
+    if block == 1:
+        return self_attention
+    size = (-(-height // block), -(-width // block))
+    columns = interpolate(self_attention.reshape(1, height * width, height, width), size, mode="area")[0]
+    rows = interpolate(columns.flatten(1).T.reshape(1, -1, height, width), size, mode="area")[0]
+    return rows.flatten(1).T.reshape(*size, -1)
 
 
 def _attention_to(spread: Tensor, cells: Tensor) -> Tensor:

@@ -90,6 +90,9 @@ class DynamicSettings:
     words_only: bool = False
     """Leave the padding out of the softmax of the balancing loss, unlike the paper. For base models that attend mostly
     to the padding, so that no word could dominate."""
+    balancing_limit: float | None = None
+    """Threshold of the balancing loss at every step; None is the published 0.3 exp(−i/25). For base models that attend
+    mostly to the padding, where nouns whose maps are good stay above the published one."""
     cap: float | None = None
     """Limit on ‖v − v₀‖ / ‖v₀‖, the distance of an embedding from the word's; None is no limit."""
 
@@ -111,16 +114,20 @@ class Leakage:
     disjoint: float
     background: float
 
-    def within(self, step: Step) -> bool:
-        """Whether all losses are below the thresholds of `step`."""
-        limits = thresholds(step.index, step.count)
+    def within(self, step: Step, balancing_limit: float | None = None) -> bool:
+        """Whether all losses are below the thresholds of `step`; `balancing_limit` as in `thresholds`."""
+        limits = thresholds(step.index, step.count, balancing_limit)
         return all(loss < limit for loss, limit in zip(vars(self).values(), vars(limits).values(), strict=True))
 
 
-def thresholds(index: int, count: int = STEPS) -> Leakage:
-    """Thresholds of step `index` of `count`, in the order of sampling:  β exp(−i/α),  i = 50 index / count (eq. 10)."""
+def thresholds(index: int, count: int = STEPS, balancing_limit: float | None = None) -> Leakage:
+    """Thresholds of step `index` of `count`, in the order of sampling:  β exp(−i/α),  i = 50 index / count (eq. 10).
+
+    balancing_limit: in place of 0.3 exp(−i/25), the same at every step.
+    """
     i = index * STEPS / count
-    return Leakage(0.3 * math.exp(-i / 25), 0.9 * math.exp(-i / 25), 0.7 * math.exp(-i / 50))
+    balancing = 0.3 * math.exp(-i / 25) if balancing_limit is None else balancing_limit
+    return Leakage(balancing, 0.9 * math.exp(-i / 25), 0.7 * math.exp(-i / 50))
 
 
 def leakage(attention: Tensor, groups: Sequence[NounGroup], background: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +250,7 @@ class DynamicFit:
                 self.result.first_losses.append(now)
                 self.result.last_losses.append(now)
             self.result.last_losses[-1] = now
-            if now.within(step):
+            if now.within(step, self.settings.balancing_limit):
                 return
             balancing, disjoint, outside = losses
             total = self.settings.balancing * balancing + self.settings.disjoint * disjoint

@@ -8,13 +8,16 @@ References: Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention C
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
+from itertools import accumulate
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from personalize.editing.dynamic_prompt_learning.nouns import nouns
 from personalize.errors import UserError
 from personalize.models.prompts import WORD, Positions, Span, Tokens, _spelled
 
@@ -142,22 +145,49 @@ def phrase_swaps(source: Tokens, target: Tokens, swaps: Sequence[tuple[str, str]
     return spans
 
 
+def differ_word_for_word(source: Tokens, target: Tokens) -> bool:
+    """Whether words of the source were only exchanged for as many others, none put in and none dropped.
+
+    Words are compared by content: "a cat on the grass" and "a red cat on grass" are equally long, but "red" was put in
+    and "the" dropped.
+    """
+    changes = _word_changes(source, target)
+    return all(high - low == last - first for _, low, high, first, last in changes)
+
+
 def adjective_bindings(source: Tokens, target: Tokens) -> list[tuple[Span, Span]]:
     """Words that the target inserts before a noun: (their positions in the target, the noun's in the source).
 
-    A word counts if no word of the source was removed there, and neither it nor the word after it is punctuation or a
-    function word, such as a preposition, conjunction or article.
+    The noun is the next one of the target after the inserted words, with nothing but further describing words between:
+    "car" for "big" in "a big red car", "teddy bear" for "brown" in "a brown teddy bear". A word counts if no word of
+    the source was removed there, the noun is in the source too, and no function word (preposition, conjunction,
+    article) or punctuation is among the words up to the noun.
     """
-    matcher = SequenceMatcher(None, [w.text for w in source.words], [w.text for w in target.words], autojunk=False)
+    compounds = _noun_words(target)
+    kept = {j: i for kind, low, high, first, _ in _word_changes(source, target, equal=True) if kind == "equal"
+            for i, j in zip(range(low, high), range(first, first + high - low), strict=True)}  # fmt: skip
     bindings = []
-    for kind, low, _, first, last in matcher.get_opcodes():
-        if kind != "insert" or low >= len(source.words):
+    for kind, _, _, first, last in _word_changes(source, target):
+        noun = next((words for words in compounds if words.start >= last), None)
+        if kind != "insert" or noun is None or not set(noun) <= set(kept):
             continue
-        noun, added = source.words[low], target.words[first:last]
-        plain = all(word.text[0].isalnum() and word.text not in FUNCTION_WORDS for word in (*added, noun))
-        if plain:
-            bindings += [(word.positions, noun.positions) for word in added]
+        if all(word.text[0].isalnum() and word.text not in FUNCTION_WORDS for word in target.words[first : noun.start]):
+            places = sum((source.words[kept[at]].positions for at in noun), ())
+            bindings += [(word.positions, places) for word in target.words[first:last]]
     return bindings
+
+
+def _word_changes(source: Tokens, target: Tokens, *, equal: bool = False) -> list[tuple[str, int, int, int, int]]:
+    """`difflib` opcodes that turn the words of `source` into those of `target`, those of equal words only if asked."""
+    matcher = SequenceMatcher(None, [w.text for w in source.words], [w.text for w in target.words], autojunk=False)
+    return [change for change in matcher.get_opcodes() if equal or change[0] != "equal"]
+
+
+def _noun_words(tokens: Tokens) -> list[range]:
+    """The numbers of the words of each noun of the prompt, compounds as one."""
+    text = " ".join(word.text for word in tokens.words)
+    ends = list(accumulate(len(word.text) + 1 for word in tokens.words))  # of each word, with the space after it
+    return [range(bisect(ends, noun.start), bisect(ends, noun.end) + 1) for noun in nouns(text)]
 
 
 def _longest_first(swaps: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -6,8 +6,9 @@ Cross-attention, for the share `cross_replace_steps` of the steps, with A (n, q,
 
 M (l, l) and own (l) say which tokens of the two prompts correspond (`Alignment`); c (l) are weights of words.
 
-Self-attention, for the share `self_replace_steps` of the steps, in layers of at most `self_max_queries` image
-positions: A_target ← A_source, by giving the target the source's queries and keys. The values remain the target's. The
+Self-attention, for the share `self_replace_steps` of the steps, in the layers whose maps have at most
+`self_max_side` positions a side at the base's own size: A_target ← A_source, by giving the target the source's queries
+and keys. The layers are the same for photos of every shape and size. The values remain the target's. The
 source row (row 0) and the unconditional pass are not changed.
 
 References: Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Control", arXiv 2208.01626, §3; Yang et
@@ -16,24 +17,25 @@ al., "Dynamic Prompt Learning", arXiv 2309.15664, for giving an adjective the ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, max_pool2d
 
 from personalize.editing.prompt_to_prompt.alignment import (
     adjective_bindings,
+    differ_word_for_word,
     phrase_swaps,
     refinement_mapper,
     replacement_mapper,
     word_swaps,
 )
+from personalize.editing.prompt_to_prompt.local_blend import LocalBlend, per_word, word_blend
 from personalize.errors import UserError
-from personalize.models.attention import AttentionHook, AttentionSite
-from personalize.models.attention_maps import MapSum, calibration_layers
+from personalize.models.attention import AttentionHook, AttentionSite, attention_sites
+from personalize.models.attention_maps import MapSum, stage_layers
 from personalize.models.prompts import Span, Tokens, tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import LatentEdit
@@ -51,13 +53,15 @@ class ControlSettings:
 
     mode: Literal["auto", "replace", "refine"] = "auto"
     """replace: word for word, in prompts of equally many words; refine: words are inserted or removed; auto: replace if
-    the words were swapped or are equally many, else refine."""
+    words were only exchanged for as many others, else refine."""
     cross_replace_steps: float = 0.8
     """Share of the steps in which the target gets the source's cross-attention maps."""
     self_replace_steps: float = 0.5
     """Share of the steps in which the target gets the source's self-attention maps."""
-    self_max_queries: int = 1024
-    """Self-attention layers with more image positions than this are not changed."""
+    self_max_side: int = 48
+    """Self-attention layers are changed if their maps have at most this side when the base is used at its own square
+    size: SD 1's 32 and SD 2's 48 are the same layers (11 of 16), below SDXL's 64 are 60 of 70. The papers' limit of
+    1024 positions is a side of 32 on SD 1."""
     bind_adjectives: bool = True
     """Words inserted before a noun get the noun's map; only in mode refine."""
     word_steps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -100,8 +104,8 @@ def align(
     Raises:
         UserError: in mode replace, the prompts have different numbers of words.
     """
-    equal = len(source.words) == len(target.words)
-    mode = settings.mode if settings.mode != "auto" else "replace" if swaps or equal else "refine"
+    exchanged = bool(swaps) or differ_word_for_word(source, target)
+    mode = settings.mode if settings.mode != "auto" else "replace" if exchanged else "refine"
     if mode == "replace":
         source_ids, target_ids = ([*tokens.ids, *[-1] * (length - len(tokens.ids))] for tokens in (source, target))
         matrix = replacement_mapper(source_ids, target_ids, swaps or word_swaps(source, target))
@@ -151,14 +155,14 @@ class TextControl(AttentionHook):
 class SelfControl(AttentionHook):
     """Gives rows 1 … (the targets) the self-attention maps of row 0 (the source) before step number `end`.
 
-    Only in layers of at most `most` image positions.
+    `layers` are names of self-attention layers, see `coarse_self_layers`.
     """
 
-    def __init__(self, end: int, most: int) -> None:
-        self.end, self.most = end, most
+    def __init__(self, end: int, layers: Iterable[str]) -> None:
+        self.end, self.layers = end, frozenset(layers)
 
     def wants(self, site: AttentionSite) -> bool:
-        return not site.cross and site.height * site.width <= self.most
+        return site.name in self.layers
 
     def active(self, site: AttentionSite) -> bool:
         return site.branch == "cond" and site.step.index < self.end
@@ -167,34 +171,10 @@ class SelfControl(AttentionHook):
         return q[:1].expand_as(q), k[:1].expand_as(k), v
 
 
-class LocalBlend(LatentEdit):
-    """Local blend: outside the regions of given words, rows 1 … become row 0:  z ← z_source + m (z − z_source).
-
-    m is the union of the source word's and the target word's region. A word's region is where its mean map so far,
-    3×3 max-pooled and resized to the latents, is at least `threshold` of its maximum.
-
-    Args:
-        maps: a hook of the same edit; it must come after the hooks that change maps.
-        words: (b, l), 1 at the tokens of the words, else 0; one row for the source and one for each target.
-        threshold: share of the maximum, in [0, 1].
-        begin: number of the first step that is blended.
-    """
-
-    def __init__(self, maps: MapSum, words: Tensor, threshold: float, begin: int) -> None:
-        self.maps, self.words, self.threshold, self.begin = maps, words, threshold, begin
-
-    def latents(self, z: Tensor, step: Step) -> Tensor:
-        if step.index < self.begin:
-            return z
-        return torch.where(self.mask((z.shape[-2], z.shape[-1])), z, z[:1])
-
-    def mask(self, size: tuple[int, int]) -> Tensor:
-        """m: where rows keep their own latents, boolean (b, 1, h, w), for latents of `size` (h, w)."""
-        mean = self.maps.mean()
-        heat = (mean * self.words.to(mean)[:, None, None]).sum(-1)[:, None]
-        heat = interpolate(max_pool2d(heat, 3, 1, 1), size, mode="nearest")
-        region = heat >= self.threshold * heat.amax((-2, -1), keepdim=True)
-        return region[:1] | region
+def coarse_self_layers(model: StableDiffusion, max_side: int) -> frozenset[str]:
+    """Names of the self-attention layers whose maps have at most `max_side` positions a side at the base's own size."""
+    sites = attention_sites(model.unet)
+    return frozenset(name for name, site in sites.items() if not site.cross and site.side <= max_side)
 
 
 @dataclass(frozen=True)
@@ -219,7 +199,6 @@ def make_controls(
     targets: str | Sequence[str],
     *,
     steps: int,
-    size: tuple[int, int],
     settings: ControlSettings = ControlSettings(),
     swaps: Sequence[tuple[str, str]] = (),
     weights: Mapping[str, float] | None = None,
@@ -230,7 +209,6 @@ def make_controls(
 
     Args:
         steps: number of steps of the schedule.
-        size: of the latents, (h, w).
         swaps: (phrase of the source, phrase of every target) that correspond; by default found by comparing words.
         weights: factors on the maps of words of the targets.
         blend: (word of the source, word of the targets): the targets may differ only in the regions of these words.
@@ -246,34 +224,21 @@ def make_controls(
         align(source_tokens, one, length, settings, phrase_swaps(source_tokens, one, swaps) if swaps else ())
         for one in target_tokens
     )
-    factors = [_per_word(one, weights or {}, 1.0, length) for one in target_tokens]
+    factors = [per_word(one, weights or {}, 1.0, length) for one in target_tokens]
     starts = {word: round(low * steps) for word, (low, _) in settings.word_steps.items()}
     ends = {word: round(high * steps) for word, (_, high) in settings.word_steps.items()}
-    begin = [_per_word(one, starts, 0, length) for one in target_tokens]
-    end = [_per_word(one, ends, round(settings.cross_replace_steps * steps), length) for one in target_tokens]
+    begin = [per_word(one, starts, 0, length) for one in target_tokens]
+    end = [per_word(one, ends, round(settings.cross_replace_steps * steps), length) for one in target_tokens]
     hooks: list[AttentionHook] = [TextControl(alignments, factors, begin, end)]
     if self_end := round(settings.self_replace_steps * steps):
-        hooks.append(SelfControl(self_end, settings.self_max_queries))
-    maps = MapSum(calibration_layers(model.unet, size)) if blend or keep_maps else None
-    edits: tuple[LatentEdit, ...] = ()
-    if maps is not None:
-        hooks.append(maps)
-    if maps is not None and blend:
-        marked = [_marked(source_tokens, [old for old, _ in blend], length)]
-        marked += [_marked(one, [new for _, new in blend], length) for one in target_tokens]
-        edits = (LocalBlend(maps, torch.stack(marked), settings.blend_threshold, round(settings.blend_start * steps)),)
+        hooks.append(SelfControl(self_end, coarse_self_layers(model, settings.self_max_side)))
+    maps, edits = None, ()
+    if blend:
+        maps, blender = word_blend(
+            model, source_tokens, target_tokens, blend, settings.blend_threshold, round(settings.blend_start * steps)
+        )
+        edits = (blender,)
+    elif keep_maps:
+        maps = MapSum(stage_layers(model))
+    hooks += [] if maps is None else [maps]
     return Controls(tuple(hooks), edits, alignments, source_tokens, target_tokens, maps)
-
-
-def _per_word(tokens: Tokens, values: Mapping[str, float], default: float, length: int) -> Tensor:
-    """A value for each token, (l,): `values` at every occurrence of their words, `default` elsewhere."""
-    row = torch.full((length,), float(default))
-    for word, value in values.items():
-        for span in tokens.find(word):
-            row[list(span)] = float(value)
-    return row
-
-
-def _marked(tokens: Tokens, words: Sequence[str], length: int) -> Tensor:
-    """1 at the tokens of every occurrence of `words`, else 0: (l,)."""
-    return _per_word(tokens, dict.fromkeys(words, 1.0), 0.0, length)

@@ -56,8 +56,8 @@ def test_everything_is_drawn_and_written_down(places, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--target", "a fox", "--mask", "mask.png"], "belong to --uniform"),
-        (["--target", "a fox", "--strict_background"], "belong to --uniform"),
+        (["--target", "a fox", "--mask", "0,0,99,9"], "does not lie in the picture of 64×64 px"),
+        (["--target", "a fox", "--strict_background"], "belongs to --uniform"),
         (["--target", "a fox", "--controller", "mutual", "--dpl"], "no source prompt"),
         (["--target", "a fox", "--controller", "mutual", "--weight", "fox=2"], "belong to the controller p2p"),
         (["--target", "a fox", "--dpl", "--nouns", "cta"], "did you mean cat"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from personalize.editing.dynamic_prompt_learning import background
 from personalize.editing.dynamic_prompt_learning.background import background_mask, find_background, kmeans
 from personalize.randomness import generator
 
@@ -81,3 +82,14 @@ def test_the_published_resize_eats_into_the_objects():
     ours = background_mask(self_attention(), maps)
     theirs = background_mask(self_attention(), maps, dilated=True)
     assert bool((ours <= theirs).all()) and int(theirs.sum()) > int(ours.sum())
+
+
+def test_more_positions_than_the_bound_are_averaged_over_blocks_before_they_are_clustered(monkeypatch):
+    """k-means sees at most `MAX_CELLS` rows of as many values, and finds the same background."""
+    maps = torch.stack([noun_map(1), noun_map(4)])
+    whole = background_mask(self_attention(), maps)
+    monkeypatch.setattr(background, "MAX_CELLS", 16)
+    shapes, keep = [], background.kmeans
+    monkeypatch.setattr(background, "kmeans", lambda rows, *more: shapes.append(rows.shape) or keep(rows, *more))
+    assert torch.equal(background_mask(self_attention(), maps), whole)
+    assert shapes == [(16, 16)]

@@ -192,3 +192,20 @@ def test_phrases_are_swapped_at_once_also_for_words_that_stand_there_already():
 def test_dpl_c67_adjectives_find_their_noun(source, target, expected):
     base = model()
     assert adjective_bindings(tokenize_prompt(base, source), tokenize_prompt(base, target)) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "bound"),
+    [
+        ("a red cat", "a fluffy red cat", {"fluffy": "cat"}),
+        ("a photo cat", "a red photo cat", {"red": "photo cat"}),
+        ("a cat and a dog", "a cat and a red fluffy dog", {"red": "dog", "fluffy": "dog"}),
+        ("a cat", "a cat in red snow", {}),
+        ("a cat, a dog", "a cat, a red dog", {"red": "dog"}),
+    ],
+)
+def test_an_adjective_is_bound_to_its_noun_and_not_to_the_next_word(source, target, bound):
+    base = tiny("sd1")
+    old, new = tokenize_prompt(base, source), tokenize_prompt(base, target)
+    expected = [(new.find(word)[0], old.find(noun)[0]) for word, noun in bound.items()]
+    assert adjective_bindings(old, new) == expected

@@ -15,11 +15,13 @@ from personalize.editing.prompt_to_prompt.control import (
     SelfControl,
     TextControl,
     align,
+    coarse_self_layers,
     make_controls,
 )
 from personalize.errors import UserError
-from personalize.models.attention import AttentionSite, hooked
+from personalize.models.attention import AttentionSite, attention_sites, hooked
 from personalize.models.attention_maps import MapStore, MapSum, calibration_layers
+from personalize.models.empty import empty_model
 from personalize.models.prompts import tokenize_prompt
 from personalize.sampling.denoise import denoise, denoise_with_history
 from personalize.sampling.inversion import invert
@@ -45,9 +47,7 @@ def tokenized(text):
 
 
 def hook(source, target, weights=None, **settings):
-    made = make_controls(
-        shared(), source, target, steps=10, size=LATENTS, weights=weights, settings=ControlSettings(**settings)
-    )
+    made = make_controls(shared(), source, target, steps=10, weights=weights, settings=ControlSettings(**settings))
     return made.hooks[0]
 
 
@@ -91,13 +91,40 @@ def test_steps_are_counted_by_the_loop_and_words_may_have_their_own():
     assert active == [True] * 7 + [False] * 3 and not control.active(site(branch="null"))
     beach = [torch.equal(control.probs(p, site(index))[1, ..., 6], p[0, ..., 6]) for index in range(10)]
     assert beach == [index in (2, 3) for index in range(10)]
-    mine = SelfControl(3, 16)
+    mine = SelfControl(3, [LAYER])
     assert [mine.active(site(index)) for index in range(5)] == [True] * 3 + [False] * 2
-    assert mine.wants(site(cross=False)) and not mine.wants(site(cross=False, width=5)) and not mine.wants(site())
+    assert mine.wants(site()) and not SelfControl(3, []).wants(site())
+
+
+@pytest.mark.parametrize(("family", "controlled", "layers"), [("sd1", 11, 16), ("sd2", 11, 16), ("sdxl", 60, 70)])
+def test_the_same_self_attention_layers_are_controlled_at_every_shape(family, controlled, layers):
+    """A count of positions took 6 of SD 1.5's layers at 4:3 in place of 11, and none of SDXL's in place of 60."""
+    model: Any = empty_model(family)
+    made = make_controls_of(model)
+    side = model.unet.config["sample_size"]
+    for width, height in ((1, 1), (4, 3), (3, 2), (16, 9), (9, 16)):
+        scale = (width / height) ** 0.5
+        size = (8 * round(side / scale / 8), 8 * round(side * scale / 8))
+        sites = [one for one in attention_sites(model.unet, size).values() if not one.cross]
+        assert (sum(made.wants(one) for one in sites), len(sites)) == (controlled, layers), (width, height)
+
+
+def make_controls_of(model: Any) -> SelfControl:
+    return SelfControl(1, coarse_self_layers(model, PLAIN.self_max_side))
+
+
+def test_words_exchanged_for_as_many_are_replaced_and_others_are_aligned_by_content():
+    """Equally long, but "red" was put in and "the" dropped: word for word, "cat" would get the map of "on"."""
+    source = tokenized("a cat on the beach")
+    assert align(source, tokenized("a dog on the snow"), 77).mode == "replace"
+    found = align(source, tokenized("a red cat on beach"), 77)
+    assert found.mode == "refine"
+    assert found.matrix[2, 3] == found.matrix[3, 4] == found.matrix[5, 5] == 1  # cat, on, beach
+    assert found.matrix[2, 2] == 1, "the adjective has the map of its noun"
 
 
 def test_several_targets_have_alignments_of_their_own():
-    made = make_controls(shared(), SOURCE, [TARGET, "a fox on the beach"], steps=10, size=LATENTS)
+    made = make_controls(shared(), SOURCE, [TARGET, "a fox on the beach"], steps=10)
     assert [one.mode for one in made.alignments] == ["replace", "refine"]
     p = maps(3)
     found = made.hooks[0].probs(p, site())
@@ -176,7 +203,7 @@ def ddim():
 def sampled(run, target, settings=PLAIN, hooks=(), **more):
     """Latents (2, c, h, w) of source and target."""
     model = shared()
-    made = make_controls(model, SOURCE, target, steps=STEPS, size=LATENTS, settings=settings, **more)
+    made = make_controls(model, SOURCE, target, steps=STEPS, settings=settings, **more)
     with torch.no_grad():
         edit = run.edit(model.prompts([target], SIZE), hooks=(*made.hooks, *hooks), latent_edits=made.latent_edits)
     return denoise(model, run.start(2), edit, run.schedule(model))
@@ -215,7 +242,7 @@ def test_dpl_c67_word_swap_through_all_steps_keeps_every_map(ddim):
 def test_dpl_c67_outside_the_blend_the_target_is_the_source(ddim):
     model = shared()
     settings = ControlSettings(blend_start=0, blend_threshold=0.9)
-    made = make_controls(model, SOURCE, TARGET, steps=STEPS, size=LATENTS, settings=settings, blend=[("cat", "dog")])
+    made = make_controls(model, SOURCE, TARGET, steps=STEPS, settings=settings, blend=[("cat", "dog")])
     with torch.no_grad():
         edit = ddim.edit(model.prompts([TARGET], SIZE), hooks=made.hooks, latent_edits=made.latent_edits)
     rows = denoise_with_history(model, ddim.start(2), edit, ddim.schedule(model)).latents[-1]
@@ -246,7 +273,7 @@ def test_layers_are_left_as_they_were_when_the_body_raises(ddim):
 )
 def test_mistakes_name_the_word(more, says):
     with pytest.raises(UserError, match=says):
-        make_controls(shared(), SOURCE, TARGET, steps=4, size=LATENTS, **more)
+        make_controls(shared(), SOURCE, TARGET, steps=4, **more)
 
 
 @pytest.mark.parametrize("wrong", [{"cross_replace_steps": 1.2}, {"blend_threshold": -0.1}, {"mode": "swap"}])

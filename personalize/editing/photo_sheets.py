@@ -1,0 +1,53 @@
+"""Sheets of pictures that show an edit of a photo: before and after, where words look, where the photo may change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from PIL import Image
+
+from personalize.editing.prompt_to_prompt.alignment import FUNCTION_WORDS
+from personalize.editing.prompt_to_prompt.control import Controls
+from personalize.editing.uniform_attention import UniformBlend
+from personalize.io.figures import grid, overlay
+from personalize.models.attention_maps import MapSum
+from personalize.models.image_processor import PaddedImage
+from personalize.models.map_filters import normalised
+
+PUNCTUATION = ".,;:!?'’-()"  # left out of the sheet of attention maps
+
+
+def edit_sheet(
+    photo: Image.Image, reconstruction: Image.Image, edits: Sequence[Image.Image], source: str, targets: Sequence[str]
+) -> Image.Image:  # fmt: skip
+    """Photo, reconstruction and every edit side by side."""
+    names = ["edit"] if len(edits) == 1 else list(targets)
+    title = f"{targets[0]} (was: {source})" if len(edits) == 1 else f"was: {source}"
+    return grid([[photo, reconstruction, *edits]], columns=["photo", "reconstruction", *names], title=title, cell=256)
+
+
+def word_sheet(control: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """The attention map of each word of source (first row) and targets, over their padded `pictures` cut to `size`.
+
+    `size` is (H, W) in pixels.
+    """
+    height, width = size
+    rows, words = [], []
+    for heat, tokens, picture in zip(maps.mean().cpu(), (control.source, *control.targets), pictures, strict=True):
+        shown = (word for word in tokens.words if word.text[-1] not in PUNCTUATION)
+        words.append([word for word in shown if word.text not in FUNCTION_WORDS])
+        marked = [overlay(picture, normalised(heat[..., list(word.positions)].sum(-1))) for word in words[-1]]
+        rows.append([one.crop((0, 0, width, height)) for one in marked])
+    pairs = zip_longest(*([word.text for word in row] for row in words), fillvalue="–")
+    columns = [" / ".join(dict.fromkeys(pair)) for pair in pairs]
+    labels = ["source", *["target"] * len(control.targets)]
+    return grid(rows, columns=columns, labels=labels, title="Where each word looks")
+
+
+def mask_sheet(frame: PaddedImage, blend: UniformBlend) -> Image.Image:
+    """A sheet of the photo in which only what may change is not faded: at each blended step, and at any of them."""
+    masks = {f"t {start:g}": mask[0].any(0) for start, mask in blend.masks.items()} | {"any": blend.edited_region()}
+    faded = Image.blend(frame.picture, Image.new("RGB", frame.picture.size, "white"), 0.85)
+    pictures = [Image.composite(frame.picture, faded, frame.mask_to_picture(mask)) for mask in masks.values()]
+    return grid([pictures], columns=list(masks), title="Where the photo may change", cell=96)

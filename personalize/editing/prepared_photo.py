@@ -1,0 +1,97 @@
+"""What is computed from a photo before its edit is sampled: inversion, dynamic prompts, auxiliary reconstruction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from personalize.editing.dynamic_prompt_learning.fit import DynamicPrompt
+from personalize.editing.dynamic_prompt_learning.leakage import (
+    AttentionReport,
+    mean_noun_maps,
+    noun_map_sheet,
+    report_attention,
+)
+from personalize.editing.dynamic_prompt_learning.noun_groups import noun_groups
+from personalize.editing.dynamic_prompt_learning.stored_fit import fit_dynamic_prompt
+from personalize.editing.real_image_settings import EditRequest, PhotoSettings
+from personalize.editing.region import EditRegion
+from personalize.editing.uniform_attention import UniformBlend, UniformSettings, auxiliary_estimates
+from personalize.errors import UserError
+from personalize.models.image_processor import PaddedImage
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.sampling.inversion import invert
+from personalize.sampling.schedule import make_schedule
+from personalize.sampling.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """A photo that is ready to be edited.
+
+    report: where its nouns attend, if they are made dynamic; dynamic: their fitted embeddings.
+    blend: the auxiliary reconstruction, if uniform attention maps are used.
+    """
+
+    trajectory: Trajectory
+    report: AttentionReport | None = None
+    dynamic: DynamicPrompt | None = None
+    blend: UniformBlend | None = None
+
+
+def prepare_image(
+    model: StableDiffusion, frame: PaddedImage, source: str, request: EditRequest, settings: PhotoSettings,
+    folder: str | Path | None, cache: str | Path | None, region: EditRegion | None, *, plain: bool,
+) -> PreparedImage:  # fmt: skip
+    """Invert a photo and, unless `plain`, fit its dynamic prompt and sample its auxiliary reconstruction."""
+    dynamic, uniform = (None, None) if plain else (settings.dynamic, settings.uniform)
+    mask = None if region is None else region.cells
+    if dynamic is not None:
+        noun_groups(model, source, request.regions.nouns)  # raises before anything is inverted
+    scale, null_text = settings.guidance(model.name), settings.null_text_settings(model.name)
+    joint = dynamic is not None and settings.inversion == "null-text"  # null embeddings are fitted with the nouns
+    trajectory = invert(
+        model, frame.pixels, "" if settings.controller == "mutual" else source,
+        "ddim" if joint else settings.inversion, steps=settings.steps, strength=settings.inverted_share,
+        seed=settings.seed, null_text=null_text, fixed_point=settings.fixed_point, folder=folder, cache=cache,
+        guidance_scale=scale if settings.inversion == "null-text" else None,
+    )  # fmt: skip
+    blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, mask)
+    if dynamic is None:
+        return PreparedImage(trajectory, blend=blend)
+    report = report_attention(model, frame, trajectory, source, request.regions, dynamic)
+    rows, trajectory = fit_dynamic_prompt(
+        model, trajectory, source, report, dynamic, size=pixel_size(frame), guidance_scale=scale,
+        null_text=null_text if joint else None, cache=cache,
+    )  # fmt: skip
+    return PreparedImage(trajectory, report, rows, blend)
+
+
+def blend_of(
+    model: StableDiffusion, frame: PaddedImage, trajectory: Trajectory, settings: UniformSettings, mask: Tensor | None
+) -> UniformBlend:
+    """The latent edit of uniform maps, with the auxiliary reconstruction of the photo; `mask` boolean (h, w)."""
+    down = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"])
+    up = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"], inverse=True)
+    clean = auxiliary_estimates(model, model.encode(frame.pixels), up, down, settings)
+    if not clean:
+        raise UserError("no step is below the uniform maps' limit: raise --uniform_until or the number of steps")
+    return UniformBlend(clean, settings, mask)
+
+
+def dynamic_noun_sheet(model: StableDiffusion, frame: PaddedImage, prepared: PreparedImage) -> Image.Image:
+    """A sheet with the attention map of each noun of the photo before and after dynamic prompts fitted it."""
+    assert prepared.report is not None and prepared.dynamic is not None
+    dynamic = prepared.dynamic.conditionings(model, [prepared.dynamic.prompt], pixel_size(frame))
+    stages = {"before": [prepared.trajectory.conditioning] * len(dynamic), "after": dynamic}
+    groups, trajectory = prepared.report.groups, prepared.trajectory
+    maps = {name: mean_noun_maps(model, trajectory, groups, one) for name, one in stages.items()}
+    return noun_map_sheet(frame, groups, maps)
+
+
+def pixel_size(frame: PaddedImage) -> tuple[int, int]:
+    """Height and width of the padded photo in pixels."""
+    return int(frame.pixels.shape[-2]), int(frame.pixels.shape[-1])

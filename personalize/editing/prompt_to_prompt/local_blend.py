@@ -1,0 +1,83 @@
+"""Local blend: an edit may change a photo only where given words attend (Hertz et al., arXiv 2208.01626, §3.3).
+
+It needs the attention maps of the batch alone, so that it goes with every way of controlling attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, max_pool2d
+
+from personalize.models.attention_maps import MapSum, stage_layers
+from personalize.models.prompts import Tokens
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.sampling.denoise import LatentEdit
+from personalize.sampling.schedule import Step
+
+
+class LocalBlend(LatentEdit):
+    """Local blend: outside the regions of given words, rows 1 … become row 0:  z ← z_source + m (z − z_source).
+
+    m is the union of the source word's and the target word's region. A word's region is where its mean map so far,
+    3×3 max-pooled and resized to the latents, is at least `threshold` of its maximum.
+
+    Args:
+        maps: a hook of the same edit; it must come after the hooks that change maps.
+        words: (b, l), 1 at the tokens of the words, else 0; one row for the source and one for each target. A row
+            without words has no region.
+        threshold: share of the maximum, in [0, 1].
+        begin: number of the first step that is blended.
+    """
+
+    def __init__(self, maps: MapSum, words: Tensor, threshold: float, begin: int) -> None:
+        self.maps, self.words, self.threshold, self.begin = maps, words, threshold, begin
+
+    def latents(self, z: Tensor, step: Step) -> Tensor:
+        if step.index < self.begin:
+            return z
+        return torch.where(self.mask((z.shape[-2], z.shape[-1])), z, z[:1])
+
+    def mask(self, size: tuple[int, int]) -> Tensor:
+        """m: where rows keep their own latents, boolean (b, 1, h, w), for latents of `size` (h, w)."""
+        mean = self.maps.mean()
+        heat = (mean * self.words.to(mean)[:, None, None]).sum(-1)[:, None]
+        heat = interpolate(max_pool2d(heat, 3, 1, 1), size, mode="nearest")
+        most = heat.amax((-2, -1), keepdim=True)
+        region = (heat >= self.threshold * most) & (most > 0)  # a row without words has no region
+        return region[:1] | region
+
+
+def word_blend(
+    model: StableDiffusion, source: Tokens | None, targets: Sequence[Tokens], words: Sequence[tuple[str, str]],
+    threshold: float, begin: int,
+) -> tuple[MapSum, LocalBlend]:  # fmt: skip
+    """The hook that collects the maps, to be put after those that change them, and the local blend that reads it.
+
+    Args:
+        source: the source prompt, or None if the source row has none; then the targets' words alone count.
+        words: (word of the source, word of the targets).
+
+    Raises:
+        UserError: a word is not in its prompt.
+    """
+    maps, length = MapSum(stage_layers(model)), model.tokenizers[0].model_max_length
+    first = torch.zeros(length) if source is None else _marked(source, [old for old, _ in words], length)
+    marked = [first, *(_marked(one, [new for _, new in words], length) for one in targets)]
+    return maps, LocalBlend(maps, torch.stack(marked), threshold, begin)
+
+
+def per_word(tokens: Tokens, values: Mapping[str, float], default: float, length: int) -> Tensor:
+    """A value for each token, (l,): `values` at every occurrence of their words, `default` elsewhere."""
+    row = torch.full((length,), float(default))
+    for word, value in values.items():
+        for span in tokens.find(word):
+            row[list(span)] = float(value)
+    return row
+
+
+def _marked(tokens: Tokens, words: Sequence[str], length: int) -> Tensor:
+    """1 at the tokens of every occurrence of `words`, else 0: (l,)."""
+    return per_word(tokens, dict.fromkeys(words, 1.0), 0.0, length)
