@@ -14,7 +14,7 @@ from tests.support.hub import Hub
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
-    monkeypatch.setattr(Hub, "told", [])
+    monkeypatch.setattr(Hub, "calls", [])
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     return Hub
 
@@ -27,13 +27,13 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_repository_is_made_private_where_a_person_is_shown(api: type[Hub]) -> None:
     assert hub.repository("mine", private=True) == "me/mine"
-    assert api.told == [{"repo_id": "mine", "private": True, "exist_ok": True}]
+    assert api.calls == [{"repo_id": "mine", "private": True, "exist_ok": True}]
 
 
 def test_only_the_adapters_own_files_go_up(api: type[Hub], folder: Path) -> None:
     assert hub.push(folder, "me/mine") == "https://hub/me/mine"
-    (told,) = api.told
-    assert told["allow_patterns"] == ["adapter.json", "mine.safetensors"] and told["folder_path"] == folder
+    (call,) = api.calls
+    assert call["allow_patterns"] == ["adapter.json", "mine.safetensors"] and call["folder_path"] == folder
 
 
 def test_failures_are_one_line_and_say_what_to_do(api: type[Hub], folder: Path, monkeypatch) -> None:

@@ -76,8 +76,8 @@ def test_an_adapter_of_the_embedded_model_is_not_offered_to_programs_it_does_not
 
 
 def test_the_card_says_how_exactly_the_picture_comes_back():
-    told = " ".join(card(source=False, reconstruction_db=21.04, autoencoder_db=31.5).split())
-    assert "a PSNR of 21.0 dB to the source" in told and "10.5 dB below" in told
+    text = " ".join(card(source=False, reconstruction_db=21.04, autoencoder_db=31.5).split())
+    assert "a PSNR of 21.0 dB to the source" in text and "10.5 dB below" in text
     assert "dB from the source" not in card(), "no figure is claimed that was not measured"
 
 

@@ -179,10 +179,10 @@ def test_a_stock_pipeline_reads_prompts_as_we_do(name: str, eos: int | None, tmp
     with torch.no_grad(), installed_tokens(model, concepts):
         ours = model.prompts([text])
     pipe = stock(other, concepts, tmp_path)
-    told = pipe.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
-    torch.testing.assert_close(ours.embeds, told[0], atol=1e-6, rtol=0)
+    theirs = pipe.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours.embeds, theirs[0], atol=1e-6, rtol=0)
     if name == "sdxl":
-        torch.testing.assert_close(ours.pooled, told[2], atol=1e-6, rtol=0)
+        torch.testing.assert_close(ours.pooled, theirs[2], atol=1e-6, rtol=0)
 
 
 def test_companion_pooling_at_the_end_mark_is_not_what_a_stock_sdxl_pipeline_does() -> None:

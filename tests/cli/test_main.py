@@ -182,9 +182,7 @@ def test_every_option_is_documented():
             "RunOptions", "PriorPreservationOptions", "LoraTrainingConfig", "SingleImageConfig", "MultiConceptConfig",
         ),
     }  # fmt: skip
-    classes += [
-        (ROOT / "personalize" / room / "config.py", name) for room, names in shared.items() for name in names
-    ]
+    classes += [(ROOT / "personalize" / room / "config.py", name) for room, names in shared.items() for name in names]
     for path, name in classes:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)

@@ -31,15 +31,15 @@ SAMPLING = Sampling(steps=20)
 
 def random_sd15() -> StableDiffusion:
     """Stable Diffusion 1.5 in shape, with random weights, its UNet in bf16."""
-    told = {part: json.loads((CONFIGS / "sd15" / part / "config.json").read_text()) for part in ("unet", "vae")}
+    configs = {part: json.loads((CONFIGS / "sd15" / part / "config.json").read_text()) for part in ("unet", "vae")}
     text = json.loads((CONFIGS / "sd15" / "text_encoder" / "config.json").read_text())
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    unet = UNet2DConditionModel.from_config(told["unet"])
+    unet = UNet2DConditionModel.from_config(configs["unet"])
     torch.set_default_dtype(torch.float32)
     schedule = json.loads((CONFIGS / "sd15" / "scheduler" / "scheduler_config.json").read_text())
     pipe: Any = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_config(told["vae"]), unet=unet, scheduler=DDIMScheduler.from_config(schedule),
+        vae=AutoencoderKL.from_config(configs["vae"]), unet=unet, scheduler=DDIMScheduler.from_config(schedule),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(text)), tokenizer=clip_tokenizer(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -66,10 +66,10 @@ def test_two_updates_of_sd15_take_at_most_12_gb() -> None:
             return {"updates": len(reports), "weights": weights, "learns": learns, "peak": peak,
                     "expected": expected.total / 1024**3, "said": str(expected)}  # fmt: skip
 
-    told, _ = in_child(two_updates, seconds=1700)
-    print(told)
-    assert (told["updates"], told["weights"], told["learns"]) == (2, 859_520_964, 12_254_208)
-    assert told["peak"] <= 12  # GiB, with Python and its libraries
+    outcome, _ = in_child(two_updates, seconds=1700)
+    print(outcome)
+    assert (outcome["updates"], outcome["weights"], outcome["learns"]) == (2, 859_520_964, 12_254_208)
+    assert outcome["peak"] <= 12  # GiB, with Python and its libraries
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def real(request: pytest.FixtureRequest) -> StableDiffusion:
     return StableDiffusion.load(folder)
 
 
-def probe(model: StableDiffusion, pixels: torch.Tensor, told: Conditioning) -> list[float]:
+def probe(model: StableDiffusion, pixels: torch.Tensor, conditioning: Conditioning) -> list[float]:
     """Mean squared error in each quarter of the timesteps, on 64 fixed (t, noise) pairs never used in training."""
     latents, t = model.encode(pixels), torch.arange(64, device=model.device) * 1000 // 64 + 7
     noise = torch.randn(64, *latents.shape[1:], generator=generator(99, "probe")).to(latents)
@@ -88,7 +88,8 @@ def probe(model: StableDiffusion, pixels: torch.Tensor, told: Conditioning) -> l
     with torch.no_grad():
         for n in range(64):
             z, e, s = latents, noise[n : n + 1], t[n : n + 1]
-            errors.append(float((model.predict(model.noised(z, e, s), s, told) - model.target(z, e, s)).pow(2).mean()))
+            predicted = model.predict(model.noised(z, e, s), s, conditioning)
+            errors.append(float((predicted - model.target(z, e, s)).pow(2).mean()))
     return [sum(errors[16 * q : 16 * q + 16]) / 16 for q in range(4)]
 
 
@@ -105,8 +106,8 @@ def test_forgedit_c20_the_probe_loss_falls_in_every_quarter_of_the_timesteps(rea
     load_lora(real.unet, adapter.lora, adapter.rank, adapter.alpha)
     try:
         times = None if "pooled" not in source else real.time_ids(1, size)
-        told = Conditioning(source["embeds"], source.get("pooled"), times).to(real.device)
-        after = probe(real, pixels, told)
+        conditioning = Conditioning(source["embeds"], source.get("pooled"), times).to(real.device)
+        after = probe(real, pixels, conditioning)
     finally:
         remove_lora(real.unet)
     print("probe loss, after / before:", [round(b / a, 3) for a, b in zip(before, after, strict=True)])

@@ -213,7 +213,7 @@ def test_stock_pipelines_can_be_watched():
     pipe.set_progress_bar_config(disable=True)
     with hooked(model.unet, [store]):
         pipe("a cat", num_inference_steps=2, output_type="latent")
-    assert all(len(maps) == 2 for maps in store.maps.values())  # a foreign loop's two passes are not told apart
+    assert all(len(maps) == 2 for maps in store.maps.values())  # a foreign loop's two passes are not kept apart
 
 
 def test_in_fp16_the_explicit_softmax_scales_before_the_product():

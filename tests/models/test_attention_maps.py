@@ -23,13 +23,13 @@ def latents() -> torch.Tensor:
 def test_dpl_c04_stage_maps_are_means_of_all_layers_of_the_stage(name: str):
     """Cut off behind the last layer or not, the maps are the same; both paths are in them."""
     model = tiny(name)
-    told, step = model.prompts([PROMPT], SIZE), Step(**vars(make_schedule(model, 4).steps[0]), index=0, count=4)
-    attention = stage_attention(model, latents(), step, told)
+    conditioning, step = model.prompts([PROMPT], SIZE), Step(**vars(make_schedule(model, 4).steps[0]), index=0, count=4)
+    attention = stage_attention(model, latents(), step, conditioning)
     assert (attention >= 0).all() and (attention.sum(-1) - 1).abs().max() < 1e-5
-    assert torch.equal(attention, stage_attention(model, latents(), step, told))
+    assert torch.equal(attention, stage_attention(model, latents(), step, conditioning))
     whole = InversionMaps(model, (16, 16))
     with torch.no_grad(), hooked(model.unet, [whole], step=step):
-        model.predict(latents(), step.timestep, told)
+        model.predict(latents(), step.timestep, conditioning)
     torch.testing.assert_close(whole.cross_attention()[0], attention.detach(), rtol=0, atol=1e-6)
     sites = attention_sites(model.unet)
     ours = [sites[one] for one in StageMaps(model, (16, 16)).names]

@@ -29,8 +29,8 @@ def half(name: str = "sd1") -> StableDiffusion:
 def output(model: StableDiffusion) -> torch.Tensor:
     latents = torch.linspace(-1, 1, 2 * 4 * 64).view(2, 4, 8, 8)
     with torch.no_grad():
-        told = model.prompts(["a cat", "a dog"], (32, 32))
-    return model.predict(latents, torch.tensor([10, 700]), told)
+        conditioning = model.prompts(["a cat", "a dog"], (32, 32))
+    return model.predict(latents, torch.tensor([10, 700]), conditioning)
 
 
 def test_linear_layers_are_nf4_and_the_rest_is_as_it_was() -> None:
@@ -61,8 +61,8 @@ def test_linear_layers_are_nf4_and_the_rest_is_as_it_was() -> None:
 def test_what_there_is_to_save_on_real_bases(family: str, small: int, whole: int) -> None:
     """28 % of the weights on SD 1.5, 86 % on SDXL: from 1.72 to 1.36 GB, and from 5.13 to 1.86."""
     with torch.device("meta"):
-        told = json.loads((CONFIGS / family / "unet" / "config.json").read_text())
-        unet = UNet2DConditionModel.from_config(told)
+        config = json.loads((CONFIGS / family / "unet" / "config.json").read_text())
+        unet = UNet2DConditionModel.from_config(config)
     assert sum(layer.weight.numel() for _, layer in _linear(unet)) == small
     assert sum(parameter.numel() for parameter in unet.parameters()) == whole
 

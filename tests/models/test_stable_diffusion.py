@@ -27,8 +27,8 @@ def test_a_folder_loads_offline_and_predicts_what_was_saved(name, tmp_path, monk
     loaded = StableDiffusion.load(tiny_folder(name, tmp_path), device="cpu")
     assert loaded.identity["sha256"] == saved.identity["sha256"]
     assert not any(weight.requires_grad for weight in loaded.unet.parameters())
-    told, expected = loaded.prompts(PROMPTS), saved.prompts(PROMPTS)
-    assert torch.equal(loaded.predict(rows(2), 500, told), saved.predict(rows(2), 500, expected))
+    conditioning, expected = loaded.prompts(PROMPTS), saved.prompts(PROMPTS)
+    assert torch.equal(loaded.predict(rows(2), 500, conditioning), saved.predict(rows(2), 500, expected))
 
 
 def test_half_precision_weights_become_fp32_on_the_cpu_and_keep_their_identity(tmp_path):

@@ -209,11 +209,11 @@ def test_sd_scripts(tmp_path, monkeypatch, capsys, family, targets):
     network, weights = lora.create_network_from_weights(
         1.0, str(file), None, encoders if family == "sdxl" else encoders[0], unet
     )
-    told = {each.lora_name: each for each in [*network.unet_loras, *network.text_encoder_loras]}
+    modules = {each.lora_name: each for each in [*network.unet_loras, *network.text_encoder_loras]}
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
-    unread = {f"{name}.{part}" for name in told for part in parts} ^ set(weights)
+    unread = {f"{name}.{part}" for name in modules for part in parts} ^ set(weights)
     assert not unread, sorted(unread)[:4]
-    for name, each in told.items():
+    for name, each in modules.items():
         each.load_state_dict({part: weights[f"{name}.{part}"] for part in parts}, strict=False)
     found = {where[key]: value for key, value in sd_scripts_factors(network).items()}
     truth = {module: (a, 2.5 * b, 1.0) for module, (a, b) in modules(state).items()}

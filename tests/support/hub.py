@@ -6,19 +6,19 @@ from types import SimpleNamespace
 
 
 class Hub:
-    """Remembers what it was told; `broken` makes it fail."""
+    """Remembers what it was calls; `broken` makes it fail."""
 
     broken = ""
-    told: list[dict] = []
+    calls: list[dict] = []
 
     def create_repo(self, repo_id: str, **settings: object) -> SimpleNamespace:
         if self.broken == "create":
             raise RuntimeError("401 who are you\ndetails")
-        self.told.append({"repo_id": repo_id, **settings})
+        self.calls.append({"repo_id": repo_id, **settings})
         return SimpleNamespace(repo_id=f"me/{repo_id}" if "/" not in repo_id else repo_id)
 
     def upload_folder(self, **settings: object) -> str:
         if self.broken == "upload":
             raise ConnectionError("the line is dead")
-        self.told.append(settings)
+        self.calls.append(settings)
         return "https://hub/me/mine"

@@ -66,7 +66,7 @@ def test_everything_at_once(
     """Two pictures, one of them masked, class pictures, text encoders, 4 and 8 bits, validation, and the hub."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "told", [])
+    monkeypatch.setattr(Hub, "calls", [])
     folder, out = tmp_path / "subject", tmp_path / "out"
     folder.mkdir()
     for name in ("a", "b", "m"):
@@ -89,7 +89,7 @@ def test_everything_at_once(
     assert adapter.info["captions"] == [row["text"] for row in rows] and adapter.source is not None
     assert any(key.startswith("text_encoder.") for key in adapter.lora)
     assert [path.name for path in (out / "validation").iterdir()] == ["000002-0.png"]
-    assert Hub.told[0]["repo_id"] == "out" and "validation" not in " ".join(Hub.told[1]["allow_patterns"])
+    assert Hub.calls[0]["repo_id"] == "out" and "validation" not in " ".join(Hub.calls[1]["allow_patterns"])
     assert "2 pictures, learned by" in (out / "README.md").read_text(encoding="utf-8")
 
 

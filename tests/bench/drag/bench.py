@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 from personalize.editing.drag.drag import DragSettings
@@ -215,7 +214,3 @@ def run(options: DragBench, model: StableDiffusion | None = None) -> dict[str, A
     (options.output_dir / "figures.json").write_text(text, encoding="utf-8")
     print(text, f"\n{time.monotonic() - started:.0f} s")
     return report
-
-
-if __name__ == "__main__":
-    run(tyro.cli(DragBench, config=(tyro.conf.OmitArgPrefixes,)))

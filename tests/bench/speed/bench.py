@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from tests.bench.cells import Cells
 from tests.bench.speed.arms import refuse_if_busy, table
@@ -89,7 +88,3 @@ def _measure(name: str, part: Callable[[SpeedBench], list[dict[str, Any]]], benc
         print(f"part {name} was left out: {reason}", flush=True)
         return []
     return [row | {"wall_s": time.perf_counter() - start, "base": bench.base} for row in rows]
-
-
-if __name__ == "__main__":
-    print(main(tyro.cli(SpeedBench)))

@@ -35,7 +35,7 @@ def run(base, place, *words: str) -> int:
 
 def test_it_leaves_an_adapter_and_a_sheet_and_says_where(base, tmp_path, capsys):
     assert run(base, tmp_path / "out") == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     adapter = json.loads((tmp_path / "out" / "adapter" / "adapter.json").read_text())
     assert adapter["caption"] == bundled(0).caption and adapter["updates"] == 1
     sheet = Image.open(tmp_path / "out" / "sheet.png")
@@ -43,7 +43,7 @@ def test_it_leaves_an_adapter_and_a_sheet_and_says_where(base, tmp_path, capsys)
     singles = {path.stem for path in (tmp_path / "out" / "pictures").iterdir()}
     assert singles == {"source", "replay", "base", *(f"edit-{number:03d}" for number in range(8))}
     for words in ("Reconstruction:", "Edits to reconstruction", "Contact sheet:", "personalize edit", "24 dB"):
-        assert words in told
+        assert words in printed
     assert main(["verify", str(tmp_path / "out" / "adapter"), "--base", str(base)]) == 0
 
 

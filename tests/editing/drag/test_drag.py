@@ -35,12 +35,12 @@ def block():
     return mask
 
 
-def told(model):
+def conditioning_of(model):
     return model.prompts(["a cat"], (64, 64))
 
 
 def dragged(model, settings=SETTINGS, *, mask=None, handles=(HANDLE,), targets=(TARGET,)):
-    return drag(model, latents(), told(model), handles, targets, settings, mask)
+    return drag(model, latents(), conditioning_of(model), handles, targets, settings, mask)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,7 +59,7 @@ def test_attentiondrag_d4_a_drag_of_length_zero_is_inversion_and_sampling_with_i
     found = dragged(model, settings, mask=block(), targets=(HANDLE,))
     sites = self_attention_sites(attention_sites(model.unet, SIZE), ("up",), None)
     carrying = QKVRecorder([site.name for site in sites], "kv")
-    plain = Edit(told(model), guidance_scale=1)
+    plain = Edit(conditioning_of(model), guidance_scale=1)
     noisy = denoise(
         model, latents(), replace(plain, hooks=(carrying,)), make_schedule(model, 3, strength=0.7, inverse=True)
     )
@@ -169,7 +169,7 @@ def test_attentiondrag_d5_a_users_mask_replaces_or_narrows_the_automatic_one():
 def test_padding_does_not_move():
     model, visible = tiny_sd1(), torch.zeros(SIZE, dtype=torch.bool)
     visible[:, :7] = True
-    found = drag(model, latents(), told(model), [HANDLE], [TARGET], SETTINGS, block(), visible)
+    found = drag(model, latents(), conditioning_of(model), [HANDLE], [TARGET], SETTINGS, block(), visible)
     assert torch.equal(found.mask, block() & visible)
 
 
@@ -212,9 +212,10 @@ def test_the_fill_splits_noise_from_picture_as_inversion_joined_them():
     """z_T = √ᾱ x̂0 + √(1−ᾱ) ε̂ of inversion's last move, so no further prediction is needed. 1e-5: fp32."""
     model = tiny_sd1()
     plan = make_schedule(model, 3, strength=0.7, inverse=True)
-    run = denoise_with_history(model, latents(), Edit(told(model), guidance_scale=1), plan)
+    run = denoise_with_history(model, latents(), Edit(conditioning_of(model), guidance_scale=1), plan)
     last = plan.steps[-1]
-    _, eps = model.split(model.predict(run.latents[-2], last.timestep, told(model)), run.latents[-2], last.alpha)
+    output = model.predict(run.latents[-2], last.timestep, conditioning_of(model))
+    _, eps = model.split(output, run.latents[-2], last.alpha)
     joined = last.alpha_next**0.5 * run.clean[-1] + (1 - last.alpha_next) ** 0.5 * eps.detach()
     torch.testing.assert_close(run.latents[-1], joined, atol=1e-5, rtol=1e-4)
 

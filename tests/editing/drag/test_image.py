@@ -1,4 +1,4 @@
-"""Pictures of any size dragged by points in pixels, and what is told about it."""
+"""Pictures of any size dragged by points in pixels, and what is reported about it."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def test_prompts_are_read_by_the_adapters_text_encoder_and_tokens(model):
     with torch.no_grad():
         dog = model.prompts(["a dog"]).embeds
     with applied(model, both):
-        told = [conditioning(model, both, prompt, (64, 64)).embeds for prompt in ("a <thing>", "a dog")]
-    assert not torch.allclose(*told, atol=1e-3) and not torch.allclose(told[1], dog, atol=1e-3)
+        embeds = [conditioning(model, both, prompt, (64, 64)).embeds for prompt in ("a <thing>", "a dog")]
+    assert not torch.allclose(*embeds, atol=1e-3) and not torch.allclose(embeds[1], dog, atol=1e-3)
     one, other = (
         drag_picture(model, picture(), [(20, 24), (36, 28)], mask=square(), prompt=prompt, adapter=both,
                      settings=SETTINGS).image.tobytes()
