@@ -13,6 +13,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
+from personalize.io.image_metadata import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,6 @@ class EvaluateConfig:
 
 
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
-# those of `images.IMAGE_SUFFIXES`, which cannot be imported here without torch; a test compares them
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 COMMANDS = {  # name: (options, "module:function" that is called with them)
     "edit": (EditConfig, "personalize.cli.commands.edit:run"),
     EDIT_PHOTO: (PhotoConfig, "personalize.cli.commands.edit_image:run"),

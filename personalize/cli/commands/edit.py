@@ -21,7 +21,7 @@ from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request
 from personalize.io.atomic import Content, unowned_files, write_folder
 from personalize.io.figures import grid, png
-from personalize.io.images import load_image
+from personalize.io.image_files import load_image
 
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditConfig

@@ -18,7 +18,8 @@ from personalize.editing.uniform_attention import UniformSettings
 from personalize.errors import UserError
 from personalize.io.atomic import unowned_files, write_folder
 from personalize.io.figures import png
-from personalize.io.images import load_image, psnr, to_pixels
+from personalize.io.image_files import load_image
+from personalize.io.images import psnr, to_pixels
 from personalize.sampling.null_text import NullTextSettings
 
 if TYPE_CHECKING:

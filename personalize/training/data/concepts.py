@@ -18,7 +18,9 @@ from torch import Tensor
 
 from personalize.adapters.textual_inversion import TOKEN, Subject, check_new_tokens, installed_tokens, locate_subjects
 from personalize.errors import UserError
-from personalize.io.images import load_image, resize_and_crop, to_pixels
+from personalize.io.image_files import load_image
+from personalize.io.image_folders import only_picture
+from personalize.io.images import resize_and_crop, to_pixels
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 from personalize.training.data.augmentation import (
@@ -29,7 +31,7 @@ from personalize.training.data.augmentation import (
     render_view,
     reorder_phrases,
 )
-from personalize.training.data.samples import SampleShard, find_picture
+from personalize.training.data.samples import SampleShard
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def read_picture(config: Any) -> ConceptPicture:
         raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")
     subjects = read_subjects(config.concepts, config.modifier_token, config.instance_prompt, config.num_vectors)
     masks = tuple(load_image(path) for path in config.masks)
-    return ConceptPicture(load_image(find_picture(given[0])), subjects, config.instance_prompt or "", masks)
+    return ConceptPicture(load_image(only_picture(given[0])), subjects, config.instance_prompt or "", masks)
 
 
 def read_subjects(
