@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
 from personalize.models.config import InferenceOptions
 
@@ -23,13 +23,13 @@ class PhotoConfig(InferenceOptions):
     """The picture."""
     source: str
     """What the photo shows, e.g. "a cat on the beach"."""
-    target: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """What the result is to show, e.g. "a dog on the beach"; given several times: several edits from one inversion."""
-    swap: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """Instead of --target: old=new, a word or phrase of --source and its replacement; may be given several times."""
-    weight: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """word=factor: factor on the attention to a word of the target; may be given several times."""
-    local: Annotated[tuple[str, ...], UseAppendAction] = ()
+    target: tuple[str, ...] = ()
+    """What the result is to show, e.g. "a dog on the beach"; several: as many edits from one inversion."""
+    swap: tuple[str, ...] = ()
+    """Instead of --target: old=new, a word or phrase of --source and its replacement; or several."""
+    weight: tuple[str, ...] = ()
+    """word=factor: factor on the attention to a word of the target; or several."""
+    local: tuple[str, ...] = ()
     """old=new: change the photo only where these words of source and target have attention; or one word of both."""
     mask: str | None = None
     """The photo may change only here: a picture, white where it may, or left,top,right,bottom in pixels."""
@@ -53,8 +53,8 @@ class PhotoConfig(InferenceOptions):
     """--dpl: nouns of --source, synonyms joined by =, e.g. cat kitten=cat; by default found automatically."""
     background_mask: str = "auto"
     """--dpl: picture, white where no noun belongs; or auto, from the attention; or none."""
-    region: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """--dpl: where a noun belongs, noun=mask.png or noun=left,top,right,bottom in pixels; may be repeated."""
+    region: tuple[str, ...] = ()
+    """--dpl: where a noun belongs, noun=mask.png or noun=left,top,right,bottom in pixels; or several."""
     dpl_updates: int | None = None
     """--dpl: most updates at each step; by default 21, on the package's model 4."""
     dpl_balancing: float | None = None
@@ -95,8 +95,8 @@ class PhotoConfig(InferenceOptions):
     """Draw the attention of each word in attention.png."""
     trajectory: Path | None = None
     """Folder in which the inversion is kept for later edits; by default one for each photo in output_dir."""
-    adapter: Annotated[tuple[Path, ...], UseAppendAction] = ()
-    """Adapter folder or LoRA file to use; prompts may name its learned tokens; may be given several times."""
+    adapter: tuple[Path, ...] = ()
+    """Adapter folder or LoRA file to use; prompts may name its learned tokens; or several."""
     add: tuple[Path, ...] = ()
     """More adapters or LoRA files, such as an LCM or Turbo LoRA for --inversion none at 4 to 8 steps."""
     resolution: int | None = None
@@ -171,9 +171,9 @@ class DragConfig(InferenceOptions):
 
     photo: Positional[Path]
     """The picture."""
-    from_: Annotated[tuple[str, ...], UseAppendAction, arg(name="from")]
-    """Point to drag as x,y in pixels; may be given several times."""
-    to: Annotated[tuple[str, ...], UseAppendAction]
+    from_: Annotated[tuple[str, ...], arg(name="from")]
+    """Point to drag as x,y in pixels; or several."""
+    to: tuple[str, ...]
     """Target as x,y in pixels, the first for the first --from, and so on."""
     mask: Path | None = None
     """Picture of the same size, white where things may move; by default attention finds what is at the points."""
