@@ -10,14 +10,12 @@ from personalize.editing.drag.drag import DragSettings
 from personalize.editing.drag.image import DragResult
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
-from personalize.io.atomic import unowned_files, write_folder
 from personalize.io.figures import png
+from personalize.io.numbering import add_files
 from personalize.models.image_processor import Point
 
 if TYPE_CHECKING:
     from personalize.cli.edit_options import DragConfig
-
-OUTPUT_FILES = ("dragged.png", "mask.png", "overlay.png", "drag.json")
 
 
 def run(config: DragConfig) -> Path:
@@ -31,12 +29,12 @@ def run(config: DragConfig) -> Path:
     pictures = {"dragged.png": result.image, "mask.png": result.mask, "overlay.png": result.overlay}
     files = {name: png(picture) for name, picture in pictures.items()}
     files["drag.json"] = json.dumps(summary(points, result), indent=1).encode()
-    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
+    names = add_files(config.output_dir, files)
     for note in result.notes:
         print(f"Note: {note}.")
     for target, arrived, missed in zip(points[1::2], result.arrived, result.missed, strict=True):
         print(f"{as_text(target)}: arrived at {as_text(arrived)}, {missed:.1f} px from the target")
-    print(f"{result.seconds:.1f} s; {', '.join(OUTPUT_FILES)} in {config.output_dir}")
+    print(f"{result.seconds:.1f} s; {', '.join(names.values())} in {config.output_dir}")
     return config.output_dir
 
 

@@ -16,10 +16,10 @@ from personalize.editing.real_image import EditResult, report_photo
 from personalize.editing.real_image_settings import EditRequest, PhotoSettings
 from personalize.editing.uniform_attention import UniformSettings
 from personalize.errors import UserError
-from personalize.io.atomic import unowned_files, write_folder
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
 from personalize.io.images import psnr, to_pixels
+from personalize.io.numbering import add_files
 from personalize.sampling.null_text import NullTextSettings
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from personalize.cli.edit_options import PhotoConfig
 
 EDITED = "edited.png"
-OUTPUT_FILES = (EDITED, "edited-", "before-after.png", "attention.png", "nouns.png", "masks.png", "edit.json")
 INVERSIONS = "trajectories"  # folder in the output folder that keeps inversions for later edits
 
 
@@ -58,7 +57,8 @@ def run(config: PhotoConfig) -> Path:
     files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
     similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
     files["edit.json"] = json.dumps(summary(config.source, request, settings, result, similarity), indent=1).encode()
-    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
+    written = add_files(config.output_dir, files)
+    names = [written[name] for name in names]
     for note in result.notes:
         print(f"Note: {note}.")
     for name, target in zip(names, result.targets, strict=True):
@@ -76,8 +76,8 @@ def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: P
         editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter,
         cache=config.output_dir / INVERSIONS,
     )  # fmt: skip
-    write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=unowned_files(config.output_dir, ("nouns.png",)))
-    print(*report.sentences(), f"nouns.png in {config.output_dir}", sep="\n")
+    names = add_files(config.output_dir, {"nouns.png": png(sheet)})
+    print(*report.sentences(), f"{names['nouns.png']} in {config.output_dir}", sep="\n")
     return config.output_dir
 
 
