@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from personalize.adapters.adapter import Adapter as Adapter
-    from personalize.adapters.textual_inversion import Subject as Subject
+    from personalize.adapters.subjects import Subject as Subject
     from personalize.editing.attach import attach as attach
     from personalize.editing.drag.drag import DragSettings as DragSettings
     from personalize.editing.editor import Editor as Editor
@@ -68,7 +68,7 @@ _MODULES = {  # the module of each public name; a module of the same name would 
     "SceneObject": "personalize.embedded.scenes",
     "SingleImageConfig": "personalize.training.config",
     "StableDiffusion": "personalize.models.stable_diffusion",
-    "Subject": "personalize.adapters.textual_inversion",
+    "Subject": "personalize.adapters.subjects",
     "UserError": "personalize.errors",
     "attach": "personalize.editing.attach",
     "bundled": "personalize.embedded.samples",

@@ -46,6 +46,11 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     max_train_steps: int | None = None
     """Updates to make; overrides max_train_samples."""
 
+    def check(self) -> None:
+        from personalize.training.checks import check_single_image
+
+        check_single_image(self)
+
 
 def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from personalize.cli.checks import check_drag, check_edit, check_photo
 from personalize.models.config import InferenceOptions
 
 
@@ -104,6 +105,10 @@ class PhotoConfig(InferenceOptions):
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures, edit.json and the inversion."""
 
+    def check(self) -> None:
+        super().check()
+        check_photo(self)
+
 
 @dataclass(frozen=True)
 class EditConfig(InferenceOptions):
@@ -161,6 +166,10 @@ class EditConfig(InferenceOptions):
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures and the labelled grid."""
 
+    def check(self) -> None:
+        super().check()
+        check_edit(self)
+
 
 @dataclass(frozen=True)
 class DragConfig(InferenceOptions):
@@ -201,3 +210,7 @@ class DragConfig(InferenceOptions):
     """Copy the picture's own pixels to where nothing was to change."""
     output_dir: Path = Path("personalize-drag")
     """Folder for the pictures and drag.json."""
+
+    def check(self) -> None:
+        super().check()
+        check_drag(self)

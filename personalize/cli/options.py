@@ -12,8 +12,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from personalize.cli.checks import check_files, check_quickstart
 from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
 from personalize.io.image_metadata import IMAGE_SUFFIXES
+from personalize.models.config import check_base_name
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class QuickstartConfig:
     pretrained_model_name_or_path: str | None = None
     """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one in the package."""
 
+    def check(self) -> None:
+        if self.pretrained_model_name_or_path is not None:
+            check_base_name(self.pretrained_model_name_or_path)
+        check_quickstart(self)
+
 
 @dataclass(frozen=True)
 class InspectConfig:
@@ -48,6 +55,9 @@ class InspectConfig:
     """Write a chart of the changed blocks, and by how much, to this .png file."""
     allow_pickle: bool = False
     """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
+
+    def check(self) -> None:
+        check_files(self.file)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,9 @@ class ConvertConfig:
     allow_pickle: bool = False
     """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
 
+    def check(self) -> None:
+        check_files(self.file)
+
 
 @dataclass(frozen=True)
 class VerifyConfig:
@@ -86,6 +99,9 @@ class VerifyConfig:
     """Adapter folder, or one LoRA file (.safetensors) of any origin."""
     base: str | None = None
     """Base model to check the names and shapes against; by default the one named in the adapter."""
+
+    def check(self) -> None:
+        check_files(self.path)
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,9 @@ class EvaluateConfig:
     """Read arrays and plain values of DragBench's meta_data.pkl; without it, pickles are refused."""
     cpu: bool = False
     """Run on the CPU even if there is an accelerator."""
+
+    def check(self) -> None:
+        check_files(self.benchmark, self.results)
 
 
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source

@@ -69,7 +69,7 @@ def parse(
     args = gathered([*args, *tokens], lists=lists, switches=switches, needs_argument=_needs_argument(config))
     with _one_line(prog):
         options = tyro.cli(config, args=args, prog=prog, use_underscores=True, registry=_registry())
-    return replace(options, **_expanded_homes(options))
+    return replace(options, **_expanded_homes(options))  # pyright: ignore[reportArgumentType]
 
 
 def _needs_argument(config: type) -> bool:

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.textual_inversion import Subject
+from personalize.adapters.subjects import Subject
 from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.errors import UserError

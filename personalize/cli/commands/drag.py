@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from personalize.cli.checks import interleaved_points
 from personalize.editing.drag.drag import DragSettings
 from personalize.editing.drag.image import DragResult
 from personalize.editing.editor import Editor
-from personalize.errors import UserError
 from personalize.io.figures import png
 from personalize.io.numbering import add_files
 from personalize.models.image_processor import Point
@@ -44,22 +44,6 @@ def drag_settings(config: DragConfig) -> DragSettings:
         mode=config.mode, steps=config.num_inference_steps, strength=config.strength,
         displacement=config.displacement, fill=config.fill, mask_threshold=config.mask_threshold, seed=config.seed,
     )  # fmt: skip
-
-
-def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Point]:
-    """The points of --from and --to, texts "x,y", in the order handle, target, ….  UserError if their counts differ."""
-    if len(handles) != len(targets):
-        raise UserError(f"{len(handles)} of --from and {len(targets)} of --to: each --from needs a --to")
-    return [parse_point(text) for pair in zip(handles, targets, strict=True) for text in pair]
-
-
-def parse_point(text: str) -> Point:
-    """ "120,64.5" → (120.0, 64.5)."""
-    try:
-        x, y = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"a point is x,y in pixels, for example 120,64; got {text!r}") from None
-    return x, y
 
 
 def as_text(point: Point) -> str:

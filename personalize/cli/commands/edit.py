@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from personalize.cli.checks import STRENGTHS, check_edit
 from personalize.editing.editor import Editor
 from personalize.editing.search import Trial, ranked, search
 from personalize.editing.strengths import DEFAULT_STRENGTHS, EditStrengths, Sampling, remember, remembered
@@ -27,13 +28,12 @@ from personalize.io.numbering import add_files, next_number
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditConfig
 
-STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
 
 def run(config: EditConfig) -> Path:
     """Draw the pictures into the output folder, which is returned.  UserError where options contradict one another."""
-    check(config)
+    check_edit(config)
     editor = Editor.configured(config, (config.adapter, *config.add))
     prompt = editor.align_prompt(config.prompt)
     if prompt != config.prompt:
@@ -48,20 +48,6 @@ def run(config: EditConfig) -> Path:
     count = f"1 picture, {drawn[0]}," if len(drawn) == 1 else f"{len(drawn)} pictures, {drawn[0]} to {drawn[-1]},"
     print(f"{count} and {sheet} in {config.output_dir}")
     return config.output_dir
-
-
-def check(config: EditConfig) -> None:
-    """UserError where options contradict one another."""
-    given = [name for name in STRENGTHS if getattr(config, name) not in ((), None)]
-    if config.auto and given:
-        raise UserError(f"--auto chooses the strengths itself: leave out --{given[0]}, or --auto")
-    if config.auto and config.budget < 1:
-        raise UserError(f"--budget must be at least 1 picture, got {config.budget}")
-    extra = [name for name in ("clip_model", "identity_model", "source_image") if getattr(config, name) is not None]
-    if extra and not config.auto:
-        raise UserError(f"--{extra[0]} belongs to --auto: add it, or leave --{extra[0]} out")
-    if config.auto and (config.seeds or config.num_images != 1):
-        raise UserError("--auto draws --budget pictures with seeds from --seed on: leave out --seeds and --num_images")
 
 
 def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from personalize.cli.checks import box, pair, weight
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
-from personalize.editing.dynamic_prompt_learning.leakage import Box, NounRegions
+from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
 from personalize.editing.editor import Editor
 from personalize.editing.prompt_to_prompt.control import ControlSettings
 from personalize.editing.real_image import EditResult, report_photo
@@ -118,32 +119,6 @@ def _noun_regions(config: PhotoConfig) -> NounRegions:
     regions = {noun: box(where) or Path(where) for noun, where in map(pair, config.region)}
     plain = config.background_mask in ("auto", "none")
     return NounRegions(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
-
-
-def box(text: str) -> Box | None:
-    """ "10,20,100,80" → (10.0, 20.0, 100.0, 80.0); None if `text` is no list of four numbers."""
-    try:
-        left, top, right, bottom = (float(part) for part in text.split(","))
-    except ValueError:
-        return None
-    return left, top, right, bottom
-
-
-def pair(text: str) -> tuple[str, str]:
-    """ "cat=dog" → ("cat", "dog")."""
-    old, _, new = (part.strip() for part in text.partition("="))
-    if not old or not new:
-        raise UserError(f"{text!r}: write old=new, for example cat=dog")
-    return old, new
-
-
-def weight(text: str) -> tuple[str, float]:
-    """ "fluffy=3" → ("fluffy", 3.0)."""
-    word, _, factor = text.rpartition("=")
-    try:
-        return word.strip(), float(factor)
-    except ValueError:
-        raise UserError(f"{text!r}: write word=factor, for example fluffy=3") from None
 
 
 def summary(

@@ -14,8 +14,12 @@ from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
 
 
-def find_caption(picture: Path, caption: str | None = None, caption_model: str | Path | None = None) -> str:
-    """The caption of the file `picture`: `caption`, else the `.txt` file beside it, else that of `caption_model`.
+def find_caption(
+    picture: Path, caption: str | None = None, caption_model: str | Path | None = None, *, generate: bool = True
+) -> str:
+    """The caption of the file `picture`: `caption`, else the text file beside it, else that of `caption_model`.
+
+    Without `generate` the model is not run, and the caption that it would give is "".
 
     Raises:
         UserError: none of the three is there, the caption is empty, or the model cannot be loaded.
@@ -26,7 +30,7 @@ def find_caption(picture: Path, caption: str | None = None, caption_model: str |
     if sidecar is not None:
         return sidecar
     if caption_model is not None:
-        return generate_caption(load_image(picture), caption_model)
+        return generate_caption(load_image(picture), caption_model) if generate else ""
     raise UserError(
         f"{picture} has no caption: pass --caption 'a photo of …', put the words into {picture.stem}.txt beside it, "
         "or name a BLIP folder with --caption_model"
