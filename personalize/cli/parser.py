@@ -107,6 +107,7 @@ def _registry() -> ConstructorRegistry:
             return None
         return replace(
             spec,
+            instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
             is_instance=lambda value: value is None or spec.is_instance(value),
             str_from_instance=lambda value: ["none"] if value is None else spec.str_from_instance(value),
         )

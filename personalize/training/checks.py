@@ -91,8 +91,8 @@ def check_class_images(config: Any) -> None:
     names = ("class_prompt", "class_data_dir", "class_dataset_name", "class_image_cache")
     if given := [f"--{name}" for name in names if getattr(config, name) is not None]:
         warnings.warn(
-            f"{' and '.join(given)} has no effect without --with_prior_preservation: no class pictures are used",
-            Notice, stacklevel=2,
+            "without --with_prior_preservation no class pictures are used, so that nothing comes of "
+            f"{' and '.join(given)}", Notice, stacklevel=2,
         )  # fmt: skip
 
 
