@@ -6,6 +6,7 @@ The functions are called by the `check` methods of the options' classes.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -62,22 +63,26 @@ def check_photo(config: Any) -> None:
     for text in config.weight:
         weight(text)
     _check_belongings(config)
-    check_adapters(config.adapter)
-    check_tokens([config.source, config.target], config.adapter)
-    masks = [config.mask] if config.mask is not None else []
+    adapters = (*config.adapter, *config.add)
+    check_adapters(adapters)
+    check_tokens([config.source, *config.target], adapters)
+    regions = [where for _, where in map(pair, config.region)]
     if config.background_mask not in ("auto", "none"):
-        masks.append(Path(config.background_mask))
-    for path in (*masks, *(Path(where) for _, where in map(pair, config.region) if box(where) is None)):
-        check_image(path)
+        regions.append(config.background_mask)
+    if config.mask is not None:
+        regions.append(config.mask)
+    for path in (where for where in regions if box(where) is None):
+        check_image(os.path.expanduser(path))
 
 
 def _check_belongings(config: Any) -> None:
     """UserError for options of `edit PHOTO` whose method is not asked for."""
-    if (config.mask or config.strict_background) and not config.uniform:
-        raise UserError("--mask and --strict_background belong to --uniform: give that too")
-    if not config.report and not config.target.strip() and not config.swap and not config.weight:
+    target = " ".join(config.target).strip()
+    if config.strict_background and not config.uniform:
+        raise UserError("--strict_background belongs to --uniform: give that too, or name the region with --mask")
+    if not config.report and not target and not config.swap and not config.weight:
         raise UserError("nothing is to change: give --target, words to --swap, or --weight of words")
-    if config.target.strip() and config.swap:
+    if target and config.swap:
         raise UserError("--target and --swap are two ways to say one thing: give one of them")
     if config.dpl and config.controller == "mutual":
         raise UserError("--controller mutual has no source prompt, so that --dpl has no noun: use one of them")

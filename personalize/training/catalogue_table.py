@@ -81,7 +81,7 @@ def _item(folder: Path, line: int, row: Mapping[str, str], config: SingleImageCo
         raise UserError("the row has more cells than the header has columns: put quotes around cells with commas")
     if not row["image"]:
         raise UserError("the cell of the column image is empty: name a picture file")
-    image = only_picture(folder / row["image"])
+    image = only_picture(folder / Path(row["image"]).expanduser())
     name = plain_name(row.get("name") or image.stem)
     if name.startswith(".") or name.casefold() == RESULTS:
         raise UserError(f"an adapter cannot be called {name!r}: choose another name")

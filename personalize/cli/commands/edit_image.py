@@ -16,7 +16,6 @@ from personalize.editing.prompt_to_prompt.control import ControlSettings
 from personalize.editing.real_image import EditResult, report_photo
 from personalize.editing.real_image_settings import EditRequest, PhotoSettings
 from personalize.editing.uniform_attention import UniformSettings
-from personalize.errors import UserError
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
 from personalize.io.images import psnr, to_pixels
@@ -105,8 +104,6 @@ def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
 def _uniform(config: PhotoConfig) -> UniformSettings | None:
     """Settings of uniform maps, if they are asked for; the source's row is blended only with mutual self-attention."""
     if not config.uniform:
-        if config.strict_background:
-            raise UserError("--strict_background belongs to --uniform: give that too, or name the region with --mask")
         return None
     return UniformSettings(
         config.uniform_until, config.uniform_quantile, blend_source=config.controller == "mutual",
@@ -116,7 +113,7 @@ def _uniform(config: PhotoConfig) -> UniformSettings | None:
 
 def _noun_regions(config: PhotoConfig) -> NounRegions:
     """What the options say about the photo's nouns, for dynamic prompt learning."""
-    regions = {noun: box(where) or Path(where) for noun, where in map(pair, config.region)}
+    regions = {noun: box(where) or Path(where).expanduser() for noun, where in map(pair, config.region)}
     plain = config.background_mask in ("auto", "none")
     return NounRegions(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
 

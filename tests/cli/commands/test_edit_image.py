@@ -80,7 +80,7 @@ def test_a_trajectory_of_another_base_is_refused(places, tmp_path, capsys):
     ("words", "says"),
     [
         (["--target", "a dog"], "personalize edit needs --source"),
-        (["--source", "a cat"], "nothing is to change: give a target prompt, words to swap, or weights of words"),
+        (["--source", "a cat"], "nothing is to change: give --target, words to --swap, or --weight of words"),
         (
             ["--source", "a cat", "--swap", "dog=cat"],
             "the word 'dog' is not in the prompt 'a cat': its words are a, cat",
