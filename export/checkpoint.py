@@ -59,7 +59,9 @@ def main(config: Config) -> Path:
     )  # fmt: skip
     weights, single = merged_weights(model, adapter, any_base=config.any_base), output.suffix == ".safetensors"
     (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
-    print(f"{output}: {len(adapter.lora) // 2} modules merged into {base}, {config.dtype}, verified")
+    print(
+        f"{output}: {len(adapter.lora) // 2 + len(adapter.others)} modules merged into {base}, {config.dtype}, verified"
+    )
     if single and not has_published_sizes(model):
         print("The base has sizes of its own; graphical programs can only read models of the published sizes.")
     return output

@@ -18,7 +18,7 @@ import tyro
 @dataclass(frozen=True)
 class Config:
     adapter: tyro.conf.Positional[Path]
-    """Adapter folder, or a LoRA file of any layout."""
+    """Adapter folder, or a LoRA file or PEFT folder of any program."""
     output: Path
     """File ending in .safetensors, or a folder for the file; must not exist yet."""
     layout: Literal["kohya", "diffusers", "peft"] = "kohya"
@@ -29,6 +29,8 @@ class Config:
     """Forgetting rules to multiply into the weights, e.g. `decoder=0.5` (keep half of what the decoder learned)."""
     strength: float = 1.0
     """Strength to multiply into the weights: programs then call it 1."""
+    family: Literal["sd1", "sd2", "sdxl"] | None = None
+    """Family of the base model, for files that do not tell it."""
     rank: int | None = None
     """A lower rank, reached by SVD; the relative error is printed."""
 
@@ -37,16 +39,21 @@ def main(config: Config) -> Path:
     """Write the file and print what it contains; returns its path."""
     from personalize.adapters.adapter import Adapter
     from personalize.adapters.export import DTYPES, baked, export_lora, with_lower_rank
+    from personalize.adapters.merging import plain
 
-    adapter = Adapter.load(config.adapter)
+    adapter, left = plain(Adapter.load(config.adapter, family=config.family))
     if adapter.source is not None and not adapter.info.get("standalone"):
         print("The source embedding is not exported: without it, the LoRA reconstructs the picture less exactly.")
     adapter = baked(adapter, config.forget, config.strength)
     if config.rank is not None:
         adapter, reduction = with_lower_rank(adapter, config.rank)
         print(reduction)
+    if adapter.concepts:
+        left.append("The learned tokens are not in this file: `personalize export tokens` writes them.")
     path = export_lora(adapter, config.output, config.layout, DTYPES[config.dtype])
     print(f"{path}: {len(adapter.lora) // 2} modules, rank {adapter.rank}, {config.layout} layout, verified")
+    for line in left:
+        print(line)
     return path
 
 

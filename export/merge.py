@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -22,6 +23,8 @@ class Config:
     """Adapter folder to write; must not exist yet."""
     weights: tuple[float, ...] = ()
     """The weight of each adapter, in the same order; by default 1 each."""
+    family: Literal["sd1", "sd2", "sdxl"] | None = None
+    """Family of the base model, for files that do not tell it."""
     rank: int | None = None
     """Rank of the result, reached by SVD, the relative error is printed; by default the sum of the ranks, exactly."""
 
@@ -30,16 +33,20 @@ def main(config: Config) -> Path:
     """Merge, reduce the rank if asked, save, and print the relative error; returns the folder."""
     from personalize.adapters.adapter import Adapter
     from personalize.adapters.export import require_absent, with_lower_rank
-    from personalize.adapters.merging import merged
+    from personalize.adapters.merging import merged, plain
 
     output, weights = require_absent(config.output), config.weights or (1.0,) * len(config.adapters)
     names = [path.resolve().name.removesuffix(".safetensors") for path in config.adapters]
-    adapter = merged([Adapter.load(path) for path in config.adapters], weights, names)
+    read = [plain(Adapter.load(path, family=config.family)) for path in config.adapters]
+    adapter = merged([one for one, _ in read], weights, names)
     if config.rank is not None and config.rank < adapter.rank:
         adapter, reduction = with_lower_rank(adapter, config.rank)
         print(reduction)
     adapter.save(output)
     print(f"{output}: {len(adapter.lora) // 2} modules, rank {adapter.rank}, verified")
+    for name, lines in zip(names, (lines for _, lines in read), strict=True):
+        for line in lines:
+            print(f"{name}: {line}")
     return output
 
 

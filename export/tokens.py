@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Config:
     source: tyro.conf.Positional[Path]
-    """Adapter folder with learned tokens, or a textual-inversion file (.safetensors) of any program."""
+    """Adapter folder with learned tokens, or a file (.safetensors) of any program that holds some."""
     output: Path
     """Folder to write; must not exist yet."""
     layout: Literal["both", "ui", "diffusers"] = "both"
     """ui: TOKEN.safetensors for A1111, Forge, ComfyUI, InvokeAI; diffusers: learned_embeds.safetensors; or both."""
     token: str | None = None
     """Another word for the token, if there is only one."""
+    family: Literal["sd1", "sd2", "sdxl"] | None = None
+    """Family of the base model, for files that do not tell it."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the numbers in the files."""
 
@@ -54,17 +56,20 @@ def main(config: Config) -> Path:
 def read(config: Config) -> tuple[dict[str, Rows], str | None]:
     """The learned tokens with their embedding rows, and the base model's family if it is known."""
     from personalize.adapters.adapter import Adapter
-    from personalize.formats.textual_inversion_files import read_concept
+    from personalize.formats.foreign_files import read_adapter_file
+    from personalize.formats.manifest import MANIFEST
 
-    if not config.source.is_dir():
-        concept = read_concept(config.source, config.token)
-        return {concept.token: concept.rows}, None
-    adapter = Adapter.load(config.source)
-    if not adapter.concepts:
+    if (config.source / MANIFEST).is_file():
+        adapter = Adapter.load(config.source)
+        concepts, family = dict(adapter.concepts), adapter.known_family
+    else:
+        file = read_adapter_file(config.source, token=config.token, family=config.family)
+        concepts, family = dict(file.concepts), file.family
+    if not concepts:
         raise UserError(f"{config.source} has no learned tokens: only trainers of concepts make them")
-    if config.token is not None and len(adapter.concepts) > 1:
-        raise UserError(f"{config.source} has {len(adapter.concepts)} tokens: --token renames a single one")
-    return {config.token or token: rows for token, rows in adapter.concepts.items()}, adapter.family
+    if config.token is not None and len(concepts) > 1:
+        raise UserError(f"{config.source} has {len(concepts)} tokens: --token renames a single one")
+    return {config.token or token: rows for token, rows in concepts.items()}, family
 
 
 if __name__ == "__main__":

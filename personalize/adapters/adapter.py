@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.adapters.lora import load_lora, remove_lora
+from personalize.adapters.lora import PREFIX, load_lora, remove_lora
 from personalize.adapters.model_card import model_card
-from personalize.adapters.text_encoder_lora import has_text, text_lora
+from personalize.adapters.text_encoder_lora import other_changes, text_lora
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
-from personalize.formats.foreign_files import read_foreign_file
+from personalize.formats.adapter_source import is_adapter_folder, open_adapter
+from personalize.formats.foreign_files import AdapterFile, read_adapter_file
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
 from personalize.formats.verification import VerificationReport
@@ -46,6 +47,8 @@ class Adapter:
         `header` (metadata of the file it was read from).  Any other key is kept: `targets`, `versions`, `seed`,
         `data_sha256`, `edits`, ….
     concepts: learned tokens, token → "text_encoder" (n, d) and, for SDXL, "text_encoder_2" (n, d₂).
+    others: modules of other algorithms (LoHa, DoRA, changed biases, …) in a file of another program, their tensors by
+        role; see `weight_changes`.  They are applied and merged, but not saved: `as_lora` makes LoRAs of them.
     """
 
     lora: Mapping[str, Tensor]
@@ -54,6 +57,7 @@ class Adapter:
     source: Mapping[str, Tensor] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     concepts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def base(self) -> dict[str, Any]:
@@ -61,12 +65,24 @@ class Adapter:
         return dict(self.info.get("base") or {})
 
     @property
+    def known_family(self) -> str | None:
+        """The base model's family as recorded, or else by the tensors' shapes; None if nothing tells."""
+        return self.base.get("family") or lora_files.family_of(self.lora)
+
+    @property
     def family(self) -> str:
-        """The base model's family, "sd1", "sd2" or "sdxl": as recorded, or else by the tensors' shapes."""
-        family = self.base.get("family") or lora_files.family_of(self.lora)
+        """The base model's family, "sd1", "sd2" or "sdxl"; UserError if nothing tells it."""
+        family = self.known_family
         if family not in ("sd1", "sd2", "sdxl"):
-            raise UserError(f"the adapter's family is {family!r}: info['base']['family'] must be sd1, sd2 or sdxl")
+            named = self.info.get("imported") or "the adapter"
+            said = "does not tell the family of its base" if family is None else f"is for the family {family!r}"
+            raise UserError(f"{named} {said}: say --family sd1, sd2 or sdxl")
         return family
+
+    @property
+    def changes_unet(self) -> bool:
+        """True if a part of the LoRA is for the UNet."""
+        return any(key.startswith(PREFIX) for key in self.lora)
 
     def save(
         self,
@@ -92,26 +108,26 @@ class Adapter:
         return write_folder(folder, files, check=lambda written: self.check_files(written, folder.name), keep=keep)
 
     @staticmethod
-    def load(folder: str | Path) -> Adapter:
-        """Read an adapter folder, or a LoRA or textual-inversion file of any program.
+    def load(folder: str | Path, *, family: str | None = None) -> Adapter:
+        """Read an adapter folder, or a LoRA or textual-inversion file or PEFT folder of any program.
 
         From a file come no source embedding and no caption.  Its metadata `ss_*` and `modelspec.*` are kept in
         `info["header"]`, and what they say of the base model in `info["base"]`.  A learned token has the file's own
-        word, or else `<file name>`.
+        word, or else `<file name>`.  `family` is that of the base model, for files that do not tell it.
 
         Raises:
             UserError: nothing is there, the folder is no adapter folder, a file is missing, damaged, a pickle or no
                 plain LoRA, or the files are not those that were saved.
         """
         folder = Path(folder)
-        if folder.is_file():
-            return _load_file(folder)
+        if folder.is_file() or (is_adapter_folder(folder) and not (folder / MANIFEST).is_file()):
+            return _load_file(folder, family)
         if not folder.exists():
             raise UserError(f"{folder} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
         info = read_json(folder / MANIFEST)
-        content = lora_files.read_lora(folder / DIFFUSERS_FILE)
+        content = read_adapter_file(folder / DIFFUSERS_FILE)
         _check_manifest(info, content, folder)
         source = None
         if info["source_tensors"]:
@@ -124,40 +140,45 @@ class Adapter:
         return Adapter(content.state, info.pop("rank"), info.pop("alpha"), source, info, concepts)
 
     @contextmanager
-    def apply(self, model: StableDiffusion, *, any_base: bool = False) -> Iterator[None]:
-        """Run the body with the LoRA in `model.unet` and remove it afterwards, also when the body raises.
+    def apply(self, model: StableDiffusion, *, any_base: bool = False, strength: float = 1.0) -> Iterator[None]:
+        """Run the body with the adapter's UNet part in `model.unet`, which is removed afterwards, also after an error.
+
+        `strength` is a factor on changes of other algorithms alone; `lora.scaled` sets that of the LoRA.
 
         Raises:
             UserError: `model` is of another family, is another base of the family (`any_base` allows that), or already
                 has an adapter.
         """
-        if not self.lora:  # learned tokens alone, whose base is checked when they are added to the tokenizer
-            yield
-            return
-        self.check_base(model, any_base=any_base)
-        load_lora(model.unet, dict(self.lora), self.rank, self.alpha)
-        try:
-            yield
-        finally:
-            remove_lora(model.unet)
+        if self.lora or self.others:  # the base of tokens alone is checked when they are added to the tokenizer
+            self.check_base(model, any_base=any_base)
+        with other_changes(model, _of_part(self.others, "unet"), strength):
+            if not self.changes_unet:
+                yield
+                return
+            load_lora(model.unet, dict(self.lora), self.rank, self.alpha)
+            try:
+                yield
+            finally:
+                remove_lora(model.unet)
 
     @contextmanager
     def apply_text(self, model: StableDiffusion, strength: float = 1.0) -> Iterator[None]:
-        """Run the body with the LoRA's part for the text encoders in them, if it has one; removed as by `apply`."""
-        change = text_lora(model, self.lora, strength * self.alpha / self.rank)
-        with change if has_text(self.lora) else nullcontext():
-            yield
+        """Run the body with the adapter's part for the text encoders in them, if it has one; removed as by `apply`."""
+        with other_changes(model, _of_part(self.others, "text_encoder"), strength):
+            with text_lora(model, self.lora, strength * self.alpha / self.rank):
+                yield
 
     def check_base(self, model: StableDiffusion, *, any_base: bool = False) -> None:
         """UserError, naming both bases, unless the adapter was trained on `model`; see `apply`."""
-        trained_on, identity = self.base, model.identity
-        name, other = trained_on.get("name") or "an unknown base", identity["name"] or "the loaded base"
-        if self.family != identity["family"]:
+        trained_on = self.base
+        name, other = trained_on.get("name") or "an unknown base", model.name or "the loaded base"
+        if self.known_family not in (None, model.family):
             raise UserError(
-                f"the adapter was made for {name} ({self.family}), not for {other} ({identity['family']}): "
+                f"the adapter was made for {name} ({self.known_family}), not for {other} ({model.family}): "
                 "name a base model of its family"
             )
-        if not any_base and trained_on.get("sha256") not in (None, identity["sha256"]):
+        recorded = None if any_base else trained_on.get("sha256")
+        if recorded not in (None, "") and recorded != model.identity["sha256"]:  # computed only where it is compared
             raise UserError(
                 f"the adapter was made for {name}, {other} has other weights: name the base it was trained on"
             )
@@ -172,6 +193,10 @@ class Adapter:
         return VerificationReport(tuple(reports)).require()
 
     def _files(self, name: str, pictures: Mapping[str, Image.Image], kohya_dtype: torch.dtype) -> dict[str, bytes]:
+        if self.others:
+            raise UserError(
+                "an adapter folder holds LoRAs and tokens alone: `personalize convert` makes LoRAs of others"
+            )
         if lora_files.common_rank(lora_files.factor_pairs(self.lora)) != self.rank or not self.alpha > 0:
             raise UserError(f"the adapter says rank {self.rank} and alpha {self.alpha}, which its tensors contradict")
         kohya_file, family = kohya_file_name(name, self.concepts), self.family
@@ -215,6 +240,11 @@ class Adapter:
         return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def _of_part(others: Mapping[str, Mapping[str, Tensor]], part: str) -> dict[str, Mapping[str, Tensor]]:
+    """The modules whose names start with `part`."""
+    return {module: parts for module, parts in others.items() if module.startswith(part)}
+
+
 def check_target(folder: str | Path) -> None:
     """UserError if saving an adapter in `folder` would overwrite a file that is not ours; called before training."""
     folder = Path(folder).resolve()
@@ -240,16 +270,17 @@ def picture_name(key: str) -> str:
     return plain_name(key if key.endswith(".png") else f"{key}.png")
 
 
-def _load_file(path: Path) -> Adapter:
-    """The adapter in a LoRA or textual-inversion file of another program; its metadata is kept in `info["header"]`."""
-    content = read_foreign_file(path, read_tensors(path))
-    if isinstance(content, lora_files.LoraFile):
-        info = {"imported": path.name, "base": content.base, "header": content.header}
-        return Adapter(content.state, content.rank, content.alpha, None, info)
-    token = f"<{content.token}>" if content.token == path.stem else content.token
-    family = textual_inversion_files.family_of(content.rows)
-    info = {"imported": path.name, "base": {"family": family} if family else {}}
-    return Adapter({}, 1, 1.0, None, info, {token: content.rows})
+def _load_file(path: Path, family: str | None = None) -> Adapter:
+    """The adapter in a file of another program, or in a folder of PEFT; its metadata are kept in `info["header"]`."""
+    content = open_adapter(path)
+    file = read_adapter_file(path, content, family=family)
+    bundled = bool(file.state or file.others)
+    concepts = {
+        f"<{token}>" if token == path.stem or (bundled and not token.startswith("<")) else token: rows
+        for token, rows in file.concepts.items()
+    }
+    info = {"imported": path.name, "base": file.base, "header": file.header}
+    return Adapter(file.state, file.rank, file.alpha, None, info, concepts, file.others)
 
 
 def _saved_files(folder: Path) -> set[str]:
@@ -260,7 +291,7 @@ def _saved_files(folder: Path) -> set[str]:
     return {entry.name for entry in ours if entry.is_file()}
 
 
-def _check_manifest(info: Mapping[str, Any], content: lora_files.LoraFile, folder: Path) -> None:
+def _check_manifest(info: Mapping[str, Any], content: AdapterFile, folder: Path) -> None:
     """UserError unless the LoRA file is the one that `adapter.json` describes."""
     path = folder / MANIFEST
     wanted = {"schema": int, "rank": int, "alpha": (int, float), "base": dict, "tensors": dict, "source_tensors": dict}

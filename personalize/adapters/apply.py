@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.merging import merged
+from personalize.adapters.merging import merged, plain
 from personalize.adapters.textual_inversion import installed_tokens
 from personalize.models.stable_diffusion import StableDiffusion
 
@@ -19,11 +19,12 @@ def applied(
     """Run the body with the whole adapter applied: LoRA of UNet and text encoders, and learned tokens.
 
     Afterwards `model` is as before. Without an adapter nothing is changed. `text_strength` is a factor on the LoRA of
-    the text encoders; `any_base` allows another base of the adapter's family.
+    the text encoders and on changes of other algorithms in any part; `any_base` allows another base of the adapter's
+    family.
     """
     with ExitStack() as stack:
         if adapter is not None:
-            stack.enter_context(adapter.apply(model, any_base=any_base))
+            stack.enter_context(adapter.apply(model, any_base=any_base, strength=text_strength))
             stack.enter_context(adapter.apply_text(model, text_strength))
             stack.enter_context(installed_tokens(model, adapter.concepts))
         yield
@@ -34,4 +35,6 @@ def load_adapters(folder: str | Path | Sequence[str | Path]) -> Adapter:
     if isinstance(folder, str | Path):
         return Adapter.load(folder)
     adapters = [Adapter.load(one) for one in folder]
+    if len(adapters) > 1:
+        adapters = [plain(adapter)[0] for adapter in adapters]
     return adapters[0] if len(adapters) == 1 else merged(adapters, [1.0] * len(adapters), [str(one) for one in folder])

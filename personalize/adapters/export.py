@@ -49,14 +49,17 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     """
     if not math.isfinite(strength):
         raise UserError(f"the strength must be a number, got {strength}")
-    if not adapter.lora:
+    if not adapter.lora and not adapter.others:
         raise UserError("the adapter has learned tokens but no LoRA: use `personalize export tokens`")
+    if adapter.others and (forget or strength != 1):
+        raise UserError("forgetting rules and strengths are multiplied into LoRAs alone: `convert` the file first")
     rules = [parse_rule(text) for text in forget if text != "none"]
     unet = {key: tensor for key, tensor in adapter.lora.items() if key.startswith(lora.PREFIX)}
     text = {key: tensor for key, tensor in adapter.lora.items() if key not in unet and strength}
-    state = lora.scaled_state(empty_unet(adapter.family), unet, rules, strength)
+    structure = empty_unet(adapter.family if rules else adapter.known_family or "sd1")
+    state = lora.scaled_state(structure, unet, rules, strength)
     state |= {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in text.items()}
-    if not state:
+    if not state and not adapter.others:
         raise UserError("nothing of the adapter is left: forget less, or use a strength other than 0")
     if not rules and strength == 1:
         return adapter

@@ -26,6 +26,8 @@ from transformers import PreTrainedModel
 from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
 from personalize.formats import lora_files
+from personalize.formats.changed_layers import changed
+from personalize.formats.layer_kinds import fitted
 from personalize.formats.lora_keys import with_text_model
 from personalize.formats.original_checkpoint import TEXT_ENCODER_PREFIXES, Weights, original_state
 from personalize.io.atomic import Content, write_file, write_folder
@@ -73,16 +75,32 @@ def merged_weights(model: StableDiffusion, adapter: Adapter, *, any_base: bool =
     adapter.check_base(model, any_base=any_base)
     weights, strength = component_weights(model), adapter.alpha / adapter.rank
     for module, (a, b) in lora_files.factor_pairs(adapter.lora).items():
-        component, path = module.split(".", 1)
-        weight = weights.get(component, {}).get(f"{path}.weight")
-        if weight is None or weight.shape != (len(b), *a.shape[1:]):
-            existing = "no such module" if weight is None else f"shape {tuple(weight.shape)}"
+        weight = _weight_of(weights, module)
+        a, b = fitted(a, b, weight.shape)
+        if weight.shape != (len(b), *a.shape[1:]):
             raise UserError(
-                f"the adapter changes {module}, shape {(len(b), *a.shape[1:])}, the base has {existing}: name its own"
+                f"the adapter changes {module}, shape {(len(b), *a.shape[1:])}, the base has shape "
+                f"{tuple(weight.shape)}: name its own"
             )
+        component, path = module.split(".", 1)
         change = (b.flatten(1).float() @ a.flatten(1).float()) * strength
         weights[component][f"{path}.weight"] = weight.float().cpu() + change.reshape(weight.shape)
+    for module, parts in adapter.others.items():
+        component, path = module.split(".", 1)
+        weight, bias = _weight_of(weights, module).float().cpu(), weights[component].get(f"{path}.bias")
+        weight, bias = changed(module, parts, weight, None if bias is None else bias.cpu())
+        weights[component][f"{path}.weight"] = weight
+        weights[component] |= {} if bias is None else {f"{path}.bias": bias}
     return weights
+
+
+def _weight_of(weights: Mapping[str, Weights], module: str) -> Tensor:
+    """The weight of a module; UserError if the base has no such module."""
+    component, path = module.split(".", 1)
+    weight = weights.get(component, {}).get(f"{path}.weight")
+    if weight is None:
+        raise UserError(f"the adapter changes {module}, the base has no such module: name its own")
+    return weight
 
 
 def has_published_sizes(model: StableDiffusion) -> bool:

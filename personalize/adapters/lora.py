@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from personalize.adapters.forgetting import ForgettingRule, degrees
 from personalize.adapters.lora_layers import lora_config
 from personalize.errors import UserError
+from personalize.formats.layer_kinds import fitted
 from personalize.models.blocks import Role, _leaves, module_roles
+from personalize.models.offloading import execution_device
 from personalize.randomness import generator
 
 ADAPTER = "personalize"  # the adapter's name in peft
@@ -113,7 +115,8 @@ def load_lora(unet: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: fl
     layers = _inject(unet, names, rank, alpha)
     try:
         for name, layer in layers.items():
-            a_and_b = [tensors[key] for key in pairs[name]]
+            a, b = (tensors[key] for key in pairs[name])
+            a_and_b = fitted(a, b, _shape(layer))
             for parameter, tensor in zip(_pair(layer), a_and_b, strict=True):
                 if parameter.shape != tensor.shape:
                     raise UserError(
@@ -124,6 +127,13 @@ def load_lora(unet: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: fl
     except BaseException:
         remove_lora(unet)
         raise
+
+
+def _shape(layer: LoraLayer) -> tuple[int, ...]:
+    """The shape (out, in[, k, k]) of the base layer's weight, which 4-bit layers store in another."""
+    base = layer.get_base_layer()
+    linear = isinstance(base, nn.Linear)
+    return (base.out_features, base.in_features) if linear else tuple(base.weight.shape)  # pyright: ignore
 
 
 def remove_lora(unet: nn.Module) -> None:
@@ -234,11 +244,25 @@ def lora_disabled(unet: nn.Module) -> Iterator[None]:
             _pair(layer)[1].requires_grad_(b)
 
 
+def require_no_lora(module: nn.Module, name: str) -> None:
+    """UserError, which says how to get rid of them, if `module` (called `name`) has LoRA layers of anybody's."""
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    if not layers:
+        return
+    if any(layer.merged for layer in layers):
+        state = "has LoRA layers that are fused into its weights"
+    else:
+        state = "already carries an adapter" if any(layer.lora_A for layer in layers) else "still has empty LoRA layers"
+    raise UserError(f"this {name} {state}: call pipe.unload_lora_weights() first (what is fused stays)")
+
+
 def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> dict[str, LoraLayer]:
     """Put LoRA layers around exactly the modules `names`, with A and B still on the meta device."""
     names, leaves = list(names), dict(_leaves(unet))
-    if any(isinstance(module, LoraLayer) for module in leaves.values()):
-        raise UserError("this UNet already carries an adapter: unload or fuse it first")
+    require_no_lora(unet, "UNet")
+    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+        raise UserError("this UNet's q, k and v are fused, so that LoRAs on them would do nothing: call "
+                        "pipe.unfuse_qkv_projections() first")  # fmt: skip
     if unknown := [name for name in names if name not in leaves]:
         raise UserError(f"this UNet has no layer {unknown[0]!r}: the adapter was made for another base model")
     if not names:
@@ -264,6 +288,6 @@ def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def _set_pair(layer: LoraLayer, a: Tensor, b: Tensor, *, trainable: bool) -> None:
-    device = next(layer.get_base_layer().parameters()).device
+    device = execution_device(layer.get_base_layer())
     layer.lora_A[ADAPTER].weight = nn.Parameter(a.to(device), requires_grad=trainable)
     layer.lora_B[ADAPTER].weight = nn.Parameter(b.to(device), requires_grad=trainable)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
+from personalize.formats.foreign_files import AdapterFile, as_lora
 from personalize.formats.lora_files import factor_pairs
 
 State = Mapping[str, Tensor]
@@ -134,6 +135,18 @@ def _state(modules: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def plain(adapter: Adapter) -> tuple[Adapter, list[str]]:
+    """The adapter with every module as a LoRA, and a line for each kind of change that no LoRA can hold.
+
+    Raises:
+        UserError: as `foreign_files.as_lora`.
+    """
+    family = adapter.known_family
+    file = AdapterFile(dict(adapter.lora), adapter.rank, adapter.alpha, family, others=dict(adapter.others))  # pyright: ignore
+    file, lines = as_lora(file)
+    return replace(adapter, lora=file.state, rank=file.rank, alpha=file.alpha, others={}), lines
+
+
 def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequence[str]) -> Adapter:
     """The exact sum Σ weight · ΔW of several adapters as one adapter, whose rank is the sum of their ranks.
 
@@ -148,19 +161,23 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
         raise UserError(
             f"merging takes two adapters or more and a weight for each, got {len(adapters)}, {len(weights)}"
         )
-    first = adapters[0]
+    first = next((adapter for adapter in adapters if adapter.known_family), adapters[0])
     for name, adapter in zip(names, adapters, strict=True):
-        if adapter.family != first.family:
+        if adapter.others:
+            raise UserError(f"{name} holds changes that no sum of LoRAs can hold: apply it alone, or convert it first")
+        if None not in (adapter.known_family, first.known_family) and adapter.known_family != first.known_family:
             raise UserError(
                 f"{name} is for the family {adapter.family}, {names[0]} for {first.family}: name adapters of one"
             )
         if (adapter.base.get("sha256") or "") != (first.base.get("sha256") or "") and _both_known(adapter, first):
             raise UserError(f"{name} was made for another base model than {names[0]}: merge adapters of one base")
     parts = [WeightedLora(a.lora, a.alpha / a.rank, weight) for a, weight in zip(adapters, weights, strict=True)]
-    state, rank = concatenated([part for part in parts if part.weight] or parts)
+    parts = [part for part in parts if part.weight and part.state] or [part for part in parts if part.state]
+    state, rank = concatenated(parts) if parts else ({}, 1)
     sources = [{"name": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]
     captions = dict.fromkeys(str(adapter.info.get("caption") or "") for adapter in adapters)
-    info = {"base": first.base | {"family": first.family}, "merged_from": sources}
+    family = {"family": first.known_family} if first.known_family else {}
+    info = {"base": first.base | family, "merged_from": sources}
     info["caption"] = ", ".join(caption for caption in captions if caption)
     info["person"] = any(bool(adapter.info.get("person")) for adapter in adapters)
     return Adapter(state, rank, float(rank), None, info, _all_concepts(adapters))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from personalize.adapters.lora import add_lora, lora_state, remove_lora
+from personalize.adapters.lora import add_lora, lora_state, remove_lora, require_no_lora
 from personalize.errors import UserError
+from personalize.formats.changed_layers import changed
+from personalize.formats.lora_files import factor_pairs
+from personalize.formats.lora_keys import with_text_model
 from personalize.models.stable_diffusion import StableDiffusion
 
 COMPONENTS = ("text_encoder", "text_encoder_2")
@@ -66,38 +69,91 @@ def text_lora(model: StableDiffusion, lora: Mapping[str, Tensor], strength: floa
     """Run the body with weights W + strength · B A in the text encoders; afterwards all weights are restored exactly.
 
     Raises:
-        UserError: `lora` has a module that the text encoders lack, or one of another shape.
+        UserError: `lora` has a module that the text encoders lack, one of another shape, or a text encoder has an
+            adapter already.
     """
+    mine = {key: tensor for key, tensor in lora.items() if key.startswith("text_encoder")}
+    parameters = parameters_of(model, mine)
+
+    def values() -> Iterator[tuple[Tensor, Tensor]]:
+        for module, (a, b) in factor_pairs(mine).items():
+            weight = _weight(parameters, module)
+            change = strength * (b.float().flatten(1) @ a.float().flatten(1))
+            if change.shape != weight.shape:
+                raise UserError(
+                    f"adapter module {module} changes {tuple(change.shape)}, this base has {tuple(weight.shape)}: "
+                    "it was made for another base"
+                )
+            yield weight, weight.float() + change.to(weight.device)
+
+    with _replaced(values()):
+        yield
+
+
+@contextmanager
+def other_changes(
+    model: StableDiffusion, others: Mapping[str, Mapping[str, Tensor]], strength: float
+) -> Iterator[None]:
+    """Run the body with changes of other algorithms than LoRA in UNet and text encoders; then all is as before.
+
+    Raises:
+        UserError: a module that the base does not have, one of another shape, or a part that has an adapter.
+    """
+    parameters = parameters_of(model, others)
+
+    def values() -> Iterator[tuple[Tensor, Tensor]]:
+        for module, parts in others.items():
+            weight, bias = _weight(parameters, module), parameters.get(f"{module}.bias")
+            tensors = {role: tensor.to(weight.device) for role, tensor in parts.items()}
+            new_weight, new_bias = changed(module, tensors, weight, bias, strength)
+            yield weight, new_weight
+            if bias is not None and new_bias is not None:
+                yield bias, new_bias
+
+    with _replaced(values()):
+        yield
+
+
+def parameters_of(model: StableDiffusion, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The weights and biases of the parts that `wanted` names, by "<component>.<path>.weight" with canonical paths.
+
+    Raises:
+        UserError: a text encoder with an adapter, or a part whose weights are not there because they are offloaded.
+    """
+    parts = {"unet": model.unet, **dict(zip(COMPONENTS, model.text_encoders, strict=False))}
+    named = {key.partition(".")[0] for key in wanted}
+    found = {}
+    for component in [component for component in parts if component in named]:
+        if component != "unet":
+            require_no_lora(parts[component], component)
+        for name, parameter in parts[component].named_parameters():
+            if parameter.device.type == "meta":
+                raise UserError(
+                    f"the weights of this pipeline's {component} are offloaded layer by layer: call "
+                    "pipe.remove_all_hooks() and pipe.enable_model_cpu_offload() to use this adapter"
+                )
+            path = name.replace(".base_layer.", ".").replace("_orig_mod.", "")
+            found[with_text_model(component, path)] = parameter.data
+    return found
+
+
+@contextmanager
+def _replaced(values: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Run the body with the new values of `values` in its parameters; afterwards they are what they were."""
     before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for component, encoder in zip(COMPONENTS, model.text_encoders, strict=False):
-                layers = {path.removeprefix("text_model."): layer for path, layer in encoder.named_modules()}
-                for path, (a, b) in _pairs(lora, component).items():
-                    weight = _weight(layers.get(path), f"{component}.{path}")
-                    change = strength * (b.float().flatten(1) @ a.float().flatten(1))
-                    if change.shape != weight.shape:
-                        raise UserError(
-                            f"adapter module {component}.{path} changes {tuple(change.shape)}, this base has "
-                            f"{tuple(weight.shape)}: it was made for another base"
-                        )
-                    before.append((weight, weight.clone()))
-                    weight += change.to(weight)
+            for parameter, value in values:
+                before.append((parameter, parameter.clone()))
+                parameter.copy_(value)
         yield
     finally:
         with torch.no_grad():
-            for weight, old in reversed(before):
-                weight.copy_(old)
+            for parameter, old in reversed(before):
+                parameter.copy_(old)
 
 
-def _pairs(lora: Mapping[str, Tensor], component: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every module of one text encoder, by the module's path."""
-    start, end = f"{component}.text_model.", ".lora_A.weight"
-    names = [key[len(start) : -len(end)] for key in lora if key.startswith(start) and key.endswith(end)]
-    return {name: (lora[f"{start}{name}{end}"], lora[f"{start}{name}.lora_B.weight"]) for name in names}
-
-
-def _weight(layer: nn.Module | None, name: str) -> Tensor:
-    if not isinstance(layer, nn.Linear):
-        raise UserError(f"this base has no layer {name}: the adapter was made for another base model")
-    return layer.weight.data
+def _weight(parameters: Mapping[str, Tensor], module: str) -> Tensor:
+    if f"{module}.weight" not in parameters:
+        raise UserError(f"this base has no layer {module}: the adapter was made for another base model")
+    return parameters[f"{module}.weight"]

@@ -3,7 +3,6 @@
     main            dispatch, exit codes and one-line errors
     parser          dataclasses to options, YAML presets
     options, edit_options   the options of the commands
-    lists, terminal options that take several values; what is printed
     launch          scripts of train/ and export/, and `accelerate launch`
     commands/       one file per command
 

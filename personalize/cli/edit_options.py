@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
-from personalize.cli.checks import check_drag, check_edit, check_photo
 from personalize.models.config import InferenceOptions
 
 
@@ -24,13 +23,13 @@ class PhotoConfig(InferenceOptions):
     """The picture."""
     source: str
     """What the photo shows, e.g. "a cat on the beach"."""
-    target: tuple[str, ...] = ()
-    """What the result is to show, e.g. "a dog on the beach"; several: as many edits from one inversion."""
-    swap: tuple[str, ...] = ()
-    """Instead of --target: old=new, a word or phrase of --source and its replacement; or several."""
-    weight: tuple[str, ...] = ()
-    """word=factor: factor on the attention to a word of the target; or several."""
-    local: tuple[str, ...] = ()
+    target: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """What the result is to show, e.g. "a dog on the beach"; given several times: several edits from one inversion."""
+    swap: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """Instead of --target: old=new, a word or phrase of --source and its replacement; may be given several times."""
+    weight: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """word=factor: factor on the attention to a word of the target; may be given several times."""
+    local: Annotated[tuple[str, ...], UseAppendAction] = ()
     """old=new: change the photo only where these words of source and target have attention; or one word of both."""
     mask: str | None = None
     """The photo may change only here: a picture, white where it may, or left,top,right,bottom in pixels."""
@@ -54,8 +53,8 @@ class PhotoConfig(InferenceOptions):
     """--dpl: nouns of --source, synonyms joined by =, e.g. cat kitten=cat; by default found automatically."""
     background_mask: str = "auto"
     """--dpl: picture, white where no noun belongs; or auto, from the attention; or none."""
-    region: tuple[str, ...] = ()
-    """--dpl: where a noun belongs, noun=mask.png or noun=left,top,right,bottom in pixels; or several."""
+    region: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """--dpl: where a noun belongs, noun=mask.png or noun=left,top,right,bottom in pixels; may be repeated."""
     dpl_updates: int | None = None
     """--dpl: most updates at each step; by default 21, on the package's model 4."""
     dpl_balancing: float | None = None
@@ -96,18 +95,14 @@ class PhotoConfig(InferenceOptions):
     """Draw the attention of each word in attention.png."""
     trajectory: Path | None = None
     """Folder in which the inversion is kept for later edits; by default one for each photo in output_dir."""
-    adapter: tuple[Path, ...] = ()
-    """Adapter folder or LoRA file to use; prompts may name its learned tokens; or several."""
+    adapter: Annotated[tuple[Path, ...], UseAppendAction] = ()
+    """Adapter folder or LoRA file to use; prompts may name its learned tokens; may be given several times."""
     add: tuple[Path, ...] = ()
     """More adapters or LoRA files, such as an LCM or Turbo LoRA for --inversion none at 4 to 8 steps."""
     resolution: int | None = None
     """The photo is edited at about resolution² pixels, by default the base model's own, and keeps its size."""
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures, edit.json and the inversion."""
-
-    def check(self) -> None:
-        super().check()
-        check_photo(self)
 
 
 @dataclass(frozen=True)
@@ -166,10 +161,6 @@ class EditConfig(InferenceOptions):
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures and the labelled grid."""
 
-    def check(self) -> None:
-        super().check()
-        check_edit(self)
-
 
 @dataclass(frozen=True)
 class DragConfig(InferenceOptions):
@@ -180,9 +171,9 @@ class DragConfig(InferenceOptions):
 
     photo: Positional[Path]
     """The picture."""
-    from_: Annotated[tuple[str, ...], arg(name="from")]
-    """Point to drag as x,y in pixels; or several."""
-    to: tuple[str, ...]
+    from_: Annotated[tuple[str, ...], UseAppendAction, arg(name="from")]
+    """Point to drag as x,y in pixels; may be given several times."""
+    to: Annotated[tuple[str, ...], UseAppendAction]
     """Target as x,y in pixels, the first for the first --from, and so on."""
     mask: Path | None = None
     """Picture of the same size, white where things may move; by default attention finds what is at the points."""
@@ -210,7 +201,3 @@ class DragConfig(InferenceOptions):
     """Copy the picture's own pixels to where nothing was to change."""
     output_dir: Path = Path("personalize-drag")
     """Folder for the pictures and drag.json."""
-
-    def check(self) -> None:
-        super().check()
-        check_drag(self)

@@ -12,10 +12,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from personalize.cli.checks import check_files, check_quickstart
 from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
-from personalize.io.image_metadata import IMAGE_SUFFIXES
-from personalize.models.config import check_base_name
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,6 @@ class QuickstartConfig:
     pretrained_model_name_or_path: str | None = None
     """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one in the package."""
 
-    def check(self) -> None:
-        if self.pretrained_model_name_or_path is not None:
-            check_base_name(self.pretrained_model_name_or_path)
-        check_quickstart(self)
-
 
 @dataclass(frozen=True)
 class InspectConfig:
@@ -56,9 +48,6 @@ class InspectConfig:
     allow_pickle: bool = False
     """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
 
-    def check(self) -> None:
-        check_files(self.file)
-
 
 @dataclass(frozen=True)
 class ConvertConfig:
@@ -68,11 +57,13 @@ class ConvertConfig:
     """
 
     file: Positional[Path]
-    """LoRA or textual-inversion file of any program."""
+    """LoRA or textual-inversion file of any program, or a folder of PEFT."""
     to: Literal["diffusers", "kohya", "peft"]
     """diffusers; kohya for A1111, Forge, ComfyUI, InvokeAI and sd-scripts; peft for PEFT's own folders."""
     output: Path
-    """File to write; with `--to peft` a folder."""
+    """File to write; with `--to peft` a folder.  Must not exist yet."""
+    overwrite: bool = False
+    """Replace an output that exists."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the numbers written."""
     family: Literal["sd1", "sd2", "sdxl"] | None = None
@@ -83,9 +74,6 @@ class ConvertConfig:
     """Word for a learned token, e.g. `<my-cat>`; by default the file's own or its name."""
     allow_pickle: bool = False
     """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
-
-    def check(self) -> None:
-        check_files(self.file)
 
 
 @dataclass(frozen=True)
@@ -99,9 +87,6 @@ class VerifyConfig:
     """Adapter folder, or one LoRA file (.safetensors) of any origin."""
     base: str | None = None
     """Base model to check the names and shapes against; by default the one named in the adapter."""
-
-    def check(self) -> None:
-        check_files(self.path)
 
 
 @dataclass(frozen=True)
@@ -129,11 +114,10 @@ class EvaluateConfig:
     cpu: bool = False
     """Run on the CPU even if there is an accelerator."""
 
-    def check(self) -> None:
-        check_files(self.benchmark, self.results)
-
 
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
+# those of `images.IMAGE_SUFFIXES`, which cannot be imported here without torch; a test compares them
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 COMMANDS = {  # name: (options, "module:function" that is called with them)
     "edit": (EditConfig, "personalize.cli.commands.edit:run"),
     EDIT_PHOTO: (PhotoConfig, "personalize.cli.commands.edit_image:run"),

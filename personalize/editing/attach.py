@@ -8,7 +8,7 @@ with personalize.attach(pipe, "my-cat") as my_cat:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from personalize.adapters.apply import applied, load_adapters
 from personalize.adapters.forgetting import ForgettingRule, parse_rules
 from personalize.adapters.lora import scaled
 from personalize.editing.vector_projection import edit_conditioning
+from personalize.errors import UserError
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 
 
@@ -95,9 +96,13 @@ def attach(
     """
     adapter = load_adapters(folder)
     model = StableDiffusion.from_pipeline(pipe)
-    with applied(model, adapter, strength, any_base=True), scaled(model.unet, parse_rules(forget), strength):
-        with _tokenizers(pipe, model):
-            yield Attached(model, adapter)
+    rules = parse_rules(forget)
+    if rules and not adapter.changes_unet:
+        raise UserError("a forgetting rule selects parts of the UNet, which this adapter does not change: leave it out")
+    with applied(model, adapter, strength, any_base=True):
+        with scaled(model.unet, rules, strength) if adapter.changes_unet else nullcontext():
+            with _tokenizers(pipe, model):
+                yield Attached(model, adapter)
 
 
 @contextmanager

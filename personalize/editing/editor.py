@@ -208,12 +208,18 @@ class Editor:
         """Sample images of `conditioning`; without `strengths`, by the base model alone."""
         size = sampling.size or self.size
         strength = strengths.strength if strengths else 0.0
-        adapter_changes_null = self.adapter is not None and has_text(self.adapter.lora) and not self.model.zero_null
+        changed = {**self.adapter.lora, **self.adapter.others} if self.adapter is not None else {}
+        adapter_changes_null = has_text(changed) and not self.model.zero_null
         encode_negative = bool(negative_prompt) or adapter_changes_null
         negative = self._encode(negative_prompt, size, strength) if encode_negative else None
         scale = text_to_image_guidance(self.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
         edit = Edit(conditioning, negative, scale)
-        if strengths is not None and self._adapter.lora:
+        scaled = strengths is not None and (strengths.forget != "none" or strengths.strength != 1)
+        if scaled and self._adapter.others:
+            raise UserError(
+                "a strength or a forgetting rule scales LoRAs, this file holds others: `personalize convert` it first"
+            )
+        if strengths is not None and self._adapter.changes_unet:
             edit = replace(edit, rule=parse_rule_sum(strengths.forget), strength=strengths.strength)
         schedule = make_schedule(self.model, sampling.steps, sampling.scheduler)
         with self._applied(strengths is not None):

@@ -18,8 +18,7 @@ from personalize.evaluation.metrics import (
     Metric,
     Unavailable,
 )
-from personalize.io.image_files import load_image
-from personalize.io.images import to_pixels
+from personalize.io.images import load_image, to_pixels
 
 if TYPE_CHECKING:
     pass

@@ -1,19 +1,22 @@
 """Which programs read an adapter file, and what is wrong with the file.
 
-A program's verdict on a file ("yes", "partly" or "no", with a reason) is the worst one that applies to it: by the
-naming scheme of the file's keys, by its algorithms, by its kind, and by each finding.  The tables hold for diffusers
-0.42, peft 0.21, and the other programs' key maps as they were in 2025 and 2026; those on diffusers are tested.
+A program's verdict on a file ("yes", "unknown", "partly" or "no", with a reason) is the worst one that applies to it:
+by the naming scheme of the file's keys, by its algorithms, by its kind, and by each finding.  It is "unknown" where the
+file has modules of no model that we know, or an algorithm of which we have not read whether the program takes it.  The
+tables hold for diffusers 0.42, peft 0.21, and the other programs' key maps as they were in 2025 and 2026; those on
+diffusers are tested.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from personalize.formats.layouts import FileContents
+from personalize.formats.peft_settings import ADAPTER_CONFIG, HEADER_ALPHAS
 
-YES, PARTLY, NO = "yes", "partly", "no"
+YES, UNKNOWN, PARTLY, NO = "yes", "unknown", "partly", "no"
 UIS = ("A1111", "Forge", "ComfyUI", "InvokeAI")
 PROGRAMS = ("personalize", "diffusers", *UIS, "sd-scripts")
 OTHERS = (*UIS, "sd-scripts")
@@ -29,16 +32,28 @@ BY_NAMING_SCHEME = {  # programs that do not fully read a naming scheme: verdict
     "ComfyUI": {name: (NO, "does not know ComfyUI's names: convert the file") for name in PROGRAMS[1:]}
     | {"ComfyUI": (YES, ""), "Forge": (YES, "")},
     "PEFT folder": {name: (NO, "PEFT's own layout, which only PEFT loads: convert the file") for name in PROGRAMS[1:]},
+    "OneTrainer": {name: (NO, "knows modules by other names: convert the file") for name in PROGRAMS[1:]},
     "no prefix": {name: (NO, "loads nothing: the names lack their 'unet.'; convert the file") for name in PROGRAMS[1:]},
 }  # fmt: skip
-BY_ALGORITHM = {  # programs that do not fully read an algorithm
-    "DoRA": {"diffusers": (NO, "drops kohya's dora_scale with a warning"), "sd-scripts": (PARTLY, "needs LyCORIS")},
-    "LoHa": {"diffusers": (NO, "raises: no LoHa for Stable Diffusion"), "sd-scripts": (PARTLY, "needs LyCORIS")},
-    "LoKr": {"diffusers": (NO, "raises: no LoKr for Stable Diffusion"), "sd-scripts": (PARTLY, "needs LyCORIS")},
+LYCORIS = {
+    "sd-scripts": (PARTLY, "needs the package lycoris-lora"),
+    "diffusers": (NO, "raises: it knows plain LoRA only"),
+}
+NOT_READ = {"ComfyUI": (NO, "drops it with a warning"), "Forge": (NO, "drops it with a warning")}
+BY_ALGORITHM = {  # for each algorithm: what every program makes of it, if it does not read it fully
+    "LoRA": {},
+    "Tucker LoCon": {"diffusers": (NO, "raises on lora_mid: convert multiplies it into lora_down")},
+    "DoRA": LYCORIS | {"diffusers": (NO, "drops kohya's dora_scale with a warning")},
+    "LoHa": LYCORIS,
+    "LoKr": LYCORIS,
+    "GLoRA": LYCORIS | {"InvokeAI": (UNKNOWN, "")},
+    "full difference": LYCORIS,
+    "bias difference": LYCORIS | {"InvokeAI": (UNKNOWN, ""), "A1111": (UNKNOWN, "")},
+    "OFT or BOFT": LYCORIS | {"ComfyUI": (UNKNOWN, ""), "Forge": (UNKNOWN, ""), "InvokeAI": (UNKNOWN, "")},
+    "(IA)3": LYCORIS | NOT_READ,
     "Custom Diffusion": {name: (NO, "knows no Custom Diffusion") for name in OTHERS}
     | {"diffusers": (PARTLY, "only with a private argument; a plain load does nothing and says nothing")},
 }  # fmt: skip
-BY_ALGORITHM["LyCORIS"] = BY_ALGORITHM["LoHa"] | {"diffusers": (NO, "knows plain LoRA only")}
 BY_FILE_KIND = {  # programs that do not fully read a kind of file
     "checkpoint": {name: (NO, "a whole model, no adapter") for name in PROGRAMS},
     "flat list of cloneofsimo/lora": {name: (NO, "nothing current reads this layout") for name in PROGRAMS},
@@ -54,6 +69,7 @@ BY_FILE_KIND = {  # programs that do not fully read a kind of file
     "textual inversion, A1111 pickle": {"InvokeAI": (PARTLY, "may refuse pickles")},
     "textual inversion, SDXL form": {"diffusers": (NO, "raises: each tensor must be passed to its own encoder")},
     "textual inversion, OneTrainer form": {"diffusers": (PARTLY, "give token=, or it takes the key for the token")},
+    "textual inversion, OneTrainer SDXL form": {"diffusers": (NO, "raises: pass each tensor to its own encoder")},
     "textual inversion, cog-sdxl form": {name: (NO, "only cog-sdxl reads it") for name in PROGRAMS[1:]},
 }  # fmt: skip
 TRIGGER = "the trigger is the file's name"
@@ -67,25 +83,35 @@ class Finding:
     programs: Mapping[str, str] = field(default_factory=dict)
 
 
-def readers(contents: FileContents, findings: list[Finding]) -> dict[str, tuple[str, str]]:
-    """For each program: whether it reads the file ("yes", "partly" or "no"), and the reason."""
-    return {program: _verdict(program, contents, findings) for program in PROGRAMS}
+def readers(
+    contents: FileContents, findings: list[Finding], elsewhere: Sequence[str] = ()
+) -> dict[str, tuple[str, str]]:
+    """For each program: whether it reads the file ("yes", "unknown", "partly" or "no"), and the reason.
+
+    `elsewhere` are the modules of the file that are in no model of its family.
+    """
+    return {program: _verdict(program, contents, findings, elsewhere) for program in PROGRAMS}
 
 
-def _verdict(program: str, contents: FileContents, findings: list[Finding]) -> tuple[str, str]:
+def _verdict(
+    program: str, contents: FileContents, findings: list[Finding], elsewhere: Sequence[str]
+) -> tuple[str, str]:
     """The worst verdict on a file that applies to `program`, and its reason."""
     if not contents.modules and not contents.file_kind:
         return NO, "nothing known is in it"
-    other_algorithms = set(contents.algorithm_counts) - LORA_ALGORITHMS
     tables = [BY_NAMING_SCHEME[scheme] for scheme in contents.naming_schemes]
-    tables += [BY_ALGORITHM.get(name, BY_ALGORITHM["LyCORIS"]) for name in other_algorithms]
+    tables += [BY_ALGORITHM[name] for name in contents.algorithm_counts]
     tables += [BY_FILE_KIND[contents.file_kind]] if contents.file_kind in BY_FILE_KIND else []
     reasons = [table[program] for table in tables if program in table]
     reasons += [(finding.programs[program], finding.text) for finding in findings if program in finding.programs]
-    if program == "personalize" and other_algorithms:
-        reasons.append((NO, "reads and converts plain LoRA only"))
-    worst = max(reasons, key=lambda reason: (YES, PARTLY, NO).index(reason[0]), default=(YES, ""))
+    if elsewhere and len(elsewhere) == len(contents.modules):
+        reasons.append((UNKNOWN, "it is for another kind of model"))
+    elif elsewhere:
+        reasons.append((PARTLY, f"drops {len(elsewhere)} module(s) that the model does not have, first {elsewhere[0]}"))
+    worst = max(reasons, key=lambda reason: (YES, UNKNOWN, PARTLY, NO).index(reason[0]), default=(YES, ""))
     embedding = contents.file_kind.startswith("textual inversion") and program in UIS
+    if worst == (UNKNOWN, ""):
+        return UNKNOWN, "whether it takes this algorithm was not read"
     return (YES, TRIGGER if embedding else "") if worst[0] == YES else worst
 
 
@@ -93,6 +119,8 @@ def findings(contents: FileContents, metadata: Mapping[str, str], family: str | 
     """What is wrong with the keys and the metadata of a file; `inspection` checks the values of its tensors."""
     checks = (
         _unknown_or_duplicate_keys,
+        _words_of_wrappers,
+        _projection_alone,
         _mixed_naming_schemes,
         _missing_text_model,
         _uneven_alpha_or_rank,
@@ -120,6 +148,25 @@ def _unknown_or_duplicate_keys(
             )
         )
     return out
+
+
+def _words_of_wrappers(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Keys with words that torch.compile, data parallelism or PEFT put into them."""
+    return [
+        Finding(
+            f"{count} key(s) carry {word!r}, the word of a wrapper: convert takes it out",
+            dict.fromkeys(OTHERS, NO) | {"diffusers": UNKNOWN if word == "_orig_mod" else NO},
+        )
+        for word, count in contents.wrappers.items()
+    ]
+
+
+def _projection_alone(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """A text projection as the only module of a text encoder."""
+    second = [module for module in contents.modules if module.startswith("text_encoder_2.")]
+    if second != ["text_encoder_2.text_projection"]:
+        return []
+    return [Finding("text_projection is the text encoder's only module: diffusers raises", {"diffusers": NO})]
 
 
 def _mixed_naming_schemes(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
@@ -179,7 +226,14 @@ def _alpha_in_two_places_or_none(
                 "it has both lora_adapter_metadata and alpha keys: diffusers refuses such a file", {"diffusers": NO}
             )
         ]
-    if not has_metadata and not alphas and (contents.naming_schemes["PEFT"] or contents.naming_schemes["diffusers"]):
+    header = [key for key in HEADER_ALPHAS if key in metadata]
+    if header and not alphas and not has_metadata:
+        text = f"alpha stands in the header alone ({header[0]} = {metadata[header[0]][:20]}): convert writes it where"
+        return [
+            Finding(f"{text} programs look, others take alpha = rank", dict.fromkeys((*OTHERS, "diffusers"), PARTLY))
+        ]
+    stated = has_metadata or ADAPTER_CONFIG in metadata
+    if not stated and not alphas and (contents.naming_schemes["PEFT"] or contents.naming_schemes["diffusers"]):
         return [Finding("nothing says what alpha is: readers take alpha = rank, right only if it was trained so")]
     return []
 

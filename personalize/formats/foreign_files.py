@@ -1,32 +1,238 @@
-"""The one reader of adapter files that do not lie in a folder of ours: LoRA and embeddings of any program."""
+"""Read what an adapter file of any program holds: LoRA matrices, learned tokens, and changes of other algorithms.
+
+`AdapterFile` is the one list of a file's contents: whatever inspects, converts, exports, merges or applies a file reads
+it here, so that they all take the same files.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from personalize.formats import layouts, lora_files, textual_inversion_files
+import torch
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.formats import layouts
+from personalize.formats import textual_inversion_files as token_files
+from personalize.formats.adapter_source import open_adapter
+from personalize.formats.layer_kinds import as_layer_wants, fitting_families, kernels
+from personalize.formats.lora_files import factor_pairs
+from personalize.formats.peft_settings import scaling, settings_of
+from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, Parts, lora_pair
 from personalize.io.tensor_files import TensorFile
 
+PLAIN = {"LoRA", "Tucker LoCon"}
 
-def read_foreign_file(
-    path: str | Path, content: TensorFile, token: str | None = None
-) -> lora_files.LoraFile | textual_inversion_files.LearnedToken:
-    """The LoRA or the learned token in a file of any program; the one reader of files that are no adapter folder.
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file holds.
+
+    state, rank, alpha: the LoRA in PEFT's names, "<component>.<path>.lora_A.weight", with one rank and one alpha.
+    concepts: learned tokens, by token the rows (n, d) of each text encoder.
+    others: modules of other algorithms (LoHa, LoKr, DoRA, changed biases, …), their tensors by role, where "scale" is
+        the factor s of `weight_changes`.
+    family: "sd1", "sd2", "sdxl", or None if the file does not tell.
+    layout: "kohya" or "peft", by whose names most keys have.
+    """
+
+    state: dict[str, Tensor]
+    rank: int
+    alpha: float
+    family: str | None
+    layout: str = "peft"
+    metadata: dict[str, str] = field(default_factory=dict)
+    concepts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    others: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The metadata that graphical programs show and that do not depend on the layout: `ss_*` and `modelspec.*`."""
+        return {key: value for key, value in self.metadata.items() if key.startswith(("ss_", "modelspec."))}
+
+    @property
+    def base(self) -> dict[str, str]:
+        """What the file says about its base model: `family`, `name` and `prediction_type`, as far as it says them."""
+        velocity = self.family == "sd2" and self.header.get("ss_base_model_version", "").endswith("_v")
+        velocity |= self.header.get("modelspec.prediction_type") == "v"
+        base = {"family": self.family, "name": self.header.get("ss_sd_model_name")}
+        base["prediction_type"] = "v_prediction" if velocity else None
+        return {key: value for key, value in base.items() if value}
+
+
+def read_adapter_file(
+    path: str | Path, content: TensorFile | None = None, *, token: str | None = None, family: str | None = None
+) -> AdapterFile:
+    """Read a LoRA, learned tokens, or both, in any naming scheme, or in several at once.
+
+    Where alphas or ranks differ between modules, alpha / r is multiplied into B and smaller ranks are padded with
+    zeros, which leaves every ΔW as it was.  The Tucker core of a convolution (`lora_mid`) is multiplied into A, which
+    is exact too.  Every factor gets the number of dimensions that its layer has.
 
     Args:
-        path: the file's name, for messages and for tokens that the file does not name.
-        content: what `read_tensors` or, where pickles are allowed, `read_any` has read from it.
-        token: the word of a learned token, in place of the file's own.
+        path: the file or folder, also for messages and for tokens that the file does not name.
+        content: what has already been read from `path`.
+        token: the word of a learned token, in place of the file's own, if there is one token.
+        family: the family of the base model, in place of what the file tells.
 
     Raises:
-        UserError: the file holds neither of the two, or more than that.
+        UserError: it cannot be read, holds nothing of an adapter, or more than that.
     """
-    path = Path(path)
-    if not layouts.classify_tensors(content.tensors).file_kind.startswith("textual inversion"):
-        return lora_files.read_lora(path, content)
-    tensors = {key: tensor for key, tensor in content.tensors.items() if not key.endswith("_out")}
-    if set(tensors) == {"string_to_param.*"}:  # a pickle of A1111
-        rows = {"text_encoder": tensors["string_to_param.*"].float()}
-        token = token or content.metadata.get("name") or path.stem
-        return textual_inversion_files.LearnedToken(token, textual_inversion_files.checked_rows(token, rows))
-    return textual_inversion_files.read_concept(path, token, TensorFile(tensors, content.metadata))
+    content = open_adapter(path) if content is None else content
+    contents = layouts.classify_tensors(content.tensors)
+    concepts = token_files.read_concepts(path, content, token) if contents.embeddings else {}
+    family = family or layouts.detect_family(contents, content.metadata)[0]
+    if contents.embeddings and not contents.modules:
+        return AdapterFile({}, 1, 1.0, family or _family_of_rows(concepts), "peft", content.metadata, concepts)
+    _require_adapter(contents, path, family)
+    parts = {module: _with_folded_core(module, values) for module, values in contents.modules.items()}
+    plain = {module for module in parts if contents.algorithms[module] <= PLAIN}
+    shaped = {module: as_layer_wants(parts[module], module, family) if module in plain else {} for module in parts}
+    pairs = {f"{m}.lora_{s}.weight": shaped[m][s].float() for m in plain for s in "AB" if s in shaped[m]}
+    modules, settings = factor_pairs(pairs), settings_of(content.metadata, path)
+    scalings = {module: scaling(module, parts[module], settings) for module in modules}
+    state, rank, alpha = _with_one_rank_and_alpha(modules, scalings) if modules else ({}, 1, 1.0)
+    others = {}
+    for module in sorted(parts.keys() - modules.keys()):
+        _require_complete(module, parts[module])
+        scale = scaling(module, parts[module], settings) if "A" in parts[module] else 1.0
+        others[module] = {role: tensor.float() for role, tensor in parts[module].items()} | {
+            "scale": torch.tensor(scale, dtype=torch.float64)
+        }
+    layout = "kohya" if contents.naming_schemes["kohya"] else "peft"
+    return AdapterFile(state, rank, alpha, family, layout, content.metadata, concepts, others)
+
+
+def _family_of_rows(concepts: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    return next((family for rows in concepts.values() if (family := token_files.family_of(rows))), None)
+
+
+def _require_adapter(contents: layouts.FileContents, path: str | Path, family: str | None) -> None:
+    """UserError, which says what the file is, unless all of it belongs to an adapter of a family that we know."""
+    if contents.file_kind and contents.file_kind != "bundle":
+        raise UserError(f"{path} is no adapter: it is a {contents.file_kind}; `personalize inspect` says more")
+    if custom := contents.algorithm_counts["Custom Diffusion"]:
+        raise UserError(f"{path} is no LoRA: it holds {custom} module(s) of Custom Diffusion, which replace weights "
+                        "and need their own pipeline")  # fmt: skip
+    if contents.modules and not fitting_families(contents.modules):
+        first = next(iter(contents.key_stems.values()))[:120]
+        raise UserError(f"{path}: none of its modules, first {first!r}, is in a model of SD 1, 2 or XL")
+    if contents.unknown_keys:
+        key = contents.unknown_keys[0][:120]
+        raise UserError(f"{path}: {key!r} belongs to no known part of an adapter; `personalize inspect` lists them")
+    if contents.duplicate_keys:
+        raise UserError(f"{path} gives the same factor of a module twice, once as {contents.duplicate_keys[0][:120]!r}")
+    if not contents.modules:
+        raise UserError(f"{path} holds no tensors of an adapter: name a file with LoRA weights or learned tokens")
+
+
+def as_lora(file: AdapterFile, rank: int | None = None) -> tuple[AdapterFile, list[str]]:
+    """The file with every module as a LoRA, exactly, and a line for each kind of change that no LoRA can hold.
+
+    Raises:
+        UserError: modules whose change depends on the base's weights, or nothing that a LoRA could hold.
+    """
+    if not file.others:
+        return file, []
+    needing = [module for module, parts in file.others.items() if algorithm_of(parts) in NEED_THE_BASE]
+    if needing:
+        names = sorted({algorithm_of(file.others[module]) for module in needing})
+        raise UserError(
+            f"{len(needing)} module(s) of {' and '.join(names)} change the base's own weights, which no LoRA can say: "
+            "merge the file into its base with `personalize export checkpoint`"
+        )
+    sides, pairs, left = kernels(file.family), factor_pairs(file.state), []
+    pairs = {module: (a, b * (file.alpha / file.rank)) for module, (a, b) in pairs.items()}
+    for module, parts in file.others.items():
+        if algorithm_of(parts) in NOT_A_MATRIX:
+            left.append(module)
+            continue
+        kernel = sides.get(module, tuple(parts["diff"].shape[2:]) if "diff" in parts else ())
+        a, b = lora_pair(module, parts, kernel)
+        pairs[module] = (a, b * float(parts["scale"]))
+        left += [module] if {"diff_b", "lora_B.bias"} & set(parts) else []
+    if not pairs:
+        raise UserError("the file changes biases and norms alone, which no LoRA can hold: use `export checkpoint`")
+    state, rank, alpha = _with_one_rank_and_alpha(pairs, dict.fromkeys(pairs, 1.0))
+    behind = (
+        f"{len(left)} changed bias(es) or norm(s) stay behind, first of {left[0] if left else ''}: no LoRA holds them"
+    )
+    lines = [f"{behind}; `personalize export checkpoint` merges them"] if left else []
+    return replace(file, state=state, rank=rank, alpha=alpha, others={}), lines
+
+
+def algorithm_of(parts: Parts) -> str:
+    """The algorithm of a module that is no plain LoRA, by its tensors' roles."""
+    roles = set(parts) - {"scale", "alpha"}
+    for name, marks in MARKS.items():
+        if roles & marks:
+            return name
+    return "bias difference"
+
+
+MARKS = {
+    "DoRA": {"dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"},
+    "GLoRA": {"a1.weight", "a2.weight", "b1.weight", "b2.weight"},
+    "OFT or BOFT": {"oft_blocks", "oft_diag", "oft_R.weight"},
+    "(IA)3": {"on_input", "weight"},
+    "LoHa": {"hada_w1_a"},
+    "LoKr": {"lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"},
+    "full difference": {"diff"},
+    "LoRA": {"A", "B"},
+}
+
+
+def _require_complete(module: str, parts: Parts) -> None:
+    """UserError unless a module of another algorithm than LoRA has all its factors, of finite numbers."""
+    name, roles = algorithm_of(parts), set(parts)
+    missing = [part for part in NEEDED.get(name, ()) if not any(roles >= choice for choice in part)]
+    if missing:
+        raise UserError(f"module {module} of {name} lacks {' and '.join(sorted(missing[0][0]))}: get the file again")
+    if odd := [role for role, tensor in parts.items() if not bool(tensor.float().isfinite().all())]:
+        raise UserError(f"module {module} holds a number that is not finite (in {odd[0]}): train the adapter again")
+
+
+NEEDED: dict[
+    str, tuple[tuple[set[str], ...], ...]
+] = {  # for each algorithm: what must be there, each in one of several forms
+    "DoRA": (({"A", "B"},),),
+    "LoRA": (({"A", "B"},),),
+    "GLoRA": (({"a1.weight", "a2.weight", "b1.weight", "b2.weight"},),),
+    "LoHa": (({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),),
+    "LoKr": (({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}), ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})),
+    "(IA)3": (({"weight", "on_input"},),),
+}
+
+
+def _with_folded_core(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a module with a Tucker core multiplied into A; without a core they are returned unchanged.
+
+    A (r, i, k, k) = Σ_s mid (r, s, k, k) · down (s, i)
+    """
+    if "mid" not in parts:
+        return parts
+    mid, down = parts["mid"].float(), parts.get("A", torch.empty(0)).float()
+    if mid.ndim != 4 or down.ndim != 4 or down.shape[2:].numel() != 1 or mid.shape[1] != down.shape[0]:
+        raise UserError(f"module {module}: lora_mid {tuple(mid.shape)} and lora_down {tuple(down.shape)} do not fit")
+    folded = torch.einsum("rskl,si->rikl", mid, down.flatten(1))
+    return {**{role: tensor for role, tensor in parts.items() if role != "mid"}, "A": folded}
+
+
+def _with_one_rank_and_alpha(
+    modules: Mapping[str, tuple[Tensor, Tensor]], scalings: Mapping[str, float]
+) -> tuple[dict[str, Tensor], int, float]:
+    """State, rank and alpha of a LoRA whose modules may have ranks and scalings alpha / r of their own.
+
+    Smaller ranks are padded with zeros; scalings, where they differ, are multiplied into B, and alpha is the rank.
+    """
+    rank = max(down.shape[0] for down, _ in modules.values())
+    same = len(set(scalings.values())) == 1
+    state = {}
+    for module, (down, up) in modules.items():
+        missing = rank - down.shape[0]
+        up = up if same else up * scalings[module]
+        state[f"{module}.lora_A.weight"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+        state[f"{module}.lora_B.weight"] = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
+    return state, rank, rank * next(iter(scalings.values())) if same else float(rank)

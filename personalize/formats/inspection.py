@@ -9,19 +9,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.formats import compatibility, coverage, layouts
+from personalize.formats import compatibility, coverage, layouts, peft_settings
+from personalize.formats.adapter_source import open_adapter
+from personalize.formats.foreign_files import as_lora, read_adapter_file
+from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
-from personalize.io.pickles import is_pickle, read_any
+from personalize.io.pickles import is_pickle
 from personalize.io.tensor_files import TensorFile
-from personalize.models.empty import adaptable_layers, empty_unet
-
-if TYPE_CHECKING:
-    pass
 
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", None: "unknown"}
 MAX_LINES = 12  # of metadata, and of problems, in the text; --json prints all
@@ -58,23 +57,22 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
         UserError: a file that is missing, damaged, or a pickle without `allow_pickle`.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name one of its files, or verify the folder with `personalize verify`")
-    content = read_any(path, allow_pickle=allow_pickle)
+    content = open_adapter(path, allow_pickle=allow_pickle)
     contents = layouts.classify_tensors(content.tensors)
     family, evidence = layouts.detect_family(contents, content.metadata)
     scalings, problems = _scalings(contents, content.metadata)
     findings = compatibility.findings(contents, content.metadata, family)
     problems = [finding.text for finding in findings] + problems + _matrix_problems(contents)
-    problems += _modules_not_in_unet(contents, family)
-    readers = compatibility.readers(contents, findings)
+    problems += _modules_not_in_model(contents, family)
+    unknown = modules_elsewhere(contents, family)
+    readers = compatibility.readers(contents, findings, unknown) | {"personalize": _own_verdict(path, content)}
     if is_pickle(path):
         problems.append("it is a pickle, which can run code in programs that open it carelessly: convert it")
     modules = contents.modules
     factors = [tensor for parts in modules.values() for role, tensor in parts.items() if role != "alpha"]
     tensors = [*factors, *contents.embeddings.values()]
     return Inspection(
-        file=str(path), bytes=path.stat().st_size, layout=layout(contents), family=family, family_by=evidence,
+        file=str(path), bytes=_size(path), layout=layout(contents), family=family, family_by=evidence,
         algorithms=dict(contents.algorithm_counts), components=dict(Counter(m.partition(".")[0] for m in modules)),
         parameters=sum(tensor.numel() for tensor in tensors),
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
@@ -102,13 +100,13 @@ def _scalings(contents: FileContents, metadata: Mapping[str, str]) -> tuple[dict
     """alpha / r of every module for which it can be computed, and the reasons why it cannot for the others."""
     scalings, problems = {}, []
     try:
-        settings = layouts.peft_settings(metadata, "the file")
+        settings = peft_settings.settings_of(metadata, "the file")
     except UserError as error:
         settings, problems = {}, [str(error)]
     for module, parts in contents.modules.items():
         if "A" in parts and parts["A"].ndim and parts["A"].shape[0]:
             try:
-                scalings[module] = layouts.scaling(module, parts, settings)
+                scalings[module] = peft_settings.scaling(module, parts, settings)
             except UserError as error:
                 problems.append(str(error))
     return scalings, problems
@@ -119,7 +117,7 @@ def _matrix_problems(contents: FileContents) -> list[str]:
     problems, zero = [], 0
     for module, parts in contents.modules.items():
         infinite = [
-            role for role, tensor in parts.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+            role for role, tensor in parts.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()
         ]
         if infinite:
             problems.append(f"module {module} holds a number that is not finite (in {infinite[0]})")
@@ -142,13 +140,43 @@ def _makes_pair(a: Tensor, b: Tensor) -> bool:
     return a.ndim == b.ndim and a.ndim in (2, 4) and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
 
 
-def _modules_not_in_unet(contents: FileContents, family: str | None) -> list[str]:
-    """As a problem: modules that the family's UNet does not have, or a family that is not known."""
-    if family is None:
-        return ["its family is unknown: it may be for a model of another kind"] if contents.modules else []
-    existing = {f"unet.{path}" for path, _ in adaptable_layers(empty_unet(family))}
-    others = [module for module in contents.modules if module.startswith("unet.") and module not in existing]
-    return [f"{len(others)} module(s) are not in a UNet of {family}, first {others[0][:120]!r}"] if others else []
+def modules_elsewhere(contents: FileContents, family: str | None) -> list[str]:
+    """The modules that no model of the family has; if it is not known, those that no family's model has."""
+    families = [family] if family else fitting_families(contents.modules)
+    known = frozenset().union(*(known_paths(name) for name in families))
+    return [module for module in contents.modules if module not in known]
+
+
+def _modules_not_in_model(contents: FileContents, family: str | None) -> list[str]:
+    """As a problem: modules that the family's models do not have, or a family that is not known."""
+    if not contents.modules:
+        return []
+    if not fitting_families(contents.modules):
+        first = next(iter(contents.key_stems.values()))[:120]
+        return [f"none of its modules, first {first!r}, is in a model of SD 1, 2 or XL"]
+    others = modules_elsewhere(contents, family)
+    named = f"a model of {family}" if family else "any model of SD 1, 2 or XL"
+    found = [f"{len(others)} module(s) are not in {named}, first {others[0][:120]!r}"] if others else []
+    return found if family else [*found, "nothing in it tells its family: say --family where one is needed"]
+
+
+def _own_verdict(path: Path, content: TensorFile) -> tuple[str, str]:
+    """Whether this program reads the file, by reading it."""
+    try:
+        file = read_adapter_file(path, content)
+    except UserError as error:
+        return compatibility.NO, str(error).removeprefix(f"{path}").lstrip(": ")
+    try:
+        lines = as_lora(file)[1]
+    except UserError as error:
+        return compatibility.PARTLY, f"attach, edit and export checkpoint take it; {error}"
+    return (compatibility.PARTLY, f"convert: {lines[0]}") if lines else (compatibility.YES, "")
+
+
+def _size(path: Path) -> int:
+    """The size in bytes of a file, or of all files in a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def _coverage(

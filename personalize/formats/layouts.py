@@ -1,56 +1,21 @@
 """Recognise adapter files: which layout a set of named tensors has, and which module and factor each tensor belongs to.
 
-Every program names the tensors of a LoRA differently.  A key is split into a stem, which says which module it belongs
-to, and an ending, which says which algorithm (LoRA, LoHa, …) and which factor of it.  Stems are translated into
-canonical module names (see `lora_names`).  The naming scheme each stem was written in is recorded too, because every
-program reads only some of the schemes.
+Every program names the tensors of a LoRA differently; `key_parts` takes the names apart.  The naming scheme each key
+was written in is recorded too, because every program reads only some of the schemes.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
-from personalize.errors import UserError
-from personalize.formats.lora_keys import COMPONENTS, KOHYA_PREFIXES, diffusers_name, module_name, with_text_model
+from personalize.formats.key_parts import CUSTOM_DIFFUSION, split_ending, take_apart
 
-LORA_ENDINGS = {
-    ".lora_A.weight": "A", ".lora.down.weight": "A", ".lora_linear_layer.down.weight": "A", ".lora_down.weight": "A",
-    ".lora_B.weight": "B", ".lora.up.weight": "B", ".lora_linear_layer.up.weight": "B", ".lora_up.weight": "B",
-    "_lora.down.weight": "A", "_lora.up.weight": "B", ".alpha": "alpha", ".lora_mid.weight": "mid",
-}  # fmt: skip
-"""Key endings of LoRA, and of LoCon with a Tucker core (`lora_mid`), with the factor that each stands for."""
-
-OTHER_ENDINGS = {
-    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    "LoKr": ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    "DoRA": ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"),
-    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
-    "OFT or BOFT": ("oft_blocks", "oft_diag", "oft_R.weight"),
-    "full difference": ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight"),
-    "(IA)3": ("on_input", "weight"),
-    "Custom Diffusion": (),
-}
-"""Key endings of every other algorithm that is recognised, without the dot before them."""
-
-ENDINGS = {ending: ("LoRA", role) for ending, role in LORA_ENDINGS.items()}
-ENDINGS |= {f".{ending}": (algorithm, ending) for algorithm, endings in OTHER_ENDINGS.items() for ending in endings}
-LONGEST_ENDING_FIRST = sorted(ENDINGS, key=len, reverse=True)
-CUSTOM_DIFFUSION = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)_custom_diffusion(?:\.0)?\.(weight|bias)")
 CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(up|down)")
-UNET_PREFIXES = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
-TEXT_PREFIXES = ("text_model.", "encoder.layers.")
-COMFYUI_TEXT_PREFIXES = {
-    "text_encoders.clip_l.transformer.": "text_encoder",
-    "text_encoders.clip_g.transformer.": "text_encoder_2",
-}
-OLD_TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # old diffusers
 TEXT_WIDTHS = (768, 1024, 1280)
 MAX_KEY_LENGTH = 500  # characters; no module's name comes near
 FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by d, the width of the text that the cross-attention reads
@@ -69,8 +34,10 @@ class FileContents:
     module_schemes: dict[str, str] = field(default_factory=dict)
     """For each module: the naming scheme of its keys."""
     naming_schemes: Counter[str] = field(default_factory=Counter)
-    """Number of tensors in each naming scheme: "PEFT", "diffusers", "old diffusers", "kohya", "ComfyUI",
+    """Number of tensors in each naming scheme: "PEFT", "diffusers", "old diffusers", "kohya", "ComfyUI", "OneTrainer",
     "PEFT folder", "no prefix"."""
+    wrappers: Counter[str] = field(default_factory=Counter)
+    """Number of keys that carry a word of a wrapper ("_orig_mod", "module", …) or the name of PEFT's adapter."""
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     """Learned token vectors, by the key that holds them."""
     file_kind: str = ""
@@ -90,7 +57,8 @@ def classify_tensors(tensors: Mapping[str, Tensor]) -> FileContents:
     """Sort the tensors of a file by module and factor; raises nothing, whatever the keys are."""
     kind = _kind_without_modules(tensors)
     if kind.startswith("textual inversion"):
-        return FileContents(embeddings=dict(tensors), file_kind=kind)
+        vectors = {key: tensor for key, tensor in tensors.items() if not key.startswith("string_to_token.")}
+        return FileContents(embeddings=vectors, file_kind=kind)
     if kind:
         return FileContents(file_kind=kind, unknown_keys=sorted(tensors))
     contents = FileContents(file_kind="bundle" if any(key.startswith("bundle_emb.") for key in tensors) else "")
@@ -111,7 +79,7 @@ def _kind_without_modules(tensors: Mapping[str, Tensor]) -> str:
         return "flat list of cloneofsimo/lora"
     if keys and keys <= {"embeds", "pooled"}:
         return "source embedding of personalize"
-    if not keys or any(_split_key(key) or CUSTOM_DIFFUSION.fullmatch(key) for key in keys):
+    if not keys or any(split_ending(key) or CUSTOM_DIFFUSION.fullmatch(key) for key in keys):
         return ""
     return _textual_inversion_form(tensors)
 
@@ -121,12 +89,13 @@ def _textual_inversion_form(tensors: Mapping[str, Tensor]) -> str:
     keys = set(tensors)
     forms = {
         "A1111": {"emb_params"}, "SDXL": {"clip_l", "clip_g"}, "OneTrainer": {"emp_params", "emp_params_out"},
+        "OneTrainer SDXL": {"clip_l", "clip_g", "clip_l_out", "clip_g_out"},
         "cog-sdxl": {"text_encoders_0", "text_encoders_1"},
     }  # fmt: skip
     for name, known in forms.items():
         if keys <= known:
             return f"textual inversion, {name} form"
-    if all(key.startswith("string_to_param.") for key in keys):
+    if all(key.startswith(("string_to_param.", "string_to_token.")) for key in keys):
         return "textual inversion, A1111 pickle"
     if all(
         t.ndim in (1, 2) and t.shape[-1] in TEXT_WIDTHS and t.numel() <= 256 * t.shape[-1] for t in tensors.values()
@@ -135,75 +104,24 @@ def _textual_inversion_form(tensors: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _split_key(key: str) -> tuple[str, str, str] | None:
-    """Stem, algorithm and role of a key; None if its ending is unknown."""
-    for ending in LONGEST_ENDING_FIRST:
-        if key.endswith(ending) and len(key) > len(ending):
-            algorithm, role = ENDINGS[ending]
-            stem = key.removesuffix(ending)
-            # A bare ".weight" is (IA)3 only after a stem of kohya's or LyCORIS's; any model's weights end so too.
-            foreign = ending == ".weight" and ("." in stem or not stem.startswith(("lora_", "lycoris_")))
-            return None if foreign else (stem, algorithm, role)
-    return None
-
-
 def _add_tensor(key: str, tensor: Tensor, contents: FileContents) -> None:
     """Put one tensor into `contents`, or its key among the unknown or duplicate keys."""
-    if len(key) > MAX_KEY_LENGTH:
+    found = take_apart(key) if len(key) <= MAX_KEY_LENGTH else None
+    if found is None:
         contents.unknown_keys.append(key)
         return
-    custom = CUSTOM_DIFFUSION.fullmatch(key)
-    split = (f"{custom[1]}.{custom[2]}", "Custom Diffusion", custom[3]) if custom else _split_key(key)
-    module_and_scheme = split and _module_and_scheme(split[0], key)
-    if not split or not module_and_scheme:
-        contents.unknown_keys.append(key)
-        return
-    (stem, algorithm, role), (module, scheme) = split, module_and_scheme
-    parts = contents.modules.setdefault(module, {})
-    if role in parts:
+    parts = contents.modules.setdefault(found.module, {})
+    if found.role in parts:
         contents.duplicate_keys.append(key)
         return
-    parts[role] = tensor
-    contents.key_stems.setdefault(module, stem)
-    contents.module_schemes.setdefault(module, scheme)
-    contents.naming_schemes[scheme] += 1
-    algorithms = contents.algorithms.setdefault(module, set())
-    if role != "alpha":
-        algorithms.add("Tucker LoCon" if role == "mid" else algorithm)
-
-
-def _module_and_scheme(stem: str, key: str) -> tuple[str, str] | None:
-    """The canonical name of the module that a key belongs to, and the naming scheme of the key."""
-    if stem.startswith("lycoris_"):
-        return module_name("lora_unet_" + stem.removeprefix("lycoris_")), "kohya"
-    if any(stem.startswith(f"{prefix}_") for prefix in KOHYA_PREFIXES):
-        return module_name(stem), "kohya"
-    for prefix, component in COMFYUI_TEXT_PREFIXES.items():
-        if stem.startswith(prefix):
-            return with_text_model(component, stem.removeprefix(prefix)), "ComfyUI"
-    if stem.startswith("diffusion_model."):
-        return f"unet.{diffusers_name(stem.removeprefix('diffusion_model.'))}", "ComfyUI"
-    component, _, path = stem.partition(".")
-    scheme = "old diffusers" if ".processor." in stem or "_lora." in key else "diffusers"
-    scheme = "PEFT" if ".lora_A." in key or ".lora_B." in key or ".lora_magnitude" in key else scheme
-    if component not in COMPONENTS:
-        scheme = "PEFT folder" if stem.startswith("base_model.model.") else "no prefix"
-        path = stem.removeprefix("base_model.model.")
-        component = (
-            "unet" if path.startswith(UNET_PREFIXES) else "text_encoder" if path.startswith(TEXT_PREFIXES) else ""
-        )
-    if not component or not path:
-        return None
-    return with_text_model(component, _current_path(component, path.removeprefix("base_model.model."))), scheme
-
-
-def _current_path(component: str, path: str) -> str:
-    """The module path in today's diffusers for a path through the attention processors of old diffusers."""
-    path = path.replace(".processor.", ".")
-    if component == "unet":
-        return f"{path}.0" if path.endswith(".to_out") else path
-    parent, _, name = path.rpartition(".")
-    return f"{parent}.{OLD_TEXT_PROJECTIONS.get(name, name)}"
+    parts[found.role] = tensor
+    contents.key_stems.setdefault(found.module, found.stem)
+    contents.module_schemes.setdefault(found.module, found.scheme)
+    contents.naming_schemes[found.scheme] += 1
+    contents.wrappers.update(set(found.wrappers))
+    algorithms = contents.algorithms.setdefault(found.module, set())
+    if found.role != "alpha":
+        algorithms.add("Tucker LoCon" if found.role == "mid" else found.algorithm)
 
 
 def detect_family(contents: FileContents, metadata: Mapping[str, str]) -> tuple[str | None, str]:
@@ -213,6 +131,8 @@ def detect_family(contents: FileContents, metadata: Mapping[str, str]) -> tuple[
     of learned tokens, several transformer blocks in a row (SDXL), the width of the text encoder, and whether the
     attention's projections are convolutions (SD 1.x) or linear layers (SD 2.x).
     """
+    if any("clip_h." in stem for stem in contents.key_stems.values()):
+        return "sd2", "its text encoder is OpenCLIP ViT-H"
     widths = _text_widths(contents)
     known = {FAMILY_OF_WIDTH[width] for width in widths if width in FAMILY_OF_WIDTH}
     if len(known) == 1:
@@ -265,36 +185,3 @@ def _family_of_embeddings(embeddings: Mapping[str, Tensor]) -> tuple[str | None,
         return "sdxl", "its vectors have the second encoder's width"
     width = min(widths, default=0)
     return FAMILY_OF_WIDTH.get(width), f"its vectors have width {width}"
-
-
-def peft_settings(metadata: Mapping[str, str], path: object) -> dict[str, Any]:
-    """PEFT's settings, which diffusers stores as JSON under `lora_adapter_metadata`; UserError if it is no object."""
-    try:
-        values = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its lora_adapter_metadata is no JSON ({error}): get the file again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: its lora_adapter_metadata holds a {type(values).__name__}, an object was expected")
-    return values
-
-
-def scaling(module: str, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> float:
-    """The factor alpha / r (alpha / √r with rsLoRA) by which a module's B A is multiplied.
-
-    alpha is taken from the module's own tensor, else from the PEFT `settings` (`alpha_pattern`, then `lora_alpha`),
-    else it equals r.
-
-    Raises:
-        UserError: an alpha that is no positive number, or an alpha_pattern that is no JSON object.
-    """
-    component, path = module.split(".", 1)
-    rank = parts["A"].shape[0]
-    patterns = settings.get(f"{component}.alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"the file's alpha_pattern is {patterns!r:.80}: an object was expected")
-    matching = [value for key, value in patterns.items() if f".{path}".endswith(f".{key.removeprefix('^')}")]
-    alpha = parts["alpha"].item() if "alpha" in parts and parts["alpha"].numel() == 1 else 0
-    alpha = alpha or (matching[0] if matching else settings.get(f"{component}.lora_alpha", rank))
-    if not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
-        raise UserError(f"module {module} has alpha {alpha!r}: a positive number was expected")
-    return alpha / (rank**0.5 if settings.get(f"{component}.use_rslora") else rank)

@@ -1,4 +1,4 @@
-"""Write a LoRA as the two files that other programs read, and read LoRA files of any layout.
+"""Write a LoRA as the two files that other programs read; `foreign_files` reads those of any layout.
 
 In memory a LoRA is a dictionary of tensors in PEFT's names, "<component>.<module path>.lora_A.weight" (r, in[, k, k])
 and "….lora_B.weight" (out, r[, 1, 1]), with one rank r and one alpha:
@@ -6,7 +6,7 @@ and "….lora_B.weight" (out, r[, 1, 1]), with one rank r and one alpha:
     ΔW = (alpha / r) · B A
 
 Components are `unet`, `text_encoder` and `text_encoder_2`; paths inside a text encoder always start with `text_model.`
-(see `lora_names`).  diffusers reads what `diffusers_file` returns; A1111, Forge, ComfyUI, InvokeAI and kohya's tools
+(see `lora_keys`).  diffusers reads what `diffusers_file` returns; A1111, Forge, ComfyUI, InvokeAI and kohya's tools
 read what `kohya_file` returns.  No single file serves both, because diffusers refuses alpha keys in a file that also
 has its own metadata.
 """
@@ -16,48 +16,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.formats import layouts
 from personalize.formats.layouts import FAMILY_OF_WIDTH
 from personalize.formats.lora_keys import COMPONENTS, kohya_name, with_text_model
-from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
+from personalize.io.tensor_files import tensor_bytes
 
 TRAINING_OPTIONS = (  # those that kohya's tools also record, under the same names
     "learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "optimizer", "resolution", "seed"
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA as read from a file: `state` in PEFT's names with one `rank` and one `alpha` for all modules."""
-
-    state: dict[str, Tensor]
-    rank: int
-    alpha: float
-    family: str | None
-    layout: str
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def header(self) -> dict[str, str]:
-        """The metadata that graphical programs show and that do not depend on the layout: `ss_*` and `modelspec.*`."""
-        return {key: value for key, value in self.metadata.items() if key.startswith(("ss_", "modelspec."))}
-
-    @property
-    def base(self) -> dict[str, str]:
-        """What the file says about its base model: `family`, `name` and `prediction_type`, as far as it says them."""
-        velocity = self.family == "sd2" and self.header.get("ss_base_model_version", "").endswith("_v")
-        base = {"family": self.family, "name": self.header.get("ss_sd_model_name")}
-        base["prediction_type"] = "v_prediction" if velocity else None
-        return {key: value for key, value in base.items() if value}
 
 
 def factor_pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -189,58 +161,6 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
     return {key: str(value) for key, value in values.items() if value is not None}
 
 
-def read_lora(path: str | Path, content: TensorFile | None = None) -> LoraFile:
-    """Read a LoRA in any naming scheme, or in several at once, into PEFT's names with one rank and one alpha.
-
-    Where alphas or ranks differ between modules, alpha / r is multiplied into B and smaller ranks are padded with
-    zeros, which leaves every ΔW as it was.  The Tucker core of a convolution (`lora_mid`) is multiplied into A, which
-    is exact too.  `content` is what has already been read from `path`.
-
-    Raises:
-        UserError: no safetensors file, or one that holds something other than LoRA matrices.
-    """
-    content = read_tensors(path) if content is None else content
-    contents = layouts.classify_tensors(content.tensors)
-    _require_only_lora(contents, path)
-    parts = {module: _with_folded_core(module, values) for module, values in contents.modules.items()}
-    modules = factor_pairs({f"{m}.lora_{s}.weight": v[s].float() for m, v in parts.items() for s in "AB" if s in v})
-    if not modules:
-        raise UserError(f"{path} holds no LoRA tensors: name a file with LoRA weights")
-    settings = layouts.peft_settings(content.metadata, path)
-    scalings = {module: layouts.scaling(module, contents.modules[module], settings) for module in modules}
-    state, rank, alpha = _with_one_rank_and_alpha(modules, scalings)
-    layout = "kohya" if contents.naming_schemes["kohya"] else "peft"
-    return LoraFile(state, rank, alpha, layouts.detect_family(contents, content.metadata)[0], layout, content.metadata)
-
-
-def _require_only_lora(contents: layouts.FileContents, path: str | Path) -> None:
-    """UserError, which says what the file is, unless it holds LoRA matrices and nothing else."""
-    others = [(name, n) for name, n in contents.algorithm_counts.items() if name not in ("LoRA", "Tucker LoCon")]
-    if others:
-        listed = ", ".join(f"{count} module(s) of {name}" for name, count in sorted(others))
-        raise UserError(f"{path} is no plain LoRA: it holds {listed}, which are recognised but not converted")
-    if contents.file_kind:
-        raise UserError(f"{path} is no plain LoRA: it is a {contents.file_kind}; `personalize inspect` says more")
-    if contents.unknown_keys:
-        key = contents.unknown_keys[0][:120]
-        raise UserError(f"{path}: {key!r} belongs to no known part of a LoRA: is it for another kind of base model?")
-    if contents.duplicate_keys:
-        raise UserError(f"{path} gives the same factor of a module twice, once as {contents.duplicate_keys[0][:120]!r}")
-
-
-def _with_folded_core(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of a module with a Tucker core multiplied into A; without a core they are returned unchanged.
-
-    A (r, i, k, k) = Σ_s mid (r, s, k, k) · down (s, i)
-    """
-    if "mid" not in parts:
-        return parts
-    mid, down = parts["mid"].float(), parts.get("A", torch.empty(0)).float()
-    if mid.ndim != 4 or down.ndim != 4 or down.shape[2:].numel() != 1 or mid.shape[1] != down.shape[0]:
-        raise UserError(f"module {module}: lora_mid {tuple(mid.shape)} and lora_down {tuple(down.shape)} do not fit")
-    return {**parts, "A": torch.einsum("rskl,si->rikl", mid, down.flatten(1))}
-
-
 def common_rank(modules: Mapping[str, tuple[Tensor, Tensor]]) -> int:
     """The rank that all modules share; UserError if there is no module, or naming one whose rank differs."""
     ranks = {module: pair[0].shape[0] for module, pair in modules.items()}
@@ -253,24 +173,6 @@ def common_rank(modules: Mapping[str, tuple[Tensor, Tensor]]) -> int:
             f"module {other} has rank {ranks[other]}, others have {first}: one rank per adapter is expected"
         )
     return first
-
-
-def _with_one_rank_and_alpha(
-    modules: Mapping[str, tuple[Tensor, Tensor]], scalings: Mapping[str, float]
-) -> tuple[dict[str, Tensor], int, float]:
-    """State, rank and alpha of a LoRA whose modules may have ranks and scalings alpha / r of their own.
-
-    Smaller ranks are padded with zeros; scalings, where they differ, are multiplied into B, and alpha is the rank.
-    """
-    rank = max(down.shape[0] for down, _ in modules.values())
-    same = len(set(scalings.values())) == 1
-    state = {}
-    for module, (down, up) in modules.items():
-        missing = rank - down.shape[0]
-        up = up if same else up * scalings[module]
-        state[f"{module}.lora_A.weight"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
-        state[f"{module}.lora_B.weight"] = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
-    return state, rank, rank * next(iter(scalings.values())) if same else float(rank)
 
 
 def _target(module: str) -> str:

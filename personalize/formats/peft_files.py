@@ -20,7 +20,7 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def _read_peft_keys(content: TensorFile, family: str | None) -> tuple[Factors, list[str]]:
+def read_peft_keys(content: TensorFile, family: str | None) -> tuple[Factors, list[str]]:
     """The modules of a file in PEFT's keys; if the family is unknown, as read by the family that knows most of them.
 
     Any family reads the same ΔW: no block numbers in PEFT's keys differ between families.
@@ -70,5 +70,5 @@ def require_peft_files(folder: Path, expected: Factors, family: str | None) -> N
             tensors[f"{part}.{nested}{key.removeprefix(PEFT_PREFIX)}"] = tensor
         settings |= {f"{part}.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
     content = TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
-    factors, problems = _read_peft_keys(content, family)
+    factors, problems = read_peft_keys(content, family)
     verification.VerificationReport((verification.compare(PEFT_WEIGHTS, factors, problems, expected),)).require()

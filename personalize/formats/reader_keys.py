@@ -37,22 +37,23 @@ class ReaderKeys:
         layers = dict(adaptable_layers(reference))
         self.shapes = None if unet is None else {f"unet.{path}": layer.weight.shape for path, layer in layers.items()}
         paths = original_paths(reference) if family == "sdxl" else {path: path for path in layers}
-        self._kohya = {"lora_unet_" + key.replace(".", "_"): f"unet.{path}" for key, path in paths.items()}
-        self._peft = {f"unet.{path}": f"unet.{path}" for path in layers}
+        self.kohya_modules = {"lora_unet_" + key.replace(".", "_"): f"unet.{path}" for key, path in paths.items()}
+        self.peft_modules = {f"unet.{path}": f"unet.{path}" for path in layers}
         encoders = (
             {"lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
             if family == "sdxl"
             else {"lora_te": "text_encoder"}
         )
         for prefix, component in encoders.items():
-            for path in _text_paths():
-                self._peft[f"{component}.{path}"] = f"{component}.{path}"
-                self._kohya[f"{prefix}_{path.replace('.', '_')}"] = f"{component}.{path}"
+            projection = ["text_projection"] if component == "text_encoder_2" else []
+            for path in [*_text_paths(), *projection]:
+                self.peft_modules[f"{component}.{path}"] = f"{component}.{path}"
+                self.kohya_modules[f"{prefix}_{path.replace('.', '_')}"] = f"{component}.{path}"
 
     def kohya(self, content: TensorFile) -> tuple[Factors, list[str]]:
         """The LoRA as a graphical program reads it, and problems: one alpha per module, by default r."""
         suffixes = {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha"}
-        grouped, problems = _by_module(content.tensors, suffixes, self._kohya)
+        grouped, problems = _by_module(content.tensors, suffixes, self.kohya_modules)
         if "lora_adapter_metadata" in content.metadata and any(key.endswith(".alpha") for key in content.tensors):
             problems.append("it has both lora_adapter_metadata and alpha keys: diffusers refuses such a file")
         factors = {}
@@ -64,7 +65,9 @@ class ReaderKeys:
 
     def peft(self, content: TensorFile) -> tuple[Factors, list[str]]:
         """The LoRA as diffusers reads it, and problems: one alpha per component from the metadata, by default r."""
-        grouped, problems = _by_module(content.tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, self._peft)
+        grouped, problems = _by_module(
+            content.tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, self.peft_modules
+        )
         try:
             settings = json.loads(content.metadata["lora_adapter_metadata"])
             factors = {}

@@ -32,6 +32,7 @@ KNOWN_KEYS = {  # keys of every layout except diffusers': the graphical programs
     "text_encoders_0": "text_encoder", "text_encoders_1": "text_encoder_2",
 }  # fmt: skip
 ENCODER_METADATA_KEY = "personalize.text_encoder"  # since diffusers' layout does not say which encoder the rows are for
+BUNDLE = "bundle_emb."  # the start of the keys of embeddings inside a LoRA file: bundle_emb.<token>.<key>
 MAX_ROWS = 75  # CLIP has 77 positions, two of which are the start and end tokens
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"
@@ -107,10 +108,23 @@ def diffusers_file(learned: LearnedToken, encoder: str, *, dtype: torch.dtype = 
     Raises:
         UserError: as `ui_file`, and a token that is a key of another layout.
     """
-    if learned.token in KNOWN_KEYS:
-        raise UserError(f"the token {learned.token} is a word of the file formats: give it another name")
-    rows = _cast(learned, dtype)[encoder]
-    return tensor_bytes({learned.token: rows}, {"format": "pt", ENCODER_METADATA_KEY: encoder})
+    return diffusers_tokens({learned.token: {encoder: learned.rows[encoder]}}, dtype=dtype)
+
+
+def diffusers_tokens(concepts: Mapping[str, Rows], *, dtype: torch.dtype = torch.float32) -> bytes:
+    """The bytes of a file in diffusers' layout with every token's rows for one and the same text encoder.
+
+    Raises:
+        UserError: as `diffusers_file`, and rows for several text encoders.
+    """
+    encoders = {encoder for rows in concepts.values() for encoder in rows}
+    if len(encoders) != 1:
+        raise UserError("rows for two text encoders need two files in diffusers' layout: use `export tokens`")
+    if known := set(concepts) & set(KNOWN_KEYS):
+        raise UserError(f"the token {known.pop()} is a word of the file formats: give it another name")
+    (encoder,) = encoders
+    rows = {token: _cast(LearnedToken(token, dict(own)), dtype)[encoder] for token, own in concepts.items()}
+    return tensor_bytes(rows, {"format": "pt", ENCODER_METADATA_KEY: encoder})
 
 
 def token_file_names(concepts: Mapping[str, Iterable[str]], layout: str = "both") -> dict[str, tuple[str, str | None]]:
@@ -179,32 +193,64 @@ def require_token_files(
 
 
 def read_concept(path: str | Path, token: str | None = None, content: TensorFile | None = None) -> LearnedToken:
-    """Read a token file of any program.
-
-    The token is `token` if given, else the one in a file of diffusers' layout, else the file's name without ending.
-    `content` is what has already been read from `path`.
+    """Read the token in a file of any program that holds one; see `read_concepts`.
 
     Raises:
-        UserError: a file that is damaged, a pickle, or no textual inversion.
+        UserError: as `read_concepts`, and a file with several tokens.
     """
-    path, content = Path(path), read_tensors(path) if content is None else content
-    tensors = content.tensors
-    if not tensors:
+    content = read_tensors(path) if content is None else content
+    if len(content.tensors) > 1 and not any(
+        key in KNOWN_KEYS or key.startswith("string_to_") for key in content.tensors
+    ):
+        raise UserError(
+            f"{path} holds {len(content.tensors)} tensors, e.g. {min(content.tensors)[:80]!r}: is it a LoRA?"
+        )
+    concepts = read_concepts(path, content, token)
+    if len(concepts) != 1:
+        raise UserError(f"{path} holds {len(concepts)} tokens, {', '.join(concepts)[:120]}: one was expected")
+    return LearnedToken(*next(iter(concepts.items())))
+
+
+def read_concepts(path: str | Path, content: TensorFile, token: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """The learned tokens of a file of any program, and the rows of each for every text encoder.
+
+    A token is called `token` if there is only one and that is given, else by the word that the file has for it (spaces
+    become "_"), else by the file's name without ending.
+
+    Raises:
+        UserError: the file is no textual inversion and no LoRA with one, or rows that cannot be a token's.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in content.tensors.items():
+        if (place := _place(key, tensor, Path(path).stem, content)) is None:
+            continue
+        name, encoder = place
+        if encoder in found.setdefault(name, {}):
+            raise UserError(f"{path} holds {sorted(content.tensors)[:4]}, which are rows of one text encoder twice")
+        found[name][encoder] = tensor
+    if not found:
         raise UserError(f"{path} is empty: a file with learned token rows was expected")
-    if set(tensors) <= set(KNOWN_KEYS):
-        encoders = [KNOWN_KEYS[key] for key in tensors]
-        if len(set(encoders)) != len(encoders):
-            raise UserError(f"{path} holds {sorted(tensors)}, which are rows of one text encoder twice")
-        token = token or path.stem
-        return LearnedToken(token, checked_rows(token, {KNOWN_KEYS[key]: tensor for key, tensor in tensors.items()}))
-    if len(tensors) != 1:
-        raise UserError(f"{path} holds {len(tensors)} tensors, e.g. {min(tensors)[:80]!r}: is it a LoRA or a model?")
-    key, rows = next(iter(tensors.items()))
-    encoder = content.metadata.get(
-        ENCODER_METADATA_KEY, "text_encoder_2" if rows.shape[-1:] == (1280,) else "text_encoder"
-    )
-    token = token or key
-    return LearnedToken(token, checked_rows(token, {encoder: rows}))
+    if token is not None and len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} tokens, {', '.join(found)[:120]}: --token renames a single one")
+    named = {token or re.sub(r"\s+", "_", name.strip()): rows for name, rows in found.items()}
+    return {name: checked_rows(name, rows) for name, rows in named.items()}
+
+
+def _place(key: str, tensor: Tensor, stem: str, content: TensorFile) -> tuple[str, str] | None:
+    """The token and the text encoder of one tensor; None if it holds no rows of the encoders' input table."""
+    bundled = any(name.startswith(BUNDLE) for name in content.tensors)
+    if key.endswith("_out") or key.startswith("string_to_token.") or (bundled and not key.startswith(BUNDLE)):
+        return None
+    name = content.metadata.get("name") or stem
+    if bundled:
+        name, _, key = key.removeprefix(BUNDLE).partition(".")
+    if key.startswith("string_to_param."):
+        several = sum(other.startswith("string_to_param.") for other in content.tensors) > 1
+        return (key.removeprefix("string_to_param.") if several and not bundled else name), "text_encoder"
+    if key in KNOWN_KEYS:
+        return name, KNOWN_KEYS[key]
+    default = "text_encoder_2" if tensor.shape[-1:] == (1280,) else "text_encoder"
+    return (name if bundled else key), content.metadata.get(ENCODER_METADATA_KEY, default)
 
 
 def _cast(learned: LearnedToken, dtype: torch.dtype) -> dict[str, Tensor]:

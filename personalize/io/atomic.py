@@ -112,6 +112,11 @@ def plain_name(name: str) -> str:
     return name
 
 
+def unowned_files(folder: Path, ours: tuple[str, ...]) -> list[str]:
+    """Names in `folder` that begin with none of the prefixes `ours`: the user's own files, which must be kept."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(ours)] if folder.is_dir() else []
+
+
 def _write_synced(path: Path, content: Content) -> None:
     """Create a file, write `content`, and wait until it is on the disk."""
     with create_file(path) as stream:

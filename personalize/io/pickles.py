@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from personalize.errors import UserError
 from personalize.io.tensor_files import MAX_TENSORS, PICKLE_SUFFIXES, TensorFile, read_tensors
@@ -48,10 +48,11 @@ def read_any(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
         )
     try:
         _check_unpacked_size(path)
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([nn.ParameterDict]):  # as the original textual inversion saved its rows
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = dict(_flat(value, "", MAX_DEPTH))
     except Exception as error:  # a hostile pickle can make torch raise anything
         raise UserError(f"{path} is no pickle of plain tensors: {' '.join(str(error).split())[:160]}") from error
-    tensors = dict(_flat(value, "", MAX_DEPTH))
     if not tensors:
         raise UserError(f"{path} holds no tensors: is it an adapter?")
     if len(tensors) > MAX_TENSORS:
@@ -76,6 +77,6 @@ def _flat(value: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.layout == torch.strided and not value.is_quantized:
             yield prefix or "tensor", value.detach().clone()
-    elif isinstance(value, dict) and depth:
+    elif isinstance(value, dict | nn.ParameterDict) and depth:
         for key, inner in value.items():
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key), depth - 1)

@@ -24,9 +24,11 @@ from personalize.errors import UserError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER_BYTES = 32 * 2**20
+UNREAD_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "U16", "U32", "U64", "C64")  # of the format, not of adapters
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 50_000
 MAX_DIMENSIONS = 8
 MAX_JSON_BYTES = 16 * 2**20
@@ -147,6 +149,8 @@ def _json_object(text: bytes, path: Path) -> dict[str, Any]:
 
 def _checked_entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.dtype, list[int], int, int]:
     """One tensor's dtype, shape, begin and end; UserError unless they are consistent and within `size` bytes."""
+    if isinstance(value, dict) and value.get("dtype") in UNREAD_DTYPES:
+        raise UserError(f"{path}: tensor {name[:120]!r} is of the type {value['dtype']}, which is not read: convert it")
     try:
         dtype, shape, (begin, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
         integers = isinstance(shape, list) and all(type(number) is int for number in [*shape, begin, end])

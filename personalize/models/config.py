@@ -2,29 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-from personalize.errors import UserError
-
-HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
-
-
-def check_base_name(source: str | Path) -> None:
-    """UserError unless `source` is a diffusers folder, a single-file checkpoint, or has the form of a hub id."""
-    path = Path(source)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is no base model: it has no model_index.json; give a folder saved by diffusers")
-    if path.is_file() and path.suffix != ".safetensors":
-        raise UserError(
-            f"{path.name} is no .safetensors file: convert the checkpoint to .safetensors (pickles can run code)"
-        )
-    if not path.exists() and not re.fullmatch(HUB_ID, str(source)):
-        raise UserError(
-            f"no base model at {source}: give a diffusers folder, a .safetensors file or a hub id owner/name"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +16,6 @@ class BaseModelOptions:
     """Revision of a base from the hub."""
     variant: str | None = None
     """Variant of the base's files, e.g. fp16."""
-
-    def check(self) -> None:
-        """UserError for what the options name and how they fit together; the command line calls it before torch."""
-        if self.pretrained_model_name_or_path is not None:
-            check_base_name(self.pretrained_model_name_or_path)
 
 
 @dataclass(frozen=True, kw_only=True)

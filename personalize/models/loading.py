@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
 from personalize.errors import UserError
-from personalize.models.config import check_base_name
 
 CONFIGS = Path(__file__).parent / "configs"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -27,7 +28,6 @@ def read(
 
     Raises UserError, in one line, for anything that is not a Stable Diffusion model.
     """
-    check_base_name(source)
     path = Path(source)
     if path.is_file():
         return read_file(path, dtype)
@@ -35,7 +35,12 @@ def read(
     if path.is_dir():
         index = read_index(path)
         require_parts(index, path)
+        _require_no_lora_layers(path)
         extra = {name: None for name in extra if name in index}
+    elif not re.fullmatch(HUB_ID, str(source)):
+        raise UserError(
+            f"no base model at {source}: give a diffusers folder, a .safetensors file or a hub id owner/name"
+        )
     try:
         return DiffusionPipeline.from_pretrained(
             str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
@@ -46,12 +51,30 @@ def read(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` of a diffusers folder; UserError if it is no JSON object."""
+    """The `model_index.json` of a diffusers folder; UserError if it is missing or not a JSON object."""
     path = folder / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no base model: it has no model_index.json; give a folder saved by diffusers")
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise _unreadable(folder, error) from error
+
+
+def _require_no_lora_layers(folder: Path) -> None:
+    """Raises UserError if a part was saved with LoRA layers in it: then diffusers would leave its weights at random."""
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt") as tensors:
+                    odd = next((key for key in tensors.keys() if ".base_layer." in key or ".lora_A." in key), None)
+            except (SafetensorError, OSError) as error:
+                raise _unreadable(folder, error) from error
+            if odd is not None:
+                raise UserError(
+                    f"{file} was saved with LoRA layers in it ({odd[:80]}), so that it is no base model: call "
+                    "pipe.unload_lora_weights() before pipe.save_pretrained()"
+                )
 
 
 def require_parts(names: Iterable[str], source: object) -> None:
@@ -86,6 +109,10 @@ def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
     Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files, inpainting
     models and other families.
     """
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{path.name} is no .safetensors file: convert the checkpoint to .safetensors (pickles can run code)"
+        )
     try:
         with safe_open(path, "pt") as file:
             keys, metadata = set(file.keys()), file.metadata() or {}
@@ -97,15 +124,19 @@ def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"{path.name} is no Stable Diffusion checkpoint (UNet and text encoder expected): is it a LoRA file?"
         )
+    if marks := [mark for mark in ("edm_mean", "edm_vpred.sigma_max") if mark in keys]:
+        raise UserError(f"{path.name} is sampled as EDM ({marks[0]}: Playground 2.5 or CosXL), which is not supported")
     if channels != 4:
         raise UserError(f"{path.name} is an inpainting model ({channels} input channels): give a text-to-image model")
     if "conditioner.embedders.1.model.ln_final.weight" in keys:
-        overrides = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
+        velocity = "v_pred" in keys or metadata.get("modelspec.prediction_type") == "v"
+        overrides = {"prediction_type": "v_prediction"} if velocity else {}
         return "sdxl", overrides | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
     if "cond_stage_model.model.ln_final.weight" in keys:
         return ("sd21" if metadata.get("modelspec.prediction_type") == "epsilon" else "sd21v"), {}
     if any(key.startswith("cond_stage_model.transformer.") for key in keys):
-        return "sd15", {}
+        velocity = metadata.get("modelspec.prediction_type") == "v"
+        return "sd15", {"prediction_type": "v_prediction"} if velocity else {}
     raise UserError(f"{path.name} is neither Stable Diffusion 1.x, 2.x nor the SDXL base: give one of these")
 
 
@@ -138,10 +169,6 @@ def family(unet: Any, text_encoders: int) -> str:
     Raises UserError for inpainting models and the SDXL refiner.
     """
     config = unet.config
-    if config.in_channels != config.out_channels:
-        raise UserError(
-            f"the base is an inpainting model ({config.in_channels} input channels); give a text-to-image one"
-        )
     if config.addition_embed_type == "text_time":
         if text_encoders != 2:
             raise UserError("the base is an SDXL refiner (one text encoder); the SDXL base model is needed")

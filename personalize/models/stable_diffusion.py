@@ -14,8 +14,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
+from personalize.errors import UserError
 from personalize.models import parameterization
 from personalize.models.loading import default_device, default_dtype, family, read, require_parts
+from personalize.models.offloading import execution_device
 from personalize.models.quantization import quantize
 from personalize.models.vae import accurate_vae
 
@@ -71,6 +73,7 @@ class StableDiffusion:
     def __init__(self, pipe: DiffusionPipeline, name: str = "") -> None:
         parts = pipe.components
         require_parts((key for key, part in parts.items() if part is not None), name or type(pipe).__name__)
+        parts = {key: getattr(part, "_orig_mod", part) for key, part in parts.items()}  # inside torch.compile's wrapper
         self.unet, self.vae, self.scheduler = parts["unet"], parts["vae"], parts["scheduler"]
         self.text_encoders = _present(parts, "text_encoder", "text_encoder_2")
         self.tokenizers = _present(parts, "tokenizer", "tokenizer_2")
@@ -113,7 +116,13 @@ class StableDiffusion:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(device)
-        return StableDiffusion(pipe, name="embedded" if source == EMBEDDED else str(source))
+        model = StableDiffusion(pipe, name="embedded" if source == EMBEDDED else str(source))
+        if model.unet.config.in_channels != model.unet.config.out_channels:
+            raise UserError(
+                f"the base is an inpainting model ({model.unet.config.in_channels} input channels); give a "
+                "text-to-image one"
+            )
+        return model
 
     @staticmethod
     def from_pipeline(pipe: DiffusionPipeline, name: str = "") -> StableDiffusion:
@@ -140,11 +149,13 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return execution_device(self.unet.conv_in)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
+        """The UNet's precision; of one that stores 8 bits a weight and computes in more, that of its products."""
+        stored = self.unet.conv_in.weight.dtype
+        return stored if stored.itemsize > 1 else self.unet.dtype
 
     @property
     def identity(self) -> dict[str, str]:
@@ -157,6 +168,12 @@ class StableDiffusion:
             return dict(self._identity)
         state = self.unet.state_dict().items()
         named = sorted((key.replace("base_layer.", ""), weight) for key, weight in state if ".lora_" not in key)
+        if meta := next((key for key, weight in named if weight.device.type == "meta"), None):
+            raise UserError(
+                f"the UNet's weights ({meta}, …) are offloaded layer by layer, so that they have no hash: call "
+                "pipe.remove_all_hooks() first"
+            )
+        named = [(key, weight.float() if weight.dtype.itemsize == 1 else weight) for key, weight in named]
         signs = [torch.signbit(w.reshape(-1)[:: max(1, w.numel() // 64)][:64]) for _, w in named]
         unet_hash = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
         unet_hash.update(torch.cat(signs).cpu().numpy().tobytes())

@@ -10,7 +10,7 @@ import torch
 
 from personalize.adapters.adapter import Adapter
 from personalize.cli.main import main
-from personalize.formats.lora_files import read_lora
+from personalize.formats.foreign_files import read_adapter_file
 from personalize.io.tensor_files import read_tensors
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.lora_states import paths, predict, predict_with_delta, random_lora
@@ -46,7 +46,7 @@ def test_lora(place, tmp_path, capsys):
         "--dtype", "float16",
     )  # fmt: skip
     assert code == 0 and "source embedding is not exported" in said and "relative error" in said and "verified" in said
-    found = read_lora(file)
+    found = read_adapter_file(file)
     assert found.rank == 2 and not any("up_blocks" in key for key in found.state)
     code, said = run(capsys, "lora", file, "--layout", "diffusers", "--output", tmp_path / "again")
     assert code == 0 and (tmp_path / "again" / "pytorch_lora_weights.safetensors").is_file()
@@ -87,7 +87,7 @@ def test_merge_and_checkpoint(place, tmp_path, capsys):
         (("lora", "{cat}", "--output", "{new}", "--forget", "decodr"), "did you mean"),
         (("lora", "{cat}", "--output", "{new}", "--layout", "a1111"), "a1111"),
         (("lora", "{base}", "--output", "{new}"), "no adapter folder"),
-        (("tokens", "{cat}/cat_lora.safetensors", "--output", "{new}"), "is it a LoRA"),
+        (("tokens", "{cat}/cat_lora.safetensors", "--output", "{new}"), "has no learned tokens"),
         (("merge", "{cat}", "--output", "{new}"), "two adapters or more"),
         (("merge", "{cat}", "{cat}", "--weights", "1", "--output", "{new}"), "a weight for each"),
         (("merge", "{cat}", "{cat}", "--output", "{new}"), "learned the token"),

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from personalize.cli.commands import convert as convert_command
 from personalize.errors import UserError
-from personalize.formats import conversion, lora_files
-from personalize.formats.lora_files import diffusers_file, read_lora
+from personalize.formats import lora_files
+from personalize.formats.foreign_files import read_adapter_file
+from personalize.formats.lora_files import diffusers_file
 from personalize.formats.reader_keys import ReaderKeys
 from personalize.formats.textual_inversion_files import read_concept
 from personalize.formats.verification import verify_file
@@ -37,7 +39,7 @@ CLOSE = 1e-5  # of a prediction: see test_formats
 
 def convert(file, to, output, **options):
     chosen = {"dtype": "float32", "family": None, "unet_only": False, "token": None, "allow_pickle": False} | options
-    return conversion.run(SimpleNamespace(file=file, to=to, output=output, **chosen))
+    return convert_command.run(SimpleNamespace(file=file, to=to, output=output, overwrite=True, **chosen))
 
 
 def deltas(path, family):
@@ -84,7 +86,7 @@ def foreign(tmp_path, family, targets, text, kind):
 )
 def test_round_trips_keep_every_weight_change(tmp_path, family, targets, text, kind):
     _, file, truth = foreign(tmp_path, family, targets, text, kind)
-    lora = read_lora(file)
+    lora = read_adapter_file(file)
     assert lora.family == family
     assert_same({m: delta(a, b, lora.alpha / lora.rank) for m, (a, b) in modules(lora.state).items()}, truth)
     there = convert(file, "diffusers", tmp_path / "pytorch_lora_weights.safetensors")
@@ -102,7 +104,7 @@ def test_diffusers_gives_the_same_prediction_with_what_was_converted(tmp_path, f
     model, file, truth = foreign(tmp_path, family, targets, text, kind)
     outputs = [convert(file, to, tmp_path / f"{to}.safetensors", family=family) for to in ("diffusers", "kohya")]
     found = [through_loader(model, path) for path in outputs]
-    lora = read_lora(file)
+    lora = read_adapter_file(file)
     expected = with_merged(model, lora.state, lora.alpha / lora.rank)
     assert all(difference(prediction, expected) < CLOSE for prediction in found)
 
@@ -112,7 +114,7 @@ def test_files_with_uneven_alphas_and_ranks_are_wrong_in_diffusers_and_right_whe
     model, file, _ = foreign(tmp_path, "sd1", "attention", False, "mixed")
     ours = convert(file, "kohya", tmp_path / "ours.safetensors", family="sd1")
     naive, converted = through_loader(model, file), through_loader(model, ours)
-    lora = read_lora(file)
+    lora = read_adapter_file(file)
     expected = with_merged(model, lora.state, lora.alpha / lora.rank)
     assert difference(naive, expected) > 100 * CLOSE
     assert difference(converted, expected) < CLOSE
@@ -212,19 +214,23 @@ def test_refusals_write_nothing(tmp_path):
     stem = "lora_unet_down_blocks_0_x"
     pair = {f"{stem}.lora_down.weight": torch.ones(1, 2), f"{stem}.lora_up.weight": torch.ones(2, 1)}
     nowhere = save(tmp_path / "nowhere.safetensors", pair)
+    place = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    unclear = {key.replace(stem, place): tensor for key, tensor in pair.items()}
+    unclear, partly = (save(tmp_path / f"{n}.safetensors", unclear | more) for n, more in enumerate(({}, pair)))
     dora = save(tmp_path / "dora.safetensors", {"lora_unet_conv_in.dora_scale": torch.ones(4)})
     half = save(tmp_path / "half.safetensors", {"unet.conv_in.lora_A.weight": torch.ones(2, 2)})
     before = {path.name for path in tmp_path.iterdir()}
     for file, to, output, message in (
         (lora, "kohya", lora, "is the file to convert"),
-        (token, "peft", "out", "learned token"), (nowhere, "kohya", "out", "does not tell the family"),
-        (dora, "kohya", "out", "1 module.s. of DoRA"), (half, "kohya", "out", "has only"),
+        (token, "peft", "out", "learned token"), (nowhere, "kohya", "out", "none of its modules"),
+        (unclear, "kohya", "out", "does not tell the family"),
+        (dora, "kohya", "out", "of DoRA lacks A and B"), (half, "kohya", "out", "has only"),
         (tmp_path / "gone", "kohya", "out", "does not exist"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             convert(file, to, tmp_path / output)
     with pytest.raises(UserError, match="no reader knows"):
-        convert(nowhere, "kohya", tmp_path / "out", family="sd1")
+        convert(partly, "kohya", tmp_path / "out", family="sd1")
     assert {path.name for path in tmp_path.iterdir()} == before
     assert convert(lora, "peft", tmp_path / "out", unet_only=True).is_dir()
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from personalize.cli.commands import inspect
 from personalize.errors import UserError
-from personalize.formats import coverage, inspection, layouts
+from personalize.formats import coverage, layouts
 from personalize.formats.inspection import inspect_file, report
 from personalize.formats.lora_files import diffusers_file, kohya_file, kohya_metadata
 from tests.support.foreign_files import diffusers, kohya, modules, old_diffusers, save, small_state, with_uneven_ranks
@@ -139,7 +140,8 @@ def test_other_algorithms_are_recognised_and_named(tmp_path, name):
     assert found.algorithms[name] and name in found.layout and found.family == "sd1"
     assert sum(found.components.values()) == len({m for m in layouts.classify_tensors(tensors).modules})
     assert not any("belong to nothing known" in problem for problem in found.problems)
-    assert verdicts(found)["personalize"] == ("yes" if name == "Tucker LoCon" else "no")
+    takes = {"Tucker LoCon": "yes", "LoHa": "yes", "LoKr": "yes", "Custom Diffusion": "no"}
+    assert verdicts(found)["personalize"] == takes.get(name, "partly")
     if name in ("LoHa", "LoKr", "DoRA"):
         assert verdicts(found)["diffusers"] == "no" and verdicts(found)["ComfyUI"] == "yes"
 
@@ -189,7 +191,7 @@ def test_numbers_that_are_not_finite_missing_matrices_and_unknown_modules_are_re
     }  # fmt: skip
     problems = " ".join(inspected(tmp_path, tensors, {"ss_base_model_version": "sd_v1"}).problems)
     for words in (
-        "not finite", "has only ['A']", "make no pair", "change nothing", "1 module(s) are not in a UNet of sd1",
+        "not finite", "has only ['A']", "make no pair", "change nothing", "1 module(s) are not in a model of sd1",
         "alpha -1.0", "1 key(s) belong to nothing known",
     ):  # fmt: skip
         assert words in problems
@@ -209,16 +211,16 @@ def test_coverage_counts_changed_and_existing_modules(tmp_path, state):
 def test_the_command_prints_text_json_and_a_picture(tmp_path, state, capsys):
     file = save(tmp_path / "x.safetensors", state, {"note": "a\nb\x1b[31m"})
     options = {"file": file, "json": False, "picture": tmp_path / "c.png", "allow_pickle": False}
-    inspection.run(SimpleNamespace(**options))
+    inspect.run(SimpleNamespace(**options))
     out = capsys.readouterr().out
     assert "Stable Diffusion 1.x" in out and "\x1b" not in out and "ComfyUI     no" in out
     assert Image.open(tmp_path / "c.png").size[0] > 300
-    inspection.run(SimpleNamespace(**options | {"json": True, "picture": None}))
+    inspect.run(SimpleNamespace(**options | {"json": True, "picture": None}))
     printed = json.loads(capsys.readouterr().out)
     assert printed["family"] == "sd1" and printed["readers"]["A1111"][0] == "no" and len(printed["rows"]) == 11
     embedding = save(tmp_path / "e.safetensors", {"emb_params": torch.ones(1, 768)})
     with pytest.raises(UserError, match="no coverage to draw"):
-        inspection.run(SimpleNamespace(**options | {"file": embedding}))
+        inspect.run(SimpleNamespace(**options | {"file": embedding}))
 
 
 def test_pickles_are_refused_unless_allowed_and_never_run(tmp_path, state):
@@ -253,5 +255,5 @@ def test_pickles_are_refused_unless_allowed_and_never_run(tmp_path, state):
 
 @pytest.mark.parametrize("name", ["nothing.safetensors", "."])
 def test_folders_and_missing_files_are_refused(tmp_path, name):
-    with pytest.raises(UserError, match="does not exist|is a folder"):
+    with pytest.raises(UserError, match="does not exist|is no adapter folder"):
         inspect_file(tmp_path / name)

@@ -8,13 +8,13 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import save_file
 
 from personalize.errors import UserError
+from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.lora_files import (
     diffusers_file,
     factor_pairs,
     family_of,
     kohya_file,
     kohya_metadata,
-    read_lora,
 )
 from personalize.io.atomic import write_file
 from personalize.io.tensor_files import read_tensors, tensor_bytes
@@ -68,7 +68,7 @@ def test_diffusers_drops_modules_of_a_file_with_mixed_names_but_none_of_ours(tmp
     save_file({f"unet.{key}": tensor.contiguous() for key, tensor in naive.items()}, tmp_path / "naive.safetensors")
     ours = write_file(tmp_path / "ours.safetensors", diffusers_file(state, 4.0))
     found, lost = through_loader(model, ours), through_loader(model, tmp_path / "naive.safetensors")
-    repaired = read_lora(tmp_path / "naive.safetensors")
+    repaired = read_adapter_file(tmp_path / "naive.safetensors")
     expected = with_merged(model, state, 1.0)
     assert difference(lost, expected) > 100 * CLOSE
     assert difference(found, expected) < CLOSE
@@ -144,7 +144,7 @@ def test_both_files_are_read_back(tmp_path, name):
     state = random_lora(paths(model.unet)) | text_lora(model)
     write_file(tmp_path / "d.safetensors", diffusers_file(state, 2.0))
     write_file(tmp_path / "k.safetensors", kohya_file(state, 2.0, family=model.family))
-    ours, theirs = read_lora(tmp_path / "d.safetensors"), read_lora(tmp_path / "k.safetensors")
+    ours, theirs = read_adapter_file(tmp_path / "d.safetensors"), read_adapter_file(tmp_path / "k.safetensors")
     assert (ours.layout, ours.rank, ours.alpha) == ("peft", 4, 2.0)
     assert (theirs.layout, theirs.rank, theirs.alpha) == ("kohya", 4, 4.0)
     assert ours.state.keys() == theirs.state.keys() == state.keys()
@@ -165,7 +165,7 @@ def test_mixed_ranks_and_alphas_become_one_without_changing_any_weight_update(tm
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k.lora_up.weight": d,
     }
     save_file(content, tmp_path / "k.safetensors")
-    found = read_lora(tmp_path / "k.safetensors")
+    found = read_adapter_file(tmp_path / "k.safetensors")
     assert (found.rank, found.alpha) == (4, 4.0)
     stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
     made = {m: up @ down for m, (down, up) in factor_pairs(found.state).items()}
@@ -228,9 +228,9 @@ def test_numbers_too_large_for_half_precision_are_refused():
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        ({"lora_unet_conv_in.dora_scale": torch.ones(1)}, {}, "no plain LoRA: it holds 1 module.s. of DoRA"),
+        ({"lora_unet_conv_in.dora_scale": torch.ones(1)}, {}, "of DoRA lacks A and B"),
         ({"transformer.x.lora_A.weight": torch.ones(1, 1)}, {}, "belongs to no known part"),
-        ({}, {}, "no LoRA tensors"),
+        ({}, {}, "no tensors of an adapter"),
         (pair(), {"lora_adapter_metadata": "{"}, "no JSON"),
         (pair(), {"lora_adapter_metadata": "[]"}, "list"),
         (pair(), {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, "alpha 'x'"),
@@ -240,4 +240,4 @@ def test_numbers_too_large_for_half_precision_are_refused():
 def test_files_that_are_no_lora(tmp_path, tensors, metadata, message):
     write_file(tmp_path / "x.safetensors", tensor_bytes(tensors, metadata))
     with pytest.raises(UserError, match=message):
-        read_lora(tmp_path / "x.safetensors")
+        read_adapter_file(tmp_path / "x.safetensors")

@@ -10,6 +10,7 @@ import torch
 
 from personalize.adapters import adapter as adapter_module
 from personalize.adapters.adapter import Adapter
+from personalize.cli.commands import verify
 from personalize.errors import UserError
 from personalize.formats import lora_files, verification
 from personalize.formats.reader_keys import ReaderKeys, original_paths
@@ -225,15 +226,18 @@ def test_saving_verifies_so_a_mistake_in_the_writer_leaves_no_file(tmp_path, mon
 
 def test_the_key_maps_of_writer_and_verifier_share_no_code():
     package = Path(verification.__file__).parent
-    for name in ("verify", "reader_names"):
+    for name in ("verification", "reader_keys", "source_reading"):
         tree = ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))
         names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not names & {
             "personalize.formats.lora_files",
             "personalize.formats.lora_keys",
+            "personalize.formats.key_parts",
+            "personalize.formats.peft_settings",
+            "personalize.formats.weight_changes",
             "personalize.adapters.adapter",
         }
-    assert adapter_module.verify is verification
+    assert adapter_module.verification is verification
 
 
 def test_both_key_maps_agree_on_every_module_of_sdxl():
@@ -244,9 +248,9 @@ def test_both_key_maps_agree_on_every_module_of_sdxl():
 
 
 def test_the_command_prints_the_report_and_raises_on_a_mismatch(folder, capsys):
-    report = verification.run(SimpleNamespace(path=folder, base=None))
+    report = verify.run(SimpleNamespace(path=folder, base=None))
     assert report.ok and "128 / 128 modules match" in capsys.readouterr().out
     rewrite(folder / KOHYA_FILE, lambda tensors, metadata: tensors[f"{KOHYA}.alpha"].mul_(2))
     with pytest.raises(UserError, match="does not verify"):
-        verification.run(SimpleNamespace(path=folder, base=None))
+        verify.run(SimpleNamespace(path=folder, base=None))
     assert "NOT verified" in capsys.readouterr().out

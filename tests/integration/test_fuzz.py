@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from personalize.adapters.adapter import Adapter
+from personalize.cli.commands import convert
 from personalize.cli.edit_options import EditConfig
 from personalize.cli.parser import read_yaml
 from personalize.errors import UserError
-from personalize.formats import conversion
 from personalize.formats.inspection import inspect_file, report
 from personalize.formats.verification import verify_folder
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
@@ -95,10 +95,10 @@ def try_file(path, content, folder):
     path.write_bytes(content)
     out = folder / "out.safetensors"
     options = {"file": path, "to": "kohya", "output": out, "dtype": "float32", "family": "sd1", "unet_only": False}
-    options |= {"token": None, "allow_pickle": False}
+    options |= {"token": None, "allow_pickle": False, "overwrite": True}
     attempt(
         lambda: read_tensors(path), lambda: report(inspect_file(path)),
-        lambda: conversion.run(SimpleNamespace(**options)), lambda: Adapter.load(path),
+        lambda: convert.run(SimpleNamespace(**options)), lambda: Adapter.load(path),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.editing.editor import Editor
 from personalize.editing.strengths import Sampling
 from personalize.errors import UserError
-from personalize.formats import lora_files
+from personalize.formats import foreign_files, lora_files
 from personalize.sampling.denoise import initial_latents
 from tests.support.foreign_files import diffusers, kohya, save, with_uneven_ranks
 from tests.support.lora_states import ATTENTION, paths, random_lora, text_lora
@@ -62,7 +62,7 @@ def test_uneven_and_mixed_files_are_edited_with_rightly(tmp_path):
     state = random_lora(paths(model.unet, lambda path: ATTENTION(path) or path == "conv_in"))
     cut, alphas, _ = with_uneven_ranks(state)
     file = save(tmp_path / "uneven.safetensors", kohya(cut, "sd1", alphas))
-    lora = lora_files.read_lora(file)
+    lora = foreign_files.read_adapter_file(file)
     (tmp_path / "even.safetensors").write_bytes(lora_files.diffusers_file(lora.state, lora.alpha))
     expected = stock(tiny("sd1"), lambda pipe: pipe.load_lora_weights(tmp_path, weight_name="even.safetensors"))
     assert off(drawn(model, file), expected) <= 1

@@ -7,7 +7,8 @@ from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_t
 from safetensors.torch import save_file
 
 from personalize.errors import UserError
-from personalize.formats.lora_files import diffusers_file, kohya_file, read_lora
+from personalize.formats.foreign_files import read_adapter_file
+from personalize.formats.lora_files import diffusers_file, kohya_file
 from personalize.formats.textual_inversion_files import token_file_contents
 from personalize.io.atomic import write_file
 from personalize.io.tensor_files import read_tensors
@@ -67,7 +68,7 @@ def test_names_without_a_component_load_nothing_and_we_read_them(tmp_path, prefi
     bare = {prefix + key.removeprefix("unet."): tensor for key, tensor in state.items()}
     save_file(bare, tmp_path / "bare.safetensors")
     assert torch.equal(through_loader(model, tmp_path / "bare.safetensors"), predict(model))
-    read = read_lora(tmp_path / "bare.safetensors")
+    read = read_adapter_file(tmp_path / "bare.safetensors")
     assert read.state.keys() == state.keys()
 
 
@@ -79,7 +80,7 @@ def test_peft_prefix_inside_the_component_is_an_error_in_diffusers_and_we_read_i
     save_file(odd, tmp_path / "odd.safetensors")
     with pytest.raises(Exception, match="(?i)target modules|base_model"):
         through_loader(model, tmp_path / "odd.safetensors")
-    assert read_lora(tmp_path / "odd.safetensors").state.keys() == state.keys()
+    assert read_adapter_file(tmp_path / "odd.safetensors").state.keys() == state.keys()
 
 
 def test_one_odd_alpha_in_a_text_encoder_is_wrong_in_diffusers_and_right_when_read_by_us(tmp_path):
@@ -89,7 +90,7 @@ def test_one_odd_alpha_in_a_text_encoder_is_wrong_in_diffusers_and_right_when_re
     odd = next(module for module in modules(state) if module.endswith("layers.1.self_attn.q_proj"))
     alphas = {module: 1.0 if module == odd else 4.0 for module in modules(state)}
     file = save(tmp_path / "odd.safetensors", kohya(state, "sd1", alphas))
-    read = read_lora(file)
+    read = read_adapter_file(file)
     naive = through_loader(model, file)
     write_file(tmp_path / "ours.safetensors", kohya_file(read.state, read.alpha, family="sd1"))
     ours = through_loader(model, tmp_path / "ours.safetensors")
@@ -111,7 +112,7 @@ def test_dynamic_ranks_are_wrong_in_diffusers_and_right_when_padded_by_us(tmp_pa
         state |= {f"{module}.lora_A.weight": a[:rank], f"{module}.lora_B.weight": b[:, :rank]}
         alphas[module] = float(rank)
     file = save(tmp_path / "resized.safetensors", kohya(state, "sd1", alphas))
-    read = read_lora(file)
+    read = read_adapter_file(file)
     naive = through_loader(model, file)
     expected = with_merged(model, read.state, read.alpha / read.rank)
     write_file(tmp_path / "ours.safetensors", kohya_file(read.state, read.alpha, family="sd1"))
@@ -172,7 +173,7 @@ def test_custom_diffusion_loads_as_nothing_through_the_unet_and_we_refuse_it_by_
     pipe.unet.load_attn_procs(tmp_path, weight_name="pytorch_custom_diffusion_weights.bin", use_safetensors=False)
     assert {name: type(processor) for name, processor in pipe.unet.attn_processors.items()} == before
     with pytest.raises(UserError, match="(?i)custom diffusion"):
-        read_lora(tmp_path / "custom.safetensors")
+        read_adapter_file(tmp_path / "custom.safetensors")
 
 
 def test_diffusers_exporter_drops_text_model_as_transformers_does_and_ours_writes_it(tmp_path):

@@ -1,102 +1,144 @@
-"""`personalize convert`: rewrite an adapter file for another program."""
+"""`personalize convert`: an adapter file in another program's layout; see `formats.conversion`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files
-from personalize.formats.conversion import DTYPES, factors, metadata, require
-from personalize.formats.foreign_files import read_foreign_file
+from personalize.formats.adapter_source import open_adapter
+from personalize.formats.conversion import DTYPES, factors, metadata, require, require_source, require_tokens
+from personalize.formats.foreign_files import AdapterFile, as_lora, read_adapter_file
 from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, require_peft_files
 from personalize.formats.reader_keys import Factors
 from personalize.io.atomic import plain_name, write_file, write_folder
-from personalize.io.pickles import read_any
 
 if TYPE_CHECKING:
     from personalize.cli.options import ConvertConfig
+
+Concepts = Mapping[str, dict[str, Tensor]]
 
 
 def run(config: ConvertConfig) -> Path:
     """`personalize convert`: read a file, write it in another layout, and verify the result before it gets its name.
 
     Raises:
-        UserError: nothing that can be converted, no disk space, or a result that does not verify; nothing is written.
+        UserError: nothing that can be converted, an output that exists, no disk space, or a result that does not
+            verify; nothing is written.
     """
-    if config.output.exists() and config.output.samefile(config.file):
-        raise UserError(f"{config.output} is the file to convert: name another --output")
-    content = read_any(config.file, allow_pickle=config.allow_pickle)
-    lora = read_foreign_file(config.file, content, config.token)
-    if isinstance(lora, textual_inversion_files.LearnedToken):
-        return _convert_embedding(config, lora)
-    state = {key: tensor for key, tensor in lora.state.items() if key.startswith("unet.") or not config.unet_only}
-    if not state:
-        raise UserError(f"{config.file} has no UNet part: leave --unet_only out")
-    family, dtype = config.family or lora.family, DTYPES[config.dtype]
+    _require_free(config.output, config)
+    content = open_adapter(config.file, allow_pickle=config.allow_pickle)
+    file = read_adapter_file(config.file, content, token=config.token, family=config.family)
+    if not file.state and not file.others:
+        return _convert_tokens(config, config.output, file.concepts)
+    file, left = as_lora(file)
+    state = _selected(config, file.state)
+    lora, family = replace(file, state=state), file.family
     expected = factors(state, lora.alpha / lora.rank)
-    if config.to == "peft":
-        written = _write_peft(
-            config.output, peft_files(state, lora.alpha, dtype, lora.base.get("name")), expected, family
-        )
-    elif config.to == "diffusers":
-        data = lora_files.diffusers_file(state, lora.alpha, dtype=dtype)
-        written = write_file(config.output, data, check=lambda path: require(path, expected, family, kohya=False))
-    else:
-        if family is None:
-            raise UserError(f"{config.file} does not tell the family of its base: say --family sd1, sd2 or sdxl")
-        header = metadata(lora, family, config.output.stem)
-        data = lora_files.kohya_file(state, lora.alpha, family=family, dtype=dtype, metadata=header)
-        written = write_file(config.output, data, check=lambda path: require(path, expected, family, kohya=True))
+    require_source(content, expected, family, config.file)
+    beside = _files_beside(config, file.concepts)
+    written = _write(config, lora, expected, family)
     print(f"{written}: {len(expected)} modules, rank {lora.rank}, verified")
+    for path, data in beside.items():
+        print(f"{write_file(path, data)}: learned token, in a file of its own since no program reads both from one")
+    for line in left:
+        print(line)
     return written
 
 
-def _write_peft(folder: Path, files: Mapping[str, bytes], expected: Factors, family: str | None) -> Path:
-    """Write PEFT's files, also in the place of older ones; UserError if the folder holds anything else."""
-    ours = {PEFT_CONFIG, PEFT_WEIGHTS}
-    if folder.is_dir() and (others := {path.name for path in folder.rglob("*") if path.is_file()} - ours):
-        raise UserError(f"{folder} already holds {min(others)}: name another output folder")
-    return write_folder(folder, files, check=lambda written: require_peft_files(written, expected, family))
+def _selected(config: ConvertConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The modules that are wanted."""
+    kept = {key: tensor for key, tensor in state.items() if key.startswith("unet.") or not config.unet_only}
+    if not kept:
+        raise UserError(f"{config.file} has no UNet part: leave --unet_only out")
+    return kept
 
 
-def _convert_embedding(config: ConvertConfig, learned: textual_inversion_files.LearnedToken) -> Path:
-    """Convert a learned token; for diffusers, tokens of two text encoders become two files in a folder."""
+def _write(config: ConvertConfig, lora: AdapterFile, expected: Factors, family: str | None) -> Path:
+    """Write a LoRA in the layout that is wanted, read it back, and compare."""
+    dtype, state = DTYPES[config.dtype], lora.state
+    if config.to == "peft":
+        files = peft_files(state, lora.alpha, dtype, lora.base.get("name"))
+        return _write_peft(config, files, expected, family)
+    if config.to == "diffusers":
+        data = lora_files.diffusers_file(state, lora.alpha, dtype=dtype)
+        return write_file(config.output, data, check=lambda path: require(path, expected, family, kohya=False))
+    if family is None:
+        raise UserError(f"{config.file} does not tell the family of its base: say --family sd1, sd2 or sdxl")
+    header = metadata(lora, family, config.output.stem)
+    data = lora_files.kohya_file(state, lora.alpha, family=family, dtype=dtype, metadata=header)
+    return write_file(config.output, data, check=lambda path: require(path, expected, family, kohya=True))
+
+
+def _require_free(path: Path, config: ConvertConfig) -> None:
+    """UserError if `path` exists and may not be replaced."""
+    if path.exists() and config.file.exists() and path.samefile(config.file):
+        raise UserError(f"{path} is the file to convert: name another --output")
+    if path.exists() and not config.overwrite:
+        raise UserError(f"{path} exists already: name another --output, or add --overwrite")
+
+
+def _convert_tokens(config: ConvertConfig, output: Path, concepts: Concepts) -> Path:
+    """Convert a file of learned tokens; for diffusers, rows for two text encoders become two files in a folder."""
     if config.to == "peft":
         raise UserError(f"{config.file} is a learned token, which PEFT has no format for: use --to diffusers or kohya")
+    if config.to == "kohya" and len(concepts) > 1:
+        raise UserError(f"{config.file} holds {len(concepts)} tokens, graphical programs take one a file: use "
+                        "`personalize export tokens`, which writes a folder")  # fmt: skip
+    if config.to == "diffusers" and len(concepts) == 1 and len(next(iter(concepts.values()))) > 1:
+        return _write_diffusers_folder(config, output, concepts)
     dtype = DTYPES[config.dtype]
-
-    def check(path: Path) -> None:
-        rows = textual_inversion_files.read_concept(path, learned.token).rows
-        same = [torch.equal(rows[key], tensor.to(dtype).float()) for key, tensor in learned.rows.items() if key in rows]
-        if rows.keys() != learned.rows.keys() or not all(same):
-            raise UserError("the result does not give back the token's rows: the disk or memory is faulty")
-
     if config.to == "kohya":
+        learned = textual_inversion_files.LearnedToken(*next(iter(concepts.items())))
         data = textual_inversion_files.ui_file(learned, family=config.family, dtype=dtype)
-        written = write_file(config.output, data, check=check)
-    elif len(learned.rows) == 1:
-        data = textual_inversion_files.diffusers_file(learned, next(iter(learned.rows)), dtype=dtype)
-        written = write_file(config.output, data, check=check)
     else:
-        written = _write_diffusers_folder(config.output, learned, dtype)
-    rows = len(next(iter(learned.rows.values())))
-    called = plain_name(written.stem) if config.to == "kohya" else learned.token
-    print(f"{written}: token {called}, {rows} vector(s) for {' and '.join(learned.rows)}")
+        data = textual_inversion_files.diffusers_tokens(concepts, dtype=dtype)
+    named = None if config.to == "diffusers" else next(iter(concepts))
+    written = write_file(output, data, check=lambda path: require_tokens(path, concepts, named, dtype))
+    for token, rows in concepts.items():
+        called = plain_name(written.stem) if config.to == "kohya" else token
+        print(f"{written}: token {called}, {len(next(iter(rows.values())))} vector(s) for {' and '.join(rows)}")
+    if len(concepts) > 1:
+        print("diffusers loads one token at a time: pipe.load_textual_inversion({token: rows}) for each of them")
     return written
 
 
-def _write_diffusers_folder(folder: Path, learned: textual_inversion_files.LearnedToken, dtype: torch.dtype) -> Path:
+def _files_beside(config: ConvertConfig, concepts: Concepts) -> dict[Path, bytes]:
+    """The files beside the result for the learned tokens of a LoRA file, in the layout of the same programs."""
+    layout = "ui" if config.to == "kohya" else "diffusers"
+    files = textual_inversion_files.token_file_contents(
+        concepts, layout=layout, family=config.family, dtype=DTYPES[config.dtype]
+    )
+    found = {config.output.parent / name: data for name, data in files.items()}
+    for path in found:
+        _require_free(path, config)
+    return found
+
+
+def _write_diffusers_folder(config: ConvertConfig, folder: Path, concepts: Concepts) -> Path:
     """Write a token of two text encoders as diffusers' two files into a new folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists: rows for two text encoders make two files, name a new folder for them")
-    concepts = {learned.token: learned.rows}
+    dtype = DTYPES[config.dtype]
     files = textual_inversion_files.token_file_contents(concepts, layout="diffusers", dtype=dtype)
+    written = write_folder(
+        folder,
+        files,
+        check=lambda path: textual_inversion_files.require_token_files(path, concepts, "diffusers", dtype),
+    )
+    for token, rows in concepts.items():
+        print(f"{written}: token {token}, {len(next(iter(rows.values())))} vector(s) for {' and '.join(rows)}")
+    return written
 
-    def check(path: Path) -> None:
-        textual_inversion_files.require_token_files(path, concepts, "diffusers", dtype)
 
-    return write_folder(folder, files, check=check)
+def _write_peft(config: ConvertConfig, files: Mapping[str, bytes], expected: Factors, family: str | None) -> Path:
+    """Write PEFT's files, also in the place of older ones; UserError if the folder holds anything else."""
+    folder, ours = config.output, {PEFT_CONFIG, PEFT_WEIGHTS}
+    if folder.is_dir() and (others := {path.name for path in folder.rglob("*") if path.is_file()} - ours):
+        raise UserError(f"{folder} already holds {min(others)}: name another output folder")
+    return write_folder(folder, files, check=lambda written: require_peft_files(written, expected, family))

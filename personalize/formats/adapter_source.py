@@ -1,0 +1,125 @@
+"""Open what a person names as an adapter: a file, one of PEFT's folders, or a file in several shards.
+
+What stands beside the tensors is read with them: PEFT's `adapter_config.json` holds alpha, and the folder's name or the
+class of the model says which of two text encoders the tensors are for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from personalize.errors import UserError
+from personalize.formats.lora_keys import COMPONENTS
+from personalize.formats.peft_settings import ADAPTER_CONFIG
+from personalize.io.pickles import read_any
+from personalize.io.tensor_files import TensorFile, read_json
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+INDEX = ".safetensors.index.json"
+PEFT_PREFIX = "base_model.model."
+MAX_SHARDS = 100
+
+
+def open_adapter(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
+    """The tensors and metadata of an adapter; settings beside it join the metadata (see `peft_settings`).
+
+    Args:
+        path: a safetensors file (or, with `allow_pickle`, a pickle), an index of shards, a folder of PEFT, or a folder
+            with one of these for each part of the model: "unet", "text_encoder", "text_encoder_2".
+        allow_pickle: read the tensors, and nothing else, of a pickle.
+
+    Raises:
+        UserError: nothing is there, or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, allow_pickle)
+    if path.name.endswith(INDEX):
+        return _open_shards(path)
+    content = read_any(path, allow_pickle=allow_pickle)
+    config = path.parent / ADAPTER_CONFIG
+    if config.is_file() and any(key.startswith(PEFT_PREFIX) for key in content.tensors):
+        return _with_settings(content, read_json(config), path.parent.name)
+    return content
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """True if `path` is a folder that `open_adapter` reads."""
+    return path.is_dir() and bool(_peft_folders(path) or list(path.glob(f"*{INDEX}")))
+
+
+def _open_folder(folder: Path, allow_pickle: bool) -> TensorFile:
+    """The tensors of PEFT's folder, of one such folder for each part of the model, or of a file in shards."""
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    folders = _peft_folders(folder)
+    if not folders and len(indices) == 1:
+        return _open_shards(indices[0])
+    if not folders:
+        raise UserError(f"{folder} is no adapter folder: it has neither {ADAPTER_CONFIG} nor an index of shards; "
+                        "name one of its files")  # fmt: skip
+    if list(folders) == [""]:
+        return open_adapter(folders[""], allow_pickle=allow_pickle)
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for part, file in folders.items():
+        own = read_any(file, allow_pickle=allow_pickle).tensors
+        tensors |= {f"{part}.{key}": tensor for key, tensor in own.items()}
+        settings |= {f"{part}.{key}": value for key, value in read_json(file.parent / ADAPTER_CONFIG).items()}
+    return TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
+
+
+def _peft_folders(folder: Path) -> dict[str, Path]:
+    """The file of weights by part of the model; by "" if the folder itself holds the two files of PEFT."""
+    places = {"": folder, **{part: folder / part for part in COMPONENTS}}
+    files = {
+        part: next((place / name for name in WEIGHTS if (place / name).is_file()), None)
+        for part, place in places.items()
+        if (place / ADAPTER_CONFIG).is_file()
+    }
+    found = {part: file for part, file in files.items() if file is not None}
+    return {"": found[""]} if "" in found else found
+
+
+def _with_settings(content: TensorFile, config: Mapping[str, Any], folder: str) -> TensorFile:
+    """The content of one of PEFT's files with its settings; keys get the part of the model where it is not obvious."""
+    tensors, part = content.tensors, _part(config, folder)
+    if part.startswith("text_"):
+        tensors = {f"{part}.{key}": tensor for key, tensor in tensors.items()}
+    return TensorFile(tensors, content.metadata | {ADAPTER_CONFIG: json.dumps(dict(config))})
+
+
+def _part(config: Mapping[str, Any], folder: str) -> str:
+    """The part of the model that a folder of PEFT is for, by its name or by the class of the model; "" if unknown."""
+    if folder in COMPONENTS:
+        return folder
+    mapping = config.get("auto_mapping")
+    model = str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else ""
+    classes = {"CLIPTextModelWithProjection": "text_encoder_2", "CLIPTextModel": "text_encoder"}
+    return classes.get(model, "")
+
+
+def _open_shards(index: Path) -> TensorFile:
+    """All tensors of a file in shards, by the index that transformers and diffusers write beside them.
+
+    Raises:
+        UserError: an index that is damaged or names a file elsewhere, or a shard that lacks a tensor.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} is damaged: its weight_map must map names of tensors to files")
+    files = sorted(set(names.values()))
+    if not 0 < len(files) <= MAX_SHARDS or any(Path(name).name != name for name in files):
+        raise UserError(f"{index} names {len(files)} shards, 1 to {MAX_SHARDS} files beside it were expected")
+    tensors, metadata = {}, {}
+    for name in files:
+        shard = read_any(index.parent / name)
+        tensors, metadata = tensors | shard.tensors, metadata | shard.metadata
+    if tensors.keys() != names.keys():
+        odd = min(tensors.keys() ^ names.keys())
+        raise UserError(f"{index} and its shards do not agree on the tensor {odd[:80]!r}: get the files again")
+    return TensorFile(tensors, metadata)
