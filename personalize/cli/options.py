@@ -40,7 +40,7 @@ class InspectConfig:
     """Show what a LoRA or embedding file is, what it changes, which programs read it, and what is wrong with it."""
 
     file: Positional[Path]
-    """LoRA or textual-inversion file of any program."""
+    """LoRA or textual-inversion file of any program, or a folder of such files: one line for each."""
     json: bool = False
     """Print everything as JSON."""
     picture: Path | None = None

@@ -1,13 +1,17 @@
 """Adapter files as they lie on a disk: read, judged, converted and checked, without a live adapter.
 
-    layouts, lora_keys        how programs name LoRA tensors
+    adapter_source            open what a person names: file, PEFT folder, shards, and what stands beside
+    foreign_files             the one list of what an adapter file holds, for every command
+    key_parts, lora_keys      keys taken apart; names of modules;  layouts: tensors by module and factor
+    peft_settings             alpha / r from wherever a program keeps it
+    weight_changes, changed_layers   ΔW of every algorithm, and the layers it makes;  layer_kinds: of each family
     lora_files, peft_files    LoRA files and PEFT folders
     textual_inversion_files   learned tokens
     original_checkpoint       single-file base models
     manifest                  adapter.json
-    reader_keys, verification an independent reading, and the comparison with it
+    reader_keys, source_reading, verification   independent readings, and the comparison with them
     compatibility, coverage   who can read a file, and what it changes
-    inspection, conversion    say what a file is; rewrite it for another program
+    inspection, folder_inspection, conversion   say what a file is; rewrite it for another program
 
 Imports: io, models.
 """

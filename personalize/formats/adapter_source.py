@@ -25,23 +25,24 @@ PEFT_PREFIX = "base_model.model."
 MAX_SHARDS = 100
 
 
-def open_adapter(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
+def open_adapter(path: str | Path, *, allow_pickle: bool = False, peek: int | None = None) -> TensorFile:
     """The tensors and metadata of an adapter; settings beside it join the metadata (see `peft_settings`).
 
     Args:
         path: a safetensors file (or, with `allow_pickle`, a pickle), an index of shards, a folder of PEFT, or a folder
             with one of these for each part of the model: "unet", "text_encoder", "text_encoder_2".
         allow_pickle: read the tensors, and nothing else, of a pickle.
+        peek: if given, safetensors with more numbers than this are not read: only their shapes are there.
 
     Raises:
         UserError: nothing is there, or it cannot be read.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path, allow_pickle)
+        return _open_folder(path, allow_pickle, peek)
     if path.name.endswith(INDEX):
-        return _open_shards(path)
-    content = read_any(path, allow_pickle=allow_pickle)
+        return _open_shards(path, peek)
+    content = read_any(path, allow_pickle=allow_pickle, peek=peek)
     config = path.parent / ADAPTER_CONFIG
     if config.is_file() and any(key.startswith(PEFT_PREFIX) for key in content.tensors):
         return _with_settings(content, read_json(config), path.parent.name)
@@ -53,21 +54,21 @@ def is_adapter_folder(path: Path) -> bool:
     return path.is_dir() and bool(_peft_folders(path) or list(path.glob(f"*{INDEX}")))
 
 
-def _open_folder(folder: Path, allow_pickle: bool) -> TensorFile:
+def _open_folder(folder: Path, allow_pickle: bool, peek: int | None) -> TensorFile:
     """The tensors of PEFT's folder, of one such folder for each part of the model, or of a file in shards."""
     indices = sorted(folder.glob(f"*{INDEX}"))
     folders = _peft_folders(folder)
     if not folders and len(indices) == 1:
-        return _open_shards(indices[0])
+        return _open_shards(indices[0], peek)
     if not folders:
         raise UserError(f"{folder} is no adapter folder: it has neither {ADAPTER_CONFIG} nor an index of shards; "
                         "name one of its files")  # fmt: skip
     if list(folders) == [""]:
-        return open_adapter(folders[""], allow_pickle=allow_pickle)
+        return open_adapter(folders[""], allow_pickle=allow_pickle, peek=peek)
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
     for part, file in folders.items():
-        own = read_any(file, allow_pickle=allow_pickle).tensors
+        own = read_any(file, allow_pickle=allow_pickle, peek=peek).tensors
         tensors |= {f"{part}.{key}": tensor for key, tensor in own.items()}
         settings |= {f"{part}.{key}": value for key, value in read_json(file.parent / ADAPTER_CONFIG).items()}
     return TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
@@ -103,7 +104,7 @@ def _part(config: Mapping[str, Any], folder: str) -> str:
     return classes.get(model, "")
 
 
-def _open_shards(index: Path) -> TensorFile:
+def _open_shards(index: Path, peek: int | None) -> TensorFile:
     """All tensors of a file in shards, by the index that transformers and diffusers write beside them.
 
     Raises:
@@ -117,7 +118,7 @@ def _open_shards(index: Path) -> TensorFile:
         raise UserError(f"{index} names {len(files)} shards, 1 to {MAX_SHARDS} files beside it were expected")
     tensors, metadata = {}, {}
     for name in files:
-        shard = read_any(index.parent / name)
+        shard = read_any(index.parent / name, peek=peek)
         tensors, metadata = tensors | shard.tensors, metadata | shard.metadata
     if tensors.keys() != names.keys():
         odd = min(tensors.keys() ^ names.keys())

@@ -23,6 +23,7 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.formats import layouts, lora_files, textual_inversion_files, verification
 from personalize.formats.foreign_files import AdapterFile
+from personalize.formats.layer_kinds import known_paths
 from personalize.formats.peft_files import read_peft_keys
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.source_reading import deviations
@@ -71,6 +72,12 @@ def require_source(content: TensorFile, expected: Factors, family: str | None, n
     """UserError unless every ΔW of `expected` is the one that the file `content` says, by a reading of its own."""
     guess = family or layouts.detect_family(layouts.classify_tensors(content.tensors), {})[0] or "sd1"
     components = {module.partition(".")[0] for module in expected}
+    elsewhere = [module for module in expected if module not in known_paths(guess)]
+    if elsewhere:
+        raise UserError(
+            f"{name}: {len(elsewhere)} module(s), first {elsewhere[0][:120]!r}, are in no model of {guess}: "
+            "is --family right?"
+        )
     try:
         found = deviations(content, expected, guess)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, re.error) as error:

@@ -86,7 +86,7 @@ def read_adapter_file(
     family = family or layouts.detect_family(contents, content.metadata)[0]
     if contents.embeddings and not contents.modules:
         return AdapterFile({}, 1, 1.0, family or _family_of_rows(concepts), "peft", content.metadata, concepts)
-    _require_adapter(contents, path, family)
+    require_adapter(contents, path)
     parts = {module: _with_folded_core(module, values) for module, values in contents.modules.items()}
     plain = {module for module in parts if contents.algorithms[module] <= PLAIN}
     shaped = {module: as_layer_wants(parts[module], module, family) if module in plain else {} for module in parts}
@@ -109,8 +109,10 @@ def _family_of_rows(concepts: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return next((family for rows in concepts.values() if (family := token_files.family_of(rows))), None)
 
 
-def _require_adapter(contents: layouts.FileContents, path: str | Path, family: str | None) -> None:
+def require_adapter(contents: layouts.FileContents, path: str | Path) -> None:
     """UserError, which says what the file is, unless all of it belongs to an adapter of a family that we know."""
+    if contents.file_kind.startswith("textual inversion"):
+        return
     if contents.file_kind and contents.file_kind != "bundle":
         raise UserError(f"{path} is no adapter: it is a {contents.file_kind}; `personalize inspect` says more")
     if custom := contents.algorithm_counts["Custom Diffusion"]:

@@ -28,7 +28,7 @@ def is_pickle(path: str | Path) -> bool:
     return first.startswith((b"PK\x03\x04", b"\x80")) or path.suffix.lower() in PICKLE_SUFFIXES
 
 
-def read_any(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
+def read_any(path: str | Path, *, allow_pickle: bool = False, peek: int | None = None) -> TensorFile:
     """Read the tensors of a safetensors file or, with `allow_pickle`, of a pickle.
 
     A pickle's nested dictionaries are flattened: the keys on the way to a tensor are joined by dots.  If the outermost
@@ -40,7 +40,7 @@ def read_any(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
     """
     path = Path(path)
     if not is_pickle(path):
-        return read_tensors(path)
+        return read_tensors(path, peek)
     if not allow_pickle:
         raise UserError(
             f"{path} is a pickle, which can run code when opened: get it as .safetensors, or say --allow_pickle to "

@@ -72,8 +72,10 @@ def tensor_parts(
         yield tensor.to("cpu", kind).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def read_tensors(path: str | Path) -> TensorFile:
+def read_tensors(path: str | Path, peek: int | None = None) -> TensorFile:
     """Read a safetensors file after checking its header against the length of the file.
+
+    Tensors with more than `peek` numbers, if it is given, are not read: they have a shape and lie on the meta device.
 
     Raises:
         UserError: a file that is missing, a pickle, truncated, or whose header contradicts itself or the file's length.
@@ -88,7 +90,12 @@ def read_tensors(path: str | Path) -> TensorFile:
         entries = {name: _checked_entry(name, value, size, path) for name, value in header.items()}
         _check_ranges(entries, size, path)
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            tensors = {name: _read_tensor(view, start, *entry) for name, entry in entries.items()}
+            tensors = {
+                name: torch.empty(entry[1], dtype=entry[0], device="meta")
+                if peek is not None and math.prod(entry[1]) > peek
+                else _read_tensor(view, start, *entry)
+                for name, entry in entries.items()
+            }
     return TensorFile(tensors, metadata)
 
 

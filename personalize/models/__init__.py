@@ -10,7 +10,7 @@
     image_processor    pictures of any size, padded to what the base model can encode, and back
     fast_paths         the same results in less time;  gradient_checkpointing: in less memory
     empty              a model's shapes without its weights
-    quantization       4-bit base models
+    quantization       4-bit base models;  offloading: where layers compute whose weights are moved
 
 Imports: io.
 """
