@@ -28,7 +28,7 @@ class PhotoConfig(InferenceOptions):
     swap: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Instead of --target: old=new, a word or phrase of --source and its replacement; may be given several times."""
     weight: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """word=factor: factor on the attention to a word of the target; may be given several times."""
+    """word=factor: factor on the attention to a word of the target; 0 leaves what other tokens say of it."""
     local: Annotated[tuple[str, ...], UseAppendAction] = ()
     """old=new: change the photo only where these words of source and target have attention; or one word of both."""
     mask: str | None = None

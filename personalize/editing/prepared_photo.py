@@ -24,6 +24,7 @@ from personalize.errors import UserError
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.inversion import invert
+from personalize.sampling.progress import part
 from personalize.sampling.schedule import make_schedule
 from personalize.sampling.trajectory import Trajectory
 
@@ -59,14 +60,17 @@ def prepare_image(
         seed=settings.seed, null_text=null_text, fixed_point=settings.fixed_point, folder=folder, cache=cache,
         guidance_scale=scale if settings.inversion == "null-text" else None,
     )  # fmt: skip
-    blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, mask)
+    with part("Reconstructing with uniform maps"):
+        blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, mask)
     if dynamic is None:
         return PreparedImage(trajectory, blend=blend)
-    report = report_attention(model, frame, trajectory, source, request.regions, dynamic)
-    rows, trajectory = fit_dynamic_prompt(
-        model, trajectory, source, report, dynamic, size=pixel_size(frame), guidance_scale=scale,
-        null_text=null_text if joint else None, cache=cache,
-    )  # fmt: skip
+    with part("Reading attention maps"):
+        report = report_attention(model, frame, trajectory, source, request.regions, dynamic)
+    with part("Fitting dynamic prompts"):
+        rows, trajectory = fit_dynamic_prompt(
+            model, trajectory, source, report, dynamic, size=pixel_size(frame), guidance_scale=scale,
+            null_text=null_text if joint else None, cache=cache,
+        )  # fmt: skip
     return PreparedImage(trajectory, report, rows, blend)
 
 
@@ -88,7 +92,8 @@ def dynamic_noun_sheet(model: StableDiffusion, frame: PaddedImage, prepared: Pre
     dynamic = prepared.dynamic.conditionings(model, [prepared.dynamic.prompt], pixel_size(frame))
     stages = {"before": [prepared.trajectory.conditioning] * len(dynamic), "after": dynamic}
     groups, trajectory = prepared.report.groups, prepared.trajectory
-    maps = {name: mean_noun_maps(model, trajectory, groups, one) for name, one in stages.items()}
+    with part("Reading attention maps"):
+        maps = {name: mean_noun_maps(model, trajectory, groups, one) for name, one in stages.items()}
     return noun_map_sheet(frame, groups, maps)
 
 

@@ -31,6 +31,7 @@ from personalize.models.attention import AttentionHook, hooked
 from personalize.models.fast_paths import fast_paths, shared_guidance_prefix
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
+from personalize.sampling.progress import ticked
 from personalize.sampling.schedule import SCHEDULERS, Schedule, Step, Transition, make_schedule, variance_scale
 
 __all__ = [
@@ -111,7 +112,7 @@ def denoise(
     edit = _with_null(model, latents, edit)
     solver = _Solver(model, schedule, _generators(schedule, seeds, len(latents)))
     with fast_paths(model.unet, exact=_exact(model)), _scaled(model.unet, edit):
-        for index, transition in enumerate(schedule):
+        for index, transition in enumerate(ticked(schedule)):
             step = Step(**vars(transition), index=index, count=len(schedule))
             output = _guided(model, latents, edit, step)
             latents = solver.step(output, latents, edit, step)

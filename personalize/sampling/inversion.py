@@ -37,6 +37,7 @@ from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
 from personalize.sampling.denoise import Edit, LatentEdit, ddim, denoise, denoise_with_history
 from personalize.sampling.null_text import NULL_TEXT, NullFit, NullTextSettings
+from personalize.sampling.progress import part
 from personalize.sampling.schedule import Schedule, Step, make_schedule
 from personalize.sampling.trajectory import MANIFEST, Trajectory, fingerprint, fingerprint_hash, with_noise
 from personalize.sampling.virtual_inversion import noisy_versions
@@ -138,7 +139,8 @@ def _invert_latents(
     method, extent = about["method"], {"steps": about["steps"], "strength": about["strength"]}
     if method == "ddpm":
         down, scale = make_schedule(model, **extent, eta=1.0), about["guidance_scale"]
-        latents, noise = ddpm_noise(model, clean, Edit(conditioning, null, scale), down, about["seed"])
+        with part("Inverting"):
+            latents, noise = ddpm_noise(model, clean, Edit(conditioning, null, scale), down, about["seed"])
         return Trajectory(latents.cpu(), conditioning.to("cpu"), null.to("cpu"), about, noise.cpu())
     if method == "none":
         versions = noisy_versions(clean, make_schedule(model, **extent, spacing=about["spacing"]), about["seed"])
@@ -146,13 +148,15 @@ def _invert_latents(
     up = make_schedule(model, **extent, inverse=True)
     solve = FixedPoint(model, clean, conditioning, about.get("fixed_point", 0))
     edit = Edit(conditioning, guidance_scale=1, hooks=tuple(hooks), latent_edits=(solve,))
-    latents = denoise_with_history(model, clean, edit, up).latents
+    with part("Inverting"):
+        latents = denoise_with_history(model, clean, edit, up).latents
     if method == "negative":
         null = conditioning
     elif method == "null-text":
         scale = about["guidance_scale"]
         fit = NullFit(model, latents, conditioning, null, scale, null_text)
-        denoise(model, latents[-1], Edit(conditioning, fit, scale), make_schedule(model, **extent))
+        with part("Fitting null embeddings"):
+            denoise(model, latents[-1], Edit(conditioning, fit, scale), make_schedule(model, **extent))
         null = Conditioning.cat(fit.rows)
     return Trajectory(latents.cpu(), conditioning.to("cpu"), null.to("cpu"), about)
 

@@ -15,8 +15,8 @@ The right-hand forms are what is computed: they hold for ε and v prediction ali
 control works on the two rows as after inversion. With n steps an edit costs n predictions of both rows.
 
 Checks: a target that says what the source says gives the photo's latents; the source row is the photo at every level;
-the correction equals the left-hand form; the result does not depend on how the noise n of a level is stored; with a
-constant predictor the target's final latents are z_0 + f(z_tgt) − f(z_src).
+the correction equals the left-hand form; estimates that differ by a constant change the photo by that constant; an edit
+asks for no prediction before it samples.
 
 Few-step bases (LCM, Turbo) need a schedule that begins at pure noise: timesteps are spaced from the noisy end.
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,16 @@ from personalize.editing.real_image import edit_photo
 from personalize.editing.real_image_settings import EditRequest, PhotoSettings
 from personalize.editing.strengths import Sampling
 from personalize.editing.uniform_attention import UniformSettings
-from personalize.embedded.scenes import render
+from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.sampling.inversion import METHODS
 from personalize.sampling.null_text import NullTextSettings
 from tests.bench.cells import Cells
-from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, psnr, random_task, score
+from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, psnr, random_task
 from tests.bench.intervals import paired_interval
-from tests.bench.judge.judge import Judge, as_bytes, as_pixels
+from tests.bench.judge.judge import Judge
 from tests.bench.report import BenchOptions, contact_sheet, mean, share
+from tests.bench.shapes import Shape, in_band, parse_shape, render_band, score_band
 from tests.bench.world import weights_of, world_of
 
 REFERENCE = "P2P + ddim"
@@ -60,10 +62,11 @@ class EditOutput:
 EditFunction = Callable[["Bench", Task, Image.Image], EditOutput]
 
 
-def edit_arm(inversion: str, *, dpl: bool = False, **choice: Any) -> EditFunction:
+def edit_arm(inversion: str, *, dpl: bool = False, steps: int | None = None, **choice: Any) -> EditFunction:
     """The arm that edits after the named inversion, with Prompt-to-Prompt unless `choice` says otherwise.
 
-    dpl: fit dynamic prompts for the scene's own nouns.  choice: further fields of PhotoSettings.
+    dpl: fit dynamic prompts for the scene's own nouns.  steps: by default the bench's.  choice: further fields of
+    PhotoSettings.
     """
 
     def make(bench: Bench, task: Task, photo: Image.Image) -> EditOutput:
@@ -72,7 +75,7 @@ def edit_arm(inversion: str, *, dpl: bool = False, **choice: Any) -> EditFunctio
             cross_replace_steps=options.cross_replace_steps, self_replace_steps=options.self_replace_steps
         )
         settings = PhotoSettings(
-            inversion, options.steps, guidance_scale=bench.guidance(inversion), control=control,
+            inversion, steps or options.steps, guidance_scale=bench.guidance(inversion), control=control,
             null_text=NullTextSettings(rate=options.null_text_rate),
             dynamic=settings_for(DynamicSettings, bench.model.name) if dpl else None, **choice,
         )  # fmt: skip
@@ -98,7 +101,9 @@ def base(bench: Bench, task: Task, photo: Image.Image) -> EditOutput:
 ARMS: dict[str, EditFunction] = {  # the arms by name; the place to add a method
     DO_NOTHING: do_nothing,
     BASE: base,
-    **{f"P2P + {method}": edit_arm(method) for method in METHODS},
+    **{f"P2P + {method}": edit_arm(method) for method in METHODS if method != "none"},
+    **{f"P2P + none, {steps} steps": edit_arm("none", steps=steps) for steps in (8, 12)},
+    "mutual + none, 12 steps": edit_arm("none", steps=12, controller="mutual"),
     **{f"P2P + DPL + {method}": edit_arm(method, dpl=True) for method in ("direct", "null-text")},
     **{f"mutual + {method}": edit_arm(method, controller="mutual") for method in ("ddim", "direct")},
     **{f"UAM + P2P + {method}": edit_arm(method, uniform=UniformSettings()) for method in ("ddim", "direct")},
@@ -121,6 +126,8 @@ class PhotoBench(BenchOptions):
     """Kinds of edit: object, background, style."""
     objects: int = 1
     """Objects in a scene; of two, one is edited and the other must stay."""
+    shapes: tuple[str, ...] = ()
+    """Sizes of the photos, such as 160x120; by default the model's own square. The base is drawn for that alone."""
     arms: tuple[str, ...] = ()
     """Arms to run in addition to the controls; all when empty."""
     steps: int = 50
@@ -153,6 +160,8 @@ class Bench:
         if unknown := [arm for arm in wanted if arm not in ARMS]:
             raise SystemExit(f"unknown arms {unknown}: choose from {list(ARMS)}")
         self.arms = list(dict.fromkeys(wanted))
+        self.square = (self.model.resolution,) * 2
+        self.shapes = [parse_shape(text) for text in options.shapes] or [self.square]
 
     def guidance(self, inversion: str) -> float:
         given = self.options.guidance_scale
@@ -162,19 +171,26 @@ class Bench:
         world = {**self.world, "new_styles": self.world["styles"], "split": SPLIT, "objects": self.options.objects}
         return [random_task(kind, seed, **world) for kind in self.options.kinds for seed in range(self.options.scenes)]
 
-    def row(self, arm: str, task: Task) -> dict[str, Any]:
-        """The row of one cell: `arm` run on `task`, and measured."""
-        before = render(task.before, self.model.resolution)[0]
+    def key(self, arm: str, task: Task, shape: Shape) -> str:
+        """The name of a cell: without the shape for the model's own square."""
+        return f"{arm}/{task.name}{'' if shape == self.square else f'/{shape[0]}x{shape[1]}'}"
+
+    def row(self, arm: str, task: Task, shape: Shape) -> dict[str, Any]:
+        """The row of one cell: `arm` run on `task` with a photo of `shape`, and measured."""
+        task = in_band(task, shape)
+        before = render_band(task.before, shape)
         started = time.perf_counter()
         with counted_unet_rows(self.model) as units:
             output = ARMS[arm](self, task, Image.fromarray(before))
         seconds = time.perf_counter() - started
-        file = picture_file(self.cells, f"{arm}/{task.name}")
+        file = picture_file(self.cells, self.key(arm, task, shape))
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(output.picture).save(file)
-        round_trip = as_bytes(self.model.decode(self.model.encode(as_pixels(before).to(self.model.device))))[0]
-        head = {"arm": arm, "kind": task.kind, "task": task.name, "units": sum(units), "seconds": seconds}
-        return head | {"source_db": psnr(output.source, round_trip)} | asdict(score(task, output.picture, self.judge))
+        frame = PaddedImage.of(self.model, Image.fromarray(before), enlarge=True)
+        round_trip = np.asarray(frame.to_picture(self.model.decode(self.model.encode(frame.pixels))))
+        head = {"arm": arm, "kind": task.kind, "task": task.name, "shape": f"{shape[0]}x{shape[1]}"}
+        head |= {"units": sum(units), "seconds": seconds, "source_db": psnr(output.source, round_trip)}
+        return head | asdict(score_band(task, output.picture, self.judge))
 
 
 @contextmanager
@@ -198,6 +214,10 @@ def counted_unet_rows(model: StableDiffusion) -> Iterator[list[int]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table with a line for each kind of edit and arm, with 95 % intervals; differences are paired."""
+    shapes = list(dict.fromkeys(row.get("shape", "") for row in rows))
+    if len(shapes) > 1:
+        parts = [[row for row in rows if row["shape"] == shape] for shape in shapes]
+        return "\n".join(f"{shape}\n\n{table(part)}" for shape, part in zip(shapes, parts, strict=True))
     lines = [
         f"| edit | arm | n | success % | background dB | − {REFERENCE} | structure | source dB | UNet rows | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -229,9 +249,10 @@ def run(options: PhotoBench, model: StableDiffusion | None = None) -> str:
     """Measure the cells that are not finished, write table.md and sheet.png, and return the table."""
     bench = Bench(options, model)
     tasks, rows = bench.tasks(), []
-    for task in tasks:
-        for arm in bench.arms:
-            rows.append(bench.cells.once(f"{arm}/{task.name}", lambda arm=arm, task=task: bench.row(arm, task)))
+    for task, shape, arm in product(tasks, bench.shapes, bench.arms):
+        if arm != BASE or shape == bench.square:
+            key = bench.key(arm, task, shape)
+            rows.append(bench.cells.once(key, lambda cell=(arm, task, shape): bench.row(*cell)))
     text = table(rows)
     (options.output_dir / "table.md").write_text(text, encoding="utf-8")
     contact_sheet(tasks[:8], bench.arms, bench.cells).save(options.output_dir / "sheet.png")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from personalize.cli.progress import progress_bars
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import Box, NounRegions
@@ -45,10 +46,11 @@ def run(config: PhotoConfig) -> Path:
     settings = _settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings)
-    result = editor.photo(
-        photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps,
-        cache=config.output_dir / INVERSIONS,
-    )  # fmt: skip
+    with progress_bars():
+        result = editor.photo(
+            photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps,
+            cache=config.output_dir / INVERSIONS,
+        )  # fmt: skip
     count = len(result.images)
     names = [EDITED] if count == 1 else [f"edited-{number}.png" for number in range(1, count + 1)]
     files = {name: png(picture) for name, picture in zip(names, result.images, strict=True)}
@@ -71,10 +73,11 @@ def run(config: PhotoConfig) -> Path:
 
 def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: PhotoSettings) -> Path:
     """Print whether dynamic prompt learning is needed, and draw the attention of the nouns."""
-    report, sheet = report_photo(
-        editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter,
-        cache=config.output_dir / INVERSIONS,
-    )  # fmt: skip
+    with progress_bars():
+        report, sheet = report_photo(
+            editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter,
+            cache=config.output_dir / INVERSIONS,
+        )  # fmt: skip
     write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=unowned_files(config.output_dir, ("nouns.png",)))
     print(*report.sentences(), f"nouns.png in {config.output_dir}", sep="\n")
     return config.output_dir

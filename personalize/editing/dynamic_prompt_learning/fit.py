@@ -27,6 +27,7 @@ from personalize.errors import UserError
 from personalize.models.map_filters import smoothed
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.sampling.progress import ticked
 from personalize.sampling.schedule import Schedule, Step
 
 SHARPNESS = 100.0  # factor on the attention before the softmax over words, for the balancing loss
@@ -278,7 +279,7 @@ def fit_on_trajectory(fit: DynamicFit, latents: Tensor, down: Schedule) -> Dynam
     With direct inversion the source row is set to these latents at every step, so that neither guided sampling nor a
     null embedding is needed.
     """
-    for index, transition in enumerate(down):
+    for index, transition in enumerate(ticked(down)):
         step = Step(**vars(transition), index=index, count=len(down))
         fit(step, latents[len(down) - index].to(fit.model.device))
     return fit.result

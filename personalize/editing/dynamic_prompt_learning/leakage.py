@@ -34,6 +34,7 @@ from personalize.models.attention_maps import InversionMaps
 from personalize.models.image_processor import PaddedImage, Picture, as_image
 from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.sampling.progress import ticked
 from personalize.sampling.schedule import Step
 from personalize.sampling.trajectory import Trajectory
 
@@ -154,7 +155,7 @@ def record_maps(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps
     latents = trajectory.latents
     maps = InversionMaps(model, (int(latents.shape[-2]), int(latents.shape[-1])))
     up = list(reversed(trajectory.schedule(model).steps))
-    for index, transition in enumerate(up):
+    for index, transition in enumerate(ticked(up)):
         step = Step(**vars(replace(transition, noise=None)), index=index, count=len(up))
         with hooked(model.unet, [maps], step=step):
             model.predict(latents[index + 1].to(model.device), transition.timestep, trajectory.conditioning)
@@ -173,7 +174,7 @@ def mean_noun_maps(
     Costs one UNet prediction a step. With the source prompt's conditioning these are the maps of `AttentionReport`.
     """
     maps, down = [], trajectory.schedule(model)
-    for index, transition in enumerate(down):
+    for index, transition in enumerate(ticked(down)):
         step = Step(**vars(transition), index=index, count=len(down))
         latents = trajectory.latents[len(down) - index].to(model.device)
         maps.append(group_maps(stage_attention(model, latents, step, conditionings[index]), groups).cpu())

@@ -280,3 +280,14 @@ def test_mistakes_name_the_word(more, says):
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         ControlSettings(**wrong)
+
+
+def test_a_weight_of_zero_takes_away_all_that_the_word_itself_says():
+    """Nothing of its value is left in any layer; what remains of it in a picture comes from the tokens behind it."""
+    p, value = maps(), torch.randn(77, 5, generator=torch.Generator().manual_seed(1))
+    silent = hook(SOURCE, SOURCE, {"cat": 0.0})
+    other = value.clone()
+    other[3] = 100.0  # the cat's
+    found = [silent.probs(p, site(index))[1] @ values for index in range(8) for values in (value, other)]
+    assert all(torch.equal(found[0], one) for one in found)
+    assert not torch.equal(p[1] @ value, p[1] @ other)
