@@ -37,6 +37,8 @@ class Config:
     """Forgetting rules to multiply into the weights, e.g. `decoder=0.5` (keep half of what the decoder learned)."""
     strength: float = 1.0
     """Strength at which the adapter is merged."""
+    timestep_rank: Literal["full", "share"] = "share"
+    """Of timestep-dependent rank: all components at full strength, or each by its share of timesteps."""
 
 
 def main(config: Config) -> Path:
@@ -44,12 +46,16 @@ def main(config: Config) -> Path:
     import torch
 
     from personalize.adapters.adapter import Adapter
-    from personalize.adapters.export import DTYPES, baked, require_absent
+    from personalize.adapters.export import DTYPES, baked, describe_resolved, require_absent
     from personalize.adapters.fuse import export_folder, export_single_file, has_published_sizes, merged_weights
     from personalize.models.stable_diffusion import StableDiffusion
 
     output = require_absent(config.output)
-    adapter = baked(Adapter.load(config.adapter), config.forget, config.strength)
+    adapter, note = describe_resolved(
+        baked(Adapter.load(config.adapter), config.forget, config.strength), config.timestep_rank
+    )
+    if note:
+        print(note)
     base = config.pretrained_model_name_or_path or adapter.base.get("name")
     if not base:
         raise UserError(f"{config.adapter} does not say its base: give --pretrained_model_name_or_path")

@@ -31,6 +31,8 @@ class Config:
     """Strength to multiply into the weights: programs then call it 1."""
     family: Literal["sd1", "sd2", "sdxl"] | None = None
     """Family of the base model, for files that do not tell it."""
+    timestep_rank: Literal["full", "share"] = "share"
+    """Of timestep-dependent rank: all components at full strength, or each by its share of timesteps."""
     rank: int | None = None
     """A lower rank, reached by SVD; the relative error is printed."""
 
@@ -38,13 +40,15 @@ class Config:
 def main(config: Config) -> Path:
     """Write the file and print what it contains; returns its path."""
     from personalize.adapters.adapter import Adapter
-    from personalize.adapters.export import DTYPES, baked, export_lora, with_lower_rank
+    from personalize.adapters.export import DTYPES, baked, describe_resolved, export_lora, with_lower_rank
     from personalize.adapters.merging import plain
 
     adapter, left = plain(Adapter.load(config.adapter, family=config.family))
     if adapter.source is not None and not adapter.info.get("standalone"):
         print("The source embedding is not exported: without it, the LoRA reconstructs the picture less exactly.")
-    adapter = baked(adapter, config.forget, config.strength)
+    adapter, note = describe_resolved(baked(adapter, config.forget, config.strength), config.timestep_rank)
+    if note:
+        print(note)
     if config.rank is not None:
         adapter, reduction = with_lower_rank(adapter, config.rank)
         print(reduction)

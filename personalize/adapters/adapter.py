@@ -18,12 +18,14 @@ from torch import Tensor
 from personalize.adapters.lora import PREFIX, load_lora, remove_lora
 from personalize.adapters.model_card import model_card
 from personalize.adapters.text_encoder_lora import other_changes, text_lora
+from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
 from personalize.formats.adapter_source import is_adapter_folder, open_adapter
 from personalize.formats.foreign_files import AdapterFile, read_adapter_file
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
+from personalize.formats.timestep_rank import TimestepRank, rule_of
 from personalize.formats.verification import VerificationReport
 from personalize.io.atomic import plain_name, write_folder
 from personalize.io.figures import png
@@ -44,8 +46,8 @@ class Adapter:
         was trained to work without it (`standalone`) or comes from another program.
     info: values that JSON can hold.  Used here: `base` (name, family, sha256, prediction_type), `caption`, `config`
         (the trainer's options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`,
-        `header` (metadata of the file it was read from).  Any other key is kept: `targets`, `versions`, `seed`,
-        `data_sha256`, `edits`, ….
+        `timestep_rank` (see `formats.timestep_rank`), `header` (metadata of the file it was read from).  Any other key
+        is kept: `targets`, `versions`, `seed`, `data_sha256`, `edits`, ….
     concepts: learned tokens, token → "text_encoder" (n, d) and, for SDXL, "text_encoder_2" (n, d₂).
     others: modules of other algorithms (LoHa, DoRA, changed biases, …) in a file of another program, their tensors by
         role; see `weight_changes`.  They are applied and merged, but not saved: `as_lora` makes LoRAs of them.
@@ -83,6 +85,11 @@ class Adapter:
     def changes_unet(self) -> bool:
         """True if a part of the LoRA is for the UNet."""
         return any(key.startswith(PREFIX) for key in self.lora)
+
+    @property
+    def timestep_rank(self) -> TimestepRank | None:
+        """The rule by which components take part at high noise (`formats.timestep_rank`); None if all always do."""
+        return rule_of(self.info)
 
     def save(
         self,
@@ -157,7 +164,8 @@ class Adapter:
                 return
             load_lora(model.unet, dict(self.lora), self.rank, self.alpha)
             try:
-                yield
+                with timestep_mask(model.unet, self.timestep_rank):
+                    yield
             finally:
                 remove_lora(model.unet)
 

@@ -26,7 +26,7 @@ from personalize.adapters.adapter import Adapter, kohya_file_name
 from personalize.adapters.forgetting import parse_rule
 from personalize.adapters.merging import RankReduction, reduced
 from personalize.errors import UserError
-from personalize.formats import lora_files, verification
+from personalize.formats import lora_files, timestep_rank, verification
 from personalize.formats.peft_files import peft_files, require_peft_files
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.atomic import write_file, write_folder
@@ -35,6 +35,7 @@ from personalize.models.empty import empty_unet
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("kohya", "diffusers", "peft")
+TIMESTEP_RANKS = ("full", "share")
 
 
 def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -> Adapter:
@@ -66,8 +67,74 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     return replace(adapter, lora=state, info={**adapter.info, "baked": {"forget": [*forget], "strength": strength}})
 
 
+def without_timestep_rank(adapter: Adapter, how: str) -> Adapter:
+    """The adapter for programs that know no timestep-dependent rank: one ΔW for all timesteps.
+
+    how: "full" leaves every component at full strength, exact at the lowest noise and too strong at the highest;
+        "share" multiplies each by the share of timesteps in which it takes part, which of all constant factors is the
+        nearest to what was trained.  An adapter without the rule is returned as it is.
+
+    Raises:
+        UserError: another `how`.
+    """
+    if how not in TIMESTEP_RANKS:
+        raise UserError(f"unknown timestep_rank {how!r}: choose one of {', '.join(TIMESTEP_RANKS)}")
+    rule = adapter.timestep_rank
+    if rule is None:
+        return adapter
+    lora_state = dict(adapter.lora)
+    if how == "share":
+        shares = torch.tensor(rule.shares()).repeat(adapter.rank // rule.rank)
+        for key in (key for key in lora_state if key.startswith(lora.PREFIX) and ".lora_B." in key):
+            b = lora_state[key]
+            lora_state[key] = b * shares.view(1, -1, *(1,) * (b.ndim - 2))
+    header = dict(adapter.info.get("header") or {})
+    header.pop(timestep_rank.HEADER_KEY, None)
+    info = {key: value for key, value in adapter.info.items() if key != timestep_rank.KEY}
+    info |= {"header": header} if "header" in info else {}
+    baked = {**(info.get("baked") or {}), timestep_rank.KEY: how}
+    return replace(adapter, lora=lora_state, info={**info, "baked": baked})
+
+
+def timestep_rank_error(adapter: Adapter, how: str) -> float:
+    """How far `without_timestep_rank(adapter, how)` is from the adapter in the UNet, relative, over all timesteps.
+
+        √( Σ_t ‖B diag(c − m(t)) A‖² / Σ_t ‖B diag(m(t)) A‖² )        c = 1 ("full"), or the shares ("share")
+
+    0 without a timestep-dependent rank.
+    """
+    rule = adapter.timestep_rank
+    if rule is None:
+        return 0.0
+    repeats = adapter.rank // rule.rank
+    products = torch.zeros(adapter.rank, adapter.rank, dtype=torch.float64)  # ⟨component i, component j⟩, all modules
+    for module, (a, b) in lora_files.factor_pairs(adapter.lora).items():
+        if module.startswith(lora.PREFIX):
+            down, up = a.flatten(1).double(), b.flatten(1).double()
+            products += (up.T @ up) * (down @ down.T)
+    masks = torch.tensor(rule.masks()[:-1], dtype=torch.float64).repeat(1, repeats)  # (T, R)
+    factors = torch.tensor(rule.shares(), dtype=torch.float64).repeat(repeats) if how == "share" else 1.0
+    missed, whole = (torch.einsum("ti,ij,tj->", part, products, part) for part in (factors - masks, masks))
+    return math.sqrt(max(0.0, float(missed / whole))) if whole else 0.0
+
+
+def describe_resolved(adapter: Adapter, how: str) -> tuple[Adapter, str]:
+    """`without_timestep_rank`, and a sentence on what it costs; the sentence is empty without such a rank."""
+    resolved = without_timestep_rank(adapter, how)
+    if adapter.timestep_rank is None:
+        return resolved, ""
+    errors = ", ".join(f"{timestep_rank_error(adapter, name):.1%} with {name}" for name in TIMESTEP_RANKS)
+    return resolved, f"It has {adapter.timestep_rank}.  Over all timesteps the weight change differs by {errors}."
+
+
 def with_lower_rank(adapter: Adapter, rank: int) -> tuple[Adapter, RankReduction]:
-    """The nearest adapter of the lower rank `rank`, and the error that this makes; UserError if it is not lower."""
+    """The nearest adapter of the lower rank `rank`, and the error that this makes.
+
+    Raises:
+        UserError: the rank is not lower, or the adapter's timestep-dependent rank is of its present components.
+    """
+    if adapter.timestep_rank is not None:
+        raise UserError(f"an adapter with {adapter.timestep_rank} cannot be cut to a lower rank: resolve that first")
     if rank >= adapter.rank:
         raise UserError(f"the adapter has rank {adapter.rank}: --rank must be lower, got {rank}")
     reduction = reduced(adapter.lora, adapter.alpha / adapter.rank, rank)

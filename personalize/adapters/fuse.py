@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from personalize.adapters.adapter import Adapter
+from personalize.adapters.merging import require_constant_rank
 from personalize.errors import UserError
 from personalize.formats import lora_files
 from personalize.formats.changed_layers import changed
@@ -69,9 +70,10 @@ def merged_weights(model: StableDiffusion, adapter: Adapter, *, any_base: bool =
     """The weights of `model` with the adapter merged into them, by component; changed ones are new fp32 tensors.
 
     Raises:
-        UserError: the adapter is for another family or, unless `any_base`, for another base model, or it changes a
-            module that `model` does not have.
+        UserError: the adapter is for another family or, unless `any_base`, for another base model, it changes a module
+            that `model` does not have, or its rank depends on the timestep.
     """
+    require_constant_rank(adapter, "the adapter")
     adapter.check_base(model, any_base=any_base)
     weights, strength = component_weights(model), adapter.alpha / adapter.rank
     for module, (a, b) in lora_files.factor_pairs(adapter.lora).items():

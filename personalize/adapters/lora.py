@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from personalize.adapters.forgetting import ForgettingRule, degrees
 from personalize.adapters.lora_layers import lora_config
+from personalize.adapters.orthogonal_start import orthogonal_parameters, start_orthogonal
 from personalize.errors import UserError
 from personalize.formats.layer_kinds import fitted
 from personalize.models.blocks import Role, _leaves, module_roles
@@ -65,7 +66,14 @@ def _trained(role: Role) -> bool:
 
 
 def add_lora(
-    unet: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int, prefix: str = ""
+    unet: nn.Module,
+    names: Iterable[str],
+    rank: int,
+    alpha: float,
+    seed: int,
+    prefix: str = "",
+    *,
+    orthogonal: bool = False,
 ) -> list[nn.Parameter]:
     """Add a new trainable adapter to the modules `names`; returns its parameters, fp32, A before B.
 
@@ -73,9 +81,13 @@ def add_lora(
     depend on the order of the modules or on which others there are.  B is zero, so the UNet's output is unchanged.  The
     base's `requires_grad` flags stay as they are.
 
+    orthogonal: start as in `orthogonal_start`, with layers of rank 2 · `rank` whose strength is still alpha / rank.
+
     Raises:
         UserError: unknown module name, or the UNet already carries an adapter.
     """
+    if orthogonal:
+        return _add_orthogonal(unet, names, rank, alpha, seed, prefix)
     layers = _inject(unet, names, rank, alpha)
     for name, layer in layers.items():
         a, b = _pair(layer)
@@ -85,9 +97,34 @@ def add_lora(
     return [parameter for layer in layers.values() for parameter in _pair(layer)]
 
 
+def _add_orthogonal(
+    unet: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int, prefix: str
+) -> list[nn.Parameter]:
+    for name, layer in _inject(unet, names, 2 * rank, 2 * alpha).items():
+        device = next(layer.get_base_layer().parameters()).device
+        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        start_orthogonal(down, up, rank, seed, f"{prefix}{name}", device)
+        layer._halves = True  # pyright: ignore
+    return lora_parameters(unet)
+
+
 def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters, A before B, in the UNet's order."""
-    return [parameter for layer in lora_layers(unet).values() for parameter in _pair(layer)]
+    """The adapter's parameters in the UNet's order: A before B, or Q, P and λ of layers with an orthogonal start."""
+    return [parameter for layer in lora_layers(unet).values() for parameter in _parameters(layer)]
+
+
+def changes_nothing(unet: nn.Module) -> bool:
+    """True if ΔW is zero in every LoRA layer, as before the first update: B is zero, or the two halves are equal."""
+    return all(_is_zero(layer) for layer in lora_layers(unet).values())
+
+
+@torch.no_grad()
+def _is_zero(layer: LoraLayer) -> bool:
+    a, b = _pair(layer)
+    if not orthogonal_parameters(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+        return not bool(b.any())
+    (q, q_start), (p, p_start) = a.chunk(2), b.chunk(2, 1)
+    return torch.equal(q, q_start) and torch.equal(p, -p_start)
 
 
 def lora_state(unet: nn.Module, prefix: str = PREFIX) -> dict[str, Tensor]:
@@ -232,16 +269,16 @@ def scaled_state(
 def lora_disabled(unet: nn.Module) -> Iterator[None]:
     """Run the body with the adapter switched off: its products are skipped, not multiplied by zero."""
     layers = lora_layers(unet).values()
-    flags = [[parameter.requires_grad for parameter in _pair(layer)] for layer in layers]
+    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in _parameters(layer)]
     try:
         for layer in layers:
             layer.enable_adapters(False)
         yield
     finally:
-        for layer, (a, b) in zip(layers, flags, strict=True):
+        for layer in layers:
             layer.enable_adapters(True)
-            _pair(layer)[0].requires_grad_(a)
-            _pair(layer)[1].requires_grad_(b)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def require_no_lora(module: nn.Module, name: str) -> None:
@@ -282,8 +319,13 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
     return dict(zip(names, box.values(), strict=True))  # pyright: ignore
 
 
+def _parameters(layer: LoraLayer) -> list[nn.Parameter]:
+    """What is trained in a layer."""
+    return orthogonal_parameters(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) or [*_pair(layer)]
+
+
 def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B."""
+    """A and B; of an orthogonal start they are computed, and no parameters."""
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # pyright: ignore
 
 

@@ -2,9 +2,11 @@
 
     y = W x + s · B A x            gu = s · Bᵀ gy,   gB = s · gy uᵀ,   gA = gu xᵀ,   gx = Wᵀ gy + Aᵀ gu       (u = A x)
 
-The sums are accumulated in place by the matrix products themselves.  A and B stay fp32 and are multiplied as copies in
-the base's precision.  For anything else (merged weights, dropout, several active adapters, a quantized base) the
-layers call peft's own `forward`.  They compile under `torch.compile` as one graph.
+With a mask m(t) of the rank components (`timestep_mask`) u and gu are multiplied by it.  In a layer of an orthogonal
+start (`orthogonal_start`) the two halves of the components are computed alike, so that they cancel to the bit while
+they are equal.  The sums are accumulated in place by the matrix products themselves.  A and B stay fp32 and are
+multiplied as copies in the base's precision.  For anything else (merged weights, dropout, several active adapters, a
+quantized base) the layers call peft's own `forward`.  They compile under `torch.compile` as one graph.
 
 References: Hu et al., "LoRA", arXiv 2106.09685, eq. 3.
 """
@@ -42,11 +44,38 @@ def _conv(target: nn.Module, adapter: str, **kwargs: Any) -> Conv2d | None:
     return LoraConv2d(target, adapter, **kwargs) if type(target) is nn.Conv2d else None
 
 
+class RankMask:
+    """Which rank components of a UNet's LoRA layers take part in the present forward pass: `value` m (b, R), or (1, R).
+
+    All layers share one; `name` tells the rule.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.value: Tensor | None = None  # before the first forward pass
+
+    def apply(self, u: Tensor, *, channels_first: bool = False) -> Tensor:
+        """m ⊙ u for u (b, …, R), or (b, R, h, w)."""
+        if self.value is None:
+            return u
+        return masked_components(u, self.value, channels_first=channels_first)
+
+
+def masked_components(u: Tensor, mask: Tensor, *, channels_first: bool = False) -> Tensor:
+    """m ⊙ u for u (b·l, R) or (b, …, R), or (b, R, h, w) with `channels_first`, and m (b, R) or (1, R)."""
+    mask = mask.to(u.dtype)
+    if channels_first:
+        return u * mask[:, :, None, None]
+    return (u.reshape(len(mask), -1, u.shape[-1]) * mask[:, None]).view(u.shape)
+
+
 class _FusedSum(LoraLayer):
     """What both layers share: whether the sum can be computed our way, and the tensors it is computed from."""
 
     _copies: tuple[Any, ...] | None = None  # A and B, their versions, and their copies in the base's precision
     _batched: tuple[Tensor, Tensor] | None = None  # A and B of several adapters, see `batched_adapters`
+    _mask: RankMask | None = None  # see `timestep_mask`
+    _halves: bool = False  # see `orthogonal_start`
 
     def _plain(self: Any, x: Tensor, rest: Any) -> str | None:
         """The name of the only active adapter if the output is W x + s · B A x and no more, else None.
@@ -66,12 +95,13 @@ class _FusedSum(LoraLayer):
         return self.scaling[next(iter(self.lora_A))]
 
     def _operands(self: Any, x: Tensor, name: str) -> tuple[Any, ...]:
-        """x, W, bias, A, B, the copies of A and B in the precision of the product, and s."""
+        """x, W, bias, A, B, the copies of A and B in the precision of the product, s, the mask, and whether halves."""
         kind, base = x.device.type, self.base_layer
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         bias = None if base.bias is None else base.bias.to(dtype)
-        return x.to(dtype), base.weight.to(dtype), bias, a, b, *self._low(a, b, dtype), self.scaling[name]
+        low, mask = self._low(a, b, dtype), None if self._mask is None else self._mask.value
+        return x.to(dtype), base.weight.to(dtype), bias, a, b, *low, self.scaling[name], mask, self._halves
 
     def _low(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B cast to `dtype`.
@@ -124,6 +154,7 @@ class LoraLinear(Linear, _FusedSum):
     def _forward_batched(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y, count = self.base_layer(x), len(a)
         u = x.reshape(count, -1, x.shape[-1]) @ a.to(x.dtype).transpose(1, 2)
+        u = u if self._mask is None else self._mask.apply(u)
         y.view(count, -1, y.shape[-1]).baddbmm_(u, b.to(x.dtype).transpose(1, 2), alpha=self._scale())
         return y
 
@@ -143,6 +174,7 @@ class LoraConv2d(Conv2d, _FusedSum):
         y, base, count = self.base_layer(x), self.base_layer, len(a)
         pairs = zip(x.chunk(count), a.to(x.dtype), strict=True)
         u = torch.cat([conv2d(part, low, None, base.stride, base.padding, base.dilation) for part, low in pairs])
+        u = u if self._mask is None else self._mask.apply(u, channels_first=True)
         rows = b.to(x.dtype).flatten(2).repeat_interleave(len(x) // count, 0)
         return y.add_((rows @ u.flatten(2)).view(y.shape), alpha=self._scale())
 
@@ -152,23 +184,29 @@ class _LinearProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low_a: Tensor,
-                low_b: Tensor, scale: float) -> Tensor:  # fmt: skip
+                low_b: Tensor, scale: float, mask: Tensor | None, halves: bool) -> Tensor:  # fmt: skip
         y, flat = linear(x, w, bias), x.reshape(-1, x.shape[-1])
-        u = flat @ low_a.t()
-        y.view(-1, y.shape[-1]).addmm_(u, low_b.t(), alpha=scale)
-        ctx.save_for_backward(flat, u, w, low_a, low_b)
+        u = torch.cat([flat @ half.t() for half in low_a.chunk(2)], 1) if halves else flat @ low_a.t()
+        u = u if mask is None else masked_components(u, mask)
+        if halves:
+            first, second = (part @ half.t() for part, half in zip(u.chunk(2, 1), low_b.chunk(2, 1), strict=True))
+            y.view(-1, y.shape[-1]).add_(first.add_(second), alpha=scale)
+        else:
+            y.view(-1, y.shape[-1]).addmm_(u, low_b.t(), alpha=scale)
+        ctx.save_for_backward(flat, u, w, low_a, low_b, mask)
         ctx.shape, ctx.scale, ctx.dtype = x.shape, scale, a.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
-        x, u, w, low_a, low_b = ctx.saved_tensors
+        x, u, w, low_a, low_b, mask = ctx.saved_tensors
         gy = grads[0].reshape(-1, grads[0].shape[-1])
         gu = (gy @ low_b).mul_(ctx.scale)
+        gu = gu if mask is None else masked_components(gu, mask)
         ga, gb = gu.t() @ x, (gy.t() @ u).mul_(ctx.scale)
         gx = (gy @ w).addmm_(gu, low_a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None, None, None
+        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None, None, None, None, None
 
 
 class _ConvProduct(torch.autograd.Function):
@@ -176,21 +214,28 @@ class _ConvProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low_a: Tensor,
-                low_b: Tensor, scale: float, geometry: Any) -> Tensor:  # fmt: skip
-        y, u = conv2d(x, w, bias, *geometry), conv2d(x, low_a, None, *geometry)
+                low_b: Tensor, scale: float, mask: Tensor | None, halves: bool, geometry: Any) -> Tensor:  # fmt: skip
+        y = conv2d(x, w, bias, *geometry)
+        parts = [conv2d(x, half, None, *geometry) for half in (low_a.chunk(2) if halves else (low_a,))]
+        u = torch.cat(parts, 1) if halves else parts[0]
+        u = u if mask is None else masked_components(u, mask, channels_first=True)
         low_b = low_b.flatten(1) if scale == 1 else low_b.flatten(1) * scale
-        if y.is_contiguous():
+        if halves:
+            pairs = zip(u.chunk(2, 1), low_b.chunk(2, 1), strict=True)
+            first, second = (conv2d(part.contiguous(), half[:, :, None, None].contiguous()) for part, half in pairs)
+            y.add_(first.add_(second))
+        elif y.is_contiguous():
             y.flatten(2).baddbmm_(low_b.expand(len(y), -1, -1), u.flatten(2))
         else:
             y.add_(conv2d(u, low_b[:, :, None, None]))
-        ctx.save_for_backward(x, u, w, low_a, low_b)
+        ctx.save_for_backward(x, u, w, low_a, low_b, mask)
         ctx.scale, ctx.geometry, ctx.dtype = scale, geometry, a.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
-        x, u, w, low_a, low_b = ctx.saved_tensors  # low_b was multiplied by s
+        x, u, w, low_a, low_b, mask = ctx.saved_tensors  # low_b was multiplied by s
         gy, wanted = grads[0], ctx.needs_input_grad[0]
         if gy.is_contiguous():  # one product per sample: a product over all samples at once would copy gy
             flat = gy.flatten(2)
@@ -201,10 +246,11 @@ class _ConvProduct(torch.autograd.Function):
             gu = conv2d(gy, low_b.t()[:, :, None, None])
             gb = flat.t() @ u.permute(0, 2, 3, 1).flatten(0, 2)
         gb = gb if ctx.scale == 1 else gb.mul_(ctx.scale)
+        gu = gu if mask is None else masked_components(gu, mask, channels_first=True)
         gx, ga, _ = _conv_backward(gu, x, low_a, ctx.geometry, (wanted, True, False))
         if wanted:
             gx = gx.add_(_conv_backward(gy, x, w, ctx.geometry, (True, False, False))[0])
-        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype)[:, :, None, None], None, None, None, None
+        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype)[:, :, None, None], *(None,) * 6
 
 
 def _conv_backward(grad: Tensor, x: Tensor, w: Tensor, geometry: Any, mask: tuple[bool, ...]) -> Any:

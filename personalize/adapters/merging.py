@@ -171,6 +171,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
             )
         if (adapter.base.get("sha256") or "") != (first.base.get("sha256") or "") and _both_known(adapter, first):
             raise UserError(f"{name} was made for another base model than {names[0]}: merge adapters of one base")
+        require_constant_rank(adapter, name)
     parts = [WeightedLora(a.lora, a.alpha / a.rank, weight) for a, weight in zip(adapters, weights, strict=True)]
     parts = [part for part in parts if part.weight and part.state] or [part for part in parts if part.state]
     state, rank = concatenated(parts) if parts else ({}, 1)
@@ -181,6 +182,15 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
     info["caption"] = ", ".join(caption for caption in captions if caption)
     info["person"] = any(bool(adapter.info.get("person")) for adapter in adapters)
     return Adapter(state, rank, float(rank), None, info, _all_concepts(adapters))
+
+
+def require_constant_rank(adapter: Adapter, name: object) -> None:
+    """UserError if the adapter has a timestep-dependent rank, so that it is no single ΔW to add to another."""
+    if adapter.timestep_rank is not None:
+        raise UserError(
+            f"{name} has {adapter.timestep_rank}, which no single sum expresses: first write it for one "
+            f"strength at all noise levels with `personalize export lora {name} --timestep_rank share --output FILE`"
+        )
 
 
 def _all_concepts(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, torch.Tensor]]:

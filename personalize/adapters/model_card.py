@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from personalize.formats.textual_inversion_files import token_file_names, token_file_stem
+from personalize.formats.timestep_rank import rule_of, warning
 
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 TAGS = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
@@ -229,9 +230,16 @@ def _limits(adapter: CardSubject) -> str:
     return (
         f"## Limits\n\n* {first}\n* Learned from {_count(adapter).lower()}: pose, background and style may come back "
         "where they were not asked for.\n"
+        f"{_timestep_rank(adapter)}"
         "* The pictures are drawn anew from noise; nothing keeps unedited pixels as they were.\n"
         "* Made for the base named above; on other checkpoints the result differs."
     )
+
+
+def _timestep_rank(adapter: CardSubject) -> str:
+    """A line on the timestep-dependent rank, if the adapter has one."""
+    rule = rule_of(adapter.info)
+    return "" if rule is None else f"* The LoRA was {warning(rule)}.\n"
 
 
 def _consent(adapter: CardSubject) -> str:

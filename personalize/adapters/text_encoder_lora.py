@@ -25,7 +25,9 @@ def has_text(lora: Mapping[str, Tensor]) -> bool:
     return any(key.startswith("text_encoder") for key in lora)
 
 
-def add_text_lora(model: StableDiffusion, rank: int, alpha: float, seed: int, targets: str = "full") -> None:
+def add_text_lora(
+    model: StableDiffusion, rank: int, alpha: float, seed: int, targets: str = "full", *, orthogonal: bool = False
+) -> None:
     """Add a new trainable LoRA to the text encoders' layers, in all blocks that the conditioning depends on.
 
     SDXL takes the hidden states before the last block of its first encoder, so that block would get no gradient and is
@@ -33,6 +35,7 @@ def add_text_lora(model: StableDiffusion, rank: int, alpha: float, seed: int, ta
 
     Args:
         targets: "attention" for the attention projections alone, "full" for the MLPs' layers too.
+        orthogonal: see `add_lora`.
 
     Raises:
         UserError: a text encoder already carries an adapter.
@@ -46,7 +49,7 @@ def add_text_lora(model: StableDiffusion, rank: int, alpha: float, seed: int, ta
             for path, layer in encoder.named_modules()
             if isinstance(layer, nn.Linear) and path.endswith(_TRAINED[targets]) and not (unused and unused in path)
         ]
-        add_lora(encoder, names, rank, alpha, seed, f"{component}.")
+        add_lora(encoder, names, rank, alpha, seed, f"{component}.", orthogonal=orthogonal)
 
 
 def text_lora_state(model: StableDiffusion) -> dict[str, Tensor]:

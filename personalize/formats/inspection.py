@@ -19,8 +19,10 @@ from personalize.formats.adapter_source import open_adapter
 from personalize.formats.foreign_files import as_lora, read_adapter_file
 from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
+from personalize.formats.manifest import MANIFEST, _is_part_of_adapter
+from personalize.formats.timestep_rank import HEADER_KEY, KEY, read_rule, warning
 from personalize.io.pickles import is_pickle
-from personalize.io.tensor_files import TensorFile
+from personalize.io.tensor_files import TensorFile, read_json
 
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", None: "unknown"}
 MAX_LINES = 12  # of metadata, and of problems, in the text; --json prints all
@@ -63,7 +65,7 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     scalings, problems = _scalings(contents, content.metadata)
     findings = compatibility.findings(contents, content.metadata, family)
     problems = [finding.text for finding in findings] + problems + _matrix_problems(contents)
-    problems += _modules_not_in_model(contents, family)
+    problems += _modules_not_in_model(contents, family) + _timestep_rank(path, content.metadata)
     unknown = modules_elsewhere(contents, family)
     readers = compatibility.readers(contents, findings, unknown) | {"personalize": _own_verdict(path, content)}
     if is_pickle(path):
@@ -177,6 +179,17 @@ def _size(path: Path) -> int:
     """The size in bytes of a file, or of all files in a folder."""
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
+
+
+def _timestep_rank(path: Path, metadata: Mapping[str, str]) -> list[str]:
+    """As a problem: a rank that depends on the timestep, by the file's header or the adapter folder it is part of."""
+    try:
+        rule = read_rule(metadata.get(HEADER_KEY), path)
+        if rule is None and path.suffix == ".safetensors" and _is_part_of_adapter(path):
+            rule = read_rule(read_json(path.parent / MANIFEST).get(KEY), path.parent / MANIFEST)
+    except UserError as error:
+        return [str(error)]
+    return [] if rule is None else [warning(rule)]
 
 
 def _coverage(

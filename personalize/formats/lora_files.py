@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats import timestep_rank
 from personalize.formats.layouts import FAMILY_OF_WIDTH
 from personalize.formats.lora_keys import COMPONENTS, kohya_name, with_text_model
 from personalize.io.tensor_files import tensor_bytes
@@ -156,6 +157,7 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "modelspec.resolution": f"{side}x{side}" if side else None,
         "ss_steps": config.get("max_train_steps"),
         "ss_unet_lr": config.get("learning_rate"),
+        timestep_rank.HEADER_KEY: json.dumps(info[timestep_rank.KEY]) if timestep_rank.KEY in info else None,
     }
     values |= {f"ss_{name}": config.get(name) for name in TRAINING_OPTIONS}
     return {key: str(value) for key, value in values.items() if value is not None}

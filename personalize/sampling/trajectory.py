@@ -182,7 +182,9 @@ def model_fingerprint(model: StableDiffusion) -> dict[str, Any]:
     adapter = None
     if layers:
         state = {name: tensor for name, tensor in model.unet.state_dict().items() if ".lora_" in name}
-        adapter = tensor_hash(state.values(), repr([(name, layer.scaling) for name, layer in layers.items()]))
+        masks = {mask.name for layer in layers.values() if (mask := getattr(layer, "_mask", None)) is not None}
+        settings = repr([(name, layer.scaling) for name, layer in layers.items()]) + "".join(sorted(masks))
+        adapter = tensor_hash(state.values(), settings)
     return {"base": model.identity["sha256"], "schedule": schedule, "adapter": adapter}
 
 

@@ -64,6 +64,7 @@ def check_batchable(config: SingleImageConfig) -> None:
         (config.max_grad_norm is not None, "max_grad_norm, which is of one adapter"),
         (config.use_8bit_adam, "use_8bit_adam, whose scales would be shared"),
         (config.cuda_graph, "cuda_graph, which holds one adapter"),
+        (config.orthogonal_start, "orthogonal_start, whose factors are not stacked"),
     )
     for hinders, reason in obstacles:
         if hinders:

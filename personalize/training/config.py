@@ -84,6 +84,12 @@ class LoraTrainingConfig:
     """Rank of the LoRA."""
     lora_alpha: float | None = None
     """LoRA alpha, the strength being alpha / rank; the rank if not given."""
+    min_rank: int | None = None
+    """Timestep-dependent rank: at the highest noise only this many components learn, at the lowest all of the rank."""
+    alpha_rank_scale: float = 1.0
+    """With min_rank: the exponent by which the number of components falls towards high noise; 1 is linear."""
+    orthogonal_start: bool = False
+    """Start the LoRA from orthonormal components that cancel; in files it has twice the rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, but slower."""
     torch_compile: bool = False
@@ -98,12 +104,24 @@ class LoraTrainingConfig:
     """Seed of everything random: LoRA, latents or views, noise, timesteps, class pictures."""
 
     def __post_init__(self) -> None:
-        _positive(self, "rank", "lora_alpha", "max_grad_norm")
+        _positive(self, "rank", "lora_alpha", "max_grad_norm", "alpha_rank_scale")
         _not_negative(self, "prior_loss_weight")
+        if self.min_rank is not None and not 1 <= self.min_rank <= self.rank:
+            raise UserError(f"min_rank must be from 1 to the rank, {self.rank}, got {self.min_rank}")
 
     @property
     def alpha(self) -> float:
         return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+    @property
+    def file_rank(self) -> int:
+        """The rank that the LoRA has in files: twice the trained one after an orthogonal start."""
+        return 2 * self.rank if self.orthogonal_start else self.rank
+
+    @property
+    def file_alpha(self) -> float:
+        """The alpha that the LoRA has in files, so that alpha / rank is the trained one."""
+        return 2 * self.alpha if self.orthogonal_start else self.alpha
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +222,8 @@ class MultiConceptConfig(LoraTrainingConfig):
         _positive(self, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate")
         _not_negative(self, "token_learning_rate", "adam_weight_decay", "calibration_weight", "mask_weight")
         _fraction(self, "swap_subjects")
+        if self.full_kv and (self.min_rank is not None or self.orthogonal_start):
+            raise UserError("full_kv trains no LoRA, so that min_rank and orthogonal_start mean nothing: leave one out")
 
     @property
     def alpha(self) -> float:

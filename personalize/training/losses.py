@@ -32,8 +32,16 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that is trained, by name: what a checkpoint must hold."""
+        """Every parameter that is trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def resumable(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: every trained parameter, and the frozen copies of an orthogonal start.
+
+        The copies could be drawn again, but not to the bit on another machine.
+        """
+        starts = {name: buffer for name, buffer in self.named_buffers() if ".parametrizations." in name}
+        return {**self.trainable(), **starts}
 
 
 def masked_mse(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import add_lora, lora_removed, lora_state
 from personalize.adapters.merging import low_rank
 from personalize.adapters.textual_inversion import TokenEmbedding, initial_embeddings, installed_tokens, token_state
+from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.models.attention import attention_sites
 from personalize.models.attention_maps import calibration_layers
@@ -69,8 +70,11 @@ def multi_concept_run(
             weights_before = stack.enter_context(full_weights(model.unet))
         else:
             weights_before = {}
-            add_lora(model.unet, text_projections(model.unet), config.rank, config.alpha, config.seed)
-        yield MultiConceptRun(model, picture, config, layers, weights_before, class_images, resolution, accelerator)
+            names, settings = text_projections(model.unet), (config.rank, config.alpha, config.seed)
+            add_lora(model.unet, names, *settings, orthogonal=config.orthogonal_start)
+        run = MultiConceptRun(model, picture, config, layers, weights_before, class_images, resolution, accelerator)
+        stack.enter_context(timestep_mask(model.unet, run.timestep_rank()))
+        yield run
 
 
 class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
@@ -168,8 +172,8 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         residual = {"full_kv_residual": round(missed, 6)} if self.weights_before else {}
         return Adapter(
             lora=lora,
-            rank=self.config.rank,
-            alpha=self.config.alpha,
+            rank=self.config.file_rank,
+            alpha=self.config.file_alpha,
             source=None,
             info={**self.metadata(), "updates": self.update, "versions": versions(), **residual, **info},
             concepts=token_state(self.token_embeddings, self.subjects),

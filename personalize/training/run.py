@@ -17,8 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.lora import lora_removed
+from personalize.adapters.lora import changes_nothing, lora_removed
+from personalize.formats import timestep_rank
 from personalize.formats.lora_files import diffusers_file
+from personalize.formats.timestep_rank import TimestepRank
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training.checkpoints import Checkpoint
@@ -119,8 +121,15 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         )  # fmt: skip
 
     def _any_weight_changed(self) -> bool:
-        """Has any update had an effect?  B is zero before the first one."""
-        return any(bool(b.detach().any()) for b in self.objective.adapter_parameters()[1::2])
+        """Has any update had an effect?"""
+        return not changes_nothing(self.model.unet)
+
+    def timestep_rank(self) -> TimestepRank | None:
+        """The rule by which LoRA components take part at high noise; None if all always do."""
+        config = self.config
+        if config.min_rank is None:
+            return None
+        return TimestepRank(config.rank, config.min_rank, config.alpha_rank_scale, len(self.model.alphas_cumprod))
 
     @abstractmethod
     def adapter(self, **info: Any) -> Adapter:
@@ -143,6 +152,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
             "base": self.base,
             "caption": self.caption,
             **self._own_metadata(),
+            **({} if (rule := self.timestep_rank()) is None else {timestep_rank.KEY: rule.values()}),
             "size": list(self.size),
             "seed": self.config.seed,
             "processes": self.shard.processes,
@@ -159,7 +169,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         """Write `output_dir/checkpoint-N` on the main process, with an adapter file that other programs can load."""
         folder = Path(output_dir) / f"checkpoint-{self.update}"
         if self.accelerator.is_main_process:
-            trainable = {name: p.detach() for name, p in self.objective.trainable().items()}
+            trainable = {name: tensor.detach() for name, tensor in self.objective.resumable().items()}
             scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
             state = self.optimizer.state_dict()
             checkpoint = Checkpoint(self.update, trainable, state, self._resumable_metadata(), scaler)
@@ -169,12 +179,12 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
 
     def adapter_files(self) -> dict[str, bytes]:
         """The adapter as other programs load it, by file name; a checkpoint holds it beside the training state."""
-        return {"pytorch_lora_weights.safetensors": diffusers_file(self.lora(), self.config.alpha)}
+        return {"pytorch_lora_weights.safetensors": diffusers_file(self.lora(), self.config.file_alpha)}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`; UserError if it was made with other settings or another picture."""
         checkpoints.check_same_run(checkpoint, self._resumable_metadata())
-        checkpoints.restore(checkpoint, self.objective.trainable(), self.optimizer)
+        checkpoints.restore(checkpoint, self.objective.resumable(), self.optimizer)
         if self.accelerator.scaler is not None and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.update = checkpoint.update

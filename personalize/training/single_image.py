@@ -23,6 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import add_lora, lora_state, module_names
 from personalize.adapters.text_encoder_lora import add_text_lora, text_lora_state
+from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precision
 from personalize.models.gradient_checkpointing import gradient_checkpointing
@@ -70,7 +71,8 @@ def single_image_run(
     ):  # fmt: skip
         run = SingleImageRun(model, pixels, caption, config, masks, class_images, accelerator)
         run.add_adapter()
-        yield run
+        with timestep_mask(model.unet, run.timestep_rank()):
+            yield run
 
 
 def learn(
@@ -153,9 +155,10 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         """Add a new adapter to the model, and make the objective and its optimizer."""
         model, config, conditioning, own = self.model, self.config, self.conditioning, len(self.captions)
         names = module_names(model.unet, model.family, config.targets)
-        add_lora(model.unet, names, config.rank, config.alpha, config.seed)
+        settings, orthogonal = (config.rank, config.alpha, config.seed), config.orthogonal_start
+        add_lora(model.unet, names, *settings, orthogonal=orthogonal)
         if config.train_text_encoder:
-            add_text_lora(model, config.rank, config.alpha, config.seed, config.targets)
+            add_text_lora(model, *settings, config.targets, orthogonal=orthogonal)
         objective = SingleImageObjective(
             model, conditioning[:own], standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
             prior=conditioning[own:] if self.class_captions else None, prior_loss_weight=config.prior_loss_weight,
@@ -177,8 +180,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         embedding = {name: part.detach().to("cpu", copy=True) for name, part in parts.items() if part is not None}
         return Adapter(
             lora=lora,
-            rank=self.config.rank,
-            alpha=self.config.alpha,
+            rank=self.config.file_rank,
+            alpha=self.config.file_alpha,
             source=None if self.config.without_source_embedding else embedding,
             info={**self.metadata(), "updates": updates, "versions": versions(), **info},
         )

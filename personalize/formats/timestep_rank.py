@@ -1,0 +1,101 @@
+"""Timestep-dependent rank (T-LoRA): of a LoRA's r rank components, only the first r(t) take part at timestep t.
+
+    r(t) = ⌊ ((T − t) / T)^α · (r − r_min) ⌋ + r_min
+    ΔW(t) = s · B diag(m(t)) A,   m(t)_i = 1 for i < r(t), else 0
+
+What is learned at high noise is layout and background, which is what overfits to a single picture; there the rule
+leaves r_min components to learn.  It holds in sampling as in training.  A LoRA of an orthogonal start has rank 2r, and
+its halves are masked alike: component i + r goes with component i.
+
+References: Soboleva et al., "T-LoRA: Single Image Diffusion Model Customization Without Overfitting", arXiv 2507.05964.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import floor
+from typing import Any
+
+from personalize.errors import UserError
+
+KEY = "timestep_rank"  # in adapter.json
+HEADER_KEY = "ss_timestep_rank"  # in the header of a file in kohya's names
+
+
+@dataclass(frozen=True)
+class TimestepRank:
+    """The rule of one adapter: `rank` is r, `min_rank` r_min, `alpha` the exponent α, `timesteps` T."""
+
+    rank: int
+    min_rank: int
+    alpha: float = 1.0
+    timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_rank <= self.rank or not self.alpha > 0 or self.timesteps < 1:
+            raise UserError(
+                f"timestep-dependent rank needs 1 ≤ min_rank ≤ rank and an exponent above 0, got min_rank "
+                f"{self.min_rank}, rank {self.rank} and exponent {self.alpha}"
+            )
+
+    def active(self, timestep: int) -> int:
+        """r(t), the number of components that take part at the whole `timestep` in [0, T]."""
+        left = Fraction(self.timesteps - timestep, self.timesteps)
+        if self.alpha == int(self.alpha):  # exact: a product such as 0.29 · 100 would be rounded to below 29
+            return floor(left ** int(self.alpha) * (self.rank - self.min_rank)) + self.min_rank
+        return floor(float(left) ** self.alpha * (self.rank - self.min_rank) + 1e-9) + self.min_rank
+
+    def masks(self) -> list[list[float]]:
+        """m(t) for t = 0 … T, r numbers each."""
+        counts = map(self.active, range(self.timesteps + 1))
+        return [[1.0] * count + [0.0] * (self.rank - count) for count in counts]
+
+    def shares(self) -> list[float]:
+        """For each of the r components the share of the timesteps 0 … T − 1 in which it takes part."""
+        counts = [self.active(timestep) for timestep in range(self.timesteps)]
+        return [sum(count > index for count in counts) / self.timesteps for index in range(self.rank)]
+
+    def values(self) -> dict[str, Any]:
+        """The rule as values that JSON can hold, for `adapter.json`."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"timestep-dependent rank: {self.min_rank} of {self.rank} components at the highest noise, all "
+            f"{self.rank} at the lowest (exponent {self.alpha:g})"
+        )
+
+
+def read_rule(values: Any, source: object) -> TimestepRank | None:
+    """The rule in `values`, as `TimestepRank.values` writes it or as JSON text; None if `values` is None.
+
+    Raises:
+        UserError, naming `source`: anything else than such a rule.
+    """
+    if values is None:
+        return None
+    try:
+        settings = json.loads(values) if isinstance(values, str) else values
+        return TimestepRank(
+            int(settings["rank"]), int(settings["min_rank"]), float(settings["alpha"]), int(settings["timesteps"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: its timestep-dependent rank is damaged ({error!r}): save the adapter anew"
+        ) from None
+
+
+def rule_of(info: Mapping[str, Any], source: object = "the adapter") -> TimestepRank | None:
+    """The rule of an adapter by its `info`, or by the header of the file that it was read from; None without one."""
+    return read_rule(info.get(KEY) or (info.get("header") or {}).get(HEADER_KEY), source)
+
+
+def warning(rule: TimestepRank) -> str:
+    """A sentence for people who open the file in another program."""
+    return (
+        f"trained with {rule}; Personalize keeps to that, other programs apply all components at every step, which is "
+        "stronger at high noise than was trained (see `personalize export lora --timestep_rank`)"
+    )
