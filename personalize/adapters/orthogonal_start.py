@@ -60,15 +60,15 @@ def start_orthogonal(down: nn.Module, up: nn.Module, rank: int, seed: int, key: 
 
     The frames are drawn by a generator keyed by `seed` and `key`, the scales by one keyed by `seed` and the shape.
     """
-    inner, outer = tuple(down.weight.shape[1:]), len(up.weight)  # pyright: ignore
-    columns = torch.Size(inner).numel()
+    below, above = down.get_parameter("weight").shape, up.get_parameter("weight").shape
+    outer, columns = above[0], below[1:].numel()
     count = min(rank, outer, columns)
     rng = generator(seed, f"orthogonal/{key}")
     p, q = torch.zeros(outer, rank), torch.zeros(rank, columns)
     p[:, :count], q[:count] = _frame(outer, count, rng), _frame(columns, count, rng).T
     scales = torch.zeros(rank)
     scales[:count] = _scales(outer, columns, rank, seed)[-count:]
-    p, q = p.view(outer, rank, *(1,) * (len(inner) - 1)).to(device), q.view(rank, *inner).to(device)
+    p, q = p.view(outer, rank, *above[2:]).to(device), q.view(rank, *below[1:]).to(device)
     for module, start, stacked in ((down, q, _StackedA(q.clone())), (up, p, _StackedB(scales.to(device), p))):
         module.weight = nn.Parameter(start)
         parametrize.register_parametrization(module, "weight", stacked, unsafe=True)  # it changes the shape

@@ -105,21 +105,24 @@ def test_speed_frozen_adapters_in_bf16_and_batched_ones_compile_too(name: str) -
             assert torch.equal(compiled(x.bfloat16()), layer(x.bfloat16()))
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_speed_lora_layer_gradcheck(name: str) -> None:
+def test_speed_lora_layer_gradcheck(name: str, masked: bool) -> None:
     base, x = LAYERS[name]()
     layer = adapted(base, torch.float64)
     for part in ("lora_A", "lora_B"):
         getattr(layer, part).double()
     a, b = lora._pair(layer)
+    if masked:  # a row for each sample, in two halves computed alike
+        layer._mask, layer._halves = lora_layers.RankMask("test"), True
+        layer._mask.value = (torch.arange(3) < torch.tensor([[1], [3], [2]])[: len(x)]).double()
 
     def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         values = layer._operands(x, lora.ADAPTER)
         if isinstance(layer, LoraLinear):
-            parts = (*values[:3], a, b, a.detach(), b.detach(), values[-1])
-            return lora_layers._LinearProduct.apply(*parts)
+            return lora_layers._LinearProduct.apply(*values[:3], a, b, a.detach(), b.detach(), *values[7:])
         how = (layer.base_layer.stride, layer.base_layer.padding, layer.base_layer.dilation)
-        return lora_layers._ConvProduct.apply(*values[:3], a, b, a.detach(), b.detach(), values[-1], how)
+        return lora_layers._ConvProduct.apply(*values[:3], a, b, a.detach(), b.detach(), *values[7:], how)
 
     x = x.double().requires_grad_()
     assert torch.autograd.gradcheck(product, (x, a, b))

@@ -276,7 +276,7 @@ def test_timestep_rank_resumed_runs_go_on_exactly(tmp_path: Path) -> None:
     with single_image_run(model, pixels(), CAPTION, config) as run:
         for layer in lora.lora_layers(model.unet).values():  # as if another machine had drawn other frames
             with torch.no_grad():
-                layer.lora_A[lora.ADAPTER].parametrizations.weight[0].start.mul_(-1)
+                layer.lora_A[lora.ADAPTER].get_buffer("parametrizations.weight.0.start").mul_(-1)
         checkpoint = checkpoints.find(tmp_path, "latest")
         assert checkpoint is not None
         run.resume(checkpoint)
