@@ -33,8 +33,9 @@ class Config(SingleImageConfig, BaseModelOptions):
     """BLIP-family folder or hub id that captions pictures for which neither the table nor a .txt file has a caption."""
     resolution: int | None = None
     """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass; trained parameters and the loss are always fp32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward pass; trained parameters and the loss are always fp32.  If not given, what `accelerate
+    launch` says, or else "no", which is fp32."""
     load_in_4bit: bool = False
     """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
     adapters_per_batch: int = 1

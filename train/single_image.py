@@ -59,7 +59,7 @@ def main(config: Config) -> Path:
     images = read_training_images(config)
     check_target(config.output_dir)
     accelerator = trainer.make_accelerator(config)
-    settings = training_config(config, accelerator.num_processes)
+    settings = training_config(config)
     model = trainer.load_base(config, accelerator)
     pixels, masks = to_common_size(images, config.resolution or model.resolution, 8 * model.factor)
     size = (pixels.shape[-2], pixels.shape[-1])
@@ -78,12 +78,12 @@ def main(config: Config) -> Path:
     return trainer.finish(config, accelerator)
 
 
-def training_config(config: Config, processes: int) -> SingleImageConfig:
+def training_config(config: Config) -> SingleImageConfig:
     """The training configuration among the options; `max_train_steps` becomes a number of samples."""
     if config.max_train_steps is None:
         return extract_config(config, SingleImageConfig)
-    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-    return extract_config(config, SingleImageConfig, max_train_samples=config.max_train_steps * batch)
+    samples = config.max_train_steps * config.samples_per_update
+    return extract_config(config, SingleImageConfig, max_train_samples=samples)
 
 
 def class_prompt(config: Config) -> str:

@@ -85,7 +85,7 @@ class Editor:
     @staticmethod
     def configured(config: Any, adapters: Sequence[Path] = ()) -> Editor:
         """The editor for a command's options: base, revision, variant, precision, device, and `adapters` if any."""
-        dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+        dtype = {None: None, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
         about = {"dtype": dtype, "device": "cpu" if config.cpu else None, "revision": config.revision,
                  "variant": config.variant}  # fmt: skip
         base = config.pretrained_model_name_or_path

@@ -22,7 +22,7 @@ class BaseModelOptions:
 class InferenceOptions(BaseModelOptions):
     """Options of every command that draws pictures."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base model."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the base model: "no" is fp32; if not given, bf16 on GPUs that support it, else fp32."""
     cpu: bool = False
     """Run on the CPU even if there is an accelerator."""

@@ -47,6 +47,8 @@ class BatchedAdapters(SingleImageObjective):
     def forward(self, batch: dict[str, Tensor]) -> LossTerms:
         """The summed loss; its `parts` are the mean squared error of each adapter, by number."""
         errors, weights = self.sample_errors(batch)
+        if "share" in batch:
+            errors = errors * batch["share"]
         each = (weights * errors).view(self.count, -1).mean(1)  # (n,)
         parts = {str(number): loss for number, loss in enumerate(errors.detach().view(self.count, -1).mean(1))}
         return LossTerms(each.sum(), parts)
@@ -111,16 +113,23 @@ def _steps(runs: Sequence[SingleImageRun], objective: BatchedAdapters) -> Iterat
     first = runs[0]
     groups = objective.groups(first.config.learning_rate, first.config.text_embedding_lr)
     prepared, optimizer = first.accelerator.prepare(objective, adamw(groups, first.model.device))
-    batches = _joined_batches(runs, first.shard, first.updates)
-    return training_steps(prepared, batches, optimizer, accelerator=first.accelerator)
+    updates = _joined_updates(runs, first.shard, first.updates)
+    return training_steps(prepared, updates, optimizer, accelerator=first.accelerator)
 
 
-def _joined_batches(runs: Sequence[SingleImageRun], shard: SampleShard, updates: int) -> Iterator[dict[str, Tensor]]:
-    """The batches of all runs joined, the samples of one run after those of another."""
-    for batches in zip(*(run.dataset.batches(shard, 0, updates) for run in runs), strict=True):
-        joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        counts = [len(batch["rows"]) for batch in batches]
-        yield joined | {"rows": torch.arange(len(runs)).repeat_interleave(torch.tensor(counts))}
+def _joined_updates(
+    runs: Sequence[SingleImageRun], shard: SampleShard, updates: int
+) -> Iterator[list[dict[str, Tensor]]]:
+    """The batches of each update, those of all runs joined: the samples of one run after those of another."""
+    for alike in zip(*(run.dataset.updates(shard, 0, updates) for run in runs), strict=True):
+        yield [_joined(batches) for batches in zip(*alike, strict=True)]
+
+
+def _joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The batches of several runs as one, in which a sample's row is the number of its run."""
+    counts = torch.tensor([len(batch["rows"]) for batch in batches])
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return joined | {"rows": torch.arange(len(batches)).repeat_interleave(counts)}
 
 
 def _lora_of(stacked: StackedLora, number: int) -> dict[str, Tensor]:

@@ -106,7 +106,9 @@ def is_finished(item: Item, rows: Mapping[str, Mapping[str, Any]], catalogue: Ca
     return exists and row.get("status") == DONE and row.get("digest") == catalogue.row_hash(item)
 
 
-def learn_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str = "no") -> dict[str, Any]:
+def learn_row(
+    model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str | None = "no"
+) -> dict[str, Any]:
     """Train one row and save its adapter; any exception becomes the row's outcome, in one line.
 
     Only what stops the program (an interrupt) is raised.
@@ -124,7 +126,7 @@ def learn_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_pr
 
 
 def learn_rows(
-    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str = "no"
+    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str | None = "no"
 ) -> Iterator[dict[str, Any]]:
     """Train rows together, in one batch; if that fails, one at a time, so that each bad row has its own outcome."""
     started, together = time.monotonic(), []
@@ -141,7 +143,7 @@ def learn_rows(
         yield learn_row(model, item, catalogue, mixed_precision)
 
 
-def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str) -> dict[str, Any]:
+def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str | None) -> dict[str, Any]:
     pixels, caption = _load_row(model, item, catalogue)
     config, loss = catalogue.config_of(item), float("nan")
     accelerator = _accelerator(model, config, mixed_precision)
@@ -153,7 +155,7 @@ def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_p
 
 
 def _train_rows_together(
-    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str
+    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str | None
 ) -> list[dict[str, Any]]:
     pictures, config = [_load_row(model, item, catalogue) for item in items], catalogue.config_of(items[0])
     results = learn_batched(model, pictures, config, accelerator=_accelerator(model, config, mixed_precision))
@@ -168,10 +170,8 @@ def _load_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple
     return fitted_pixels(load_image(item.image), catalogue.resolution or model.resolution, 8 * model.factor)[0], caption
 
 
-def _accelerator(model: StableDiffusion, config: SingleImageConfig, mixed_precision: str) -> Accelerator:
-    accumulation = config.gradient_accumulation_steps
-    cpu = model.device.type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation)
+def _accelerator(model: StableDiffusion, config: SingleImageConfig, mixed_precision: str | None) -> Accelerator:
+    return Accelerator(cpu=model.device.type == "cpu", mixed_precision=mixed_precision)
 
 
 def _save(
@@ -216,7 +216,7 @@ def learn_catalogue(
     catalogue: Catalogue,
     load: Callable[[], StableDiffusion],
     processes: ProcessGroup,
-    mixed_precision: str = "no",
+    mixed_precision: str | None = "no",
 ) -> list[dict[str, Any]]:
     """Train every row that is not finished yet; returns the outcomes of all rows, from all processes.
 

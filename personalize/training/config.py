@@ -22,8 +22,9 @@ class RunOptions(BaseModelOptions):
 
     output_dir: Path = Path("adapter")
     """Where the adapter folder, its checkpoints and logs go."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass; trained parameters and the loss are always fp32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward pass; trained parameters and the loss are always fp32.  If not given, what `accelerate
+    launch` says, or else "no", which is fp32."""
     load_in_4bit: bool = False
     """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
     checkpointing_steps: int | None = None
@@ -80,6 +81,12 @@ class PriorPreservationOptions:
 class LoraTrainingConfig:
     """Settings of every training configuration."""
 
+    samples_per_update: int = 10
+    """Samples whose mean loss makes one update, over all processes and however they are batched."""
+    train_batch_size: int = 10
+    """Most samples that a process takes at a time: less memory, the same updates."""
+    gradient_accumulation_steps: int | None = None
+    """Batches per update and process; found if not given, and checked against samples_per_update if given."""
     rank: int = 16
     """Rank of the LoRA."""
     lora_alpha: float | None = None
@@ -104,6 +111,7 @@ class LoraTrainingConfig:
     """Seed of everything random: LoRA, latents or views, noise, timesteps, class pictures."""
 
     def __post_init__(self) -> None:
+        _positive(self, "samples_per_update", "train_batch_size", "gradient_accumulation_steps")
         _positive(self, "rank", "lora_alpha", "max_grad_norm", "alpha_rank_scale")
         _not_negative(self, "prior_loss_weight")
         if self.min_rank is not None and not 1 <= self.min_rank <= self.rank:
@@ -128,8 +136,8 @@ class LoraTrainingConfig:
 class SingleImageConfig(LoraTrainingConfig):
     """Configuration of single-image training; the defaults are those of the method.
 
-    An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes;
-    `max_train_samples` counts over all of them, so the defaults make 400 // 10 = 40 updates.
+    An update uses `samples_per_update` samples, so the defaults make 400 // 10 = 40 updates.  Neither number depends on
+    the number of processes, on `train_batch_size` or on `gradient_accumulation_steps`.
     """
 
     targets: Literal["full", "attention"] = "full"
@@ -147,9 +155,7 @@ class SingleImageConfig(LoraTrainingConfig):
     max_train_samples: int = 400
     """Samples (noisy copies of the picture) to train on, over all processes: 400 in updates of 10 make 40 updates."""
     train_batch_size: int = 10
-    """Samples per batch and process; with prior preservation, as many class pictures are added."""
-    gradient_accumulation_steps: int = 1
-    """Batches per update; `--train_batch_size 1 --gradient_accumulation_steps 10` learns the same in less memory."""
+    """Most samples that a process takes at a time; with prior preservation, as many class pictures are added."""
     cuda_graph: bool = False
     """Replay each update as one CUDA graph, which saves the time of launching kernels; one process only."""
     resample_latents: bool = False
@@ -163,8 +169,7 @@ class SingleImageConfig(LoraTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "max_train_samples", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-                  "text_encoder_lr", "snr_gamma", "early_stop_loss")  # fmt: skip
+        _positive(self, "max_train_samples", "learning_rate", "text_encoder_lr", "snr_gamma", "early_stop_loss")
         _not_negative(self, "text_embedding_lr")
         _fraction(self, "mask_weight")
 
@@ -188,8 +193,9 @@ class MultiConceptConfig(LoraTrainingConfig):
 
     The defaults are those of the method.
 
-    An update uses `train_batch_size` samples, times `gradient_accumulation_steps`, times the number of processes.
-    `calibration_weight` is relative to a mean squared error, see `MultiConceptObjective`; 0 is Custom Diffusion.
+    An update uses `samples_per_update` samples, however many processes there are; with class pictures every second one
+    shows one of these.  `calibration_weight` is relative to a mean squared error, see `MultiConceptObjective`; 0 is
+    Custom Diffusion.
     """
 
     full_kv: bool = False
@@ -202,10 +208,10 @@ class MultiConceptConfig(LoraTrainingConfig):
     """AdamW's weight decay of the LoRA; token embeddings never decay."""
     max_train_steps: int = 250
     """Updates to make."""
+    samples_per_update: int = 8
+    """Samples whose mean loss makes one update, over all processes; class pictures are every second one of them."""
     train_batch_size: int = 2
-    """Samples per batch and process, class pictures included."""
-    gradient_accumulation_steps: int = 4
-    """Batches per update."""
+    """Most samples that a process takes at a time: less memory, the same updates."""
     calibration_weight: float = CALIBRATION_WEIGHT
     """Weight of the attention losses against the mean squared error (0.01 in the paper's code); 0: Custom Diffusion."""
     mask_weight: float | None = None
@@ -219,7 +225,7 @@ class MultiConceptConfig(LoraTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate")
+        _positive(self, "max_train_steps", "learning_rate")
         _not_negative(self, "token_learning_rate", "adam_weight_decay", "calibration_weight", "mask_weight")
         _fraction(self, "swap_subjects")
         if self.full_kv and (self.min_rank is not None or self.orthogonal_start):

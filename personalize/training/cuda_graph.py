@@ -150,6 +150,10 @@ def check_capturable(config: Any, device: torch.device, processes: int, *, autoc
     obstacles: Sequence[tuple[bool, str]] = (
         (device.type != "cuda", f"needs a CUDA device, this is {device.type}"),
         (processes > 1, "works with one process"),
+        (
+            len({chunk.share for chunk in SampleShard.of(config).chunks()}) > 1,
+            f"needs batches of one size: choose a --train_batch_size that divides {config.samples_per_update}",
+        ),
         (config.use_8bit_adam, "does not go with use_8bit_adam, which counts its steps on the host"),
         (config.train_text_encoder, "does not go with train_text_encoder, which tokenizes captions on the host"),
         (config.early_stop_loss is not None, "does not go with early_stop_loss, which decides on the host"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ class EarlyStop:
 
 def training_steps(
     objective: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
+    updates: Iterable[Sequence[dict[str, Tensor]]],
     optimizer: torch.optim.Optimizer,
     *,
     accelerator: Accelerator,
@@ -107,14 +107,15 @@ def training_steps(
     first_update: int = 0,
     early_stop: EarlyStop | None = None,
 ) -> Iterator[StepReport]:
-    """Train `objective` on `batches`, yielding a report after each optimizer update.
+    """Train `objective` on the batches of all `updates`, yielding a report after each optimizer update.
+
+    The loss of an update is the mean of the losses of its batches, over all processes.
 
     There are no callbacks: the body of the caller's `for` loop logs, saves and stops.
 
     Args:
         objective, optimizer, lr_scheduler: as returned by `accelerator.prepare`.
-        batches: those of this process, of equal size, `accelerator.gradient_accumulation_steps` to an update.  Reported
-            losses are means over the batches of an update.
+        updates: for each update this process's batches; in every process as many.
         max_grad_norm: clip the gradient to this norm.
         first_update: number of updates that were made before.
         early_stop: ends the loop, without applying the update whose loss it stops at.
@@ -122,41 +123,42 @@ def training_steps(
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
     """
-    update, sums, losses = first_update, {}, {}
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}  # once: it takes long
-    accelerator.step = 0  # in case an earlier loop stopped amid an accumulation
-    for batch in batches:
-        with accelerator.accumulate(objective):
+    for update, batches in enumerate(updates, first_update + 1):
+        losses = _backward(objective, batches, accelerator)
+        if early_stop is not None and early_stop(update - 1, losses["loss"]):
+            optimizer.zero_grad(set_to_none=True)
+            return
+        last = batches[-1]
+        _check_and_clip(objective, trained, last, losses["loss"], optimizer, accelerator, max_grad_norm, update)
+        rates = tuple(group["lr"] for group in optimizer.param_groups)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if lr_scheduler is not None:
+            lr_scheduler.step()
+        yield StepReport(update, losses, rates)
+
+
+def _backward(
+    objective: nn.Module, batches: Sequence[dict[str, Tensor]], accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Add up the gradients of an update's batches; returns the mean losses over all batches and processes.
+
+    Processes exchange gradients with the last batch only.
+    """
+    sums: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches, 1):
+        with nullcontext() if number == len(batches) else accelerator.no_sync(objective):
             terms: LossTerms = objective(batch)
             _add(sums, {"loss": terms.total.detach(), **terms.parts})
-            accelerator.backward(terms.total)
-            if accelerator.sync_gradients:
-                losses = _means(sums, accelerator)
-                if early_stop is not None and early_stop(update, losses["loss"]):
-                    optimizer.zero_grad(set_to_none=True)
-                    return
-                _check_and_clip(
-                    objective, trained, batch, losses["loss"], optimizer, accelerator, max_grad_norm, update + 1
-                )
-            rates = tuple(group["lr"] for group in optimizer.param_groups)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if accelerator.sync_gradients:
-            if lr_scheduler is not None:
-                lr_scheduler.step()
-            update, sums = update + 1, {}
-            yield StepReport(update, losses, rates)
+            accelerator.backward(terms.total / len(batches))
+    means = {name: value / len(batches) for name, value in sums.items()}
+    return accelerator.reduce(means, "mean") if accelerator.num_processes > 1 else means  # pyright: ignore
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         sums[name] = sums[name] + value if name in sums else value
-
-
-def _means(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Means over this update's batches and over all processes, so that all processes stop at the same update."""
-    means = {name: value / accelerator.gradient_accumulation_steps for name, value in sums.items()}
-    return accelerator.reduce(means, "mean") if accelerator.num_processes > 1 else means  # pyright: ignore
 
 
 def _check_and_clip(

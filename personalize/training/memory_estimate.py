@@ -75,7 +75,7 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
     trained_in_base = sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
     base = sum(map(weight_bytes, parts)) - trained_in_base
     sample = _measure_sample(run, trained)
-    return MemoryEstimate(base, adapter, adapter, sum(moments), sample, run.config.train_batch_size)
+    return MemoryEstimate(base, adapter, adapter, sum(moments), sample, run.shard.largest)
 
 
 def check_fits(expected: MemoryEstimate, run: TrainingRun) -> str | None:
@@ -101,7 +101,7 @@ def _free(device: torch.device) -> int | None:
 def _advice(run: TrainingRun) -> str:
     config, quantised = run.config, "quantisation" in run.base
     options = [
-        (config.train_batch_size > 1, "--train_batch_size 1 and more --gradient_accumulation_steps"),
+        (run.shard.largest > 1, "--train_batch_size 1"),
         (not config.gradient_checkpointing, "--gradient_checkpointing"),
         (not quantised, "--load_in_4bit"),
         (True, "a lower --resolution"),
@@ -120,7 +120,7 @@ def _readable(count: int) -> str:
 
 def _measure_sample(run: TrainingRun, trained: list[nn.Parameter]) -> int:
     """The peak of the bytes allocated by one sample's forward and backward pass."""
-    batch: Any = next(run.dataset.batches(SampleShard(1), 0, 1))
+    batch: Any = next(run.dataset.updates(SampleShard(1), 0, 1))[0]
     inputs = (value for value in batch.values() if isinstance(value, Tensor))
     existing = [*_tensors(run.objective), *_tensors(run.model.unet), *inputs]
     try:

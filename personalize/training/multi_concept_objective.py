@@ -87,6 +87,9 @@ class MultiConceptObjective(Objective):
         nouns, modifiers: (b, s, l), 1 at the text positions of each concept's class phrase and of its token; 0 if the
             prompt does not contain it.
         masks: (b, s, H, W) in [0, 1], where each concept is; may be absent.
+        share: (b,), how much a sample counts in the mean over this batch, see `Chunk`; 1 if absent.
+        instance_share: (b,), how much an instance sample counts in the sum over this batch of the attention losses; if
+            absent, the mean over its instance samples is taken.
         size: (H, W) in pixels, for SDXL.
         """
         model, latents, noise, timesteps = self._model[0], batch["latents"], batch["noise"], batch["timesteps"]
@@ -99,11 +102,15 @@ class MultiConceptObjective(Objective):
         errors = masked_mse(output, target, batch["canvas"])  # (b,)
         instance = batch["instance"]
         weights = torch.where(instance, 1.0, self.prior_loss_weight).to(errors)
-        parts = {"mse": errors[instance].mean().detach()}
-        total = (weights * errors).mean()
+        share = batch.get("share", torch.ones_like(errors))
+        instance_share = batch.get("instance_share", instance / instance.sum().clamp(min=1)).to(errors)
+        parts = {"mse": (instance_share * errors).sum().detach()}
+        total = (share * weights * errors).mean()
+        if store is not None:  # the same names in all processes, also in one that shows a class picture
+            parts |= {name: torch.zeros_like(total) for name in self._attention_names(batch)}
         if store is not None and bool(instance.any()):
             with torch.autocast(latents.device.type, enabled=False):  # scaling maps magnifies rounding
-                attention, attention_parts = self._attention_loss(store, batch, instance)
+                attention, attention_parts = self._attention_loss(store, batch, instance, instance_share[instance])
             total, parts = total + attention, parts | attention_parts
         return LossTerms(total, parts)
 
@@ -114,19 +121,24 @@ class MultiConceptObjective(Objective):
         height, width = latents.shape[-2:]
         return CalibrationMaps(calibration_layers(self._model[0].unet, (height, width)))
 
+    def _attention_names(self, batch: Mapping[str, Any]) -> list[str]:
+        """The names of the attention losses."""
+        return ["calibration", *(["anchoring"] if self.mask_weight and "masks" in batch else [])]
+
     def _attention_loss(
-        self, store: CalibrationMaps, batch: Mapping[str, Any], instance: Tensor
+        self, store: CalibrationMaps, batch: Mapping[str, Any], instance: Tensor, share: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The attention losses of the samples that `instance` selects, summed with the weights `share`."""
         nouns = store.of_tokens(batch["nouns"])[instance]
         modifiers = store.of_tokens(batch["modifiers"])[instance]
         store.maps.clear()  # otherwise the maps that gradient checkpointing recomputes would stay in memory
-        calibrated = torch.stack([calibration(c, m) for c, m in zip(nouns, modifiers, strict=True)]).mean()
+        calibrated = (share * torch.stack([calibration(c, m) for c, m in zip(nouns, modifiers, strict=True)])).sum()
         total, parts = self.calibration_weight * calibrated, {"calibration": calibrated.detach()}
         if self.mask_weight and "masks" in batch:
             height, width = nouns.shape[-2:]
             masks = adaptive_avg_pool2d(batch["masks"][instance].float(), (height, width))
             rows = zip([*nouns, *modifiers], [*masks, *masks], strict=True)
-            anchored = torch.stack([anchoring(maps, mask).sum() for maps, mask in rows]).sum() / len(nouns)
+            anchored = (share.repeat(2) * torch.stack([anchoring(maps, mask).sum() for maps, mask in rows])).sum()
             total, parts = total + self.mask_weight * anchored, parts | {"anchoring": anchored.detach()}
         return total, parts
 

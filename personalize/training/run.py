@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -31,7 +32,10 @@ from personalize.training.loop import EarlyStop, StepReport, adamw, set_autocast
 from personalize.training.losses import Objective
 
 # settings that may change between a run and its resumption: the samples of an update and their loss stay the same
-MAY_DIFFER = ("max_train_samples", "max_train_steps", "gradient_checkpointing", "cuda_graph", "torch_compile")
+MAY_DIFFER = (
+    "max_train_samples", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "cuda_graph", "torch_compile",
+)  # fmt: skip
 
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -69,20 +73,15 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
     def __init__(self, model: StableDiffusion, config: ConfigT, accelerator: Accelerator | None) -> None:
         self.model, self.config, self.update = model, config, 0
         self.base = model.about()  # read before anything is trained: a run may train the base's own weights
-        self.accelerator = accelerator or Accelerator(
-            cpu=model.device.type == "cpu", gradient_accumulation_steps=config.gradient_accumulation_steps
-        )
-        if self.accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+        self.accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+        if self.accelerator.gradient_accumulation_steps != 1:
             raise ValueError(
-                f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches, the configuration"
-                f" {config.gradient_accumulation_steps}: make the accelerator with the configuration's number"
+                f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches: make it without "
+                "gradient_accumulation_steps, for the run adds up the batches of an update itself"
             )
         bf16_weights = model.dtype == torch.bfloat16 and "quantisation" not in self.base
         set_autocast(self.accelerator, enabled=not bf16_weights)
-        self.shard = SampleShard(
-            config.train_batch_size, config.gradient_accumulation_steps,
-            self.accelerator.process_index, self.accelerator.num_processes,
-        )  # fmt: skip
+        self.shard = SampleShard.of(config, self.accelerator.process_index, self.accelerator.num_processes)
 
     def prepare(self, objective: ObjectiveT, groups: list[dict[str, Any]]) -> None:
         """Train `objective` with AdamW over the parameter `groups`; Accelerate prepares both."""
@@ -97,7 +96,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
             NonFiniteError: a loss or gradient is NaN or infinite; the adapter is that of the last finished update.
         """
         first = self.update
-        for report in self._reports(self.dataset.batches(self.shard, first, self.updates)):
+        for report in self._reports(self.dataset.updates(self.shard, first, self.updates)):
             self.update = report.update
             yield report
         if first < self.update and not self._any_weight_changed():
@@ -106,17 +105,17 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
                 f"no adapter weight changed in {self.update} updates: raise learning_rate ({rate})", stacklevel=2
             )
 
-    def _reports(self, batches: Iterable[dict[str, Any]]) -> Iterator[StepReport]:
+    def _reports(self, updates: Iterable[list[dict[str, Any]]]) -> Iterator[StepReport]:
         config, accelerator = self.config, self.accelerator
         if config.cuda_graph:
             autocast = accelerator.mixed_precision == "fp16" or "quantisation" in self.base
             return graphed_steps(
-                self.objective, batches, self.optimizer.optimizer, config, device=self.model.device, shard=self.shard,
-                autocast=autocast, first_update=self.update,
+                self.objective, chain.from_iterable(updates), self.optimizer.optimizer, config,
+                device=self.model.device, shard=self.shard, autocast=autocast, first_update=self.update,
             )  # fmt: skip
         stop = None if config.early_stop_loss is None else EarlyStop(config.early_stop_loss, self.shard.samples)
         return training_steps(
-            self._prepared, batches, self.optimizer, accelerator=accelerator, max_grad_norm=config.max_grad_norm,
+            self._prepared, updates, self.optimizer, accelerator=accelerator, max_grad_norm=config.max_grad_norm,
             first_update=self.update, early_stop=stop,
         )  # fmt: skip
 
@@ -193,6 +192,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         """`metadata`, flat and without the settings that a resumed run may change: equal for the same run only."""
         metadata = self.metadata()
         config = metadata.pop("config")
+        del metadata["processes"]  # each update has the same samples, however many share them
         return metadata | {name: value for name, value in config.items() if name not in MAY_DIFFER}
 
 

@@ -71,9 +71,11 @@ class SingleImageObjective(Objective):
     def forward(self, batch: dict[str, Tensor]) -> LossTerms:
         """The loss of a batch: `latents` z₀ and `noise` ε (b, c, h, w), `timesteps` t and caption `rows` (b,).
 
-        `weights` m (b, 1, h, w) may be absent.  With `prior`, the second half of the batch are class pictures.
+        `weights` m (b, 1, h, w) and the `share` (b,) of each sample, see `Chunk`, may be absent.  With `prior`, the
+        second half of the batch are class pictures.
         """
         errors, weights = self.sample_errors(batch)
+        errors = errors * batch["share"] if "share" in batch else errors
         own = len(errors) // 2 if self._prior else len(errors)
         parts = {"mse": errors[:own].mean().detach()}
         total = (weights * errors)[:own].mean()

@@ -14,6 +14,7 @@ from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training.cuda_graph import check_capturable
+from personalize.training.data.samples import SampleShard
 from personalize.training.memory_estimate import check_fits, estimate
 from personalize.training.run import TrainingRun
 from personalize.training.validation import validate
@@ -24,6 +25,8 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml")
 def make_accelerator(config: Any) -> Accelerator:
     """The Accelerator of a trainer's options, made after a check that everything they name is available.
 
+    Its `mixed_precision` is that of the options, or if they give none, what `accelerate launch` was told.
+
     Raises:
         UserError: a tracker that is not installed, a precision that the device does not support, a checkpoint or a hub
             repository that does not exist or cannot be used.
@@ -33,17 +36,18 @@ def make_accelerator(config: Any) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=config.report_to,
             project_dir=str(config.output_dir / config.logging_dir),
         )
     except ValueError as error:  # e.g. bf16 on an old GPU
         raise UserError(f"--mixed_precision {config.mixed_precision} does not work here: {error}") from None
-    if config.mixed_precision != "no" and not accelerator.native_amp:  # fp16 on a CPU would silently be fp32
+    precision = accelerator.mixed_precision
+    if precision != "no" and (precision == "fp8" or not accelerator.native_amp):  # fp16 on a CPU would silently be fp32
         device = accelerator.device.type
-        raise UserError(f"--mixed_precision {config.mixed_precision} does not work on this {device}: use bf16 or no")
+        raise UserError(f"--mixed_precision {precision} does not work on this {device}: use bf16 or no")
+    SampleShard.of(config, accelerator.process_index, accelerator.num_processes)  # raises if the layout cannot work
     if config.cuda_graph:
-        autocast = config.mixed_precision == "fp16" or config.load_in_4bit
+        autocast = precision == "fp16" or config.load_in_4bit
         check_capturable(config, accelerator.device, accelerator.num_processes, autocast=autocast)
     if config.push_to_hub and accelerator.is_main_process:
         hub.repository(repository(config), private=config.person)
@@ -63,7 +67,7 @@ def repository(config: Any) -> str:
 
 
 def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = False) -> StableDiffusion:
-    """Load the base model in the precision that `config` asks for.
+    """Load the base model in the precision of `accelerator`.
 
     bf16 means bf16 weights, in half the memory.  Under fp16, or if the base's own weights are trained (`full_weights`),
     the UNet stays in fp32 behind autocast.  With load_in_4bit all that is not in 4 bits is bf16; the memory it saves is
@@ -74,7 +78,7 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
     """
     if full_weights and config.load_in_4bit:
         raise UserError("full_kv trains the base's own weights, which cannot be in 4 bits: leave one of them out")
-    bf16 = config.mixed_precision == "bf16" and not full_weights
+    bf16 = accelerator.mixed_precision == "bf16" and not full_weights
     model = StableDiffusion.load(
         config.pretrained_model_name_or_path, device=accelerator.device,
         dtype=torch.bfloat16 if bf16 or config.load_in_4bit else torch.float32,

@@ -86,8 +86,8 @@ def learn_full(
         groups = [{"params": list(chosen.values()), "lr": rate}, {"params": embeddings, "lr": EMBEDDING_RATE}]
         accelerator = Accelerator(cpu=model.device.type == "cpu")
         prepared, optimizer = accelerator.prepare(objective, torch.optim.Adam(groups))
-        batches = (_batch(model, latents, update, batch) for update in range(samples // batch))
-        for _ in training_steps(prepared, batches, optimizer, accelerator=accelerator):
+        updates = ([_batch(model, latents, update, batch)] for update in range(samples // batch))
+        for _ in training_steps(prepared, updates, optimizer, accelerator=accelerator):
             pass
         learned = {name: parameter.detach().clone() for name, parameter in chosen.items()}
     finally:

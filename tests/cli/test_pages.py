@@ -117,7 +117,9 @@ def test_speed_a_script_started_by_itself_keeps_memory(
 def test_a_library_alters_no_allocator(options: list[tuple[int, int]]) -> None:
     """Neither learning nor a command line that another program runs."""
     model = tiny_sd1()
-    learn(model, torch.zeros(1, 3, 32, 32), "a cat", SingleImageConfig(rank=1, train_batch_size=1, max_train_samples=1))
+    learn(
+        model, torch.zeros(1, 3, 32, 32), "a cat", SingleImageConfig(rank=1, samples_per_update=1, max_train_samples=1)
+    )
     assert main.main(["train", "nothing"]) == 0
     assert not options
 

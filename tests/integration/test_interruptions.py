@@ -25,7 +25,7 @@ from tests.support.runs import CAPTION, pixels
 from tests.support.tiny import tiny_sd1
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=1, targets="attention")
+SMALL = SingleImageConfig(rank=2, max_train_samples=4, samples_per_update=1, targets="attention")
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +82,9 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(model, tmp_path: Pa
     assert len(seen) > 1, "every kill came at the same stage"
 
 
-def test_two_processes_learn_what_one_learns_from_the_doubled_batch(model, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_learns_learns_alone(model, tmp_path: Path) -> None:
     """Sums in another order differ by 1e-7; Adam divides by √v, so that entries hardly in use may show 1e-5 of it."""
-    config = replace(SMALL, train_batch_size=2, max_train_samples=8)
+    config = replace(SMALL, samples_per_update=4, max_train_samples=8)
 
     def learned(name: str, config: SingleImageConfig) -> list:
         drawn, original = [], LatentDataset.sample
@@ -96,7 +96,7 @@ def test_two_processes_learn_what_one_learns_from_the_doubled_batch(model, tmp_p
         return [drawn, losses, run.shard.samples]
 
     ranks = run_processes(lambda rank: learned(f"rank{rank}", config), 2)
-    (drawn, losses, samples), _ = in_child(lambda: learned("one", replace(config, train_batch_size=4)))
+    (drawn, losses, samples), _ = in_child(lambda: learned("one", config))
     first, second = ({tuple(key) for key in rank[0]} for rank in ranks)
     assert first and second and not first & second and first | second == {tuple(key) for key in drawn}
     assert ranks[0][1] == ranks[1][1] == pytest.approx(losses, rel=1e-5) and samples == ranks[0][2] == 4

@@ -55,7 +55,7 @@ def test_two_updates_of_sd15_take_at_most_12_gb() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         model = random_sd15()
-        config = SingleImageConfig(max_train_samples=2, train_batch_size=1)
+        config = SingleImageConfig(max_train_samples=2, samples_per_update=1)
         pixels, _ = fitted_pixels(bundled(0).picture, 512, 64)
         with single_image_run(model, pixels, "a photo of a cat", config, accelerator=accelerator) as run:
             expected = estimate(run)
@@ -99,9 +99,7 @@ def test_forgedit_c20_the_probe_loss_falls_in_every_quarter_of_the_timesteps(rea
     pixels, size = fitted_pixels(bundled(0).picture, real.resolution, 8 * real.factor)
     with torch.no_grad():
         before = probe(real, pixels, real.prompts([bundled(0).caption], size))
-    adapter = learn(
-        real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10)
-    )
+    adapter = learn(real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1))
     source = dict(adapter.source or {})
     load_lora(real.unet, adapter.lora, adapter.rank, adapter.alpha)
     try:
@@ -119,9 +117,7 @@ def test_forgedit_c20_the_probe_loss_falls_in_every_quarter_of_the_timesteps(rea
 def test_forgedit_c28_strengths_pull_the_way_their_names_say(real: StableDiffusion) -> None:
     """Away from the source (in dB, means over four seeds): with beta, against alpha, and with every forgetting."""
     pixels, size = fitted_pixels(bundled(0).picture, real.resolution, 8 * real.factor)
-    adapter = learn(
-        real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1, gradient_accumulation_steps=10)
-    )
+    adapter = learn(real, pixels, bundled(0).caption, SingleImageConfig(train_batch_size=1))
     editor, prompt = Editor(real, adapter), bundled(0).edits[0].prompt
 
     def near(**strengths: Any) -> float:

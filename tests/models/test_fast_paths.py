@@ -178,7 +178,7 @@ def test_speed_a_compiled_update_equals_an_eager_one() -> None:
     """Two updates on a tiny base.  AdamW divides each gradient by its own size, so where it is near zero rounding can
     change a whole step: the adapters are compared as a whole.  Measured: 6e-5 of what was learned."""
     model = tiny_sd1()
-    config = SingleImageConfig(rank=2, train_batch_size=2, max_train_samples=4)
+    config = SingleImageConfig(rank=2, samples_per_update=2, max_train_samples=4)
     pixels = drawn(1, 3, 32, 32).clamp(-1, 1)
     before = attributes(model.unet)
     learned = [learn(model, pixels, "a cat", replace(config, torch_compile=flag)).lora for flag in (False, True)]

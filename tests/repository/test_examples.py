@@ -13,7 +13,7 @@ from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
 EXAMPLES = sorted((scripts_home() / "examples").glob("*.py"))
-SHORT = SingleImageConfig(rank=2, max_train_samples=2, train_batch_size=1)
+SHORT = SingleImageConfig(rank=2, max_train_samples=2, samples_per_update=1)
 
 
 def arguments(name, place):
@@ -24,7 +24,7 @@ def arguments(name, place):
     if name == "catalogue":
         return {"output_dir": place / "out", "base": base, "config": SHORT, "steps": 2}
     if name == "two_concepts":
-        config = MultiConceptConfig(rank=2, max_train_steps=2, gradient_accumulation_steps=1)
+        config = MultiConceptConfig(rank=2, max_train_steps=2, samples_per_update=2)
         return {"output_dir": place / "out", "base": base, "config": config, "steps": 2}
     if name == "edit_photo":
         picture(64, 64).save(place / "photo.png")

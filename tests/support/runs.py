@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_sd1
 CAPTION = "a photo of a cat on the beach"
 
 
-SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=1, targets="attention", learning_rate=5e-3)
+SMALL = SingleImageConfig(rank=2, max_train_samples=4, samples_per_update=1, targets="attention", learning_rate=5e-3)
 
 
 def pixels() -> Tensor:

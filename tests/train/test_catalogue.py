@@ -34,7 +34,7 @@ def shop(tmp_path_factory) -> Path:
 
 def line(shop: Path, table: str, output: Path) -> list[str]:
     options = {"pretrained_model_name_or_path": shop / "tiny-sd1", "output_dir": output, "targets": "attention",
-               "max_train_samples": 2, "train_batch_size": 1}  # fmt: skip
+               "max_train_samples": 2, "samples_per_update": 1}  # fmt: skip
     return ["train", "catalogue", str(shop / table), *(f"--{name}={value}" for name, value in options.items())]
 
 

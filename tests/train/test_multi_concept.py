@@ -36,7 +36,7 @@ def photo(tmp_path: Path) -> Path:
 
 def small(base: Path, photo: Path, output: Path) -> list[str]:
     options = {"pretrained_model_name_or_path": base, "output_dir": output, "rank": 2, "max_train_steps": 2,
-               "gradient_accumulation_steps": 1, "num_class_images": 2, "class_image_steps": 2,
+               "samples_per_update": 2, "num_class_images": 2, "class_image_steps": 2,
                "class_image_cache": output.parent / "drawn", "checkpointing_steps": 1}  # fmt: skip
     return ["train", "multi_concept", str(photo), *(f"--{name}={value}" for name, value in options.items())]
 
@@ -122,5 +122,5 @@ def test_every_preset_holds_known_options_that_differ_from_the_defaults() -> Non
 def test_importing_the_script_is_light() -> None:
     text = (ROOT / "train" / "multi_concept.py").read_text()
     head = text[: text.index("@dataclass")].split("if TYPE_CHECKING")[0]
-    heavy = r"import (torch|diffusers|transformers|peft|accelerate)|from personalize\.(?!errors|recipes)"
+    heavy = r"import (torch|diffusers|transformers|peft|accelerate)|from personalize\.(?!errors|training\.config)"
     assert not re.search(heavy, head)

@@ -37,7 +37,7 @@ def photo(tmp_path: Path) -> Path:
 
 def small(base: Path, photo: Path, output: Path) -> list[str]:
     options = {"pretrained_model_name_or_path": base, "output_dir": output, "rank": 2, "targets": "attention",
-               "max_train_steps": 2, "train_batch_size": 1, "preview_steps": 2, "checkpointing_steps": 1}  # fmt: skip
+               "max_train_steps": 2, "samples_per_update": 1, "preview_steps": 2, "checkpointing_steps": 1}  # fmt: skip
     return ["train", "single_image", str(photo), *(f"--{name}={value}" for name, value in options.items())]
 
 
@@ -104,7 +104,7 @@ def test_standalone(base: Path, photo: Path, tmp_path: Path) -> None:
     [
         (["--caption", " "], "caption from --caption is empty"),
         (["--rank", "0"], "rank must be above 0"),
-        (["--max_train_samples=3", "--train_batch_size=4", "--max_train_steps=None"], "one update of 4 samples"),
+        (["--max_train_samples=3", "--samples_per_update=4", "--max_train_steps=None"], "one update of 4 samples"),
         (["--instance_data_dir", "."], "name one picture"),
         (["--resume_from_checkpoint", "nowhere"], "no checkpoint at"),
         (["--with_prior_preservation"], "needs class_prompt"),
@@ -131,7 +131,7 @@ def test_a_dreambooth_command_line_pastes() -> None:
         --validation_prompt cat --num_validation_images 2 --push_to_hub --hub_model_id me/dog"""
     config = parse(SCRIPT.Config, line.split(), prog="single_image")
     assert (config.caption, config.rank, config.prior_loss_weight) == ("dog", 4, 0.5)
-    assert SCRIPT.training_config(config, 2).max_train_samples == 9 * 1 * 2 * 2
+    assert SCRIPT.training_config(config).max_train_samples == 9 * 10
     assert SCRIPT.class_prompt(config) == "dogs"
 
 
@@ -146,8 +146,11 @@ def test_every_preset_holds_known_options_that_differ_from_the_defaults() -> Non
     assert {path.parent.name for path in presets} == names
     known = {field.name: field.default for field in fields(SCRIPT.Config)}
     for path in presets:
-        for name, value in (yaml.safe_load(path.read_text()) or {}).items():
-            assert known[name] != value, f"{path}: {name} is the default"
+        options = yaml.safe_load(path.read_text()) or {}
+        counts = {"samples_per_update", "max_train_samples"}
+        assert not counts & options.keys() or counts <= options.keys(), f"{path}: one count without the other"
+        for name, value in options.items():
+            assert known[name] != value or name in counts, f"{path}: {name} is the default"
 
 
 def test_accelerate_presets_say_their_number() -> None:
@@ -160,5 +163,5 @@ def test_accelerate_presets_say_their_number() -> None:
 def test_importing_the_script_is_light() -> None:
     text = (ROOT / "train" / "single_image.py").read_text()
     head = text[: text.index("@dataclass")].split("if TYPE_CHECKING")[0]
-    heavy = r"import (torch|diffusers|transformers|peft|accelerate)|from personalize\.(?!errors|recipes)"
+    heavy = r"import (torch|diffusers|transformers|peft|accelerate)|from personalize\.(?!errors|training\.config)"
     assert not re.search(heavy, head)

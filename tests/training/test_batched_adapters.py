@@ -19,7 +19,7 @@ from personalize.training.loop import NonFiniteError
 from personalize.training.single_image import learn
 from tests.support.tiny import tiny, tiny_sd1
 
-SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=2, learning_rate=1e-3)
+SMALL = SingleImageConfig(rank=2, max_train_samples=4, samples_per_update=2, learning_rate=1e-3)
 
 
 def pictures(count: int = 3) -> list[tuple[Tensor, str]]:
@@ -58,7 +58,7 @@ def test_speed_several_adapters_equal_one_at_a_time() -> None:
 def test_speed_adapters_of_one_batch_do_not_touch_one_another() -> None:
     """Another neighbour, the very same bits; two updates, for A has no gradient in the first."""
     model, (first, second, third) = tiny_sd1(), pictures()
-    config = replace(SMALL, max_train_samples=2, train_batch_size=1, targets="attention")
+    config = replace(SMALL, max_train_samples=2, samples_per_update=1, targets="attention")
     one, other = learn_batched(model, [first, second], config), learn_batched(model, [first, third], config)
     assert all(torch.equal(tensor, other[0][0].lora[key]) for key, tensor in one[0][0].lora.items())
     with pytest.raises(NonFiniteError):

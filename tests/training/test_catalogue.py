@@ -21,7 +21,7 @@ from personalize.training.config import SingleImageConfig
 from personalize.training.distributed import ProcessGroup
 from tests.support.tiny import tiny
 
-SHORT = SingleImageConfig(rank=2, targets="attention", max_train_samples=2, train_batch_size=1)
+SHORT = SingleImageConfig(rank=2, targets="attention", max_train_samples=2, samples_per_update=1)
 
 
 @pytest.fixture

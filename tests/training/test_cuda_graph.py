@@ -22,7 +22,7 @@ from personalize.training.single_image import SingleImageRun, single_image_run
 from tests.support.tiny import tiny_sd1
 
 HOST = ("_local_scalar_dense", "nonzero", "equal.default", "masked_select", "is_nonzero", "item")
-SMALL = SingleImageConfig(rank=2, max_train_samples=8, train_batch_size=2, targets="attention", max_grad_norm=0.5)
+SMALL = SingleImageConfig(rank=2, max_train_samples=8, samples_per_update=2, targets="attention", max_grad_norm=0.5)
 
 
 @contextmanager
@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_speed_static_step_equals_the_loop(accumulation: int) -> None:
-    config = replace(SMALL, gradient_accumulation_steps=accumulation)
+    config = replace(SMALL, samples_per_update=2 * accumulation, train_batch_size=2)
     with run_of(config) as run:
         looped = [float(report.losses["loss"]) for report in run.steps()]
         plain = learned(run)

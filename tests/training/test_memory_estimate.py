@@ -16,7 +16,7 @@ from personalize.training.single_image import SingleImageRun, single_image_run
 from tests.support.runs import CAPTION, pixels
 from tests.support.tiny import tiny_sd1
 
-SMALL = SingleImageConfig(rank=2, max_train_samples=4, train_batch_size=2, targets="attention")
+SMALL = SingleImageConfig(rank=2, max_train_samples=4, samples_per_update=2, targets="attention")
 
 
 def allocated(run: SingleImageRun) -> int:
@@ -88,6 +88,6 @@ def test_too_much_is_said_with_the_cheapest_change(monkeypatch: pytest.MonkeyPat
         assert check_fits(MemoryEstimate(9 * 10**9, 0, 0, 0, 10**8, 2), run) is None  # the base is there already
         advice = check_fits(MemoryEstimate(0, 0, 0, 0, 10**9, 2), run)
         assert advice is not None and "1.0 GB of memory are free" in advice and "--train_batch_size 1" in advice
-    one = replace(SMALL, train_batch_size=1, gradient_checkpointing=True)
+    one = replace(SMALL, samples_per_update=1, gradient_checkpointing=True)
     with single_image_run(tiny_sd1(), pixels(), CAPTION, one) as run:
         assert "--load_in_4bit" in str(check_fits(MemoryEstimate(0, 0, 0, 0, 2 * 10**9, 1), run))

@@ -26,7 +26,7 @@ from personalize.training.multi_concept import multi_concept_run
 from tests.support.tiny import tiny, tiny_folder
 
 CAT, DOG = Subject("<cat1>", "cat", 2), Subject("<dog1>", "dog")
-SMALL = MultiConceptConfig(rank=2, max_train_steps=2, gradient_accumulation_steps=1, learning_rate=1e-2,
+SMALL = MultiConceptConfig(rank=2, max_train_steps=2, samples_per_update=2, learning_rate=1e-2,
                       token_learning_rate=1e-2)  # fmt: skip
 
 
@@ -146,8 +146,8 @@ def test_samples_are_keyed_by_update_and_index_and_batches_are_stratified(model:
     rows = {s.token: initial_embeddings(model, s) for s in (CAT, DOG)}
     with installed_tokens(model, rows):
         data = ConceptDataset(model, PICTURE, 64, 0, EXAMPLES)
-        one, two = list(data.batches(SampleShard(2, 2), 0, 1))
-        again = next(iter(ConceptDataset(model, PICTURE, 64, 0, EXAMPLES).batches(SampleShard(2, 2), 0, 1)))
+        one, two = list(data.batches(SampleShard(4, 2), 0, 1))
+        again = next(iter(ConceptDataset(model, PICTURE, 64, 0, EXAMPLES).batches(SampleShard(4, 2), 0, 1)))
     for batch in (one, two):
         assert batch["instance"].tolist() == [True, False]
         assert batch["nouns"][0].sum(-1).tolist() == [1, 1] and batch["modifiers"][0].sum(-1).tolist() == [2, 1]

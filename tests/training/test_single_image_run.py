@@ -111,7 +111,7 @@ def test_forgedit_c20_both_parts_learn_and_both_are_needed() -> None:
         start = model.prompts([CAPTION])
     first = probe_loss(model, start)
     quick = SingleImageConfig(
-        rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=32, train_batch_size=2
+        rank=8, learning_rate=3e-3, text_embedding_lr=3e-2, max_train_samples=32, samples_per_update=2
     )
     adapter = learn(model, pixels(), CAPTION, quick)
     assert adapter.source is not None
@@ -170,7 +170,7 @@ def test_a_mask_makes_the_outside_count_less(model: StableDiffusion) -> None:
 
 def test_class_pictures_are_learned_beside_their_own_caption(model: StableDiffusion) -> None:
     examples = [ClassImage("a photo of a dog", Image.new("RGB", (70, 90), colour)) for colour in ("red", "blue")]
-    settings = replace(SMALL, train_batch_size=2)
+    settings = replace(SMALL, samples_per_update=2)
     with single_image_run(model, pixels(), CAPTION, settings, class_images=examples) as run:
         reports = list(run.steps())
         assert all(set(report.losses) == {"loss", "mse", "prior"} for report in reports)

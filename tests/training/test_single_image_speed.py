@@ -35,7 +35,7 @@ def test_speed_picture_and_prompt_are_encoded_once_and_for_all() -> None:
 @pytest.mark.slow  # two adapters of twelve updates
 def test_speed_a_bf16_base_learns_what_an_fp32_base_learns() -> None:
     """Probe losses, both in fp32: 2.5 before, 1.6 after; a fiftieth of them allows for other rounding."""
-    config = replace(SMALL, rank=4, max_train_samples=24, train_batch_size=2, text_embedding_lr=3e-2)
+    config = replace(SMALL, rank=4, max_train_samples=24, samples_per_update=2, text_embedding_lr=3e-2)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         model, plain = tiny_sd1(), tiny_sd1()

@@ -39,6 +39,26 @@ def test_any_tracker_will_do_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         check_tracker("comet_ml")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("option", "precision"), [(None, "bf16"), ("no", "no"), ("bf16", "bf16")])
+def test_the_launchers_precision_counts_unless_the_option_is_given(
+    option: str | None, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mixed_precision: bf16` of configs/accelerate had no effect: the launch line of the README ran in fp32."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what `accelerate launch` makes of it
+
+    def started() -> list[str]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        script = load_script(Path(__file__).parents[2] / "train" / "single_image.py")
+        given = {} if option is None else {"mixed_precision": option}
+        config = script.Config(output_dir=tmp_path, **given)
+        accelerator = make_accelerator(config)
+        return [accelerator.mixed_precision, str(trainer.load_base(config, accelerator).dtype)]
+
+    dtype = "torch.bfloat16" if precision == "bf16" else "torch.float32"
+    assert in_child(started)[0] == [precision, dtype]
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"), reason="needs a machine without fp16")
 def test_a_precision_the_device_has_not_is_one_line(tmp_path: Path) -> None:
     def refused() -> str:

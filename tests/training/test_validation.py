@@ -79,7 +79,7 @@ def test_several_concepts_are_drawn_with_their_words(full_kv: bool) -> None:
     picture = ConceptPicture(to_image(pixels()), (Subject("<cat1>", "cat"),))
     config = MultiConceptConfig(
         rank=64 if full_kv else 2, max_train_steps=1, full_kv=full_kv, initializer_token="class",
-        calibration_weight=0.0, gradient_accumulation_steps=1,
+        calibration_weight=0.0, samples_per_update=2,
     )  # fmt: skip
     model = tiny_sd1()
     with multi_concept_run(model, picture, config) as run:

@@ -104,8 +104,7 @@ def training_config(config: QuickstartConfig) -> SingleImageConfig:
     chosen = SingleImageConfig(**values)
     if config.max_train_steps is None:
         return chosen
-    batch = chosen.train_batch_size * chosen.gradient_accumulation_steps
-    return replace(chosen, max_train_samples=config.max_train_steps * batch)
+    return replace(chosen, max_train_samples=config.max_train_steps * chosen.samples_per_update)
 
 
 def accelerator(model: StableDiffusion) -> Accelerator:

@@ -1,7 +1,7 @@
 """Training samples of multi-concept training: views of the picture, and class pictures for regularisation.
 
-If there are class pictures, every batch holds both kinds: the first half (rounded up) shows the picture.  As in
-`personalize.training.data.samples`, a sample depends on the seed, its update and its index alone.
+If there are class pictures, every second sample of the run shows one: sample number update · samples + index, if that
+is odd.  As in `personalize.training.data.samples`, a sample depends on the seed, its update and its index alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from personalize.training.data.augmentation import (
     render_view,
     reorder_phrases,
 )
-from personalize.training.data.samples import SampleShard, find_picture
+from personalize.training.data.samples import Chunk, Dataset, SampleShard, find_picture
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def content_hash(*parts: Tensor | bytes | None) -> str:
 
 
 @dataclass
-class ConceptDataset:
+class ConceptDataset(Dataset):
     """Training batches for `MultiConceptObjective`; the subjects' tokens must be in `model` while they are made.
 
     side: of the training square, in pixels.
@@ -135,18 +135,27 @@ class ConceptDataset:
     _positions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
     _encoded: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
-    def batches(self, shard: SampleShard, first: int, last: int) -> Iterator[dict[str, Any]]:
-        """This process's batches of updates `first` … `last` − 1."""
+    def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Any]]]:
+        """This process's batches of each of the updates `first` … `last` − 1."""
         for update in range(first, last):
-            for micro in range(shard.accumulation):
-                yield self.batch(update, shard.indices(micro))
+            chunks = shard.chunks()
+            yield [self.batch(update, chunk, shard, len(chunks)) for chunk in chunks]
 
-    def batch(self, update: int, indices: Sequence[int]) -> dict[str, Any]:
-        """The samples `indices` of `update`, stacked along b."""
-        instances = (len(indices) + 1) // 2 if self.class_images else len(indices)
-        rows = [(self.instance if n < instances else self.class_image)(update, i) for n, i in enumerate(indices)]
+    def batch(self, update: int, chunk: Chunk, shard: SampleShard, count: int) -> dict[str, Any]:
+        """The samples of `chunk`, stacked along b; the update has `count` batches in every process."""
+        shown = [self.shows_picture(update, index, shard.samples) for index in range(shard.samples)]
+        rows = [(self.instance if shown[index] else self.class_image)(update, index) for index in chunk.indices]
         tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "texts"}
-        return tensors | {"texts": [row["texts"] for row in rows], "size": (self.side, self.side)}
+        share = torch.full((len(rows),), chunk.share, device=self.model.device)
+        instance_share = tensors["instance"] * (count * shard.processes / max(1, sum(shown)) if chunk.share else 0.0)
+        return tensors | {
+            "texts": [row["texts"] for row in rows], "size": (self.side, self.side),
+            "share": share, "instance_share": instance_share,
+        }  # fmt: skip
+
+    def shows_picture(self, update: int, index: int, samples: int) -> bool:
+        """Does this sample show the picture, and not a class picture?  It depends on the sample's number in the run."""
+        return not self.class_images or (update * samples + index) % 2 == 0
 
     def instance(self, update: int, index: int) -> dict[str, Any]:
         """A sample that shows the picture: a view of it, its prompt, and where the prompt names the subjects."""

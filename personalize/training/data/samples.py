@@ -1,16 +1,18 @@
-"""Training samples of encoded pictures, and how the samples of an update are divided over batches and processes.
+"""Training samples of encoded pictures, and how the samples of an update are divided over processes and batches.
 
 A sample is identified by (update, index): `index` counts 0 … N−1 over all N samples of an update, across processes and
-batches.  Its timestep and noise depend on the seed and on these two numbers alone, so that one batch of 10, ten batches
-of 1, several processes and a resumed run all see the same samples.
+batches.  Everything random in it depends on the seed and on these two numbers alone, so that one batch of 10, ten
+batches of 1, several processes and a resumed run all see the same samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,45 +41,115 @@ def find_picture(path: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class SampleShard:
-    """This process's part of an update's samples: `accumulation` batches of `batch` samples on each of `processes`."""
+class Chunk:
+    """The sample `indices` of one batch, and their `share` in the loss of the update.
 
-    batch: int
-    accumulation: int = 1
+    The loss of an update is the mean over all its batches of share · (mean over the batch's samples); the share is
+    b · (number of batches) / samples, so that every sample counts the same whatever batch it is in.  It is 0 where a
+    process only waits for the others.
+    """
+
+    indices: tuple[int, ...]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class SampleShard:
+    """The `samples` of an update, and which of them process number `process` of `processes` takes.
+
+    batch: most samples at a time; all if None.
+    """
+
+    samples: int
+    batch: int | None = None
     process: int = 0
     processes: int = 1
 
+    @staticmethod
+    def of(config: Any, process: int = 0, processes: int = 1) -> SampleShard:
+        """The shard of a training configuration.
+
+        Raises:
+            UserError: gradient_accumulation_steps is given, and train_batch_size · gradient_accumulation_steps ·
+                processes is not samples_per_update.
+        """
+        samples, batch, steps = config.samples_per_update, config.train_batch_size, config.gradient_accumulation_steps
+        if steps is not None and batch * steps * processes != samples:
+            raise UserError(_misfit(samples, batch, steps, processes))
+        return SampleShard(samples, batch, process, processes)
+
     @property
-    def samples(self) -> int:
-        """The number of samples of one update, over all processes."""
-        return self.batch * self.accumulation * self.processes
+    def largest(self) -> int:
+        """The number of samples in the largest batch, if all samples may share one."""
+        return max(len(chunk.indices) for chunk in self.chunks())
+
+    @property
+    def accumulation(self) -> int:
+        """The number of batches per update and process, if all samples may share one."""
+        return len(self.chunks())
 
     def updates(self, max_train_samples: int) -> int:
         """The number of whole updates that `max_train_samples` samples make; UserError if it is 0."""
         count = max_train_samples // self.samples
         if count < 1:
             raise UserError(
-                f"max_train_samples {max_train_samples} is less than one update of {self.samples} samples "
-                f"({self.batch} × {self.accumulation} accumulated × {self.processes} processes): raise it"
+                f"max_train_samples {max_train_samples} is less than one update of {self.samples} samples: raise it, "
+                "or lower --samples_per_update"
             )
         return count
 
-    def indices(self, micro: int) -> range:
-        """The sample indices of this process's batch number `micro` of an update."""
-        first = (micro * self.processes + self.process) * self.batch
-        return range(first, first + self.batch)
+    def chunks(self, kinds: Sequence[Any] | None = None) -> list[Chunk]:
+        """This process's batches of one update, each of samples of one kind; all processes have as many.
+
+        kinds: of each sample, e.g. the size of its picture; by default all are alike.
+        """
+        kinds = [0] * self.samples if kinds is None else kinds
+        order = sorted(range(self.samples), key=lambda index: kinds.index(kinds[index]))  # stable: kind by kind
+        bounds = [self.samples * number // self.processes for number in range(self.processes + 1)]
+        dealt = [self._batches(order[low:high], kinds) for low, high in pairwise(bounds)]
+        count = max(map(len, dealt))
+        own = dealt[self.process]
+        scale = count * self.processes / self.samples
+        waiting = [Chunk(own[0] if own else (0,), 0.0)] * (count - len(own))
+        return [*waiting, *(Chunk(batch, len(batch) * scale) for batch in own)]
+
+    def _batches(self, indices: Sequence[int], kinds: Sequence[Any]) -> list[tuple[int, ...]]:
+        """`indices`, which are ordered by kind, in batches of one kind that are as equal in size as possible."""
+        batches = []
+        for _, members in groupby(indices, key=lambda index: kinds[index]):
+            alike = tuple(members)
+            count = -(-len(alike) // (self.batch or len(alike)))
+            bounds = [len(alike) * number // count for number in range(count + 1)]
+            batches += [alike[low:high] for low, high in pairwise(bounds)]
+        return batches
 
 
-class Dataset(Protocol):
+def _misfit(samples: int, batch: int, steps: int, processes: int) -> str:
+    """The message of a layout that cannot keep the size of an update, with those that can."""
+    each, rest = divmod(samples, processes)
+    fitting = [f"{each // count} × {count}" for count in range(1, each + 1) if each % count == 0] if not rest else []
+    layouts = f"--train_batch_size × --gradient_accumulation_steps = {', '.join(fitting)}, " if fitting else ""
+    return (
+        f"train_batch_size {batch} × gradient_accumulation_steps {steps} × {processes} process{'es' * (processes > 1)} "
+        f"is {batch * steps * processes} samples, but samples_per_update is {samples}: leave out "
+        f"--gradient_accumulation_steps, use {layouts}or say --samples_per_update {batch * steps * processes}"
+    )
+
+
+class Dataset(ABC):
     """A source of training batches."""
 
+    @abstractmethod
+    def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Any]]]:
+        """This process's batches of each of the updates `first` … `last` − 1."""
+
     def batches(self, shard: SampleShard, first: int, last: int) -> Iterator[dict[str, Any]]:
-        """This process's batches of the updates `first` … `last` − 1."""
-        ...
+        """The batches of `updates`, one after the other."""
+        return chain.from_iterable(self.updates(shard, first, last))
 
 
 @dataclass(frozen=True)
-class LatentDataset:
+class LatentDataset(Dataset):
     """Training samples of p pictures, encoded once: the posteriors' `mean` and `std` (p, c, h, w), scaled.
 
     The latents of a sample are z₀ = mean + std · ξ with ξ ~ N(0, 1), drawn once for each picture, or for each sample
@@ -121,15 +193,24 @@ class LatentDataset:
         }
         return row if self.weights is None else row | {"weights": self.weights[picture]}
 
-    def batches(self, shard: SampleShard, first: int, last: int) -> Iterator[dict[str, Tensor]]:
-        """This process's batches of the updates `first` … `last` − 1, stacked along b; the pictures take turns."""
-        for update in range(first, last):
-            for micro in range(shard.accumulation):
-                indices = shard.indices(micro)
-                rows = self._samples(update, indices, shard.samples)
-                if self.prior is not None:
-                    rows += self.prior._samples(update, indices, shard.samples)
-                yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Tensor]]]:
+        """This process's batches of each of the updates `first` … `last` − 1, stacked along b.
 
-    def _samples(self, update: int, indices: range, samples: int) -> list[dict[str, Tensor]]:
+        The pictures take turns, also from one update to the next.  A batch whose samples do not have the share 1 in
+        the update's loss has this as `share` (b,).
+        """
+        for update in range(first, last):
+            pictures = [(update * shard.samples + index) % len(self) for index in range(shard.samples)]
+            chunks = shard.chunks([self.mean[picture].shape for picture in pictures])
+            yield [self._batch(update, chunk, shard.samples) for chunk in chunks]
+
+    def _batch(self, update: int, chunk: Chunk, samples: int) -> dict[str, Tensor]:
+        rows = self._samples(update, chunk.indices, samples)
+        if self.prior is not None:
+            rows += self.prior._samples(update, chunk.indices, samples)
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        share = {} if chunk.share == 1 else {"share": torch.full((len(rows),), chunk.share).to(batch["latents"])}
+        return batch | share
+
+    def _samples(self, update: int, indices: Sequence[int], samples: int) -> list[dict[str, Tensor]]:
         return [self.sample(update, index, (update * samples + index) % len(self)) for index in indices]

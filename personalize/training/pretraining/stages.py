@@ -92,10 +92,10 @@ def run_stage(
     first = _restore(stage, parts)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     source = DataLoader(_Batches(stage, accelerator, make_batch, first), batch_size=None, num_workers=stage.workers)
-    batches = ({key: value.to(accelerator.device) for key, value in one.items()} for one in source)
+    updates = ([{key: value.to(accelerator.device) for key, value in one.items()}] for one in source)
     means, started = {}, time.monotonic()
     for report in training_steps(
-        prepared, batches, optimizer, accelerator=accelerator, lr_scheduler=schedule, max_grad_norm=1.0,
+        prepared, updates, optimizer, accelerator=accelerator, lr_scheduler=schedule, max_grad_norm=1.0,
         first_update=first,
     ):  # fmt: skip
         update_average()

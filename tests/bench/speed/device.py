@@ -104,7 +104,8 @@ def memory(bench: SpeedBench) -> Rows:
             model.quantize()
         for checkpointing in (False, True):
             config = SingleImageConfig(
-                rank=bench.rank, train_batch_size=bench.batch, max_train_samples=2 * bench.batch,
+                rank=bench.rank, samples_per_update=bench.batch, train_batch_size=bench.batch,
+                max_train_samples=2 * bench.batch,
                 gradient_checkpointing=checkpointing,
             )  # fmt: skip
             side = (bench.latent or model.unet.config.sample_size) * model.factor

@@ -77,7 +77,9 @@ def _repeated(bench: SpeedBench, call: Callable[[], Any]) -> list[float]:
 
 def _learned(model: StableDiffusion, samples: int, bench: SpeedBench) -> None:
     samples = max(samples, bench.batch)
-    config = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=samples)
+    config = SingleImageConfig(
+        rank=bench.rank, samples_per_update=bench.batch, train_batch_size=bench.batch, max_train_samples=samples
+    )
     with single_image_run(model, picture(model.resolution), "a photo of a cat", config) as run:
         for _ in run.steps():
             pass
@@ -85,16 +87,16 @@ def _learned(model: StableDiffusion, samples: int, bench: SpeedBench) -> None:
 
 def _concepts(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
     subjects = tuple(Subject(f"<c{number}>", noun) for number, noun in enumerate(("cat", "dog", "car")[:count]))
-    config = MultiConceptConfig(
-        rank=bench.rank, max_train_steps=4, gradient_accumulation_steps=1, initializer_token="class"
-    )
+    config = MultiConceptConfig(rank=bench.rank, max_train_steps=4, samples_per_update=2, initializer_token="class")
     with multi_concept_run(model, ConceptPicture(samples.bundled(0).picture, subjects), config) as run:
         for _ in run.steps():
             pass
 
 
 def _rows(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
-    config = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=2 * bench.batch)
+    config = SingleImageConfig(
+        rank=bench.rank, samples_per_update=bench.batch, train_batch_size=bench.batch, max_train_samples=2 * bench.batch
+    )
     with TemporaryDirectory() as place:
         file = Path(place) / "picture.png"
         samples.bundled(0).picture.save(file)

@@ -36,7 +36,12 @@ def jobs(bench: SpeedBench) -> Rows:
     side = (bench.latent or int(model.unet.config.sample_size)) * model.factor
     pixels = picture(side)
     image = to_image(pixels)
-    plain = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=UPDATES * bench.batch)
+    plain = SingleImageConfig(
+        rank=bench.rank,
+        samples_per_update=bench.batch,
+        train_batch_size=bench.batch,
+        max_train_samples=UPDATES * bench.batch,
+    )
     configs = {"one adapter": plain}
     if model.device.type == "cuda":
         configs["one adapter, as a graph"] = replace(plain, cuda_graph=True)

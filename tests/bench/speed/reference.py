@@ -145,7 +145,9 @@ def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, w
     began = time.perf_counter()
     pixels, _ = fitted_pixels(load_image(picture), side, 8 * model.factor)
     samples = bench.steps * bench.batch
-    config = SingleImageConfig(rank=bench.rank, train_batch_size=bench.batch, max_train_samples=samples)
+    config = SingleImageConfig(
+        rank=bench.rank, samples_per_update=bench.batch, train_batch_size=bench.batch, max_train_samples=samples
+    )
     steps = []
     accelerator = accelerated(model)
     with freed_memory(True), single_image_run(model, pixels, CAPTION, config, accelerator=accelerator) as run:

@@ -105,7 +105,9 @@ def run_of(
     model: StableDiffusion, batch: int, rank: int, side: int | None, *, keep: bool = True
 ) -> Iterator[SingleImageRun]:
     """A training run on a sample picture with `batch` samples an update; keep: keep freed memory meanwhile."""
-    config = SingleImageConfig(rank=rank, train_batch_size=batch, max_train_samples=batch * 10_000)
+    config = SingleImageConfig(
+        rank=rank, samples_per_update=batch, train_batch_size=batch, max_train_samples=batch * 10_000
+    )
     pixels = picture((side or model.unet.config.sample_size) * model.factor)
     with (
         freed_memory(keep),

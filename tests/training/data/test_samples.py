@@ -26,8 +26,8 @@ def test_file_or_folder_with_one_picture(tmp_path: Path) -> None:
 
 def test_forgedit_c21_samples_are_counted_exactly() -> None:
     assert SampleShard(10).updates(400) == 40
-    assert SampleShard(1, 10).updates(400) == 40
-    assert SampleShard(5, 1, 0, 2).updates(400) == 40
+    assert SampleShard(10, 1).updates(400) == 40
+    assert SampleShard(10, 5, 0, 2).updates(400) == 40
     assert SampleShard(10).updates(409) == 40
     with pytest.raises(UserError, match="one update of 10 samples"):
         SampleShard(10).updates(9)
@@ -38,16 +38,16 @@ def test_forgedit_c21_every_way_of_dealing_out_sees_the_same_samples() -> None:
         """Update 3's samples of all processes, in the order of their index."""
         rows = {}
         for share in shares:
-            for micro, batch in enumerate(picture().batches(share, 3, 4)):
-                rows |= {index: [v[i] for v in batch.values()] for i, index in enumerate(share.indices(micro))}
+            for chunk, batch in zip(share.chunks(), picture().batches(share, 3, 4), strict=True):
+                rows |= {index: [v[i] for v in batch.values()] for i, index in enumerate(chunk.indices)}
         assert sorted(rows) == list(range(shares[0].samples))
         return {str(i): torch.cat([v.flatten() for v in rows[i]]) for i in sorted(rows)}
 
     one = drawn(SampleShard(4))
     for others in (
-        [SampleShard(1, 4)],
-        [SampleShard(2, 1, rank, 2) for rank in (0, 1)],
-        [SampleShard(1, 2, rank, 2) for rank in (0, 1)],
+        [SampleShard(4, 1)],
+        [SampleShard(4, 2, rank, 2) for rank in (0, 1)],
+        [SampleShard(4, 1, rank, 2) for rank in (0, 1)],
     ):
         many = drawn(*others)
         assert all(torch.equal(one[key], many[key]) for key in one)
@@ -68,7 +68,7 @@ def test_timesteps_and_posterior() -> None:
 def test_several_pictures_take_turns_over_updates_and_batches() -> None:
     mean = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 8, 8)
     several = LatentDataset(mean, torch.zeros(3, 4, 8, 8), 0, rows=(0, 1, 0), weights=torch.ones(3, 1, 8, 8))
-    batches = list(several.batches(SampleShard(2, 2), 0, 2))
+    batches = list(several.batches(SampleShard(4, 2), 0, 2))
     seen = torch.cat([batch["latents"][:, 0, 0, 0] for batch in batches]).tolist()
     assert seen == [0, 1, 2, 0, 1, 2, 0, 1] and batches[0]["weights"].shape == (2, 1, 8, 8)
     assert torch.cat([batch["rows"] for batch in batches]).tolist() == [0, 1, 0, 0, 1, 0, 0, 1]

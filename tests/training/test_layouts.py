@@ -1,0 +1,156 @@
+"""Updates and their size do not depend on processes, micro-batch or accumulation, for both trainers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.textual_inversion import initial_embeddings, installed_tokens
+from personalize.errors import UserError
+from personalize.io.tensor_files import read_tensors, tensor_bytes
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training import checkpoints
+from personalize.training import single_image as single_image_module
+from personalize.training.config import MultiConceptConfig, SingleImageConfig
+from personalize.training.data.concepts import ConceptDataset
+from personalize.training.data.samples import SampleShard
+from personalize.training.multi_concept import multi_concept_run
+from personalize.training.single_image import single_image_run
+from tests.support.children import run_processes
+from tests.support.runs import CAPTION, pixels
+from tests.training.test_multi_concept_run import CAT, DOG, EXAMPLES, PICTURE
+
+SINGLE = SingleImageConfig(rank=2, samples_per_update=4, max_train_samples=8, targets="attention")
+MULTI = MultiConceptConfig(rank=2, samples_per_update=4, max_train_steps=2, learning_rate=1e-3)
+CLOSE = 1e-5  # sums in another order differ by 1e-7; Adam divides by √v, so that entries hardly in use show 1e-5 of it
+
+
+@pytest.fixture(autouse=True)
+def few_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in sixteen: adding them takes longest of all here."""
+    everywhere = single_image_module.module_names
+    monkeypatch.setattr(single_image_module, "module_names", lambda *wanted: everywhere(*wanted)[::16])
+
+
+@pytest.mark.parametrize("kinds", [None, [0, 1, 0, 2, 0, 0, 1, 0, 0, 0]], ids=["alike", "three kinds"])
+def test_every_sample_counts_once_whatever_the_layout(kinds: list[int] | None) -> None:
+    for batch, processes in product((1, 2, 3, 4, 10), (1, 2, 3, 4, 8, 16)):
+        shards = [SampleShard(10, batch, process, processes) for process in range(processes)]
+        dealt = [shard.chunks(kinds) for shard in shards]
+        assert len({len(chunks) for chunks in dealt}) == 1  # otherwise processes would wait for one another for ever
+        chunks = [chunk for chunks in dealt for chunk in chunks]
+        assert sorted(i for c in chunks if c.share for i in c.indices) == list(range(10))
+        assert all(len(c.indices) <= batch for c in chunks)
+        assert all(len({kinds[i] for i in c.indices}) == 1 for c in chunks if kinds)
+        weight = {i: c.share / len(c.indices) / len(chunks) for c in chunks if c.share for i in c.indices}
+        assert all(value == pytest.approx(0.1) for value in weight.values())
+
+
+def test_counts_do_not_depend_on_the_layout() -> None:
+    """It was 40, 20, 10 and 5 updates on 1, 2, 4 and 8 processes."""
+    config = SingleImageConfig()
+    for processes, batch in product((1, 2, 4, 8), (1, 4, 10)):
+        shard = SampleShard.of(replace(config, train_batch_size=batch), 0, processes)
+        assert (shard.samples, shard.updates(config.max_train_samples)) == (10, 40)
+
+
+def test_a_layout_that_cannot_keep_the_size_is_refused_with_those_that_can() -> None:
+    config = SingleImageConfig(train_batch_size=2, gradient_accumulation_steps=2)
+    with pytest.raises(UserError) as caught:
+        SampleShard.of(config, 0, 2)
+    said = str(caught.value)
+    assert "2 × gradient_accumulation_steps 2 × 2 processes is 8 samples, but samples_per_update is 10" in said
+    assert "5 × 1, 1 × 5," in said and "--samples_per_update 8" in said
+    with pytest.raises(UserError, match="use 10 × 1, 5 × 2|= 10 × 1, 5 × 2, 2 × 5, 1 × 10"):
+        SampleShard.of(config)
+    assert SampleShard.of(replace(config, gradient_accumulation_steps=5)).accumulation == 5
+
+
+def test_a_sample_is_instance_or_class_by_its_number_in_the_run(model: StableDiffusion) -> None:
+    """With batches of one there was no class picture at all, with batches of three the shares were 2 : 1."""
+    with installed_tokens(model, {s.token: initial_embeddings(model, s) for s in (CAT, DOG)}):
+        data = ConceptDataset(model, PICTURE, 64, 0, EXAMPLES)
+        for samples, batch in ((8, 1), (8, 3), (8, 8), (3, 3), (1, 1)):
+            shown = [row for b in data.batches(SampleShard(samples, batch), 0, 2) for row in b["instance"].tolist()]
+            assert shown == [number % 2 == 0 for number in range(2 * samples)]
+
+
+def single(model: StableDiffusion, config: SingleImageConfig, **more: Any) -> tuple[Adapter, list[float]]:
+    images = torch.cat([pixels(), -pixels(), pixels().flip(-1)])
+    with single_image_run(model, images, [CAPTION, "a dog", CAPTION], config, **more) as run:
+        losses = [float(report.losses["loss"]) for report in run.steps()]
+        return run.adapter(), losses
+
+
+def multi(model: StableDiffusion, config: MultiConceptConfig) -> tuple[Adapter, list[float]]:
+    masks = tuple(Image.new("L", PICTURE.image.size, 255 * index) for index in range(2))
+    picture = replace(PICTURE, masks=masks)
+    with multi_concept_run(model, picture, config, class_images=EXAMPLES) as run:
+        losses = [float(report.losses["loss"]) for report in run.steps()]
+        return run.adapter(), losses
+
+
+TRAINERS = {"single_image": (single, SINGLE), "multi_concept": (multi, MULTI)}
+
+
+def tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    words = {f"{token} {name}": rows for token, parts in adapter.concepts.items() for name, rows in parts.items()}
+    return {**adapter.lora, **(adapter.source or {}), **words}
+
+
+def furthest(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == two.keys()
+    return max(float((one[key] - two[key]).abs().max()) for key in one)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_four_micro_batches_learn_the_same(trainer: str, model: StableDiffusion) -> None:
+    learn, config = TRAINERS[trainer]
+    start, _ = learn(
+        model, replace(config, **({"max_train_samples": 4} if learn is single else {"max_train_steps": 1}))
+    )
+    whole, losses = learn(model, replace(config, train_batch_size=4))
+    assert furthest(tensors(whole), tensors(start)) > 20 * CLOSE  # something was learned
+    for batch in (1, 2, 3):
+        other, others = learn(model, replace(config, train_batch_size=batch))
+        assert others == pytest.approx(losses, rel=1e-5)
+        assert furthest(tensors(whole), tensors(other)) <= CLOSE
+
+
+def test_a_run_may_be_resumed_in_another_layout(model: StableDiffusion, tmp_path: Path) -> None:
+    whole, _ = single(model, SINGLE)
+    images = torch.cat([pixels(), -pixels(), pixels().flip(-1)])
+    with single_image_run(model, images, [CAPTION, "a dog", CAPTION], SINGLE) as run:
+        next(run.steps())
+        run.save_checkpoint(tmp_path)
+    with single_image_run(model, images, [CAPTION, "a dog", CAPTION], replace(SINGLE, train_batch_size=1)) as run:
+        run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
+        assert [report.update for report in run.steps()] == [2]
+        assert furthest(tensors(whole), tensors(run.adapter())) <= CLOSE
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_does(trainer: str, batch: int, model: StableDiffusion, tmp_path: Path) -> None:
+    learn, config = TRAINERS[trainer]
+
+    def learned(rank: int) -> list[float]:
+        adapter, losses = learn(model, replace(config, train_batch_size=batch))
+        (tmp_path / f"{rank}").write_bytes(tensor_bytes(tensors(adapter)))
+        return losses
+
+    ranks = run_processes(learned, 2)
+    (alone,) = run_processes(lambda _: learned(9), 1)
+    one, two, other = (read_tensors(tmp_path / name).tensors for name in ("9", "0", "1"))
+    assert ranks[0] == ranks[1] == pytest.approx(alone, rel=1e-5)
+    assert all(torch.equal(two[key], other[key]) for key in two)
+    assert furthest(one, two) <= CLOSE
