@@ -116,7 +116,7 @@ def described(trainer: str, *names: str) -> str:
     words = [
         f"{updates} × {shard.samples}",
         f"{shard.largest} at a time",
-        f"precision {config.mixed_precision or 'as launched'}",
+        config.mixed_precision or "as launched",
     ]
     savings = {
         "4 bits": config.load_in_4bit,
