@@ -29,7 +29,7 @@ from tests.support.tiny import tiny, tiny_sd1
 
 RULE = TimestepRank(rank=4, min_rank=1)
 SETTINGS = SingleImageConfig(
-    rank=4, min_rank=1, max_train_samples=4, train_batch_size=2, targets="attention", learning_rate=5e-3
+    rank=4, min_rank=1, max_train_samples=4, samples_per_update=2, targets="attention", learning_rate=5e-3
 )
 ROUNDING = 1e-6  # of outputs of about unit size: one product computed in another order, in each of some layers
 
