@@ -106,6 +106,24 @@ class PhotoConfig(InferenceOptions):
 
 
 @dataclass(frozen=True)
+class EditTableConfig(InferenceOptions):
+    """Edit the photos of a CSV table, one row each, on one base model; run it again to go on where it stopped.
+
+    Columns: file (relative to the table), source, target, name (of the row's folder), and any option of
+    personalize edit PHOTO; ";" separates the values of options that may be repeated.  A bad row costs one line.
+    """
+
+    table: Positional[Path]
+    """The table, a UTF-8 CSV file."""
+    adapter: Annotated[tuple[Path, ...], UseAppendAction] = ()
+    """Adapter folder or LoRA file to use for every row; may be given several times."""
+    add: tuple[Path, ...] = ()
+    """More adapters or LoRA files, such as an LCM or Turbo LoRA."""
+    output_dir: Path = Path("personalize-edit")
+    """Folder for a folder of each row, results.jsonl and the inversions."""
+
+
+@dataclass(frozen=True)
 class EditConfig(InferenceOptions):
     """Edit the picture that an adapter was trained on.
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
+from personalize.cli.edit_options import DragConfig, EditConfig, EditTableConfig, PhotoConfig
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,13 @@ class EvaluateConfig:
 
 
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
+EDIT_TABLE = "edit TABLE"  # the command that `edit` means for a .csv file
 # those of `images.IMAGE_SUFFIXES`, which cannot be imported here without torch; a test compares them
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 COMMANDS = {  # name: (options, "module:function" that is called with them)
     "edit": (EditConfig, "personalize.cli.commands.edit:run"),
     EDIT_PHOTO: (PhotoConfig, "personalize.cli.commands.edit_image:run"),
+    EDIT_TABLE: (EditTableConfig, "personalize.cli.commands.edit_table:run"),
     "drag": (DragConfig, "personalize.cli.commands.drag:run"),
     "quickstart": (QuickstartConfig, "personalize.cli.commands.quickstart:run"),
     "inspect": (InspectConfig, "personalize.cli.commands.inspect:run"),
@@ -131,7 +133,12 @@ COMMANDS = {  # name: (options, "module:function" that is called with them)
 
 
 def resolve_command(command: str, words: Sequence[str]) -> str:
-    """The name in COMMANDS that `command` means: `edit` with a picture file or with --source means `edit PHOTO`."""
+    """The name in COMMANDS that `command` means.
+
+    `edit` with a .csv file means `edit TABLE`, with a picture file or with --source `edit PHOTO`.
+    """
+    if command == "edit" and words and words[0].lower().endswith(".csv"):
+        return EDIT_TABLE
     pairs = zip(("", *words), words, strict=False)
     pictures = [word for before, word in pairs if before.replace("-", "_") != "__source_image"]
     photo = any(word.lower().endswith(IMAGE_SUFFIXES) or word.partition("=")[0] == "--source" for word in pictures)

@@ -34,6 +34,13 @@ INVERSIONS = "trajectories"  # folder in the output folder that keeps inversions
 
 def run(config: PhotoConfig) -> Path:
     """Edit the photo, write the pictures and edit.json, and print how long it took; returns the output folder."""
+    load_image(config.photo)  # a mistake in the path is found before the base model is loaded
+    editor = Editor.configured(config, (*config.adapter, *config.add))
+    return edit_one(config, editor, config.output_dir / INVERSIONS)
+
+
+def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
+    """`run` with a base model that is there already; inversions are kept in `cache`."""
     swaps = [pair(text) for text in config.swap]
     local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
     mask = None if config.mask is None else box(config.mask) or Path(config.mask)
@@ -42,14 +49,13 @@ def run(config: PhotoConfig) -> Path:
         config.strict_background, _noun_regions(config),
     )  # fmt: skip
     photo = load_image(config.photo)
-    editor = Editor.configured(config, (*config.adapter, *config.add))
     settings = _settings(config, editor.model.name)
     if config.report:
-        return _report(config, editor, photo, settings)
+        return _report(config, editor, photo, settings, cache)
     with progress_bars():
         result = editor.photo(
             photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps,
-            cache=config.output_dir / INVERSIONS,
+            cache=cache,
         )  # fmt: skip
     count = len(result.images)
     names = [EDITED] if count == 1 else [f"edited-{number}.png" for number in range(1, count + 1)]
@@ -71,12 +77,12 @@ def run(config: PhotoConfig) -> Path:
     return config.output_dir
 
 
-def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: PhotoSettings) -> Path:
+def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: PhotoSettings, cache: Path) -> Path:
     """Print whether dynamic prompt learning is needed, and draw the attention of the nouns."""
     with progress_bars():
         report, sheet = report_photo(
             editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter,
-            cache=config.output_dir / INVERSIONS,
+            cache=cache,
         )  # fmt: skip
     write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=unowned_files(config.output_dir, ("nouns.png",)))
     print(*report.sentences(), f"nouns.png in {config.output_dir}", sep="\n")

@@ -1,0 +1,166 @@
+"""`personalize edit photos.csv`: edit the photos of a table, one row after the other, on one base model.
+
+Each finished row is a line of results.jsonl, so that a run that was stopped goes on where it ended. A row that cannot
+be edited costs a line of output, and is tried again by the next run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from personalize.cli.commands.edit_image import INVERSIONS, edit_one
+from personalize.cli.edit_options import PhotoConfig
+from personalize.cli.parser import nearest, parse
+from personalize.editing.editor import Editor
+from personalize.errors import UserError
+from personalize.io.atomic import plain_name
+from personalize.models.config import InferenceOptions
+
+if TYPE_CHECKING:
+    from personalize.cli.edit_options import EditTableConfig
+
+RESULTS = "results.jsonl"
+OF_THE_TABLE = {"photo", "output_dir", "trajectory", "report", "adapter", "add"} | {
+    field.name for field in fields(InferenceOptions)
+}  # options that no row sets
+REPEATED = {field.name for field in fields(PhotoConfig) if field.type.startswith(("Annotated[tuple", "tuple"))}  # pyright: ignore
+COLUMNS = ("file", "name", *(field.name for field in fields(PhotoConfig) if field.name not in OF_THE_TABLE))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its line, the name of its folder, and its cells by option, empty ones left out."""
+
+    line: int
+    name: str
+    file: Path
+    cells: Mapping[str, str]
+
+
+def run(config: EditTableConfig) -> Path:
+    """Edit every row that is not finished, and return the output folder.
+
+    Raises:
+        UserError: the table cannot be read; or, after all other rows are finished, some failed.
+    """
+    rows = read_rows(config.table)
+    done, editor, failed = finished(config.output_dir / RESULTS), None, 0
+    for row in rows:
+        try:
+            options = row_options(row, config)
+            key = row_hash(row, config)
+            if done.get(row.name) == key:
+                continue
+            editor = editor or Editor.configured(config, (*config.adapter, *config.add))
+            print(f"line {row.line}, {row.name}:")
+            edit_one(options, editor, config.output_dir / INVERSIONS)
+            append(config.output_dir / RESULTS, {"name": row.name, "line": row.line, "inputs": key})
+        except UserError as error:
+            failed += 1
+            print(f"line {row.line}, {row.name}: not edited: {error}")
+    if failed:
+        raise UserError(f"{failed} of {len(rows)} rows were not edited, the others are in {config.output_dir}")
+    print(f"{len(rows)} rows in {config.output_dir}, one folder each")
+    return config.output_dir
+
+
+def read_rows(table: Path) -> list[Row]:
+    """The rows of a UTF-8 CSV file; `name` is the file's name without suffix by default, made unique by the line.
+
+    Raises UserError: no such file, not UTF-8, no column file, an unknown column, or no row.
+    """
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{table} is not UTF-8 text: save the table as UTF-8 CSV") from None
+    except OSError:
+        raise UserError(f"{table}: no such file; name a CSV table with the columns file, source, target") from None
+    reader = csv.DictReader(StringIO(text, newline=""), restkey="", skipinitialspace=True)
+    columns = list(reader.fieldnames or ())
+    if "file" not in columns:
+        raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}: expected file, source, target, …")
+    if unknown := [column for column in columns if column not in COLUMNS]:
+        raise UserError(f"unknown column {unknown[0]!r} in {table}: {nearest(unknown[0], COLUMNS)}")
+    rows: list[Row] = []
+    for cells in reader:
+        given = {name: value.strip() for name, value in cells.items() if isinstance(value, str) and value.strip()}
+        if not given:
+            continue
+        file = table.parent / given.pop("file", "")
+        name = plain_name(given.pop("name", "") or file.stem)
+        taken = {row.name for row in rows}
+        rows.append(Row(reader.line_num, f"{name}-{reader.line_num}" if name in taken else name, file, given))
+    if not rows:
+        raise UserError(f"{table} has no row below its header")
+    return rows
+
+
+def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
+    """The row as options of `personalize edit PHOTO`, checked as on a command line.
+
+    Cells of options that may be given several times are split at ";". Masks are relative to the table.
+    """
+    words = [str(row.file)]
+    for name, cell in row.cells.items():
+        values = [part.strip() for part in cell.split(";")] if name in REPEATED else [cell]
+        for value in values:
+            beside = config.table.parent / value
+            words += [f"--{name}", str(beside) if name == "mask" and beside.is_file() else value]
+    options = parse(PhotoConfig, _as_flags(words), prog=f"line {row.line}")
+    return replace(options, output_dir=config.output_dir / row.name, adapter=config.adapter, add=config.add)
+
+
+def _as_flags(words: list[str]) -> list[str]:
+    """`--dpl yes` → `--dpl`, `--dpl no` → `--no_dpl`: options without a value."""
+    switches = {f"--{field.name}" for field in fields(PhotoConfig) if field.type == "bool"}
+    out: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before in switches:
+            if word.lower() not in ("yes", "true", "1", "no", "false", "0"):
+                raise UserError(f"column {before[2:]}: {word!r} is neither yes nor no")
+            out[-1] = before if word.lower() in ("yes", "true", "1") else f"--no_{before[2:]}"
+        else:
+            out.append(word)
+    return out
+
+
+def row_hash(row: Row, config: EditTableConfig) -> str:
+    """A hash of everything that decides the row's pictures."""
+    if not row.file.is_file():
+        raise UserError(f"{row.file}: no such file")
+    masks = [config.table.parent / row.cells[name] for name in ("mask",) if name in row.cells]
+    inputs = {
+        "cells": dict(row.cells), "photo": sha256(row.file.read_bytes()).hexdigest(),
+        "masks": [sha256(mask.read_bytes()).hexdigest() for mask in masks if mask.is_file()],
+        "base": str(config.pretrained_model_name_or_path), "revision": config.revision,
+        "adapters": [str(path) for path in (*config.adapter, *config.add)],
+    }  # fmt: skip
+    return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished(results: Path) -> dict[str, str]:
+    """The hash of the inputs of every finished row, by name; a line that a stopped run did not finish is left out."""
+    if not results.is_file():
+        return {}
+    lines = [line for line in results.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    rows = [json.loads(line) for line in lines]
+    return {row["name"]: row["inputs"] for row in rows}
+
+
+def append(results: Path, row: Mapping[str, Any]) -> None:
+    """Append a line; when this returns it is on the disk."""
+    whole = results.read_bytes() if results.is_file() else b""
+    with results.open("ab") as stream:
+        if whole and not whole.endswith(b"\n"):
+            stream.truncate(whole.rfind(b"\n") + 1)
+        stream.write((json.dumps(dict(row)) + "\n").encode())
+        stream.flush()
+        os.fsync(stream.fileno())

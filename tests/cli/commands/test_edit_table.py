@@ -1,0 +1,68 @@
+"""`personalize edit TABLE.csv`, on random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from personalize.cli import options
+from personalize.cli.main import main
+from tests.support.photos import photo
+from tests.support.tiny import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_folder("sd1", tmp_path_factory.mktemp("base"))
+
+
+def write(folder, *rows: str):
+    for number in (1, 2):
+        photo(32 + 8 * number, 32).save(folder / f"p{number}.png")
+    table = folder / "photos.csv"
+    table.write_text("\n".join(("file,source,target,swap,name,mask,num_inference_steps,inversion", *rows)) + "\n")
+    return table
+
+
+def run(base, table, out, *words) -> int:
+    return main(["edit", str(table), "--output_dir", str(out), "--pretrained_model_name_or_path", str(base), *words])
+
+
+def test_each_row_has_its_folder_and_a_second_run_edits_what_is_left(base, tmp_path, capsys):
+    good = ("p1.png,a cat,a dog,,,,2,", 'p2.png,a cat on snow,,"cat=dog; snow=beach",second,"0,0,20,20",2,none')
+    table, out = write(tmp_path, *good, "p3.png,a cat,a dog,,,,2,", "p1.png,a cat,,cow=dog,third,,2,"), tmp_path / "out"
+    assert run(base, table, out) == 2
+    said = capsys.readouterr()
+    assert "line 4, p3: not edited: " in said.out and "line 5, third: not edited: the word 'cow'" in said.out
+    assert "2 of 4 rows were not edited" in said.err
+    assert {path.name for path in out.iterdir()} == {"p1", "second", "results.jsonl", "trajectories"}
+    assert Image.open(out / "second" / "edited.png").size == (48, 32)
+    about = json.loads((out / "second" / "edit.json").read_text())
+    assert about["target"] == "a dog on beach" and about["settings"]["inversion"] == "none"
+    assert about["untouched_pixels"][0] >= 48 * 32 - 20 * 20
+    write(tmp_path, *good, "p1.png,a cat,a fox,,p3,,2,")
+    assert run(base, table, out) == 0
+    said = capsys.readouterr().out
+    assert "line 4, p3:" in said and "line 2" not in said and "3 rows in" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("source,target\na,b\n", "has the columns source, target: expected file, source, target"),
+        ("file,traget\np.png,b\n", "unknown column 'traget'"),
+        ("file,source\n", "has no row below its header"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_line(base, tmp_path, capsys, text, says):
+    (tmp_path / "t.csv").write_text(text)
+    assert run(base, tmp_path / "t.csv", tmp_path / "out") == 2
+    line = capsys.readouterr().err.strip()
+    assert says in line and "\n" not in line and not (tmp_path / "out").exists()
+
+
+def test_edit_means_a_table_when_it_is_given_one():
+    assert options.resolve_command("edit", ["photos.CSV"]) == options.EDIT_TABLE
+    assert options.resolve_command("edit", ["a.png", "--source", "t.csv"]) == options.EDIT_PHOTO
