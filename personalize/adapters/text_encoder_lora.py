@@ -81,12 +81,13 @@ def text_lora(model: StableDiffusion, lora: Mapping[str, Tensor], strength: floa
     def values() -> Iterator[tuple[Tensor, Tensor]]:
         for module, (a, b) in factor_pairs(mine).items():
             weight = _weight(parameters, module)
-            change = strength * (b.float().flatten(1) @ a.float().flatten(1))
-            if change.shape != weight.shape:
+            shape = (len(b), a[0].numel())
+            if shape != tuple(weight.shape):
                 raise UserError(
-                    f"adapter module {module} changes {tuple(change.shape)}, this base has {tuple(weight.shape)}: "
+                    f"adapter module {module} changes {shape}, this base has {tuple(weight.shape)}: "
                     "it was made for another base"
                 )
+            change = strength * (b.float().flatten(1) @ a.float().flatten(1))
             yield weight, weight.float() + change.to(weight.device)
 
     with _replaced(values()):

@@ -67,6 +67,8 @@ def _changed_weight(module: str, parts: Parts, weight: Tensor) -> Tensor:
     plain = {role: tensor for role, tensor in parts.items() if tensor is not magnitude}
     if set(plain) - {"scale", "alpha", *BIASES}:
         a, b = lora_pair(module, plain, tuple(weight.shape[2:]))
+        if len(b) * a[0].numel() != weight.numel():
+            raise ValueError("another layer's factors")
         update = (b.flatten(1).float() @ a.flatten(1).float()) * float(parts.get("scale", torch.tensor(1.0)))
         weight = weight + update.to(weight).reshape(weight.shape)
     return weight if magnitude is None else _renormed(weight, magnitude.to(weight))

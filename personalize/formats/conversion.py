@@ -80,6 +80,8 @@ def require_source(content: TensorFile, expected: Factors, family: str | None, n
         )
     try:
         found = deviations(content, expected, guess)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, re.error) as error:
         raise UserError(f"{name}: its settings are of the wrong kind ({error!r:.80}): get the file again") from error
     wrong = {m: value for m, value in found.items() if value > TOLERANCE and m.partition(".")[0] in components}

@@ -20,7 +20,7 @@ from personalize.formats.adapter_source import open_adapter
 from personalize.formats.layer_kinds import as_layer_wants, fitting_families, kernels
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.peft_settings import scaling, settings_of
-from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, Parts, lora_pair
+from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, Parts, lora_pair, require_small
 from personalize.io.tensor_files import TensorFile
 
 PLAIN = {"LoRA", "Tucker LoCon"}
@@ -218,6 +218,7 @@ def _with_folded_core(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, 
     mid, down = parts["mid"].float(), parts.get("A", torch.empty(0)).float()
     if mid.ndim != 4 or down.ndim != 4 or down.shape[2:].numel() != 1 or mid.shape[1] != down.shape[0]:
         raise UserError(f"module {module}: lora_mid {tuple(mid.shape)} and lora_down {tuple(down.shape)} do not fit")
+    require_small(mid[:, 0].numel() * down.shape[1])
     folded = torch.einsum("rskl,si->rikl", mid, down.flatten(1))
     return {**{role: tensor for role, tensor in parts.items() if role != "mid"}, "A": folded}
 

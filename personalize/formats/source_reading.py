@@ -2,8 +2,8 @@
 
 Nothing of `key_parts`, `lora_keys`, `peft_settings` and `weight_changes`, which read the file for the conversion, is
 used here.  A module is found by its letters and digits alone: "lora_unet_down_blocks_0_…_to_q", without its points
-and underscores, must end in those of one of the model's modules.  ΔW is multiplied out as a whole, and PEFT's settings
-are matched by PEFT's own function.
+and underscores, must end in those of one of the model's modules.  The changes are compared by what they make of
+random inputs, and PEFT's settings are matched by PEFT's own function.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from personalize.errors import UserError
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.tensor_files import TensorFile
 
@@ -23,30 +24,52 @@ ROLE = re.compile(
     r"[._](?:lora[._](?:linear_layer\.)?)?(down|up|mid|A|B|alpha|hada_\w+|lokr_\w+|diff)"
     r"(?:\.(?!weight)\w+)?(?:\.weight)?$"
 )
+PROBES = 4
+MAX_NUMBERS = 2**26  # of a product that has to be multiplied out; the largest layer of SDXL has fewer than 2**25
 ROLES = {"down": "A", "up": "B"}
 SECOND_ENCODER = ("lora_te2", "text_encoder_2", "text_encoders.clip_g", "clip_g")
 FIRST_ENCODER = ("lora_te", "text_encoder", "text_encoders.clip_l", "text_encoders.clip_h", "clip_l", "clip_h")
 WRAPPERS = re.compile(r"(_orig_mod|\bmodule|base_layer|processor)[._]")
 
 
-def updates(content: TensorFile, family: str) -> tuple[dict[str, Tensor], list[str]]:
-    """ΔW (out, in·k·k) of every module in a file, in double precision, and the keys that are of no module."""
+def deviations(content: TensorFile, found: Factors, family: str) -> dict[str, float]:
+    """How far `found` is from what the file says: max |ΔW_found X − ΔW X| / max |ΔW X| of each module of the file.
+
+    X (in·k·k, PROBES) are random numbers: two matrices that give the same products are equal, save for chance, and the
+    products of thin factors are never multiplied out.  It is ∞ for a module that is missing or has another shape.
+
+    Raises:
+        UserError: factors that do not fit one another, or whose product is larger than any layer's weight.
+    """
+    result = {}
+    for module, parts in _modules(content, family).items():
+        if (reading := _factors(module, parts)) is None:
+            continue
+        matrices, rank = reading
+        a, b, scaling = found.get(module, (torch.zeros(1, 0), torch.zeros(0, 1), 1.0))
+        probes = torch.randn(matrices[-1].shape[1], PROBES, generator=torch.Generator().manual_seed(0)).double()
+        wanted = probes
+        for matrix in reversed(matrices):
+            wanted = matrix.double() @ wanted
+        wanted = wanted * _strength(module, parts, rank, content.metadata)
+        if (len(b), a[0].numel()) != (len(wanted), len(probes)):
+            result[module] = float("inf")
+            continue
+        other = scaling * (b.double().flatten(1) @ (a.double().flatten(1) @ probes))
+        result[module] = float((other - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0)
+    return result
+
+
+def _modules(content: TensorFile, family: str) -> dict[str, dict[str, Tensor]]:
+    """The file's tensors by module and role; keys of no module are left out."""
     index = _index(ReaderKeys(family))
     modules: dict[str, dict[str, Tensor]] = {}
-    unknown = []
     for key, tensor in content.tensors.items():
         role = ROLE.search(key)
         module = _module(key[: role.start()], index) if role else None
-        if role is None or module is None:
-            unknown.append(key)
-        else:
-            modules.setdefault(module, {})[ROLES.get(role[1], role[1])] = tensor.double()
-    found = {}
-    for module, parts in modules.items():
-        product = _product(parts)
-        if product is not None:
-            found[module] = product[0].flatten(1) * _strength(module, parts, product[1], content.metadata)
-    return found, unknown
+        if role is not None and module is not None:
+            modules.setdefault(module, {})[ROLES.get(role[1], role[1])] = tensor
+    return modules
 
 
 def _index(keys: ReaderKeys) -> dict[str, str]:
@@ -84,33 +107,47 @@ def _module(stem: str, index: Mapping[str, str]) -> str | None:
     return None
 
 
-def _product(parts: Mapping[str, Tensor]) -> tuple[Tensor, int] | None:
-    """ΔW without its strength, and the rank that alpha is divided by (0 for none); None for anything but a product."""
-    if "hada_w1_a" in parts and "hada_t1" not in parts:
-        first, second = (parts[f"hada_w{n}_a"] @ parts[f"hada_w{n}_b"].flatten(1) for n in "12")
-        return first * second, len(parts["hada_w1_b"])
-    if any(role.startswith("lokr") for role in parts) and "lokr_t2" not in parts:
-        return _kronecker(parts)
+def _factors(module: str, parts: Mapping[str, Tensor]) -> tuple[list[Tensor], int] | None:
+    """Matrices whose product is ΔW (out, in·k·k) without its strength, and the rank that alpha is divided by.
+
+    The rank is 0 where alpha does not count; None for anything but a product.
+    """
+    parts = {role: tensor.double() for role, tensor in parts.items()}
+    if "hada_w1_a" in parts:
+        rank = len(parts["hada_w1_b"])
+        return [_whole(module, parts, "hada_w1", "hada_t1") * _whole(module, parts, "hada_w2", "hada_t2")], rank
+    if any(role.startswith("lokr") for role in parts):
+        first, second = _whole(module, parts, "lokr_w1", ""), _whole(module, parts, "lokr_w2", "lokr_t2")
+        _require_small(module, first.numel() * second.numel())
+        ranks = [len(parts[f"lokr_w{n}_b"]) for n in "12" if f"lokr_w{n}_b" in parts]
+        return [torch.kron(first, second)], ranks[-1] if ranks else 0
     if "diff" in parts:
-        return parts["diff"], 0
+        return [parts["diff"].flatten(1)], 0
     if "A" not in parts or "B" not in parts:
         return None
+    down = parts["A"]
     if "mid" in parts:
-        up, down = parts["B"].flatten(1), parts["A"].flatten(1)
-        return torch.einsum("or,rskl,si->oikl", up, parts["mid"], down), len(down)
-    return parts["B"].flatten(1) @ parts["A"].flatten(1), len(parts["A"])
+        _require_small(module, parts["mid"][:, 0].numel() * down.shape[1])
+        down = torch.einsum("rskl,si->rikl", parts["mid"], down.flatten(1))
+    return [parts["B"].flatten(1), down.flatten(1)], len(parts["A"])
 
 
-def _kronecker(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """W₁ ⊗ W₂, either of which may be a product."""
-    rank, factors = 0, []
-    for n in "12":
-        if f"lokr_w{n}" in parts:
-            factors.append(parts[f"lokr_w{n}"])
-        else:
-            rank = len(parts[f"lokr_w{n}_b"])
-            factors.append(parts[f"lokr_w{n}_a"] @ parts[f"lokr_w{n}_b"].flatten(1))
-    return torch.kron(factors[0], factors[1].flatten(1)), rank
+def _whole(module: str, parts: Mapping[str, Tensor], name: str, core: str) -> Tensor:
+    """One factor of a LoHa or LoKr as a matrix (out, in·k·k): stored whole, as a product, or as one with a core."""
+    if name in parts:
+        return parts[name].flatten(1)
+    a, b = parts[f"{name}_a"], parts[f"{name}_b"]
+    if core in parts:
+        _require_small(module, a.shape[1] * b.shape[1] * parts[core][0, 0].numel())
+        return torch.einsum("ijkl,io,jc->ockl", parts[core], a, b).flatten(1)
+    _require_small(module, len(a) * b[0].numel())
+    return a @ b.flatten(1)
+
+
+def _require_small(module: str, numbers: int) -> None:
+    """UserError if a product would have more numbers than any layer's weight."""
+    if numbers > MAX_NUMBERS:
+        raise UserError(f"module {module} multiplies out to {numbers:,} numbers, more than any layer has")
 
 
 def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Mapping[str, str]) -> float:
@@ -118,8 +155,8 @@ def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Map
     component, path = module.split(".", 1)
     if not rank:
         return 1.0
-    if float(parts.get("alpha", torch.zeros(1)).max()):
-        return float(parts["alpha"].max()) / rank
+    if "alpha" in parts and float(parts["alpha"].double().max()):
+        return float(parts["alpha"].double().max()) / rank
     own = json.loads(metadata.get("adapter_config.json", "{}"))
     shared = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     own = own or {key[len(component) + 1 :]: v for key, v in shared.items() if key.startswith(f"{component}.")}
@@ -129,16 +166,3 @@ def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Map
     keys = {get_pattern_key(list(patterns), one) for one in (path, path.removeprefix("text_model."))}
     alpha = next((patterns[key] for key in patterns if key in keys), own.get("lora_alpha")) or rank
     return alpha / (rank**0.5 if own.get("use_rslora") else rank)
-
-
-def deviations(content: TensorFile, found: Factors, family: str) -> dict[str, float]:
-    """max |ΔW_found − ΔW| / max |ΔW| of each module of a file; ∞ for a module that is missing or has another shape."""
-    result = {}
-    for module, update in updates(content, family)[0].items():
-        a, b, scaling = found.get(module, (torch.zeros(0, 0), torch.zeros(0, 0), 1.0))
-        if (len(b), a[:1].numel()) != tuple(update.shape):
-            result[module] = float("inf")
-            continue
-        other = (b.double().flatten(1) @ a.double().flatten(1)) * scaling
-        result[module] = float((other - update).abs().max()) / (float(update.abs().max()) or 1.0)
-    return result

@@ -30,7 +30,7 @@ Parts = Mapping[str, Tensor]
 
 NEED_THE_BASE = {"DoRA", "GLoRA", "OFT or BOFT", "(IA)3"}
 NOT_A_MATRIX = {"bias difference"}  # changes of biases, which no LoRA has
-MAX_ENTRIES = 2**28  # of one rebuilt ΔW: the largest layer of SDXL has 2**25
+MAX_NUMBERS = 2**27  # of a factor that is built; the largest layer of SDXL has fewer than 2**25
 
 
 def alpha_of(parts: Parts) -> float:
@@ -69,6 +69,12 @@ def lora_pair(module: str, parts: Parts, kernel: tuple[int, ...] = ()) -> tuple[
     return shortened(*_shaped(module, *pair, kernel))
 
 
+def require_small(numbers: int) -> None:
+    """UserError if a factor would have more numbers than any layer's: a small file must not fill the memory."""
+    if numbers > MAX_NUMBERS:
+        raise UserError(f"a module's factors multiply out to {numbers:,} numbers, more than any layer has")
+
+
 def _unfit(module: str, parts: Parts, error: Exception) -> UserError:
     shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in sorted(parts.items()))
     what = f"lacks {error}" if isinstance(error, KeyError) else "has factors that do not fit"
@@ -89,6 +95,7 @@ def shortened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     limit = min(len(b), a[0].numel())
     if len(a) <= limit:
         return a, b
+    require_small(len(b) * a[0].numel())
     down, up = _full_pair(b.flatten(1).double() @ a.flatten(1).double())
     return down.float().reshape(-1, *a.shape[1:]), up.float().reshape(len(b), -1, *b.shape[2:])
 
@@ -96,6 +103,7 @@ def shortened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _full_pair(update: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (out, …) as a product of full rank: of itself and the identity."""
     matrix = update.flatten(1)
+    require_small(min(matrix.shape) ** 2)
     if len(matrix) <= matrix.shape[1]:
         return matrix, torch.eye(len(matrix), dtype=matrix.dtype)
     return torch.eye(matrix.shape[1], dtype=matrix.dtype), matrix
@@ -107,7 +115,8 @@ def _loha_pair(parts: Parts) -> tuple[Tensor, Tensor]:
     a2, b2 = _loha_factors(parts, "2")
     if a1.shape[0] != a2.shape[0] or b1.shape[1:] != b2.shape[1:]:
         raise ValueError("the two factors of a LoHa differ in shape")
-    rank = (parts["hada_w1_b"] if "hada_t1" not in parts else parts["hada_w1_a"]).shape[0]
+    rank = parts["hada_w1_b"].shape[0]
+    require_small(a1.shape[1] * a2.shape[1] * (len(a1) + b1.shape[1]))
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1) * ((alpha_of(parts) or rank) / rank)
     return (b1[:, None] * b2[None, :]).flatten(0, 1), up
 
@@ -117,6 +126,7 @@ def _loha_factors(parts: Parts, number: str) -> tuple[Tensor, Tensor]:
     a, b = parts[f"hada_w{number}_a"].float(), parts[f"hada_w{number}_b"].float()
     if f"hada_t{number}" not in parts:
         return a, b.flatten(1)
+    require_small(parts[f"hada_t{number}"][:, 0].numel() * b.shape[1])
     core = torch.einsum("ijkl,jr->irkl", parts[f"hada_t{number}"].float(), b)  # a: (r, out), b: (r, in)
     return a.T, core.flatten(1)
 
@@ -125,6 +135,7 @@ def _lokr_pair(parts: Parts) -> tuple[Tensor, Tensor]:
     """(P Q) ⊗ (U V) = (P ⊗ U) (Q ⊗ V)."""
     p, q = _lokr_factors(parts, "1")
     u, v = _lokr_factors(parts, "2")
+    require_small(p.shape[1] * u.shape[1] * (len(p) * len(u) + q.shape[1] * v[0].numel()))
     decomposed = [parts[f"lokr_w{n}_b"] for n in "12" if f"lokr_w{n}_b" in parts]
     rank = decomposed[-1].shape[0] if decomposed else 0  # scaled only if one of the two is a product
     scale = alpha_of(parts) / rank if rank and alpha_of(parts) else 1.0
@@ -140,5 +151,6 @@ def _lokr_factors(parts: Parts, number: str) -> tuple[Tensor, Tensor]:
         return up, down.reshape(len(down), *parts[name].shape[1:])
     a, b = parts[f"{name}_a"].float(), parts[f"{name}_b"].float()
     if number == "2" and "lokr_t2" in parts:  # a: (r, out), b: (r, in)
+        require_small(parts["lokr_t2"][:, 0].numel() * b.shape[1])
         return a.T, torch.einsum("ijkl,jr->irkl", parts["lokr_t2"].float(), b)
     return a, b

@@ -14,6 +14,9 @@ from personalize.cli.commands import convert
 from personalize.cli.edit_options import EditConfig
 from personalize.cli.parser import read_yaml
 from personalize.errors import UserError
+from personalize.formats.adapter_source import open_adapter
+from personalize.formats.changed_layers import changed
+from personalize.formats.folder_inspection import folder_text, inspect_folder
 from personalize.formats.inspection import inspect_file, report
 from personalize.formats.verification import verify_folder
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
@@ -27,7 +30,7 @@ st = hypothesis.strategies
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 MEMORY = 256  # MiB: hypothesis' own records of thousands of examples, and files of a few KiB
 EXAMPLES = 500
-KINDS = ("header", "body", "manifest", "settings", "yaml")
+KINDS = ("header", "body", "manifest", "settings", "yaml", "algorithms", "config", "index")
 ODD = ["", "a", "../../x", "unet", "lora_unet_", ".", "unet..lora_A.weight", "text_encoder.lora_B.weight", "\u2028",
        "lora_unet_input_blocks_" + "9" * 300, "bundle_emb.", "string_to_param.*", "emb_params", "clip_g"]  # fmt: skip
 VALUES = st.recursive(
@@ -53,8 +56,31 @@ def seeds(tmp_path_factory):
     return {
         "kohya": tensor_bytes(kohya(small, "sd1", 1.0), {"ss_v2": "False"}),
         "mine": {path.name: path.read_bytes() for path in (folder / "mine").iterdir()},
+        "algorithms": [tensor_bytes(tensors, {"ss_base_model_version": "sd_v1"}) for tensors in algorithms()],
+        "peft": (tensor_bytes({key.replace("unet.", "base_model.model."): t for key, t in small.items()}), CONFIG),
         "yaml": b"prompt: a cat\nalpha: [0.8, 1.0]\nseed: 3\nforget: [none]\n",
     }
+
+
+PLACE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
+CONFIG = {"r": 1, "lora_alpha": 2, "use_rslora": True, "alpha_pattern": {".*to_k": 4}}
+CONFIG["auto_mapping"] = {"base_model_class": "UNet2DConditionModel"}
+
+
+def algorithms():
+    """Two small files of other algorithms than LoRA: what a LoRA can hold, and what it cannot; one with a token."""
+    ones = torch.ones
+    held = {f"{PLACE}q.hada_w{n}_{x}": ones(4, 2) if x == "a" else ones(2, 4) for n in "12" for x in "ab"}
+    held |= {f"{PLACE}k.lokr_w1": ones(2, 2), f"{PLACE}k.lokr_w2_a": ones(2, 1), f"{PLACE}k.lokr_w2_b": ones(1, 2),
+             f"{PLACE}v.diff": ones(4, 4), f"{PLACE}v.diff_b": ones(4), f"{PLACE}q.alpha": torch.tensor(1.0),
+             "bundle_emb.cat.clip_l": ones(1, 4)}  # fmt: skip
+    applied = {f"{PLACE}q.lora_down.weight": ones(2, 4), f"{PLACE}q.lora_up.weight": ones(4, 2)}
+    applied |= {f"{PLACE}k.on_input": torch.tensor(False)}
+    applied |= {f"{PLACE}q.dora_scale": ones(4, 1), f"{PLACE}k.weight": ones(4), f"{PLACE}v.oft_blocks": ones(2, 2, 2),
+                f"{PLACE}out_0.a1.weight": ones(4, 2),
+                f"{PLACE}out_0.a2.weight": ones(2, 4), f"{PLACE}out_0.b1.weight": ones(4, 2),
+                f"{PLACE}out_0.b2.weight": ones(2, 4)}  # fmt: skip
+    return held, applied
 
 
 def attempt(*calls):
@@ -98,8 +124,15 @@ def try_file(path, content, folder):
     options |= {"token": None, "allow_pickle": False, "overwrite": True}
     attempt(
         lambda: read_tensors(path), lambda: report(inspect_file(path)),
-        lambda: convert.run(SimpleNamespace(**options)), lambda: Adapter.load(path),
+        lambda: convert.run(SimpleNamespace(**options)), lambda: Adapter.load(path), lambda: applied(path),
+        lambda: folder_text(inspect_folder(folder)),
     )  # fmt: skip
+
+
+def applied(path):
+    """Change small layers by everything in the file that is no LoRA."""
+    for module, parts in Adapter.load(path).others.items():
+        changed(module, parts, torch.ones(4, 4), torch.zeros(4))
 
 
 def try_folder(files, folder):
@@ -139,10 +172,35 @@ def one(kind, seeds, folder, changes, place, value):
         header["__metadata__"]["lora_adapter_metadata"] = json.dumps(replanted(settings, place, value))
         try_folder(seeds["mine"] | {name: with_header(header, data)}, folder)
         try_file(folder / "x.safetensors", with_header(header, data), folder)
+    elif kind == "algorithms":
+        header, data = header_of(seeds["algorithms"][place % 2])
+        content = with_header(replanted(header, place // 2, value), data)
+        try_file(folder / "x.safetensors", content if place % 3 else spliced(content, changes), folder)
+    elif kind == "config":
+        weights, config = seeds["peft"]
+        (folder / "adapter_config.json").write_bytes(dumped(replanted(config, place, value)))
+        try_file(folder / "adapter_model.safetensors", weights, folder)
+        attempt(lambda: open_adapter(folder))
+    elif kind == "index":
+        index = {"weight_map": dict.fromkeys(header_of(seeds["kohya"])[0], "shard.safetensors")}
+        (folder / "shard.safetensors").write_bytes(seeds["kohya"])
+        path = folder / "x.safetensors.index.json"
+        path.write_bytes(spliced(dumped(index), changes) if place % 2 else dumped(replanted(index, place, value)))
+        attempt(lambda: open_adapter(path), lambda: open_adapter(folder), lambda: Adapter.load(path))
     else:
         path = folder / "x.yaml"
         path.write_bytes(spliced(seeds["yaml"], changes) if place % 2 else dumped(replanted({"seed": 1}, place, value)))
         attempt(lambda: read_yaml(path, EditConfig))
+
+
+def test_what_is_mutated_is_read_before(seeds, tmp_path):
+    for content, count in zip(seeds["algorithms"], (3, 4), strict=True):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        assert len(Adapter.load(tmp_path / "x.safetensors").others) == count
+        applied(tmp_path / "x.safetensors")
+    (tmp_path / "adapter_model.safetensors").write_bytes(seeds["peft"][0])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(seeds["peft"][1]))
+    assert Adapter.load(tmp_path).lora
 
 
 @pytest.mark.parametrize("kind", KINDS)
