@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from personalize.adapters.adapter import Adapter as Adapter
     from personalize.adapters.textual_inversion import Subject as Subject
     from personalize.editing.attach import attach as attach
-    from personalize.editing.drag.drag import DragSettings as DragSettings
+    from personalize.editing.drag.config import DragSettings as DragSettings
     from personalize.editing.editor import Editor as Editor
     from personalize.editing.real_image_settings import EditRequest as EditRequest
     from personalize.editing.real_image_settings import PhotoSettings as PhotoSettings
@@ -55,7 +55,7 @@ _MODULES = {  # the module of each public name; a module of the same name would 
     "Adapter": "personalize.adapters.adapter",
     "Catalogue": "personalize.training.catalogue",
     "ConceptPicture": "personalize.training.data.concepts",
-    "DragSettings": "personalize.editing.drag.drag",
+    "DragSettings": "personalize.editing.drag.config",
     "EMBEDDED": "personalize.models.stable_diffusion",
     "EditRequest": "personalize.editing.real_image_settings",
     "EditStrengths": "personalize.editing.strengths",

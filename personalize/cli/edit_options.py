@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
 from personalize.models.config import InferenceOptions
 
 
@@ -184,38 +185,59 @@ class EditConfig(InferenceOptions):
 class DragConfig(InferenceOptions):
     """Drag points of a picture: what is at each --from moves to its --to; nothing is trained.
 
-    Writes the picture, the mask of what moved, an overlay with mask and points, and where the points arrived.
+    Writes the picture, the mask of what moved, an overlay with mask and points, and where the points arrived; with
+    --preview the mask, the warped picture and the void, which take no sampling.
     """
 
     photo: Positional[Path]
     """The picture."""
     from_: Annotated[tuple[str, ...], UseAppendAction, arg(name="from")]
-    """Point to drag as x,y in pixels; may be given several times."""
+    """Point to drag as x,y in pixels; may be given several times.  With `--mode region` also a box
+    left,top,right,bottom or a polygon x,y,x,y,x,y…"""
     to: Annotated[tuple[str, ...], UseAppendAction]
     """Target as x,y in pixels, the first for the first --from, and so on."""
+    preview: bool = False
+    """Only show what will move and what must be filled; nothing is sampled."""
     mask: Path | None = None
     """Picture of the same size, white where things may move; by default attention finds what is at the points."""
-    mode: Literal["move", "deform"] = "move"
-    """move: the thing moves as a whole.  deform: it stretches, each part as far as it belongs to the point."""
+    add: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """Point x,y on a part of the thing that the automatic mask misses; may be given several times."""
+    remove: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """Point x,y on something that the automatic mask should leave out; may be given several times."""
+    grow: int = 0
+    """Extend the mask by so many pixels on all sides."""
+    shrink: int = 0
+    """Shrink the mask by so many pixels on all sides."""
+    mode: Literal["move", "deform", "region"] = DRAG_DEFAULTS.mode
+    """move: the thing moves as a whole.  deform: it stretches, each part as far as it belongs to the point.  region: it
+    is moved, turned and scaled as two or more points, or boxes or polygons, say."""
+    region_map: Literal["similarity", "affine"] = DRAG_DEFAULTS.region_map
+    """With `--mode region`: move, turn and scale as a whole (2 points); or shear and stretch too (3 points, boxes)."""
+    method: Literal["pixels", "latents"] = DRAG_DEFAULTS.method
+    """pixels: warp the picture and sample only what was uncovered.  latents: as AttentionDrag and FastDrag do."""
     prompt: str | None = None
     """What the picture shows; by default what the adapter has learned, or nothing."""
     adapter: Path | None = None
     """Adapter folder trained on this picture, if there is one."""
-    mask_threshold: float = 0.3
+    mask_threshold: float = DRAG_DEFAULTS.mask_threshold
     """Higher values, up to 1, move less of the picture."""
-    displacement: Literal["attention", "stretch"] = "attention"
+    displacement: Literal["attention", "stretch"] = DRAG_DEFAULTS.displacement
     """How far parts move in `deform`: by their attention, or by their distance as in FastDrag."""
-    fill: Literal["bnni", "attention", "attention_raw"] = "bnni"
-    """How the place it left is filled: from neighbours; by attention with corrected noise; or by attention alone."""
-    num_inference_steps: int = 50
+    fill: Literal["clone", "smooth", "bnni", "attention", "attention_raw"] | None = DRAG_DEFAULTS.fill
+    """What the place it left holds when sampling begins: the most similar part of the picture; the colours around it;
+    FastDrag's neighbours; attention with corrected noise, or as published (`latents` alone).  By default clone for
+    pixels, bnni for latents."""
+    clearance: float = DRAG_DEFAULTS.clearance
+    """Width in latent cells of the band around the thing's old place that is filled too, for edges and shadows."""
+    num_inference_steps: int = DRAG_DEFAULTS.steps
     """Denoising steps of the full schedule."""
-    strength: float = 0.7
-    """Fraction of the schedule that is inverted and sampled."""
-    seed: int = 42
-    """Seed of the noise of `--fill attention`."""
+    strength: float | None = DRAG_DEFAULTS.strength
+    """Fraction of the schedule that is sampled; by default 0.5 for pixels, 0.7 for latents."""
+    seed: int = DRAG_DEFAULTS.seed
+    """Seed of the noise."""
     resolution: int | None = None
     """Larger pictures are scaled down to about resolution² pixels; by default the base model's own."""
     paste: bool = False
-    """Copy the picture's own pixels to where nothing was to change."""
+    """With `--method latents`: copy the picture's own pixels to where nothing was to change; pixels always does."""
     output_dir: Path = Path("personalize-drag")
     """Folder for the pictures and drag.json."""

@@ -23,8 +23,11 @@ from personalize.adapters.lora import lora_disabled
 from personalize.adapters.text_encoder_lora import has_text
 from personalize.adapters.textual_inversion import installed_tokens
 from personalize.editing.defaults import text_to_image_guidance
-from personalize.editing.drag.drag import DEFAULTS, DragSettings
-from personalize.editing.drag.image import DragResult, drag_picture
+from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
+from personalize.editing.drag.config import DragSettings
+from personalize.editing.drag.image import DragResult, drag_picture, preview_picture
+from personalize.editing.drag.preview import DragPreview
+from personalize.editing.drag.reading import SourceCache
 from personalize.editing.real_image import EditResult, edit_photo
 from personalize.editing.real_image_settings import PHOTO_DEFAULTS, EditRequest, PhotoSettings
 from personalize.editing.search import Trial, ranked, search
@@ -50,6 +53,7 @@ class Editor:
 
     def __init__(self, model: StableDiffusion, adapter: Adapter | None = None) -> None:
         self.model, self.adapter = model, adapter
+        self._sources = SourceCache()  # the picture that was dragged last, encoded and read
         self._entered: ExitStack | None = None  # removes the adapter at the end of a `with` block
 
     def __enter__(self) -> Editor:
@@ -144,8 +148,9 @@ class Editor:
         return ranked(trials)
 
     def drag(
-        self, points: Sequence[Point], picture: Picture, *, mask: Picture | None = None, prompt: str | None = None,
-        settings: DragSettings = DEFAULTS, resolution: int | None = None, paste: bool = False,
+        self, points: Sequence[Any], picture: Picture, *, mask: Picture | None = None, prompt: str | None = None,
+        settings: DragSettings = DRAG_DEFAULTS, resolution: int | None = None, paste: bool = False,
+        add: Sequence[Point] = (), remove: Sequence[Point] = (),
     ) -> DragResult:  # fmt: skip
         """Drag the content at each handle point to its target point, with the adapter if there is one.
 
@@ -154,7 +159,23 @@ class Editor:
         with self._adapter_removed():
             return drag_picture(
                 self.model, picture, points, mask=mask, prompt=prompt, adapter=self.adapter, settings=settings,
-                resolution=resolution, paste=paste,
+                resolution=resolution, paste=paste, add=add, remove=remove, sources=self._sources,
+            )  # fmt: skip
+
+    def drag_preview(
+        self, points: Sequence[Any], picture: Picture, *, mask: Picture | None = None, prompt: str | None = None,
+        settings: DragSettings = DRAG_DEFAULTS, resolution: int | None = None, add: Sequence[Point] = (),
+        remove: Sequence[Point] = (),
+    ) -> DragPreview:  # fmt: skip
+        """Show what `drag` with the same arguments would move and fill, without sampling.
+
+        The first preview of a picture costs one prediction, which reads its attention; further ones, and the drag
+        itself, use what the editor has kept of it.
+        """
+        with self._adapter_removed():
+            return preview_picture(
+                self.model, picture, points, mask=mask, prompt=prompt, adapter=self.adapter, settings=settings,
+                resolution=resolution, add=add, remove=remove, sources=self._sources,
             )  # fmt: skip
 
     def align_prompt(self, prompt: str) -> str:

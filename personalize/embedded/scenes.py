@@ -203,12 +203,16 @@ def varied_scene(scene: Scene, seed: int) -> Scene:
     return replace(scene, objects=tuple(replace(thing, variation=random_variation(rng)) for thing in scene.objects))
 
 
-def render(scene: Scene, size: int = 128) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+def render(
+    scene: Scene, size: int = 128, background: np.ndarray | None = None
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Render `scene` as an RGB image (size, size, 3) uint8, with one boolean mask (size, size) per object.
 
     A mask is True at the pixels of which its object covers more than half and no object in front of it does.
+
+    background: RGB (size, size, 3) in [0, 1], in place of the scene's own.
     """
-    canvas = paint_background(scene.background, size).copy()  # (size, size, 3) float in [0, 1]
+    canvas = (paint_background(scene.background, size) if background is None else background).copy()
     masks: list[np.ndarray] = []
     for thing in scene.objects:
         colour, alpha = _render_object(thing, size)

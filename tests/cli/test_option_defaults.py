@@ -16,7 +16,7 @@ from personalize.cli.commands.edit_image import _settings as photo_settings
 from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
 from personalize.cli.parser import parse
 from personalize.editing import defaults
-from personalize.editing.drag.drag import DragSettings
+from personalize.editing.drag.config import DragSettings
 from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
 from personalize.editing.prompt_to_prompt.control import ControlSettings
@@ -46,7 +46,9 @@ SETTINGS: dict[type, dict[str, tuple[type, str]]] = {  # command's options: opti
         "null_text_checkpointing": (NullTextSettings, "gradient_checkpointing"),
     },
     DragConfig: {
-        "mode": (DragSettings, "mode"), "num_inference_steps": (DragSettings, "steps"),
+        "method": (DragSettings, "method"), "mode": (DragSettings, "mode"),
+        "region_map": (DragSettings, "region_map"), "clearance": (DragSettings, "clearance"),
+        "num_inference_steps": (DragSettings, "steps"),
         "strength": (DragSettings, "strength"), "displacement": (DragSettings, "displacement"),
         "fill": (DragSettings, "fill"), "mask_threshold": (DragSettings, "mask_threshold"),
         "seed": (DragSettings, "seed"),
@@ -68,7 +70,7 @@ BY_BASE: dict[type, dict[str, tuple[type, str]]] = {  # None on the command line
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")  # of EditConfig: empty or None means `EditStrengths`
 OTHERS = {  # options that fill no setting: what to work on, where to write, which of several things to do
     PhotoConfig: "photo source weight dpl report region uniform attention_maps trajectory adapter add output_dir",
-    DragConfig: "photo from_ to mask prompt adapter resolution paste output_dir",
+    DragConfig: "photo from_ to preview mask add remove grow shrink prompt adapter resolution paste output_dir",
     EditConfig: "adapter prompt negative_prompt add auto budget clip_model identity_model source_image seed seeds "
     "num_images height width output_dir",
 }

@@ -43,10 +43,16 @@ class QKVRecorder(AttentionHook):
         names: the sites.
         which: the projections, in this order: "qk", "kv", ….
         band: first and last timestep at which they are recorded.
+        shared: a recording of q and k by an earlier hook; where it has a site's k, that tensor is kept, and no second
+            copy, for these recordings are what a drag of latents needs most memory for.
     """
 
-    def __init__(self, names: Collection[str], which: str, band: tuple[float, float] = (0, float("inf"))) -> None:
+    def __init__(
+        self, names: Collection[str], which: str, band: tuple[float, float] = (0, float("inf")),
+        shared: Recording | None = None,
+    ) -> None:  # fmt: skip
         self.names, self.which, self.band = frozenset(names), which, band
+        self.shared = {} if shared is None else shared
         self.kept: Recording = {}
 
     def wants(self, site: AttentionSite) -> bool:
@@ -56,8 +62,9 @@ class QKVRecorder(AttentionHook):
         return self.band[0] <= site.step.timestep <= self.band[1]
 
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
-        parts = {"q": q, "k": k, "v": v}
-        self.kept[site.name, site.step.timestep] = tuple(parts[name].detach().cpu() for name in self.which)
+        parts, place = {"q": q, "k": k, "v": v}, (site.name, site.step.timestep)
+        there = {"k": self.shared[place][1]} if place in self.shared else {}
+        self.kept[place] = tuple(there[name] if name in there else parts[name].detach().cpu() for name in self.which)
         return q, k, v
 
 

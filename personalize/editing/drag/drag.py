@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -28,8 +27,10 @@ from personalize.editing.drag.attention import (
     QKVRecorder,
     self_attention_sites,
 )
+from personalize.editing.drag.config import DEFAULTS, DragSettings
 from personalize.editing.drag.fill import attention_fill, bnni_fill, raw_attention_fill
 from personalize.editing.drag.mask import Cell, dilated, masks_per_handle, ratio_mask
+from personalize.editing.drag.reading import read_sites
 from personalize.editing.drag.warp import (
     attention_ratio,
     backward_warp,
@@ -46,75 +47,6 @@ from personalize.sampling.denoise import DenoisingHistory, Edit, LatentEdit, den
 from personalize.sampling.schedule import Schedule, Step, make_schedule
 
 Point = tuple[float, float]  # (x, y) in latent cells; a `Cell`, in contrast, is (row, column)
-
-
-@dataclass(frozen=True)
-class DragSettings:
-    """All options of a drag; lengths are in latent cells.  Raises UserError for a value out of its range."""
-
-    mode: Literal["move", "deform"] = "move"
-    """`move`: all cells of the mask are displaced by the whole vector.  `deform`: each by a fraction, as published."""
-    steps: int = 50
-    """Denoising steps of a full schedule, from T to 0; `strength` of them are taken."""
-    strength: float = 0.7
-    """Fraction of the schedule that is inverted and sampled, in (0, 1]."""
-    displacement: Literal["attention", "stretch"] = "attention"
-    """The fraction in `deform`: the ratio of a cell's attention to the handle's, or FastDrag's stretch factor."""
-    mapping: Literal["forward", "backward"] = "forward"
-    """Find each cell's destination; or each destination's source, which leaves no holes in the moved region."""
-    weights: Literal["distance", "ratio", "winner"] = "distance"
-    """How the vectors of several handles are weighted: by 1 / distance, by ratio, or the nearest handle's alone."""
-    mask_threshold: float = 0.3
-    """τ in [0, 1]: cells whose attention ratio exceeds it move."""
-    mask_fewest: int = 9
-    """Least number of cells of an automatic mask; τ is lowered to reach it."""
-    mask_most: float = 0.4
-    """Largest fraction of the picture that an automatic mask may cover; τ is raised to keep it."""
-    user_mask: Literal["replace", "intersect"] = "replace"
-    """Use a given mask in place of the automatic one, or the intersection of both."""
-    map_places: tuple[str, ...] = ("up",)
-    """Parts of the UNet whose attention is read: "down", "mid", "up"."""
-    map_levels: tuple[int, ...] = (0, 1)
-    """Resolutions with self-attention that are read, 0 the finest (SD 1.x at 512 px: 0 is 64 × 64, 1 is 32 × 32)."""
-    map_timesteps: tuple[int, int] = (0, 500)
-    """First and last timestep, in 0…999, at which attention is read."""
-    window: int = 3
-    """Side of the square of cells around a handle whose attention is averaged; odd."""
-    fill: Literal["bnni", "attention", "attention_raw"] = "bnni"
-    """How empty cells are filled: FastDrag's BNNI, attention with corrected noise, or attention as published."""
-    top_k: int = 8
-    """Number of attention weights that `attention` keeps for each cell."""
-    fill_noise: Literal["white", "source"] = "white"
-    """Noise that `attention` adds: drawn anew, or that of the cell with the largest weight."""
-    kv: Literal["replace", "concat", "off"] = "replace"
-    """Use the inversion's keys and values in the decoder's self-attention: alone, besides sampling's own, or not."""
-    kv_start: int = 0
-    """Index of the first sampling step that uses them."""
-    kv_levels: tuple[int, ...] | None = None
-    """Resolutions at which they are used, 0 the finest; by default all."""
-    protect: bool = True
-    """Use the inversion's latents outside the changed region."""
-    margin: int = 2
-    """Number of cells by which that region extends beyond the cells that were moved or filled."""
-    seed: int = 42
-    """Seed of the noise that `attention` draws."""
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value, known = getattr(self, name), get_args(hint)
-            if isinstance(value, str) and value not in known:
-                raise UserError(f"{name} is {value!r}: choose one of {', '.join(known)}")
-        limits = {
-            "strength": 0 < self.strength <= 1, "mask_threshold": 0 <= self.mask_threshold <= 1,
-            "mask_most": 0 < self.mask_most <= 1, "mask_fewest": self.mask_fewest >= 1, "top_k": self.top_k >= 1,
-            "window": self.window % 2 == 1 and self.window > 0, "margin": self.margin >= 0, "steps": self.steps >= 1,
-        }  # fmt: skip
-        for name, within in limits.items():
-            if not within:
-                raise UserError(f"{name} is {getattr(self, name)}, which is out of its range: see DragSettings")
-
-
-DEFAULTS = DragSettings()
 
 
 @dataclass(frozen=True)
@@ -168,7 +100,7 @@ def drag(
     cells = [(int(y), int(x)) for x, y in handles]
     vectors = torch.tensor([[ty - y, tx - x] for (x, y), (tx, ty) in zip(handles, targets, strict=True)])
     queries_keys, keys_values, edit = _recorders(model, size, conditioning, settings)
-    upward = make_schedule(model, settings.steps, strength=settings.strength, inverse=True)
+    upward = make_schedule(model, settings.steps, strength=settings.sampled_share, inverse=True)
     _check_steps(upward, settings)
     inversion = denoise_with_history(model, latents, edit, upward)
     began = time.perf_counter()
@@ -188,7 +120,7 @@ def drag(
         hooks += (KeyValueInjection(keys_values.kept, settings.kv, settings.kv_start),)
     edits = (ProtectedBackground(region, inversion),) if settings.protect else ()
     seconds = time.perf_counter() - began
-    downward = make_schedule(model, settings.steps, strength=settings.strength)
+    downward = make_schedule(model, settings.steps, strength=settings.sampled_share)
     result = denoise(model, start, Edit(conditioning, guidance_scale=1, hooks=hooks, latent_edits=edits), downward)
     arrived = tuple(tracker.cells(region))
     return LatentDrag(result, masks.any(0), region, source < 0, source, ratios, thresholds, arrived, seconds)
@@ -227,10 +159,10 @@ def filled_latents(
     omega = ~mask if settings.mode == "move" else ~void
     if bool(void.any()) and not bool(omega.any()):
         raise UserError("the mask covers the whole picture, so that nothing is left to fill from: give a smaller mask")
-    if settings.fill == "bnni":
+    if settings.first_fill == "bnni":
         return bnni_fill(result, void)
     cells = void.nonzero()
-    if settings.fill == "attention_raw":
+    if settings.first_fill == "attention_raw":
         contents = raw_attention_fill(z, cells, omega, attention.rows)
     else:
         draw = torch.randn(z.shape, generator=generator(settings.seed, "drag/fill"))
@@ -254,20 +186,14 @@ def _recorders(
     model: StableDiffusion, size: tuple[int, int], conditioning: Conditioning, settings: DragSettings
 ) -> tuple[QKVRecorder, QKVRecorder | None, Edit]:
     """Recorders of q and k, for attention, and of k and v, for sampling (None if not used), and the edit with them."""
-    sites = attention_sites(model.unet, size)
-    read = self_attention_sites(sites, settings.map_places, settings.map_levels)
-    if not read:
-        raise UserError(
-            f"no self-attention at places {settings.map_places}, levels {settings.map_levels} of this base: "
-            "places are down, mid and up, level 0 is the finest that has any"
-        )
+    read = read_sites(model, size, settings)
     queries_keys = QKVRecorder([site.name for site in read], "qk", settings.map_timesteps)
     if settings.kv == "off":
         return queries_keys, None, Edit(conditioning, guidance_scale=1, hooks=(queries_keys,))
-    decoder = self_attention_sites(sites, ("up",), settings.kv_levels)
+    decoder = self_attention_sites(attention_sites(model.unet, size), ("up",), settings.kv_levels)
     if not decoder:
         raise UserError(f"the decoder has no self-attention at levels {settings.kv_levels}: 0 is the finest")
-    keys_values = QKVRecorder([site.name for site in decoder], "kv")
+    keys_values = QKVRecorder([site.name for site in decoder], "kv", shared=queries_keys.kept)
     return queries_keys, keys_values, Edit(conditioning, guidance_scale=1, hooks=(queries_keys, keys_values))
 
 

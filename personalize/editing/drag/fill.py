@@ -51,6 +51,12 @@ def attention_fill(z: Tensor, clean: Tensor, alpha: float, cells: Tensor, omega:
     return alpha**0.5 * means + (1 - alpha) ** 0.5 * drawn
 
 
+def attention_means(clean: Tensor, cells: Tensor, omega: Tensor, rows: Rows, top: int) -> Tensor:
+    """The means (c, m) of equation (2), Σ_q Ā[u, q] x̂0[q], for the `cells` u (m, 2) of clean latents (1, c, h, w)."""
+    weights, index = (torch.cat(parts) for parts in zip(*_largest_weights(cells, omega, rows, top), strict=True))
+    return (clean[0].flatten(1)[:, index.to(clean.device)] * weights.to(clean)).sum(-1)
+
+
 def raw_attention_fill(z: Tensor, cells: Tensor, omega: Tensor, rows: Rows) -> Tensor:
     """Contents (c, m) of the empty `cells` (m, 2) by equation (1), exactly as published; it has too little noise."""
     if len(cells) == 0:

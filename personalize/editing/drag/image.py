@@ -1,4 +1,4 @@
-"""Drag points of pictures of any size: from pixels to latent cells, through `editing.drag.drag`, and back.
+"""Dragging points of pictures of any size, by warping pixels or latents.
 
 Points are (x, y) in pixels of the picture as given, in the order handle, target, handle, target, ….
 """
@@ -9,34 +9,41 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import applied
-from personalize.editing.drag.drag import DEFAULTS, DragSettings, LatentDrag, drag, rounded_length
-from personalize.editing.vector_projection import edit_conditioning
+from personalize.editing.drag.config import DEFAULTS, DragSettings
+from personalize.editing.drag.drag import LatentDrag, drag, rounded_length
+from personalize.editing.drag.inpaint import fill_void
+from personalize.editing.drag.mask import dilated
+from personalize.editing.drag.overlay import overlay
+from personalize.editing.drag.points import handles_and_targets, middle
+from personalize.editing.drag.preview import DragPreview, composed, preview_drag
+from personalize.editing.drag.reading import DragSource, SourceCache, conditioning
 from personalize.errors import UserError
 from personalize.io.figures import pasted
 from personalize.models.image_processor import PaddedImage, Picture, Point, as_image
-from personalize.models.stable_diffusion import Conditioning, StableDiffusion
-
-_MASK, _HANDLE, _TARGET = (255, 214, 10), (230, 57, 70), (29, 120, 240)
+from personalize.models.stable_diffusion import StableDiffusion
 
 
 @dataclass(frozen=True)
 class DragResult:
     """The result of `drag_picture`; all its pictures have the size of the source.
 
-    mask: white where cells were moved.
+    mask: white where something was moved.
     overlay: the source with the mask, the handles (red), the targets (blue) and the places where they arrived (rings).
-    arrived: where each handle was found in the result, (x, y) in pixels, to the nearest latent cell.
+    arrived: where each handle is in the result, (x, y) in pixels: by the warp, or with the method `latents` as found in
+        the sampled picture, to the nearest latent cell.
     missed: distance of each from its target, in pixels.
-    seconds: duration of everything; edit_seconds: of the warp alone.
+    seconds: duration of everything; edit_seconds: of the mask and the warp alone.
     notes: sentences about what the user may not expect.
-    drag: the same drag on the latent grid.
+    preview: the drag before its void was filled; None with the method `latents`.
+    drag: the drag on the latent grid; None with the method `pixels`.
     """
 
     image: Image.Image
@@ -47,42 +54,132 @@ class DragResult:
     seconds: float
     edit_seconds: float
     notes: tuple[str, ...]
-    drag: LatentDrag
+    preview: DragPreview | None = None
+    drag: LatentDrag | None = None
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """τ of each handle's automatic mask; empty if the user's mask was used alone."""
+        if self.drag is not None:
+            return self.drag.thresholds
+        return () if self.preview is None else tuple(found.threshold for found in self.preview.drag.objects)
 
 
 def drag_picture(
-    model: StableDiffusion,
-    picture: Picture,
-    points: Sequence[Point],
-    *,
-    mask: Picture | None = None,
-    prompt: str | None = None,
-    adapter: Adapter | None = None,
-    settings: DragSettings = DEFAULTS,
-    resolution: int | None = None,
-    paste: bool = False,
-) -> DragResult:
+    model: StableDiffusion, picture: Picture, points: Sequence[Any], *, mask: Picture | None = None,
+    prompt: str | None = None, adapter: Adapter | None = None, settings: DragSettings = DEFAULTS,
+    resolution: int | None = None, paste: bool = False, add: Sequence[Point] = (), remove: Sequence[Point] = (),
+    sources: SourceCache | None = None,
+) -> DragResult:  # fmt: skip
     """Move what is at each handle of `points` to its target.
 
     Args:
-        points: handles and targets alternating, (x, y) in pixels.
+        points: handles and targets alternating, (x, y) in pixels; in the mode `region` also boxes (left, top, right,
+            bottom) and polygons ((x, y), (x, y), (x, y), …).
         mask: white where things may move; by default it is computed from the attention of the handles.
         prompt: what the picture shows; by default the adapter's learned source embedding or caption, or nothing.
         resolution: larger pictures are scaled down to about resolution² pixels; by default the base model's own.
-        paste: copy the source's pixels to where nothing was to change, which the autoencoder would blur.
+        paste: with the method `latents`: copy the source's pixels to where nothing was to change, which the autoencoder
+            would blur. The method `pixels` always does.
+        add, remove: points on further parts of the object, and on things that do not belong to it.
+        sources: keeps the prepared picture for the next drag of it.
 
     Raises:
-        UserError: there are no points, a handle has no target, a point is outside the picture; or see `drag`.
+        UserError: there are no points, a handle has no target, a point is outside the picture; a handle lies on the
+            background, the mask is empty or covers everything; or see `drag`.
     """
     began = time.perf_counter()
-    picture = as_image(picture)
-    handles, targets = handles_and_targets(points, picture.size)
+    if settings.method == "latents":
+        if add or remove:
+            raise UserError("points to add to the mask or remove from it need the method pixels")
+        return _drag_latents(
+            model, as_image(picture), points, mask, prompt, adapter, settings, resolution, paste, began
+        )
+    source = _source(model, picture, points, prompt, adapter, settings, resolution, sources)
+    preview = preview_drag(source, points, settings, mask=mask, add=add, remove=remove)
+    drawn = preview.warped
+    if bool(preview.drag.void.any()):
+        with applied(model, adapter):
+            drawn = _filled(model, source, preview, settings)
+    _, targets = handles_and_targets(points, drawn.size, regions=settings.mode == "region")
+    missed = tuple(math.dist(at, middle(shape)) for at, shape in zip(preview.arrived, targets, strict=True))
+    return DragResult(
+        drawn, preview.mask, preview.overlay, preview.arrived, missed, time.perf_counter() - began, preview.seconds,
+        preview_notes(source, preview), preview,
+    )  # fmt: skip
+
+
+def preview_picture(
+    model: StableDiffusion, picture: Picture, points: Sequence[Any], *, mask: Picture | None = None,
+    prompt: str | None = None, adapter: Adapter | None = None, settings: DragSettings = DEFAULTS,
+    resolution: int | None = None, add: Sequence[Point] = (), remove: Sequence[Point] = (),
+    sources: SourceCache | None = None,
+) -> DragPreview:  # fmt: skip
+    """What `drag_picture` with the same arguments would move and fill, without sampling."""
+    if settings.method == "latents":
+        raise UserError("a drag of latents has no preview: leave the method at pixels")
+    source = _source(model, picture, points, prompt, adapter, settings, resolution, sources)
+    return preview_drag(source, points, settings, mask=mask, add=add, remove=remove)
+
+
+def _source(
+    model: StableDiffusion, picture: Picture, points: Sequence[Any], prompt: str | None, adapter: Adapter | None,
+    settings: DragSettings, resolution: int | None, sources: SourceCache | None,
+) -> DragSource:  # fmt: skip
+    """The prepared picture; the points are checked before anything is computed."""
+    image = as_image(picture)
+    handles_and_targets(points, image.size, regions=settings.mode == "region")
+    return (sources or SourceCache()).get(model, image, prompt, adapter, resolution, settings)
+
+
+def _filled(model: StableDiffusion, source: DragSource, preview: DragPreview, settings: DragSettings) -> Image.Image:
+    """The previewed picture with its void filled by sampling; the border of the void is blended over a few pixels."""
+    drag = preview.drag
+    reach = round(settings.clearance * source.frame.factor)
+    objects = dilated(drag.mask, reach) | drag.covered
+    filled = fill_void(model, drag.pixels, drag.void, objects, source.attention, settings)
+    weight = soft_mask(drag.void, drag.covered, max(1, reach // 2))
+    return composed(source.frame, drag.pixels * (1 - weight) + filled * weight, drag)
+
+
+def soft_mask(void: Tensor, covered: Tensor, reach: int) -> Tensor:
+    """The weight (H, W) in [0, 1] of the filling: 0 outside `void`, rising to 1 over `reach` pixels from its border.
+
+    Towards `covered`, the object's new place, it does not fade: there the smooth filling must not show.
+    """
+    inside = (void | covered)[None, None].float()
+    side = 2 * reach + 1
+    share = avg_pool2d(inside, side, 1, reach, count_include_pad=False)[0, 0]
+    return (2 * share - 1).clamp(0, 1) * void
+
+
+def preview_notes(source: DragSource, preview: DragPreview) -> tuple[str, ...]:
+    """What the user may not expect of a drag in pixels."""
+    sentences, drag = [], preview.drag
+    for number, found in enumerate(drag.objects, 1):
+        if int(found.cells.sum()) < 4:
+            sentences.append(f"the object under handle {number} is only {int(found.cells.sum())} latent cells large")
+    if not bool(drag.void.any()):
+        sentences.append("nothing is uncovered, so nothing was sampled")
+    height, width = source.frame.size
+    if int(drag.covered[:height, :width].sum()) < 0.5 * int(drag.mask.sum()):
+        sentences.append("more than half of what moves leaves the picture")
+    return tuple(sentences)
+
+
+def _drag_latents(
+    model: StableDiffusion, picture: Image.Image, points: Sequence[Any], mask: Picture | None, prompt: str | None,
+    adapter: Adapter | None, settings: DragSettings, resolution: int | None, paste: bool, began: float,
+) -> DragResult:  # fmt: skip
+    """`drag_picture` with the method `latents`."""
+    shapes, goals = handles_and_targets(points, picture.size)
+    handles, targets = [shape[0] for shape in shapes], [shape[0] for shape in goals]
     frame = PaddedImage.of(model, picture, resolution)
     allowed = None if mask is None else frame.mask_to_cells(as_image(mask))
     starts, ends = [frame.to_cells(point) for point in handles], [frame.to_cells(point) for point in targets]
     with applied(model, adapter):
-        source = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
-        result = drag(model, model.encode(frame.pixels), source, starts, ends, settings, allowed, frame.visible)
+        told = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
+        result = drag(model, model.encode(frame.pixels), told, starts, ends, settings, allowed, frame.visible)
     image = frame.to_picture(model.decode(result.latents))
     if paste:
         image = pasted(image, frame.picture, frame.mask_to_picture(result.region), frame.factor)
@@ -92,37 +189,7 @@ def drag_picture(
     marked = overlay(frame.picture, moved, handles, targets, arrived)
     sentences = notes(frame, result, starts, ends, settings, allowed)
     seconds = time.perf_counter() - began
-    return DragResult(image, moved, marked, arrived, missed, seconds, result.edit_seconds, sentences, result)
-
-
-def handles_and_targets(points: Sequence[Point], size: tuple[int, int]) -> tuple[list[Point], list[Point]]:
-    """The handles and the targets of `points`.  UserError unless all are within a picture of `size` (W, H)."""
-    if not len(points):
-        raise UserError("there are no points: give a handle and a target, each as x,y in pixels")
-    if len(points) % 2:
-        raise UserError(f"{len(points)} points: every handle needs a target, so give an even number")
-    width, height = size
-    for index, (x, y) in enumerate(points):
-        if not (0 <= x < width and 0 <= y < height):
-            raise UserError(
-                f"{('handle', 'target')[index % 2]} {x:g},{y:g} is outside the picture: it is {width}×{height} px, "
-                f"so x is 0 to {width - 1} and y 0 to {height - 1}"
-            )
-    return list(points[::2]), list(points[1::2])
-
-
-@torch.no_grad()
-def conditioning(
-    model: StableDiffusion, adapter: Adapter | None, prompt: str | None, size: tuple[int, int]
-) -> Conditioning:
-    """The conditioning of a drag: of `prompt`, else the adapter's source embedding or caption, else the empty prompt.
-
-    Call it inside `applied(model, adapter)`, so that the text encoders have the adapter's LoRA and learned tokens.
-    """
-    caption = "" if adapter is None else str(adapter.info.get("caption", ""))
-    prompted = model.prompts([caption if prompt is None else prompt], size)
-    learned = adapter.source if adapter is not None and prompt is None else None
-    return edit_conditioning(model, learned, prompted, alpha=1.0, beta=0.0)
+    return DragResult(image, moved, marked, arrived, missed, seconds, result.edit_seconds, sentences, None, result)
 
 
 def arrival_points(result: LatentDrag, handles: Sequence[Point]) -> list[Point]:
@@ -154,23 +221,3 @@ def notes(
     if not result.mask.any():
         sentences.append("the mask contains no cell")
     return tuple(sentences)
-
-
-def overlay(
-    picture: Image.Image,
-    mask: Image.Image,
-    handles: Sequence[Point],
-    targets: Sequence[Point],
-    arrived: Sequence[Point],
-) -> Image.Image:
-    """`picture` with `mask` in yellow, lines from handles (red) to targets (blue), and rings where handles arrived."""
-    tint = Image.composite(Image.new("RGB", picture.size, _MASK), picture, mask)
-    marked = Image.blend(picture, tint, 0.45)
-    pen, dot = ImageDraw.Draw(marked), max(2, max(picture.size) // 64)
-    for handle, target, arrival in zip(handles, targets, arrived, strict=True):
-        pen.line([handle, target], (255, 255, 255), max(1, dot // 2))
-        for (x, y), colour in ((handle, _HANDLE), (target, _TARGET)):
-            pen.ellipse((x - dot, y - dot, x + dot, y + dot), colour, (255, 255, 255))
-        x, y = arrival
-        pen.ellipse((x - 2 * dot, y - 2 * dot, x + 2 * dot, y + 2 * dot), None, (20, 20, 24), max(1, dot // 2))
-    return marked

@@ -74,7 +74,9 @@ def masks_per_handle(mask: Tensor, handles: Sequence[Cell]) -> Tensor:
 
 def dilated(mask: Tensor, cells: int = 1) -> Tensor:
     """`mask` and all cells at most `cells` away from it, along rows, columns and diagonals."""
-    return max_pool2d(mask[None, None].float(), 2 * cells + 1, 1, cells)[0, 0] > 0
+    side = 2 * cells + 1
+    rows = max_pool2d(mask[None, None].float(), (side, 1), 1, (cells, 0))
+    return max_pool2d(rows, (1, side), 1, (0, cells))[0, 0] > 0
 
 
 def closed(mask: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ Each finished cell is one JSON line; calibration.md, drag.md and figures.json ar
 from __future__ import annotations
 
 import json
-import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from personalize.editing.drag.drag import DragSettings
+from personalize.editing.drag.config import DEFAULTS, DragSettings
 from personalize.editing.drag.image import drag_picture
 from personalize.embedded.scenes import random_scene, render
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.sampling.denoise import Edit, denoise
 from personalize.sampling.schedule import make_schedule
-from tests.bench.attention_auc import coverage
 from tests.bench.cells import Cells
-from tests.bench.contract import BASE, DO_NOTHING, Task, psnr, structure_distance
+from tests.bench.contract import BASE, DO_NOTHING, Task, iou, psnr, structure_distance
 from tests.bench.drag.calibration import best_reader, calibration_row, default_ious, table
 from tests.bench.drag.figures import ABLATED, DISTANCES, PASTE, ablations, figures
 from tests.bench.drag.measures import (
@@ -40,9 +38,11 @@ from tests.bench.drag.measures import (
     find_shift,
     ghost,
     handle_point,
+    mean_ratio,
     paste_object,
     seam,
 )
+from tests.bench.drag.textures import KNOWN, UNKNOWN, paint_texture
 from tests.bench.figure_tables import average
 from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import as_bytes, as_pixels
@@ -51,19 +51,23 @@ from tests.bench.world import weights_of, world_of
 # each arm differs from `move` in one setting; "mask" and "paste" are arguments of the bench, no settings
 ARMS: dict[str, dict[str, Any]] = {
     "move": {},
+    "move, coarse mask": {"refine": False},
+    "move, smooth fill": {"fill": "smooth"},
+    "move, no pinning": {"protect": False},
     "move, true mask": {"mask": "true"},
+    "move, attention fill": {"fill": "attention"},
+    "move, all keys": {"fill_keys": "all"},
+    "move, 50 steps": {"steps": 50},
     "deform": {"mode": "deform"},
     "deform, stretch": {"mode": "deform", "displacement": "stretch"},
-    "move, backward": {"mapping": "backward"},
-    "move, raw fill": {"fill": "attention_raw"},
-    "move, repaired fill": {"fill": "attention"},
-    "move, source noise": {"fill": "attention", "fill_noise": "source"},
-    "move, no kv": {"kv": "off"},
-    "move, no protection": {"protect": False},
-    "move, pasted": {"paste": True},
+    "latents": {"method": "latents"},
+    "latents, raw fill": {"method": "latents", "fill": "attention_raw"},
+    "latents, no kv": {"method": "latents", "kv": "off"},
+    "latents, no protection": {"method": "latents", "protect": False},
 }
 WITH_DISTANCES = ("move", "deform")
 TWIN = "twin"
+REPLAYED = 0.7  # share of the schedule that the control `base` inverts and samples, as the method `latents` does
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,12 @@ class DragBench:
     """Arms to run; all when empty."""
     true_mask: bool = False
     """Give every arm the true mask, for models where calibration finds no layer that segments objects."""
-    steps: int = 50
+    textured: bool = False
+    """Scenes before textured backgrounds, four that the model knows and five that it does not, in turn."""
+    steps: int = DEFAULTS.steps
     """Steps of the whole schedule."""
-    strength: float = 0.7
-    """Share of the schedule that is inverted and sampled."""
+    strength: float | None = None
+    """Share of the schedule that is sampled; by default what the method has."""
     output_dir: Path = Path("runs/bench/drag")
     """Where results go; finished cells found there are not measured again."""
 
@@ -95,13 +101,21 @@ class Bench:
         self.options, self.model = options, model or StableDiffusion.load(options.model)
         self.settings = DragSettings(steps=options.steps, strength=options.strength)
         self.world = world_of(options.model)
-        settings = {"true_mask": options.true_mask, "settings": asdict(self.settings)}
+        settings = {"true_mask": options.true_mask, "settings": asdict(self.settings), "textured": options.textured}
         stamp = {"weights": weights_of(self.model), **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def task(self, seed: int, cells: int, *, twin: bool = False) -> Task:
-        scene = random_scene(seed, split="bench/drag", objects=1, **self.world)
+        split = "bench/drag/textured" if self.options.textured else "bench/drag"
+        scene = random_scene(seed, split=split, objects=1, **self.world)
+        if self.options.textured:
+            scene = scene.with_background((KNOWN + ("gray",) * len(UNKNOWN))[seed % (len(KNOWN) + len(UNKNOWN))])
         return drag_task(scene, seed, cells * self.model.factor / self.model.resolution, twin=twin)
+
+    def ground(self, seed: int) -> np.ndarray | None:
+        """The background of scene number `seed`, if it is none of the embedded model's own."""
+        number = seed % (len(KNOWN) + len(UNKNOWN)) - len(KNOWN)
+        return paint_texture(UNKNOWN[number], self.model.resolution) if self.options.textured and number >= 0 else None
 
     def calibration(self) -> list[dict[str, Any]]:
         rows = []
@@ -131,12 +145,13 @@ class Bench:
     def row(self, arm: str, cells: int, twin: bool, seed: int) -> dict[str, Any]:
         """The measures of one drag by `arm`, against the truth; lengths in pixels."""
         task, size, cell = self.task(seed, cells, twin=twin), self.model.resolution, self.model.factor
-        (before, masks), (truth, ends) = render(task.before, size), render(task.after, size)
+        ground = self.ground(seed)
+        (before, masks), (truth, ends) = render(task.before, size, ground), render(task.after, size, ground)
         vector = find_shift(truth, before, masks[0])  # sprites are placed on whole pixels
         handle = handle_point(masks[0])
         target = tuple(min(size - 1.0, max(0.0, at + by)) for at, by in zip(handle, vector, strict=True))
         picture, facts = self.dragged(arm, task, before, masks[0], vector, handle, target)
-        background = background_only(task.before, size)
+        background = background_only(task.before, size, ground)
         went = find_shift(picture, before, masks[0])
         marker = find_shift(picture, before, disc(masks[0].shape, handle, 2 * cell) & masks[0])
         far = away_from([masks[0], ends[0]], cell)
@@ -164,15 +179,15 @@ class Bench:
             return self.replayed(task, before), {}
         changes = dict(ARMS[arm])
         paste, true_mask = changes.pop("paste", False), changes.pop("mask", "") == "true" or self.options.true_mask
-        settings = DragSettings(**asdict(self.settings) | changes)
+        settings = replace(self.settings, **changes)
         result = drag_picture(
             self.model, Image.fromarray(before), [handle, target], prompt=task.source_prompt, settings=settings,
             mask=Image.fromarray(mask.astype(np.uint8) * 255) if true_mask else None, paste=paste,
         )  # fmt: skip
-        within = torch.from_numpy(coverage(mask, *result.drag.mask.shape) > 0.5)
-        mean = float(result.drag.ratios[0].clamp(0, 1)[within].mean()) if bool(within.any()) else math.nan
         facts = {"seconds": result.seconds, "edit_seconds": result.edit_seconds, "arrived": result.arrived[0],
-                 "missed": result.missed[0], "mean_ratio": mean, "notes": len(result.notes)}  # fmt: skip
+                 "missed": result.missed[0], "mean_ratio": mean_ratio(result, mask), "notes": len(result.notes)}  # fmt: skip
+        found = np.asarray(result.mask) > 0
+        facts |= {"recall": float((found & mask).sum() / mask.sum()), "iou": iou(found, mask)}
         return np.asarray(result.image), facts
 
     @torch.no_grad()
@@ -182,7 +197,7 @@ class Bench:
         edit = Edit(self.model.prompts([task.source_prompt], size), guidance_scale=1)
         latents = self.model.encode(as_pixels(before[None]))
         for inverse in (True, False):
-            plan = make_schedule(self.model, self.options.steps, strength=self.options.strength, inverse=inverse)
+            plan = make_schedule(self.model, self.options.steps, strength=REPLAYED, inverse=inverse)
             latents = denoise(self.model, latents, edit, plan)
         return as_bytes(self.model.decode(latents).cpu())[0]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from personalize.editing.drag.attention import AttentionRows, QKVRecorder, self_attention_sites
-from personalize.editing.drag.drag import DragSettings
+from personalize.editing.drag.config import STRENGTHS, DragSettings
 from personalize.editing.drag.mask import ratio_mask
 from personalize.editing.drag.warp import attention_ratio
 from personalize.embedded.scenes import render
@@ -46,7 +46,7 @@ def calibration_row(model: StableDiffusion, task: Task, settings: DragSettings) 
     sites = {name: site for name, site in attention_sites(model.unet, grid).items() if not site.cross}
     reading = QKVRecorder(list(sites), "qk")
     edit = Edit(model.prompts([task.source_prompt], (size, size)), guidance_scale=1, hooks=(reading,))
-    plan = make_schedule(model, settings.steps, strength=settings.strength, inverse=True)
+    plan = make_schedule(model, settings.steps, strength=STRENGTHS["latents"], inverse=True)
     denoise(model, model.encode(as_pixels(picture[None])), edit, plan)
     x, y = handle_point(masks[0])
     cell, truth = (int(y) // factor, int(x) // factor), coverage(masks[0], *grid) > 0.5

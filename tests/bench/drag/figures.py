@@ -40,6 +40,9 @@ def figures(rows: Sequence[dict[str, Any]], cell: int) -> dict[str, Any]:
     usual, base = groups.get(("move", ABLATED, False), {}), groups.get((BASE, ABLATED, False), {})
     paste = groups.get((PASTE, ABLATED, False), {})
     put("D12 background below the replay's", average(_paired(base, usual, "background_db"), "dB"), "≤ 0.5 dB")
+    put("D13 ghost", average([row["ghost"] for row in usual.values()], ""), "≤ 0.08")
+    for name, wanted in (("recall", "≥ 0.97"), ("iou", "≥ 0.8")):
+        put(f"mask {name}", average([row[name] for row in usual.values() if name in row], ""), wanted)
     put("D13 ghost of at most 15 %", proportion([row["ghost"] <= 0.15 for row in usual.values()]), "high")
     twins = groups.get(("move", ABLATED, True), {}).values()
     put("D14 twin stays within a cell", proportion([_length(row["twin_went"]) <= cell for row in twins]), "≥ 90 %")

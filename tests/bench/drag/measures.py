@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
+from personalize.editing.drag.image import DragResult
 from personalize.embedded.scenes import Scene, SceneObject, render
+from tests.bench.attention_auc import coverage
 from tests.bench.contract import Task, psnr
 
 Shift = tuple[float, float]
@@ -118,9 +121,21 @@ def paste_object(before: np.ndarray, mask: np.ndarray, shift: Shift) -> np.ndarr
     return copy
 
 
-def background_only(scene: Scene, size: int) -> np.ndarray:
-    """The scene rendered without its objects."""
-    return render(Scene(scene.background, ()), size)[0]
+def background_only(scene: Scene, size: int, background: np.ndarray | None = None) -> np.ndarray:
+    """The scene rendered without its objects, on `background` if one is given."""
+    return render(Scene(scene.background, ()), size, background)[0]
+
+
+def mean_ratio(result: DragResult, mask: np.ndarray) -> float:
+    """The mean attention ratio, clamped to [0, 1], of the cells of which the true `mask` covers more than half."""
+    if result.drag is not None:
+        ratio = result.drag.ratios[0]
+    elif result.preview is not None and result.preview.drag.objects:
+        ratio = result.preview.drag.objects[0].ratio
+    else:
+        return math.nan
+    within = torch.from_numpy(coverage(mask, *ratio.shape) > 0.5)
+    return float(ratio.clamp(0, 1)[within].mean()) if bool(within.any()) else math.nan
 
 
 def _differs(picture: np.ndarray, background: np.ndarray) -> np.ndarray:

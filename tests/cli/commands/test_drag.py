@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from personalize.cli.commands.drag import interleaved_points
+from personalize.cli.commands.drag import drag_settings, interleaved_points
 from personalize.cli.edit_options import DragConfig
 from personalize.cli.main import main
 from personalize.cli.parser import parse
@@ -44,7 +44,8 @@ def test_the_command_writes_the_pictures_and_says_where_the_points_arrived(place
 
 
 def test_an_adapter_brings_its_base(places, capsys):
-    assert run(places, "--from", "20,24", "--to", "36,28", "--adapter", str(places[1])) == 0
+    words = ["--from", "20,24", "--to", "36,28", "--adapter", str(places[1]), "--method", "latents"]
+    assert run(places, *words) == 0  # random attention tells nothing from the background, which pixels would refuse
     assert json.loads((places[2] / "out" / "drag.json").read_text())["mask_thresholds"]
 
 
@@ -73,6 +74,36 @@ def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
     assert run(places, *words) == 2
     line = capsys.readouterr().err.strip()
     assert message in line and "\n" not in line and line.startswith("personalize: ")
+
+
+def test_a_preview_writes_mask_warp_and_void_and_says_how_much_moves(places, capsys):
+    words = ["--from", "20,24", "--to", "36,28", "--mask", str(places[2] / "mask.png"), "--preview"]
+    assert run(places, *words) == 0
+    out = places[2] / "out"
+    assert {"mask.png", "warped.png", "void.png", "overlay.png", "preview.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    facts = json.loads((out / "preview.json").read_text())
+    assert facts["share"] == pytest.approx(24 * 24 / 64**2, abs=1e-4) and facts["arrived"] == [[36, 28]]
+    assert "moves 14.1% of the picture" in capsys.readouterr().out
+
+
+def test_regions_are_boxes_and_polygons(places):
+    words = ["--from", "8,8,24,24", "--to", "32,24,64,40", "--mode", "region", "--region_map", "affine", "--preview"]
+    assert run(places, *words) == 0
+    assert interleaved_points(("1,2,3,4,5,6",), ("2,2,4,4,6,6",)) == [
+        ((1, 2), (3, 4), (5, 6)),
+        ((2, 2), (4, 4), (6, 6)),
+    ]
+
+
+def test_options_of_the_mask_reach_the_settings():
+    line = ["a.png", "--from", "1,2", "--to", "3,4"]
+    assert drag_settings(parse(DragConfig, [*line, "--shrink", "2"], prog="x")).grow == -2
+    with pytest.raises(UserError, match="undo one another"):
+        drag_settings(parse(DragConfig, [*line, "--shrink", "2", "--grow", "1"], prog="x"))
+    with pytest.raises(UserError, match="--grow is -1"):
+        drag_settings(parse(DragConfig, [*line, "--grow=-1"], prog="x"))
 
 
 def test_points_are_paired_in_their_order():

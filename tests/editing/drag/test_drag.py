@@ -11,7 +11,8 @@ import torch
 
 from personalize.editing.drag import drag as room
 from personalize.editing.drag.attention import KeyValueInjection, QKVRecorder, self_attention_sites
-from personalize.editing.drag.drag import DragSettings, drag
+from personalize.editing.drag.config import DragSettings
+from personalize.editing.drag.drag import drag
 from personalize.editing.drag.mask import dilated
 from personalize.errors import UserError
 from personalize.models.attention import attention_sites
@@ -19,7 +20,7 @@ from personalize.sampling.denoise import Edit, denoise, denoise_with_history
 from personalize.sampling.schedule import make_schedule
 from tests.support.tiny import NAMES, tiny, tiny_sd1
 
-SETTINGS = DragSettings(steps=3, strength=0.7)  # two steps up, two down
+SETTINGS = DragSettings(method="latents", steps=3, strength=0.7)  # two steps up, two down
 SIZE = (16, 16)
 HANDLE, TARGET = (5.5, 6.5), (9.5, 7.5)  # four cells right, one down
 
@@ -88,8 +89,8 @@ def test_attentiondrag_d7_buffers_are_released_and_processors_restored(monkeypat
     before = dict(model.unet.attn_processors)
 
     class Watched(QKVRecorder):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
             alive.append(weakref.ref(self))
 
     class Counted(KeyValueInjection):
@@ -224,7 +225,7 @@ def test_the_fill_splits_noise_from_picture_as_inversion_joined_them():
     ("change", "message"),
     [
         ({"mode": "shift"}, "mode is 'shift': choose one of move, deform"),
-        ({"fill": "zeros"}, "choose one of bnni, attention, attention_raw"),
+        ({"fill": "zeros"}, "choose one of clone, smooth, bnni, attention, attention_raw"),
         ({"strength": 0.0}, "strength is 0.0, which is out of its range"),
         ({"window": 2}, "window is 2"),
         ({"mask_threshold": 1.5}, "mask_threshold is 1.5"),

@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 
 from personalize.adapters.apply import applied
-from personalize.editing.drag.drag import DragSettings
-from personalize.editing.drag.image import conditioning, drag_picture, handles_and_targets, overlay
+from personalize.editing.drag.config import DragSettings
+from personalize.editing.drag.image import drag_picture
+from personalize.editing.drag.overlay import overlay
+from personalize.editing.drag.points import handles_and_targets
+from personalize.editing.drag.reading import conditioning
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.models.image_processor import PaddedImage
@@ -19,7 +22,7 @@ from tests.support.drag_pictures import picture, square
 from tests.support.lora_states import random_adapter, text_lora
 from tests.support.tiny import tiny_sd1
 
-SETTINGS = DragSettings(steps=2, strength=1.0)
+SETTINGS = DragSettings(method="latents", steps=2, strength=1.0)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,146 @@
+"""The background behind an object that moves away, guessed from the rest of the picture without a model.
+
+`smoothly_filled` continues the colours around the void.  `cloned` also continues a texture: it looks for the shift s at
+which the picture looks most like the surroundings R of the void, copies the void's content from there, and corrects the
+copy by the smooth continuation of the difference at its border:
+
+    s = argmin Σ_{p∈R} ‖I[p + s] − I[p]‖² / |R|          I′[p] = I[p + s] + smooth(I − I[· + s])[p]
+
+References: Gortler et al., "The Lumigraph", SIGGRAPH 1996, for pull-push; Pérez et al., "Poisson Image Editing",
+SIGGRAPH 2003, for correcting a copy by its difference at the border.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate, pad
+
+from personalize.editing.drag.mask import dilated
+from personalize.errors import UserError
+
+SEARCHED = 128  # longest side in pixels of the picture in which shifts are searched; larger ones are scaled down
+SURROUNDINGS = 1 / 20  # width of R, as a share of the picture's shorter side
+SHARE = 0.5  # of R, that must show background at the shift
+UNLIKE = 2.0  # largest difference of the surroundings, in their variances: that of unrelated places of one texture
+
+
+def smoothly_filled(pixels: Tensor, known: Tensor) -> Tensor:
+    """`pixels` (c, H, W) where `known` (H, W), and smooth interpolation of the nearest known ones elsewhere.
+
+    Pull-push: the known pixels are averaged down, level by level, until none is missing, and the averages are
+    interpolated back up.
+
+    Raises:
+        UserError: nothing is known.
+    """
+    if not bool(known.any()):
+        raise UserError("the mask covers the whole picture, so that nothing is left to fill from: give a smaller mask")
+    return _pull_push(pixels, known.float())
+
+
+def cloned(pixels: Tensor, void: Tensor, known: Tensor) -> Tensor:
+    """`pixels` (c, H, W) with the pixels `void` (H, W) copied from where the picture looks most like around them.
+
+    Args:
+        known: the pixels (H, W) that show background and may be copied.  If no shift of the void lies within them, or
+            nothing looks like its surroundings, the void is filled smoothly.
+
+    Raises:
+        UserError: nothing is known.
+    """
+    reach = max(2, round(SURROUNDINGS * min(void.shape)))
+    near = dilated(void, reach)
+    smooth = smoothly_filled(pixels, known)
+    shift = best_shift(pixels, void, near & known & ~void, known) if bool(void.any()) else None
+    if shift is None:
+        return torch.where(void, smooth, pixels)
+    copied, there = _shifted(pixels, shift), _shifted(known[None].float(), shift)[0] > 0
+    border = near & known & ~void & there
+    if not bool(border.any()):
+        return torch.where(void, smooth, pixels)
+    return torch.where(void, (copied + _pull_push(pixels - copied, border.float())).clamp(-1, 1), pixels)
+
+
+def best_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -> tuple[int, int] | None:
+    """The shift s (rows, columns) at which the picture resembles `around` (H, W) most and the void is `known`.
+
+    It is searched over all shifts in a small copy of the picture, by the Fourier transform, and then made exact.
+    None if there is none, or if all differ too much.
+    """
+    factor = max(1, math.ceil(max(void.shape) / SEARCHED))
+    coarse = _coarse_shift(*(_smaller(part, factor) for part in (pixels, void, around, known)))
+    if coarse is None or factor == 1:
+        return coarse
+    steps = range(-factor, factor + 1)
+    nearby = [(coarse[0] * factor + row, coarse[1] * factor + column) for row in steps for column in steps]
+    places = around.nonzero()
+    places = places[torch.linspace(0, len(places) - 1, min(len(places), 400)).long()]
+    return min(nearby, key=lambda shift: _difference(pixels, known, places, shift))
+
+
+def _coarse_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -> tuple[int, int] | None:
+    height, width = void.shape
+    size = (2 * height, 2 * width)  # so that shifts beyond a border do not come back at the other one
+
+    def spectrum(values: Tensor) -> Tensor:
+        return torch.fft.rfft2(values.double(), s=size)
+
+    shown, ring = spectrum(known), spectrum(around).conj()
+    covered = torch.fft.irfft2(shown * spectrum(void).conj(), s=size)
+    count = torch.fft.irfft2(shown * ring, s=size)
+    total = torch.zeros_like(shown)
+    for channel in pixels * known:
+        total += spectrum(channel**2) * ring - 2 * spectrum(channel) * spectrum(channel * around).conj()
+        total += shown * spectrum(channel**2 * around).conj()
+    error = torch.fft.irfft2(total, s=size) / count.clamp(min=1)
+    allowed = (covered > float(void.sum()) - 0.5) & (count > max(1.0, SHARE * float(around.sum())))
+    least, place = error.masked_fill(~allowed, torch.inf).flatten().min(0)
+    if not float(least) <= UNLIKE * float(pixels[:, around].var(1).sum()) + 1e-4:
+        return None
+    row, column = divmod(int(place), size[1])
+    return (row - size[0] if row >= height else row), (column - size[1] if column >= width else column)
+
+
+def _difference(pixels: Tensor, known: Tensor, places: Tensor, shift: tuple[int, int]) -> float:
+    """Mean squared difference between the pixels at `places` (m, 2) and those at `places` + `shift`."""
+    there = places + torch.tensor(shift)
+    inside = ((there >= 0) & (there < torch.tensor(known.shape))).all(1)
+    places, there = places[inside], there[inside]
+    shown = known[there[:, 0], there[:, 1]]
+    if not bool(shown.any()):
+        return math.inf
+    here, there = places[shown], there[shown]
+    return float((pixels[:, here[:, 0], here[:, 1]] - pixels[:, there[:, 0], there[:, 1]]).square().mean())
+
+
+def _smaller(values: Tensor, factor: int) -> Tensor:
+    """Pixels (c, H, W) scaled down by `factor`; a mask (H, W) likewise, True where at least half is."""
+    if factor == 1:
+        return values
+    size = [math.ceil(side / factor) for side in values.shape[-2:]]
+    if values.ndim == 3:
+        return interpolate(values[None], size, mode="area")[0]
+    return interpolate(values[None, None].float(), size, mode="area")[0, 0] >= 0.5
+
+
+def _shifted(values: Tensor, shift: tuple[int, int]) -> Tensor:
+    """values[p + shift] of `values` (c, H, W), 0 outside."""
+    (rows, columns), (height, width) = shift, values.shape[-2:]
+    wide = pad(values, (max(0, -columns), max(0, columns), max(0, -rows), max(0, rows)))
+    top, left = max(0, rows), max(0, columns)
+    return wide[:, top : top + height, left : left + width]
+
+
+def _pull_push(pixels: Tensor, known: Tensor) -> Tensor:
+    if bool((known > 0).all()):
+        return pixels
+    height, width = known.shape
+    extra = (0, width % 2, 0, height % 2)
+    weight = avg_pool2d(pad(known[None, None], extra), 2)[0, 0]
+    total = avg_pool2d(pad((pixels * known)[None], extra), 2)[0]
+    coarse = _pull_push(total / weight.clamp(min=1e-6), (weight > 0).float())
+    fine = interpolate(coarse[None], (height + height % 2, width + width % 2), mode="bilinear")[0, :, :height, :width]
+    return torch.where(known > 0, pixels, fine)

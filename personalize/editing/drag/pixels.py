@@ -1,0 +1,115 @@
+"""Warping pictures in pixels: where each pixel of the result comes from, and what it then shows.
+
+A warp is a tensor of sources s (H, W, 2): the place (x, y) in pixels of the source that each pixel shows.  Whole pixels
+have whole coordinates.  It is the inverse of the map p → p′ that the user asks for:
+
+    rigid and affine     p′ = A p + b                        s(q) = A⁻¹ (q − b)
+    field                p′ = p + v(p)                       s(q) = q − v(s(q)), by fixed-point iteration
+
+Because every pixel of the result asks for its source, no holes open inside the moved object.
+
+References: Inpaint4Drag, arXiv 2509.04582, for warping pixels backward and filling only what is uncovered; Umeyama,
+IEEE TPAMI 13(4), 1991, for least-squares similarity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, grid_sample, pad
+
+from personalize.editing.drag.points import Point
+from personalize.errors import UserError
+
+ITERATIONS = 12  # of the fixed point; it converges where the field is not steeper than one pixel per pixel
+
+
+def least_squares_map(sources: Sequence[Point], targets: Sequence[Point], kind: str) -> Tensor:
+    """The map (2, 3), float64, that takes `sources` to `targets` with the least squared error.
+
+    Args:
+        kind: "similarity" is p′ = s R p + b with a scale s > 0 and a rotation R; "affine" is p′ = A p + b.
+
+    Raises:
+        UserError: there are too few points (2 for a similarity, 3 for an affine map), or they lie at one place or, for
+            an affine map, on one line.
+    """
+    start, end = (torch.tensor(list(points), dtype=torch.float64) for points in (sources, targets))
+    fewest = {"similarity": 2, "affine": 3}[kind]
+    if len(start) < fewest:
+        raise UserError(f"{len(start)} pairs of points: a region's {kind} map needs at least {fewest}, or boxes")
+    middle, goal = start.mean(0), end.mean(0)
+    a, b = start - middle, end - goal
+    if torch.linalg.matrix_rank(a, rtol=1e-6) < (1 if kind == "similarity" else 2):
+        raise UserError(f"the points of the region lie on one line or at one place: a {kind} map needs them apart")
+    if kind == "affine":
+        matrix = torch.linalg.lstsq(a, b).solution.T
+    else:  # complex numbers: b ≈ z a with z = s e^{iφ}
+        first, second = (torch.complex(part[:, 0], part[:, 1]) for part in (a, b))
+        z = (first.conj() * second).sum() / first.abs().square().sum()
+        matrix = torch.stack([torch.stack([z.real, -z.imag]), torch.stack([z.imag, z.real])])
+    if abs(float(torch.linalg.det(matrix))) < 1e-6:
+        raise UserError("the targets of the region lie on one line or at one place: nothing would be left of it")
+    return torch.cat([matrix, (goal - matrix @ middle)[:, None]], 1)
+
+
+def translation(vector: Point) -> Tensor:
+    """The map (2, 3) that moves everything by `vector` (x, y)."""
+    return torch.tensor([[1, 0, vector[0]], [0, 1, vector[1]]], dtype=torch.float64)
+
+
+def mapped(matrix: Tensor, point: Point) -> Point:
+    """`point` (x, y) after the map `matrix` (2, 3)."""
+    x, y = (matrix[:, :2] @ torch.tensor(point, dtype=torch.float64) + matrix[:, 2]).tolist()
+    return x, y
+
+
+def affine_sources(matrix: Tensor, size: tuple[int, int]) -> Tensor:
+    """The warp s (H, W, 2) of the map `matrix` (2, 3)."""
+    return ((whole_places(size).double() - matrix[:, 2]) @ torch.linalg.inv(matrix[:, :2]).T).float()
+
+
+def field_sources(field: Tensor) -> Tensor:
+    """The warp s (H, W, 2) of the displacements v (H, W, 2) of the source's pixels, both (x, y)."""
+    grid, displacement = whole_places((field.shape[0], field.shape[1])), field.permute(2, 0, 1)
+    sources = grid.clone()
+    for _ in range(ITERATIONS):
+        sources = grid - _sampled(displacement, sources, "bilinear").permute(1, 2, 0)
+    return sources
+
+
+def warped_layer(pixels: Tensor, mask: Tensor, sources: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What is inside `mask` (H, W) of `pixels` (c, H, W), warped: its pixels, and its opacity (H, W) in [0, 1].
+
+    Args:
+        scale: the map's linear scale; below 1 the picture is blurred first, so that fine detail does not alias.
+    """
+    sharp = pixels if scale >= 1 else _blurred(pixels, 0.5 * math.sqrt(scale**-2 - 1))
+    opacity = _sampled(mask[None].float(), sources, "bilinear")[0]
+    return _sampled(sharp, sources, "bicubic").clamp(-1, 1), opacity
+
+
+def whole_places(size: tuple[int, int]) -> Tensor:
+    """The warp (H, W, 2) that changes nothing: every pixel's own (x, y)."""
+    rows, columns = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    return torch.stack([columns, rows], -1).float()
+
+
+def _sampled(picture: Tensor, sources: Tensor, mode: str) -> Tensor:
+    """`picture` (c, H, W) at the places `sources` (H, W, 2), 0 outside of it."""
+    height, width = picture.shape[-2:]
+    scale = torch.tensor([2 / max(1, width - 1), 2 / max(1, height - 1)])
+    return grid_sample(picture[None], (sources * scale - 1)[None], mode, "zeros", align_corners=True)[0]
+
+
+def _blurred(pixels: Tensor, sigma: float) -> Tensor:
+    """`pixels` (c, H, W) after a Gaussian blur by `sigma` pixels."""
+    reach = math.ceil(3 * sigma)
+    weights = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * sigma**2))
+    kernel, channels = weights / weights.sum(), len(pixels)
+    wide = pad(pixels[None], (reach,) * 4, mode="replicate")
+    rows = conv2d(wide, kernel.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
+    return conv2d(rows, kernel.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)[0]

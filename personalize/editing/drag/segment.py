@@ -1,0 +1,175 @@
+"""The object under a handle as a mask of pixels: attention says which latent cells it covers, colour where it ends.
+
+1.  The attention ratio of the handle gives the mask M₁ of cells that surely belong to the object.
+2.  The mean attention of the cells of M₁ gives a second ratio r. It also finds parts that the handle alone misses.
+3.  Every pixel p near the cells with r > τ/2 gets the log odds
+
+        u[p] = a ln(r[p] / τ₂) + ln(H₁(c[p]) / H₀(c[p]))
+
+    with colour histograms H₁ of the object and H₀ of its surroundings, and the probability P of being of the object,
+    for which neighbours of similar colour c are drawn to the same side:
+
+        P[p] = σ(u[p] + Σ_{p′ next to p} λ exp(−β ‖c[p] − c[p′]‖²) (2 P[p′] − 1))
+
+    H₁, H₀ and P are computed in turns, P by a few mean-field updates.
+4.  The mask is P > 1/2, closed by a pixel: its connected part that contains the handle, without holes.
+
+References: Rother et al., "GrabCut", SIGGRAPH 2004; Krähenbühl and Koltun, arXiv 1210.5644, for mean-field updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv3d, interpolate, pad
+
+from personalize.editing.drag.attention import AttentionRows
+from personalize.editing.drag.config import DragSettings
+from personalize.editing.drag.mask import Cell, closed, connected_component, dilated, ratio_mask, without_holes
+from personalize.editing.drag.warp import attention_ratio
+
+# chosen on 18 scenes, half of them with textured backgrounds; see tests/bench/results/drag.md
+ATTENTION_WEIGHT = 1.5  # a
+PIXEL_THRESHOLD = 0.25  # τ₂
+COLOUR_LIMIT = 3.0  # largest |ln(H₁ / H₀)|, so that colour cannot overrule clear attention
+PAIR_WEIGHT = 0.6  # λ
+BINS = 16  # of a colour histogram, for each channel
+FLOOR = 2e-4  # added to histograms, which have 16³ bins that sum to one
+REACH, SURROUNDINGS = 2, 6  # cells around the mask of cells: pixels that may be of the object, and those of H₀
+TURNS, UPDATES = 4, 6  # histograms are computed four times, with six mean-field updates each
+FINEST = 4  # pixels per latent cell at which colours are compared; larger pictures are scaled down to that
+ASKED = 64  # most cells of M₁ whose attention is averaged
+
+
+@dataclass(frozen=True)
+class ObjectMask:
+    """The object under one handle.
+
+    pixels: the mask (H, W).  ratio: its attention ratio r (h, w).  cells: r > τ/2 after cleaning, (h, w).
+    threshold: τ that was used for M₁.
+    """
+
+    pixels: Tensor
+    ratio: Tensor
+    cells: Tensor
+    threshold: float
+
+
+def object_mask(
+    attention: AttentionRows, pixels: Tensor, handle: Cell, settings: DragSettings, without: Sequence[Cell] = ()
+) -> ObjectMask:
+    """Find the object under `handle` in the picture `pixels` (3, H, W) in [−1, 1].
+
+    Args:
+        without: cells of things that do not belong to the object; each cell of the grid that attends more to one of
+            them than to the handle is left out.
+
+    Raises:
+        UserError: attention does not set the handle apart from the rest of the picture.
+    """
+    limits = {"fewest": settings.mask_fewest, "most": settings.mask_most}
+    ratio = attention_ratio(attention.around(handle, settings.window), handle, settings.window)
+    lost = _rivals(attention, ratio, handle, without, settings)
+    ratio = ratio.masked_fill(lost, 0.0)
+    core, threshold = ratio_mask(ratio, handle, settings.mask_threshold, **limits)
+    if not settings.refine:
+        return ObjectMask(_enlarged(core, pixels), ratio, core, threshold)
+    ratio = second_ratio(attention, ratio, core).masked_fill(lost, 0.0)
+    cells, _ = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
+    return ObjectMask(pixel_mask(pixels, ratio, cells, handle), ratio, cells, threshold)
+
+
+def second_ratio(attention: AttentionRows, ratio: Tensor, core: Tensor) -> Tensor:
+    """The mean attention of the cells of `core` (h, w), relative to its mean inside `core`; the strongest are asked."""
+    cells = core.nonzero()
+    strongest = ratio[core].argsort(descending=True)[:ASKED]
+    mean = attention.rows(cells[strongest]).mean(0)
+    return mean / mean[core].mean().clamp(min=1e-12)
+
+
+def pixel_mask(pixels: Tensor, ratio: Tensor, cells: Tensor, handle: Cell) -> Tensor:
+    """The mask (H, W) of steps 3 and 4, from `pixels` (3, H, W), r (h, w) and the mask of cells (h, w)."""
+    height, width = pixels.shape[-2:]
+    finest = (min(height, FINEST * cells.shape[0]), min(width, FINEST * cells.shape[1]))
+    colours = (pixels if finest == (height, width) else interpolate(pixels[None], finest, mode="area")[0]) / 2 + 0.5
+    rows, columns = _box(dilated(cells, SURROUNDINGS), finest)
+    near = _enlarged(dilated(cells, REACH), colours)[rows, columns]
+    around = _enlarged(dilated(cells, SURROUNDINGS), colours)[rows, columns]
+    odds = interpolate(ratio[None, None], finest, mode="bilinear")[0, 0][rows, columns]
+    prior = ATTENTION_WEIGHT * ((odds + 1e-3) / PIXEL_THRESHOLD).log().clamp(-4, 4)
+    share = _probabilities(colours[:, rows, columns], prior.masked_fill(~near, -20.0), around)
+    row, column = (int((at + 0.5) * side / grid) for at, side, grid in zip(handle, finest, cells.shape, strict=True))
+    whole = torch.zeros(finest)
+    whole[rows, columns] = _cleaned(share > 0.5, (row - rows.start, column - columns.start)).float()
+    return interpolate(whole[None, None], (height, width), mode="bilinear")[0, 0] >= 0.5
+
+
+def _probabilities(colours: Tensor, prior: Tensor, around: Tensor) -> Tensor:
+    """P (H, W) of pixels with `colours` (3, H, W) in [0, 1] and log odds `prior` from attention."""
+    scaled = (colours.clamp(0, 1 - 1e-6) * BINS).long()
+    index = ((scaled[0] * BINS + scaled[1]) * BINS + scaled[2]).flatten()
+    difference = sum((_neighbours(channel) - channel) ** 2 for channel in colours)
+    assert isinstance(difference, Tensor)
+    pull = PAIR_WEIGHT * (-difference / (2 * difference.mean().clamp(min=1e-6))).exp()
+    share = prior.sigmoid()
+    for _ in range(TURNS):
+        inside, outside = (_histogram(index, part.flatten()) for part in (share, (1 - share) * around))
+        colour = ((inside[index] + FLOOR) / (outside[index] + FLOOR)).log().clamp(-COLOUR_LIMIT, COLOUR_LIMIT)
+        odds = prior + colour.view_as(prior)
+        for _ in range(UPDATES):
+            share = (odds + (pull * (2 * _neighbours(share) - 1)).sum(0)).sigmoid()
+    return share
+
+
+def _histogram(index: Tensor, weights: Tensor) -> Tensor:
+    """The weighted histogram (16³,) of flat bin numbers, smoothed over neighbouring bins; it sums to one."""
+    counts = torch.zeros(BINS**3).index_add_(0, index, weights).view(1, 1, BINS, BINS, BINS)
+    kernel = torch.tensor([0.25, 0.5, 0.25])
+    for shape in ((1, 1, 3, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3)):
+        counts = conv3d(counts, kernel.view(shape), padding=tuple((side - 1) // 2 for side in shape[2:]))
+    return counts.flatten() / counts.sum().clamp(min=1e-9)
+
+
+def _neighbours(values: Tensor) -> Tensor:
+    """The eight neighbours (8, H, W) of every pixel of `values` (H, W); the border repeats itself."""
+    height, width = values.shape
+    padded = pad(values[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    steps = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
+    return torch.stack([padded[row : row + height, column : column + width] for row, column in steps])
+
+
+def _cleaned(found: Tensor, at: Cell) -> Tensor:
+    """Step 4: the part of `found` (H, W) around the pixel `at`, which with its neighbours always counts."""
+    row, column = at
+    found = found.clone()
+    found[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] = True
+    return without_holes(connected_component(closed(found), at))
+
+
+def _rivals(
+    attention: AttentionRows, ratio: Tensor, handle: Cell, without: Sequence[Cell], settings: DragSettings
+) -> Tensor:
+    """The cells (h, w) that attend more to one of the cells `without` than to the handle, relative to these cells."""
+    lost = torch.zeros_like(ratio, dtype=torch.bool)
+    for cell in without:
+        lost |= attention_ratio(attention.around(cell, settings.window), cell, settings.window) > ratio
+    lost[handle] = False
+    return lost
+
+
+def _enlarged(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of cells (h, w) as a mask of the pixels of `like` (…, H, W)."""
+    return interpolate(mask[None, None].float(), like.shape[-2:], mode="nearest")[0, 0] > 0
+
+
+def _box(mask: Tensor, size: tuple[int, int]) -> tuple[slice, slice]:
+    """The smallest rectangle of a picture of `size` that contains the cells of `mask`."""
+    places = mask.nonzero()
+    low, high = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
+    scale = [side / cells for side, cells in zip(size, mask.shape, strict=True)]
+    rows, columns = (slice(int(a * by), math.ceil(b * by)) for a, b, by in zip(low, high, scale, strict=True))
+    return rows, columns

@@ -1,0 +1,73 @@
+"""Masks of pixels, from attention that is known and coarse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d
+
+from personalize.editing.drag.config import DragSettings
+from personalize.editing.drag.segment import object_mask
+
+CELLS, FACTOR = 16, 4
+
+
+class KnownAttention:
+    """Cells attend to cells of their own kind, and `mixed` as much to other objects; blurred over three cells."""
+
+    def __init__(self, kinds, mixed=0.0):
+        self.kinds, self.mixed, self.size = kinds, mixed, (CELLS, CELLS)
+
+    def rows(self, cells):
+        mine = self.kinds[cells[:, 0], cells[:, 1]][:, None, None]
+        same = (mine == self.kinds[None]).float()
+        other = ((mine > 0) & (self.kinds[None] > 0)).float() * self.mixed
+        blurred = avg_pool2d(torch.maximum(same, other)[:, None], 3, 1, 1, count_include_pad=False)[:, 0] + 1e-3
+        return blurred / blurred.sum((1, 2), keepdim=True)
+
+    def around(self, handle, window):
+        return self.rows(torch.tensor([handle])).mean(0)
+
+
+@pytest.fixture
+def scene():
+    """A red disc and a green one on a textured background: pixels, the disc's mask, and the kinds of the cells."""
+    side = CELLS * FACTOR
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    red, green = (((rows - 32) ** 2 + (columns - at) ** 2) < 11**2 for at in (20, 42))
+    green &= ~red
+    noise = torch.rand(side, side, generator=torch.Generator().manual_seed(0)) * 0.4
+    picture = torch.stack([noise - 0.2, noise, noise + 0.2])
+    for mask, colour in ((red, (0.8, -0.6, -0.6)), (green, (-0.6, 0.7, -0.6))):
+        picture = torch.where(mask, torch.tensor(colour)[:, None, None], picture)
+    share = [avg_pool2d(mask[None, None].float(), FACTOR)[0, 0] > 0.5 for mask in (red, green)]
+    return picture, red, green, share[0].long() + 2 * share[1].long()
+
+
+def iou(one, other):
+    return float((one & other).sum() / (one | other).sum())
+
+
+def test_the_border_is_found_by_colour(scene):
+    """The coarse mask has whole cells; the refined one holds at least 97 % of the disc at an IoU of at least 0.9."""
+    picture, red, _, kinds = scene
+    found = object_mask(KnownAttention(kinds), picture, (8, 5), DragSettings())
+    coarse = object_mask(KnownAttention(kinds), picture, (8, 5), DragSettings(refine=False))
+    assert float((found.pixels & red).sum() / red.sum()) >= 0.97 and iou(found.pixels, red) >= 0.9
+    assert iou(coarse.pixels, red) < iou(found.pixels, red)
+
+
+def test_a_point_on_something_else_takes_it_out(scene):
+    """Where the discs attend to one another both are found, until a point on the other one is given."""
+    picture, red, green, kinds = scene
+    attention = KnownAttention(kinds, mixed=0.6)
+    together = object_mask(attention, picture, (8, 5), DragSettings())
+    assert float((together.pixels & green).sum()) > 0.9 * float(green.sum())
+    alone = object_mask(attention, picture, (8, 5), DragSettings(), without=[(8, 11)])
+    assert float((alone.pixels & green).sum()) < 0.1 * float(green.sum())
+    assert float((alone.pixels & red).sum()) > 0.95 * float(red.sum())
+
+
+def test_the_handle_belongs_to_its_own_mask(scene):
+    picture, _, _, kinds = scene
+    assert object_mask(KnownAttention(kinds), picture, (8, 5), DragSettings()).pixels[34, 22]
