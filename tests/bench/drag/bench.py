@@ -184,10 +184,12 @@ class Bench:
             self.model, Image.fromarray(before), [handle, target], prompt=task.source_prompt, settings=settings,
             mask=Image.fromarray(mask.astype(np.uint8) * 255) if true_mask else None, paste=paste,
         )  # fmt: skip
-        facts = {"seconds": result.seconds, "edit_seconds": result.edit_seconds, "arrived": result.arrived[0],
-                 "missed": result.missed[0], "mean_ratio": mean_ratio(result, mask), "notes": len(result.notes)}  # fmt: skip
         found = np.asarray(result.mask) > 0
-        facts |= {"recall": float((found & mask).sum() / mask.sum()), "iou": iou(found, mask)}
+        facts = {
+            "seconds": result.seconds, "edit_seconds": result.edit_seconds, "arrived": result.arrived[0],
+            "missed": result.missed[0], "mean_ratio": mean_ratio(result, mask), "notes": len(result.notes),
+            "recall": float((found & mask).sum() / mask.sum()), "iou": iou(found, mask),
+        }  # fmt: skip
         return np.asarray(result.image), facts
 
     @torch.no_grad()
