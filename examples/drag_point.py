@@ -15,12 +15,14 @@ def main(
     *,
     base: str | Path | None = None,  # the embedded model; or a folder, a hub id, a .safetensors checkpoint
     output_dir: str | Path = "dragged",
-    steps: int = 50,
+    steps: int = 10,
+    mask: str | Path | None = None,  # white where things may move; by default found by attention and colour
 ) -> Image.Image:
     points = [tuple(map(float, text.split(","))) for text in (handle, target)]
     prompt = bundled(0).caption if photo is None else None
     editor = Editor(StableDiffusion.load(base))
-    result = editor.drag(points, photo or bundled(0).picture, prompt=prompt, settings=DragSettings(steps=steps))
+    about = {"prompt": prompt, "settings": DragSettings(steps=steps), "mask": mask}
+    result = editor.drag(points, photo or bundled(0).picture, **about)
     Path(output_dir).mkdir(exist_ok=True)
     result.image.save(Path(output_dir) / "dragged.png")
     result.overlay.save(Path(output_dir) / "overlay.png")  # mask, handle, target, and a ring where the handle went

@@ -8,7 +8,7 @@ import pytest
 
 from personalize.cli.launch import load_script, scripts_home
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
-from tests.support.drag_pictures import picture
+from tests.support.drag_pictures import picture, square
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
@@ -31,7 +31,9 @@ def arguments(name, place):
         return {"photo": place / "photo.png", "source": "a cat", "target": "a dog", "base": base, "steps": 2}
     if name == "drag_point":
         picture(64, 64).save(place / "photo.png")
-        return {"photo": place / "photo.png", "handle": "20,24", "target": "36,28", "base": base, "steps": 3}
+        square().save(place / "mask.png")  # random weights tell no thing from its background
+        points = {"handle": "20,24", "target": "36,28", "mask": place / "mask.png"}
+        return {"photo": place / "photo.png", **points, "base": base, "steps": 3}
     return {"adapter": random_adapter(tiny("sd1")).save(place / "adapter"), "base": base, "steps": 2}
 
 
