@@ -21,6 +21,7 @@ from personalize.training.config import PriorPreservationOptions, RunOptions, Si
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from personalize.training.data.buckets import FittedImage
     from personalize.training.data.images import TrainingImage
     from personalize.training.single_image import SingleImageRun
 
@@ -51,8 +52,9 @@ def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
     from personalize.adapters.adapter import check_target
     from personalize.training import trainer
+    from personalize.training.data.buckets import fit
     from personalize.training.data.class_images import class_images
-    from personalize.training.data.images import read_training_images, to_common_size
+    from personalize.training.data.images import read_training_images
     from personalize.training.single_image import single_image_run
     from personalize.training.validation import preview
 
@@ -61,19 +63,18 @@ def main(config: Config) -> Path:
     accelerator = trainer.make_accelerator(config)
     settings = training_config(config)
     model = trainer.load_base(config, accelerator)
-    pixels, masks = to_common_size(images, config.resolution or model.resolution, 8 * model.factor)
-    size = (pixels.shape[-2], pixels.shape[-1])
-    classes = class_images(config, model, class_prompt(config), size, accelerator)
+    resolution = config.resolution or model.resolution
+    pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
+    classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
     captions = [image.caption for image in images]
-    with single_image_run(
-        model, pixels, captions, settings, masks=masks, class_images=classes, accelerator=accelerator
-    ) as run:
-        describe(run, images, accelerator)
+    with single_image_run(model, pictures, captions, settings, class_images=classes, accelerator=accelerator) as run:
+        describe(run, images, pictures, accelerator)
         trainer.train(config, run, "single_image")
         adapter = run.adapter(person=config.person, pictures=len(images), regularisation=len(classes))
     if accelerator.is_main_process:
-        figures, pictures = preview(model, adapter, pixels[:1], steps=config.preview_steps, seed=config.seed)
-        replace(adapter, info={**adapter.info, **figures}).save(config.output_dir, pictures=pictures)
+        shown = pictures[0].pixels
+        figures, drawn = preview(model, adapter, shown, steps=config.preview_steps, seed=config.seed)
+        replace(adapter, info={**adapter.info, **figures}).save(config.output_dir, pictures=drawn)
         print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
     return trainer.finish(config, accelerator)
 
@@ -93,14 +94,16 @@ def class_prompt(config: Config) -> str:
     return config.class_prompt or ""
 
 
-def describe(run: SingleImageRun, images: Sequence[TrainingImage], accelerator: Accelerator) -> None:
-    """Print the pictures, and how the base tokenizes their captions, which shows spelling mistakes."""
-    height, width = run.size
-    accelerator.print(f"{len(images)} picture{'s' * (len(images) > 1)} at {width}×{height} px")
-    for image in images[:3]:
-        masked = "" if image.mask is None else ", masked"
+def describe(
+    run: SingleImageRun, images: Sequence[TrainingImage], pictures: Sequence[FittedImage], accelerator: Accelerator
+) -> None:
+    """Print the pictures, their sizes and what is cut, and how the base tokenizes their captions."""
+    sizes = dict.fromkeys(f"{picture.size[1]}×{picture.size[0]}" for picture in pictures)
+    accelerator.print(f"{len(images)} picture{'s' * (len(images) > 1)} at {', '.join(sizes)} px")
+    for image, picture in zip(images, pictures, strict=True):
+        notes = [f"{picture.size[1]}×{picture.size[0]} px", picture.cut, picture.padding, "masked" * bool(image.mask)]
         tokens = " · ".join(run.model.tokens(image.caption))
-        accelerator.print(f"{image.name}: caption “{image.caption}” = {tokens}{masked}")
+        accelerator.print(f"{image.name}: {', '.join(filter(None, notes))}: caption “{image.caption}” = {tokens}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from personalize.adapters.lora_layers import batched_adapters
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.training.config import SingleImageConfig
+from personalize.training.data.buckets import FittedImage, as_fitted
 from personalize.training.data.samples import SampleShard
 from personalize.training.loop import StepReport, adamw, training_steps
 from personalize.training.losses import LossTerms
@@ -75,7 +76,7 @@ def check_batchable(config: SingleImageConfig) -> None:
 
 def learn_batched(
     model: StableDiffusion,
-    pictures: Sequence[tuple[Tensor, str]],
+    pictures: Sequence[tuple[Tensor | Sequence[FittedImage], str]],
     config: SingleImageConfig,
     *,
     accelerator: Accelerator | None = None,
@@ -87,7 +88,7 @@ def learn_batched(
         NonFiniteError: the loss or a gradient of any one is NaN or infinite.
     """
     check_batchable(config)
-    if len({pixels.shape for pixels, _ in pictures}) != 1:
+    if len({as_fitted(pixels)[0].size for pixels, _ in pictures}) != 1:
         raise ValueError("pictures that are learned together need one size")
     with single_image_run(model, *pictures[0], config, accelerator=accelerator) as first:
         runs = [first] + [SingleImageRun(model, *picture, config, None, (), accelerator) for picture in pictures[1:]]
@@ -128,6 +129,8 @@ def _joined_updates(
 def _joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The batches of several runs as one, in which a sample's row is the number of its run."""
     counts = torch.tensor([len(batch["rows"]) for batch in batches])
+    if any("weights" in batch for batch in batches):  # of some pictures only a part is shown
+        batches = [{"weights": torch.ones_like(batch["latents"][:, :1])} | batch for batch in batches]
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     return joined | {"rows": torch.arange(len(batches)).repeat_interleave(counts)}
 

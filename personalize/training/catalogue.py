@@ -25,11 +25,12 @@ from personalize.adapters.adapter import Adapter, check_target
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import write_file
-from personalize.io.images import fitted_pixels, fitted_size, load_image
+from personalize.io.images import fitted_size, load_image
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.catalogue_table import DONE, FAILED, RESULTS, Item, outcome
 from personalize.training.config import SingleImageConfig
+from personalize.training.data.buckets import FittedImage, fit
 from personalize.training.data.captions import find_caption
 from personalize.training.distributed import ProcessGroup
 from personalize.training.single_image import single_image_run
@@ -144,14 +145,14 @@ def learn_rows(
 
 
 def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str | None) -> dict[str, Any]:
-    pixels, caption = _load_row(model, item, catalogue)
+    pictures, caption = _load_row(model, item, catalogue)
     config, loss = catalogue.config_of(item), float("nan")
     accelerator = _accelerator(model, config, mixed_precision)
-    with single_image_run(model, pixels, caption, config, accelerator=accelerator) as run:
+    with single_image_run(model, pictures, caption, config, accelerator=accelerator) as run:
         for report in run.steps():
             loss = float(report.losses["loss"])
         adapter = run.adapter()
-    return _save(model, item, catalogue, pixels, adapter, loss)
+    return _save(model, item, catalogue, pictures[0].pixels, adapter, loss)
 
 
 def _train_rows_together(
@@ -160,14 +161,15 @@ def _train_rows_together(
     pictures, config = [_load_row(model, item, catalogue) for item in items], catalogue.config_of(items[0])
     results = learn_batched(model, pictures, config, accelerator=_accelerator(model, config, mixed_precision))
     rows = zip(items, pictures, results, strict=True)
-    return [_save(model, item, catalogue, pixels, *result) for item, (pixels, _), result in rows]
+    return [_save(model, item, catalogue, images[0].pixels, *result) for item, (images, _), result in rows]
 
 
-def _load_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple[Tensor, str]:
-    """The row's picture as pixels (1, 3, H, W), and its caption."""
+def _load_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple[list[FittedImage], str]:
+    """The row's picture in its training size, and its caption."""
     check_target(catalogue.output_dir / item.name)
     caption = find_caption(item.image, item.caption, catalogue.caption_model)
-    return fitted_pixels(load_image(item.image), catalogue.resolution or model.resolution, 8 * model.factor)[0], caption
+    picture = fit(load_image(item.image), None, catalogue.resolution or model.resolution, 8 * model.factor)
+    return [picture], caption
 
 
 def _accelerator(model: StableDiffusion, config: SingleImageConfig, mixed_precision: str | None) -> Accelerator:

@@ -29,6 +29,7 @@ from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precis
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.training.config import SingleImageConfig
+from personalize.training.data.buckets import FittedImage, as_fitted
 from personalize.training.data.concepts import ClassImage, class_pixels, content_hash
 from personalize.training.data.samples import LatentDataset
 from personalize.training.loop import (
@@ -44,7 +45,7 @@ Captions = str | Sequence[str]  # one for all pictures, or one for each
 @contextmanager
 def single_image_run(
     model: StableDiffusion,
-    pixels: Tensor,
+    pixels: Tensor | Sequence[FittedImage],
     caption: Captions,
     config: SingleImageConfig | None = None,
     *,
@@ -57,8 +58,9 @@ def single_image_run(
     On leaving the context, `model` is as it was before.
 
     Args:
+        pixels: or pictures of different sizes, see `buckets.fit`, which bring masks of their own.
         masks: (p, 1, H, W) in [0, 1], 1 where the subject is; see `SingleImageConfig.mask_weight`.
-        class_images: class pictures with captions, for prior preservation; cut to H×W.
+        class_images: class pictures with captions, for prior preservation; cut to the sizes of the pictures.
 
     Raises:
         UserError: settings that cannot work, or a model that already carries an adapter.
@@ -104,7 +106,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
     def __init__(
         self,
         model: StableDiffusion,
-        pixels: Tensor,
+        pixels: Tensor | Sequence[FittedImage],
         caption: Captions,
         config: SingleImageConfig,
         masks: Tensor | None,
@@ -113,42 +115,51 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
     ) -> None:
         super().__init__(model, config, accelerator)
         self.updates = self.shard.updates(config.max_train_samples)
-        self.size = (pixels.shape[-2], pixels.shape[-1])
-        captions = [caption] * len(pixels) if isinstance(caption, str) else list(caption)
-        if len(captions) != len(pixels):
-            raise ValueError(f"{len(pixels)} pictures need one caption or as many, got {len(captions)}")
+        images = as_fitted(pixels, masks)
+        self.size, sizes = images[0].size, tuple(dict.fromkeys(image.size for image in images))
+        if config.cuda_graph and len(sizes) > 1:
+            raise UserError(f"cuda_graph needs pictures of one shape, got {len(sizes)} sizes: leave it out")
+        captions = [caption] * len(images) if isinstance(caption, str) else list(caption)
+        if len(captions) != len(images):
+            raise ValueError(f"{len(images)} pictures need one caption or as many, got {len(captions)}")
         self.captions, self.caption = tuple(dict.fromkeys(captions)), captions[0]
         self.class_captions = tuple(dict.fromkeys(image.caption for image in class_images))
         rows = [self.captions.index(text) for text in captions]
-        dataset, prior = self._encoded(pixels, masks, rows), self._encoded_class_images(class_images, masks is not None)
+        dataset = self._encoded(images, rows)
+        weighted = dataset.weights is not None
+        prior = tuple(self._encoded_class_images(class_images, size, weighted) for size in sizes if class_images)
         self.dataset = replace(dataset, prior=prior)
-        self.data_sha256 = content_hash(pixels, masks, *(part for image in class_images for part in image.content()))
+        own = [part for image in images for part in (image.pixels, image.mask, repr(image.time_ids).encode())]
+        self.data_sha256 = content_hash(*own, *(part for image in class_images for part in image.content()))
         self.texts = (*self.captions, *self.class_captions)
         with torch.no_grad():
             self.conditioning = model.prompts(self.texts, self.size)
 
-    def _encoded(self, pixels: Tensor, masks: Tensor | None, rows: Sequence[int]) -> LatentDataset:
-        """The pictures encoded, with the rows of their captions, and loss weights made from `masks`."""
+    def _encoded(self, images: Sequence[FittedImage], rows: Sequence[int]) -> LatentDataset:
+        """The pictures encoded, with the rows of their captions, loss weights, and what SDXL is told of their sizes."""
         model, config = self.model, self.config
         with fast_paths(model.vae.encoder):
-            posteriors = [model.posterior(row[None]) for row in pixels]  # one at a time, to save memory
-        mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
-        weights = None
-        if masks is not None:
-            cells = adaptive_avg_pool2d(masks.to(mean), (mean.shape[-2], mean.shape[-1]))
-            weights = 1 - config.mask_weight * (1 - cells)
-            if not bool(weights.flatten(1).any(1).all()):
+            posteriors = [model.posterior(image.pixels) for image in images]  # one at a time, to save memory
+        means, stds = ([part[0] for part in parts] for parts in zip(*posteriors, strict=True))
+        weights = [image.weights(config.mask_weight) for image in images]
+        cells = None
+        if any(part is not None for part in weights):
+            cells = [_cells(part, mean) for part, mean in zip(weights, means, strict=True)]
+            if not all(bool(part.any()) for part in cells):
                 raise UserError("a mask is black wherever its picture is used: paint white where the subject is")
-        steps = len(model.alphas_cumprod)
-        return LatentDataset(mean, std, config.seed, config.resample_latents, steps, tuple(rows), weights)
+        ids = [torch.tensor(image.time_ids, device=means[0].device) for image in images]
+        return LatentDataset(
+            means, stds, config.seed, config.resample_latents, len(model.alphas_cumprod), tuple(rows), cells,
+            time_ids=ids if model.family == "sdxl" else None,
+        )  # fmt: skip
 
-    def _encoded_class_images(self, class_images: Sequence[ClassImage], masked: bool) -> LatentDataset | None:
-        """The class pictures encoded; their captions' rows come after those of the subject's captions."""
-        if not class_images:
-            return None
+    def _encoded_class_images(
+        self, class_images: Sequence[ClassImage], size: tuple[int, int], weighted: bool
+    ) -> LatentDataset:
+        """The class pictures encoded in `size`; their captions' rows come after those of the subject's captions."""
         rows = [len(self.captions) + self.class_captions.index(image.caption) for image in class_images]
-        prior = self._encoded(class_pixels(class_images, self.size), None, rows)
-        weights = torch.ones_like(prior.mean[:, :1]) if masked else None
+        prior = self._encoded(as_fitted(class_pixels(class_images, size)), rows)
+        weights = [torch.ones_like(mean[:1]) for mean in prior.mean] if weighted else None
         return replace(prior, purpose="class ", resample=True, weights=weights)
 
     def add_adapter(self) -> None:
@@ -192,3 +203,10 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
     def _own_metadata(self) -> dict[str, Any]:
         captions = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
         return {**captions, "targets": self.config.targets, "standalone": self.config.without_source_embedding}
+
+
+def _cells(weights: Tensor | None, mean: Tensor) -> Tensor:
+    """Weights by pixel, (1, 1, H, W) or None for 1, as weights by latent position, (1, h, w)."""
+    if weights is None:
+        return torch.ones_like(mean[:1])
+    return adaptive_avg_pool2d(weights.to(mean), (mean.shape[-2], mean.shape[-1]))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,10 @@ class SingleImageObjective(Objective):
         """The mean squared error of each sample, and its weight w(t), both (b,)."""
         model, latents, noise, timesteps = self._model[0], batch["latents"], batch["noise"], batch["timesteps"]
         noisy, target = model.noised(latents, noise, timesteps), model.target(latents, noise, timesteps)
-        output = model.predict(noisy, timesteps, self.conditioning(batch["rows"]))
+        conditioning = self.conditioning(batch["rows"])
+        if "time_ids" in batch:
+            conditioning = replace(conditioning, time_ids=batch["time_ids"].to(conditioning.embeds))
+        output = model.predict(noisy, timesteps, conditioning)
         errors = masked_mse(output, target, batch.get("weights", torch.ones_like(target[:, :1])))
         weights = torch.ones_like(errors)
         if self.snr_gamma is not None:

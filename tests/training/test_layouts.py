@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.textual_inversion import initial_embeddings, installed_tokens
@@ -20,12 +21,14 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training import single_image as single_image_module
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
+from personalize.training.data.buckets import FittedImage
 from personalize.training.data.concepts import ConceptDataset
 from personalize.training.data.samples import SampleShard
 from personalize.training.multi_concept import multi_concept_run
 from personalize.training.single_image import single_image_run
 from tests.support.children import run_processes
 from tests.support.runs import CAPTION, pixels
+from tests.support.tiny import tiny
 from tests.training.test_multi_concept_run import CAT, DOG, EXAMPLES, PICTURE
 
 SINGLE = SingleImageConfig(rank=2, samples_per_update=4, max_train_samples=8, targets="attention")
@@ -83,9 +86,18 @@ def test_a_sample_is_instance_or_class_by_its_number_in_the_run(model: StableDif
             assert shown == [number % 2 == 0 for number in range(2 * samples)]
 
 
+CAPTIONS = [CAPTION, "a dog", CAPTION]
+
+
+def three_shapes() -> list[FittedImage]:
+    """Pictures in three aspect ratios, the last padded: in an update of four one of the sizes has a single sample."""
+    shapes = ((64, 64), (32, 96), (96, 32))
+    images = [FittedImage(interpolate(pixels(), size)) for size in shapes]
+    return [*images[:2], replace(images[2], shown=(80, 32))]
+
+
 def single(model: StableDiffusion, config: SingleImageConfig, **more: Any) -> tuple[Adapter, list[float]]:
-    images = torch.cat([pixels(), -pixels(), pixels().flip(-1)])
-    with single_image_run(model, images, [CAPTION, "a dog", CAPTION], config, **more) as run:
+    with single_image_run(model, three_shapes(), CAPTIONS, config, **more) as run:
         losses = [float(report.losses["loss"]) for report in run.steps()]
         return run.adapter(), losses
 
@@ -127,11 +139,10 @@ def test_four_micro_batches_learn_the_same(trainer: str, model: StableDiffusion)
 
 def test_a_run_may_be_resumed_in_another_layout(model: StableDiffusion, tmp_path: Path) -> None:
     whole, _ = single(model, SINGLE)
-    images = torch.cat([pixels(), -pixels(), pixels().flip(-1)])
-    with single_image_run(model, images, [CAPTION, "a dog", CAPTION], SINGLE) as run:
+    with single_image_run(model, three_shapes(), CAPTIONS, SINGLE) as run:
         next(run.steps())
         run.save_checkpoint(tmp_path)
-    with single_image_run(model, images, [CAPTION, "a dog", CAPTION], replace(SINGLE, train_batch_size=1)) as run:
+    with single_image_run(model, three_shapes(), CAPTIONS, replace(SINGLE, train_batch_size=1)) as run:
         run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
         assert [report.update for report in run.steps()] == [2]
         assert furthest(tensors(whole), tensors(run.adapter())) <= CLOSE
@@ -154,3 +165,25 @@ def test_two_processes_learn_what_one_does(trainer: str, batch: int, model: Stab
     assert ranks[0] == ranks[1] == pytest.approx(alone, rel=1e-5)
     assert all(torch.equal(two[key], other[key]) for key in two)
     assert furthest(one, two) <= CLOSE
+
+
+def test_sdxl_is_told_the_size_of_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, told = tiny("sdxl"), []
+    predict = StableDiffusion.predict
+
+    def recorded(self: StableDiffusion, latents: torch.Tensor, t: torch.Tensor, conditioning: Any) -> torch.Tensor:
+        assert conditioning.time_ids is not None
+        told.append((tuple(latents.shape[-2:]), conditioning.time_ids[0].tolist()))
+        return predict(self, latents, t, conditioning)
+
+    monkeypatch.setattr(StableDiffusion, "predict", recorded)
+    images = [replace(three_shapes()[1], original=(300, 900), corner=(0, 8)), three_shapes()[0]]
+    with single_image_run(base, images, CAPTION, replace(SINGLE, samples_per_update=2, max_train_samples=2)) as run:
+        list(run.steps())
+    assert sorted(told) == [((8, 24), [300, 900, 0, 8, 32, 96]), ((16, 16), [64, 64, 0, 0, 64, 64])]
+
+
+def test_a_graph_of_pictures_of_several_sizes_is_refused(model: StableDiffusion) -> None:
+    with pytest.raises(UserError, match="cuda_graph needs pictures of one shape, got 3 sizes"):
+        with single_image_run(model, three_shapes(), CAPTIONS, replace(SINGLE, cuda_graph=True)):
+            pass

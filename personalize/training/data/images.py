@@ -7,18 +7,16 @@ Folders and data sets are read by 🤗 datasets: `metadata.jsonl` beside the pic
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.io.images import fitted_size, load_image, read_image, resize_and_crop, to_pixels
+from personalize.io.images import load_image, read_image
 from personalize.training.data.captions import find_caption, generate_caption, sidecar_caption
 from personalize.training.data.samples import find_picture
 
@@ -122,20 +120,3 @@ def _training_image(row: Mapping[str, Any], name: str, config: Any) -> TrainingI
     name = str(path or name)
     decoded = None if mask is None else decode_cell(mask, f"the mask of {name}")
     return TrainingImage(name, image, " ".join(caption.split()), decoded)
-
-
-def to_common_size(images: Sequence[TrainingImage], resolution: int, multiple: int) -> tuple[Tensor, Tensor | None]:
-    """All pictures in one size: pixels (p, 3, H, W) in [−1, 1], and masks (p, 1, H, W) in [0, 1] if any has one.
-
-    The size has about `resolution`² pixels in the pictures' aspect ratio, with sides that are multiples of `multiple`;
-    pictures that would differ in size are cut to the square in their middle.
-    """
-    sizes = {fitted_size(picture.image.height, picture.image.width, resolution, multiple) for picture in images}
-    side = resolution // multiple * multiple
-    size = sizes.pop() if len(sizes) == 1 else (side, side)
-    pixels = torch.cat([to_pixels(resize_and_crop(picture.image, size)) for picture in images])
-    if all(picture.mask is None for picture in images):
-        return pixels, None
-    white = Image.new("L", (size[1], size[0]), 255)
-    masks = [white if picture.mask is None else resize_and_crop(picture.mask, size) for picture in images]
-    return pixels, torch.cat([(to_pixels(mask)[:, :1] + 1) / 2 for mask in masks])

@@ -150,26 +150,31 @@ class Dataset(ABC):
 
 @dataclass(frozen=True)
 class LatentDataset(Dataset):
-    """Training samples of p pictures, encoded once: the posteriors' `mean` and `std` (p, c, h, w), scaled.
+    """Training samples of p pictures, encoded once: the posteriors' `mean` and `std`, p times (c, h, w), scaled.
+
+    The pictures may differ in size; each batch is of pictures of one size.
 
     The latents of a sample are z₀ = mean + std · ξ with ξ ~ N(0, 1), drawn once for each picture, or for each sample
     if `resample`.
 
     rows: for each picture the row of its caption in the source embedding.
-    weights: weight of the loss by position, (p, 1, h, w); None: 1 everywhere.
-    prior: class pictures; every batch then ends with as many samples of these as it has of the pictures themselves.
+    weights: weight of the loss by position, p times (1, h, w); None: 1 everywhere.
+    prior: class pictures in each of the sizes; every batch then ends with as many samples of these as it has of the
+        pictures themselves.
+    time_ids: what SDXL is told of the size of each picture, p times (6); None for other bases.
     purpose: part of the key of the random numbers, so that class pictures draw others than the subject's pictures.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Sequence[Tensor] | Tensor
+    std: Sequence[Tensor] | Tensor
     seed: int
     resample: bool = False
     train_timesteps: int = 1000
     rows: tuple[int, ...] = (0,)
-    weights: Tensor | None = None
-    prior: LatentDataset | None = None
+    weights: Sequence[Tensor] | Tensor | None = None
+    prior: tuple[LatentDataset, ...] = ()
     purpose: str = ""
+    time_ids: Sequence[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -178,11 +183,11 @@ class LatentDataset(Dataset):
         """Sample `index` of `update`, made of picture number `picture`.
 
         It has `latents` and `noise` (c, h, w), `timesteps` () in [0, train_timesteps), `rows` (), and `weights`
-        (1, h, w) if the data set has weights.
+        (1, h, w) and `time_ids` (6) if the data set has them.
         """
         rng = generator(self.seed, f"{self.purpose}noise", update, index)
         timestep = torch.randint(self.train_timesteps, (), generator=rng)
-        noise = torch.randn(self.mean.shape[1:], generator=rng)
+        noise = torch.randn(self.mean[picture].shape, generator=rng)
         draw = generator(self.seed, f"{self.purpose}posterior", *((update, index) if self.resample else (0, picture)))
         mean, std = self.mean[picture], self.std[picture]
         row = {
@@ -191,7 +196,8 @@ class LatentDataset(Dataset):
             "timesteps": timestep.to(mean.device),
             "rows": torch.tensor(self.rows[picture]),
         }
-        return row if self.weights is None else row | {"weights": self.weights[picture]}
+        row |= {} if self.weights is None else {"weights": self.weights[picture]}
+        return row | ({} if self.time_ids is None else {"time_ids": self.time_ids[picture]})
 
     def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Tensor]]]:
         """This process's batches of each of the updates `first` … `last` − 1, stacked along b.
@@ -206,8 +212,9 @@ class LatentDataset(Dataset):
 
     def _batch(self, update: int, chunk: Chunk, samples: int) -> dict[str, Tensor]:
         rows = self._samples(update, chunk.indices, samples)
-        if self.prior is not None:
-            rows += self.prior._samples(update, chunk.indices, samples)
+        for prior in self.prior:
+            if prior.mean[0].shape == rows[0]["latents"].shape:
+                rows += prior._samples(update, chunk.indices, samples)
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         share = {} if chunk.share == 1 else {"share": torch.full((len(rows),), chunk.share).to(batch["latents"])}
         return batch | share

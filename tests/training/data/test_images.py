@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from personalize.cli.launch import load_script
 from personalize.errors import UserError
-from personalize.training.data.images import TrainingImage, read_training_images, to_common_size
+from personalize.training.data.images import TrainingImage, read_training_images
 
 SCRIPT = load_script(Path(__file__).parents[3] / "train" / "single_image.py")
 
@@ -88,15 +87,3 @@ def test_what_cannot_be_read(folder: Path) -> None:
     empty.mkdir()
     with pytest.raises(UserError, match="empty"):
         read(instance_data_dir=empty)
-
-
-def test_pictures_of_one_shape_keep_it_and_others_become_squares(folder: Path) -> None:
-    wide, tall = Image.new("RGB", (90, 60)), Image.new("RGB", (60, 90))
-    pixels, masks = to_common_size([TrainingImage("a", wide, "a"), TrainingImage("b", wide, "b")], 64, 32)
-    assert pixels.shape == (2, 3, 64, 96) and masks is None
-    half = Image.new("L", (60, 90))
-    half.paste(255, (0, 0, 60, 45))  # the upper half is the subject
-    pixels, masks = to_common_size([TrainingImage("a", wide, "a"), TrainingImage("b", tall, "b", half)], 64, 32)
-    assert pixels.shape == (2, 3, 64, 64) and masks is not None and masks.shape == (2, 1, 64, 64)
-    assert bool((masks[0] == 1).all()) and torch.equal(masks[1, 0, :28], torch.ones(28, 64))
-    assert masks[1, 0, 36:].max() < 0.02  # a resampled edge rings a little

@@ -76,7 +76,9 @@ def test_several_pictures_take_turns_over_updates_and_batches() -> None:
 
 def test_class_pictures_come_behind_and_have_noise_of_their_own() -> None:
     own = picture()
-    both = LatentDataset(own.mean, own.std, 0, prior=LatentDataset(own.mean, own.std, 0, rows=(1,), purpose="class "))
+    both = LatentDataset(
+        own.mean, own.std, 0, prior=(LatentDataset(own.mean, own.std, 0, rows=(1,), purpose="class "),)
+    )
     batch, alone = next(both.batches(SampleShard(2), 0, 1)), next(own.batches(SampleShard(2), 0, 1))
     assert all(torch.equal(batch[name][:2], alone[name]) for name in alone)
     assert batch["rows"].tolist() == [0, 0, 1, 1] and not torch.equal(batch["noise"][:2], batch["noise"][2:])

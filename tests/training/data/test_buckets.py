@@ -1,0 +1,69 @@
+"""Pictures of different shapes are trained in sizes of their own, whole, and SDXL is told what it sees."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image, ImageDraw
+
+from personalize.io.images import to_image
+from personalize.training.data.buckets import as_fitted, fit
+
+
+def drawn(width: int, height: int, box: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
+    """A teal picture with a red subject in `box`, and its mask."""
+    image, mask = Image.new("RGB", (width, height), "teal"), Image.new("L", (width, height))
+    ImageDraw.Draw(image).rectangle(box, "red")
+    ImageDraw.Draw(mask).rectangle(box, 255)
+    return image, mask
+
+
+def red(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels[0, 0] > 0.5) & (pixels[0, 1] < 0)
+
+
+def test_a_portrait_beside_a_landscape_keeps_its_head() -> None:
+    """Both were cut to the square in their middle, where the head of a 2:3 portrait is not."""
+    for width, height, head in (
+        (400, 600, (150, 0, 250, 90)),
+        (800, 500, (0, 200, 90, 300)),
+        (500, 500, (0, 0, 60, 60)),
+    ):
+        image, _ = drawn(width, height, head)
+        fitted = fit(image, None, 512, 64)
+        assert all(side % 64 == 0 for side in fitted.size) and fitted.cut == ""
+        h, w = fitted.shown or fitted.size
+        share = red(fitted.pixels[..., :h, :w]).float().mean()
+        whole = (head[2] - head[0] + 1) * (head[3] - head[1] + 1) / (width * height)
+        assert abs(float(share) - whole) < 0.05 * whole  # its edge is blurred by a pixel
+
+
+def test_padding_does_not_count_and_is_said() -> None:
+    image, _ = drawn(400, 300, (0, 0, 50, 50))
+    fitted = fit(image, None, 512, 64)
+    (h, w), (height, width) = fitted.shown or fitted.size, fitted.size
+    assert (height, width) == (448, 576) and (h, w) == (432, 576)
+    assert fitted.padding == "padded by 16 px at the bottom"
+    weights = fitted.weights(0.9)
+    assert weights is not None and weights[0, 0].sum() == h * w and not weights[..., h:, :].any()
+    assert torch.equal(fitted.pixels[..., h:, :], fitted.pixels[..., h - 17 : h - 1, :].flip(-2))  # reflected
+    assert fit(image.resize((512, 512)), None, 512, 64).weights(0.9) is None
+
+
+def test_a_cut_keeps_the_mask_whole_or_is_not_made() -> None:
+    image, mask = drawn(400, 300, (0, 0, 60, 60))  # in a corner, that a cut in the middle would lose
+    fitted = fit(image, mask, 512, 64)
+    assert fitted.padding == "" and fitted.shown == fitted.size and fitted.corner == (0, 0)
+    assert fitted.cut.startswith("cut by 3.6% at the right") and fitted.mask is not None
+    assert float(fitted.mask[0, 0, :, 0].max()) > 0.99 and float(fitted.mask[0, 0, 0].max()) > 0.99
+    wide, everywhere = drawn(400, 300, (0, 0, 399, 299))
+    whole = fit(wide, everywhere, 512, 64)
+    assert whole.cut == "" and whole.padding == "padded by 16 px at the bottom"
+
+
+def test_sdxl_is_told_size_corner_and_target() -> None:
+    image, mask = drawn(400, 300, (340, 0, 399, 60))
+    assert fit(image, None, 512, 64).time_ids == (300, 400, 0, 0, 448, 576)
+    cut = fit(image, mask, 512, 64)
+    assert cut.time_ids == (300, 400, 0, cut.corner[1], 448, 576) and 18 <= cut.corner[1] <= 22
+    assert as_fitted(torch.zeros(2, 3, 64, 96))[1].time_ids == (64, 96, 0, 0, 64, 96)
+    assert to_image(cut.pixels).size == (576, 448)
