@@ -21,7 +21,7 @@ from personalize.adapters.text_encoder_lora import other_changes, text_lora
 from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
-from personalize.formats.adapter_source import is_adapter_folder, open_adapter
+from personalize.formats.adapter_source import fetched, is_adapter_folder, open_adapter
 from personalize.formats.foreign_files import AdapterFile, read_adapter_file
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
@@ -126,7 +126,7 @@ class Adapter:
             UserError: nothing is there, the folder is no adapter folder, a file is missing, damaged, a pickle or no
                 plain LoRA, or the files are not those that were saved.
         """
-        folder = Path(folder)
+        folder = fetched(folder)
         if folder.is_file() or (is_adapter_folder(folder) and not (folder / MANIFEST).is_file()):
             return _load_file(folder, family)
         if not folder.exists():

@@ -7,6 +7,7 @@ class of the model says which of two text encoders the tensors are for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from personalize.io.tensor_files import TensorFile, read_json
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 INDEX = ".safetensors.index.json"
 PEFT_PREFIX = "base_model.model."
+HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*):((?:[\w-][\w. -]*/)*[\w-][\w. -]*)")
 MAX_SHARDS = 100
 
 
@@ -29,15 +31,16 @@ def open_adapter(path: str | Path, *, allow_pickle: bool = False, peek: int | No
     """The tensors and metadata of an adapter; settings beside it join the metadata (see `peft_settings`).
 
     Args:
-        path: a safetensors file (or, with `allow_pickle`, a pickle), an index of shards, a folder of PEFT, or a folder
-            with one of these for each part of the model: "unet", "text_encoder", "text_encoder_2".
+        path: a safetensors file (or, with `allow_pickle`, a pickle), an index of shards, a folder of PEFT, a folder
+            with one of these for each part of the model ("unet", "text_encoder", "text_encoder_2"), or a file on the
+            hub (see `fetched`).
         allow_pickle: read the tensors, and nothing else, of a pickle.
         peek: if given, safetensors with more numbers than this are not read: only their shapes are there.
 
     Raises:
         UserError: nothing is there, or it cannot be read.
     """
-    path = Path(path)
+    path = fetched(path)
     if path.is_dir():
         return _open_folder(path, allow_pickle, peek)
     if path.name.endswith(INDEX):
@@ -47,6 +50,35 @@ def open_adapter(path: str | Path, *, allow_pickle: bool = False, peek: int | No
     if config.is_file() and any(key.startswith(PEFT_PREFIX) for key in content.tensors):
         return _with_settings(content, read_json(config), path.parent.name)
     return content
+
+
+def fetched(path: str | Path) -> Path:
+    """`path`, or for "owner/name:file.safetensors" that file of the hub's repository, which is downloaded and cached.
+
+    Of a file of PEFT its settings are fetched too.
+
+    Raises:
+        UserError: the file is no .safetensors, or the hub does not give it.
+    """
+    match = HUB_FILE.fullmatch(str(path))
+    if match is None or Path(path).exists():
+        return Path(path)
+    repository, name = match[1], match[2]
+    if not name.endswith(".safetensors"):
+        raise UserError(f"{path}: only .safetensors files are taken from the hub, for pickles can run code")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        if name.rpartition("/")[2] in WEIGHTS:
+            try:
+                hf_hub_download(repository, name.rpartition("/")[0] + "/" * ("/" in name) + ADAPTER_CONFIG)
+            except EntryNotFoundError:
+                pass  # alpha may stand in the file itself
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # the library, its HTTP client and the network raise different types
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
+        raise UserError(f"cannot get {name} of {repository} from the hub: {reason}") from error
 
 
 def is_adapter_folder(path: Path) -> bool:
