@@ -2,6 +2,7 @@
 
     stable_diffusion   one handle for SD 1.x, SD 2.x and SDXL: encode, predict, decode
     parameterization   what a UNet predicts (ε or v), turned into the other and into the clean latents
+    supported          bases of another kind are refused; what a UNet predicts, if no file says it
     loading, config    from a folder, the hub or a single file; configs/ holds what single files lack
     blocks             which layers belong to the encoder, the middle and the decoder
     attention          hooks on attention layers;  attention_maps: record and average what they look at

@@ -16,6 +16,8 @@ class BaseModelOptions:
     """Revision of a base from the hub."""
     variant: str | None = None
     """Variant of the base's files, e.g. fp16."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base's UNet predicts; if not given, what the base says, or what one forward pass shows."""
 
 
 @dataclass(frozen=True, kw_only=True)

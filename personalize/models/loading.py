@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
 from personalize.errors import UserError
+from personalize.models.supported import predicted_quantity
 
 CONFIGS = Path(__file__).parent / "configs"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -22,15 +23,22 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def read(
-    source: str | Path, dtype: torch.dtype, *, revision: str | None = None, variant: str | None = None
+    source: str | Path,
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
 ) -> DiffusionPipeline:
     """The stock pipeline at `source`, its UNet in `dtype` and everything else in fp32.
+
+    `prediction_type` overrides what the base says of itself.
 
     Raises UserError, in one line, for anything that is not a Stable Diffusion model.
     """
     path = Path(source)
     if path.is_file():
-        return read_file(path, dtype)
+        return read_file(path, dtype, prediction_type)
     extra: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if path.is_dir():
         index = read_index(path)
@@ -42,12 +50,15 @@ def read(
             f"no base model at {source}: give a diffusers folder, a .safetensors file or a hub id owner/name"
         )
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipe = DiffusionPipeline.from_pretrained(
             str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
             revision=revision, variant=variant, **extra,
         )  # fmt: skip
     except Exception as error:
         raise _unreadable(source, error) from error
+    if prediction_type is not None:
+        pipe.scheduler.register_to_config(prediction_type=prediction_type)
+    return pipe
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -84,10 +95,10 @@ def require_parts(names: Iterable[str], source: object) -> None:
         raise UserError(f"{source} is no Stable Diffusion 1.x, 2.x or XL model: it has no {' and no '.join(missing)}")
 
 
-def read_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def read_file(path: Path, dtype: torch.dtype, prediction_type: str | None = None) -> DiffusionPipeline:
     """The pipeline of a single-file checkpoint in the original layout; configs and tokenizer come from `base_configs`.
 
-    Nothing is downloaded.
+    Nothing is downloaded.  An SD 2.x file that does not say what its UNet predicts is found out by one forward pass.
     """
     kind, overrides = checkpoint_kind(path)
     folder = CONFIGS / kind
@@ -98,9 +109,22 @@ def read_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
         pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, dtype=torch.float32, **parts)
     except Exception as error:
         raise _unreadable(path, error) from error
+    if kind == "sd21v" and prediction_type is None and not _stated_prediction(path):
+        alphas, width = pipe.scheduler.alphas_cumprod, pipe.unet.config.cross_attention_dim
+        prediction_type = predicted_quantity(pipe.unet, alphas, width)
+    if kind == "sd21v" and prediction_type == "epsilon":  # the published ε model is the one of 512 px
+        smaller = json.loads((CONFIGS / "sd21" / "unet" / "config.json").read_text("utf-8"))
+        pipe.unet.register_to_config(sample_size=smaller["sample_size"])
+    overrides |= {} if prediction_type is None else {"prediction_type": prediction_type}
     pipe.unet.to(dtype)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **overrides)
     return pipe
+
+
+def _stated_prediction(path: Path) -> str | None:
+    """What the header of a single file says that its UNet predicts, if it does."""
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("modelspec.prediction_type")
 
 
 def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:

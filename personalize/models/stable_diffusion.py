@@ -19,6 +19,7 @@ from personalize.models import parameterization
 from personalize.models.loading import default_device, default_dtype, family, read, require_parts
 from personalize.models.offloading import execution_device
 from personalize.models.quantization import quantize
+from personalize.models.supported import require_supported
 from personalize.models.vae import accurate_vae
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
@@ -79,6 +80,7 @@ class StableDiffusion:
         self.tokenizers = _present(parts, "tokenizer", "tokenizer_2")
         self.name = name or str(pipe.config.get("_name_or_path") or "")
         self.family = family(self.unet, len(self.text_encoders))
+        require_supported(self.scheduler, self.vae, self.name or "the base")
         self.prediction_type: str = self.scheduler.config.prediction_type
         self.parameterization = parameterization.of(self.prediction_type)
         self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
@@ -103,16 +105,14 @@ class StableDiffusion:
 
         Args:
             dtype: of the UNet; by default fp32 on the CPU, bf16 on a GPU that supports it.  All other parts are fp32.
-            prediction_type: overrides that of the base's scheduler, for single files that do not state it.
+            prediction_type: overrides what the base says of itself; of single files that say nothing it is found out.
 
         All weights are frozen.  Raises UserError if there is no such base model.
         """
         device = torch.device(device) if device is not None else default_device()
         dtype = dtype or default_dtype(device)
         source = EMBEDDED if source is None else source
-        pipe = read(source, dtype, revision=revision, variant=variant)
-        if prediction_type is not None:
-            pipe.scheduler.register_to_config(prediction_type=prediction_type)  # pyright: ignore
+        pipe = read(source, dtype, revision=revision, variant=variant, prediction_type=prediction_type)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(device)

@@ -82,7 +82,7 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
     model = StableDiffusion.load(
         config.pretrained_model_name_or_path, device=accelerator.device,
         dtype=torch.bfloat16 if bf16 or config.load_in_4bit else torch.float32,
-        revision=config.revision, variant=config.variant,
+        revision=config.revision, variant=config.variant, prediction_type=config.prediction_type,
     )  # fmt: skip
     if config.load_in_4bit:
         before, after = model.quantize()

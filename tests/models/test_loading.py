@@ -83,6 +83,21 @@ def test_a_single_file_gives_the_same_model_as_the_folder(name, tiny_configs):
     torch.testing.assert_close(loaded.decode(latents), model.decode(latents))
 
 
+@pytest.mark.parametrize(("given", "found", "side"), [(None, "epsilon", 64), ("v_prediction", None, 96)])
+def test_a_silent_sd2_file_is_what_its_unet_predicts_or_what_the_option_says(
+    given, found, side, tiny_configs, monkeypatch
+):
+    for kind, size in (("sd21", 64), ("sd21v", 96)):
+        source, target = (tiny_configs / "configs" / name / "unet" / "config.json" for name in ("sd21v", kind))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(json.loads(source.read_text()) | {"sample_size": size}))
+    file = tiny_configs / "silent.safetensors"
+    save_file(original_layout(tiny("sd2v")), file)
+    monkeypatch.setattr(loading, "predicted_quantity", lambda *_: found or pytest.fail("looked in spite of the option"))
+    model = StableDiffusion.load(file, device="cpu", prediction_type=given)
+    assert (model.prediction_type, model.unet.config.sample_size) == (given or found, side)
+
+
 def header(path, keys, metadata=None):
     tensors = {key: torch.zeros(1) for key in keys} | {
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4)

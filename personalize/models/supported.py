@@ -1,0 +1,65 @@
+"""Whether a base model is of the kind that this package knows, and what its UNet predicts if no file says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity, interpolate
+
+from personalize.errors import UserError
+from personalize.models import parameterization
+from personalize.randomness import generator
+
+PROBED_ALPHA = (
+    0.05  # ᾱ at which ε and v differ most clearly: cos(ε, v) = √ᾱ for clean latents that are independent of ε
+)
+LEAST_COSINE = 0.7  # of a UNet that predicts ε; one that predicts v comes to about √ᾱ, 0.2
+
+
+def require_supported(scheduler: Any, vae: Any, name: str) -> None:
+    """UserError, with the reason, for a base whose noise schedule or latents are of another kind.
+
+    Supported are z_t = √ᾱ x0 + √(1−ᾱ) ε over the betas of the schedule, and latents that are the autoencoder's times a
+    scaling factor.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    if "sigma_data" in config or kind.startswith("EDM"):
+        raise UserError(f"{name} has an EDM schedule ({kind}): give a base with the schedule of Stable Diffusion")
+    if kind.startswith("FlowMatch") or config.get("use_flow_sigmas") or "flow" in str(config.get("prediction_type")):
+        raise UserError(f"{name} is a flow-matching model ({kind}): give a base with the schedule of Stable Diffusion")
+    if "beta_schedule" not in config or config.get("prediction_type") is None:
+        raise UserError(f"{name} has the scheduler {kind}, which states no betas or no prediction type: give another")
+    stated = [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config.get(key) is not None]
+    if stated:
+        raise UserError(
+            f"the autoencoder of {name} shifts or scales each channel ({stated[0]}), which is not supported: give a "
+            "base with Stable Diffusion's autoencoder"
+        )
+    if vae.config.get("scaling_factor") is None or not hasattr(vae, "encode"):
+        raise UserError(
+            f"the autoencoder of {name} ({type(vae).__name__}) has no scaling_factor: give an AutoencoderKL"
+        )
+
+
+@torch.no_grad()
+def predicted_quantity(unet: Any, alphas_cumprod: torch.Tensor, width: int) -> str:
+    """ "epsilon" or "v_prediction", by one forward pass at a known noise level.
+
+    Noisy latents z_t are made of smooth random ones and noise ε.  A UNet that predicts ε returns nearly ε; one that
+    predicts v = √ᾱ ε − √(1−ᾱ) x0 returns hardly any of it.
+
+    Args:
+        alphas_cumprod: ᾱ of every training timestep.
+        width: of the text embeddings; zeros are given for them.
+    """
+    rng, weight = generator(0, "prediction type"), unet.conv_in.weight
+    channels = unet.config.in_channels
+    timestep = int((alphas_cumprod - PROBED_ALPHA).abs().argmin())
+    smooth = interpolate(torch.randn(1, channels, 4, 4, generator=rng), size=(32, 32), mode="bilinear")
+    noise = torch.randn(smooth.shape, generator=rng)
+    z = parameterization.noised(smooth / smooth.std(), noise, alphas_cumprod[timestep].cpu())
+    text = torch.zeros(1, 77, width, device=weight.device, dtype=weight.dtype)
+    output = unet(z.to(weight), torch.tensor(timestep, device=weight.device), text, return_dict=False)[0].float().cpu()
+    cosine = cosine_similarity(output.flatten(), noise.flatten(), 0)
+    return "epsilon" if float(cosine) > LEAST_COSINE else "v_prediction"
