@@ -77,8 +77,10 @@ def main(config: Config) -> Path:
         describe(run, accelerator)
         maps.record("before")
         trainer.train(config, run, "multi_concept")
-        maps.record("after")
         adapter = run.adapter(person=config.person, regularisation=len(classes))
+        if config.attention_maps and accelerator.is_main_process:
+            adapter.save(config.output_dir)  # before the maps are drawn, which could fail
+        maps.record("after")
     if accelerator.is_main_process:
         adapter.save(config.output_dir, pictures=maps.pictures())
         print(f"Words: {', '.join(adapter.concepts)}")

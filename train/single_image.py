@@ -9,7 +9,7 @@ Writes an adapter folder: LoRA files for diffusers and for the graphical program
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,7 @@ def main(config: Config) -> Path:
     from personalize.training.data.class_images import class_images
     from personalize.training.data.images import read_training_images
     from personalize.training.single_image import single_image_run
-    from personalize.training.validation import preview
+    from personalize.training.validation import save_with_preview
 
     images = read_training_images(config)
     check_target(config.output_dir)
@@ -73,8 +73,9 @@ def main(config: Config) -> Path:
         adapter = run.adapter(person=config.person, pictures=len(images), regularisation=len(classes))
     if accelerator.is_main_process:
         shown = pictures[0].pixels
-        figures, drawn = preview(model, adapter, shown, steps=config.preview_steps, seed=config.seed)
-        replace(adapter, info={**adapter.info, **figures}).save(config.output_dir, pictures=drawn)
+        figures = save_with_preview(
+            model, adapter, shown, config.output_dir, steps=config.preview_steps, seed=config.seed
+        )
         print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
     return trainer.finish(config, accelerator)
 

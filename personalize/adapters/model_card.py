@@ -100,7 +100,9 @@ def _summary(name: str, adapter: CardSubject) -> str:
 
 
 def _fidelity(adapter: CardSubject) -> str:
-    """A sentence on how exactly the picture is reconstructed, and on the limit that the autoencoder sets."""
+    """A sentence on how exactly the picture is reconstructed, or on why that is not known."""
+    if failed := adapter.info.get("preview_failed"):
+        return f" No preview was drawn: {' '.join(str(failed).split())}"
     replay, ceiling = (adapter.info.get(key) for key in ("reconstruction_db", "autoencoder_db"))
     if not isinstance(replay, int | float) or not isinstance(ceiling, int | float):
         return ""

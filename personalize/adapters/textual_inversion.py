@@ -26,8 +26,10 @@ from torch.nn.functional import embedding
 
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.randomness import generator
 
 ENCODERS = ("text_encoder", "text_encoder_2")
+METHOD_ENTRIES = {"ktn": "ktn", "pll": "pll", "ucd": "ucd</w>"}  # in CLIP's vocabulary: 42170, 47629 and 43514
 TOKEN = re.compile(r"<[a-z0-9][a-z0-9-]*>")
 Rows = Mapping[str, Tensor]  # by text encoder, (n, d)
 
@@ -105,7 +107,8 @@ def initial_embeddings(model: StableDiffusion, subject: Subject, initializer: st
     """Initial embeddings (vectors, d) of a token, by text encoder: each the mean embedding of `initializer`'s tokens.
 
     Args:
-        initializer: a word, or "class" for the subject's class phrase.
+        initializer: a word, or "class" for the subject's class phrase.  The method's words ktn, pll and ucd stand for
+            entries of CLIP's vocabulary that its tokenizer does not give: it reads `ktn` as two tokens.
 
     Raises:
         UserError: the initializer is empty.
@@ -113,7 +116,8 @@ def initial_embeddings(model: StableDiffusion, subject: Subject, initializer: st
     text = subject.noun if initializer == "class" else initializer
     embeddings = {}
     for name, tokenizer, encoder in zip(ENCODERS, model.tokenizers, model.text_encoders, strict=False):
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        own = None if initializer == "class" else _vocabulary_id(tokenizer, text)
+        ids = tokenizer(text, add_special_tokens=False).input_ids if own is None else [own]
         if not ids:
             raise UserError(f"token {subject.token} cannot start from the word {text!r}, which is empty")
         table = encoder.get_input_embeddings()
@@ -121,6 +125,29 @@ def initial_embeddings(model: StableDiffusion, subject: Subject, initializer: st
             row = table(torch.tensor([ids], device=model.device))[0].float().mean(0)
         embeddings[name] = row.repeat(subject.vectors, 1)
     return embeddings
+
+
+def _vocabulary_id(tokenizer: Any, word: str) -> int | None:
+    """The id of the vocabulary entry that one of the method's words stands for; None for other words."""
+    entry = METHOD_ENTRIES.get(word)
+    return None if entry is None else tokenizer.get_vocab().get(entry)
+
+
+def with_distinct_starts(concepts: Mapping[str, Rows], seed: int) -> dict[str, dict[str, Tensor]]:
+    """`concepts` (token → rows), where rows equal to those of an earlier concept are moved a little from them.
+
+    Noise of a quarter of the rows' own standard deviation is added, drawn by a generator keyed by `seed` and the token.
+    Two concepts that started equal would get equal gradients from everything that does not tell them apart.
+    """
+    distinct: dict[str, dict[str, Tensor]] = {}
+    for token, rows in concepts.items():
+        moved = {}
+        for name, start in rows.items():
+            noise = torch.randn(start.shape, generator=generator(seed, f"start/{token}/{name}")).to(start)
+            repeats = any(torch.equal(start[0], other[name][0]) for other in distinct.values())
+            moved[name] = start + 0.25 * start.std() * noise if repeats else start
+        distinct[token] = moved
+    return distinct
 
 
 @contextmanager

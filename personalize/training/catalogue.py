@@ -34,7 +34,7 @@ from personalize.training.data.buckets import FittedImage, fit
 from personalize.training.data.captions import find_caption
 from personalize.training.distributed import ProcessGroup
 from personalize.training.single_image import single_image_run
-from personalize.training.validation import preview
+from personalize.training.validation import save_with_preview
 
 COLUMNS = ("line", "name", "status", "reason", "adapter", "caption", "updates", "loss", "reconstruction_db", "seconds")
 
@@ -181,8 +181,7 @@ def _save(
 ) -> dict[str, Any]:
     """Save a row's adapter, with a preview on its card; returns the details for the row's outcome."""
     folder, seed = catalogue.output_dir / item.name, catalogue.config_of(item).seed
-    figures, pictures = preview(model, adapter, pixels, steps=catalogue.preview_steps, seed=seed)
-    replace(adapter, info={**adapter.info, **figures}).save(folder, pictures=pictures)
+    figures = save_with_preview(model, adapter, pixels, folder, steps=catalogue.preview_steps, seed=seed)
     details = {"caption": adapter.info["caption"], "updates": adapter.info["updates"], "loss": round(loss, 5)}
     return {"adapter": str(folder), **details, **{key: figures[key] for key in figures if key in COLUMNS}}
 

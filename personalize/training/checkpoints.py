@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from personalize.errors import UserError
@@ -96,6 +97,40 @@ def find(output_dir: str | Path, resume_from: str | None) -> Checkpoint | None:
         except UserError:
             continue
     return None
+
+
+def find_together(output_dir: str | Path, resume_from: str | None, accelerator: Any) -> Checkpoint | None:
+    """`find` for a group of processes that may not share a disk: the main process decides, and all load the same one.
+
+    Raises:
+        UserError, on every process: one of them lacks that checkpoint, or has a damaged one.
+    """
+    if accelerator.num_processes == 1:
+        return find(output_dir, resume_from)
+    checkpoint, problem = None, None
+    if accelerator.is_main_process:
+        checkpoint, problem = _attempt(lambda: find(output_dir, resume_from))
+    decided: list[Any] = [(None if checkpoint is None else checkpoint.update, problem)]
+    broadcast_object_list(decided)
+    update, problem = decided[0]
+    if problem is None and update is not None and not accelerator.is_main_process:
+        name = f"checkpoint-{update}" if resume_from == "latest" else resume_from
+        checkpoint, problem = _attempt(lambda: find(output_dir, name))
+        if checkpoint is not None and checkpoint.update != update:
+            problem = f"the checkpoint {name} has {checkpoint.update} updates, that of the main process {update}"
+    problems = gather_object([problem])
+    for process, text in enumerate(problems):
+        if text is not None:
+            raise UserError(f"process {process}: {text}; copy the checkpoint to every machine, or use a shared folder")
+    return checkpoint
+
+
+def _attempt(call: Callable[[], Checkpoint | None]) -> tuple[Checkpoint | None, str | None]:
+    """The result of `call`, or the message of its UserError."""
+    try:
+        return call(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def load(folder: str | Path) -> Checkpoint:

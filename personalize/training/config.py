@@ -217,7 +217,7 @@ class MultiConceptConfig(LoraTrainingConfig):
     mask_weight: float | None = None
     """Weight of the masks' loss; that of the calibration if not given."""
     initializer_token: str = "ktn+pll+ucd"
-    """Words whose embeddings the new tokens start from, in turn; "class": each from its own class words."""
+    """Words the tokens' embeddings start from, the last token's from the first word; "class": from its class words."""
     augment: bool = True
     """Show the picture also shrunk and zoomed in, with "far away" or "close up" in the prompt."""
     swap_subjects: float = 0.5
@@ -254,10 +254,13 @@ class MultiConceptConfig(LoraTrainingConfig):
         """False: a batch's contents, and so the maps that are read, differ from update to update."""
         return False
 
-    def initializer(self, index: int) -> str:
-        """The word whose embedding concept `index` starts from; "class" stands for its own class phrase."""
+    def initializer(self, index: int, count: int) -> str:
+        """The word whose embedding concept `index` of `count` starts from; "class" stands for its own class phrase.
+
+        As in the authors' code the last concept starts from the first word, and those before it from the next ones.
+        """
         words = self.initializer_token.split("+")
-        return words[index % len(words)]
+        return words[(count - 1 - index) % len(words)]
 
 
 def extract_config(options: Any, kind: type[ConfigT], **changes: Any) -> ConfigT:

@@ -101,8 +101,11 @@ def graphed_steps(
         UserError: the settings of `config` (the run's training configuration) do not allow a graph.
     """
     check_capturable(config, device, shard.processes, autocast=autocast)
+    rows = list(batches)
+    if not rows:  # resumed when all updates were made
+        return iter(())
     step = GraphedStep(
-        objective, batches, optimizer, device, accumulation=shard.accumulation, max_grad_norm=config.max_grad_norm
+        objective, rows, optimizer, device, accumulation=shard.accumulation, max_grad_norm=config.max_grad_norm
     )
     return replay_steps(step, first_update)
 

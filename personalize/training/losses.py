@@ -61,7 +61,7 @@ def masked_mse(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float, prediction_type: str = "epsilon") -> Tensor:
     """Weight of each sample's squared error under min-SNR-γ, shape (b,).
 
-        w(t) = min(SNR(t), γ) / SNR(t)          for a prediction of ε
+        w(t) = min(SNR(t), γ) / SNR(t)          for a prediction of ε; 1 where SNR = 0
         w(t) = min(SNR(t), γ) / (SNR(t) + 1)    for a prediction of v,       SNR = ᾱ / (1 − ᾱ)
 
     Args:
@@ -73,8 +73,9 @@ def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float, pred
     """
     alpha = alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha / (1 - alpha)
-    denominator = snr if prediction_type == "epsilon" else snr + 1
-    return torch.minimum(snr, torch.full_like(snr, gamma)) / denominator
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # not 0 / 0 at ᾱ = 0, which a schedule rescaled to zero SNR has
+    return torch.minimum(snr, torch.full_like(snr, gamma)) / (snr + 1)
 
 
 def debiased_weight(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:

@@ -21,7 +21,13 @@ from torch import Tensor
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import add_lora, lora_removed, lora_state
 from personalize.adapters.merging import low_rank
-from personalize.adapters.textual_inversion import TokenEmbedding, initial_embeddings, installed_tokens, token_state
+from personalize.adapters.textual_inversion import (
+    TokenEmbedding,
+    initial_embeddings,
+    installed_tokens,
+    token_state,
+    with_distinct_starts,
+)
 from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.models.attention import attention_sites
@@ -59,7 +65,9 @@ def multi_concept_run(
     """
     config = config or MultiConceptConfig()
     check_prompt(model, picture)
-    rows = {s.token: initial_embeddings(model, s, config.initializer(i)) for i, s in enumerate(picture.subjects)}
+    words = [config.initializer(index, len(picture.subjects)) for index in range(len(picture.subjects))]
+    starts = {s.token: initial_embeddings(model, s, word) for s, word in zip(picture.subjects, words, strict=True)}
+    rows = with_distinct_starts(starts, config.seed)
     with ExitStack() as stack:
         stack.enter_context(restored(model))
         stack.enter_context(compiled_blocks(model.unet, config.torch_compile))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from personalize.adapters import hub
 from personalize.errors import UserError
@@ -15,6 +16,7 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training.cuda_graph import check_capturable
 from personalize.training.data.samples import SampleShard
+from personalize.training.distributed import TIMEOUT
 from personalize.training.memory_estimate import check_fits, estimate
 from personalize.training.run import TrainingRun
 from personalize.training.validation import validate
@@ -38,6 +40,7 @@ def make_accelerator(config: Any) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=config.report_to,
             project_dir=str(config.output_dir / config.logging_dir),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],  # torch's ten minutes are too short to draw in
         )
     except ValueError as error:  # e.g. bf16 on an old GPU
         raise UserError(f"--mixed_precision {config.mixed_precision} does not work here: {error}") from None
@@ -115,7 +118,7 @@ def train(config: Any, run: TrainingRun, name: str) -> None:
 
 
 def _resume(config: Any, run: TrainingRun) -> None:
-    checkpoint = checkpoints.find(config.output_dir, config.resume_from_checkpoint)
+    checkpoint = checkpoints.find_together(config.output_dir, config.resume_from_checkpoint, run.accelerator)
     if checkpoint is not None:
         run.resume(checkpoint)
     if config.resume_from_checkpoint is not None:

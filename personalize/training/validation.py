@@ -62,6 +62,26 @@ def _log_images(run: TrainingRun, images: Sequence[Image.Image]) -> None:
             tracker.log_images({FOLDER: list(images)}, step=run.update)  # pyright: ignore
 
 
+def save_with_preview(
+    model: StableDiffusion, adapter: Adapter, pixels: Tensor, folder: Path, *, steps: int = 30, seed: int = 0
+) -> dict[str, float]:
+    """Save the adapter, and then again with the pictures and figures of `preview` on its card; returns the figures.
+
+    A preview that fails, e.g. for lack of memory, costs the pictures alone: it is a warning, and a line on the card.
+    """
+    if steps > 0:
+        adapter.save(folder)
+    try:
+        figures, pictures = preview(model, adapter, pixels, steps=steps, seed=seed)
+        added: dict[str, Any] = dict(figures)
+    except Exception as error:  # any failure: the pictures must not cost the training
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"{folder} is saved, without a preview: {reason}", stacklevel=2)
+        figures, pictures, added = {}, {}, {"preview_failed": reason}
+    replace(adapter, info={**adapter.info, **added}).save(folder, pictures=pictures)
+    return figures
+
+
 def preview(
     model: StableDiffusion, adapter: Adapter, pixels: Tensor, *, steps: int = 30, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, Image.Image]]:

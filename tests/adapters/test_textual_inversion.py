@@ -1,5 +1,6 @@
 """Learned tokens: rows beside the table, positions in prompts, and agreement with stock pipelines."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,13 @@ from personalize.adapters.textual_inversion import (
     installed_tokens,
     locate_subjects,
     token_state,
+    with_distinct_starts,
 )
 from personalize.errors import UserError
 from personalize.formats import textual_inversion_files
+from personalize.models.loading import clip_tokenizer
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.config import MultiConceptConfig
 from tests.support.tiny import tiny
 
 CAT, DOG, FOX = Subject("<cat1>", "cat"), Subject("<dog1>", "dog"), Subject("<fox1>", "red fox", 2)
@@ -201,3 +205,24 @@ def test_rows_work_for_any_table() -> None:
     rows = TokenEmbedding(table, [7, 2], torch.ones(2, 3) * torch.tensor([[1.0], [2.0]]))
     out = rows(torch.tensor([[0, 7, 2]]))
     assert torch.equal(out[0, 0], table.weight[0]) and torch.equal(out[0, 1:].mean(-1), torch.tensor([1.0, 2.0]))
+
+
+def test_disendiff_new_tokens_start_from_the_methods_own_rows() -> None:
+    tokenizer = clip_tokenizer()
+    table = torch.nn.Embedding(len(tokenizer), 4)
+    encoder = SimpleNamespace(get_input_embeddings=lambda: table)
+    model: Any = SimpleNamespace(tokenizers=(tokenizer,), text_encoders=(encoder,), device=torch.device("cpu"))
+    config = MultiConceptConfig()
+    assert [config.initializer(index, 3) for index in range(3)] == ["ucd", "pll", "ktn"]  # the last has the first word
+    for word, row in (("ktn", 42170), ("pll", 47629), ("ucd", 43514), ("cat", 2368)):
+        start = initial_embeddings(model, Subject("<a>", "cat"), word)["text_encoder"]
+        assert torch.equal(start[0], table.weight[row]), word
+
+
+def test_starts_do_not_repeat_from_four_concepts_on() -> None:
+    rows = {f"<c{number}>": {"text_encoder": torch.arange(8.0)[None] * (number % 3 + 1)} for number in range(7)}
+    distinct = with_distinct_starts(rows, seed=0)
+    starts = [distinct[token]["text_encoder"] for token in rows]
+    assert all(torch.equal(starts[number], rows[f"<c{number}>"]["text_encoder"]) for number in range(3))
+    distances = [float((a - b).norm()) for number, a in enumerate(starts) for b in starts[:number]]
+    assert min(distances) > 0.25  # a quarter of the first row's standard deviation, 0.6, in each of 8 dimensions

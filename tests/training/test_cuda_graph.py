@@ -141,3 +141,12 @@ def test_speed_graph_equals_the_loop_on_cuda() -> None:
     assert len(results[0][0]) == 10 > cuda_graph.WARM
     # attention's backward pass adds in no fixed order there
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-3)
+
+
+def test_a_finished_run_that_is_resumed_makes_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "check_capturable", lambda *_, **__: None)
+    with run_of(replace(SMALL, cuda_graph=True)) as run:
+        run.update = run.updates
+        before = learned(run)
+        assert list(run.steps()) == []
+        assert all(torch.equal(before[name], tensor) for name, tensor in learned(run).items())

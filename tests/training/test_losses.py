@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from personalize.models.map_filters import normalised, smoothed
-from personalize.training.losses import anchoring, binding, calibration, separation, soft_iou
+from personalize.training.losses import anchoring, binding, calibration, min_snr_weight, separation, soft_iou
 
 EXACT = 1e-5  # the tolerance of the specification's table; the sums themselves agree to 1e-6
 TRUE_HALF = (0.10650698, 0.78698604, 0.10650698)  # a Gaussian of σ = 0.5 as textbooks have it
@@ -149,3 +149,12 @@ def test_anchoring_prefers_the_right_place() -> None:
     masks, right, wrong = torch.stack((A, B)), torch.stack((A, B)), torch.stack((B, A))
     assert float(calibration(right, right)) == pytest.approx(float(calibration(wrong, wrong)), abs=1e-12)
     assert bool((anchoring(right, masks) < 0.5 * anchoring(wrong, masks)).all())
+
+
+@pytest.mark.parametrize(("kind", "at_zero"), [("epsilon", 1.0), ("v_prediction", 0.0)])
+def test_min_snr_weights_are_finite_from_pure_noise_to_none(kind: str, at_zero: float) -> None:
+    alphas = torch.tensor([1.0, 0.9, 0.5, 1e-12, 0.0])  # ᾱ = 0: a schedule rescaled to zero terminal SNR
+    weights = min_snr_weight(alphas, torch.arange(5), 5.0, kind)
+    assert bool(weights.isfinite().all()) and float(weights[-1]) == at_zero
+    assert float(weights[1]) == pytest.approx(5 / 9 if kind == "epsilon" else 5 / 10)  # SNR 9 is above γ
+    assert float(weights[2]) == pytest.approx(1.0 if kind == "epsilon" else 0.5)  # SNR 1 is below

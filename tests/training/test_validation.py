@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from personalize.adapters.adapter import Adapter
 from personalize.adapters.textual_inversion import Subject
 from personalize.editing.editor import Editor
 from personalize.editing.strengths import Sampling
@@ -19,7 +20,7 @@ from personalize.training.config import MultiConceptConfig
 from personalize.training.data.concepts import ConceptPicture
 from personalize.training.multi_concept import multi_concept_run
 from personalize.training.single_image import learn, single_image_run
-from personalize.training.validation import draw, validate
+from personalize.training.validation import draw, save_with_preview, validate
 from tests.support.runs import CAPTION, SMALL, pixels, same
 from tests.support.tiny import tiny_sd1
 
@@ -72,6 +73,26 @@ def test_a_failed_one_is_a_warning_and_training_goes_on(tmp_path: Path, monkeypa
             assert validate(run, options(tmp_path)) == []
         list(steps)
         assert same(run.adapter(), plain)
+
+
+def test_the_adapter_is_saved_before_its_preview_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_sd1()
+    adapter = learn(model, pixels(), CAPTION, replace(SMALL, max_train_samples=1))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        assert same(Adapter.load(tmp_path / "mine"), adapter)  # it is there already
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    monkeypatch.setattr(validation.Editor, "reconstruct", fail)
+    with pytest.warns(UserWarning, match="mine is saved, without a preview: no memory$"):
+        assert save_with_preview(model, adapter, pixels(), tmp_path / "mine", steps=1) == {}
+    assert same(Adapter.load(tmp_path / "mine"), adapter)
+    assert "No preview was drawn: no memory" in (tmp_path / "mine" / "README.md").read_text()
+    monkeypatch.undo()
+    figures = save_with_preview(model, adapter, pixels(), tmp_path / "mine", steps=1)
+    assert set(figures) == {"autoencoder_db", "reconstruction_db", "standalone_gap_db"}
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "reconstruction.png" in card and "No preview" not in card
 
 
 @pytest.mark.parametrize("full_kv", [False, True])

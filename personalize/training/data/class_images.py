@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from PIL import Image
 
 from personalize.errors import UserError
@@ -39,8 +40,8 @@ def class_images(
 ) -> list[ClassImage]:
     """The class pictures that a trainer's options (`PriorPreservationOptions`) ask for; none if they do not.
 
-    They come from the first of class_data_dir, class_dataset_name and the base.  The main process draws those of the
-    base, and the others read them.
+    They come from the first of class_data_dir, class_dataset_name and the base.  The processes share the drawing of
+    those of the base, and one on each machine writes them, so that no common disk is needed.
 
     Args:
         prompt: what class pictures show.
@@ -60,11 +61,10 @@ def class_images(
         columns = {"image_column": config.image_column, "caption_column": config.caption_column}
         return from_dataset(config.class_dataset_name, prompt, count, **columns)
     accelerator.print(f"Class pictures: {count} of “{prompt}”, drawn by the base once")
-    with accelerator.main_process_first():
-        return from_base(
-            model, prompt, count, size=size, steps=config.class_image_steps, seed=config.seed,
-            cache=config.class_image_cache,
-        )  # fmt: skip
+    return from_base(
+        model, prompt, count, size=size, steps=config.class_image_steps, seed=config.seed,
+        cache=config.class_image_cache, accelerator=accelerator,
+    )  # fmt: skip
 
 
 def from_folder(folder: str | Path, class_prompt: str, count: int | None = None) -> list[ClassImage]:
@@ -108,10 +108,12 @@ def from_base(
     steps: int = 50,
     seed: int = 0,
     cache: str | Path | None = None,
+    accelerator: Any = None,
 ) -> list[ClassImage]:
     """`count` pictures of (H, W) = `size` that the base draws of `class_prompt`; read from the cache if it has them.
 
-    They are drawn by DDIM in `steps` steps with guidance 6 and the seeds `seed`, `seed` + 1, …
+    They are drawn by DDIM in `steps` steps with guidance 6 and the seeds `seed`, `seed` + 1, …  With an `accelerator`
+    of several processes each draws a part, in the batches that a single process draws, so that the pictures are equal.
 
     Raises:
         UserError: the cache cannot be written.
@@ -122,18 +124,29 @@ def from_base(
     }  # fmt: skip
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache or CACHE).expanduser() / key
-    if not (folder / METADATA).is_file() or read_json(folder / METADATA) != settings:
-        files = {f"{number:04d}.png": png(image) for number, image in enumerate(_draw(model, settings))}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, files | {METADATA: json.dumps(settings, indent=1).encode()})
+    several = accelerator is not None and accelerator.num_processes > 1
+    complete = (folder / METADATA).is_file() and read_json(folder / METADATA) == settings
+    if not all(gather_object([complete]) if several else [complete]):
+        process, processes = (accelerator.process_index, accelerator.num_processes) if several else (0, 1)
+        drawn = {f"{number:04d}.png": png(image) for number, image in _draw(model, settings, process, processes)}
+        files = dict(gather_object([*drawn.items()])) if several else drawn
+        if not complete and (not several or accelerator.is_local_main_process):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            write_folder(folder, files | {METADATA: json.dumps(settings, indent=1).encode()})
+        if several:
+            accelerator.wait_for_everyone()
     return from_folder(folder, class_prompt, count)
 
 
-def _draw(model: StableDiffusion, settings: dict[str, Any]) -> Iterator[Image.Image]:
+def _draw(
+    model: StableDiffusion, settings: dict[str, Any], process: int, processes: int
+) -> Iterator[tuple[int, Image.Image]]:
+    """The pictures of every `processes`-th batch, from batch number `process` on, with their numbers."""
     size = (settings["size"][0], settings["size"][1])
     edit = Edit(model.prompts([settings["prompt"]], size), None, GUIDANCE)
     schedule = make_schedule(model, settings["steps"], "ddim")
-    for first in range(0, settings["count"], BATCH):
-        seeds = [settings["seed"] + number for number in range(first, min(first + BATCH, settings["count"]))]
-        for row in model.decode(sample(model, edit, seeds, schedule, size)):
-            yield to_image(row)
+    for first in range(process * BATCH, settings["count"], processes * BATCH):
+        numbers = range(first, min(first + BATCH, settings["count"]))
+        seeds = [settings["seed"] + number for number in numbers]
+        for number, row in zip(numbers, model.decode(sample(model, edit, seeds, schedule, size)), strict=True):
+            yield number, to_image(row)
