@@ -11,9 +11,7 @@ from personalize.errors import UserError
 from personalize.models import parameterization
 from personalize.randomness import generator
 
-PROBED_ALPHA = (
-    0.05  # ᾱ at which ε and v differ most clearly: cos(ε, v) = √ᾱ for clean latents that are independent of ε
-)
+PROBED_ALPHA = 0.05  # ᾱ where ε and v differ clearly: cos(ε, v) = √ᾱ if the clean latents are independent of ε
 LEAST_COSINE = 0.7  # of a UNet that predicts ε; one that predicts v comes to about √ᾱ, 0.2
 
 

@@ -34,7 +34,6 @@ def make_accelerator(config: Any) -> Accelerator:
             repository that does not exist or cannot be used.
     """
     check_tracker(config.report_to)
-    checkpoints.find(config.output_dir, config.resume_from_checkpoint)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -44,6 +43,7 @@ def make_accelerator(config: Any) -> Accelerator:
         )
     except ValueError as error:  # e.g. bf16 on an old GPU
         raise UserError(f"--mixed_precision {config.mixed_precision} does not work here: {error}") from None
+    checkpoints.find_together(config.output_dir, config.resume_from_checkpoint, accelerator)
     precision = accelerator.mixed_precision
     if precision != "no" and (precision == "fp8" or not accelerator.native_amp):  # fp16 on a CPU would silently be fp32
         device = accelerator.device.type
