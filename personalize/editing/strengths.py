@@ -50,7 +50,7 @@ class EditStrengths:
     strength: float = 1.0
 
     def __str__(self) -> str:
-        mix = f"α {self.alpha:g}  β {self.beta:g}" if self.gamma is None else f"γ {self.gamma:g}"
+        mix = f"alpha {self.alpha:g}  beta {self.beta:g}" if self.gamma is None else f"gamma {self.gamma:g}"
         forgotten = "" if self.forget == "none" else f"  forget {self.forget}"
         return mix + forgotten + ("" if self.strength == 1 else f"  strength {self.strength:g}")
 

@@ -130,7 +130,7 @@ def coverage_picture(rows: list[BlockCoverage], title: str) -> Image.Image:
     sheet = Image.new("RGB", (LEFT + (len(kinds) + 1) * width + 8, 2 * LINE + len(rows) * height + 8), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     pen.text((8, 8), title[:120], INK, font)
-    for column, kind in enumerate([*kinds, "|ΔW|"]):
+    for column, kind in enumerate([*kinds, "|dW|"]):  # the font that Pillow brings has no Greek
         pen.text((LEFT + column * width + 6, LINE + 8), kind, INK, font)
     largest_norm = max((row.norm or 0 for row in rows), default=0) or 1.0
     for number, row in enumerate(rows):
