@@ -11,7 +11,7 @@ from PIL import Image
 
 from personalize.adapters.adapter import Adapter, check_target, kohya_file_name, picture_name
 from personalize.errors import UserError
-from personalize.io import tensor_files
+from personalize.io import atomic
 from personalize.io.tensor_files import read_tensors, tensor_bytes
 from tests.support.lora_states import paths, predict, random_lora
 from tests.support.tiny import tiny
@@ -137,7 +137,7 @@ def test_a_full_disk_at_any_byte_leaves_the_old_adapter_or_none(tmp_path, monkey
         make(sd1, seed=1).save(folder)
     old = contents(folder) if before else None
     total = sum(map(len, contents(adapter.save(tmp_path / "measure")).values()))
-    create = tensor_files.create_file
+    create = atomic.create_file
     for position in range(60):
         left = [position * total // 60]
 
@@ -163,12 +163,12 @@ def test_a_full_disk_at_any_byte_leaves_the_old_adapter_or_none(tmp_path, monkey
 
             return Stream()
 
-        monkeypatch.setattr(tensor_files, "create_file", full)
+        monkeypatch.setattr(atomic, "create_file", full)
         with pytest.raises(UserError, match="No space left on device"):
             adapter.save(folder)
         assert (contents(folder) if folder.exists() else None) == old
         assert {path.name for path in tmp_path.iterdir()} == ({"a", "measure"} if before else {"measure"})
-    monkeypatch.setattr(tensor_files, "create_file", create)
+    monkeypatch.setattr(atomic, "create_file", create)
     assert contents(adapter.save(folder)).keys() == {DIFFUSERS, SOURCE, MANIFEST, CARD, "a.safetensors"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from personalize.adapters.adapter import Adapter
-from personalize.io import atomic, tensor_files
+from personalize.io import atomic
 from personalize.io.atomic import write_file, write_folder
 from tests.support.lora_states import paths, random_lora
 from tests.support.tiny import tiny
@@ -36,8 +36,8 @@ def counting(hit):
         return call
 
     for place, name in (
-        (tensor_files, "create_file"), (os, "fsync"), (os, "replace"), (os, "rename"), (atomic, "replace_folder"),
-        (atomic, "sync_folder"), (tensor_files.shutil, "rmtree"),
+        (atomic, "create_file"), (os, "fsync"), (os, "replace"), (os, "rename"), (atomic, "replace_folder"),
+        (atomic, "sync_folder"), (atomic.shutil, "rmtree"),
     ):  # fmt: skip
         setattr(place, name, wrapped(getattr(place, name)))
 

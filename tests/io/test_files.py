@@ -16,7 +16,7 @@ from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 
 
 class FullDisk:
-    """Replaces `files.create_file` by one on a disk that has room for `room` more bytes, over all files."""
+    """Replaces `atomic.create_file` by one on a disk that has room for `room` more bytes, over all files."""
 
     def __init__(self, room):
         self.room = room
@@ -56,11 +56,11 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     target, new = tmp_path / "f.bin", bytes(range(256)) * 4
     target.write_bytes(b"old")
     for room in range(0, len(new), 17):  # 61 positions
-        monkeypatch.setattr(tensor_files, "create_file", FullDisk(room))
+        monkeypatch.setattr(atomic, "create_file", FullDisk(room))
         with pytest.raises(UserError, match="No space left"):
             write_file(target, new)
         assert snapshot(tmp_path) == {"f.bin": b"old"}
-    monkeypatch.setattr(tensor_files, "create_file", FullDisk(len(new)))
+    monkeypatch.setattr(atomic, "create_file", FullDisk(len(new)))
     write_file(target, new)
     assert snapshot(tmp_path) == {"f.bin": new}
 
@@ -77,11 +77,11 @@ def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch, be
         (target / "logs" / "events").write_bytes(b"kept")
     old = snapshot(tmp_path)
     for room in range(0, 600, 11):  # 55 positions
-        monkeypatch.setattr(tensor_files, "create_file", FullDisk(room))
+        monkeypatch.setattr(atomic, "create_file", FullDisk(room))
         with pytest.raises(UserError, match="No space left"):
             write_folder(target, new, keep=["logs"] if before else [])
         assert snapshot(tmp_path) == old
-    monkeypatch.setattr(tensor_files, "create_file", FullDisk(600))
+    monkeypatch.setattr(atomic, "create_file", FullDisk(600))
     write_folder(target, new, keep=["logs"] if before else [])
     kept = {"logs": None, "logs/events": b"kept"} if before else {}
     assert snapshot(target) == new | kept
