@@ -190,7 +190,7 @@ def _unreadable(source: str | Path, error: Exception) -> UserError:
 def family(unet: Any, text_encoders: int) -> str:
     """ "sd1", "sd2" or "sdxl", from the UNet's config: SDXL has added embeddings, 2.x has linear projections.
 
-    Raises UserError for inpainting models and the SDXL refiner.
+    Raises UserError for the SDXL refiner.
     """
     config = unet.config
     if config.addition_embed_type == "text_time":

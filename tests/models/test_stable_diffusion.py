@@ -175,10 +175,12 @@ def test_a_pipeline_of_something_else_is_refused():
         StableDiffusion.from_pipeline(pipe)
 
 
-def test_relatives_are_refused():
+def test_an_inpainting_unet_has_the_family_of_its_base():
     unet = tiny_sd1().unet
     unet.register_to_config(in_channels=9)
-    with pytest.raises(UserError, match="inpainting"):
-        family(unet, 1)
+    assert family(unet, 1) == "sd1"
+
+
+def test_a_refiner_is_refused():
     with pytest.raises(UserError, match="refiner"):
         family(tiny_sdxl().unet, 1)
