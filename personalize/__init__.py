@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from personalize.adapters.adapter import Adapter as Adapter
-    from personalize.adapters.textual_inversion import Subject as Subject
+    from personalize.adapters.subjects import Subject as Subject
     from personalize.editing.attach import attach as attach
     from personalize.editing.drag.config import DragSettings as DragSettings
     from personalize.editing.editor import Editor as Editor
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from personalize.embedded.scenes import render as render
     from personalize.errors import UserError as UserError
     from personalize.io.figures import grid as grid
+    from personalize.io.image_files import load_image as load_image
     from personalize.io.images import fitted_pixels as fitted_pixels
-    from personalize.io.images import load_image as load_image
     from personalize.models.stable_diffusion import EMBEDDED as EMBEDDED
     from personalize.models.stable_diffusion import StableDiffusion as StableDiffusion
     from personalize.training.catalogue import Catalogue as Catalogue
@@ -68,7 +68,7 @@ _MODULES = {  # the module of each public name; a module of the same name would 
     "SceneObject": "personalize.embedded.scenes",
     "SingleImageConfig": "personalize.training.config",
     "StableDiffusion": "personalize.models.stable_diffusion",
-    "Subject": "personalize.adapters.textual_inversion",
+    "Subject": "personalize.adapters.subjects",
     "UserError": "personalize.errors",
     "attach": "personalize.editing.attach",
     "bundled": "personalize.embedded.samples",
@@ -76,7 +76,7 @@ _MODULES = {  # the module of each public name; a module of the same name would 
     "grid": "personalize.io.figures",
     "learn": "personalize.training.single_image",
     "learn_catalogue": "personalize.training.catalogue",
-    "load_image": "personalize.io.images",
+    "load_image": "personalize.io.image_files",
     "multi_concept_run": "personalize.training.multi_concept",
     "read_items": "personalize.training.catalogue_table",
     "render": "personalize.embedded.scenes",

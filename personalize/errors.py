@@ -19,6 +19,10 @@ class Mismatch(UserError):
     exit_code = 1
 
 
+class Notice(UserWarning):
+    """Something that the user should know although the work goes on; the command line prints it as one line."""
+
+
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of an error message: the names of `known` that are similar to `name`, or all of them if they are few."""
     known = sorted(known)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from personalize.errors import UserError
 from personalize.training.config import MultiConceptConfig, PriorPreservationOptions, RunOptions, extract_config
 
 if TYPE_CHECKING:
@@ -50,6 +49,11 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
     attention_maps: bool = False
     """Also write a picture of each token's and class phrase's attention, before and after training."""
 
+    def check(self) -> None:
+        from personalize.training.checks import check_multi_concept
+
+        check_multi_concept(self)
+
 
 def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
@@ -57,17 +61,15 @@ def main(config: Config) -> Path:
     from personalize.training import trainer
     from personalize.training.concept_maps import MapSnapshots
     from personalize.training.data.class_images import class_images
-    from personalize.training.data.concepts import read_picture
-    from personalize.training.multi_concept import multi_concept_run
+    from personalize.training.data.concepts import check_prompt, read_picture
+    from personalize.training.multi_concept import multi_concept_run, training_side
 
-    if config.mask_weight and not config.masks:
-        raise UserError("mask_weight needs masks: name a picture for each concept with --masks")
     picture = read_picture(config)
     check_target(config.output_dir)
     accelerator = trainer.make_accelerator(config)
     model = trainer.load_base(config, accelerator, full_weights=config.full_kv)
-    multiple = 8 * model.factor
-    side = max(multiple, (config.resolution or model.resolution) // multiple * multiple)
+    check_prompt(model, picture)  # what cannot work is said before class pictures are drawn, which takes long
+    side = training_side(model, config.resolution)
     classes = class_images(config, model, config.class_prompt or picture.class_prompt, (side, side), accelerator)
     with multi_concept_run(
         model, picture, extract_config(config, MultiConceptConfig), class_images=classes, resolution=config.resolution,

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
-    picture: tyro.conf.Positional[Path | None] = None
-    """The picture to learn, of any size, aspect ratio and format; or a folder of several."""
+    picture: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """The picture to learn, of any size, aspect ratio and format; or several, or a folder of them."""
     instance_image: Path | None = None
     """The picture, as an option."""
     instance_data_dir: Path | None = None
-    """A folder of pictures, with their captions in a metadata.jsonl or in .txt files."""
+    """A folder of pictures, with captions in metadata.jsonl, .csv or .parquet, or in .txt or .caption files."""
     dataset_name: str | None = None
     """A data set of pictures: a hub id or a local folder."""
     instance_mask: Path | None = None
@@ -46,6 +46,11 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
     max_train_steps: int | None = None
     """Updates to make; overrides max_train_samples."""
+
+    def check(self) -> None:
+        from personalize.training.checks import check_single_image
+
+        check_single_image(self)
 
 
 def main(config: Config) -> Path:

@@ -27,13 +27,14 @@ from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
 from personalize.formats.timestep_rank import TimestepRank, rule_of
 from personalize.formats.verification import VerificationReport
-from personalize.io.atomic import plain_name, write_folder
+from personalize.io.atomic import check_output_folder, plain_name, write_folder
 from personalize.io.figures import png
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import StableDiffusion
 
 SCHEMA = 1
 CARD = "README.md"
+PICTURES = ("source", "reconstruction", "attention")  # that trainings put on the card
 
 
 @dataclass(frozen=True)
@@ -254,12 +255,16 @@ def _of_part(others: Mapping[str, Mapping[str, Tensor]], part: str) -> dict[str,
 
 
 def check_target(folder: str | Path) -> None:
-    """UserError if saving an adapter in `folder` would overwrite a file that is not ours; called before training."""
+    """UserError if `folder` cannot be written, or holds a file of another origin that saving an adapter would replace.
+
+    Called before training.
+    """
+    check_output_folder(folder)
     folder = Path(folder).resolve()
-    names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, kohya_file_name(folder.name)]
+    names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, kohya_file_name(folder.name), *map(picture_name, PICTURES)]
     foreign = [name for name in names if (folder / name).exists() and name not in _saved_files(folder)]
     if foreign:
-        raise UserError(f"{folder} already holds a {foreign[0]} that is not ours: name another output folder")
+        raise UserError(f"{folder} already holds a {foreign[0]}, which no training wrote: name another --output_dir")
 
 
 def kohya_file_name(folder_name: str, tokens: Iterable[str] = ()) -> str:

@@ -13,7 +13,6 @@ References: Gal et al., "An Image is Worth One Word", arXiv 2208.01618.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,48 +23,14 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from personalize.adapters.subjects import Subject
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 METHOD_ENTRIES = {"ktn": "ktn", "pll": "pll", "ucd": "ucd</w>"}  # in CLIP's vocabulary: 42170, 47629 and 43514
-TOKEN = re.compile(r"<[a-z0-9][a-z0-9-]*>")
 Rows = Mapping[str, Tensor]  # by text encoder, (n, d)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A concept to be learned: its token, its number of vectors, and its class phrase ("cat", "coffee cup").
-
-    In prompts the class phrase follows the token: "a <cup1> coffee cup".  UserError for a token or phrase of another
-    form, or for other than 1 to 16 vectors.
-    """
-
-    token: str
-    noun: str
-    vectors: int = 1
-
-    def __post_init__(self) -> None:
-        if not TOKEN.fullmatch(self.token):
-            raise UserError(
-                f"{self.token!r} cannot be a token: write it like <my-cat>, in angle brackets, of small letters, "
-                "digits and hyphens, so that no other word contains it"
-            )
-        if not self.noun.strip() or TOKEN.search(self.noun):
-            raise UserError(f"token {self.token} needs a class phrase of plain words, e.g. {self.token} cat")
-        if not 1 <= self.vectors <= 16:
-            raise UserError(f"token {self.token}: 1 to 16 vectors are possible, got {self.vectors}")
-
-    @staticmethod
-    def of(phrase: str, vectors: int = 1) -> Subject:
-        """The subject of a phrase such as "<cup1> coffee cup"."""
-        token, _, noun = " ".join(phrase.split()).partition(" ")
-        return Subject(token, noun, vectors)
-
-    @property
-    def phrase(self) -> str:
-        return f"{self.token} {self.noun}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     main            dispatch, exit codes and one-line errors
     parser          dataclasses to options, YAML presets
     options, edit_options   the options of the commands;  progress: bars with the time left
+    lists, terminal options that take several values; what is printed
     launch          scripts of train/ and export/, and `accelerate launch`
     commands/       one file per command
 

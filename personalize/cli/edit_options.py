@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
+from personalize.cli.checks import check_drag, check_edit, check_photo
 from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
 from personalize.models.config import InferenceOptions
 
@@ -24,13 +25,13 @@ class PhotoConfig(InferenceOptions):
     """The picture."""
     source: str
     """What the photo shows, e.g. "a cat on the beach"."""
-    target: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """What the result is to show, e.g. "a dog on the beach"; given several times: several edits from one inversion."""
-    swap: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """Instead of --target: old=new, a word or phrase of --source and its replacement; may be given several times."""
-    weight: Annotated[tuple[str, ...], UseAppendAction] = ()
+    target: tuple[str, ...] = ()
+    """What the result is to show, e.g. "a dog on the beach"; several: as many edits from one inversion."""
+    swap: tuple[str, ...] = ()
+    """Instead of --target: old=new, a word or phrase of --source and its replacement; or several."""
+    weight: tuple[str, ...] = ()
     """word=factor: factor on the attention to a word of the target; 0 leaves what other tokens say of it."""
-    local: Annotated[tuple[str, ...], UseAppendAction] = ()
+    local: tuple[str, ...] = ()
     """old=new: change the photo only where these words of source and target have attention; or one word of both."""
     mask: str | None = None
     """The photo may change only here: a picture, white where it may, or left,top,right,bottom in pixels."""
@@ -54,8 +55,8 @@ class PhotoConfig(InferenceOptions):
     """--dpl: nouns of --source, synonyms joined by =, e.g. cat kitten=cat; by default found automatically."""
     background_mask: str = "auto"
     """--dpl: picture, white where no noun belongs; or auto, from the attention; or none."""
-    region: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """--dpl: where a noun belongs, noun=mask.png or noun=left,top,right,bottom in pixels; may be repeated."""
+    region: tuple[str, ...] = ()
+    """--dpl: where a noun belongs, noun=mask.png or noun=left,top,right,bottom in pixels; or several."""
     dpl_updates: int | None = None
     """--dpl: most updates at each step; by default 21, on the package's model 4."""
     dpl_balancing: float | None = None
@@ -96,14 +97,18 @@ class PhotoConfig(InferenceOptions):
     """Draw the attention of each word in attention.png."""
     trajectory: Path | None = None
     """Folder in which the inversion is kept for later edits; by default one for each photo in output_dir."""
-    adapter: Annotated[tuple[Path, ...], UseAppendAction] = ()
-    """Adapter folder or LoRA file to use; prompts may name its learned tokens; may be given several times."""
+    adapter: tuple[Path, ...] = ()
+    """Adapter folder or LoRA file to use; prompts may name its learned tokens; or several."""
     add: tuple[Path, ...] = ()
     """More adapters or LoRA files, such as an LCM or Turbo LoRA for --inversion none at 4 to 8 steps."""
     resolution: int | None = None
     """The photo is edited at about resolution² pixels, by default the base model's own, and keeps its size."""
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures, edit.json and the inversion."""
+
+    def check(self) -> None:
+        super().check()
+        check_photo(self)
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,8 @@ class EditTableConfig(InferenceOptions):
 
     table: Positional[Path]
     """The table, a UTF-8 CSV file."""
-    adapter: Annotated[tuple[Path, ...], UseAppendAction] = ()
-    """Adapter folder or LoRA file to use for every row; may be given several times."""
+    adapter: tuple[Path, ...] = ()
+    """Adapter folder or LoRA file to use for every row; or several."""
     add: tuple[Path, ...] = ()
     """More adapters or LoRA files, such as an LCM or Turbo LoRA."""
     output_dir: Path = Path("personalize-edit")
@@ -180,6 +185,10 @@ class EditConfig(InferenceOptions):
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures and the labelled grid."""
 
+    def check(self) -> None:
+        super().check()
+        check_edit(self)
+
 
 @dataclass(frozen=True)
 class DragConfig(InferenceOptions):
@@ -191,19 +200,19 @@ class DragConfig(InferenceOptions):
 
     photo: Positional[Path]
     """The picture."""
-    from_: Annotated[tuple[str, ...], UseAppendAction, arg(name="from")]
-    """Point to drag as x,y in pixels; may be given several times.  With `--mode region` also a box
+    from_: Annotated[tuple[str, ...], arg(name="from")]
+    """Point to drag as x,y in pixels; or several.  With `--mode region` also a box
     left,top,right,bottom or a polygon x,y,x,y,x,y…"""
-    to: Annotated[tuple[str, ...], UseAppendAction]
+    to: tuple[str, ...]
     """Target as x,y in pixels, the first for the first --from, and so on."""
     preview: bool = False
     """Only show what will move and what must be filled; nothing is sampled."""
     mask: Path | None = None
     """Picture of the same size, white where things may move; by default attention finds what is at the points."""
-    add: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """Point x,y on a part of the thing that the automatic mask misses; may be given several times."""
-    remove: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """Point x,y on something that the automatic mask should leave out; may be given several times."""
+    add: tuple[str, ...] = ()
+    """Point x,y on a part of the thing that the automatic mask misses; or several."""
+    remove: tuple[str, ...] = ()
+    """Point x,y on something that the automatic mask should leave out; or several."""
     grow: int = 0
     """Extend the mask by so many pixels on all sides."""
     shrink: int = 0
@@ -241,3 +250,7 @@ class DragConfig(InferenceOptions):
     """With `--method latents`: copy the picture's own pixels to where nothing was to change; pixels always does."""
     output_dir: Path = Path("personalize-drag")
     """Folder for the pictures and drag.json."""
+
+    def check(self) -> None:
+        super().check()
+        check_drag(self)

@@ -16,6 +16,7 @@ import errno
 import importlib
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from personalize.cli import launch
 from personalize.cli.options import COMMANDS, resolve_command
 from personalize.cli.pages import keep_freed_memory
 from personalize.cli.parser import HELP, parse, take_option
+from personalize.cli.terminal import terminal
 from personalize.errors import UserError, nearest
 
 SCRIPT_FOLDERS = {
@@ -66,6 +68,7 @@ def dispatch(args: list[str], own_process: bool = False) -> int:
         raise UserError(f"unknown command {command}: {nearest(command, [*SCRIPT_FOLDERS, *COMMANDS])}")
     config, target = COMMANDS[resolve_command(command, rest)]
     options = parse(config, rest, prog=f"personalize {command}", description=inspect.getdoc(config) or "")
+    check(options)
     prepare(own_process and command in TRAINING)
     module, _, function = target.partition(":")
     getattr(importlib.import_module(module), function)(options)
@@ -90,6 +93,7 @@ def run_named_script(folder: str, args: list[str], own_process: bool = False) ->
     script = launch.load_script(known[name])
     prog, about, presets = f"personalize {folder} {name}", inspect.getdoc(script) or "", launch.presets(name)
     config = parse(script.Config, args, prog=prog, description=about, presets=presets)
+    check(config)
     count = launch.process_count(processes)
     if count > 1:
         return launch.launch(known[name], args, count)
@@ -106,6 +110,8 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
         args = sys.argv[1:] if argv is None else argv
         description = inspect.getdoc(sys.modules[config.__module__]) or ""
         options = parse(config, args, prog=path.name, description=description, presets=launch.presets(path.stem))
+        if launch.ERROR_FILE not in os.environ:  # otherwise the launching process has done it
+            check(options)
         prepare(argv is None and path.parent.name in TRAINING)
         run(options)
         return 0
@@ -116,7 +122,8 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
 def to_exit_code(call: Callable[[], int]) -> int:
     """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2."""
     try:
-        return call()
+        with terminal():
+            return call()
     except KeyboardInterrupt:
         return 130
     except UserError as error:
@@ -127,6 +134,13 @@ def to_exit_code(call: Callable[[], int]) -> int:
             raise
         where = f": {error.filename}" if error.filename else ""
         return launch.report_error(f"{(error.strerror or str(error)).lower()}{where}")
+
+
+def check(options: Any) -> None:
+    """Check what `options` name and how they fit together, before torch is imported, if their class has a `check`."""
+    own = getattr(options, "check", None)
+    if own is not None:
+        own()
 
 
 def prepare(keep_memory: bool) -> None:

@@ -6,13 +6,17 @@ This module imports no torch, so that a command line is checked before torch is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
+from personalize.cli.checks import check_files, check_quickstart
 from personalize.cli.edit_options import DragConfig, EditConfig, EditTableConfig, PhotoConfig
+from personalize.io.image_metadata import IMAGE_SUFFIXES
+from personalize.io.numbering import unused_folder
+from personalize.models.config import check_base_name
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class QuickstartConfig:
     """Your picture; by default a bundled scene in an art style that the embedded model has never seen."""
     caption: str | None = None
     """What the picture shows, e.g. "a cat on the beach"; by default read from a .txt beside it."""
-    output_dir: Path = Path("personalize-quickstart")
-    """Folder for the adapter, the pictures and the contact sheet."""
+    output_dir: Path = field(default_factory=lambda: unused_folder("personalize-quickstart", "sheet.png"))
+    """Folder for the adapter, the pictures and the contact sheet; by default one without a sheet."""
     scene: int = 0
     """Number of the bundled scene, from 0."""
     seed: int = 0
@@ -33,6 +37,11 @@ class QuickstartConfig:
     """Optimiser updates; by default the embedded model's preset."""
     pretrained_model_name_or_path: str | None = None
     """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one in the package."""
+
+    def check(self) -> None:
+        if self.pretrained_model_name_or_path is not None:
+            check_base_name(self.pretrained_model_name_or_path)
+        check_quickstart(self)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,9 @@ class InspectConfig:
     """Write a chart of the changed blocks, and by how much, to this .png file."""
     allow_pickle: bool = False
     """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
+
+    def check(self) -> None:
+        check_files(self.file)
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,9 @@ class ConvertConfig:
     allow_pickle: bool = False
     """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
 
+    def check(self) -> None:
+        check_files(self.file)
+
 
 @dataclass(frozen=True)
 class VerifyConfig:
@@ -87,6 +102,9 @@ class VerifyConfig:
     """Adapter folder, or one LoRA file (.safetensors) of any origin."""
     base: str | None = None
     """Base model to check the names and shapes against; by default the one named in the adapter."""
+
+    def check(self) -> None:
+        check_files(self.path)
 
 
 @dataclass(frozen=True)
@@ -114,11 +132,12 @@ class EvaluateConfig:
     cpu: bool = False
     """Run on the CPU even if there is an accelerator."""
 
+    def check(self) -> None:
+        check_files(self.benchmark, self.results)
+
 
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
 EDIT_TABLE = "edit TABLE"  # the command that `edit` means for a .csv file
-# those of `images.IMAGE_SUFFIXES`, which cannot be imported here without torch; a test compares them
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 COMMANDS = {  # name: (options, "module:function" that is called with them)
     "edit": (EditConfig, "personalize.cli.commands.edit:run"),
     EDIT_PHOTO: (PhotoConfig, "personalize.cli.commands.edit_image:run"),

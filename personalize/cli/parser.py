@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from personalize.cli.lists import flag_name, gathered
 from personalize.errors import UserError, nearest
 
 ALIASES = {  # names of the same options in sd-scripts and in diffusers' DreamBooth script
@@ -48,7 +54,8 @@ def parse(
     files, args = take_option(args, "config")
     args = [_resolved(token, config) for token in args]
     if HELP & set(args):
-        tyro.cli(config, args=["--help"], prog=prog, description=_about(description, presets), use_underscores=True)
+        about = _about(description, presets)
+        tyro.cli(config, args=["--help"], prog=prog, description=about, use_underscores=True, registry=_registry())
     flags = [name for token in args if (name := flag_name(token))]
     _check_names(flags, config, "option", "--")
     defaults: dict[str, Any] = {}
@@ -57,8 +64,66 @@ def parse(
     given = {*flags, *(name.removeprefix("no_") for name in flags)}
     _check_required(config, given | set(defaults), prog)
     tokens = [t for key, value in defaults.items() if key not in given for t in _tokens(key, value, config)]
+    hints = _hints(config)
+    lists = {name for name, hint in hints.items() if get_origin(hint) is tuple and not _is_positional(config, name)}
+    switches = {name for name, hint in hints.items() if hint is bool}
+    args = gathered([*args, *tokens], lists=lists, switches=switches, needs_argument=_needs_argument(config))
     with _one_line(prog):
-        return tyro.cli(config, args=[*args, *tokens], prog=prog, use_underscores=True)
+        options = tyro.cli(config, args=args, prog=prog, use_underscores=True, registry=_registry())
+    _check_finite(options)
+    return replace(options, **_expanded_homes(options))  # pyright: ignore[reportArgumentType]
+
+
+def _needs_argument(config: type) -> bool:
+    """Has the command an argument without a flag that must be given?"""
+    required = [f.name.rstrip("_") for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
+    return any(_is_positional(config, name) for name in required)
+
+
+def _check_finite(options: Any) -> None:
+    """UserError for an option that is NaN or infinite."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"--{field.name.rstrip('_')} is {number}, expected a number: give a finite one")
+
+
+def _expanded_homes(options: Any) -> dict[str, Any]:
+    """The fields of `options` with a leading `~` as the home folder, which a shell leaves in `--output_dir=~/x`."""
+    changes = {f.name: _expanded_home(getattr(options, f.name)) for f in fields(options) if f.init}
+    return {name: value for name, value in changes.items() if value != getattr(options, name)}
+
+
+def _expanded_home(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_expanded_home, value))
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("~/", "~\\"))):
+        return type(value)(os.path.expanduser(value))  # unchanged where no such user is known: it may be a file's name
+    return value
+
+
+@cache
+def _registry() -> ConstructorRegistry:
+    """Rules of tyro's: an option that may be left out shows in the help as what it takes, not as `{None}|PATH`."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+        if info.type_origin not in (Union, UnionType) or len(kinds) != 1 or len(get_args(info.type)) != 2:
+            return None
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+        if not isinstance(spec, PrimitiveConstructorSpec):
+            return None
+        return replace(
+            spec,
+            instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
+            is_instance=lambda value: value is None or spec.is_instance(value),
+            str_from_instance=lambda value: ["none"] if value is None else spec.str_from_instance(value),
+        )
+
+    return registry
 
 
 def take_option(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
@@ -75,12 +140,6 @@ def take_option(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
     return values, rest
 
 
-def flag_name(token: str) -> str | None:
-    """The name in a long option, `--train-batch-size=4` → "train_batch_size"; None for any other token."""
-    match = re.match(r"--([A-Za-z][\w-]*)(=|$)", token)
-    return match[1].replace("-", "_") if match else None
-
-
 def read_yaml(path: Path, config: type) -> dict[str, Any]:
     """The keys and values of the YAML file `path`; UserError for a key that is no option of `config`."""
     try:
@@ -92,6 +151,8 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected lines of `option: value`")
     content = {_field_name(str(key), config): value for key, value in content.items()}
+    if "config" in content and "config" not in _hints(config):
+        raise UserError(f"{path}: a file cannot name other files: write --config several times on the command line")
     _check_names(content, config, f"key in {path}:")
     for key, value in content.items():
         if isinstance(value, dict):
@@ -120,7 +181,8 @@ def _check_names(names: Iterable[str], config: type, what: str, prefix: str = ""
     switches = {f"no_{name}" for name in known if hints[name] is bool} if prefix else set()
     for name in names:
         if name not in known | switches:
-            raise UserError(f"unknown {what} {prefix}{name}: {nearest(name, known | {'config'}, prefix)}")
+            also = {"config"} if prefix else set()
+            raise UserError(f"unknown {what} {prefix}{name}: {nearest(name, known | also, prefix)}")
 
 
 def _check_required(config: type, given: set[str], prog: str) -> None:
@@ -146,13 +208,15 @@ def _tokens(key: str, value: Any, config: type) -> list[str]:
         return [f"--{key}" if value else f"--no_{key}"]
     if isinstance(value, bool) and bool not in get_args(hint):  # YAML reads an unquoted `no` as false
         value = "yes" if value else "no"
+    if value is None and type(None) in get_args(hint):
+        return []  # left out
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
+        return [f"--{key}", *map(str, value)] if value else []
     return [f"--{key}={value}"]
 
 
 def _find(name: str, presets: Mapping[str, Path]) -> Path:
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
     if name in presets:
@@ -185,4 +249,5 @@ def _sentence(box: str, prog: str) -> str:
     lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
     parts = re.split(r"\n[─-]+(?=\n)", "\n".join(lines[1:]).lstrip("─-"))  # a plain box has a rule under its title
     text = " ".join(re.sub("[╰─╯]+", "", parts[0]).replace("(required)", "").split())
+    text = re.sub(r"^Error parsing \w+: ", "", text)  # an option's own check has said what is wrong
     return f"{text.rstrip('.') or 'the options were not understood'} (see {prog} --help)"

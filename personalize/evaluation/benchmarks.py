@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.io.images import IMAGE_SUFFIXES, load_image
+from personalize.io.image_files import load_image
+from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.io.tensor_files import read_json
 
 MASK_SIDE = 512  # px, of PIE-Bench's masks

@@ -18,7 +18,8 @@ from personalize.evaluation.metrics import (
     Metric,
     Unavailable,
 )
-from personalize.io.images import load_image, to_pixels
+from personalize.io.image_files import load_image
+from personalize.io.images import to_pixels
 
 if TYPE_CHECKING:
     pass

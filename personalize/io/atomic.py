@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,10 +79,7 @@ def write_folder(
         Exception: whatever `check` raises, with the same guarantee.
     """
     path = Path(path).resolve()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, a folder was expected: name another output folder")
-    if Path.cwd().is_relative_to(path):
-        raise UserError(f"{path} is where this program runs and cannot be replaced: name a folder inside it")
+    _check_folder_path(path)
     with _as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path)
@@ -105,16 +103,37 @@ def write_folder(
     return path
 
 
+def check_output_folder(path: str | Path) -> None:
+    """UserError unless the folder `path` can be written; called before the work, it leaves nothing behind."""
+    path = Path(path).resolve()
+    _check_folder_path(path)
+    nearest = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    with _as_user_error(path), tempfile.TemporaryDirectory(prefix=".personalize-", dir=nearest):
+        pass
+    if nearest != path:
+        top = nearest / path.relative_to(nearest).parts[0]
+        with _as_user_error(path):
+            path.mkdir(parents=True)
+        for folder in (path, *path.parents):
+            folder.rmdir()
+            if folder == top:
+                return
+
+
+def _check_folder_path(path: Path) -> None:
+    """UserError if `path` is a file, or a folder that this program runs in."""
+    blocked = next((folder for folder in (path, *path.parents) if folder.exists() and not folder.is_dir()), None)
+    if blocked is not None:
+        raise UserError(f"{blocked} is a file, a folder was expected: name another output folder")
+    if Path.cwd().is_relative_to(path):
+        raise UserError(f"{path} is where this program runs and cannot be replaced: name a folder inside it")
+
+
 def plain_name(name: str) -> str:
     """`name`, if it is safe to join to a folder's path; UserError if it has slashes, is "..", or is no file name."""
     if not name or name in {".", ".."} or any(c in '/\\:*?"<>|' or ord(c) < 32 for c in name):
         raise UserError(f"{name!r} is no plain file name: use letters, digits, spaces, '-', '_' and '.'")
     return name
-
-
-def unowned_files(folder: Path, ours: tuple[str, ...]) -> list[str]:
-    """Names in `folder` that begin with none of the prefixes `ours`: the user's own files, which must be kept."""
-    return [path.name for path in folder.iterdir() if not path.name.startswith(ours)] if folder.is_dir() else []
 
 
 def _write_synced(path: Path, content: Content) -> None:

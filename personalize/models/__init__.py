@@ -7,7 +7,7 @@
     blocks             which layers belong to the encoder, the middle and the decoder
     attention          hooks on attention layers;  attention_maps: record and average what they look at
     vae                the autoencoder's precision
-    prompts            prompts as tokens and as words
+    prompts, token_ids prompts as tokens and as words; their ids, and what of them cannot be read
     image_processor    pictures of any size, padded to what the base model can encode, and back
     fast_paths         the same results in less time;  gradient_checkpointing: in less memory
     empty              a model's shapes without its weights

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from personalize.errors import UserError
-from personalize.io.images import load_image, to_image, to_pixels
+from personalize.io.image_files import load_image
+from personalize.io.images import to_image, to_pixels
 from personalize.models.blocks import block_roles
 from personalize.models.stable_diffusion import StableDiffusion
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
 from personalize.errors import UserError
+from personalize.models.config import check_base_name
 from personalize.models.supported import predicted_quantity
 
 CONFIGS = Path(__file__).parent / "configs"
-HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -36,6 +35,7 @@ def read(
 
     Raises UserError, in one line, for anything that is not a Stable Diffusion model.
     """
+    check_base_name(source)
     path = Path(source)
     if path.is_file():
         return read_file(path, dtype, prediction_type)
@@ -45,10 +45,6 @@ def read(
         require_parts(index, path)
         _require_no_lora_layers(path)
         extra = {name: None for name in extra if name in index}
-    elif not re.fullmatch(HUB_ID, str(source)):
-        raise UserError(
-            f"no base model at {source}: give a diffusers folder, a .safetensors file or a hub id owner/name"
-        )
     try:
         pipe = DiffusionPipeline.from_pretrained(
             str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
@@ -62,10 +58,8 @@ def read(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` of a diffusers folder; UserError if it is missing or not a JSON object."""
+    """The `model_index.json` of a diffusers folder; UserError if it is no JSON object."""
     path = folder / "model_index.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is no base model: it has no model_index.json; give a folder saved by diffusers")
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -133,10 +127,6 @@ def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
     Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files, inpainting
     models and other families.
     """
-    if path.suffix != ".safetensors":
-        raise UserError(
-            f"{path.name} is no .safetensors file: convert the checkpoint to .safetensors (pickles can run code)"
-        )
     try:
         with safe_open(path, "pt") as file:
             keys, metadata = set(file.keys()), file.metadata() or {}

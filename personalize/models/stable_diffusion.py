@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from personalize.errors import UserError
@@ -20,6 +19,7 @@ from personalize.models.loading import default_device, default_dtype, family, re
 from personalize.models.offloading import execution_device
 from personalize.models.quantization import quantize
 from personalize.models.supported import require_supported
+from personalize.models.token_ids import padded_ids
 from personalize.models.vae import accurate_vae
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
@@ -246,14 +246,8 @@ class StableDiffusion:
         return [piece.removesuffix("</w>") + ("" if piece.endswith("</w>") else "-") for piece in pieces]
 
     def ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-        """Token ids (b, l) by one of `tokenizers`, padded and cut to the encoder's length.
-
-        Learned tokens of several vectors are written out, as stock pipelines do.
-        """
-        length = tokenizer.model_max_length
-        texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
-        encoding = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return encoding.input_ids.to(self.device)
+        """Token ids (b, l) by one of `tokenizers`, padded and cut to the encoder's length; see `padded_ids`."""
+        return padded_ids(tokenizer, texts).to(self.device)
 
     # -- the diffusion ---------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ from personalize.adapters.adapter import Adapter, check_target
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import write_file
-from personalize.io.images import fitted_size, load_image
+from personalize.io.image_files import load_image
+from personalize.io.images import fitted_size
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.catalogue_table import DONE, FAILED, RESULTS, Item, outcome

@@ -11,8 +11,8 @@ from typing import Any, get_args, get_type_hints
 
 from personalize.errors import UserError, nearest
 from personalize.io.atomic import plain_name
+from personalize.io.image_folders import only_picture
 from personalize.training.config import SingleImageConfig
-from personalize.training.data.samples import find_picture
 
 OWN_COLUMNS = ("image", "caption", "name")
 DONE, FAILED = "done", "failed"
@@ -81,7 +81,7 @@ def _item(folder: Path, line: int, row: Mapping[str, str], config: SingleImageCo
         raise UserError("the row has more cells than the header has columns: put quotes around cells with commas")
     if not row["image"]:
         raise UserError("the cell of the column image is empty: name a picture file")
-    image = find_picture(folder / row["image"])
+    image = only_picture(folder / Path(row["image"]).expanduser())
     name = plain_name(row.get("name") or image.stem)
     if name.startswith(".") or name.casefold() == RESULTS:
         raise UserError(f"an adapter cannot be called {name!r}: choose another name")

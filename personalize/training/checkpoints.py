@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -19,7 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.io.atomic import write_folder
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 
@@ -81,7 +82,8 @@ def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
 def find(output_dir: str | Path, resume_from: str | None) -> Checkpoint | None:
     """The checkpoint that `resume_from` names: a path, a folder in `output_dir`, or "latest"; None if it is None.
 
-    "latest" is the newest whole checkpoint: damaged ones are skipped, and None means that there is no whole one.
+    "latest" is the newest whole checkpoint: unusable ones are passed over with a Notice that names them, and None means
+    that there is no whole one.
 
     Raises:
         UserError: the named checkpoint is missing or damaged.
@@ -94,8 +96,8 @@ def find(output_dir: str | Path, resume_from: str | None) -> Checkpoint | None:
     for _, path in reversed(numbered(output_dir)):
         try:
             return load(path)
-        except UserError:
-            continue
+        except UserError as error:
+            warnings.warn(f"passed over: {error}", Notice, stacklevel=2)
     return None
 
 
@@ -139,6 +141,7 @@ def load(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"no checkpoint at {folder}: name a checkpoint-N folder, or 'latest'")
     state = read_json(folder / STATE)
+    _check_state(state, folder)
     try:
         for name, expected in state["sha256"].items():
             if sha256((folder / name).read_bytes()).hexdigest() != expected:
@@ -149,6 +152,17 @@ def load(folder: str | Path) -> Checkpoint:
         return Checkpoint(state["update"], trainable, optimizer, state["about"], state["scaler"])
     except (KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"checkpoint {folder} is incomplete ({error}): use an older one") from None
+
+
+def _check_state(state: Mapping[str, Any], folder: Path) -> None:
+    """UserError unless the entries of a checkpoint's state are of the kinds that `save` writes."""
+    kinds = {"update": int, "about": dict, "optimizer": dict, "scaler": dict, "sha256": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind) or state[key] is True]
+    groups = None if wrong else state["optimizer"].get("param_groups")
+    if not wrong and not (isinstance(groups, list) and groups and all(isinstance(group, dict) for group in groups)):
+        wrong = ["optimizer"]
+    if wrong:
+        raise UserError(f"checkpoint {folder} is damaged: {wrong[0]} in {STATE} is not what was written; use another")
 
 
 def restore(checkpoint: Checkpoint, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -165,7 +179,16 @@ def restore(checkpoint: Checkpoint, trainable: Mapping[str, Tensor], optimizer: 
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(checkpoint.trainable[name])
-    optimizer.load_state_dict(checkpoint.optimizer)
+    try:
+        optimizer.load_state_dict(checkpoint.optimizer)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint's optimizer does not fit this run ({error}): use another checkpoint") from None
+
+
+IN_WORDS = {  # entries of the metadata that are no options
+    "data_sha256": "other pictures or masks", "base": "another base model", "caption": "another caption",
+    "captions": "other captions", "size": "pictures of another size", "processes": "another number of processes",
+}  # fmt: skip
 
 
 def check_same_run(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> None:
@@ -173,9 +196,12 @@ def check_same_run(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> None:
     for key in sorted({*checkpoint.metadata, *metadata}):
         then, now = checkpoint.metadata.get(key), metadata.get(key)
         if then != now:
+            short = isinstance(then, int | float | str | None) and isinstance(now, int | float | str | None)
+            values = f" ({then}, this run has {now})" if short and key != "data_sha256" else ""
+            what = f"{IN_WORDS[key]}{values}" if key in IN_WORDS else f"{key} = {then}, this run has {now}"
             raise UserError(
-                f"cannot resume: the checkpoint was made with {key} = {then}, this run has {now}; "
-                "use the same settings or start without --resume_from_checkpoint"
+                f"cannot resume: the checkpoint was made with {what}; use the same, or start without "
+                "--resume_from_checkpoint"
             )
 
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.adapters.textual_inversion import Subject, locate_subjects
+from personalize.adapters.subjects import Subject
+from personalize.adapters.textual_inversion import locate_subjects
 from personalize.io.figures import grid, overlay
 from personalize.io.images import to_pixels
 from personalize.models.attention import hooked

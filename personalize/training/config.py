@@ -6,11 +6,12 @@ that every option is defined once.  Read before torch is imported: this module m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from personalize.errors import UserError
+from personalize.io.numbering import unused_folder
 from personalize.models.config import BaseModelOptions
 
 ConfigT = TypeVar("ConfigT", bound="LoraTrainingConfig")
@@ -20,8 +21,8 @@ ConfigT = TypeVar("ConfigT", bound="LoraTrainingConfig")
 class RunOptions(BaseModelOptions):
     """Options of how a training run is carried out; they do not decide what is learned."""
 
-    output_dir: Path = Path("adapter")
-    """Where the adapter folder, its checkpoints and logs go."""
+    output_dir: Path = field(default_factory=lambda: unused_folder("adapter", "adapter.json"))
+    """Where the adapter folder, its checkpoints and logs go; by default the first of adapter, adapter-2, … not done."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the forward pass; trained parameters and the loss are always fp32.  If not given, what `accelerate
     launch` says, or else "no", which is fp32."""

@@ -85,6 +85,19 @@ def multi_concept_run(
         yield run
 
 
+def training_side(model: StableDiffusion, resolution: int | None) -> int:
+    """Side of the training square in pixels: `resolution`, by default the base's own, rounded down to what it takes.
+
+    Raises:
+        UserError: it is too small for the base.
+    """
+    multiple = 8 * model.factor
+    side = (resolution or model.resolution) // multiple * multiple
+    if side < multiple:
+        raise UserError(f"resolution {resolution} px is too small: this base model needs at least {multiple} px")
+    return side
+
+
 class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
     """A run that trains on several concepts; make it with `multi_concept_run`, which restores the model afterwards.
 
@@ -110,10 +123,7 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         self.caption, self.updates, self.subjects = picture.prompt, config.max_train_steps, picture.subjects
         self.token_embeddings, self.weights_before = token_embeddings, weights_before
         self.anchoring_weight = config.anchoring_weight if picture.masks else 0.0
-        multiple = 8 * model.factor
-        side = (resolution or model.resolution) // multiple * multiple
-        if side < multiple:
-            raise UserError(f"resolution {resolution} px is too small: this base model needs at least {multiple} px")
+        side = training_side(model, resolution)
         self.size = (side, side)
         self.class_images = class_images
         self.dataset = ConceptDataset(

@@ -124,7 +124,7 @@ def test_files_of_another_origin_are_not_overwritten(tmp_path, sd1):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "README.md").write_text("mine")
     for attempt in (lambda: check_target(tmp_path / "project"), lambda: make(sd1).save(tmp_path / "project")):
-        with pytest.raises(UserError, match="README.md that is not ours"):
+        with pytest.raises(UserError, match="README.md, which no training wrote"):
             attempt()
     assert contents(tmp_path / "project") == {"README.md": b"mine"}
     check_target(tmp_path / "new")

@@ -27,7 +27,7 @@ from PIL import Image
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import applied
-from personalize.adapters.textual_inversion import Subject
+from personalize.adapters.subjects import Subject
 from personalize.editing.defaults import text_to_image_guidance
 from personalize.embedded.scenes import (
     HELD_OUT_STYLE,

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 from tyro.conf import Positional
 
-from personalize.cli.edit_options import EditConfig
+from personalize.cli.edit_options import EditConfig, PhotoConfig
 from personalize.cli.parser import parse
 from personalize.errors import UserError
 
@@ -128,3 +128,78 @@ def test_an_empty_file_changes_nothing(tmp_path: Path):
 def test_edit_reads_lists_and_keeps_its_defaults():
     config = parse(EditConfig, "folder --prompt=a --alpha 0.7 0.9 --forget none decoder=0.5".split(), prog="edit")
     assert (config.alpha, config.beta, config.forget) == ((0.7, 0.9), (), ("none", "decoder=0.5"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "folder --prompt=a --alpha 0.7 0.9 --forget none", "folder --prompt=a --alpha 0.7 --forget none --alpha 0.9",
+        "--alpha=0.7 --alpha=0.9 --forget none --prompt a folder", "--forget none --prompt a --alpha 0.7 0.9 folder",
+    ],
+)  # fmt: skip
+def test_lists_stand_after_one_flag_or_after_several(line: str):
+    """A last word that no option needs is the command's argument, so that `--alpha 0.7 0.9 folder` works too."""
+    config = parse(EditConfig, line.split(), prog="edit")
+    assert (config.adapter, config.alpha, config.forget) == (Path("folder"), (0.7, 0.9), ("none",))
+
+
+@pytest.mark.parametrize("line", ["--swap a=b c=d", "--swap a=b --swap c=d", "--swap=a=b --swap=c=d"])
+@pytest.mark.parametrize("before", [True, False])
+def test_words_to_swap_are_a_list_like_any_other(line: str, before: bool):
+    args = ["--source", "x", *(["p.png", *line.split()] if before else [*line.split(), "p.png"])]
+    if not before and line.startswith("--swap=a=b --swap="):
+        args = ["--source", "x", "p.png", *line.split()]
+    config = parse(PhotoConfig, args, prog="edit")
+    assert config.photo == Path("p.png") and config.swap == ("a=b", "c=d")
+
+
+def test_a_list_option_needs_a_value():
+    with pytest.raises(UserError, match="--alpha needs a value, got nothing"):
+        parse(EditConfig, ["folder", "--prompt", "a", "--alpha", "--auto"], prog="edit")
+
+
+def test_the_home_folder_is_expanded_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A shell expands `--output_dir ~/x`, but neither `--output_dir=~/x` nor a file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("output_dir: ~/y\n")
+    assert read("--output_dir=~/x", "~/p.png") == Config(tmp_path / "x", tmp_path / "p.png")
+    assert read("--config=~/a.yaml").output_dir == tmp_path / "y"
+    assert read("--output_dir=~nobody.here/x").output_dir == Path("~nobody.here/x")  # a folder of that name
+    config = parse(EditConfig, ["~/a", "--prompt=~ a cat", "--add=~/b", "--clip_model=~/c"], prog="edit")
+    assert (config.adapter, config.add, config.clip_model) == (tmp_path / "a", (tmp_path / "b",), str(tmp_path / "c"))
+    assert config.prompt == "~ a cat"
+
+
+def test_a_file_that_names_files(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("config: b.yaml\n")
+    with pytest.raises(UserError, match="a file cannot name other files: write --config several times"):
+        read("--output_dir", "x", "--config", str(tmp_path / "a.yaml"))
+
+
+def test_null_in_a_file_is_an_option_left_out(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("clip_model: null\nseed: null\n")
+    config = parse(EditConfig, ["folder", "--prompt", "a", "--config", str(tmp_path / "a.yaml")], prog="edit")
+    assert config.clip_model is None and config.seed is None
+
+
+def test_help_shows_what_an_option_takes(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse(PhotoConfig, ["--help"], prog="edit")
+    text = capsys.readouterr().out
+    assert "None}" not in text and "{None" not in text
+    assert "--trajectory PATH" in text and "--swap [STR [STR ...]]" in text
+
+
+def test_an_options_own_check_is_its_sentence():
+    @dataclass(frozen=True)
+    class Checked:
+        rank: int = 1
+        """Rank."""
+
+        def __post_init__(self) -> None:
+            if self.rank < 1:
+                raise UserError(f"rank must be above 0, got {self.rank}")
+
+    with pytest.raises(UserError, match=r"^rank must be above 0, got 0 \(see train --help\)$"):
+        parse(Checked, ["--rank", "0"], prog="train")

@@ -5,13 +5,14 @@ import json
 import os
 import pickle
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 
 from personalize.errors import UserError
 from personalize.io import atomic, tensor_files
-from personalize.io.atomic import plain_name, write_file, write_folder
+from personalize.io.atomic import check_output_folder, plain_name, write_file, write_folder
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 
 
@@ -298,3 +299,18 @@ def test_a_folder_may_hold_folders_but_nothing_outside_itself(tmp_path):
         with pytest.raises(UserError, match="no plain file name"):
             write_folder(tmp_path / "other", {name: b""})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_output_folder_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    refused = {".": "where this program runs", "file": "is a file", "file/x": "is a file", "/proc/nope/x": "not write"}
+    for place, says in refused.items():
+        with pytest.raises(UserError, match=says):
+            check_output_folder(place)
+    for place in ("new", "new/deep/er"):
+        check_output_folder(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "old" / "kept").mkdir(parents=True)
+    check_output_folder("old")
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["kept"]

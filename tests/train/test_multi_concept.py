@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.textual_inversion import Subject
+from personalize.adapters.subjects import Subject
 from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.errors import UserError
@@ -71,7 +71,7 @@ def test_command_line_trains_saves_and_resumes(
         (["--concepts", "<cat1> cat", "<cat1> dog"], "given twice"),
         ([*WORDS, "--instance_prompt", "photo of <cat1> cat"], "one “<dog1> dog”"),
         ([*WORDS, "--mask_weight", "1"], "mask_weight needs masks"),
-        ([*WORDS, "--class_data_dir", "nowhere"], "nowhere is no folder"),
+        ([*WORDS, "--class_data_dir", "nowhere"], "nowhere: no such folder"),
         ([*WORDS, "--num_class_images", "0"], "num_class_images must be above 0"),
         ([*WORDS, "--instance_data_dir", "."], "name one picture"),
         ([*WORDS, "--calibration_wight", "1"], "did you mean --calibration_weight"),

@@ -105,7 +105,7 @@ def test_standalone(base: Path, photo: Path, tmp_path: Path) -> None:
         (["--caption", " "], "caption from --caption is empty"),
         (["--rank", "0"], "rank must be above 0"),
         (["--max_train_samples=3", "--samples_per_update=4", "--max_train_steps=None"], "one update of 4 samples"),
-        (["--instance_data_dir", "."], "name one picture"),
+        (["--instance_data_dir", "."], "name the pictures in one way"),
         (["--resume_from_checkpoint", "nowhere"], "no checkpoint at"),
         (["--with_prior_preservation"], "needs class_prompt"),
         (["--instance_mask", "nowhere.png"], "nowhere.png: no such file"),
@@ -136,7 +136,7 @@ def test_a_dreambooth_command_line_pastes() -> None:
 
 
 def test_no_picture_is_an_error() -> None:
-    with pytest.raises(UserError, match="name one picture"):
+    with pytest.raises(UserError, match="name the pictures in one way"):
         SCRIPT.main(SCRIPT.Config())
 
 

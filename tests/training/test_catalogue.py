@@ -146,6 +146,13 @@ def test_finished_rows_are_not_learned_again_and_changed_ones_are(shop, pretende
     assert learned(shop, path, load=object)["dog"]["time"] > again["dog"]["time"], "an adapter that is gone"
 
 
+def test_the_home_folder_is_expanded_in_cells(shop, monkeypatch):
+    monkeypatch.setenv("HOME", str(shop))
+    monkeypatch.setenv("USERPROFILE", str(shop))
+    (item,), refused = read_items(table(shop, "~/cat.png,a cat,cat"), SHORT)
+    assert item.image == shop / "cat.png" and not refused
+
+
 def test_a_bug_in_one_row_is_its_outcome(shop, pretended, monkeypatch):
     real = catalogue._train_row
 

@@ -1,11 +1,13 @@
 """Checkpoint folders: whole or passed over, limited in number, exact."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.training import checkpoints
 from personalize.training.checkpoints import Checkpoint
 
@@ -60,6 +62,23 @@ def test_half_written_ones_are_passed_over(tmp_path: Path) -> None:
         checkpoints.find(tmp_path, "checkpoint-3")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("about", None), ("update", "two"), ("update", True), ("optimizer", {"values": {}, "param_groups": []}),
+     ("optimizer", {"values": {}, "param_groups": [3]}), ("scaler", []), ("sha256", None)],
+)  # fmt: skip
+def test_a_state_of_another_shape_is_passed_over_and_named(tmp_path: Path, key: str, value: object) -> None:
+    for update in (1, 2):
+        checkpoints.save(tmp_path, checkpoint(update))
+    path = tmp_path / "checkpoint-2" / checkpoints.STATE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.warns(Notice, match=f"passed over: checkpoint .*checkpoint-2 is damaged: {key} in state.json"):
+        found = checkpoints.find(tmp_path, "latest")
+    assert found is not None and found.update == 1
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoints.find(tmp_path, "checkpoint-2")
+
+
 def test_missing_ones(tmp_path: Path) -> None:
     assert checkpoints.find(tmp_path, None) is None
     assert checkpoints.find(tmp_path / "nowhere", "latest") is None
@@ -74,3 +93,9 @@ def test_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         checkpoints.restore(checkpoint(1), parameters, optimizer)
     with pytest.raises(UserError, match="rank = 2, this run has 4"):
         checkpoints.check_same_run(checkpoint(1), {"rank": 4})
+    other = Checkpoint(1, {}, {}, {"rank": 2, "data_sha256": "ab"})
+    with pytest.raises(UserError, match="made with other pictures or masks; use the same, or start without"):
+        checkpoints.check_same_run(other, {"rank": 2, "data_sha256": "cd"})
+    unfit = replace(checkpoint(1), optimizer={"state": {}, "param_groups": [{"params": [0]}]})
+    with pytest.raises(UserError, match="optimizer does not fit this run"):
+        checkpoints.restore(unfit, *trained(0))

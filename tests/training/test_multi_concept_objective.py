@@ -8,7 +8,8 @@ from torch import Tensor
 
 from personalize.adapters.lora import add_lora, lora_parameters, remove_lora
 from personalize.adapters.merging import low_rank
-from personalize.adapters.textual_inversion import Subject, initial_embeddings, installed_tokens, locate_subjects
+from personalize.adapters.subjects import Subject
+from personalize.adapters.textual_inversion import initial_embeddings, installed_tokens, locate_subjects
 from personalize.errors import UserError
 from personalize.models.attention import attention_sites, hooked
 from personalize.models.attention_maps import CalibrationMaps, MapStore, calibration_layers

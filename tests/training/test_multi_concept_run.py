@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.textual_inversion import Subject, initial_embeddings, installed_tokens
+from personalize.adapters.subjects import Subject
+from personalize.adapters.textual_inversion import initial_embeddings, installed_tokens
 from personalize.editing.attach import attach
 from personalize.editing.editor import Editor
 from personalize.editing.strengths import Sampling

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.textual_inversion import Subject
+from personalize.adapters.subjects import Subject
 from personalize.editing.editor import Editor
 from personalize.editing.strengths import Sampling
 from personalize.io.images import to_image

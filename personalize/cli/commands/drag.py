@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from personalize.cli.checks import interleaved_points, point_of
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import DragResult
 from personalize.editing.drag.preview import DragPreview
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
-from personalize.io.atomic import unowned_files, write_folder
 from personalize.io.figures import png
-from personalize.models.image_processor import Point
+from personalize.io.numbering import add_files
 
 if TYPE_CHECKING:
     from personalize.cli.edit_options import DragConfig
 
-OUTPUT_FILES = ("dragged.png", "mask.png", "overlay.png", "drag.json")
-PREVIEW_FILES = ("mask.png", "warped.png", "void.png", "overlay.png", "preview.json")
 
 
 def run(config: DragConfig) -> Path:
@@ -42,31 +40,29 @@ def _write_preview(config: DragConfig, preview: DragPreview) -> Path:
     pictures = {
         "mask.png": preview.mask, "warped.png": preview.warped, "void.png": preview.void, "overlay.png": preview.overlay
     }  # fmt: skip
-    _write(config, pictures, {"preview.json": facts}, PREVIEW_FILES)
-    print(f"moves {preview.share:.1%} of the picture; {', '.join(PREVIEW_FILES)} in {config.output_dir}")
+    names = _write(config, pictures, {"preview.json": facts})
+    print(f"moves {preview.share:.1%} of the picture; {', '.join(names.values())} in {config.output_dir}")
     return config.output_dir
 
 
 def _write_drag(config: DragConfig, points: list[Any], result: DragResult) -> Path:
     pictures = {"dragged.png": result.image, "mask.png": result.mask, "overlay.png": result.overlay}
-    _write(config, pictures, {"drag.json": summary(points, result)}, OUTPUT_FILES)
+    names = _write(config, pictures, {"drag.json": summary(points, result)})
     for note in result.notes:
         print(f"Note: {note}.")
     if result.preview is not None:
         print(f"moved {result.preview.share:.1%} of the picture")
     for target, arrived, missed in zip(points[1::2], result.arrived, result.missed, strict=True):
         print(f"{as_text(target)}: arrived at {as_text(arrived)}, {missed:.1f} px from the target")
-    print(f"{result.seconds:.1f} s; {', '.join(OUTPUT_FILES)} in {config.output_dir}")
+    print(f"{result.seconds:.1f} s; {', '.join(names.values())} in {config.output_dir}")
     return config.output_dir
 
 
-def _write(
-    config: DragConfig, pictures: dict[str, Image.Image], facts: dict[str, object], owned: tuple[str, ...]
-) -> None:
-    """Write all files of one result; files of other names in the folder stay."""
+def _write(config: DragConfig, pictures: dict[str, Image.Image], facts: dict[str, object]) -> dict[str, str]:
+    """Write all files of one result under names that are not taken; returns these, by the plain ones."""
     files = {name: png(picture) for name, picture in pictures.items()}
     files |= {name: json.dumps(values, indent=1).encode() for name, values in facts.items()}
-    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, owned))
+    return add_files(config.output_dir, files)
 
 
 def drag_settings(config: DragConfig) -> DragSettings:
@@ -83,34 +79,6 @@ def drag_settings(config: DragConfig) -> DragSettings:
     )  # fmt: skip
 
 
-def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Any]:
-    """The points of --from and --to in the order handle, target, ….  UserError if their counts differ."""
-    if len(handles) != len(targets):
-        raise UserError(f"{len(handles)} of --from and {len(targets)} of --to: each --from needs a --to")
-    return [parse_shape(text) for pair in zip(handles, targets, strict=True) for text in pair]
-
-
-def parse_shape(text: str) -> tuple[Any, ...]:
-    """ "120,64.5" → (120.0, 64.5); four numbers are a box, six and more the corners of a polygon."""
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) in (2, 4):
-        return tuple(numbers)
-    if len(numbers) < 6 or len(numbers) % 2:
-        raise UserError(
-            f"a point is x,y in pixels, for example 120,64; got {text!r} (a box has 4 numbers, a polygon 6 or more)"
-        )
-    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def point_of(text: str) -> Point:
-    """ "120,64.5" → (120.0, 64.5)."""
-    numbers = parse_shape(text)
-    if len(numbers) != 2:
-        raise UserError(f"a point is x,y in pixels, for example 120,64; got {text!r}")
-    return numbers[0], numbers[1]
 
 
 def as_text(point: Any) -> str:

@@ -13,27 +13,27 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from personalize.cli.checks import STRENGTHS, check_edit
 from personalize.editing.editor import Editor
 from personalize.editing.search import Trial, ranked, search
 from personalize.editing.strengths import DEFAULT_STRENGTHS, EditStrengths, Sampling, remember, remembered
 from personalize.errors import UserError
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request
-from personalize.io.atomic import Content, unowned_files, write_folder
+from personalize.io.atomic import Content
 from personalize.io.figures import grid, png
-from personalize.io.images import load_image
+from personalize.io.image_files import load_image
+from personalize.io.numbering import add_files, next_number
 
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditConfig
 
-OUTPUT_FILES = ("edit-", "edits.json", "grid.png", "ranking.json")
-STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
 
 def run(config: EditConfig) -> Path:
     """Draw the pictures into the output folder, which is returned.  UserError where options contradict one another."""
-    check(config)
+    check_edit(config)
     editor = Editor.configured(config, (config.adapter, *config.add))
     prompt = editor.align_prompt(config.prompt)
     if prompt != config.prompt:
@@ -42,27 +42,19 @@ def run(config: EditConfig) -> Path:
     sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
     pictures = searched if config.auto else combinations
     files = pictures(config, editor, prompt, sampling)
-    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
-    print(f"{sum(name.startswith('edit-') for name in files)} pictures and grid.png in {config.output_dir}")
+    drawn = [name for name in files if name.startswith("edit-")]  # numbered on, so that these names are not taken
+    add_files(config.output_dir, {name: files.pop(name) for name in drawn})
+    sheet = add_files(config.output_dir, files)["grid.png"]
+    count = f"1 picture, {drawn[0]}," if len(drawn) == 1 else f"{len(drawn)} pictures, {drawn[0]} to {drawn[-1]},"
+    print(f"{count} and {sheet} in {config.output_dir}")
     return config.output_dir
 
 
-def check(config: EditConfig) -> None:
-    """UserError where options contradict one another."""
-    given = [name for name in STRENGTHS if getattr(config, name) not in ((), None)]
-    if config.auto and given:
-        raise UserError(f"--auto chooses the strengths itself: leave out --{given[0]}, or --auto")
-    if config.auto and config.budget < 1:
-        raise UserError(f"--budget must be at least 1 picture, got {config.budget}")
-    extra = [name for name in ("clip_model", "identity_model", "source_image") if getattr(config, name) is not None]
-    if extra and not config.auto:
-        raise UserError(f"--{extra[0]} belongs to --auto: add it, or leave --{extra[0]} out")
-    if config.auto and (config.seeds or config.num_images != 1):
-        raise UserError("--auto draws --budget pictures with seeds from --seed on: leave out --seeds and --num_images")
-
-
 def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
-    """A picture for every combination of strengths and seeds, a labelled grid, and edits.json."""
+    """A picture for every combination of strengths and seeds, a labelled grid, and edits.json.
+
+    The pictures are numbered on from those that the output folder holds already.
+    """
     settings, seed = list(_settings(config)), config.seed or 0
     recalled = None
     if not any(getattr(config, name) not in ((), None) for name in STRENGTHS):
@@ -79,15 +71,14 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
             for setting in settings
         ]
     sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=prompt)
-    files: dict[str, Content] = {"grid.png": png(sheet)}
-    entries = []
+    files: dict[str, Content] = {}
+    entries, first = [], next_number(config.output_dir, "edit-")
     for setting, row in zip(settings, rows, strict=True):
         for number, picture in zip(seeds, row, strict=True):
-            name = f"edit-{len(entries):03d}.png"
+            name = f"edit-{first + len(entries):03d}.png"
             files[name] = png(picture)
             entries.append({"file": name, "prompt": prompt, "seed": number, **asdict(setting)})
-    files["edits.json"] = json.dumps(entries, indent=1).encode()
-    return files
+    return files | {"grid.png": png(sheet), "edits.json": json.dumps(entries, indent=1).encode()}
 
 
 def _settings(config: EditConfig) -> Iterator[EditStrengths]:
@@ -120,10 +111,12 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
     if config.adapter.is_dir():
         remember(config.adapter, prompt, best.strengths, best.seed, _figures(best))
         console.print(f"Stored in {config.adapter}: the next `edit` with this prompt uses it.")
-    files: dict[str, Content] = {f"edit-{place:03d}.png": png(trial.picture) for place, trial in enumerate(trials)}
-    files["grid.png"] = png(ranked_sheet(trials, request))
-    files["ranking.json"] = json.dumps(ranking(trials, request, scorer.name), indent=1, ensure_ascii=False).encode()
-    return files
+    first = next_number(config.output_dir, "edit-")
+    names = [f"edit-{first + place:03d}.png" for place in range(len(trials))]
+    files: dict[str, Content] = {name: png(trial.picture) for name, trial in zip(names, trials, strict=True)}
+    report = ranking(trials, names, request, scorer.name)
+    sheet = png(ranked_sheet(trials, request))
+    return files | {"grid.png": sheet, "ranking.json": json.dumps(report, indent=1, ensure_ascii=False).encode()}
 
 
 _STATES = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "it has neither"}
@@ -153,12 +146,12 @@ def scores(trial: Trial) -> str:
     return f"edit {trial.scores.edit:.2f}  identity {trial.scores.identity:.2f}"
 
 
-def ranking(trials: Sequence[Trial], request: Request, scorer: str) -> dict[str, object]:
-    """The contents of ranking.json."""
+def ranking(trials: Sequence[Trial], names: Sequence[str], request: Request, scorer: str) -> dict[str, object]:
+    """The contents of ranking.json; `names` are the pictures' files."""
     rows = [
-        {"rank": place, "file": f"edit-{place - 1:03d}.png", "seed": trial.seed, **asdict(trial.strengths),
+        {"rank": place, "file": name, "seed": trial.seed, **asdict(trial.strengths),
          **_figures(trial), "state": trial.state, "facts": dict(trial.scores.facts)}
-        for place, trial in enumerate(trials, 1)
+        for place, (trial, name) in enumerate(zip(trials, names, strict=True), 1)
     ]  # fmt: skip
     return {"prompt": request.prompt, "caption": request.caption, "scorer": scorer, "pictures": rows}
 

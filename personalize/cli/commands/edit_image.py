@@ -7,19 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from personalize.cli.checks import box, pair, weight
 from personalize.cli.progress import progress_bars
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
-from personalize.editing.dynamic_prompt_learning.leakage import Box, NounRegions
+from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
 from personalize.editing.editor import Editor
 from personalize.editing.prompt_to_prompt.control import ControlSettings
 from personalize.editing.real_image import EditResult, report_photo
 from personalize.editing.real_image_settings import EditRequest, PhotoSettings
 from personalize.editing.uniform_attention import UniformSettings
-from personalize.errors import UserError
-from personalize.io.atomic import unowned_files, write_folder
 from personalize.io.figures import png
-from personalize.io.images import load_image, psnr, to_pixels
+from personalize.io.image_files import load_image
+from personalize.io.images import psnr, to_pixels
+from personalize.io.numbering import add_files
 from personalize.sampling.null_text import NullTextSettings
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from personalize.cli.edit_options import PhotoConfig
 
 EDITED = "edited.png"
-OUTPUT_FILES = (EDITED, "edited-", "before-after.png", "attention.png", "nouns.png", "masks.png", "edit.json")
 INVERSIONS = "trajectories"  # folder in the output folder that keeps inversions for later edits
 
 
@@ -65,7 +65,8 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
     similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
     files["edit.json"] = json.dumps(summary(config.source, request, settings, result, similarity), indent=1).encode()
-    write_folder(config.output_dir, files, keep=unowned_files(config.output_dir, OUTPUT_FILES))
+    written = add_files(config.output_dir, files)
+    names = [written[name] for name in names]
     for note in result.notes:
         print(f"Note: {note}.")
     for name, target in zip(names, result.targets, strict=True):
@@ -84,8 +85,8 @@ def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: P
             editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter,
             cache=cache,
         )  # fmt: skip
-    write_folder(config.output_dir, {"nouns.png": png(sheet)}, keep=unowned_files(config.output_dir, ("nouns.png",)))
-    print(*report.sentences(), f"nouns.png in {config.output_dir}", sep="\n")
+    names = add_files(config.output_dir, {"nouns.png": png(sheet)})
+    print(*report.sentences(), f"{names['nouns.png']} in {config.output_dir}", sep="\n")
     return config.output_dir
 
 
@@ -112,8 +113,6 @@ def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
 def _uniform(config: PhotoConfig) -> UniformSettings | None:
     """Settings of uniform maps, if they are asked for; the source's row is blended only with mutual self-attention."""
     if not config.uniform:
-        if config.strict_background:
-            raise UserError("--strict_background belongs to --uniform: give that too, or name the region with --mask")
         return None
     return UniformSettings(
         config.uniform_until, config.uniform_quantile, blend_source=config.controller == "mutual",
@@ -123,35 +122,9 @@ def _uniform(config: PhotoConfig) -> UniformSettings | None:
 
 def _noun_regions(config: PhotoConfig) -> NounRegions:
     """What the options say about the photo's nouns, for dynamic prompt learning."""
-    regions = {noun: box(where) or Path(where) for noun, where in map(pair, config.region)}
+    regions = {noun: box(where) or Path(where).expanduser() for noun, where in map(pair, config.region)}
     plain = config.background_mask in ("auto", "none")
     return NounRegions(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
-
-
-def box(text: str) -> Box | None:
-    """ "10,20,100,80" → (10.0, 20.0, 100.0, 80.0); None if `text` is no list of four numbers."""
-    try:
-        left, top, right, bottom = (float(part) for part in text.split(","))
-    except ValueError:
-        return None
-    return left, top, right, bottom
-
-
-def pair(text: str) -> tuple[str, str]:
-    """ "cat=dog" → ("cat", "dog")."""
-    old, _, new = (part.strip() for part in text.partition("="))
-    if not old or not new:
-        raise UserError(f"{text!r}: write old=new, for example cat=dog")
-    return old, new
-
-
-def weight(text: str) -> tuple[str, float]:
-    """ "fluffy=3" → ("fluffy", 3.0)."""
-    word, _, factor = text.rpartition("=")
-    try:
-        return word.strip(), float(factor)
-    except ValueError:
-        raise UserError(f"{text!r}: write word=factor, for example fluffy=3") from None
 
 
 def summary(

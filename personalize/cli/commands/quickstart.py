@@ -20,11 +20,12 @@ from personalize.editing.strengths import EditStrengths, Sampling
 from personalize.embedded.samples import SampleEdit, SampleImage, bundled
 from personalize.io.atomic import write_file
 from personalize.io.figures import grid, png
-from personalize.io.images import fitted_pixels, load_image, psnr, to_image, to_pixels
+from personalize.io.image_files import load_image
+from personalize.io.image_folders import only_picture
+from personalize.io.images import fitted_pixels, psnr, to_image, to_pixels
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.captions import find_caption
-from personalize.training.data.samples import find_picture
 from personalize.training.single_image import single_image_run
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def run(config: QuickstartConfig) -> Path:
 
 def own_example(photo: Path, caption: str | None) -> SampleImage:
     """The user's picture, with edits that suit any caption."""
-    path = find_picture(photo)
+    path = only_picture(photo)
     caption = find_caption(path, caption)
     places = ("on the beach", "in the snow", "on a red background")
     changes = tuple(SampleEdit("background", f"{caption} {place}") for place in places)

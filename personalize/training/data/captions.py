@@ -9,11 +9,17 @@ from typing import Any
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.io.images import load_image
+from personalize.io.image_files import load_image
+from personalize.io.image_folders import FolderImage
+from personalize.io.image_metadata import sidecar_caption
 
 
-def find_caption(picture: Path, caption: str | None = None, caption_model: str | Path | None = None) -> str:
-    """The caption of the file `picture`: `caption`, else the `.txt` file beside it, else that of `caption_model`.
+def find_caption(
+    picture: Path, caption: str | None = None, caption_model: str | Path | None = None, *, generate: bool = True
+) -> str:
+    """The caption of the file `picture`: `caption`, else the text file beside it, else that of `caption_model`.
+
+    Without `generate` the model is not run, and the caption that it would give is "".
 
     Raises:
         UserError: none of the three is there, the caption is empty, or the model cannot be loaded.
@@ -22,26 +28,25 @@ def find_caption(picture: Path, caption: str | None = None, caption_model: str |
         return _one_line(caption, "--caption")
     sidecar = sidecar_caption(picture)
     if sidecar is not None:
-        return _one_line(sidecar, str(picture.with_suffix(".txt")))
+        return sidecar
     if caption_model is not None:
-        return generate_caption(load_image(picture), caption_model)
+        return generate_caption(load_image(picture), caption_model) if generate else ""
     raise UserError(
         f"{picture} has no caption: pass --caption 'a photo of …', put the words into {picture.stem}.txt beside it, "
         "or name a BLIP folder with --caption_model"
     )
 
 
-def sidecar_caption(picture: Path) -> str | None:
-    """The text of the `.txt` beside the file `picture`, on one line; None if there is no such file.
+def folder_caption(image: FolderImage, column: str) -> str | None:
+    """The caption that a folder has for one of its pictures: `column` of its metadata, else the text file beside it.
 
     Raises:
-        UserError: the file is not UTF-8 text.
+        UserError: the column holds something else than words, or the text file cannot be read.
     """
-    sidecar = picture.with_suffix(".txt")
-    try:
-        return " ".join(sidecar.read_text(encoding="utf-8-sig").split()) if sidecar.is_file() else None
-    except UnicodeDecodeError:
-        raise UserError(f"{sidecar} is not UTF-8 text: save the caption as UTF-8") from None
+    value = image.columns.get(column)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{image.where}: {column} holds {value!r}, expected the caption in words")
+    return " ".join((value or "").split()) or sidecar_caption(image.path)
 
 
 def _one_line(text: str, where: str) -> str:

@@ -21,12 +21,13 @@ from PIL import Image
 from personalize.errors import UserError
 from personalize.io.atomic import write_folder
 from personalize.io.figures import png
-from personalize.io.images import IMAGE_SUFFIXES, to_image
+from personalize.io.image_folders import read_folder
+from personalize.io.images import to_image
 from personalize.io.tensor_files import read_json
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.schedule import make_schedule
-from personalize.training.data.captions import sidecar_caption
+from personalize.training.data.captions import folder_caption
 from personalize.training.data.concepts import ClassImage
 from personalize.training.data.images import decode_cell, load_rows
 
@@ -56,7 +57,7 @@ def class_images(
     if count < 1:
         raise UserError(f"num_class_images must be above 0, got {count}; or use --no_with_prior_preservation")
     if config.class_data_dir is not None:
-        return from_folder(config.class_data_dir, prompt, count)
+        return from_folder(config.class_data_dir, prompt, count, caption_column=config.caption_column)
     if config.class_dataset_name is not None:
         columns = {"image_column": config.image_column, "caption_column": config.caption_column}
         return from_dataset(config.class_dataset_name, prompt, count, **columns)
@@ -67,19 +68,18 @@ def class_images(
     )  # fmt: skip
 
 
-def from_folder(folder: str | Path, class_prompt: str, count: int | None = None) -> list[ClassImage]:
-    """The first `count` pictures in `folder` by name; captions from a .txt file beside each, or else `class_prompt`.
+def from_folder(
+    folder: str | Path, class_prompt: str, count: int | None = None, *, caption_column: str = "text"
+) -> list[ClassImage]:
+    """The first `count` pictures in `folder` by name, with their own captions, or else with `class_prompt`.
+
+    A caption stands in `caption_column` of the folder's metadata, or in a text file beside the picture.
 
     Raises:
-        UserError: no folder, or no picture in it.
+        UserError: no folder, no picture in it, or metadata that cannot be read (see `read_folder`).
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"class_data_dir {folder} is no folder: name one that holds class pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not paths:
-        raise UserError(f"class_data_dir {folder} holds no picture: put PNG or JPEG files into it")
-    return [ClassImage(sidecar_caption(path) or class_prompt, path) for path in paths[:count]]
+    images = read_folder(folder).images[:count]
+    return [ClassImage(folder_caption(image, caption_column) or class_prompt, image.path) for image in images]
 
 
 def from_dataset(

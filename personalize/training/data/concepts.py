@@ -16,9 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.adapters.textual_inversion import TOKEN, Subject, check_new_tokens, installed_tokens, locate_subjects
+from personalize.adapters.subjects import Subject, default_prompt, read_subjects
+from personalize.adapters.textual_inversion import check_new_tokens, installed_tokens, locate_subjects
 from personalize.errors import UserError
-from personalize.io.images import load_image, resize_and_crop, to_pixels
+from personalize.io.image_files import load_image
+from personalize.io.image_folders import only_picture
+from personalize.io.images import resize_and_crop, to_pixels
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 from personalize.training.data.augmentation import (
@@ -29,7 +32,7 @@ from personalize.training.data.augmentation import (
     render_view,
     reorder_phrases,
 )
-from personalize.training.data.samples import Chunk, Dataset, SampleShard, find_picture
+from personalize.training.data.samples import Chunk, Dataset, SampleShard
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,6 @@ class ConceptPicture:
         for subject in self.subjects:
             text = text.replace(f"{subject.token} ", "")
         return text
-
-
-def default_prompt(subjects: Sequence[Subject]) -> str:
-    """`photo of a <a> cat and <b> dog`, the template of the released code."""
-    return "photo of a " + " and ".join(subject.phrase for subject in subjects)
 
 
 def check_prompt(model: StableDiffusion, picture: ConceptPicture) -> None:
@@ -226,22 +224,4 @@ def read_picture(config: Any) -> ConceptPicture:
         raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")
     subjects = read_subjects(config.concepts, config.modifier_token, config.instance_prompt, config.num_vectors)
     masks = tuple(load_image(path) for path in config.masks)
-    return ConceptPicture(load_image(find_picture(given[0])), subjects, config.instance_prompt or "", masks)
-
-
-def read_subjects(
-    concepts: Sequence[str], modifier_token: str | None, prompt: str | None, vectors: int = 1
-) -> tuple[Subject, ...]:
-    """Subjects from phrases "<cat1> cat", or from tokens "<cat1>+<dog1>" and the word after each in `prompt`."""
-    if concepts and modifier_token:
-        raise UserError("give either concepts or modifier_token, not both")
-    if modifier_token is None:
-        return tuple(Subject.of(phrase, vectors) for phrase in concepts)
-    words = (prompt or "").split()
-    subjects = []
-    for token in modifier_token.split("+"):
-        following = [after for word, after in zip(words, words[1:], strict=False) if word == token]
-        if len(following) != 1 or TOKEN.fullmatch(following[0]):
-            raise UserError(f"instance_prompt {prompt!r} must say {token} once, and after it what it is: {token} cat")
-        subjects.append(Subject(token, following[0].strip(",."), vectors))
-    return tuple(subjects)
+    return ConceptPicture(load_image(only_picture(given[0])), subjects, config.instance_prompt or "", masks)

@@ -1,12 +1,12 @@
-"""Read the training pictures of a subject from one file, a folder or a data set, with captions and optional masks.
+"""Read the training pictures of a subject from files, a folder or a data set, with captions and optional masks.
 
-Folders and data sets are read by 🤗 datasets: `metadata.jsonl` beside the pictures may hold `file_name`, a caption
-(`text`, see --caption_column) and `mask_file_name`, a picture that is white where the subject is.
+Folders are read by `personalize.io.image_folders`, data sets by 🤗 datasets.  A caption stands in the column `text` of
+the metadata (see --caption_column) or in a text file beside the picture; `mask_file_name` names a picture that is white
+where the subject is.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,11 +16,14 @@ from typing import Any
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.io.images import load_image, read_image
-from personalize.training.data.captions import find_caption, generate_caption, sidecar_caption
-from personalize.training.data.samples import find_picture
+from personalize.io.image_files import load_image, read_image
+from personalize.io.image_folders import FolderImage
+from personalize.io.image_metadata import sidecar_caption
+from personalize.training.data.captions import find_caption, folder_caption, generate_caption
+from personalize.training.data.sources import instance_folders, instance_places
 
-MASK_COLUMN = "mask"  # the column that 🤗 datasets makes of `mask_file_name`
+MASK_FILE = "mask_file_name"  # a folder's metadata column
+MASK_COLUMN = "mask"  # the column that 🤗 datasets makes of it
 
 
 @dataclass(frozen=True)
@@ -42,31 +45,34 @@ class TrainingImage:
 
 
 def read_training_images(config: Any) -> list[TrainingImage]:
-    """The pictures that a trainer's options name: a file, a folder or a data set, exactly one of them.
+    """The pictures that a trainer's options name: files, a folder or a data set, exactly one of them.
 
     Raises:
         UserError: no picture, several sources, a picture without a caption, or a mask of another size.
     """
-    places = [path for path in (config.picture, config.instance_image, config.instance_data_dir) if path is not None]
-    given = len(places) + (config.dataset_name is not None)
-    if given != 1:
-        raise UserError(f"name one picture, folder or data set, e.g. `single_image photo.jpg`; got {given}")
-    if places and not places[0].is_dir():
-        path = find_picture(places[0])
+    places = instance_places(config)
+    if not places:
+        where = config.dataset_name
+        rows = load_rows(where, config.image_column, path=where)
+        return [_from_row(row, f"{where}, picture {number}", config) for number, row in enumerate(rows, 1)]
+    captioned = config.caption is not None or config.caption_model is not None
+    named = [image for folder in instance_folders(places, captioned=captioned) for image in folder.images]
+    if len(named) == 1 and places == [named[0].path]:
+        path = named[0].path
         mask = None if config.instance_mask is None else load_image(config.instance_mask)
         caption = find_caption(path, config.caption, config.caption_model)
         return [TrainingImage(str(path), load_image(path), caption, mask)]
     if config.instance_mask is not None:
         raise UserError("instance_mask belongs to one picture: in a folder, give mask_file_name in its metadata.jsonl")
-    with tempfile.TemporaryDirectory() as cache:  # folders are not cached: their files may have changed
-        source = {"path": config.dataset_name} if not places else {"path": "imagefolder", "data_dir": str(places[0])}
-        extra = {"drop_labels": True, "cache_dir": cache} if places else {}
-        where = str(config.dataset_name or places[0])
-        rows = load_rows(where, config.image_column, **source, **extra)
-        images = [_training_image(row, f"{where}, picture {number}", config) for number, row in enumerate(rows, 1)]
-    if not images:
-        raise UserError(f"{where} holds no picture: put PNG or JPEG files into it")
-    return images
+    return [_from_folder(image, config) for image in named]
+
+
+def _from_folder(named: FolderImage, config: Any) -> TrainingImage:
+    image, mask = load_image(named.path), named.files.get(MASK_FILE)
+    words = folder_caption(named, config.caption_column)
+    return TrainingImage(
+        str(named.path), image, _caption(words, image, str(named.path), config), load_image(mask) if mask else None
+    )
 
 
 def load_rows(where: str, *image_columns: str, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -104,19 +110,24 @@ def decode_cell(cell: Mapping[str, Any], name: str) -> Image.Image:
     return load_image(cell["path"])
 
 
-def _training_image(row: Mapping[str, Any], name: str, config: Any) -> TrainingImage:
-    cell = row[config.image_column]
+def _from_row(row: Mapping[str, Any], name: str, config: Any) -> TrainingImage:
+    """The picture in a row of a data set."""
+    cell, mask = row[config.image_column], row.get(MASK_COLUMN)
+    image = decode_cell(cell, name)
     path = Path(cell["path"]) if cell.get("path") and cell.get("bytes") is None else None
-    image, mask = decode_cell(cell, name), row.get(MASK_COLUMN)
-    caption = " ".join(str(row.get(config.caption_column) or "").split())
-    caption = caption or (sidecar_caption(path) if path else None) or config.caption
+    words = " ".join(str(row.get(config.caption_column) or "").split()) or (sidecar_caption(path) if path else None)
+    decoded = None if mask is None else decode_cell(mask, f"the mask of {path or name}")
+    return TrainingImage(str(path or name), image, _caption(words, image, str(path or name), config), decoded)
+
+
+def _caption(words: str | None, image: Image.Image, name: str, config: Any) -> str:
+    """The picture's own `words`, else the caption that the options give to all, else that of a captioning model."""
+    caption = " ".join((words or config.caption or "").split())
     if not caption and config.caption_model is not None:
         caption = generate_caption(image, config.caption_model)
-    if not caption or not caption.strip():
+    if not caption:
         raise UserError(
-            f"{path or name} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file "
-            f"beside it, into column {config.caption_column!r} of metadata.jsonl, or name a --caption_model"
+            f"{name} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file beside "
+            f"it, into column {config.caption_column!r} of metadata.jsonl, or name a --caption_model"
         )
-    name = str(path or name)
-    decoded = None if mask is None else decode_cell(mask, f"the mask of {name}")
-    return TrainingImage(name, image, " ".join(caption.split()), decoded)
+    return caption

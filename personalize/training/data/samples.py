@@ -11,33 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.io.images import IMAGE_SUFFIXES
 from personalize.randomness import generator
-
-
-def find_picture(path: str | Path) -> Path:
-    """The picture file at `path`: the file itself, or the only picture in a folder.
-
-    Raises:
-        UserError: nothing there, or a folder with no picture or with several.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; check the path of the picture")
-    if path.is_file():
-        return path
-    pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    if len(pictures) != 1:
-        names = ", ".join(picture.name for picture in pictures[:3]) or "none"
-        raise UserError(f"{path} must hold exactly one picture, found {len(pictures)} ({names}): name the file itself")
-    return pictures[0]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from personalize.adapters.textual_inversion import Subject
+from personalize.adapters.subjects import Subject
 from personalize.embedded import samples
 from personalize.training.catalogue import Catalogue, learn_row
 from personalize.training.catalogue_table import Item

@@ -25,7 +25,8 @@ from PIL import Image
 
 from personalize.adapters.lora import module_names
 from personalize.embedded import samples
-from personalize.io.images import fitted_pixels, load_image
+from personalize.io.image_files import load_image
+from personalize.io.images import fitted_pixels
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.training.config import SingleImageConfig
 from personalize.training.single_image import single_image_run

@@ -37,7 +37,8 @@ def test_auto_ranks_shows_and_remembers(places, capsys):
     _, adapter, out, scorer = places
     assert edit(places, "--prompt", PROMPT, "--auto", "--budget", "5", *scorer) == 0
     said = capsys.readouterr().out
-    assert "Best of 5, by CLIP" in said and "Stored in" in said and "5 pictures and grid.png" in said
+    assert "Best of 5, by CLIP" in said and "Stored in" in said
+    assert "5 pictures, edit-000.png to edit-004.png, and grid.png in" in said
     ranking = json.loads((out / "ranking.json").read_text())
     rows = ranking["pictures"]
     assert ranking["prompt"] == PROMPT and ranking["caption"] == "a cat on the beach" and len(rows) == 5
@@ -52,8 +53,21 @@ def test_auto_ranks_shows_and_remembers(places, capsys):
     first = (out / rows[0]["file"]).read_bytes()
     assert edit(places, "--prompt", PROMPT) == 0
     assert "Using what --auto chose" in capsys.readouterr().out
-    assert (out / "edit-000.png").read_bytes() == first, "what was chosen is what the next edit draws"
-    assert not (out / "ranking.json").exists()
+    assert (out / "edit-005.png").read_bytes() == first, "what was chosen is what the next edit draws"
+
+
+def test_edits_are_numbered_on_and_nothing_is_replaced(places, tmp_path, capsys):
+    """The second edit into the default folder took away the pictures of the first."""
+    (tmp_path / "grid.png").write_bytes(b"mine")
+    for count in ("2", "1"):
+        assert edit((*places[:2], tmp_path, []), "--prompt", PROMPT, "--num_images", count, "--strength", "1") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"2 pictures, edit-000.png to edit-001.png, and grid-001.png in {tmp_path}",
+                    f"1 picture, edit-002.png, and grid-002.png in {tmp_path}"]  # fmt: skip
+    assert (tmp_path / "grid.png").read_bytes() == b"mine"
+    listed = [json.loads((tmp_path / name).read_text()) for name in ("edits-001.json", "edits-002.json")]
+    assert [[entry["file"] for entry in run] for run in listed] == [["edit-000.png", "edit-001.png"], ["edit-002.png"]]
+    assert (tmp_path / "edit-000.png").read_bytes() == (tmp_path / "edit-002.png").read_bytes()  # the same seed
 
 
 @pytest.mark.parametrize(

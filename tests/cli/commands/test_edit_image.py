@@ -42,9 +42,20 @@ def test_it_writes_pictures_and_begins_the_next_time_where_it_ended(places, tmp_
     assert asked == [1, 1, 4, 4]  # up with one row, then two rows with guidance
     assert run(places, *words, "--target", "a fox on the beach") == 0
     assert asked[4:] == [4, 4]
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"edited.png", "before-after.png", "edit.json", "trajectories"}  # no old maps beside new pictures
-    assert "“a fox on the beach”" in capsys.readouterr().out
+    added = {path.name for path in (tmp_path / "out").iterdir()} - names
+    assert added == {"edited-001.png", "before-after-001.png", "edit-001.json"}  # the first edit is all there
+    said = capsys.readouterr().out
+    assert "“a fox on the beach”" in said and "edited-001.png in" in said
+
+
+def test_the_users_own_picture_is_not_replaced(places, tmp_path):
+    """The photo may be called as a result is, and lie where results go."""
+    mine = (places[2] / "photo.png").read_bytes()
+    (tmp_path / "edited.png").write_bytes(mine)
+    words = ["--source", "a cat", "--target", "a dog", "--output_dir", tmp_path, "--num_inference_steps", "2"]
+    base = ["--pretrained_model_name_or_path", places[0]]
+    assert main(["edit", str(tmp_path / "edited.png"), *map(str, [*words, *base])]) == 0
+    assert (tmp_path / "edited.png").read_bytes() == mine and (tmp_path / "edited-001.png").is_file()
 
 
 def test_an_adapter_brings_its_base_and_its_trajectory(places, tmp_path, capsys):
@@ -69,7 +80,7 @@ def test_a_trajectory_of_another_base_is_refused(places, tmp_path, capsys):
     ("words", "says"),
     [
         (["--target", "a dog"], "personalize edit needs --source"),
-        (["--source", "a cat"], "nothing is to change: give a target prompt, words to swap, or weights of words"),
+        (["--source", "a cat"], "nothing is to change: give --target, words to --swap, or --weight of words"),
         (
             ["--source", "a cat", "--swap", "dog=cat"],
             "the word 'dog' is not in the prompt 'a cat': its words are a, cat",

@@ -37,13 +37,13 @@ def read(**options: Any) -> list[TrainingImage]:
 
 def test_one_file_with_a_mask(folder: Path) -> None:
     mask = folder.parent / "mask.png"
-    (one,) = read(picture=folder / "b.jpg", caption="a  dog", instance_mask=mask)
+    (one,) = read(picture=(folder / "b.jpg",), caption="a  dog", instance_mask=mask)
     assert one.caption == "a dog" and one.mask is not None
     with pytest.raises(UserError, match="is 64×96 px, the picture 90×60"):
-        read(picture=folder / "a.png", caption="a dog", instance_mask=mask)
+        read(picture=(folder / "a.png",), caption="a dog", instance_mask=mask)
     Image.new("L", (64, 96)).save(mask)
     with pytest.raises(UserError, match="all black"):
-        read(picture=folder / "b.jpg", caption="a dog", instance_mask=mask)
+        read(picture=(folder / "b.jpg",), caption="a dog", instance_mask=mask)
 
 
 @pytest.mark.parametrize("how", ["picture", "instance_data_dir", "dataset_name"])
@@ -51,7 +51,7 @@ def test_a_folder_with_metadata(folder: Path, how: str) -> None:
     Image.open(folder.parent / "mask.png").save(folder / "m.png")
     words = [{"file_name": "a.png", "text": "a cat"}, {"file_name": "b.jpg", "text": "a dog in a park"}]
     tell(folder, *({**row, "mask_file_name": "m.png" if "b" in row["file_name"] else None} for row in words))
-    given = str(folder) if how == "dataset_name" else folder
+    given = {"picture": (folder,), "instance_data_dir": folder, "dataset_name": str(folder)}[how]
     first, second = read(**{how: given}, caption="not this")
     assert (first.caption, second.caption) == ("a cat", "a dog in a park")
     assert first.mask is None and second.mask is not None and second.mask.size == (64, 96)
@@ -65,6 +65,27 @@ def test_words_beside_the_pictures_or_for_all(folder: Path) -> None:
         read(instance_data_dir=folder)
 
 
+def test_several_files_and_folders(folder: Path) -> None:
+    (folder / "b.txt").write_text("a dog")
+    images = read(picture=(folder / "a.png", folder / "b.jpg", folder), caption="a pet")
+    assert [one.caption for one in images] == ["a pet", "a dog", "a pet", "a dog"]
+    with pytest.raises(UserError, match="belongs to one picture"):
+        read(picture=(folder / "a.png", folder / "b.jpg"), caption="a", instance_mask=folder / "a.png")
+
+
+def test_a_caption_that_is_no_text_is_refused(folder: Path) -> None:
+    tell(folder, {"file_name": "a.png", "text": 3}, {"file_name": "b.jpg"})
+    with pytest.raises(UserError, match="line 1: text holds 3, expected the caption in words"):
+        read(instance_data_dir=folder, caption="a pet")
+
+
+def test_a_picture_that_no_row_names_takes_the_caption_of_all(folder: Path) -> None:
+    """datasets leaves it out without a word."""
+    tell(folder, {"file_name": "a.png", "animal": "a cat"})
+    images = read(instance_data_dir=folder, caption="a pet", caption_column="animal")
+    assert [one.caption for one in images] == ["a cat", "a pet"]
+
+
 def test_a_changed_folder_is_read_anew(folder: Path) -> None:
     tell(folder, {"file_name": "a.png", "text": "a cat"})
     assert [one.caption for one in read(instance_data_dir=folder)] == ["a cat"]
@@ -74,11 +95,12 @@ def test_a_changed_folder_is_read_anew(folder: Path) -> None:
 
 def test_what_cannot_be_read(folder: Path) -> None:
     for options, message in (
-        ({}, "got 0"),
-        ({"picture": folder / "a.png", "dataset_name": "x"}, "got 2"),
+        ({}, "got none of picture"),
+        ({"picture": (folder / "a.png",), "dataset_name": "x"}, "got 2"),
         ({"dataset_name": "no/such-set"}, "cannot be loaded"),
         ({"instance_data_dir": folder, "instance_mask": folder / "a.png"}, "belongs to one picture"),
-        ({"instance_data_dir": folder, "image_column": "photo", "caption": "a"}, "no pictures in column 'photo'"),
+        ({"instance_data_dir": folder, "image_column": "photo", "caption": "a"}, "image_column photo is for data sets"),
+        ({"dataset_name": str(folder), "image_column": "photo", "caption": "a"}, "no pictures in column 'photo'"),
         ({"instance_data_dir": folder.parent / "nowhere"}, "no such file or folder"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,27 +1,13 @@
-"""Where the picture is, and which samples a run draws of it."""
+"""Which samples a run draws of its pictures."""
 
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.training.data.samples import LatentDataset, SampleShard, find_picture
+from personalize.training.data.samples import LatentDataset, SampleShard
 from tests.support.samples import picture
-
-
-def test_file_or_folder_with_one_picture(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file or folder"):
-        find_picture(tmp_path / "missing.png")
-    (tmp_path / "a.txt").touch()
-    with pytest.raises(UserError, match="found 0"):
-        find_picture(tmp_path)
-    (tmp_path / "a.PNG").touch()
-    assert find_picture(tmp_path) == find_picture(tmp_path / "a.PNG") == tmp_path / "a.PNG"
-    (tmp_path / "b.webp").touch()
-    with pytest.raises(UserError, match=r"found 2 \(a.PNG, b.webp\)"):
-        find_picture(tmp_path)
 
 
 def test_forgedit_c21_samples_are_counted_exactly() -> None:

@@ -1,0 +1,224 @@
+"""What can be wrong with a command's options, found before torch is imported: files, prompts, combinations.
+
+The functions are called by the `check` methods of the options' classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from personalize.errors import UserError
+
+ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+TOKEN = re.compile(r"<[^<>\s]+>")
+STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
+
+
+def check_edit(config: Any) -> None:
+    """Check the options of `personalize edit` with an adapter."""
+    _check_auto(config)
+    check_writable(config.output_dir)
+    if not config.prompt.strip():
+        raise UserError("the prompt is empty: say what the picture should show")
+    check_adapters([config.adapter, *config.add])
+    check_tokens([config.prompt, config.negative_prompt], [config.adapter, *config.add])
+    if config.auto:
+        source = config.source_image or config.adapter / "source.png"
+        if not source.is_file():
+            raise UserError(f"{source} does not exist: name the picture the adapter was trained on with --source_image")
+
+
+def _check_auto(config: Any) -> None:
+    given = [name for name in STRENGTHS if getattr(config, name) not in ((), None)]
+    if config.auto and given:
+        raise UserError(f"--auto chooses the strengths itself: leave out --{given[0]}, or --auto")
+    if config.auto and config.budget < 1:
+        raise UserError(f"--budget must be at least 1 picture, got {config.budget}")
+    extra = [name for name in ("clip_model", "identity_model", "source_image") if getattr(config, name) is not None]
+    if extra and not config.auto:
+        raise UserError(f"--{extra[0]} belongs to --auto: add it, or leave --{extra[0]} out")
+    if config.auto and (config.seeds or config.num_images != 1):
+        raise UserError("--auto draws --budget pictures with seeds from --seed on: leave out --seeds and --num_images")
+    if config.seeds and (config.seed is not None or config.num_images != 1):
+        raise UserError("--seeds lists every seed: leave out --seed and --num_images")
+    if config.gamma and (config.alpha or config.beta):
+        raise UserError("--gamma is vector subtraction, --alpha and --beta are vector projection: give one of the two")
+    if not config.auto and config.num_images < 1:
+        raise UserError(f"--num_images must be at least 1, got {config.num_images}")
+
+
+def check_photo(config: Any) -> None:
+    """Check the options of `personalize edit PHOTO`."""
+    from personalize.io.image_files import check_image
+
+    check_image(config.photo)
+    check_writable(config.output_dir)
+    if not config.source.strip():
+        raise UserError("--source is empty: say what the photo shows, e.g. 'a cat on the beach'")
+    for text in (*config.swap, *(text for text in config.local if "=" in text)):
+        pair(text)
+    for text in config.weight:
+        weight(text)
+    _check_belongings(config)
+    adapters = (*config.adapter, *config.add)
+    check_adapters(adapters)
+    check_tokens([config.source, *config.target], adapters)
+    regions = [where for _, where in map(pair, config.region)]
+    if config.background_mask not in ("auto", "none"):
+        regions.append(config.background_mask)
+    if config.mask is not None:
+        regions.append(config.mask)
+    for path in (where for where in regions if box(where) is None):
+        check_image(os.path.expanduser(path))
+
+
+def _check_belongings(config: Any) -> None:
+    """UserError for options of `edit PHOTO` whose method is not asked for."""
+    target = " ".join(config.target).strip()
+    if config.strict_background and not config.uniform:
+        raise UserError("--strict_background belongs to --uniform: give that too, or name the region with --mask")
+    if not config.report and not target and not config.swap and not config.weight:
+        raise UserError("nothing is to change: give --target, words to --swap, or --weight of words")
+    if target and config.swap:
+        raise UserError("--target and --swap are two ways to say one thing: give one of them")
+    if config.dpl and config.controller == "mutual":
+        raise UserError("--controller mutual has no source prompt, so that --dpl has no noun: use one of them")
+
+
+def check_drag(config: Any) -> None:
+    """Check the options of `personalize drag`."""
+    from personalize.io.image_files import check_image
+
+    interleaved_points(config.from_, config.to)
+    check_writable(config.output_dir)
+    for picture in filter(None, (config.photo, config.mask)):
+        check_image(picture)
+    check_adapters([config.adapter] if config.adapter is not None else [])
+
+
+def check_quickstart(config: Any) -> None:
+    """Check the picture and caption of `personalize quickstart`."""
+    from personalize.io.image_files import check_image
+    from personalize.io.image_folders import only_picture
+    from personalize.training.data.captions import find_caption
+
+    check_writable(config.output_dir)
+    if config.photo is None:
+        if config.caption is not None:
+            raise UserError("--caption belongs to a picture of your own: name it, e.g. quickstart photo.jpg")
+        return
+    picture = only_picture(config.photo)
+    check_image(picture)
+    find_caption(picture, config.caption)
+
+
+def check_writable(folder: Path) -> None:
+    """UserError unless results can be written into `folder`, which need not exist yet."""
+    from personalize.io.atomic import check_output_folder
+
+    if folder.resolve() != Path.cwd():  # results are added to a folder, also to the one this program runs in
+        check_output_folder(folder)
+
+
+def check_files(*paths: Path) -> None:
+    """UserError unless each of `paths` is a file or a folder."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: check the path")
+
+
+def check_adapters(paths: Iterable[Path]) -> None:
+    """UserError unless each is an adapter folder, or a file whose name may be that of a LoRA or of an embedding."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
+        if path.is_dir() and not (path / "adapter.json").is_file():
+            raise UserError(f"{path} is no adapter folder: it has no adapter.json; name the folder training wrote")
+
+
+def check_tokens(prompts: Sequence[str], adapters: Sequence[Path]) -> None:
+    """UserError for a `<token>` in a prompt that none of the adapters has learned, if all their tokens are known.
+
+    An embedding file has its token inside, and a base model may have tokens of its own: then the tokenizer decides.
+    """
+    learned: set[str] = set()
+    for path in adapters:
+        if not path.is_dir():
+            return
+        learned |= set(_concepts(path))
+    for token in (token for prompt in prompts for token in TOKEN.findall(prompt)):
+        if token not in learned:
+            have = f"it has {', '.join(sorted(learned))}" if learned else "it has no tokens"
+            raise UserError(f"the prompt says {token}, which the adapter has not learned: {have}")
+
+
+def _concepts(folder: Path) -> list[str]:
+    """The learned tokens in the manifest of an adapter folder; none if it cannot be read, which loading says."""
+    try:
+        return list(json.loads((folder / "adapter.json").read_text(encoding="utf-8")).get("concepts", {}))
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def box(text: str) -> tuple[float, float, float, float] | None:
+    """ "10,20,100,80" → (10.0, 20.0, 100.0, 80.0); None if `text` is no list of four numbers."""
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError:
+        return None
+    return left, top, right, bottom
+
+
+def pair(text: str) -> tuple[str, str]:
+    """ "cat=dog" → ("cat", "dog")."""
+    old, _, new = (part.strip() for part in text.partition("="))
+    if not old or not new:
+        raise UserError(f"{text!r}: write old=new, for example cat=dog")
+    return old, new
+
+
+def weight(text: str) -> tuple[str, float]:
+    """ "fluffy=3" → ("fluffy", 3.0)."""
+    word, _, factor = text.rpartition("=")
+    try:
+        if math.isfinite(number := float(factor)):
+            return word.strip(), number
+        raise ValueError
+    except ValueError:
+        raise UserError(f"{text!r}: write word=factor, for example fluffy=3") from None
+
+
+def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Any]:
+    """The points of --from and --to in the order handle, target, ….  UserError if their counts differ."""
+    if len(handles) != len(targets):
+        raise UserError(f"{len(handles)} of --from and {len(targets)} of --to: each --from needs a --to")
+    return [parse_shape(text) for pair in zip(handles, targets, strict=True) for text in pair]
+
+
+def parse_shape(text: str) -> tuple[Any, ...]:
+    """ "120,64.5" → (120.0, 64.5); four numbers are a box, six and more the corners of a polygon."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) in (2, 4):
+        return tuple(numbers)
+    if len(numbers) < 6 or len(numbers) % 2:
+        raise UserError(
+            f"a point is x,y in pixels, for example 120,64; got {text!r} (a box has 4 numbers, a polygon 6 or more)"
+        )
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def point_of(text: str) -> tuple[float, float]:
+    """ "120,64.5" → (120.0, 64.5)."""
+    numbers = parse_shape(text)
+    if len(numbers) != 2:
+        raise UserError(f"a point is x,y in pixels, for example 120,64; got {text!r}")
+    return numbers[0], numbers[1]

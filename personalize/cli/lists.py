@@ -1,0 +1,73 @@
+"""Options that take several values: after one flag or after several, before a command line is parsed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from personalize.errors import UserError
+
+
+def flag_name(token: str) -> str | None:
+    """The name in a long option, `--train-batch-size=4` → "train_batch_size"; None for any other token."""
+    match = re.match(r"--([A-Za-z][\w-]*)(=|$)", token)
+    return match[1].replace("-", "_") if match else None
+
+
+@dataclass
+class _Sorted:
+    """The tokens of a command line by what they are; `runs` are the list options in order, each with its values."""
+
+    free: list[str] = field(default_factory=list)
+    single: list[str] = field(default_factory=list)
+    runs: list[tuple[str, list[str]]] = field(default_factory=list)
+
+
+def gathered(
+    args: Sequence[str], *, lists: Collection[str], switches: Collection[str], needs_argument: bool
+) -> list[str]:
+    """The same command line with arguments without a flag first, and all values of a list option behind one flag.
+
+    So `--swap a=b c=d` and `--swap a=b --swap c=d` are the same.  If the command `needs_argument` and none stands
+    elsewhere, it is the last word of the last list: `edit --swap a=b photo.png --source x`.
+
+    Args:
+        lists: names of the options that take several values.
+        switches: names of those that take none.
+
+    Raises:
+        UserError: a list option without a value.
+    """
+    tokens = _sorted(args, lists, switches)
+    long = [values for _, values in tokens.runs if len(values) > 1]
+    if needs_argument and not tokens.free and long:
+        tokens.free.append(long[-1].pop())
+    values: dict[str, list[str]] = {}
+    for name, own in tokens.runs:
+        if not own:
+            raise UserError(f"--{name} needs a value, got nothing")
+        values.setdefault(name, []).extend(own)
+    return [*tokens.free, *tokens.single, *(token for name, own in values.items() for token in (f"--{name}", *own))]
+
+
+def _sorted(args: Sequence[str], lists: Collection[str], switches: Collection[str]) -> _Sorted:
+    found, current, tokens = _Sorted(), None, iter(args)
+    for token in tokens:
+        name = flag_name(token)
+        if name is None:
+            (found.free if current is None else current).append(token)
+        elif name in lists:
+            current = [token.partition("=")[2]] if "=" in token else []
+            found.runs.append((name, current))
+        else:
+            current = None
+            found.single.append(token)
+            if "=" not in token and name.removeprefix("no_") not in switches:
+                found.single.extend(_value(tokens))
+    return found
+
+
+def _value(tokens: Iterator[str]) -> list[str]:
+    """The next token, if there is one."""
+    return [value for value in [next(tokens, None)] if value is not None]

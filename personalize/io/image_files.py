@@ -1,0 +1,222 @@
+"""Read picture files of every kind as 8-bit sRGB images, by what their numbers mean, without torch."""
+
+from __future__ import annotations
+
+import importlib
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from personalize.errors import Notice, UserError
+from personalize.io.image_metadata import HEIF_SUFFIXES
+
+HEIF_HINT = "HEIC needs a package more: pip install pillow-heif, or save it as JPEG or PNG"
+MIN_SIDE = 16  # px
+MAX_PIXELS = 150_000_000  # 450 MB decoded; checked against the file's header before anything is decoded
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # raised by Pillow's decoders
+_CHANNELS = {"RGB": "RGB ", "RGBX": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # mode: colour space of a profile that fits
+_png_limit = threading.Lock()
+
+
+class NotAnImage(UserError):
+    """The file's contents are of no picture format that can be read here."""
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read a picture file of any format as an 8-bit RGB image in the colours of sRGB.
+
+    EXIF orientation and colour profile are applied, transparency is composited on white, CMYK, palette and grey
+    pictures are converted, and 16-bit, 32-bit and floating-point values are scaled (see `_eight_bits`).  Of a picture
+    with several frames the first is taken, with a Notice.
+
+    Raises:
+        UserError: no such file, not a picture, damaged or truncated, a side under 16 px, over 150 million pixels, or
+            numbers whose range does not tell what is white.
+    """
+    path = check_image_path(path)
+    return read_image(path, path)
+
+
+def check_image_path(path: str | Path) -> Path:
+    """`path`, if it is a file; UserError otherwise."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a picture file: name the file inside it")
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check the path of the picture")
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device, expected a picture file: save the picture to a file first")
+    return path
+
+
+def check_image(path: str | Path) -> None:
+    """UserError unless the header of the file `path` is that of a picture which `load_image` reads."""
+    path = check_image_path(path)
+    with _large_png_chunks(), _opened(path, path) as image:
+        _check_size(path, image)
+
+
+def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:
+    """Like `load_image`, from an existing file or a stream of bytes; error messages name it `path`."""
+    with _large_png_chunks(), _opened(source, path) as image:
+        _check_size(path, image)
+        try:
+            image.load()
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: one picture, and its depth
+            if frames > 1:
+                warnings.warn(f"{path} has {frames} frames: its first is used", Notice, stacklevel=3)
+            return _rgb(_upright(image, path), path)
+        except UserError:
+            raise
+        except _DAMAGED as error:
+            raise UserError(f"{path} is damaged or truncated: {_first_line(error)}; get a complete copy") from None
+
+
+@contextmanager
+def _opened(source: Path | BinaryIO, path: Path | str) -> Iterator[Image.Image]:
+    """The picture with its header read, closed afterwards."""
+    register_heif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size has a limit of its own
+            image = Image.open(source)
+    except Image.DecompressionBombError:
+        raise _too_large(path) from None
+    except UnidentifiedImageError:
+        raise NotAnImage(f"{path} is not a picture Pillow can read: {_hint(path)}") from None
+    except _DAMAGED as error:
+        raise UserError(f"{path} cannot be opened as a picture: {_first_line(error)}") from None
+    with image:
+        yield image
+
+
+def _hint(path: Path | str) -> str:
+    """What to do about a file that is no picture."""
+    if str(path).lower().endswith(HEIF_SUFFIXES) and not register_heif():
+        return HEIF_HINT
+    return "use PNG, JPEG, WebP, AVIF, TIFF, GIF or BMP"
+
+
+def register_heif() -> bool:
+    """Make Pillow read HEIC if the package pillow-heif is installed; False if it is not."""
+    if find_spec("pillow_heif") is None:
+        return False
+    if "HEIF" not in Image.OPEN:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return True
+
+
+@contextmanager
+def _large_png_chunks() -> Iterator[None]:
+    """Let Pillow read PNG profiles and texts of up to 64 MB, its limit for all texts of a file, not of 1 MB each."""
+    with _png_limit:
+        limit = PngImagePlugin.MAX_TEXT_CHUNK
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+        try:
+            yield
+        finally:
+            PngImagePlugin.MAX_TEXT_CHUNK = limit
+
+
+def _check_size(path: Path | str, image: Image.Image) -> None:
+    """UserError for a side under MIN_SIDE or more than MAX_PIXELS."""
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(path)
+    if min(image.size) < MIN_SIDE:
+        raise UserError(f"{path} is {image.width}×{image.height} px: each side needs at least {MIN_SIDE} px")
+
+
+def _too_large(path: Path | str) -> UserError:
+    return UserError(f"{path}: its header claims more than {MAX_PIXELS // 10**6} million pixels; make it smaller first")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _upright(image: Image.Image, path: Path | str) -> Image.Image:
+    """The decoded picture turned as its EXIF says; as it is, with a Notice, if the EXIF cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DAMAGED as error:
+        warnings.warn(
+            f"{path}: its EXIF data cannot be read ({_first_line(error)}), so it is not turned", Notice, stacklevel=2
+        )
+        return image
+
+
+def _rgb(image: Image.Image, path: Path | str) -> Image.Image:
+    """Convert an image of any Pillow mode to 8-bit RGB in the colours of sRGB."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image, path)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = _to_srgb(image.convert("RGB"), profile, path)
+        return Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    if image.mode not in _CHANNELS:
+        image = image.convert("RGB")
+    return _to_srgb(image, profile, path)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None, path: Path | str) -> Image.Image:
+    """`image`, whose mode is a key of `_CHANNELS`, in RGB, converted from its colour `profile` to sRGB.
+
+    As in viewers, a profile for other channels than the image has, and one that is damaged, counts as sRGB; the latter
+    with a Notice.
+    """
+    if not profile:
+        return image.convert("RGB")
+    try:
+        source: Any = ImageCms.ImageCmsProfile(BytesIO(profile))
+        own = "sRGB" in ImageCms.getProfileDescription(source)
+        if own or source.profile.xcolor_space != _CHANNELS[image.mode]:
+            return image.convert("RGB")
+        result = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        assert result is not None, "profileToProfile returns None only in place"
+        return result
+    except (ImageCms.PyCMSError, OSError) as error:
+        warnings.warn(
+            f"{path}: its colour profile cannot be used ({_first_line(error)}), so its colours are taken as sRGB",
+            Notice, stacklevel=2,
+        )  # fmt: skip
+        return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, path: Path | str) -> Image.Image:
+    """Convert 16-bit, 32-bit or floating-point grey values to an image of mode "L".
+
+    White is 65535 for 16 bits.  For 32-bit integers it is the first of 255 and 65535 that no value exceeds, and for
+    floating-point numbers the first of 1, 255 and 65535 that none exceeds by more than a tenth, which resampling may
+    cause.
+
+    Raises:
+        UserError: values that are no numbers, negative ones, or a range between these or above them.
+    """
+    grey = np.asarray(image, np.float64)
+    if not np.isfinite(grey).all():
+        raise UserError(f"{path} holds values that are no numbers (NaN or infinity): save it again as 8- or 16-bit")
+    low, high = float(grey.min()), float(grey.max())
+    integers = image.mode != "F"
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        white = 65535.0
+    else:
+        slack = 1.0 if integers else 1.1
+        whites = [255.0, 65535.0] if integers else [1.0, 255.0, 65535.0]
+        white = next((white for white in whites if high <= white * slack), 0.0)
+        ambiguous = not integers and white == 255 and high < 16  # more than 1, yet nearly black out of 255
+        if white == 0 or ambiguous or low < white * (1 - slack):
+            expected = "0 to 255 or 65535" if integers else "0 to 1, 255 or 65535"
+            raise UserError(f"{path} has values from {low:g} to {high:g}, expected {expected}: save it as 8- or 16-bit")
+    return Image.fromarray((grey.clip(0, white) / white * 255 + 0.5).astype(np.uint8))

@@ -1,0 +1,142 @@
+"""The names of picture files, and what stands about them in metadata files and in captions beside them.
+
+Pictures are recognised by their suffix; `metadata.jsonl`, `.csv` or `.parquet` has a row for each, and a text file
+beside a picture holds its caption.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from personalize.errors import UserError
+
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # read by the package pillow-heif, if it is installed
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIF_SUFFIXES
+)  # fmt: skip
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as in the imagefolder of 🤗 datasets
+CAPTION_SUFFIXES = (".txt", ".caption")
+MAX_TEXT_BYTES = 64 * 2**20
+_ENCODINGS = {  # by the mark at the beginning; the four bytes of UTF-32's first, because they begin with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a metadata file: its columns, and where it stands, for messages."""
+
+    where: str
+    columns: Mapping[str, Any]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or -32 with a byte order mark; without the mark.
+
+    Raises:
+        UserError: another encoding, or more than 64 MiB.
+    """
+    with open(path, "rb") as stream:
+        content = stream.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise UserError(f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB, a smaller text file was expected: check it")
+    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+
+
+def caption_files(picture: Path) -> list[Path]:
+    """The files that may hold the caption of the file `picture`: for 1.png 1.txt, 1.caption, 1.png.txt, …"""
+    names = [picture.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    return [*names, *(picture.with_name(picture.name + suffix) for suffix in CAPTION_SUFFIXES)]
+
+
+def caption_file(picture: Path) -> Path | None:
+    """The first file beside `picture` that holds its caption, if there is one."""
+    return next((path for path in caption_files(picture) if path.is_file()), None)
+
+
+def sidecar_caption(picture: Path) -> str | None:
+    """The caption in a text file beside the file `picture`, on one line; None if there is no such file.
+
+    Raises:
+        UserError: the file is in another encoding than UTF-8, -16 or -32, or it is empty.
+    """
+    path = caption_file(picture)
+    if path is None:
+        return None
+    caption = " ".join(read_text(path).split())
+    if not caption:
+        raise UserError(f"the caption from {path} is empty: say what the picture shows, e.g. 'a photo of a dog'")
+    return caption
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The metadata file in `folder`, if there is one; UserError if there are two."""
+    files = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if len(files) > 1:
+        raise UserError(f"{folder} holds {files[0].name} and {files[1].name}: keep one of them")
+    return files[0] if files else None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metadata file, each of which names a picture in the column `file_name`.
+
+    Raises:
+        UserError: a row that cannot be read or names no picture; the message names its line.
+    """
+    rows = list({".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path))
+    for row in rows:
+        name = row.columns.get("file_name")
+        if not isinstance(name, str) or not name:
+            got = f"columns {', '.join(map(str, row.columns)) or 'none'}" if name is None else f"file_name {name!r}"
+            raise UserError(f"{row.where}: it has {got}, expected a column file_name with the name of a picture")
+    return rows
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            columns = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is no JSON ({error}): expected one object per line") from None
+        if not isinstance(columns, dict):
+            raise UserError(f"{where} holds a {type(columns).__name__}, expected an object with file_name")
+        yield Row(where, columns)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    reader = csv.DictReader(StringIO(read_text(path), newline=""), restkey="")
+    try:
+        for cells in reader:
+            where = f"{path}, line {reader.line_num}"
+            if "" in cells:
+                raise UserError(f"{where} has more cells than the header: put quotes around cells with commas")
+            yield Row(where, {name: cell or None for name, cell in cells.items()})
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num} is no CSV: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        columns = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    for number, row in enumerate(columns, 1):
+        yield Row(f"{path}, row {number}", row)

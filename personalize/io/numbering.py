@@ -1,0 +1,53 @@
+"""New names for results: nothing that lies in a folder is replaced, whoever wrote it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import count
+from pathlib import Path
+
+from personalize.io.atomic import Content, write_file
+
+
+def unused_folder(name: str, mark: str) -> Path:
+    """The folder `name`, or `name`-2, `name`-3, … : the first that does not hold the file `mark` of a finished run."""
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(Path(name) for name in names if not (Path(name) / mark).exists())
+
+
+def next_number(folder: Path, prefix: str) -> int:
+    """The number after the largest N of all files `<prefix>N.*` in `folder`; 0 if there is none."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    matches = [re.match(re.escape(prefix) + r"(\d{1,9})\.", name) for name in names]
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def unused_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """`names` if none of them is taken in `folder`, else all of them with the first number that makes them so.
+
+    "edited.png" and "edit.json" become "edited-001.png" and "edit-001.json"; keys are the names that were given.
+    """
+    names = list(names)
+    for number in count():
+        numbered = {name: _numbered(name, number) for name in names}
+        if not any((folder / name).exists() for name in numbered.values()):
+            return numbered
+    raise AssertionError("count() does not end")
+
+
+def _numbered(name: str, number: int) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return name if number == 0 else f"{stem}-{number:03d}{dot}{suffix}"
+
+
+def add_files(folder: Path, files: Mapping[str, Content]) -> dict[str, str]:
+    """Write `files` into `folder` under names that are not taken; returns these, by the names that were given.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; see `write_file`.
+    """
+    names = unused_names(folder, files)
+    for name, content in files.items():
+        write_file(folder / names[name], content)
+    return names

@@ -1,0 +1,125 @@
+"""What can be wrong with a trainer's options, found before torch is imported and before anything is drawn."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from personalize.adapters.subjects import check_named, default_prompt, read_subjects
+from personalize.errors import Notice, UserError
+from personalize.io.atomic import check_output_folder
+from personalize.io.image_files import check_image
+from personalize.io.image_folders import ImageFolder, only_picture, read_folder
+from personalize.models.config import check_base_name
+from personalize.training.data.captions import find_caption, folder_caption
+from personalize.training.data.sources import instance_folders, instance_places
+
+
+def check_single_image(config: Any) -> None:
+    """Check the options of `single_image`, and print what its folders of pictures hold and leave out.
+
+    Raises:
+        UserError: what the options name is not there or cannot be read, or they contradict one another.
+    """
+    check_run(config)
+    check_class_images(config)
+    if config.with_prior_preservation and not config.class_prompt:
+        raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
+    if config.caption is not None and not config.caption.strip():
+        raise UserError("the caption from --caption is empty: say what the picture shows, e.g. 'a photo of a dog'")
+    places = instance_places(config)
+    captioned = config.caption is not None or config.caption_model is not None
+    folders = instance_folders(places, captioned=captioned)
+    count = sum(len(folder.images) for folder in folders)
+    if config.instance_mask is not None:
+        if count != 1 or places[0].is_dir():
+            raise UserError("instance_mask belongs to one picture: in a folder, give mask_file_name in its metadata")
+        check_image(config.instance_mask)
+    for place, folder in zip(places, folders, strict=True):
+        if not place.is_dir():
+            check_image(place)
+            find_caption(place, config.caption, config.caption_model, generate=False)
+            continue
+        _report(folder)
+        _check_captions(folder, config, captioned)
+
+
+def check_multi_concept(config: Any) -> None:
+    """Check the options of `multi_concept`, with the words of its prompt.
+
+    Raises:
+        UserError: what the options name is not there or cannot be read, or they contradict one another.
+    """
+    check_run(config)
+    check_class_images(config)
+    if config.mask_weight and not config.masks:
+        raise UserError("mask_weight needs masks: name a picture for each concept with --masks")
+    given = [path for path in (config.picture, config.instance_data_dir) if path is not None]
+    if len(given) != 1:
+        raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")
+    for picture in (only_picture(given[0]), *config.masks):
+        check_image(picture)
+    subjects = read_subjects(config.concepts, config.modifier_token, config.instance_prompt, config.num_vectors)
+    if not subjects:
+        raise UserError("name at least one concept, e.g. '<cat1> cat'")
+    if config.masks and len(config.masks) != len(subjects):
+        raise UserError(f"{len(subjects)} concepts need as many masks or none, got {len(config.masks)}")
+    check_named(config.instance_prompt or default_prompt(subjects), subjects)
+
+
+def check_run(config: Any) -> None:
+    """Check the base model, the output folder and the checkpoint that a trainer's options name."""
+    if config.pretrained_model_name_or_path is not None:
+        check_base_name(config.pretrained_model_name_or_path)
+    start, output = config.resume_from_checkpoint, config.output_dir
+    check_output_folder(output)
+    if start == "latest" and not any(output.glob("checkpoint-*")):
+        warnings.warn(f"there is no checkpoint in {output} to resume from: training begins anew", Notice, stacklevel=2)
+    if start not in (None, "latest") and not any(path.is_dir() for path in (output / start, Path(start))):
+        raise UserError(f"no checkpoint at {start}: name a checkpoint-N folder, or 'latest'")
+
+
+def check_class_images(config: Any) -> None:
+    """Check the folder of class pictures, and say which options about class pictures have no effect."""
+    if config.with_prior_preservation:
+        if config.num_class_images < 1:
+            count = config.num_class_images
+            raise UserError(f"num_class_images must be above 0, got {count}; or use --no_with_prior_preservation")
+        if config.class_data_dir is not None:
+            _report(read_folder(config.class_data_dir))
+        return
+    names = ("class_prompt", "class_data_dir", "class_dataset_name", "class_image_cache")
+    if given := [f"--{name}" for name in names if getattr(config, name) is not None]:
+        warnings.warn(
+            "without --with_prior_preservation no class pictures are used, so that nothing comes of "
+            f"{' and '.join(given)}", Notice, stacklevel=2,
+        )  # fmt: skip
+
+
+def _report(folder: ImageFolder) -> None:
+    """Print how many pictures a folder holds, and what was left out; in a launch of processes only by the first."""
+    if os.environ.get("RANK", "0") == "0":
+        count = len(folder.images)
+        print(f"{count} picture{'s' * (count != 1)} in {folder.path}", *folder.remarks(), sep="\n", flush=True)
+
+
+def _check_captions(folder: ImageFolder, config: Any, captioned: bool) -> None:
+    """Check that each picture has a caption, and say for how many --caption is not used."""
+    own = {image.path: folder_caption(image, config.caption_column) for image in folder.images}
+    missing = [path for path, caption in own.items() if not caption]
+    if missing and not captioned:
+        raise UserError(
+            f"{missing[0]} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file "
+            f"beside it, into column {config.caption_column!r} of metadata.jsonl, or name a --caption_model"
+        )
+    if config.caption is not None and len(missing) < len(own):
+        left = f"--caption for the other {len(missing)}" if missing else "--caption is not used"
+        warnings.warn(
+            f"{len(own) - len(missing)} of {len(own)} pictures in {folder.path} have a caption of their own; {left}",
+            Notice, stacklevel=2,
+        )  # fmt: skip
+    for image in folder.images:
+        for mask in image.files.values():
+            check_image(mask)

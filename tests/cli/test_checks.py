@@ -1,0 +1,92 @@
+"""Mistakes in paths, prompts and combinations are found before torch is imported; options without effect are said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from personalize.cli.launch import load_script
+from personalize.cli.main import main
+from personalize.cli.options import QuickstartConfig
+from personalize.errors import Notice
+from tests.support.user_errors import MISTAKES, make_place
+
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import contextlib, io, json, shlex, sys
+from personalize.cli.launch import load_script
+from personalize.cli.main import main
+from personalize.cli.options import QuickstartConfig
+from personalize.errors import Notice
+for command in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(shlex.split(command))
+    print(json.dumps([code, err.getvalue(), "torch" in sys.modules]))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_mistakes_are_one_line_found_before_torch(place: Path) -> None:
+    mistakes = [mistake for mistake in MISTAKES if not mistake.loads]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD], input=json.dumps([mistake.command for mistake in mistakes]),
+        capture_output=True, text=True, env=environment, cwd=place,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in child.stdout.splitlines()]
+    assert len(rows) == len(mistakes), child.stderr
+    for mistake, (code, said, torch) in zip(mistakes, rows, strict=True):
+        assert code == 2 and mistake.says in said and said.count("\n") == 1, (mistake.command, code, said)
+        assert said.startswith("personalize: ") and not torch, mistake.command
+    assert {path.name for path in place.iterdir()}.isdisjoint({"adapter", "personalize-edit"})  # nothing was written
+
+
+def test_a_folder_says_what_it_holds_and_which_options_have_no_effect(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "pictures" / "notes.pdf").write_bytes(b"%PDF")
+    (place / "pictures" / "1.txt").write_text("a cat")
+    script = load_script(ROOT / "train" / "single_image.py")
+    config = script.Config(picture=(Path("pictures"),), caption="a dog", class_prompt="x", class_data_dir=Path("empty"),
+                           resume_from_checkpoint="latest")  # fmt: skip
+    with pytest.warns(Notice) as told:
+        config.check()
+    assert capsys.readouterr().out == "2 pictures in pictures\nleft out of pictures, no picture: notes.pdf\n"
+    assert [str(one.message) for one in told] == [
+        f"there is no checkpoint in {config.output_dir} to resume from: training begins anew",
+        "without --with_prior_preservation no class pictures are used, so that nothing comes of --class_prompt and "
+        "--class_data_dir",
+        "1 of 2 pictures in pictures have a caption of their own; --caption for the other 1",
+    ]
+
+
+def test_notes_are_lines_before_the_mistake(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A note is one line on stderr, and comes before the mistake that ends this command."""
+    words = "photo.png --caption a --class_data_dir empty --resume_from_checkpoint latest --dataset_name x"
+    assert main(["train", "single_image", *words.split()]) == 2
+    notes = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in notes] == [
+        "Note", "Note", "personalize"
+    ]  # fmt: skip
+
+
+def test_a_second_training_has_a_folder_of_its_own(place: Path) -> None:
+    """Without --output_dir it replaced the first adapter."""
+    config = load_script(ROOT / "train" / "single_image.py").Config
+    assert config().output_dir == Path("adapter")
+    Path("adapter").mkdir()
+    Path("adapter", "adapter.json").touch()
+    assert config().output_dir == Path("adapter-2")
+    assert QuickstartConfig().output_dir == Path("personalize-quickstart")

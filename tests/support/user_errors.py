@@ -1,0 +1,129 @@
+"""About sixty mistakes that users make on a command line, in a folder made for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A command line, what its message must say, and whether something heavy must be loaded to find it."""
+
+    command: str
+    says: str
+    loads: bool = False
+
+
+def make_place(folder: Path) -> None:
+    """Pictures, files that are none, adapter folders by their manifests, and option files, in `folder`."""
+    Image.new("RGB", (64, 48)).save(folder / "photo.png")
+    Image.new("RGB", (8, 8)).save(folder / "tiny.png")
+    (folder / "text.png").write_text("hello")
+    (folder / "notes.txt").write_text("hello")
+    for name, concepts in (("plain", {}), ("pets", {"<cat1>": {}, "<dog1>": {}})):
+        (folder / name).mkdir()
+        (folder / name / "adapter.json").write_text(json.dumps({"concepts": concepts}))
+    (folder / "empty").mkdir()
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 48)).save(pictures / "1.png")
+    Image.new("RGB", (64, 48)).save(pictures / "2.png")
+    named = folder / "named"
+    named.mkdir()
+    Image.new("RGB", (64, 48)).save(named / "1.png")
+    (named / "metadata.jsonl").write_text('{"file_name": "one.png", "text": "a cat"}\n')
+    (folder / "bad.yaml").write_text("rnak: 4\n")
+    (folder / "nested.yaml").write_text("config: other.yaml\n")
+    (folder / "list.yaml").write_text("- rank\n")
+
+
+TRAIN, MULTI = "train single_image photo.png --caption cat", "train multi_concept photo.png"
+PRIOR = f"{TRAIN} --with_prior_preservation --class_prompt cat"
+TWO = f"{MULTI} --concepts '<a> cat' '<b> dog'"
+PHOTO = "edit photo.png --source 'a cat'"
+MISTAKES = (
+    Mistake("edti", "unknown command edti: did you mean edit?"),
+    Mistake("train", "personalize train needs a name: catalogue"),
+    Mistake("train single", "there is no personalize train single: did you mean single_image?"),
+    Mistake("train single_image", "name the pictures in one way"),
+    Mistake("train single_image missing.png --caption cat", "missing.png: no such file or folder"),
+    Mistake("train single_image text.png --caption cat", "text.png is not a picture Pillow can read"),
+    Mistake("train single_image tiny.png --caption cat", "each side needs at least 16 px"),
+    Mistake("train single_image photo.png", "photo.png has no caption: pass --caption"),
+    Mistake("train single_image photo.png --caption ' '", "the caption from --caption is empty"),
+    Mistake("train single_image empty --caption cat", "empty holds no picture"),
+    Mistake("train single_image pictures", "pictures/1.png has no caption"),
+    Mistake("train single_image named", "line 1 names one.png, which is not in named"),
+    Mistake(f"{TRAIN} --dataset_name x", "got 2 of picture, --instance_image"),
+    Mistake("train single_image pictures --caption cat --instance_mask photo.png", "instance_mask belongs to one"),
+    Mistake(f"{TRAIN} --instance_mask missing.png", "missing.png: no such file"),
+    Mistake(f"{TRAIN} --rnak 4", "unknown option --rnak: did you mean --rank?"),
+    Mistake(f"{TRAIN} --rank many", "--rank: invalid literal for int"),
+    Mistake(f"{TRAIN} --rank 0", "rank must be above 0, got 0"),
+    Mistake(f"{TRAIN} --mixed_precision fp8", "'fp8' for argument '--mixed_precision'"),
+    Mistake(f"{TRAIN} --config missing.yaml", "--config missing.yaml: no such file; presets:"),
+    Mistake(f"{TRAIN} --config bad.yaml", "unknown key in bad.yaml: rnak: did you mean rank?"),
+    Mistake(f"{TRAIN} --config nested.yaml", "a file cannot name other files"),
+    Mistake(f"{TRAIN} --config list.yaml", "list.yaml holds a list"),
+    Mistake(f"{TRAIN} --num_processes two", "--num_processes must be a whole number from 1, got two"),
+    Mistake(f"{TRAIN} --pretrained_model_name_or_path nowhere", "no base model at nowhere"),
+    Mistake(f"{TRAIN} --pretrained_model_name_or_path empty", "it has no model_index.json"),
+    Mistake(f"{TRAIN} --pretrained_model_name_or_path notes.txt", "notes.txt is no .safetensors file"),
+    Mistake(f"{TRAIN} --with_prior_preservation", "with_prior_preservation needs class_prompt"),
+    Mistake(
+        f"{TRAIN} --with_prior_preservation --class_prompt cat --class_data_dir nowhere", "nowhere: no such folder"
+    ),
+    Mistake(f"{TRAIN} --with_prior_preservation --class_prompt cat --class_data_dir empty", "empty holds no picture"),
+    Mistake(f"{TRAIN} --resume_from_checkpoint checkpoint-9", "no checkpoint at checkpoint-9"),
+    Mistake(f"{TRAIN} --output_dir .", "is where this program runs"),
+    Mistake(f"{TRAIN} --output_dir notes.txt", "notes.txt is a file, a folder was expected"),
+    Mistake(f"{TRAIN} --learning_rate nan", "learning_rate"),
+    Mistake("edit plain --prompt cat --strength inf", "--strength is inf, expected a number"),
+    Mistake(f"{PHOTO} --weight cat=nan", "write word=factor"),
+    Mistake(f"{TRAIN} --image_column photo", "image_column photo is for data sets"),
+    Mistake(MULTI, "name at least one concept"),
+    Mistake("train multi_concept --concepts '<a> cat'", "name one picture"),
+    Mistake(f"{MULTI} --concepts cat", "'cat' cannot be a token"),
+    Mistake(f"{MULTI} --concepts '<a>'", "token <a> needs a class phrase"),
+    Mistake(f"{MULTI} --concepts '<a> cat' '<a> dog'", "the token <a> is given twice"),
+    Mistake(f"{TWO} --instance_prompt 'a <a> cat'", "there must be one “<b> dog” in the prompt, there is none"),
+    Mistake(f"{TWO} --masks photo.png", "2 concepts need as many masks or none, got 1"),
+    Mistake(f"{TWO} --mask_weight 1", "mask_weight needs masks"),
+    Mistake("train multi_concept pictures --concepts '<a> cat'", "must hold exactly one picture, found 2"),
+    Mistake("edit nowhere --prompt cat", "nowhere does not exist: name an adapter folder"),
+    Mistake("edit empty --prompt cat", "empty is no adapter folder"),
+    Mistake("edit plain", "personalize edit needs --prompt"),
+    Mistake("edit plain --prompt ' '", "the prompt is empty"),
+    Mistake("edit pets --prompt 'a <cat2> cat'", "which the adapter has not learned: it has <cat1>, <dog1>"),
+    Mistake("edit plain --prompt cat --num_images 0", "num_images"),
+    Mistake("edit plain --prompt cat --alpha", "--alpha needs a value, got nothing"),
+    Mistake("edit plain --prompt cat --auto --alpha 1", "leave out --alpha, or --auto"),
+    Mistake("edit plain --prompt cat --clip_model x", "--clip_model belongs to --auto"),
+    Mistake("edit plain --prompt cat --auto", "source.png does not exist"),
+    Mistake("edit plain --prompt cat --seeds 1 2 --num_images 3", "--seeds lists every seed"),
+    Mistake("edit plain --prompt cat --gamma 1 --beta 1", "--gamma is vector subtraction"),
+    Mistake("edit missing.png --source cat --target dog", "missing.png: no such file"),
+    Mistake("edit photo.png --target dog", "personalize edit needs --source"),
+    Mistake(PHOTO, "nothing is to change"),
+    Mistake(f"{PHOTO} --swap cat", "write old=new, for example cat=dog"),
+    Mistake(f"{PHOTO} --weight cat=much", "write word=factor"),
+    Mistake(f"{PHOTO} --target dog --swap cat=dog", "two ways to say one thing"),
+    Mistake(f"{PHOTO} --target dog --strict_background", "--strict_background belongs to --uniform"),
+    Mistake(f"{PHOTO} --target dog fox --mask missing.png", "missing.png: no such file"),
+    Mistake(f"{PHOTO} --target dog --adapter nowhere", "nowhere does not exist"),
+    Mistake("drag photo.png --from 1,2", "personalize drag needs --to"),
+    Mistake("drag photo.png --from 1 --to 3,4", "a point is x,y in pixels"),
+    Mistake("drag photo.png --from 1,2 3,4 --to 3,4", "2 of --from and 1 of --to"),
+    Mistake("drag missing.png --from 1,2 --to 3,4", "missing.png: no such file"),
+    Mistake("quickstart missing.png", "missing.png: no such file or folder"),
+    Mistake("quickstart --caption cat", "--caption belongs to a picture of your own"),
+    Mistake("inspect missing.safetensors", "missing.safetensors does not exist"),
+    Mistake("verify nowhere", "nowhere does not exist"),
+    Mistake("convert missing.safetensors --to kohya --output x.safetensors", "missing.safetensors does not exist"),
+    Mistake("evaluate nowhere --results empty", "nowhere does not exist"),
+    Mistake("export lora nowhere --output x.safetensors", "nowhere does not exist", loads=True),
+)
