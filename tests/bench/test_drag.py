@@ -25,6 +25,7 @@ from tests.bench.drag.measures import (
     paste_object,
     seam,
 )
+from tests.bench.drag.textures import UNKNOWN, paint_texture
 from tests.support.tiny import tiny_sd1
 
 SIZE = 96
@@ -57,6 +58,17 @@ def test_ghost_seam_and_background(scene):
     assert seam(truth, truth, end, 4) == 60 > seam(copy, truth, end, 4) > seam(before, truth, end, 4)
     far = away_from([mask, end], 4)
     assert far.any() and not (far & (mask | end)).any()
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_textures_are_the_same_every_time_and_objects_stand_before_them(name):
+    texture = paint_texture(name, SIZE)
+    assert texture.shape == (SIZE, SIZE, 3) and 0 <= texture.min() < texture.max() <= 1 and texture.std() > 0.02
+    picture, (mask,) = render(BEFORE, SIZE, texture)
+    ground = background_only(BEFORE, SIZE, texture)
+    assert np.array_equal(ground, (texture * 255 + 0.5).astype(np.uint8))
+    assert np.array_equal(render(BEFORE, SIZE)[1][0], mask)
+    assert (picture != ground)[mask].any(-1).mean() > 0.9, "a few pixels may have the ground's colour"
 
 
 @pytest.mark.parametrize("twin", [False, True])

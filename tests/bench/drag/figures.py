@@ -30,8 +30,8 @@ def figures(rows: Sequence[dict[str, Any]], cell: int) -> dict[str, Any]:
 
     for cells in DISTANCES:
         moves = list(groups.get(("move", cells, False), {}).values())
-        arrived = proportion([_arrived(row, cell) for row in moves])
-        put(f"D10 moved by {cells} cells within tolerance", arrived, "≥ 80 %")
+        share = proportion([arrived(row, cell) for row in moves])
+        put(f"D10 moved by {cells} cells within tolerance", share, "≥ 80 %")
         deforms = list(groups.get(("deform", cells, False), {}).values())
         shares = [_length(row["marker"]) / _length(row["vector"]) for row in deforms]
         put(f"D11 handle's share of the way, {cells} cells", average(shares, ""), "≥ 0.6")
@@ -78,7 +78,7 @@ def _cell(mine: dict[int, Any], usual: dict[int, Any], name: str) -> str:
     return f"{text} ({difference:+.3f} [{low:+.3f}, {high:+.3f}])"
 
 
-def _arrived(row: dict[str, Any], cell: int) -> bool:
+def arrived(row: dict[str, Any], cell: int) -> bool:
     """D10: the distance is right within the larger of 1 latent cell and 15 %, the direction within 10°."""
     asked, moved = _length(row["vector"]), _length(row["went"])
     if moved == 0:
