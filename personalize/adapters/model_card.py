@@ -153,10 +153,17 @@ def _tokens(adapter: CardSubject) -> str:
         arguments = extra if adapter.family == "sdxl" else ""
         lines.append(f'pipe.load_textual_inversion("path/to/this/folder", weight_name={json.dumps(name)}{arguments})')
     code = "\n".join(lines)
+    differs = ""
+    if adapter.family == "sdxl":
+        differs = (
+            "\n\nWhere the second text encoder's configuration says `eos_token_id: 2`, plain diffusers takes SDXL's "
+            "pooled vector at the learned token; personalize and the graphical programs take it at the prompt's end, "
+            "as in training."
+        )
     return (
         "## Learned tokens\n\nCopy the file named after the word to the program's embeddings folder.\n\n"
         + "\n".join(rows)
-        + f"\n\nIn diffusers, besides the LoRA:\n\n```python\n{code}\n```"
+        + f"\n\nIn diffusers, besides the LoRA:\n\n```python\n{code}\n```{differs}"
     )
 
 

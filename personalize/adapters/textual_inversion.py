@@ -4,8 +4,11 @@
 
 A concept is written as its token, such as `<cat1>`.  Further vectors of a token are `<cat1>_1`, `<cat1>_2`, …, which
 are inserted behind it in prompts, as stock diffusers pipelines do.  The new ids are those that
-`load_textual_inversion` would give in the same order: SDXL's second encoder pools at the highest id, so it pools where
-a stock pipeline does.
+`load_textual_inversion` would give in the same order.
+
+SDXL's pooled vector is that of the first end token, as in the programs that load SDXL from single files.  An encoder
+whose configuration says `eos_token_id: 2` pools at the highest id instead, which would be a learned token's: two
+prompts that begin alike would have one pooled vector.
 
 References: Gal et al., "An Image is Worth One Word", arXiv 2208.01618.
 """
@@ -133,7 +136,10 @@ def installed_tokens(
     check_new_tokens(model, concepts)
     tokenizers = model.tokenizers
     tables = [encoder.get_input_embeddings() for encoder in model.text_encoders]
+    ends = [vars(module) for encoder in model.text_encoders for module in _pooling_at_highest(encoder)]
     try:
+        for own in ends:
+            own["eos_token_id"] = tokenizers[-1].eos_token_id
         model.tokenizers = tuple(copy.deepcopy(tokenizer) for tokenizer in tokenizers)
         wrapped = []
         names = ENCODERS[: len(tables)]
@@ -148,8 +154,15 @@ def installed_tokens(
         yield wrapped
     finally:
         model.tokenizers = tokenizers
+        for own in ends:
+            own["eos_token_id"] = 2
         for encoder, table in zip(model.text_encoders, tables, strict=True):
             encoder.set_input_embeddings(table)
+
+
+def _pooling_at_highest(encoder: Any) -> list[Any]:
+    """The modules of a text encoder that pool at the highest id, which transformers does for an `eos_token_id` of 2."""
+    return [module for module in encoder.modules() if vars(module).get("eos_token_id") == 2]
 
 
 def check_new_tokens(model: StableDiffusion, tokens: Mapping[str, Any] | Sequence[str]) -> None:
