@@ -24,7 +24,7 @@ from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.buckets import FittedImage, as_fitted
 from personalize.training.data.samples import SampleShard
-from personalize.training.loop import StepReport, adamw, training_steps
+from personalize.training.loop import StepReport, adamw, make_lr_scheduler, training_steps
 from personalize.training.losses import LossTerms
 from personalize.training.single_image import SingleImageRun, single_image_run
 from personalize.training.single_image_objective import SingleImageObjective
@@ -113,9 +113,11 @@ def _steps(runs: Sequence[SingleImageRun], objective: BatchedAdapters) -> Iterat
     """Train `objective` on the batches of all `runs`, with the settings of the first, which all share."""
     first = runs[0]
     groups = objective.groups(first.config.learning_rate, first.config.text_embedding_lr)
-    prepared, optimizer = first.accelerator.prepare(objective, adamw(groups, first.model.device))
+    plain = adamw(groups, first.model.device)
+    lr_scheduler = make_lr_scheduler(first.config, plain, first.updates)
+    prepared, optimizer = first.accelerator.prepare(objective, plain)
     updates = _joined_updates(runs, first.shard, first.updates)
-    return training_steps(prepared, updates, optimizer, accelerator=first.accelerator)
+    return training_steps(prepared, updates, optimizer, accelerator=first.accelerator, lr_scheduler=lr_scheduler)
 
 
 def _joined_updates(

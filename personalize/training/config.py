@@ -106,6 +106,10 @@ class LoraTrainingConfig:
     """Keep the optimizer's moments in 8 bits (bitsandbytes)."""
     prior_loss_weight: float = 1.0
     """With class pictures: weight of their loss."""
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    """How the learning rates change over the updates."""
+    lr_warmup_steps: int = 0
+    """Updates over which the learning rates rise from 0."""
     max_grad_norm: float | None = None
     """Clip the gradient to this norm; not clipped if not given."""
     seed: int = 0
@@ -114,7 +118,7 @@ class LoraTrainingConfig:
     def __post_init__(self) -> None:
         _positive(self, "samples_per_update", "train_batch_size", "gradient_accumulation_steps")
         _positive(self, "rank", "lora_alpha", "max_grad_norm", "alpha_rank_scale")
-        _not_negative(self, "prior_loss_weight")
+        _not_negative(self, "prior_loss_weight", "lr_warmup_steps")
         if self.min_rank is not None and not 1 <= self.min_rank <= self.rank:
             raise UserError(f"min_rank must be from 1 to the rank, {self.rank}, got {self.min_rank}")
 

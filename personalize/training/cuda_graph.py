@@ -157,6 +157,10 @@ def check_capturable(config: Any, device: torch.device, processes: int, *, autoc
             len({chunk.share for chunk in SampleShard.of(config).chunks()}) > 1,
             f"needs batches of one size: choose a --train_batch_size that divides {config.samples_per_update}",
         ),
+        (
+            config.lr_scheduler != "constant" or config.lr_warmup_steps > 0,
+            "does not go with lr_scheduler or lr_warmup_steps: it repeats the rate of the recorded update",
+        ),
         (config.use_8bit_adam, "does not go with use_8bit_adam, which counts its steps on the host"),
         (config.train_text_encoder, "does not go with train_text_encoder, which tokenizes captions on the host"),
         (config.early_stop_loss is not None, "does not go with early_stop_loss, which decides on the host"),

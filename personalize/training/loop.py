@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -39,6 +40,18 @@ def adamw(
     except ImportError:
         raise UserError("use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
     return AdamW8bit(groups, weight_decay=weight_decay)
+
+
+def make_lr_scheduler(config: Any, optimizer: torch.optim.Optimizer, updates: int) -> Any:
+    """diffusers' learning-rate schedule `config.lr_scheduler` over `updates` updates; it is a function of their number.
+
+    Raises:
+        UserError: more warm-up updates than there are updates.
+    """
+    if config.lr_warmup_steps >= updates and config.lr_warmup_steps > 0:
+        raise UserError(f"lr_warmup_steps {config.lr_warmup_steps} must be below the number of updates, {updates}")
+    name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+    return get_scheduler(name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates)
 
 
 @contextmanager
@@ -111,6 +124,8 @@ def training_steps(
 
     The loss of an update is the mean of the losses of its batches, over all processes.
 
+    An update that the loss scaler of fp16 skips is made again on the same batches at half the scale, and counts once.
+
     There are no callbacks: the body of the caller's `for` loop logs, saves and stops.
 
     Args:
@@ -125,18 +140,20 @@ def training_steps(
     """
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}  # once: it takes long
     for update, batches in enumerate(updates, first_update + 1):
-        losses = _backward(objective, batches, accelerator)
-        if early_stop is not None and early_stop(update - 1, losses["loss"]):
+        rates, skipped = tuple(group["lr"] for group in optimizer.param_groups), True
+        while skipped:
+            losses = _backward(objective, batches, accelerator)
+            if early_stop is not None and early_stop(update - 1, losses["loss"]):
+                optimizer.zero_grad(set_to_none=True)
+                return
+            last = batches[-1]
+            _check_and_clip(objective, trained, last, losses["loss"], optimizer, accelerator, max_grad_norm, update)
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            return
-        last = batches[-1]
-        _check_and_clip(objective, trained, last, losses["loss"], optimizer, accelerator, max_grad_norm, update)
-        rates = tuple(group["lr"] for group in optimizer.param_groups)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            skipped = getattr(optimizer, "step_was_skipped", False)
         if lr_scheduler is not None:
             lr_scheduler.step()
-        yield StepReport(update, losses, rates)
+        yield StepReport(update, losses, rates)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def _backward(

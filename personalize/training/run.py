@@ -28,7 +28,7 @@ from personalize.training.checkpoints import Checkpoint
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
 from personalize.training.cuda_graph import graphed_steps
 from personalize.training.data.samples import Dataset, SampleShard
-from personalize.training.loop import EarlyStop, StepReport, adamw, set_autocast, training_steps
+from personalize.training.loop import EarlyStop, StepReport, adamw, make_lr_scheduler, set_autocast, training_steps
 from personalize.training.losses import Objective
 
 # settings that may change between a run and its resumption: the samples of an update and their loss stay the same
@@ -87,6 +87,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         """Train `objective` with AdamW over the parameter `groups`; Accelerate prepares both."""
         self.objective = objective
         optimizer = adamw(groups, self.model.device, use_8bit=self.config.use_8bit_adam)
+        self.lr_scheduler = make_lr_scheduler(self.config, optimizer, self.updates)
         self._prepared, self.optimizer = self.accelerator.prepare(objective, optimizer)
 
     def steps(self) -> Iterator[StepReport]:
@@ -116,7 +117,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         stop = None if config.early_stop_loss is None else EarlyStop(config.early_stop_loss, self.shard.samples)
         return training_steps(
             self._prepared, updates, self.optimizer, accelerator=accelerator, max_grad_norm=config.max_grad_norm,
-            first_update=self.update, early_stop=stop,
+            lr_scheduler=self.lr_scheduler, first_update=self.update, early_stop=stop,
         )  # fmt: skip
 
     def _any_weight_changed(self) -> bool:
@@ -186,7 +187,10 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         checkpoints.restore(checkpoint, self.objective.resumable(), self.optimizer)
         if self.accelerator.scaler is not None and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
-        self.update = checkpoint.update
+        self.update = self.lr_scheduler.last_epoch = checkpoint.update
+        schedule = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+        for group, (rate, factor) in zip(self.optimizer.param_groups, schedule, strict=True):
+            group["lr"] = rate * factor(self.update)
 
     def _resumable_metadata(self) -> dict[str, Any]:
         """`metadata`, flat and without the settings that a resumed run may change: equal for the same run only."""

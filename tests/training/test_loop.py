@@ -1,6 +1,9 @@
 """The loop of training: what moves, what is accumulated, clipped and refused, what stops it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from math import cos, pi
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +13,13 @@ from torch import Tensor, nn
 
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.randomness import generator
+from personalize.training import checkpoints
 from personalize.training.data.samples import SampleShard
 from personalize.training.loop import EarlyStop, NonFiniteError, adamw, training_steps
 from personalize.training.losses import LossTerms
+from personalize.training.single_image import single_image_run
 from tests.support.objectives import objective
+from tests.support.runs import CAPTION, SMALL, pixels, same
 from tests.support.samples import picture
 from tests.support.tiny import tiny_sd1
 
@@ -125,14 +131,16 @@ def test_forgedit_c25_gradients_are_unscaled_before_they_are_clipped_and_used(mo
     assert (1 - naive.w).abs().max() > 1e4
 
 
-def test_an_overflow_under_a_scaler_skips_the_update_and_halves_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_overflows_under_a_scaler_is_made_again_at_half_the_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     line = Line()
     line.w.register_hook(lambda grad: grad * torch.inf if float(grad.max()) > 1e5 else grad)
     accelerator = scaling(Accelerator(cpu=True), monkeypatch, scale=2.0**17)
     prepared, optimizer = accelerator.prepare(line, torch.optim.SGD(line.parameters(), lr=0.1))
     updates = [[{"x": torch.ones(3)}]] * 2
     ends = [line.w.detach().clone() for _ in training_steps(prepared, updates, optimizer, accelerator=accelerator)]
-    assert torch.equal(ends[0], torch.ones(3)) and torch.allclose(ends[1], torch.full((3,), 0.9))
+    assert torch.allclose(ends[0], torch.full((3,), 0.9)) and torch.allclose(ends[1], torch.full((3,), 0.8))
     assert accelerator.scaler is not None and accelerator.scaler.get_scale() == 2.0**16
 
 
@@ -232,3 +240,48 @@ def test_non_finite_gradient_stops_before_the_update_and_is_named() -> None:
     nn.utils.clip_grad_norm_(broken.parameters(), 1.0)
     torch.optim.SGD(broken.parameters(), lr=0.1).step()
     assert broken.w.isnan().any()
+
+
+def test_an_update_that_the_scaler_skips_is_made_again_on_the_same_batch() -> None:
+    class Skipping(torch.optim.SGD):
+        """Skips its second step, as a loss scaler does at an overflow."""
+
+        steps, step_was_skipped = 0, False
+
+        def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            self.steps += 1
+            self.step_was_skipped = self.steps == 2
+            if not self.step_was_skipped:
+                super().step(closure)
+
+    seen: list[float] = []
+    line = Line()
+    line.register_forward_pre_hook(lambda _, args: seen.append(float(args[0]["x"][0])))
+    xs = [torch.full((3,), value) for value in (1.0, 2.0, 3.0)]
+    optimizer = Skipping(line.parameters(), lr=0.1)
+    updates = [[{"x": x}] for x in xs]
+    reports = list(training_steps(line, updates, optimizer, accelerator=Accelerator(cpu=True)))
+    assert [report.update for report in reports] == [1, 2, 3] and seen == [1.0, 2.0, 2.0, 3.0]
+    torch.testing.assert_close(line.w.detach(), torch.full((3,), 1 - 0.1 * 6))
+
+
+def test_learning_rates_follow_diffusers_schedule_and_go_on_after_a_resumption(tmp_path: Path) -> None:
+    settings = replace(SMALL, max_train_samples=8, samples_per_update=1, lr_scheduler="cosine", lr_warmup_steps=2)
+
+    def rates(update: int) -> float:
+        return 5e-3 * (update / 2 if update < 2 else 0.5 * (1 + cos(pi * (update - 2) / 6)))
+
+    with single_image_run(tiny_sd1(), pixels(), CAPTION, settings) as whole:
+        found = []
+        for report in whole.steps():
+            found.append(report.learning_rates[0])
+            if report.update == 3:
+                whole.save_checkpoint(tmp_path)
+        adapter = whole.adapter()
+    assert found == pytest.approx([rates(update) for update in range(8)])
+    with single_image_run(tiny_sd1(), pixels(), CAPTION, settings) as run:
+        checkpoint = checkpoints.find(tmp_path, "latest")
+        assert checkpoint is not None
+        run.resume(checkpoint)
+        assert [report.learning_rates[0] for report in run.steps()] == pytest.approx(found[3:])
+        assert same(run.adapter(), adapter)

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
@@ -108,7 +109,7 @@ def from_base(
     steps: int = 50,
     seed: int = 0,
     cache: str | Path | None = None,
-    accelerator: Any = None,
+    accelerator: Any | None = None,
 ) -> list[ClassImage]:
     """`count` pictures of (H, W) = `size` that the base draws of `class_prompt`; read from the cache if it has them.
 
@@ -124,17 +125,18 @@ def from_base(
     }  # fmt: skip
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache or CACHE).expanduser() / key
-    several = accelerator is not None and accelerator.num_processes > 1
+    group: Any = accelerator or PartialState()
+    several = group.num_processes > 1
     complete = (folder / METADATA).is_file() and read_json(folder / METADATA) == settings
     if not all(gather_object([complete]) if several else [complete]):
-        process, processes = (accelerator.process_index, accelerator.num_processes) if several else (0, 1)
-        drawn = {f"{number:04d}.png": png(image) for number, image in _draw(model, settings, process, processes)}
+        numbered = _draw(model, settings, group.process_index, group.num_processes)
+        drawn = {f"{number:04d}.png": png(image) for number, image in numbered}
         files = dict(gather_object([*drawn.items()])) if several else drawn
-        if not complete and (not several or accelerator.is_local_main_process):
+        if not complete and group.is_local_main_process:
             folder.parent.mkdir(parents=True, exist_ok=True)
             write_folder(folder, files | {METADATA: json.dumps(settings, indent=1).encode()})
         if several:
-            accelerator.wait_for_everyone()
+            group.wait_for_everyone()
     return from_folder(folder, class_prompt, count)
 
 
