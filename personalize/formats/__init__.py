@@ -8,6 +8,7 @@
     lora_files, peft_files    LoRA files and PEFT folders
     textual_inversion_files   learned tokens
     original_checkpoint       single-file base models
+    timestep_rank             the rule of adapters with fewer components at high noise
     manifest                  adapter.json
     reader_keys, source_reading, verification   independent readings, and the comparison with them
     compatibility, coverage   who can read a file, and what it changes
