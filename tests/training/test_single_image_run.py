@@ -79,7 +79,7 @@ def test_resuming_another_run_is_refused(model: StableDiffusion, tmp_path: Path)
         next(run.steps())
         run.save_checkpoint(tmp_path)
     for settings, image, message in (
-        (replace(SMALL, rank=3), -pixels(), "data_sha256"),
+        (replace(SMALL, rank=3), -pixels(), "other pictures or masks"),
         (replace(SMALL, rank=3), pixels(), "rank = 2, this run has 3"),
         (replace(SMALL, max_train_samples=5), pixels(), None),
     ):
