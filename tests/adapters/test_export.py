@@ -230,7 +230,7 @@ def test_a_file_that_is_not_right_never_appears(tmp_path, monkeypatch, layout):
         return tensor_bytes(tensors | {first: tensors[first] * 1.01}, *rest)
 
     monkeypatch.setattr("personalize.formats.lora_files.tensor_bytes", spoilt)
-    monkeypatch.setattr("personalize.formats.conversion.tensor_bytes", spoilt)
+    monkeypatch.setattr("personalize.formats.peft_files.tensor_bytes", spoilt)
     with pytest.raises(UserError, match="does not verify, 1 problem"):
         export_lora(adapter, tmp_path / "out", layout)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
