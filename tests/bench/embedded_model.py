@@ -168,21 +168,30 @@ def attention(bench: Bench) -> None:
 
 
 @torch.no_grad()
-def inversion(bench: Bench) -> None:
-    """DDIM inversion and replay with the caption at guidance 1: PSNR against the scene, and the autoencoder's own."""
+def inversion(bench: Bench, group: str = "inversion", *, captioned: bool = True) -> None:
+    """DDIM inversion and replay at guidance 1, with the caption or with the empty one.
+
+    Measured is the PSNR against the scene, and how far it is below that of the autoencoder alone.
+    """
     model = bench.model
     ahead, back = (make_schedule(model, INVERSION_STEPS, inverse=inverse) for inverse in (True, False))
-    for batch in bench.missing("inversion"):
+    for batch in bench.missing(group):
         scenes = [bench.scene(index) for index in batch]
         images = bench.renders(scenes)
-        texts = [prompt(scene, index) for scene, index in zip(scenes, batch, strict=True)]
+        texts = [prompt(scene, index) if captioned else "" for scene, index in zip(scenes, batch, strict=True)]
         edit = Edit(model.prompts(texts), guidance_scale=1.0)
         clean = model.encode(as_pixels(images))
         replayed = denoise(model, denoise(model, clean, edit, ahead), edit, back)
         ceilings, copies = as_bytes(model.decode(clean)), as_bytes(model.decode(replayed))
         for index, image, ceiling, copy in zip(batch, images, ceilings, copies, strict=True):
             best, got = psnr(ceiling, image), psnr(copy, image)
-            bench.cells.add(f"inversion/{index}", {"ceiling": best, "psnr": got, "below": best - got})
+            bench.cells.add(f"{group}/{index}", {"ceiling": best, "psnr": got, "below": best - got})
+
+
+def uncaptioned_inversion(bench: Bench) -> None:
+    """Inversion and replay with the empty caption, to be compared with the caption's scene by scene."""
+    inversion(bench)
+    inversion(bench, "uncaptioned_inversion", captioned=False)
 
 
 def seconds(bench: Bench) -> None:
@@ -228,6 +237,7 @@ FIGURES: dict[str, Callable[[Bench], None]] = {
     "cross_attention": attention,
     "self_attention": attention,
     "inversion": inversion,
+    "uncaptioned_inversion": uncaptioned_inversion,
     "seconds": seconds,
     "sheet": sheet,
 }

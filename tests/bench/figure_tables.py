@@ -42,8 +42,15 @@ def figures(rows: dict[str, Row], n: int) -> dict[str, Any]:
     result["self_attention_auc"] = best_cell(table(maps, "self"))
     result["cross_table"], result["self_table"] = table(maps, "cross"), table(maps, "self")
     result["inversion_below_ceiling"] = average([row["below"] for row in groups.get("inversion", [])], "dB")
+    result["lost_without_a_caption"] = average(lost_without_a_caption(rows, n), "dB")
     result["seconds"] = average([row["seconds"] for row in groups.get("seconds", [])], "s")
     return {name: figure for name, figure in result.items() if figure}
+
+
+def lost_without_a_caption(rows: dict[str, Row], n: int) -> list[float]:
+    """By how many dB each scene comes back worse with the empty caption than with its own, where both are known."""
+    pairs = ((rows.get(f"inversion/{index}"), rows.get(f"uncaptioned_inversion/{index}")) for index in range(n))
+    return [captioned["psnr"] - empty["psnr"] for captioned, empty in pairs if captioned and empty]
 
 
 def average(values: Sequence[float], unit: str) -> Row:
@@ -124,6 +131,7 @@ LINES = {  # figure: (words, digits, target, floor)
     "noun_map_auc": ("noun's 16×16 cross-attention map, t 300–700, best layer, AUC", 3, "≥ 0.90", "0.80"),
     "self_attention_auc": ("self-attention row inside an object, best layer and timestep, AUC", 3, "≥ 0.85", "0.75"),
     "inversion_below_ceiling": ("DDIM inversion and replay, 50 steps, dB below the autoencoder", 2, "≤ 3", "5"),
+    "lost_without_a_caption": ("what the same loses with the empty caption, dB", 2, "≤ 1", ""),
     "seconds": ("one 30-step image, s", 2, "≤ 5", "5"),
 }
 

@@ -11,7 +11,7 @@ from personalize.embedded.scenes import Scene, SceneObject
 from tests.bench import attention_auc, embedded_model
 from tests.bench.attention_auc import auc, coverage, point_inside, token_positions
 from tests.bench.embedded_model import FIGURES, EmbeddedModelBench
-from tests.bench.figure_tables import LINES, nouns_found
+from tests.bench.figure_tables import LINES, lost_without_a_caption, nouns_found
 from tests.support.tiny import tiny_sd1
 
 
@@ -57,6 +57,13 @@ def test_other_settings_or_unknown_figures_are_refused(tmp_path, model):
         embedded_model.run(_options(tmp_path, only=("autoencoder",), guidance_scale=2.0), model)
     with pytest.raises(ValueError, match=", ".join(FIGURES)):
         embedded_model.run(_options(tmp_path, only=("beauty",)), model)
+
+
+def test_what_is_lost_without_a_caption_is_counted_scene_by_scene():
+    rows = {"inversion/0": {"psnr": 30.0}, "inversion/1": {"psnr": 28.0}, "uncaptioned_inversion/1": {"psnr": 25.0}}
+    rows["uncaptioned_inversion/7"] = {"psnr": 20.0}
+    assert lost_without_a_caption(rows, 8) == [3.0], "only scenes of which both are known"
+    assert lost_without_a_caption(rows, 1) == []
 
 
 def test_nouns_that_are_rarely_there_come_first():
