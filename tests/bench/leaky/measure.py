@@ -29,7 +29,7 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.inversion import invert
 from personalize.sampling.schedule import make_schedule
-from tests.bench.attention_maps import measures
+from tests.bench.attention_maps import map_measures
 from tests.bench.cells import Cells
 from tests.bench.contract import caption
 from tests.bench.intervals import mean_interval, wilson
@@ -87,7 +87,7 @@ class Bench:
         pixels = PaddedImage.of(model, Image.fromarray(picture)).pixels
         made = invert(model, pixels, prompt, "direct", steps=steps)
         groups = noun_groups(model, prompt, [thing.noun.replace("_", " ") for thing in scene.objects])
-        return measures(mean_noun_maps(model, made, tuple(groups), [made.conditioning] * steps), masks)
+        return map_measures(mean_noun_maps(model, made, tuple(groups), [made.conditioning] * steps), masks)
 
     @torch.no_grad()
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
