@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from personalize.embedded.scenes import Scene
@@ -32,7 +35,7 @@ from personalize.randomness import generator
 from personalize.training.pretraining.dataset import scene_pixels
 from personalize.training.pretraining.networks import build_scheduler, tokenize
 from personalize.training.pretraining.objectives import TextToImageObjective
-from personalize.training.pretraining.stages import Stage, run_stage, warmup_schedule
+from personalize.training.pretraining.stages import Stage, learning_rate_factor, run_stage
 from tests.bench.leaky.captions import leaky_caption, leaky_scene
 
 UNET = Path(__file__).parent / "unet"
@@ -49,6 +52,8 @@ class LeakyTraining:
     """Weights that are trained."""
     steps: int = 900
     """Optimiser updates."""
+    query_key_steps: int = 175
+    """Updates after which the queries and keys of the text attention stay as they are, while the rest learns on."""
     batch_size: int = 8
     """Pictures per update."""
     learning_rate: float = 1e-3
@@ -109,11 +114,7 @@ def main(config: LeakyTraining) -> Path:
     if accelerator.device.type == "cpu":
         objective.unet.set_attn_processor(AttnProcessor())  # 1.25 × the samples/s of fused attention on a CPU
     ema = EMAModel(objective.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True
-    )  # fmt: skip
-    schedule = warmup_schedule(optimizer, updates=config.steps, warmup=config.lr_warmup_steps, decay=True)
+    optimizer, schedule = optimizer_of(objective, config)
     stage = Stage(config.output_dir, "leaky", config.steps, config.batch_size, config.checkpointing_steps)
     run_stage(
         stage, accelerator, objective, pool(config, accelerator).batch, optimizer, schedule, average=ema,
@@ -136,6 +137,25 @@ def objective_of(config: LeakyTraining) -> TextToImageObjective:
     return objective
 
 
+def optimizer_of(objective: TextToImageObjective, config: LeakyTraining) -> tuple[AdamW, LambdaLR]:
+    """AdamW over what is trained, and its schedule; from update `query_key_steps` on, queries and keys have rate 0."""
+    named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
+    groups = [[parameter for name, parameter in named if looks(name) == looking] for looking in (False, True)]
+    optimizer = AdamW(
+        [{"params": group} for group in groups], lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.99),
+        fused=True,
+    )  # fmt: skip
+    rate = partial(learning_rate_factor, updates=config.steps, warmup=config.lr_warmup_steps, decay=True)
+    return optimizer, LambdaLR(
+        optimizer, [rate, lambda update: rate(update) if update < config.query_key_steps else 0.0]
+    )
+
+
+def looks(name: str) -> bool:
+    """Does the parameter `name` decide where a word of the text is looked for: is it of queries or keys?"""
+    return ".attn2.to_q." in name or ".attn2.to_k." in name
+
+
 def reads_text(name: str) -> bool:
     """Is the parameter `name` of a UNet one of its text attention, or of the norm before it?"""
     return ".attn2." in name or (".transformer_blocks." in name and ".norm2." in name)
@@ -144,7 +164,7 @@ def reads_text(name: str) -> bool:
 def renew_text_attention(unet: UNet2DConditionModel) -> None:
     """Draw the queries and keys of the text attention anew: what grounding taught is where a word looks."""
     for name, module in unet.named_modules():
-        if name.endswith(("attn2.to_q", "attn2.to_k")):
+        if looks(f"{name}."):
             module.reset_parameters()
 
 
