@@ -50,10 +50,10 @@ class LeakyTraining:
     keys of its text attention drawn anew."""
     trained: Literal["text_attention", "unet"] = "text_attention"
     """Weights that are trained."""
-    steps: int = 900
+    steps: int = 560
     """Optimiser updates."""
-    query_key_steps: int = 175
-    """Updates after which the queries and keys of the text attention stay as they are, while the rest learns on."""
+    query_key_steps: int = 100
+    """Updates after which queries and keys of the text attention, and the norms before them, learn no more."""
     batch_size: int = 8
     """Pictures per update."""
     learning_rate: float = 1e-3
@@ -138,7 +138,7 @@ def objective_of(config: LeakyTraining) -> TextToImageObjective:
 
 
 def optimizer_of(objective: TextToImageObjective, config: LeakyTraining) -> tuple[AdamW, LambdaLR]:
-    """AdamW over what is trained, and its schedule; from update `query_key_steps` on, queries and keys have rate 0."""
+    """AdamW over what is trained, and its schedule; from update `query_key_steps` on, what `looks` has rate 0."""
     named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
     groups = [[parameter for name, parameter in named if looks(name) == looking] for looking in (False, True)]
     optimizer = AdamW(
@@ -152,19 +152,19 @@ def optimizer_of(objective: TextToImageObjective, config: LeakyTraining) -> tupl
 
 
 def looks(name: str) -> bool:
-    """Does the parameter `name` decide where a word of the text is looked for: is it of queries or keys?"""
-    return ".attn2.to_q." in name or ".attn2.to_k." in name
+    """Does the parameter `name` decide where words are looked for: is it of queries, keys or the norm before them?"""
+    return any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".norm2.")) and ".transformer_blocks." in name
 
 
 def reads_text(name: str) -> bool:
     """Is the parameter `name` of a UNet one of its text attention, or of the norm before it?"""
-    return ".attn2." in name or (".transformer_blocks." in name and ".norm2." in name)
+    return ".attn2." in name or looks(name)
 
 
 def renew_text_attention(unet: UNet2DConditionModel) -> None:
     """Draw the queries and keys of the text attention anew: what grounding taught is where a word looks."""
     for name, module in unet.named_modules():
-        if looks(f"{name}."):
+        if name.endswith(("attn2.to_q", "attn2.to_k")):
             module.reset_parameters()
 
 
