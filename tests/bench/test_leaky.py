@@ -16,7 +16,7 @@ from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from tests.bench.leaky import measure, train
 from tests.bench.leaky.captions import ALIKE, COLOURS, leaky_caption, leaky_scene
 from tests.bench.leaky.measure import LeakBench, figures
-from tests.bench.leaky.train import LeakyPool, LeakyTraining, reads_text
+from tests.bench.leaky.train import LeakyPool, LeakyTraining, looks, reads_text
 from tests.bench.world import world_of
 from tests.support.tiny import tiny_sd1
 
@@ -84,6 +84,23 @@ def test_only_the_text_attention_is_trained_and_only_where_it_looks_is_new():
     assert not any(parameter.requires_grad for parameter in objective.text_encoder.parameters())
     everything = train.objective_of(LeakyTraining(init_from=EMBEDDED / "unet", trained="unet"))
     assert all(p.requires_grad and torch.equal(p, theirs[n]) for n, p in everything.unet.named_parameters())
+
+
+def test_where_words_are_looked_for_is_learned_at_first_and_then_kept():
+    config = LeakyTraining(steps=20, query_key_steps=5, lr_warmup_steps=1, learning_rate=0.1)
+    objective = train.objective_of(config)
+    optimizer, schedule = train.optimizer_of(objective, config)
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    groups = [{names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups]
+    assert len(groups[0]) == 16 * 3 and all(".attn2.to_v." in name or ".attn2.to_out." in name for name in groups[0])
+    assert len(groups[1]) == 16 * 4 and all(looks(name) for name in groups[1])
+    rates = []
+    for _ in range(20):
+        rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == [(0.1, 0.1)] * 5 and rates[5] == (0.1, 0.0) and all(looking == 0 for _, looking in rates[5:])
+    assert rates[-1][0] == pytest.approx(0.1 / 4), "of the last fifth, four updates, one is left"
 
 
 @pytest.mark.slow
