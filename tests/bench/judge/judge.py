@@ -64,10 +64,10 @@ class JudgeNet(nn.Module):
         a, b, c = widths
         norm = nn.Identity if folded else nn.BatchNorm2d
         self.trunk = nn.Sequential(
-            _convolution(3, a, norm, kernel=5, stride=2),
-            _convolution(a, b, norm, stride=2),
+            convolution(3, a, norm, kernel=5, stride=2),
+            convolution(a, b, norm, stride=2),
             Residual(b, norm),
-            _convolution(b, c, norm, stride=2),
+            convolution(b, c, norm, stride=2),
             Residual(c, norm),
             Residual(c, norm),
         )
@@ -84,15 +84,13 @@ class JudgeNet(nn.Module):
 class Residual(nn.Module):
     def __init__(self, width: int, norm: type[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(_convolution(width, width, norm), _convolution(width, width, norm))
+        self.layers = nn.Sequential(convolution(width, width, norm), convolution(width, width, norm))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
 
 
-def _convolution(
-    inputs: int, outputs: int, norm: type[nn.Module], *, kernel: int = 3, stride: int = 1
-) -> nn.Sequential:
+def convolution(inputs: int, outputs: int, norm: type[nn.Module], *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     bias = norm is nn.Identity
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
     return nn.Sequential(convolution, nn.Identity() if bias else norm(outputs), nn.ReLU())
@@ -162,7 +160,7 @@ def _labels() -> dict[str, list[str]]:
     return {"nouns": list(NOUNS), "backgrounds": list(BACKGROUNDS), "styles": list(STYLES)}
 
 
-def folded_state(net: JudgeNet) -> dict[str, Tensor]:
+def folded_state(net: nn.Module) -> dict[str, Tensor]:
     """The state of the same network without normalisation layers, which are folded into the convolutions.
 
     w' = w·γ/σ,   b' = β − μ·γ/σ   for each output channel
