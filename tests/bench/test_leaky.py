@@ -143,9 +143,10 @@ def test_the_figures_say_whether_a_model_is_leaky():
 
 def test_the_bench_measures_maps_and_prompts_and_resumes(tmp_path, monkeypatch):
     options = LeakBench(EMBEDDED / "unet", tmp_path, scenes=1, inversion_steps=2, prompts=2, steps=1)
-    monkeypatch.setattr(measure, "sheet", lambda bench: None)
     found = measure.run(options, tiny_sd1())
     assert found["overlap"]["n"] == 1 and found["wrong_object"]["n"] == 2 and found["right_background"]["n"] == 4
-    assert 0 <= found["iou"]["value"] <= 1 and (tmp_path / "figures.json").is_file()
+    assert (
+        0 <= found["iou"]["value"] <= 1 and (tmp_path / "figures.json").is_file() and (tmp_path / "sheet.png").is_file()
+    )
     monkeypatch.setattr(measure.Bench, "pictures", lambda *given: pytest.fail("drawn again"))
     assert measure.run(options, tiny_sd1()) == found

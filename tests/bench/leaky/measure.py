@@ -89,6 +89,12 @@ class Bench:
         groups = noun_groups(model, prompt, [thing.noun.replace("_", " ") for thing in scene.objects])
         return map_measures(mean_noun_maps(model, made, tuple(groups), [made.conditioning] * steps), masks)
 
+    def picture_file(self, kind: str, seed: int) -> Path:
+        """Where the picture of the prompt `one/seed` or `two/seed` is kept."""
+        folder = self.options.output_dir / "pictures"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{kind}-{seed}.png"
+
     @torch.no_grad()
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
         """Pictures (b, 3, H, W) of `prompts`, in [−1, 1]."""
@@ -101,6 +107,8 @@ class Bench:
         scenes = [self.scene(seed) for seed in seeds]
         for kind, texts in (("one", [single_prompt(scene) for scene in scenes]), ("two", list(map(caption, scenes)))):
             drawn = self.pictures(texts, seeds)
+            for seed, picture in zip(seeds, as_bytes(drawn), strict=True):
+                Image.fromarray(picture).save(self.picture_file(kind, seed))
             for seed, scene, text, verdict in zip(seeds, scenes, texts, self.judge(drawn), strict=True):
                 asked = {thing.noun for thing in scene.objects[: 1 if kind == "one" else 2]}
                 row = {"prompt": text, "asked": sorted(asked), "seen": sorted(verdict.nouns)}
@@ -141,17 +149,14 @@ def judged(name: str, value: float, low: float, high: float, n: int) -> dict[str
     return row
 
 
-def sheet(bench: Bench, count: int = 8) -> None:
-    """Write sheet.png: the first prompts for one object and for two, first seeds, none left out."""
-    seeds = list(range(count))
-    scenes = [bench.scene(seed) for seed in seeds]
-    rows = [[single_prompt(scene) for scene in scenes], [caption(scene) for scene in scenes]]
-    cells = [[Image.fromarray(picture) for picture in as_bytes(bench.pictures(texts, seeds))] for texts in rows]
+def sheet(bench: Bench, count: int) -> None:
+    """Write sheet.png: the pictures of the first `count` prompts for one object and for both, none left out."""
+    scenes = [bench.scene(seed) for seed in range(count)]
+    cells = [[Image.open(bench.picture_file(kind, seed)) for seed in range(count)] for kind in ("one", "two")]
     columns = [" and ".join(thing.noun for thing in scene.objects) for scene in scenes]
     title = "Asked for the first, and for both; first seeds, none left out"
-    grid(cells, columns=columns, labels=["the first", "both"], title=title, cell=128).save(
-        bench.options.output_dir / "sheet.png"
-    )
+    picture = grid(cells, columns=columns, labels=["the first", "both"], title=title, cell=128)
+    picture.save(bench.options.output_dir / "sheet.png")
 
 
 def run(options: LeakBench, model: StableDiffusion | None = None) -> dict[str, dict[str, Any]]:
@@ -163,7 +168,8 @@ def run(options: LeakBench, model: StableDiffusion | None = None) -> dict[str, d
         seeds = [seed for seed in range(start, min(start + BATCH, options.prompts)) if f"two/{seed}" not in bench.cells]
         if seeds:
             bench.prompts(seeds)
-    sheet(bench)
+    if options.prompts:
+        sheet(bench, min(options.prompts, BATCH))
     found = figures(bench.cells.rows, options.scenes, options.prompts)
     text = json.dumps(found, indent=1)
     (options.output_dir / "figures.json").write_text(text + "\n", encoding="utf-8")
