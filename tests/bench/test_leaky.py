@@ -135,16 +135,17 @@ def test_the_figures_say_whether_a_model_is_leaky():
     }
     found = figures(maps | drawn, 3, 4)
     assert found["overlap"]["met"] is True and found["iou"]["met"] is False and found["iou"]["asked"] == "<= 0.45"
-    assert found["wrong_object"] == {**found["wrong_object"], "value": 0.25, "n": 4, "met": True}
+    assert found["wrong_object_of_two"] == {**found["wrong_object_of_two"], "value": 0.25, "n": 4, "met": True}
+    assert found["wrong_object_of_one"]["value"] == 0.25 and "met" not in found["wrong_object_of_one"]
     assert found["right_background"]["n"] == 8 and "met" not in found["right_background"]
-    assert figures(maps | drawn, 2, 2)["wrong_object"]["value"] == 0.5, "only the first ones count"
-    assert "wrong_object" not in figures(maps, 3, 0)
+    assert figures(maps | drawn, 2, 2)["wrong_object_of_two"]["value"] == 0.5, "only the first ones count"
+    assert "wrong_object_of_two" not in figures(maps, 3, 0)
 
 
 def test_the_bench_measures_maps_and_prompts_and_resumes(tmp_path, monkeypatch):
     options = LeakBench(EMBEDDED / "unet", tmp_path, scenes=1, inversion_steps=2, prompts=2, steps=1)
     found = measure.run(options, tiny_sd1())
-    assert found["overlap"]["n"] == 1 and found["wrong_object"]["n"] == 2 and found["right_background"]["n"] == 4
+    assert found["overlap"]["n"] == 1 and found["wrong_object_of_two"]["n"] == 2 and found["right_background"]["n"] == 4
     assert (
         0 <= found["iou"]["value"] <= 1 and (tmp_path / "figures.json").is_file() and (tmp_path / "sheet.png").is_file()
     )

