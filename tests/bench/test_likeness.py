@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.bench.judge import train_likeness
 from tests.bench.judge.likeness import WEIGHTS, Likeness, LikenessNet, save
 from tests.bench.judge.train_likeness import SPRITES, LikenessConfig, accuracy, batch, triplet_loss, view, view_scene
 
-SMALL = {"views": 4, "test_views": 2, "nouns_per_batch": 2, "views_per_sprite": 2}
+SMALL: dict[str, Any] = {"views": 4, "test_views": 2, "nouns_per_batch": 2, "views_per_sprite": 2}
 
 
 @pytest.fixture(scope="module")
