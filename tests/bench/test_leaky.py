@@ -130,11 +130,9 @@ def test_training_resumes_exactly_and_leaves_a_pipeline(tmp_path, monkeypatch):
 
 def test_the_figures_say_whether_a_model_is_leaky():
     maps = {f"maps/{i}": {"overlap": 0.4, "iou": 0.5, "best": 0.6, "off": 0.3} for i in range(3)}
-    drawn = {
-        f"{kind}/{i}": {"there": True, "wrong": i < (2 if kind == "one" else 1), "background": True}
-        for kind in ("one", "two")
-        for i in range(4)
-    }
+    drawn = {}
+    for kind, wrong in (("one", 2), ("two", 1)):
+        drawn |= {f"{kind}/{i}": {"there": True, "wrong": i < wrong, "background": True} for i in range(4)}
     found = figures(maps | drawn, 3, 4)
     assert found["overlap"]["met"] is True and found["iou"]["met"] is False and found["iou"]["asked"] == "<= 0.45"
     assert found["wrong_object_of_two"] == {**found["wrong_object_of_two"], "value": 0.25, "n": 4, "met": True}

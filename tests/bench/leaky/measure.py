@@ -39,9 +39,13 @@ from tests.bench.world import weights_of, world_of
 
 SPLIT = "bench/leaky"
 BATCH = 8
+SHARE_ASKED = (">=", 0.15)
 ASKED = {
-    "overlap": (">=", 0.30), "iou": ("<=", 0.45), "wrong_object_of_one": (">=", 0.15), "wrong_object_of_two": (">=", 0.15),
-}  # fmt: skip
+    "overlap": (">=", 0.30),
+    "iou": ("<=", 0.45),
+    "wrong_object_of_one": SHARE_ASKED,
+    "wrong_object_of_two": SHARE_ASKED,
+}
 PROPORTIONS = ("named_object", "wrong_object_of_one", "both_objects", "wrong_object_of_two", "right_background")
 
 
