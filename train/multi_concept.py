@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
     picture: tyro.conf.Positional[Path | None] = None
-    """The picture that shows the concepts; the square in its middle is used."""
+    """The picture that shows the concepts, of any shape; all of it is used, in the middle of a square."""
     instance_data_dir: Path | None = None
     """A folder that holds the picture and no other."""
     concepts: tuple[str, ...] = ()

@@ -88,6 +88,8 @@ class LoraTrainingConfig:
     """Most samples that a process takes at a time: less memory, the same updates."""
     gradient_accumulation_steps: int | None = None
     """Batches per update and process; found if not given, and checked against samples_per_update if given."""
+    random_flip: bool = False
+    """Show every second sample mirrored; not for subjects with text, logos or sides that differ."""
     rank: int = 16
     """Rank of the LoRA."""
     lora_alpha: float | None = None

@@ -127,7 +127,7 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         self.size = (side, side)
         self.class_images = class_images
         self.dataset = ConceptDataset(
-            model, picture, side, config.seed, class_images, config.augment, config.swap_subjects
+            model, picture, side, config.seed, class_images, config.augment, config.swap_subjects, config.random_flip
         )
         self.data_sha256 = _data_hash(picture, class_images)
         self.map_layers = self._map_layers()

@@ -125,7 +125,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         self.captions, self.caption = tuple(dict.fromkeys(captions)), captions[0]
         self.class_captions = tuple(dict.fromkeys(image.caption for image in class_images))
         rows = [self.captions.index(text) for text in captions]
-        dataset = self._encoded(images, rows)
+        turns = [*images, *(image.mirror() for image in images)] if config.random_flip else images
+        dataset = self._encoded(turns, rows * (len(turns) // len(images)))
         weighted = dataset.weights is not None
         prior = tuple(self._encoded_class_images(class_images, size, weighted) for size in sizes if class_images)
         self.dataset = replace(dataset, prior=prior)

@@ -103,7 +103,7 @@ def single(model: StableDiffusion, config: SingleImageConfig, **more: Any) -> tu
 
 
 def multi(model: StableDiffusion, config: MultiConceptConfig) -> tuple[Adapter, list[float]]:
-    masks = tuple(Image.new("L", PICTURE.image.size, 255 * index) for index in range(2))
+    masks = tuple(Image.new("L", PICTURE.image.size, 255 - 100 * index) for index in range(2))
     picture = replace(PICTURE, masks=masks)
     with multi_concept_run(model, picture, config, class_images=EXAMPLES) as run:
         losses = [float(report.losses["loss"]) for report in run.steps()]
@@ -187,3 +187,9 @@ def test_a_graph_of_pictures_of_several_sizes_is_refused(model: StableDiffusion)
     with pytest.raises(UserError, match="cuda_graph needs pictures of one shape, got 3 sizes"):
         with single_image_run(model, three_shapes(), CAPTIONS, replace(SINGLE, cuda_graph=True)):
             pass
+
+
+def test_every_second_view_is_mirrored_only_if_asked(model: StableDiffusion) -> None:
+    for flip, count in ((False, 3), (True, 6)):
+        with single_image_run(model, three_shapes(), CAPTIONS, replace(SINGLE, random_flip=flip)) as run:
+            assert len(run.dataset) == count  # type: ignore[arg-type]

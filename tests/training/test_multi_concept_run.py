@@ -158,7 +158,7 @@ def test_samples_are_keyed_by_update_and_index_and_batches_are_stratified(model:
 
 
 def test_masks_travel_with_the_picture(model: StableDiffusion) -> None:
-    masks = tuple(Image.new("L", (90, 72), 255 * index) for index in range(2))
+    masks = tuple(Image.new("L", (90, 72), 255 - 100 * index) for index in range(2))
     picture = replace(PICTURE, image=photo(), masks=masks)
     with multi_concept_run(model, picture, replace(SMALL, max_train_steps=1, mask_weight=0.1)) as run:
         assert {"calibration", "anchoring"} <= next(run.steps()).losses.keys()
@@ -178,6 +178,7 @@ def test_maps_are_pictures_before_and_after(model: StableDiffusion) -> None:
         (lambda: ConceptPicture(photo(), ()), "at least one concept"),
         (lambda: ConceptPicture(photo(), (CAT, DOG), masks=(Image.new("L", (90, 72)),)), "as many masks"),
         (lambda: ConceptPicture(photo(), (CAT,), masks=(Image.new("L", (9, 72)),)), "masks are 9×72 px"),
+        (lambda: ConceptPicture(photo(), (CAT,), masks=(Image.new("L", (90, 72)),)), "mask of <cat1> cat is all black"),
         (lambda: MultiConceptConfig(rank=0), "rank must be above 0"),
         (lambda: MultiConceptConfig(swap_subjects=2), "fraction from 0 to 1"),
         (lambda: MultiConceptConfig(calibration_weight=-1), "0 or more"),

@@ -36,9 +36,12 @@ class View:
     prefix: str = ""
 
 
-def draw_view(side: int, rng: torch.Generator, *, augment: bool = True) -> View:
-    """A random view for a canvas of `side` px; without `augment` the picture is mirrored or not, and nothing else."""
-    flip = bool(torch.rand((), generator=rng) < 0.5)
+def draw_view(side: int, rng: torch.Generator, *, augment: bool = True, random_flip: bool = True) -> View:
+    """A random view for a canvas of `side` px.
+
+    augment: shrink or zoom in; random_flip: mirror every second one.
+    """
+    flip = bool(torch.rand((), generator=rng) < 0.5) and random_flip
     if not augment:
         return View(side, flip=flip)
     near = bool(torch.rand((), generator=rng) < 1 / 3)
@@ -70,25 +73,42 @@ def render_view(image: Image.Image, view: View, side: int) -> Tensor:
     return canvas
 
 
-def canvas_mask(view: View, side: int, factor: int) -> Tensor:
-    """Which latents count in the loss, (1, h, w) in {0, 1}: all, or for a shrunk picture those inside its square.
+def canvas_mask(view: View, side: int, factor: int, shown: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """Which latents count in the loss, (1, h, w) in {0, 1}: those that show the picture.
 
-    The cells at the square's border do not count.
+    Where the picture ends within the canvas, the cells at its border do not count.
+
+    shown: the part of the square's height and width that the picture takes, in its middle; see `pad_square`.
     """
     cells = side // factor
-    mask = torch.ones(1, cells, cells)
-    if view.size < side:
-        rows, columns = (slice(at // factor + 1, (at + view.size) // factor - 1) for at in (view.top, view.left))
-        mask = torch.zeros(1, cells, cells)
-        mask[:, rows, columns] = 1
+    mask = torch.zeros(1, cells, cells)
+    parts = zip((view.top, view.left), shown, strict=True)
+    rows, columns = (_counting(at, view.size, part, side, factor) for at, part in parts)
+    mask[:, rows, columns] = 1
     return mask
 
 
-def crop_square(image: Image.Image) -> Image.Image:
-    """The largest square from the middle of `image`."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def _counting(at: int, size: int, part: float, side: int, factor: int) -> slice:
+    """The cells along one axis that show the middle `part` of a square of `size` px, which begins at pixel `at`."""
+    if size >= side and part == 1:
+        return slice(None)
+    margin = size * (1 - part) / 2
+    low, high = at + margin, at + size - margin
+    ends = size < side  # then also a picture that touches the canvas's border ends there
+    first = int(low // factor) + 1 if low > 0 or ends else 0
+    last = int(high // factor) - 1 if high < side or ends else side // factor
+    return slice(first, last)
+
+
+def pad_square(image: Image.Image) -> tuple[Image.Image, tuple[float, float]]:
+    """The whole `image` in the middle of a square, and the parts of the square's height and width that it takes.
+
+    The rest is mid grey, as the canvas is, and in a mask (mode L) black.
+    """
+    side = max(image.size)
+    square = Image.new(image.mode, (side, side), 0 if image.mode == "L" else (128, 128, 128))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square, (image.height / side, image.width / side)
 
 
 def reorder_phrases(prompt: str, phrases: Sequence[str], order: Sequence[int]) -> str:

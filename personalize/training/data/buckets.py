@@ -9,7 +9,7 @@ all of the subject.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class FittedImage:
         original: height and width of the picture file.
         corner: top and left of the part that is shown, in pixels of the scaled picture.
         cut: what is missing of the picture, in words; empty if it is whole.
+        mirrored: `pixels` are mirrored; `mask` and `shown` are not.
     """
 
     pixels: Tensor
@@ -40,6 +41,11 @@ class FittedImage:
     original: tuple[int, int] | None = None
     corner: tuple[int, int] = (0, 0)
     cut: str = ""
+    mirrored: bool = False
+
+    def mirror(self) -> FittedImage:
+        """The picture mirrored from left to right."""
+        return replace(self, pixels=self.pixels.flip(-1), mirrored=not self.mirrored)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,7 +74,7 @@ class FittedImage:
             assert self.shown is not None
             weights[..., self.shown[0] :, :] = 0
             weights[..., self.shown[1] :] = 0
-        return weights
+        return weights.flip(-1) if self.mirrored else weights
 
 
 def fit(image: Image.Image, mask: Image.Image | None, resolution: int, multiple: int) -> FittedImage:

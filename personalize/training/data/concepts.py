@@ -26,9 +26,9 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 from personalize.training.data.augmentation import (
     canvas_mask,
-    crop_square,
     draw_order,
     draw_view,
+    pad_square,
     render_view,
     reorder_phrases,
 )
@@ -39,15 +39,17 @@ from personalize.training.data.samples import Chunk, Dataset, SampleShard
 class ConceptPicture:
     """A picture, the subjects in it, and a prompt that contains the phrase of each subject once.
 
-    Making one cuts picture and masks to the square in their middle.
+    Making one puts picture and masks, whole, in the middle of a square.
 
     masks: for each subject a grey picture of the same size, white where it is; or none at all.
+    shown: the parts of the square's height and width that the picture takes.
     """
 
     image: Image.Image
     subjects: tuple[Subject, ...]
     prompt: str = ""
     masks: tuple[Image.Image, ...] = ()
+    shown: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         if not self.subjects:
@@ -58,8 +60,13 @@ class ConceptPicture:
             sizes = ", ".join(f"{mask.width}×{mask.height}" for mask in self.masks)
             picture = f"{self.image.width}×{self.image.height}"
             raise UserError(f"masks are {sizes} px, the picture {picture}: make them the same size")
-        object.__setattr__(self, "image", crop_square(self.image.convert("RGB")))
-        object.__setattr__(self, "masks", tuple(crop_square(mask.convert("L")) for mask in self.masks))
+        for mask, subject in zip(self.masks, self.subjects, strict=False):
+            if mask.convert("L").getextrema()[1] == 0:
+                raise UserError(f"the mask of {subject.phrase} is all black: paint white where it is in the picture")
+        image, shown = pad_square(self.image.convert("RGB"))
+        object.__setattr__(self, "shown", shown if self.shown == (0.0, 0.0) else self.shown)
+        object.__setattr__(self, "image", image)
+        object.__setattr__(self, "masks", tuple(pad_square(mask.convert("L"))[0] for mask in self.masks))
         object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or default_prompt(self.subjects))
 
     @property
@@ -121,6 +128,7 @@ class ConceptDataset(Dataset):
     side: of the training square, in pixels.
     augment: show the picture also shrunk and zoomed in (see `views`).
     swap: probability that a prompt names the subjects in another order.
+    random_flip: mirror every second sample.
     """
 
     model: StableDiffusion
@@ -130,6 +138,7 @@ class ConceptDataset(Dataset):
     class_images: Sequence[ClassImage] = ()
     augment: bool = True
     swap: float = 0.5
+    random_flip: bool = False
     _positions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
     _encoded: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
@@ -158,14 +167,14 @@ class ConceptDataset(Dataset):
     def instance(self, update: int, index: int) -> dict[str, Any]:
         """A sample that shows the picture: a view of it, its prompt, and where the prompt names the subjects."""
         rng, picture = generator(self.seed, "view", update, index), self.picture
-        view = draw_view(self.side, rng, augment=self.augment)
+        view = draw_view(self.side, rng, augment=self.augment, random_flip=self.random_flip)
         order = draw_order(len(picture.subjects), self.swap, rng)
         text = view.prefix + reorder_phrases(picture.prompt, [subject.phrase for subject in picture.subjects], order)
         pixels = render_view(picture.image, view, self.side)[None]
         nouns, modifiers = self._token_positions(text)
         row = {
             "texts": text, "instance": torch.tensor(True), "nouns": nouns, "modifiers": modifiers,
-            "canvas": canvas_mask(view, self.side, self.model.factor),
+            "canvas": canvas_mask(view, self.side, self.model.factor, picture.shown),
             **self._noise_sample(self.model.posterior(pixels), update, index),
         }  # fmt: skip
         if picture.masks:
@@ -173,17 +182,18 @@ class ConceptDataset(Dataset):
         return self._on_device(row)
 
     def class_image(self, update: int, index: int) -> dict[str, Any]:
-        """A sample that shows a class picture, mirrored or not, with its own caption."""
+        """A sample that shows a class picture, whole, with its own caption."""
         rng = generator(self.seed, "regularisation", update, index)
         number = int(torch.randint(len(self.class_images), (), generator=rng))
-        view = draw_view(self.side, rng, augment=False)
+        view = draw_view(self.side, rng, augment=False, random_flip=self.random_flip)
+        image, shown = pad_square(self.class_images[number].open().convert("RGB"))
         if (number, view.flip) not in self._encoded:
-            pixels = render_view(crop_square(self.class_images[number].open().convert("RGB")), view, self.side)[None]
+            pixels = render_view(image, view, self.side)[None]
             self._encoded[number, view.flip] = tuple(part.cpu() for part in self.model.posterior(pixels))  # pyright: ignore
         blank = torch.zeros(len(self.picture.subjects), self.model.tokenizers[0].model_max_length)
         row = {
             "texts": self.class_images[number].caption, "instance": torch.tensor(False), "nouns": blank,
-            "modifiers": blank, "canvas": canvas_mask(view, self.side, self.model.factor),
+            "modifiers": blank, "canvas": canvas_mask(view, self.side, self.model.factor, shown),
             **self._noise_sample(self._encoded[number, view.flip], update, index),
         }  # fmt: skip
         if self.picture.masks:

@@ -1,5 +1,6 @@
 """Views of the picture: their shares, their canvas, and how prompts are rearranged."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,9 +11,9 @@ from personalize.training.data.augmentation import (
     NEAR,
     View,
     canvas_mask,
-    crop_square,
     draw_order,
     draw_view,
+    pad_square,
     render_view,
     reorder_phrases,
 )
@@ -89,6 +90,31 @@ def test_a_single_concept_is_never_swapped_and_three_take_every_other_order() ->
 
 
 def test_squares_and_plain_views() -> None:
-    assert crop_square(Image.new("RGB", (90, 40))).size == (40, 40)
+    square, shown = pad_square(Image.new("RGB", (90, 40), "white"))
+    assert square.size == (90, 90) and shown == (40 / 90, 1.0)
+    assert np.asarray(square)[..., 0].tolist()[24][:2] == [128, 128] and square.getpixel((0, 25)) == (255, 255, 255)
     view = draw_view(64, torch.Generator().manual_seed(0), augment=False)
     assert view.size == 64 and view.prefix == ""
+
+
+def test_a_wide_picture_is_shown_whole_and_its_margins_do_not_count() -> None:
+    """Of a 1600 × 900 picture the square in the middle was used, and trained on black masks of what it lost."""
+    image = Image.new("RGB", (160, 90), "white")
+    square, shown = pad_square(image)
+    rng = generator(0, "test margins")
+    for _ in range(200):
+        view = draw_view(64, rng)
+        seen, mask = render_view(square, view, 64), canvas_mask(view, 64, 4, shown)
+        counted = mask[0].bool().repeat_interleave(4, 0).repeat_interleave(4, 1)
+        assert bool((seen[0][counted] > 0.9).all())  # where the loss looks there is picture
+    plain = View(64)
+    assert int(canvas_mask(plain, 64, 4, shown).sum()) == 16 * (9 - 2)  # 36 of 64 px are picture, less the border
+
+
+def test_mirrored_only_if_asked() -> None:
+    """Views were always mirrored, also without augment: logos and text came out wrong."""
+    views = [draw_view(64, generator(seed, "test flips"), random_flip=False) for seed in range(50)]
+    assert not any(view.flip for view in views)
+    assert [(v.size, v.top, v.left) for v in views] == [
+        (v.size, v.top, v.left) for v in (draw_view(64, generator(seed, "test flips")) for seed in range(50))
+    ]

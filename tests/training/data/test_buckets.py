@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from personalize.embedded.scenes import Scene, SceneObject, render
 from personalize.io.images import to_image
 from personalize.training.data.buckets import as_fitted, fit
 
@@ -67,3 +69,36 @@ def test_sdxl_is_told_size_corner_and_target() -> None:
     assert cut.time_ids == (300, 400, 0, cut.corner[1], 448, 576) and 18 <= cut.corner[1] <= 22
     assert as_fitted(torch.zeros(2, 3, 64, 96))[1].time_ids == (64, 96, 0, 0, 64, 96)
     assert to_image(cut.pixels).size == (576, 448)
+
+
+def test_a_mirrored_picture_mirrors_its_weights() -> None:
+    image, mask = drawn(300, 404, (0, 0, 299, 403))
+    fitted = fit(image, mask, 512, 64)
+    assert fitted.padding.endswith("at the right")
+    weights, mirrored = fitted.weights(0.5), fitted.mirror().weights(0.5)
+    assert weights is not None and mirrored is not None and torch.equal(mirrored, weights.flip(-1))
+    assert torch.equal(fitted.mirror().pixels, fitted.pixels.flip(-1)) and float(mirrored[..., 0].max()) == 0
+
+
+def test_the_subject_of_five_renders_in_three_shapes_is_whole_in_every_latent() -> None:
+    """Windows of 1:1, 2:3 and 3:2 that hold all of the subject, which is near an edge of four of them."""
+    windows = (
+        ("beach", 0.5, 0.5, (0, 0, 300, 300)), ("snow", 0.35, 0.28, (10, 0, 210, 300)),
+        ("grass", 0.3, 0.6, (0, 80, 300, 280)), ("night", 0.66, 0.7, (90, 0, 290, 300)),
+        ("desert", 0.7, 0.4, (0, 20, 300, 220)),
+    )  # fmt: skip
+    sizes = set()
+    for place, x, y, box in windows:
+        picture, (subject,) = render(Scene(place, (SceneObject("teapot", "flat", x=x, y=y, size=0.5),)), 300)
+        image, mask = Image.fromarray(picture).crop(box), Image.fromarray(subject).convert("L").crop(box)
+        plain, masked = fit(image, None, 128, 32), fit(image, mask, 128, 32)
+        sizes.add(plain.size)
+        height, width = plain.shown or plain.size
+        fraction = np.asarray(mask.resize((width, height), Image.Resampling.BOX), np.float32) / 255
+        weights = plain.weights(0.9)
+        counted = np.ones(plain.size) if weights is None else weights[0, 0].numpy()
+        assert plain.cut == "" and (counted[:height, :width][fraction > 0] == 1).all()
+        assert masked.mask is not None and masked.cut.startswith("cut") == (plain.padding != "")
+        scale = max(masked.size[0] / image.height, masked.size[1] / image.width)  # the picture covers its size
+        assert abs(float(masked.mask.sum()) / (subject.sum() * scale**2) - 1) < 0.02  # resampling blurs the edge
+    assert sizes == {(128, 128), (160, 96), (96, 160)}
