@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photo(tmp_path: Path) -> Path:
     Image.linear_gradient("L").resize((90, 60)).convert("RGBA").save(tmp_path / "photo.png")
     for number in range(2):
-        Image.new("L", (90, 60), 255 * number).save(tmp_path / f"mask{number}.png")
+        Image.new("L", (90, 60), 255 - 100 * number).save(tmp_path / f"mask{number}.png")
     return tmp_path / "photo.png"
 
 
