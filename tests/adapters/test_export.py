@@ -225,12 +225,12 @@ def test_names_and_places(tmp_path):
 def test_a_file_that_is_not_right_never_appears(tmp_path, monkeypatch, layout):
     adapter = make(tiny("sd1"), ATTENTION, False)
 
-    def spoilt(tensors, *rest):
+    def damaged(tensors, *rest):
         first = next(key for key in sorted(tensors) if "lora" in key)
         return tensor_bytes(tensors | {first: tensors[first] * 1.01}, *rest)
 
-    monkeypatch.setattr("personalize.formats.lora_files.tensor_bytes", spoilt)
-    monkeypatch.setattr("personalize.formats.peft_files.tensor_bytes", spoilt)
+    monkeypatch.setattr("personalize.formats.lora_files.tensor_bytes", damaged)
+    monkeypatch.setattr("personalize.formats.peft_files.tensor_bytes", damaged)
     with pytest.raises(UserError, match="does not verify, 1 problem"):
         export_lora(adapter, tmp_path / "out", layout)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

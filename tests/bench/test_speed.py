@@ -193,7 +193,7 @@ def test_the_reference_child_marks_beginning_updates_and_saving(tmp_path: Path) 
         "from diffusers.loaders import StableDiffusionLoraLoaderMixin as Saver\n"
         "from peft import LoraConfig\n"
         "from peft.utils import get_peft_model_state_dict\n"
-        "from tests.tiny import tiny_sd1\n"
+        "from tests.support.tiny import tiny_sd1\n"
         "unet = tiny_sd1().unet\n"
         "unet.add_adapter(LoraConfig(r=2, target_modules=['to_q']))\n"
         "o = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])\n"

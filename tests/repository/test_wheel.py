@@ -61,14 +61,15 @@ def test_wheel_carries_the_licences_and_the_command(wheel: Path):
     archive = zipfile.ZipFile(wheel)
     files = {name.partition(".dist-info/")[2]: name for name in archive.namelist()}
     assert {"licenses/LICENSE", "licenses/THIRD_PARTY_NOTICES.md"} <= set(files)
-    assert "personalize = personalize.cli:main" in archive.read(files["entry_points.txt"]).decode()
+    assert "personalize = personalize.cli.main:main" in archive.read(files["entry_points.txt"]).decode()
     metadata = message_from_bytes(archive.read(files["METADATA"]))
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
     assert {"test", "dev", "tracking", "metrics"} <= set(metadata.get_all("Provides-Extra", []))
 
 
 def test_installed_wheel_runs_from_an_empty_folder(installed: Path, tmp_path: Path):
-    code = "import personalize as p, personalize.scenes as s; print(p.__file__, s.render(s.random_scene(1))[0].shape)"
+    code = "import personalize as p; from personalize.embedded.scenes import random_scene, render; "
+    code += "print(p.__file__, render(random_scene(1))[0].shape)"
     file, shape = run("-c", code, cwd=tmp_path, path=installed).split(" ", 1)
     assert Path(file).is_relative_to(installed) and shape == "(128, 128, 3)"
     names = run("-m", "personalize", "train", "--help", cwd=tmp_path, path=installed)
@@ -79,13 +80,13 @@ def test_installed_wheel_runs_from_an_empty_folder(installed: Path, tmp_path: Pa
 
 
 def test_installed_wheel_holds_the_art_and_the_model(installed: Path):
-    package = installed / "personalize"
-    assert len(list((package / "sprites").rglob("*.webp"))) == len(list((ROOT / "personalize/sprites").rglob("*.webp")))
-    if not (ROOT / "personalize" / "embedded" / "model_index.json").is_file():
-        pytest.skip("the embedded model is not in this checkout")
-    weights = sorted(path.name for path in (package / "embedded").rglob("*.safetensors"))
-    assert (package / "embedded" / "model_index.json").is_file() and len(weights) >= 3
-    assert sum(path.stat().st_size for path in (package / "embedded").rglob("*")) <= 45e6
+    package, source = installed / "personalize" / "embedded", ROOT / "personalize" / "embedded"
+    art = len(list((source / "sprites").rglob("*.webp")))
+    assert art == 291 and len(list((package / "sprites").rglob("*.webp"))) == art
+    model = package / "model"
+    assert (model / "model_index.json").is_file() and len(list(model.rglob("*.safetensors"))) >= 3
+    assert sum(path.stat().st_size for path in model.rglob("*")) <= 45e6
+    assert (package / "scene_scorer.safetensors").is_file()
 
 
 def test_editable_install_points_at_the_checkout_and_copies_nothing(tmp_path: Path):
