@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers import UNet2DConditionModel
     from diffusers.training_utils import EMAModel
     from torch import nn
 
@@ -116,12 +117,27 @@ def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
     if accelerator.device.type == "cpu":
         objective.unet.set_attn_processor(AttnProcessor())  # 1.5 × the samples/s of fused attention on a CPU
     if config.torch_compile:
-        objective.unet.compile(dynamic=False)  # the weights keep their names
+        compile_unet(objective.unet)
     ema = EMAModel(
         objective.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75,
         update_after_step=int(config.ema_start * config.steps[STAGES.index(stage)]),
     )  # fmt: skip
     train(config, accelerator, stage, objective, pool(config, accelerator, stage).batch, ema)
+
+
+def compile_unet(unet: UNet2DConditionModel) -> None:
+    """Compile the UNet except its upsamplers; weights keep their names, and gradients are the eager ones to rounding.
+
+    In torch 2.13 inductor's CPU code for a whole UNet reads the gradient of nearest upsampling before computing it, so
+    the layers below an upsampler get a gradient of zero, without an error; the test compares gradients.
+    """
+    import torch
+    from diffusers.models.upsampling import Upsample2D
+
+    for module in unet.modules():
+        if isinstance(module, Upsample2D):
+            vars(module)["forward"] = torch.compiler.disable(module.forward)
+    unet.compile(dynamic=False)
 
 
 def train(

@@ -174,6 +174,7 @@ def test_speed_compiled_blocks_leave_no_trace() -> None:
 
 
 @pytest.mark.slow  # compiles five variants of a block, each forwards and backwards
+@pytest.mark.timeout(1800)
 def test_speed_a_compiled_update_equals_an_eager_one() -> None:
     """Two updates on a tiny base.  AdamW divides each gradient by its own size, so where it is near zero rounding can
     change a whole step: the adapters are compared as a whole.  Measured: 6e-5 of what was learned."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -244,3 +245,34 @@ def test_samples_depend_on_their_number_alone(tokenizer):
     empty = tokenizer("").input_ids
     dropped = (whole["input_ids"][:, : len(empty)] == torch.tensor(empty)).all(1).float().mean()
     assert 0.25 < dropped < 0.75  # half of 64 in expectation; four standard deviations either way
+
+
+@pytest.mark.slow  # compiles a UNet, forwards and backwards
+@pytest.mark.timeout(1800)
+def test_gradients_of_a_compiled_unet_are_the_eager_ones() -> None:
+    """Of every parameter, in two updates on other samples; keys' biases get rounding alone, softmax ignoring them."""
+    torch.manual_seed(0)
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_per_block": 1, "norm_num_groups": 8,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (16, 16), "mid_block_type": None,
+    }  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=16, cross_attention_dim=128, attention_head_dim=8, **blocks)
+    encoder = networks.build_text_encoder(networks.build_tokenizer(["a", "cat"]))
+    objective = objectives.TextToImageObjective(unet, encoder, networks.build_scheduler(), grounding_weight=0.1)
+    parameters = {name: p for name, p in objective.named_parameters() if not name.endswith("k_proj.bias")}
+
+    def gradients(seed: int) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        batch = {name: torch.randn(2, 4, 16, 16, generator=draw) for name in ("latents", "noise")}
+        batch |= {"timesteps": torch.tensor([10 + seed, 500]), "masks": torch.rand(2, 2, 16, 16, generator=draw)}
+        batch |= {"input_ids": torch.randint(0, 256, (2, 77), generator=draw), "nouns": torch.tensor([[2, 5], [3, 0]])}
+        values = torch.autograd.grad(objective(batch).total, [*parameters.values()], allow_unused=True)
+        return {name: value for name, value in zip(parameters, values, strict=True) if value is not None}
+
+    eager = [gradients(seed) for seed in (1, 2)]
+    script().compile_unet(unet)
+    compiled = [gradients(seed) for seed in (1, 2)]
+    for expected, value in zip(eager, compiled, strict=True):
+        assert expected.keys() == value.keys() and len(expected) > 150
+        apart = {name: float((value[name] - g).norm() / g.norm().clamp_min(1e-6)) for name, g in expected.items()}
+        assert max(apart.values()) < 1e-3, max(apart, key=lambda name: apart[name])  # fp32 sums in another order
