@@ -1,4 +1,4 @@
-"""Progress of the long parts of a computation, told to a listener if there is one.
+"""Progress of the long parts of a computation, reported to a listener if there is one.
 
 Loops over steps pass through `ticked`; `part` names what they do. A listener, such as a progress bar, is set for the
 length of `listening`; without one nothing happens.
@@ -6,12 +6,12 @@ length of `listening`; without one nothing happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-ItemT = TypeVar("ItemT")
+ItemT = TypeVar("ItemT", covariant=True)
 Listener = Callable[[str, int], Callable[[], None]]  # (name of a part, its number of steps) → called after each step
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
@@ -38,8 +38,16 @@ def part(name: str) -> Iterator[None]:
         _PART.reset(token)
 
 
-def ticked(steps: Collection[ItemT]) -> Iterator[ItemT]:
-    """The items of `steps`; the listener is told of each that is finished."""
+class Steps(Protocol[ItemT]):
+    """Items that can be counted and gone through: a tuple, a list, a `Schedule`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[ItemT]: ...
+
+
+def ticked(steps: Steps[ItemT]) -> Iterator[ItemT]:
+    """The items of `steps`; the listener hears of each that is finished."""
     listener = _LISTENER.get()
     advance = None if listener is None else listener(_PART.get(), len(steps))
     for step in steps:

@@ -53,7 +53,9 @@ class SampleShard:
             UserError: gradient_accumulation_steps is given, and train_batch_size · gradient_accumulation_steps ·
                 processes is not samples_per_update.
         """
-        samples, batch, steps = config.samples_per_update, config.train_batch_size, config.gradient_accumulation_steps
+        batch, steps = config.train_batch_size, config.gradient_accumulation_steps
+        # a run of fewer samples than an update has is one update of them all
+        samples = min(config.samples_per_update, getattr(config, "max_train_samples", config.samples_per_update))
         if steps is not None and batch * steps * processes != samples:
             raise UserError(_misfit(samples, batch, steps, processes))
         return SampleShard(samples, batch, process, processes)
