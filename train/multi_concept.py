@@ -57,7 +57,7 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
 
 def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
-    from personalize.adapters.adapter import check_target
+    from personalize.adapters.adapter_files import check_target
     from personalize.training import trainer
     from personalize.training.concept_maps import MapSnapshots
     from personalize.training.data.class_images import class_images

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from personalize.adapters.adapter_files import (
+    CARD,
+    SCHEMA,
+    check_manifest,
+    check_source,
+    check_target,
+    kohya_file_name,
+    picture_name,
+    read_token_files,
+    saved_files,
+)
 from personalize.adapters.lora import PREFIX, load_lora, remove_lora
 from personalize.adapters.model_card import model_card
 from personalize.adapters.text_encoder_lora import other_changes, text_lora
@@ -22,19 +31,15 @@ from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
 from personalize.formats.adapter_source import fetched, is_adapter_folder, open_adapter
-from personalize.formats.foreign_files import AdapterFile, read_adapter_file
+from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
 from personalize.formats.timestep_rank import TimestepRank, rule_of
 from personalize.formats.verification import VerificationReport
-from personalize.io.atomic import check_output_folder, plain_name, write_folder
+from personalize.io.atomic import write_folder
 from personalize.io.figures import png
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import StableDiffusion
-
-SCHEMA = 1
-CARD = "README.md"
-PICTURES = ("source", "reconstruction", "attention")  # that trainings put on the card
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Adapter:
         folder = Path(folder).resolve()
         check_target(folder)
         files = self._files(folder.name, pictures or {}, kohya_dtype)
-        old = _saved_files(folder)
+        old = saved_files(folder)
         keep = [entry.name for entry in folder.iterdir() if entry.name not in old] if folder.is_dir() else []
         return write_folder(folder, files, check=lambda written: self.check_files(written, folder.name), keep=keep)
 
@@ -136,13 +141,13 @@ class Adapter:
             raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
         info = read_json(folder / MANIFEST)
         content = read_adapter_file(folder / DIFFUSERS_FILE)
-        _check_manifest(info, content, folder)
+        check_manifest(info, content, folder)
         source = None
         if info["source_tensors"]:
             source = read_tensors(folder / SOURCE_FILE).tensors
             VerificationReport((verification.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
-            _check_source(source)
-        concepts = _read_concepts(folder, info.pop("concepts", {}))
+            check_source(source)
+        concepts = read_token_files(folder, info.pop("concepts", {}))
         for key in ("schema", "twin", "tensors", "source_tensors", "files"):
             info.pop(key, None)
         return Adapter(content.state, info.pop("rank"), info.pop("alpha"), source, info, concepts)
@@ -218,7 +223,7 @@ class Adapter:
             **textual_inversion_files.token_file_contents(self.concepts, family=family),
         }
         if self.source is not None:
-            _check_source(self.source)
+            check_source(self.source)
             identity = {key: str(value) for key, value in self.base.items()}
             about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
             files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)
@@ -254,35 +259,6 @@ def _of_part(others: Mapping[str, Mapping[str, Tensor]], part: str) -> dict[str,
     return {module: parts for module, parts in others.items() if module.startswith(part)}
 
 
-def check_target(folder: str | Path) -> None:
-    """UserError if `folder` cannot be written, or holds a file of another origin that saving an adapter would replace.
-
-    Called before training.
-    """
-    check_output_folder(folder)
-    folder = Path(folder).resolve()
-    names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, kohya_file_name(folder.name), *map(picture_name, PICTURES)]
-    foreign = [name for name in names if (folder / name).exists() and name not in _saved_files(folder)]
-    if foreign:
-        raise UserError(f"{folder} already holds a {foreign[0]}, which no training wrote: name another --output_dir")
-
-
-def kohya_file_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
-    """File name of the LoRA in kohya's names: the folder's name in plain letters, which graphical programs display.
-
-    "_lora" is added if it is the file name of one of the learned `tokens`, which is the word that prompts use.
-    """
-    plain = re.sub(r"[^\w.-]+", "_", folder_name).strip("._") or "adapter"
-    taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem, "learned_embeds", "learned_embeds_2"}
-    taken |= {textual_inversion_files.token_file_stem(token).casefold() for token in tokens}
-    return f"{plain}_lora.safetensors" if plain.casefold() in taken else f"{plain}.safetensors"
-
-
-def picture_name(key: str) -> str:
-    """File name of a picture: `key` with ".png"; UserError if it is no plain name."""
-    return plain_name(key if key.endswith(".png") else f"{key}.png")
-
-
 def _load_file(path: Path, family: str | None = None) -> Adapter:
     """The adapter in a file of another program, or in a folder of PEFT; its metadata are kept in `info["header"]`."""
     content = open_adapter(path)
@@ -294,58 +270,3 @@ def _load_file(path: Path, family: str | None = None) -> Adapter:
     }
     info = {"imported": path.name, "base": file.base, "header": file.header}
     return Adapter(file.state, file.rank, file.alpha, None, info, concepts, file.others)
-
-
-def _saved_files(folder: Path) -> set[str]:
-    """Names of the files in `folder` that an earlier save has written there."""
-    names = read_json(folder / MANIFEST).get("files", []) if (folder / MANIFEST).is_file() else []
-    kinds = (".safetensors", ".json", ".md", ".png")
-    ours = (entry for entry in folder.glob("*") if entry.name in names and entry.suffix in kinds)
-    return {entry.name for entry in ours if entry.is_file()}
-
-
-def _check_manifest(info: Mapping[str, Any], content: AdapterFile, folder: Path) -> None:
-    """UserError unless the LoRA file is the one that `adapter.json` describes."""
-    path = folder / MANIFEST
-    wanted = {"schema": int, "rank": int, "alpha": (int, float), "base": dict, "tensors": dict, "source_tensors": dict}
-    wrong = [key for key, kind in wanted.items() if not isinstance(info.get(key), kind)]
-    if wrong:
-        raise UserError(f"{path} is damaged: {wrong[0]} is missing or of the wrong kind")
-    if info["schema"] > SCHEMA:
-        raise UserError(f"{path} has schema {info['schema']}, this version reads up to {SCHEMA}: update personalize")
-    family = lora_files.family_of(content.state)
-    if family not in (None, info["base"].get("family")):
-        raise UserError(
-            f"{path} says family {info['base'].get('family')!r}, the tensors are of {family!r}: files are mixed up"
-        )
-    if content.rank != info["rank"] or not math.isclose(content.alpha, info["alpha"]):
-        raise UserError(
-            f"{folder / DIFFUSERS_FILE} has rank {content.rank} and alpha {content.alpha:g}, {MANIFEST} says "
-            f"{info['rank']} and {info['alpha']:g}: the files are not of one adapter"
-        )
-    VerificationReport((verification.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
-
-
-def _read_concepts(folder: Path, digests: Any) -> dict[str, dict[str, Tensor]]:
-    """The learned tokens of the manifest's `digests` (token → encoder → digest), from the files for diffusers."""
-    if not isinstance(digests, dict) or not all(isinstance(rows, dict) for rows in digests.values()):
-        raise UserError(f"{folder / MANIFEST} is damaged: concepts is of the wrong kind")
-    concepts: dict[str, dict[str, Tensor]] = {token: {} for token in digests}
-    for name, (token, encoder) in textual_inversion_files.token_file_names(digests, "diffusers").items():
-        learned = textual_inversion_files.read_concept(folder / name)
-        report = verification.compare_digests(name, learned.rows, {str(encoder): digests[token][encoder]})
-        VerificationReport((report,)).require()
-        concepts[token] |= learned.rows
-    return concepts
-
-
-def _check_source(source: Mapping[str, Tensor]) -> None:
-    """UserError unless it is "embeds" (1, l, d), and for SDXL "pooled" (1, e), of finite numbers."""
-    embeds, pooled = source.get("embeds"), source.get("pooled")
-    if embeds is None or embeds.ndim != 3 or len(embeds) != 1 or not set(source) <= {"embeds", "pooled"}:
-        shapes = {key: tuple(value.shape) for key, value in source.items()}
-        raise UserError(f"the source embedding holds {shapes}: expected embeds (1, l, d) and at most pooled (1, e)")
-    if pooled is not None and (pooled.ndim != 2 or len(pooled) != 1):
-        raise UserError(f"the source embedding's pooled part has shape {tuple(pooled.shape)}: expected (1, e)")
-    if not all(bool(value.isfinite().all()) for value in source.values()):
-        raise UserError("the source embedding holds a number that is not finite: train the adapter again")

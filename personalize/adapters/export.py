@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from personalize.adapters import lora
-from personalize.adapters.adapter import Adapter, kohya_file_name
+from personalize.adapters import lora, lora_scales
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.adapter_files import kohya_file_name
 from personalize.adapters.forgetting import parse_rule
 from personalize.adapters.merging import RankReduction, reduced
 from personalize.errors import UserError
@@ -39,7 +40,7 @@ TIMESTEP_RANKS = ("full", "share")
 
 
 def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -> Adapter:
-    """The adapter with forgetting rules and a strength multiplied into its weights, instead of `lora.scaled`.
+    """The adapter with forgetting rules and a strength multiplied into its weights, instead of `lora_scales.scaled`.
 
     B of each module is multiplied by the fraction that is kept; modules that keep nothing are left out.  Forgetting
     rules select parts of the UNet, so that text encoders get the strength alone.
@@ -58,7 +59,7 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     unet = {key: tensor for key, tensor in adapter.lora.items() if key.startswith(lora.PREFIX)}
     text = {key: tensor for key, tensor in adapter.lora.items() if key not in unet and strength}
     structure = empty_unet(adapter.family if rules else adapter.known_family or "sd1")
-    state = lora.scaled_state(structure, unet, rules, strength)
+    state = lora_scales.scaled_state(structure, unet, rules, strength)
     state |= {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in text.items()}
     if not state and not adapter.others:
         raise UserError("nothing of the adapter is left: forget less, or use a strength other than 0")

@@ -20,12 +20,11 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from personalize.adapters.forgetting import ForgettingRule, degrees
 from personalize.adapters.lora_layers import lora_config
 from personalize.adapters.orthogonal_start import orthogonal_parameters, start_orthogonal
 from personalize.errors import UserError
 from personalize.formats.layer_kinds import fitted
-from personalize.models.blocks import Role, _leaves, module_roles
+from personalize.models.blocks import Role, leaf_modules, module_roles
 from personalize.models.offloading import execution_device
 from personalize.randomness import generator
 
@@ -33,7 +32,6 @@ ADAPTER = "personalize"  # the adapter's name in peft
 PREFIX = "unet."  # diffusers' prefix in adapter files
 TARGETS = ("full", "attention")
 _PROJECTIONS = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
-Rules = ForgettingRule | Iterable[ForgettingRule] | Mapping[str, float] | None
 
 
 def module_names(unet: nn.Module, family: str | None = None, targets: str = "full") -> list[str]:
@@ -52,7 +50,7 @@ def module_names(unet: nn.Module, family: str | None = None, targets: str = "ful
     """
     if targets not in TARGETS:
         raise UserError(f"unknown LoRA targets {targets!r}: choose one of {', '.join(TARGETS)}")
-    leaves = [path for path, _ in _leaves(unet)]
+    leaves = [path for path, _ in leaf_modules(unet)]
     names = [name for name, role in module_roles(unet, leaves).items() if _trained(role)]
     if targets == "attention":
         names = [name for name in names if _PROJECTIONS.fullmatch(name)]
@@ -110,7 +108,7 @@ def _add_orthogonal(
 
 def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
     """The adapter's parameters in the UNet's order: A before B, or Q, P and λ of layers with an orthogonal start."""
-    return [parameter for layer in lora_layers(unet).values() for parameter in _parameters(layer)]
+    return [parameter for layer in lora_layers(unet).values() for parameter in factor_parameters(layer)]
 
 
 def changes_nothing(unet: nn.Module) -> bool:
@@ -199,86 +197,8 @@ def lora_removed(*modules: nn.Module) -> Iterator[None]:
 
 def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
     """The LoRA layers of our adapter in the UNet, by module path."""
-    layers = {path: module for path, module in _leaves(unet) if isinstance(module, LoraLayer)}
+    layers = {path: module for path, module in leaf_modules(unet) if isinstance(module, LoraLayer)}
     return {path: layer for path, layer in layers.items() if ADAPTER in layer.lora_A}
-
-
-@contextmanager
-def scaled(unet: nn.Module, rules: Rules = None, strength: float = 1.0) -> Iterator[None]:
-    """Run the body with the adapter's LoRA multiplied by `strength` and, per module, by the factor of `rules`.
-
-    Afterwards every scale is restored exactly.  Nested contexts multiply.
-
-    Args:
-        rules: a forgetting rule, several (the smallest degree counts), or a factor per module path.
-
-    Raises:
-        UserError: the UNet has no adapter, or a rule selects none of its modules.
-    """
-    layers = lora_layers(unet)
-    if not layers:
-        raise UserError("there is no adapter to scale in this UNet: load one first")
-    factors = multipliers(unet, layers, rules, strength)
-    before = {name: layer.scaling[ADAPTER] for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            full = layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
-            layer.set_scale(ADAPTER, factors[name] * before[name] / full)
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.scaling[ADAPTER] = before[name]
-
-
-def multipliers(unet: nn.Module, names: Iterable[str], rules: Rules, strength: float = 1.0) -> dict[str, float]:
-    """The factor s of each module in `names`, from `rules` and `strength`; see `scaled`.
-
-    Raises:
-        UserError: a rule selects none of `names`, or `rules` has a factor for a module that is not among them.
-    """
-    names = list(names)
-    if isinstance(rules, Mapping):
-        factors = {str(name): float(factor) for name, factor in rules.items()}
-        if unknown := sorted(set(factors) - set(names)):
-            raise UserError(f"no module {unknown[0]!r} in the adapter, which has {len(names)}, e.g. {names[:1]}")
-        return {name: strength * factors.get(name, 1.0) for name in names}
-    chosen = () if rules is None else (rules,) if isinstance(rules, ForgettingRule) else tuple(rules)
-    return {name: strength * kept for name, kept in degrees(module_roles(unet, names), chosen).items()}
-
-
-def scaled_state(
-    unet: nn.Module, state: Mapping[str, Tensor], rules: Rules, strength: float = 1.0
-) -> dict[str, Tensor]:
-    """The adapter's tensors multiplied as by `scaled`: B by the module's factor; modules with factor 0 are left out.
-
-    state: named as by `lora_state`; tensors of other modules than the UNet's stay as they are.
-    """
-    suffix = ".lora_B.weight"
-    names = [key.removeprefix(PREFIX).removesuffix(suffix) for key in state if key.endswith(suffix)]
-    out = dict(state)
-    for name, factor in multipliers(unet, names, rules, strength).items():
-        a, b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}{suffix}"
-        if factor == 0:
-            del out[a], out[b]
-        else:
-            out[b] = state[b] * factor
-    return out
-
-
-@contextmanager
-def lora_disabled(unet: nn.Module) -> Iterator[None]:
-    """Run the body with the adapter switched off: its products are skipped, not multiplied by zero."""
-    layers = lora_layers(unet).values()
-    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in _parameters(layer)]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def require_no_lora(module: nn.Module, name: str) -> None:
@@ -295,7 +215,7 @@ def require_no_lora(module: nn.Module, name: str) -> None:
 
 def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> dict[str, LoraLayer]:
     """Put LoRA layers around exactly the modules `names`, with A and B still on the meta device."""
-    names, leaves = list(names), dict(_leaves(unet))
+    names, leaves = list(names), dict(leaf_modules(unet))
     require_no_lora(unet, "UNet")
     if any(getattr(module, "fused_projections", False) for module in unet.modules()):
         raise UserError("this UNet's q, k and v are fused, so that LoRAs on them would do nothing: call "
@@ -319,7 +239,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
     return dict(zip(names, box.values(), strict=True))  # pyright: ignore
 
 
-def _parameters(layer: LoraLayer) -> list[nn.Parameter]:
+def factor_parameters(layer: LoraLayer) -> list[nn.Parameter]:
     """What is trained in a layer."""
     return orthogonal_parameters(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) or [*_pair(layer)]
 

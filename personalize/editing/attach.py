@@ -19,7 +19,7 @@ from torch import Tensor
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import applied, load_adapters
 from personalize.adapters.forgetting import ForgettingRule, parse_rules
-from personalize.adapters.lora import scaled
+from personalize.adapters.lora_scales import scaled
 from personalize.editing.vector_projection import edit_conditioning
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion

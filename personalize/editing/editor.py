@@ -19,7 +19,7 @@ from PIL import Image
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import load_adapters
 from personalize.adapters.forgetting import parse_rule_sum
-from personalize.adapters.lora import lora_disabled
+from personalize.adapters.lora_scales import lora_disabled
 from personalize.adapters.text_encoder_lora import has_text
 from personalize.adapters.textual_inversion import installed_tokens
 from personalize.editing.defaults import text_to_image_guidance

@@ -28,7 +28,8 @@ from PIL import Image
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import parse_rule_sum
-from personalize.adapters.lora import PREFIX, multipliers
+from personalize.adapters.lora import PREFIX
+from personalize.adapters.lora_scales import multipliers
 from personalize.editing.strengths import DEFAULT_SAMPLING, EditStrengths, Sampling
 from personalize.errors import UserError
 from personalize.evaluation.scoring import Request, Scorer, Scores

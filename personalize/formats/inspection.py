@@ -19,7 +19,7 @@ from personalize.formats.adapter_source import open_adapter
 from personalize.formats.foreign_files import as_lora, read_adapter_file
 from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
-from personalize.formats.manifest import MANIFEST, _is_part_of_adapter
+from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.timestep_rank import HEADER_KEY, KEY, read_rule, warning
 from personalize.io.pickles import is_pickle
 from personalize.io.tensor_files import TensorFile, read_json
@@ -185,7 +185,7 @@ def _timestep_rank(path: Path, metadata: Mapping[str, str]) -> list[str]:
     """As a problem: a rank that depends on the timestep, by the file's header or the adapter folder it is part of."""
     try:
         rule = read_rule(metadata.get(HEADER_KEY), path)
-        if rule is None and path.suffix == ".safetensors" and _is_part_of_adapter(path):
+        if rule is None and path.suffix == ".safetensors" and is_part_of_adapter(path):
             rule = read_rule(read_json(path.parent / MANIFEST).get(KEY), path.parent / MANIFEST)
     except UserError as error:
         return [str(error)]

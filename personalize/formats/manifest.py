@@ -24,13 +24,13 @@ MANIFEST = "adapter.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
 
 
-def _is_part_of_adapter(path: Path) -> bool:
+def is_part_of_adapter(path: Path) -> bool:
     """True if the file's folder is an adapter folder whose manifest lists the file."""
     manifest = path.parent / MANIFEST
     return manifest.is_file() and path.name in (read_json(manifest).get("files") or [])
 
 
-def _read_manifest(path: Path) -> tuple[str, str, float, dict[str, str], dict[str, str], dict[str, dict[str, str]]]:
+def read_manifest(path: Path) -> tuple[str, str, float, dict[str, str], dict[str, str], dict[str, dict[str, str]]]:
     """Family, name of the kohya file, alpha / r, and hashes of the LoRA, the source embedding and every token."""
     manifest = read_json(path)
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import textual_inversion_files
-from personalize.formats.manifest import DIFFUSERS_FILE, FAMILIES, MANIFEST, SOURCE_FILE, _read_manifest, tensor_digest
+from personalize.formats.manifest import DIFFUSERS_FILE, FAMILIES, MANIFEST, SOURCE_FILE, read_manifest, tensor_digest
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.tensor_files import TensorFile, read_tensors
 from personalize.models.empty import EmptyModel, empty_model
@@ -125,7 +125,7 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> V
             an adapter loaded.
     """
     folder = Path(folder)
-    family, kohya_file, scaling, hashes, source, concepts = _read_manifest(folder / MANIFEST)
+    family, kohya_file, scaling, hashes, source, concepts = read_manifest(folder / MANIFEST)
     if model is not None and model.family != family:
         raise UserError(
             f"the adapter is for the family {family}, the base {model.name} is {model.family}: name another base"

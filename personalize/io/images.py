@@ -33,9 +33,7 @@ def to_image(pixels: Tensor) -> Image.Image:
     if pixels.ndim != 3 or len(pixels) != 3:
         raise ValueError(f"one picture has pixels (3, H, W) or (1, 3, H, W), got {tuple(pixels.shape)}")
     if not bool(pixels.isfinite().all()):
-        raise UserError(
-            "the picture's values are no numbers (NaN): use smaller strengths or guidance, and not fp16"
-        )
+        raise UserError("the picture's values are no numbers (NaN): use smaller strengths or guidance, and not fp16")
     array = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(array.permute(1, 2, 0).numpy())
 

@@ -51,11 +51,11 @@ def module_roles(unet: nn.Module, names: Iterable[str]) -> dict[str, Role]:
     return {name: role(name) for name in names}
 
 
-def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def leaf_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer and convolution with its path; one with LoRA has the path it had without."""
     for name, child in module.named_children():
         here = f"{path}.{name}" if path else name
         if isinstance(child, nn.Linear | nn.Conv2d | LoraLayer):
             yield here, child
         else:
-            yield from _leaves(child, here)
+            yield from leaf_modules(child, here)

@@ -39,7 +39,7 @@ class Tokens:
 
     def find(self, phrase: str) -> list[Span]:
         """Positions of every occurrence of a word or phrase, ignoring case; UserError if there is none."""
-        wanted = list(_spelled(phrase))
+        wanted = list(words_of(phrase))
         spelled = [word.text for word in self.words]
         starts = [at for at in range(len(spelled)) if wanted and spelled[at : at + len(wanted)] == wanted]
         if not starts:
@@ -72,7 +72,7 @@ def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
     return Tokens(text, tuple(ids), tuple(words))
 
 
-def _spelled(phrase: str) -> tuple[str, ...]:
+def words_of(phrase: str) -> tuple[str, ...]:
     """The words of a phrase in lower case."""
     return tuple(match.group().lower() for match in WORD.finditer(phrase))
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personalize.adapters.lora import Rules, scaled
+from personalize.adapters.lora_scales import Rules, scaled
 from personalize.errors import UserError
 from personalize.models.attention import AttentionHook, hooked
 from personalize.models.fast_paths import fast_paths, shared_guidance_prefix
@@ -67,8 +67,8 @@ class Edit:
         guidance_scale: w in  ε̂ = ε_null + w (ε_cond − ε_null), as in diffusers: 1 is off. One number, or one per row.
         hooks: attention hooks, called in this order.
         latent_edits: latent edits, called in this order.
-        rule: forgetting rules for the adapter (see `personalize.adapters.lora.scaled`), or a function that takes the
-            UNet and returns a context manager.
+        rule: forgetting rules for the adapter (`adapters.lora_scales.scaled`), or a function that takes the UNet and
+            returns a context manager.
         strength: factor on the whole adapter.
     """
 

@@ -21,7 +21,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from personalize.adapters.adapter import Adapter, check_target
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.adapter_files import check_target
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import write_file

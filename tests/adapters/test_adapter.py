@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from personalize.adapters.adapter import Adapter, check_target, kohya_file_name, picture_name
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.adapter_files import check_target, kohya_file_name, picture_name
 from personalize.errors import UserError
 from personalize.io import atomic
 from personalize.io.tensor_files import read_tensors, tensor_bytes

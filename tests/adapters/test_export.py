@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from personalize.adapters import lora
+from personalize.adapters import lora, lora_scales
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.export import LAYOUTS, baked, export_lora, with_lower_rank
 from personalize.adapters.forgetting import parse_rule
@@ -112,10 +112,10 @@ def test_forgedit_c30_worked_in_forgetting_equals_run_time_forgetting(tmp_path, 
     model, rules = tiny(name), [parse_rule(text) for text in forget]
     adapter = random_adapter(model, want=EVERYTHING)
     path = export_lora(baked(adapter, forget, strength), tmp_path / "f.safetensors")
-    with adapter.apply(model), lora.scaled(model.unet, rules, strength):
+    with adapter.apply(model), lora_scales.scaled(model.unet, rules, strength):
         expected = predict(model)
     with adapter.apply(model):
-        kept = lora.multipliers(model.unet, lora.lora_layers(model.unet), rules)
+        kept = lora_scales.multipliers(model.unet, lora.lora_layers(model.unet), rules)
         assert difference(predict(model), expected) > 0.01  # forgetting matters
     assert difference(compare_through_diffusers(model, path), expected) < CLOSE
     dropped = {f"unet.{path}" for path, share in kept.items() if share == 0}

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 
-from personalize.adapters import lora
+from personalize.adapters import lora, lora_scales
 from personalize.errors import UserError
 from tests.support.lora_modules import ZEROED, answer, chosen, fill, filled, modules
 from tests.support.tiny import tiny, tiny_sd1
@@ -150,9 +150,9 @@ def test_unknown_names_are_refused() -> None:
         lora.module_names(model.unet, targets="all")
     with pytest.raises(UserError, match="no layer 'up_blocks.9"):
         lora.add_lora(model.unet, ["up_blocks.9.conv"], 2, 2, seed=0)
-    with pytest.raises(UserError, match="no adapter to scale"), lora.scaled(model.unet):
+    with pytest.raises(UserError, match="no adapter to scale"), lora_scales.scaled(model.unet):
         pass
     filled(model)
-    with pytest.raises(UserError, match="no module 'x'"), lora.scaled(model.unet, {"x": 0.0}):
+    with pytest.raises(UserError, match="no module 'x'"), lora_scales.scaled(model.unet, {"x": 0.0}):
         pass
     assert all(isinstance(layer, LoraLayer) for layer in lora.lora_layers(model.unet).values())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import personalize
-from personalize.adapters import lora
+from personalize.adapters import lora, lora_scales
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.export import timestep_rank_error, without_timestep_rank
 from personalize.adapters.forgetting import parse_rule
@@ -21,8 +21,8 @@ from personalize.formats.lora_files import factor_pairs
 from personalize.formats.timestep_rank import TimestepRank
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
-from personalize.training.config import MultiConceptConfig, SingleImageConfig
-from personalize.training.single_image import learn, single_image_run
+from personalize.training.config import SingleImageConfig
+from personalize.training.single_image import single_image_run
 from tests.support.lora_modules import answer, filled
 from tests.support.runs import CAPTION, pixels
 from tests.support.tiny import tiny, tiny_sd1
@@ -170,8 +170,8 @@ def test_timestep_rank_t6_forgetting_strength_and_the_rule_multiply_in_any_order
     filled(model, rank=4, alpha=4.0)
     rules = {
         "rule": lambda: timestep_mask(model.unet, RULE),
-        "forget": lambda: lora.scaled(model.unet, [parse_rule("decoder=0.5")]),
-        "strength": lambda: lora.scaled(model.unet, strength=0.7),
+        "forget": lambda: lora_scales.scaled(model.unet, [parse_rule("decoder=0.5")]),
+        "strength": lambda: lora_scales.scaled(model.unet, strength=0.7),
     }
     outputs = []
     for order in (("rule", "forget", "strength"), ("strength", "forget", "rule"), ("forget", "rule", "strength")):
@@ -262,29 +262,6 @@ def test_timestep_rank_exports_one_change_for_all_timesteps_and_says_what_it_cos
         merged([adapter, adapter], [1, 1], ["a", "b"])
 
 
-def test_timestep_rank_resumed_runs_go_on_exactly(tmp_path: Path) -> None:
-    from personalize.training import checkpoints
-
-    config = replace(SETTINGS, orthogonal_start=True, max_train_samples=8)
-    model = tiny_sd1()
-    whole = learn(model, pixels(), CAPTION, config)
-    with single_image_run(model, pixels(), CAPTION, config) as run:
-        for report in run.steps():
-            if report.update == 2:
-                run.save_checkpoint(tmp_path)
-                break
-    with single_image_run(model, pixels(), CAPTION, config) as run:
-        for layer in lora.lora_layers(model.unet).values():  # as if another machine had drawn other frames
-            with torch.no_grad():
-                layer.lora_A[lora.ADAPTER].get_buffer("parametrizations.weight.0.start").mul_(-1)
-        checkpoint = checkpoints.find(tmp_path, "latest")
-        assert checkpoint is not None
-        run.resume(checkpoint)
-        list(run.steps())
-        resumed = run.adapter()
-    assert all(torch.equal(whole.lora[key], resumed.lora[key]) for key in whole.lora)
-
-
 def test_timestep_rank_leaves_no_trace() -> None:
     model = tiny_sd1()
     hooks = len(model.unet._forward_pre_hooks)
@@ -296,14 +273,3 @@ def test_timestep_rank_leaves_no_trace() -> None:
     with timestep_mask(model.unet, RULE):
         answer(model)
     assert torch.equal(answer(model), before)
-
-
-def test_timestep_rank_settings_that_cannot_work() -> None:
-    with pytest.raises(UserError, match="min_rank must be from 1 to the rank, 4"):
-        SingleImageConfig(rank=4, min_rank=5)
-    with pytest.raises(UserError, match="full_kv trains no LoRA"):
-        MultiConceptConfig(full_kv=True, orthogonal_start=True)
-    model = tiny_sd1()
-    filled(model, rank=3, alpha=3.0)
-    with pytest.raises(UserError, match="has rank 3"), timestep_mask(model.unet, RULE):
-        pass

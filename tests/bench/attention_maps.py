@@ -22,10 +22,9 @@ import torch
 import tyro
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from personalize.editing.defaults import settings_for
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings, disjoint_loss
+from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import (
     NounRegions,
     mean_noun_maps,
@@ -47,9 +46,9 @@ from tests.bench.cells import Cells
 from tests.bench.contract import caption, iou, psnr, random_task
 from tests.bench.intervals import mean_interval, paired_interval, wilson
 from tests.bench.judge.judge import as_bytes, as_pixels
+from tests.bench.map_measures import background_iou, map_measures
 from tests.bench.world import weights_of, world_of
 
-THETAS = [round(0.05 * step, 2) for step in range(1, 20)]
 TARGETS = {  # figure: (target, whether the value or the interval's lower end must reach it)
     "iou gain, direct": (0.0, "low"), "iou gain, null-text": (0.0, "low"),
     "U9 gain over the caption": (0.0, "low"), "U9 win rate": (0.65, "value"), "U9 gain over w = 7.5": (3.0, "value"),
@@ -183,29 +182,6 @@ class Bench:
             "coverage": float((mask & true).sum() / true.sum()), "iou": iou(mask, true),
             "background_db": psnr(pictures["uniform"], reconstruction, kept) if kept.any() else None,
         }  # fmt: skip
-
-
-def map_measures(maps: Tensor, masks: Sequence[np.ndarray]) -> dict[str, Any]:
-    """How well noun maps (k, h, w) locate their objects, whose true masks are `masks` (H, W).
-
-    iou, best: mean IoU of the maps cut at θ = 0.3 of their maximum, and at the best θ.
-    overlap: of the maps with one another.  off: the share of a map's mass outside its object.
-    """
-    large = interpolate(maps[None].float(), masks[0].shape, mode="bilinear", align_corners=False)[0].numpy()
-    curve = [float(np.mean([iou(m / m.max() > theta, mask) for m, mask in zip(large, masks, strict=True)]))
-             for theta in THETAS]  # fmt: skip
-    off = [float(m[~mask].sum() / m.sum()) for m, mask in zip(large, masks, strict=True)]
-    return {"iou": curve[THETAS.index(0.3)], "best": max(curve), "overlap": float(disjoint_loss(maps)),
-            "off": float(np.mean(off))}  # fmt: skip
-
-
-def background_iou(background: Tensor | None, masks: Sequence[np.ndarray]) -> float:
-    """IoU of the estimated background (h, w) with the cells of which objects cover less than half; 0 for None."""
-    if background is None:
-        return 0.0
-    things = torch.from_numpy(np.any(masks, axis=0))[None, None].float()
-    share = interpolate(things, background.shape[-2:], mode="area")[0, 0]
-    return iou(background.numpy(), (share < 0.5).numpy())
 
 
 def prediction_drift(model: StableDiffusion, clean: Tensor, edit: Edit, up: Schedule) -> list[float]:

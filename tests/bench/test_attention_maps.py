@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.bench import attention_maps as bench
-from tests.bench.attention_maps import MapsBench, background_iou, compare_with_target, figures, map_measures
+from tests.bench.attention_maps import MapsBench, compare_with_target, figures
+from tests.bench.map_measures import background_iou, map_measures
 from tests.support.tiny import tiny
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from personalize.cli.commands.drag import drag_settings
-from personalize.cli.commands.edit import _settings as edit_strengths
-from personalize.cli.commands.edit_image import _settings as photo_settings
+from personalize.cli.commands.edit import edit_strengths
+from personalize.cli.commands.edit_image import photo_settings
 from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
 from personalize.cli.parser import parse
 from personalize.editing import defaults

@@ -98,12 +98,8 @@ def test_the_command_writes_every_combination_and_a_grid(places):
     out = places[2] / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
-    assert (
-        edit(
-            places, "--prompt", "a dog", "--beta", "0.8", "1.2", "--forget", "none", "decoder=0.5", "--num_images", "2"
-        )
-        == 0
-    )
+    grid = ["--beta", "0.8", "1.2", "--forget", "none", "decoder=0.5", "--num_images", "2"]
+    assert edit(places, "--prompt", "a dog", *grid) == 0
     found = json.loads((out / "edits.json").read_text())
     assert len(found) == 8 and len({(f["beta"], f["forget"], f["seed"]) for f in found}) == 8
     assert all(Image.open(out / entry["file"]).size == (64, 64) for entry in found)
@@ -111,8 +107,8 @@ def test_the_command_writes_every_combination_and_a_grid(places):
     assert (out / "mine.txt").read_text() == "keep me"
     first = (out / found[0]["file"]).read_bytes()
     assert edit(places, "--prompt", "a dog", "--beta", "0.8", "--num_images", "2") == 0
-    assert (out / "edit-000.png").read_bytes() == first, "the same seed and settings give the same file"
-    assert not (out / "edit-007.png").exists(), "pictures of the former edit are gone"
+    assert (out / "edit-008.png").read_bytes() == first, "the same seed and settings give the same picture"
+    assert (out / "edit-000.png").read_bytes() == first, "the pictures of the former edit are kept"
 
 
 @pytest.mark.parametrize(
@@ -158,10 +154,10 @@ def test_strengths_that_were_not_given_are_the_remembered_ones(places, capsys):
     remember(adapter, "a cat in the snow", EditStrengths(alpha=0.7, beta=1.5, forget="encoderattn"), 9, {})
     assert edit(places, "--prompt", "a cat in the snow") == 0
     assert "Using what --auto chose" in capsys.readouterr().out
-    (found,) = json.loads((place / "out" / "edits.json").read_text())
+    *_, found = json.loads((place / "out" / "edits.json").read_text())
     assert (found["alpha"], found["beta"], found["forget"], found["seed"]) == (0.7, 1.5, "encoderattn", 9)
     assert edit(places, "--prompt", "a cat in the snow", "--beta", "1.0") == 0
-    (found,) = json.loads((place / "out" / "edits.json").read_text())
+    *_, found = json.loads((place / "out" / "edits.json").read_text())
     assert (found["alpha"], found["beta"], found["forget"], found["seed"]) == (0.8, 1.0, "none", 0)
     assert "Using what" not in capsys.readouterr().out
 
@@ -169,7 +165,7 @@ def test_strengths_that_were_not_given_are_the_remembered_ones(places, capsys):
 def test_a_prompt_is_worded_like_the_caption(places, capsys):
     assert edit(places, "--prompt", "a picture of a cat in the snow") == 0
     assert "Worded like the caption: “a cat in the snow”" in capsys.readouterr().out
-    (found,) = json.loads((places[2] / "out" / "edits.json").read_text())
+    *_, found = json.loads((places[2] / "out" / "edits.json").read_text())
     assert found["prompt"] == "a cat in the snow"
 
 

@@ -71,8 +71,11 @@ def test_pie_bench_prompts_have_no_brackets_and_masks_have_a_border(pie):
 
 
 def test_results_that_are_not_there_are_an_error_that_says_where_they_belong(pie, tmp_path, capsys):
-    assert evaluated(pie, tmp_path / "nowhere", tmp_path)[0] == 2
+    (tmp_path / "empty").mkdir()
+    assert evaluated(pie, tmp_path / "empty", tmp_path)[0] == 2
     assert "0_random/000000000000.png" in capsys.readouterr().err
+    assert evaluated(pie, tmp_path / "nowhere", tmp_path)[0] == 2
+    assert "nowhere does not exist: check the path" in capsys.readouterr().err
 
 
 def test_tedbench(tmp_path):

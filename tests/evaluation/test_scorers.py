@@ -64,5 +64,5 @@ def test_lpips_that_is_not_installed_is_said_in_one_line(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match="personalize.evaluation.metrics"):
+    with pytest.raises(UserError, match=r"pip install 'personalize\[metrics\]'"):
         identity_distance("vgg")

@@ -24,22 +24,6 @@ def noise(model, *seeds):
     return initial_latents(model, seeds or (0,), SIZE)
 
 
-def test_dpl_1_1_timesteps_and_pairing_of_inversion():
-    model = tiny_sd1()
-    down, up = make_schedule(model, 50), make_schedule(model, 50, inverse=True)
-    assert [int(move.timestep) for move in down] == list(range(981, 0, -20))
-    assert (down.steps[-1].start, down.steps[-1].end) == (1, -1)
-    assert down.steps[-1].alpha_next == pytest.approx(0.999150, rel=1e-5)
-    for inverse, forward in zip(up, reversed(down.steps), strict=True):
-        assert (inverse.start, inverse.end, inverse.timestep) == (forward.end, forward.start, forward.timestep)
-        assert (inverse.alpha, inverse.alpha_next) == (forward.alpha_next, forward.alpha)
-
-
-def test_attentiondrag_2_2_strength_keeps_the_clean_end():
-    plan = make_schedule(tiny_sd1(), 10, strength=0.7)
-    assert [int(move.timestep) for move in plan] == [601, 501, 401, 301, 201, 101, 1]
-
-
 class Gentle:
     """A base whose noise depends weakly on latents, timestep and prompt, as a trained one's does near an image."""
 
@@ -297,15 +281,3 @@ def test_mistakes_are_named():
         denoise(model, start, edit, make_schedule(model, 3, "euler_a"), seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="3 rows of conditioning for 2"):
         denoise(model, start, Edit(edit.conditioning.repeat(3), guidance_scale=1), make_schedule(model, 3))
-
-
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [7, 30, 50])
-def test_every_step_ends_where_the_next_begins(spacing, steps):
-    """Otherwise latents at one level are predicted as if at another: with a spacing of 33, 966 → 933, then 932."""
-    model = tiny_sd1()
-    down = make_schedule(model, steps, spacing=spacing)
-    assert [one.end for one in down.steps[:-1]] == [one.start for one in down.steps[1:]]
-    assert down.steps[-1].end < 0 and down.steps[-1].alpha_next == model.final_alpha
-    up = make_schedule(model, steps, inverse=True, spacing=spacing)
-    assert [(one.start, one.end) for one in up] == [(one.end, one.start) for one in reversed(down.steps)]

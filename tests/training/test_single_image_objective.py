@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from personalize.adapters.lora import lora_layers, scaled
+from personalize.adapters.lora import lora_layers
+from personalize.adapters.lora_scales import scaled
 from personalize.training.data.samples import SampleShard
 from personalize.training.single_image_objective import SingleImageObjective
 from tests.support.objectives import CAPTION, objective

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from personalize.cli.edit_options import DragConfig
 
 
-
 def run(config: DragConfig) -> Path:
     """Drag, or show what a drag will do; write the pictures and the facts, and print them in short."""
     points, settings = interleaved_points(config.from_, config.to), drag_settings(config)
@@ -77,8 +76,6 @@ def drag_settings(config: DragConfig) -> DragSettings:
         strength=config.strength, displacement=config.displacement, fill=config.fill, clearance=config.clearance,
         mask_threshold=config.mask_threshold, grow=config.grow - config.shrink, seed=config.seed,
     )  # fmt: skip
-
-
 
 
 def as_text(point: Any) -> str:

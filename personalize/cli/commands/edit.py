@@ -55,7 +55,7 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
 
     The pictures are numbered on from those that the output folder holds already.
     """
-    settings, seed = list(_settings(config)), config.seed or 0
+    settings, seed = list(edit_strengths(config)), config.seed or 0
     recalled = None
     if not any(getattr(config, name) not in ((), None) for name in STRENGTHS):
         recalled = remembered(editor.adapter.info if editor.adapter else {}, prompt)
@@ -81,7 +81,7 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
     return files | {"grid.png": png(sheet), "edits.json": json.dumps(entries, indent=1).encode()}
 
 
-def _settings(config: EditConfig) -> Iterator[EditStrengths]:
+def edit_strengths(config: EditConfig) -> Iterator[EditStrengths]:
     """All combinations of the given strengths; with `--gamma` by vector subtraction, otherwise by projection."""
     usual = DEFAULT_STRENGTHS
     strength = usual.strength if config.strength is None else config.strength

@@ -49,7 +49,7 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
         config.strict_background, _noun_regions(config),
     )  # fmt: skip
     photo = load_image(config.photo)
-    settings = _settings(config, editor.model.name)
+    settings = photo_settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings, cache)
     with progress_bars():
@@ -90,7 +90,7 @@ def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: P
     return config.output_dir
 
 
-def _settings(config: PhotoConfig, base: str) -> PhotoSettings:
+def photo_settings(config: PhotoConfig, base: str) -> PhotoSettings:
     """The settings that the options give; what they leave open is chosen for the base model of the name `base`."""
     null_text = settings_for(
         NullTextSettings, base, iterations=config.null_text_iterations, rate=config.null_text_rate,

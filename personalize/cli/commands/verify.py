@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from personalize.errors import Mismatch
-from personalize.formats.manifest import MANIFEST, _is_part_of_adapter
+from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.verification import VerificationReport, verify_file, verify_folder
 from personalize.io.tensor_files import read_json
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
@@ -34,7 +34,7 @@ def run(config: VerifyConfig) -> VerificationReport:
     """
     path = Path(config.path)
     folder = path.parent if path.is_file() else path
-    if path.is_file() and not _is_part_of_adapter(path):
+    if path.is_file() and not is_part_of_adapter(path):
         report = verify_file(path, None if config.base is None else StableDiffusion.load(config.base))
         base = config.base or (True if len(report.files) > 1 else None)
     else:

@@ -8,7 +8,7 @@ All is in pixels of the padded picture that the model sees; `preview` and `image
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -292,11 +292,7 @@ def _visible(source: DragSource) -> Tensor:
     return shown
 
 
-def _cell_of(source: DragSource):
+def _cell_of(source: DragSource) -> Callable[[Point], Cell]:
     """A function from a point (x, y) in pixels to its latent cell (row, column)."""
     factor = source.frame.factor
-
-    def cell(point: Point) -> Cell:
-        return int(point[1]) // factor, int(point[0]) // factor
-
-    return cell
+    return lambda point: (int(point[1]) // factor, int(point[0]) // factor)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from personalize.editing.dynamic_prompt_learning.nouns import nouns
 from personalize.errors import UserError
-from personalize.models.prompts import WORD, Positions, Span, Tokens, _spelled
+from personalize.models.prompts import WORD, Positions, Span, Tokens, words_of
 
 FUNCTION_WORDS = frozenset(  # words that no adjective describes
     "a an the and or nor but with without of in on at by to from into onto over under above below behind before beside "
@@ -106,7 +106,7 @@ def swap_words(source: Tokens, swaps: Sequence[tuple[str, str]]) -> str:
     """
     for old, _ in swaps:
         source.find(old)
-    replacements = [(_spelled(old), new) for old, new in _longest_first(swaps)]
+    replacements = [(words_of(old), new) for old, new in _longest_first(swaps)]
     words, parts, at, end = list(WORD.finditer(source.text)), [], 0, 0
     while at < len(words):
         here = [word.group().lower() for word in words[at:]]
@@ -126,7 +126,7 @@ def phrase_swaps(source: Tokens, target: Tokens, swaps: Sequence[tuple[str, str]
     for old, new in swaps:
         source.find(old)
         target.find(new)
-    pairs = [(_spelled(old), _spelled(new)) for old, new in _longest_first(swaps)]
+    pairs = [(words_of(old), words_of(new)) for old, new in _longest_first(swaps)]
     source_words, target_words = ([word.text for word in tokens.words] for tokens in (source, target))
     spans, i, j = [], 0, 0
     while i < len(source_words) and j < len(target_words):
@@ -191,7 +191,7 @@ def _noun_words(tokens: Tokens) -> list[range]:
 
 
 def _longest_first(swaps: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    return sorted(swaps, key=lambda pair: -len(_spelled(pair[0])))
+    return sorted(swaps, key=lambda pair: -len(words_of(pair[0])))
 
 
 def _span(positions: Positions) -> Span:

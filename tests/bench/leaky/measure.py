@@ -29,12 +29,12 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.inversion import invert
 from personalize.sampling.schedule import make_schedule
-from tests.bench.attention_maps import map_measures
 from tests.bench.cells import Cells
 from tests.bench.contract import caption
 from tests.bench.intervals import mean_interval, wilson
 from tests.bench.judge.judge import Judge, as_bytes
 from tests.bench.leaky.train import UNET, assemble
+from tests.bench.map_measures import map_measures
 from tests.bench.world import weights_of, world_of
 
 SPLIT = "bench/leaky"

@@ -1,6 +1,5 @@
 """Which samples a run draws of its pictures."""
 
-
 import pytest
 import torch
 from torch import Tensor
