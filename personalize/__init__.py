@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from personalize.adapters.adapter import Adapter as Adapter
     from personalize.adapters.subjects import Subject as Subject
     from personalize.editing.attach import attach as attach
+    from personalize.editing.config import EditStrengths as EditStrengths
+    from personalize.editing.config import Sampling as Sampling
     from personalize.editing.drag.config import DragSettings as DragSettings
     from personalize.editing.editor import Editor as Editor
+    from personalize.editing.photo_settings import PhotoSettings as PhotoSettings
     from personalize.editing.real_image_settings import EditRequest as EditRequest
-    from personalize.editing.real_image_settings import PhotoSettings as PhotoSettings
-    from personalize.editing.strengths import EditStrengths as EditStrengths
-    from personalize.editing.strengths import Sampling as Sampling
     from personalize.embedded.samples import bundled as bundled
     from personalize.embedded.scenes import Scene as Scene
     from personalize.embedded.scenes import SceneObject as SceneObject
@@ -58,12 +58,12 @@ _MODULES = {  # the module of each public name; a module of the same name would 
     "DragSettings": "personalize.editing.drag.config",
     "EMBEDDED": "personalize.models.stable_diffusion",
     "EditRequest": "personalize.editing.real_image_settings",
-    "EditStrengths": "personalize.editing.strengths",
+    "EditStrengths": "personalize.editing.config",
     "Editor": "personalize.editing.editor",
     "MultiConceptConfig": "personalize.training.config",
-    "PhotoSettings": "personalize.editing.real_image_settings",
+    "PhotoSettings": "personalize.editing.photo_settings",
     "ProcessGroup": "personalize.training.distributed",
-    "Sampling": "personalize.editing.strengths",
+    "Sampling": "personalize.editing.config",
     "Scene": "personalize.embedded.scenes",
     "SceneObject": "personalize.embedded.scenes",
     "SingleImageConfig": "personalize.training.config",

@@ -6,6 +6,8 @@
     lists, terminal options that take several values; what is printed
     launch          scripts of train/ and export/, and `accelerate launch`
     commands/       one file per command
+    checks          paths, prompts and combinations of options, checked before torch is imported
+    pages           freed memory is kept by the command line's own process
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing, training.
 """

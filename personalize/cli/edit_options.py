@@ -9,8 +9,11 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from personalize.cli.checks import check_drag, check_edit, check_photo
+from personalize.editing.config import CONTROL, DEFAULT_SAMPLING, DYNAMIC, UNIFORM
 from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
+from personalize.editing.photo_settings import PHOTO_DEFAULTS as PHOTO
 from personalize.models.config import InferenceOptions
+from personalize.sampling.config import NULL_TEXT
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,17 @@ class PhotoConfig(InferenceOptions):
     """old=new: change the photo only where these words of source and target have attention; or one word of both."""
     mask: str | None = None
     """The photo may change only here: a picture, white where it may, or left,top,right,bottom in pixels."""
-    inversion: Literal["direct", "ddim", "negative", "null-text", "ddpm", "none"] = "direct"
+    inversion: Literal["direct", "ddim", "negative", "null-text", "ddpm", "none"] = PHOTO.inversion
     """direct is exact and fast; null-text is slow; ddpm draws noise; none needs no inversion and 8 to 12 steps."""
-    mode: Literal["auto", "replace", "refine"] = "auto"
+    mode: Literal["auto", "replace", "refine"] = CONTROL.mode
     """replace: word for word; refine: words are added or removed; auto: replace if words were only exchanged."""
-    cross_replace_steps: float = 0.8
+    cross_replace_steps: float = CONTROL.cross_replace_steps
     """Fraction of the steps that use the source's cross-attention; less lets shapes change more."""
-    self_replace_steps: float = 0.5
+    self_replace_steps: float = CONTROL.self_replace_steps
     """Fraction of the steps that use the source's self-attention, which keeps the layout."""
-    bind_adjectives: bool = True
+    bind_adjectives: bool = CONTROL.bind_adjectives
     """A word added before a noun gets the noun's attention."""
-    controller: Literal["p2p", "mutual"] = "p2p"
+    controller: Literal["p2p", "mutual"] = PHOTO.controller
     """p2p: Prompt-to-Prompt; mutual: self-attention reads the source's keys and values (MasaCtrl)."""
     dpl: bool = False
     """Dynamic prompt learning: fit the nouns of --source until the attention of each is on its own thing; slow."""
@@ -65,33 +68,33 @@ class PhotoConfig(InferenceOptions):
     """--dpl: weight of the loss that keeps nouns apart, 0.005 to 0.2; by default 0.05, on the package's model 1."""
     dpl_background: float | None = None
     """--dpl: weight of the loss against attention on the background; by default 0.05, on the package's model 1."""
-    dpl_words_only: bool = False
+    dpl_words_only: bool = DYNAMIC.words_only
     """--dpl: leave padding tokens out of the loss; for base models whose attention goes to the padding."""
     uniform: bool = False
     """Uniform attention maps: use a reconstruction of the photo wherever the edit changes nothing."""
-    uniform_until: float = 0.2
+    uniform_until: float = UNIFORM.until
     """--uniform: fraction of the schedule, at its clean end, in which it is used; more keeps more of the photo."""
-    uniform_quantile: float = 0.5
+    uniform_quantile: float = UNIFORM.quantile
     """--uniform: quantile of the differences that counts as no edit, at the last step; less lets more change."""
-    uniform_auxiliary: Literal["u", "stored", "z0"] = "u"
+    uniform_auxiliary: Literal["u", "stored", "z0"] = UNIFORM.auxiliary
     """--uniform: what is used there: a reconstruction (u), one of the last steps only (stored), or the photo (z0)."""
     strict_background: bool = False
     """--uniform: keep the photo's own pixels outside the region that it computes; with --mask they are kept anyway."""
-    num_inference_steps: int = 50
+    num_inference_steps: int = PHOTO.steps
     """Denoising steps of the full schedule."""
-    guidance_scale: float | None = None
+    guidance_scale: float | None = PHOTO.guidance_scale
     """Guidance scale, 1 is off; by default 7.5, with ddpm 15; on the package's model 4 and 6; with none 2."""
-    seed: int = 0
+    seed: int = PHOTO.seed
     """Seed of the noise that ddpm and none draw; the other inversions draw none."""
-    null_text_iterations: int = 10
+    null_text_iterations: int = NULL_TEXT.iterations
     """null-text: most updates at each step."""
     null_text_rate: float | None = None
     """null-text: learning rate of the first step; by default 0.01, on the package's model 0.1."""
-    null_text_tolerance: float = 1e-5
+    null_text_tolerance: float = NULL_TEXT.tolerance
     """null-text: a step ends when its loss is below this; later steps allow a little more."""
-    null_text_checkpointing: bool = False
+    null_text_checkpointing: bool = NULL_TEXT.gradient_checkpointing
     """null-text: gradient checkpointing, which needs less memory and more time; for SDXL."""
-    fixed_point_iterations: int = 0
+    fixed_point_iterations: int = PHOTO.fixed_point
     """Fixed-point iterations at each inversion step, which make sampling without guidance exact; not for ddpm."""
     attention_maps: bool = False
     """Draw the attention of each word in attention.png."""
@@ -101,7 +104,7 @@ class PhotoConfig(InferenceOptions):
     """Adapter folder or LoRA file to use; prompts may name its learned tokens; or several."""
     add: tuple[Path, ...] = ()
     """More adapters or LoRA files, such as an LCM or Turbo LoRA for --inversion none at 4 to 8 steps."""
-    resolution: int | None = None
+    resolution: int | None = PHOTO.resolution
     """The photo is edited at about resolution² pixels, by default the base model's own, and keeps its size."""
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures, edit.json and the inversion."""
@@ -172,11 +175,11 @@ class EditConfig(InferenceOptions):
     """A list of seeds, instead of --seed and --num_images."""
     num_images: int = 1
     """Number of pictures, each with its own seed, for each combination."""
-    num_inference_steps: int = 50
+    num_inference_steps: int = DEFAULT_SAMPLING.steps
     """Denoising steps."""
-    guidance_scale: float | None = None
+    guidance_scale: float | None = DEFAULT_SAMPLING.guidance_scale
     """Classifier-free guidance, 1 is off; by default 7.5, on the package's model 4."""
-    scheduler: str = "ddim"
+    scheduler: str = DEFAULT_SAMPLING.scheduler
     """Sampler, e.g. ddim, euler, euler_a, dpm++_2m, ddpm."""
     height: int | None = None
     """Height in pixels; by default that of the picture the adapter was trained on."""

@@ -8,6 +8,7 @@
     vector_projection         edits of text embeddings
     prompt_to_prompt/  dynamic_prompt_learning/  drag/
     uniform_attention, mutual_self_attention
+    config, photo_settings    the settings that options fill;  real_image_settings: what an edit of a photo is asked for
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation.
 """

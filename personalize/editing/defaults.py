@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
-from personalize.sampling.null_text import NullTextSettings
+from personalize.editing.config import DynamicSettings
+from personalize.sampling.config import NullTextSettings
 
 SettingsT = TypeVar("SettingsT", DynamicSettings, NullTextSettings)
 

@@ -22,16 +22,17 @@ from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora_scales import lora_disabled
 from personalize.adapters.text_encoder_lora import has_text
 from personalize.adapters.textual_inversion import installed_tokens
+from personalize.editing.config import DEFAULT_SAMPLING, DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.defaults import text_to_image_guidance
 from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import DragResult, drag_picture, preview_picture
 from personalize.editing.drag.preview import DragPreview
 from personalize.editing.drag.reading import SourceCache
+from personalize.editing.photo_settings import PHOTO_DEFAULTS, PhotoSettings
 from personalize.editing.real_image import EditResult, edit_photo
-from personalize.editing.real_image_settings import PHOTO_DEFAULTS, EditRequest, PhotoSettings
+from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.search import Trial, ranked, search
-from personalize.editing.strengths import DEFAULT_SAMPLING, DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.vector_projection import edit_conditioning
 from personalize.errors import UserError
 from personalize.evaluation.scorers import find_scorer

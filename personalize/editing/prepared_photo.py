@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from personalize.editing.config import UniformSettings
 from personalize.editing.dynamic_prompt_learning.fit import DynamicPrompt
 from personalize.editing.dynamic_prompt_learning.leakage import (
     AttentionReport,
@@ -17,9 +18,10 @@ from personalize.editing.dynamic_prompt_learning.leakage import (
 )
 from personalize.editing.dynamic_prompt_learning.noun_groups import noun_groups
 from personalize.editing.dynamic_prompt_learning.stored_fit import fit_dynamic_prompt
-from personalize.editing.real_image_settings import EditRequest, PhotoSettings
+from personalize.editing.photo_settings import PhotoSettings
+from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.region import EditRegion
-from personalize.editing.uniform_attention import UniformBlend, UniformSettings, auxiliary_estimates
+from personalize.editing.uniform_attention import UniformBlend, auxiliary_estimates
 from personalize.errors import UserError
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import StableDiffusion

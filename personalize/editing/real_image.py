@@ -31,11 +31,12 @@ from personalize.editing.dynamic_prompt_learning.leakage import (
     report_attention,
 )
 from personalize.editing.mutual_self_attention import MutualAttention
+from personalize.editing.photo_settings import PHOTO_DEFAULTS, PhotoSettings
 from personalize.editing.photo_sheets import edit_sheet, mask_sheet, word_sheet
 from personalize.editing.prepared_photo import PreparedImage, dynamic_noun_sheet, pixel_size, prepare_image
 from personalize.editing.prompt_to_prompt.control import Controls, make_controls
 from personalize.editing.prompt_to_prompt.local_blend import LocalBlend, word_blend
-from personalize.editing.real_image_settings import PHOTO_DEFAULTS, EditRequest, PhotoSettings
+from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.region import EditRegion, PinnedOutside, keep_photo
 from personalize.errors import UserError
 from personalize.io.images import to_image

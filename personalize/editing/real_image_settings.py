@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from personalize.editing import defaults
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import AUTO_REGIONS, NounRegions
 from personalize.editing.prompt_to_prompt.alignment import swap_words
-from personalize.editing.prompt_to_prompt.control import ControlSettings
 from personalize.editing.region import Box
-from personalize.editing.uniform_attention import UniformSettings
 from personalize.errors import UserError
 from personalize.models.image_processor import Picture
 from personalize.models.prompts import Tokens
-from personalize.sampling.inversion import STRENGTH
-from personalize.sampling.null_text import NullTextSettings
 
 
 @dataclass(frozen=True)
@@ -55,50 +48,3 @@ class EditRequest:
         if not targets and not self.swaps and not self.weights:
             raise UserError("nothing is to change: give a target prompt, words to swap, or weights of words")
         return targets or [swap_words(source, self.swaps)]
-
-
-@dataclass(frozen=True)
-class PhotoSettings:
-    """How a photo is inverted and edited; see `invert` and `ControlSettings`. UserError for a wrong combination."""
-
-    inversion: str = "direct"
-    steps: int = 50
-    strength: float | None = None
-    """Share of the steps that is inverted and sampled, at the clean end; by default 1, with ddpm 0.64."""
-    guidance_scale: float | None = None
-    """Guidance scale of the edit; by default 7.5, with ddpm 15; on the embedded model 4, with ddpm 6; with none 2."""
-    seed: int = 0
-    null_text: NullTextSettings | None = None
-    """How null embeddings are fitted; by default as in `personalize.editing.defaults` for the base model."""
-    fixed_point: int = 0
-    """Fixed-point iterations at each inversion step."""
-    controller: Literal["p2p", "mutual"] = "p2p"
-    """Prompt-to-Prompt, or mutual self-attention; the latter inverts with the empty prompt, as published."""
-    control: ControlSettings = ControlSettings()
-    dynamic: DynamicSettings | None = None
-    """Settings of dynamic prompts, or None for none; only with the controller p2p."""
-    uniform: UniformSettings | None = None
-    """Settings of uniform attention maps, or None for none."""
-    resolution: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.controller == "mutual" and self.dynamic is not None:
-            raise UserError("mutual attention has no source prompt, so that no noun can be dynamic: use one of them")
-        if self.inversion == "none" and (self.dynamic is not None or self.uniform is not None):
-            raise UserError("dynamic prompts and uniform maps work along an inversion: choose another one than none")
-
-    def guidance(self, base: str) -> float:
-        """The guidance scale of the edit, for the base model of that name."""
-        return defaults.guidance(base, self.inversion) if self.guidance_scale is None else self.guidance_scale
-
-    def null_text_settings(self, base: str) -> NullTextSettings:
-        """How null embeddings are fitted, for the base model of that name."""
-        return self.null_text or defaults.settings_for(NullTextSettings, base)
-
-    @property
-    def inverted_share(self) -> float:
-        """The share of the steps that is inverted, which depends on the inversion by default."""
-        return STRENGTH.get(self.inversion, 1.0) if self.strength is None else self.strength
-
-
-PHOTO_DEFAULTS = PhotoSettings()

@@ -30,7 +30,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora import PREFIX
 from personalize.adapters.lora_scales import multipliers
-from personalize.editing.strengths import DEFAULT_SAMPLING, EditStrengths, Sampling
+from personalize.editing.config import DEFAULT_SAMPLING, EditStrengths, Sampling
 from personalize.errors import UserError
 from personalize.evaluation.scoring import Request, Scorer, Scores
 from personalize.models.stable_diffusion import StableDiffusion

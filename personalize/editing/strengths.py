@@ -7,55 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from personalize.adapters.forgetting import parse_rule_sum
+from personalize.editing.config import EditStrengths
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import write_file
 from personalize.io.tensor_files import read_json
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are sampled.
-
-    scheduler: a name in `personalize.sampling.denoise.SCHEDULERS`.
-    guidance_scale: as in diffusers, 1 is off; None is the base model's, by `personalize.editing.defaults`.
-    size: height and width in pixels; None is the size at which the adapter was trained.
-    """
-
-    steps: int = 50
-    scheduler: str = "ddim"
-    guidance_scale: float | None = None
-    size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class EditStrengths:
-    """The strengths of one edit.
-
-    alpha, beta: weights of the source and of the edit in vector projection.
-    gamma: the share of the prompt in vector subtraction, which takes the place of projection if it is given.
-    forget: forgetting rules joined by "+", or "none".
-    strength: factor on the whole adapter.
-    """
-
-    alpha: float = 0.8
-    beta: float = 1.2
-    gamma: float | None = None
-    forget: str = "none"
-    strength: float = 1.0
-
-    def __str__(self) -> str:
-        mix = f"alpha {self.alpha:g}  beta {self.beta:g}" if self.gamma is None else f"gamma {self.gamma:g}"
-        forgotten = "" if self.forget == "none" else f"  forget {self.forget}"
-        return mix + forgotten + ("" if self.strength == 1 else f"  strength {self.strength:g}")
-
-
-DEFAULT_SAMPLING, DEFAULT_STRENGTHS = Sampling(), EditStrengths()
 
 
 def remember(folder: str | Path, prompt: str, strengths: EditStrengths, seed: int, scores: Mapping[str, Any]) -> None:

@@ -19,20 +19,18 @@ region is dilated, and the quantile grows with the step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from personalize.errors import UserError
+from personalize.editing.config import UniformSettings
 from personalize.models.attention import AttentionHook, AttentionSite
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, LatentEdit, denoise, denoise_with_history
 from personalize.sampling.schedule import Schedule, Step
 
-AUXILIARIES = ("u", "stored", "z0")
-REDUCTIONS = (None, "any", "mean")
 MIN_DIFFERENCE = 1e-3  # a smaller |Δ|, in latents of about unit variance, is no edit, whatever its quantile
 
 
@@ -47,46 +45,6 @@ class UniformMaps(AttentionHook):
 
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
         return q, k[:, :, :1], v.float().mean(2, keepdim=True).to(v.dtype)
-
-
-@dataclass(frozen=True)
-class UniformSettings:
-    """How the auxiliary reconstruction is blended into an edit. Raises UserError for a value out of range.
-
-    Args:
-        until: T_mask as a share of the noise schedule: steps with 0 < t < until · 1000 are blended.
-        quantile: q, in [0, 1], reached at the last step; a smaller value keeps less of the photo.
-        threshold_scale: a difference is an edit if it exceeds `threshold_scale` · λ; with 1 nearly everything would be.
-        dilate: radius by which the edited region is dilated, in latent cells.
-        blend_source: also give the source's x̂0 the auxiliary estimate where the target is edited, as the paper does
-            with mutual self-attention.
-        auxiliary: how x̂0_u is computed. "u": sampled from the uniform inversion; "stored": sampled only below T_mask,
-            from the inverted latents there; "z0": the encoded photo (blended latent diffusion, the control).
-        reduce: None: one mask for each latent channel; "any" or "mean": one mask for all channels, where any of them
-            or at least half of them is edited.
-    """
-
-    until: float = 0.2
-    quantile: float = 0.5
-    threshold_scale: float = 2.0
-    dilate: int = 1
-    blend_source: bool = False
-    auxiliary: str = "u"
-    reduce: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.auxiliary not in AUXILIARIES or self.reduce not in REDUCTIONS:
-            raise UserError(f"auxiliary is one of {AUXILIARIES} and reduce one of {REDUCTIONS}; got {self}")
-        if not 0 <= self.until <= 1 or not 0 <= self.quantile <= 1:
-            raise UserError(f"until and quantile are shares from 0 to 1, got {self.until} and {self.quantile}")
-
-    def blends(self, step: Step) -> bool:
-        """Whether this step is blended: 0 < t < T_mask."""
-        return 0 < step.start < self.until * 1000
-
-    def quantile_at(self, step: Step) -> float:
-        """q·i/(S−1), with i the number of the step and S the number of steps."""
-        return self.quantile * step.index / max(1, step.count - 1)
 
 
 def edit_mask(

@@ -12,6 +12,7 @@
     fast_paths         the same results in less time;  gradient_checkpointing: in less memory
     empty              a model's shapes without its weights
     quantization       4-bit base models;  offloading: where layers compute whose weights are moved
+    map_filters        attention maps scaled and smoothed
 
 Imports: io.
 """

@@ -35,8 +35,9 @@ from personalize.models.image_processor import PaddedImage, Picture, as_image
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
+from personalize.sampling.config import NULL_TEXT, STRENGTH, NullTextSettings
 from personalize.sampling.denoise import Edit, LatentEdit, ddim, denoise, denoise_with_history
-from personalize.sampling.null_text import NULL_TEXT, NullFit, NullTextSettings
+from personalize.sampling.null_text import NullFit
 from personalize.sampling.progress import part
 from personalize.sampling.schedule import Schedule, Step, make_schedule
 from personalize.sampling.trajectory import MANIFEST, Trajectory, fingerprint, fingerprint_hash, with_noise
@@ -45,7 +46,6 @@ from personalize.sampling.virtual_inversion import noisy_versions
 METHODS = ("direct", "ddim", "negative", "null-text", "ddpm", "none")
 GUIDANCE = {"null-text": 7.5, "ddpm": 3.5}  # defaults of the methods that invert with guidance
 SPACING = "trailing"  # of the timesteps without inversion: few steps begin at pure noise
-STRENGTH = {"ddpm": 0.64}  # the paper skips the noisiest 36 of 100 steps
 
 
 @torch.no_grad()

@@ -9,50 +9,18 @@ References: Mokady et al., "Null-text Inversion for Editing Real Images", arXiv 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from personalize.errors import UserError
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Condition, ddim
 from personalize.sampling.schedule import Step
 
 HALF_SCALE = 2.0**12  # loss scale in fp16, in which the gradients would underflow
-
-
-@dataclass(frozen=True)
-class NullTextSettings:
-    """How null embeddings are fitted. Raises UserError for a value out of range."""
-
-    iterations: int = 10
-    """Maximum number of updates at each step."""
-    rate: float = 1e-2
-    """Learning rate of the first step; at step i of T it is multiplied by 1 − i/(2T)."""
-    tolerance: float = 1e-5
-    """The updates of a step end as soon as its loss is below `tolerance` + `growth` · i, i being the step's number."""
-    growth: float = 2e-5
-    """For 50 steps; with T steps it is multiplied by 50/T. 0 asks the same loss of every step."""
-    warm_start: bool = True
-    """Start each step at the embedding fitted for the previous one, instead of the empty prompt."""
-
-    gradient_checkpointing: bool = False
-    """Compute the UNet's blocks again for the backward pass instead of keeping them: less memory, same result."""
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1 or self.rate <= 0 or self.tolerance < 0 or self.growth < 0:
-            raise UserError(f"null-text takes iterations from 1, a positive rate and no negative tolerance, got {self}")
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The settings that decide the result, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name != "gradient_checkpointing"}
-
-
-NULL_TEXT = NullTextSettings()
 
 
 class NullFit:

@@ -2,13 +2,15 @@
 
     config                        the options, which are also the YAML keys
     run                           what every run has: updates, checkpoints, the adapter so far
-    single_image, multi_concept   the two kinds of run;  *_objective: their losses
+    single_image, multi_concept   the two kinds of run;  single_image_objective, multi_concept_objective: their losses
     losses, loop                  loss terms; the loop of updates
     cuda_graph, batched_adapters  one graph per update; several adapters in one batch
     checkpoints, memory_estimate, validation, trainer, distributed
     catalogue, catalogue_table    one adapter for each row of a table
     data/                         pictures, captions and masks as samples
     pretraining/                  how the embedded model was made; no product code imports it
+    checks                        wrong options, found before torch is imported
+    concept_maps                  where each concept's words attend
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing.
 """

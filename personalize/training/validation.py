@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
+from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import Sampling
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.images import psnr, to_image, to_pixels

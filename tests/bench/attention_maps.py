@@ -23,24 +23,25 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
+from personalize.editing.config import DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import (
     NounRegions,
     mean_noun_maps,
     report_attention,
 )
 from personalize.editing.dynamic_prompt_learning.stored_fit import fit_dynamic_prompt
+from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo
-from personalize.editing.real_image_settings import EditRequest, PhotoSettings
-from personalize.editing.uniform_attention import UniformSettings, reconstruct, uniform_edit
+from personalize.editing.real_image_settings import EditRequest
+from personalize.editing.uniform_attention import reconstruct, uniform_edit
 from personalize.embedded.scenes import Scene, random_scene, render
 from personalize.models.attention import hooked
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import EMBEDDED, Conditioning, StableDiffusion
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Edit, denoise, denoise_with_history
 from personalize.sampling.inversion import invert
-from personalize.sampling.null_text import NullTextSettings
 from personalize.sampling.schedule import Schedule, make_schedule
 from tests.bench.cells import Cells
 from tests.bench.contract import caption, iou, psnr, random_task

@@ -26,19 +26,17 @@ import torch
 import tyro
 from PIL import Image
 
+from personalize.editing.config import ControlSettings, DynamicSettings, Sampling, UniformSettings
 from personalize.editing.defaults import guidance, settings_for
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
 from personalize.editing.editor import Editor
-from personalize.editing.prompt_to_prompt.control import ControlSettings
+from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo
-from personalize.editing.real_image_settings import EditRequest, PhotoSettings
-from personalize.editing.strengths import Sampling
-from personalize.editing.uniform_attention import UniformSettings
+from personalize.editing.real_image_settings import EditRequest
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.inversion import METHODS
-from personalize.sampling.null_text import NullTextSettings
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, psnr, random_task
 from tests.bench.intervals import paired_interval

@@ -27,10 +27,10 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.cli.launch import presets
 from personalize.cli.parser import read_yaml
+from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.defaults import text_to_image_guidance
 from personalize.editing.editor import Editor
 from personalize.editing.search import SWEEP, search
-from personalize.editing.strengths import EditStrengths, Sampling
 from personalize.editing.vector_projection import edit_conditioning
 from personalize.embedded.scenes import HELD_OUT_STYLE, render
 from personalize.evaluation.scene_scorer import SceneScorer

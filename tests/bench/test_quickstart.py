@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from personalize.cli.commands.quickstart import VARIANTS
-from personalize.editing.strengths import Sampling
+from personalize.editing.config import Sampling
 from personalize.embedded.samples import bundled
 from personalize.embedded.scenes import render
 from tests.bench import quickstart

@@ -16,15 +16,20 @@ from personalize.cli.commands.edit_image import photo_settings
 from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
 from personalize.cli.parser import parse
 from personalize.editing import defaults
+from personalize.editing.config import (
+    DEFAULT_STRENGTHS,
+    ControlSettings,
+    DynamicSettings,
+    EditStrengths,
+    Sampling,
+    UniformSettings,
+)
 from personalize.editing.drag.config import DragSettings
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
-from personalize.editing.prompt_to_prompt.control import ControlSettings
-from personalize.editing.real_image_settings import EditRequest, PhotoSettings
-from personalize.editing.strengths import DEFAULT_STRENGTHS, EditStrengths, Sampling
-from personalize.editing.uniform_attention import UniformSettings
+from personalize.editing.photo_settings import PhotoSettings
+from personalize.editing.real_image_settings import EditRequest
 from personalize.models.config import InferenceOptions
-from personalize.sampling.null_text import NullTextSettings
+from personalize.sampling.config import NullTextSettings
 
 SETTINGS: dict[type, dict[str, tuple[type, str]]] = {  # command's options: option → the setting that it fills
     PhotoConfig: {

@@ -22,8 +22,8 @@ from diffusers import (
 from PIL import Image
 
 import personalize
+from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import Sampling
 from personalize.editing.vector_projection import project
 from personalize.errors import UserError
 from tests.support.lora_states import random_adapter, text_lora

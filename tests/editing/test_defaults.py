@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from personalize.editing.config import DynamicSettings
 from personalize.editing.defaults import EMBEDDED, guidance, settings_for, text_to_image_guidance
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
-from personalize.sampling.null_text import NullTextSettings
+from personalize.sampling.config import NullTextSettings
 
 
 def test_other_bases_have_the_published_settings():

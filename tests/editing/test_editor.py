@@ -10,8 +10,9 @@ from PIL import Image
 
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.cli.main import main
+from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import EditStrengths, Sampling, remember
+from personalize.editing.strengths import remember
 from personalize.errors import UserError
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder

@@ -11,14 +11,14 @@ from PIL import Image
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import applied
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
+from personalize.editing.config import DynamicSettings, UniformSettings
 from personalize.editing.editor import Editor
+from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo
-from personalize.editing.real_image_settings import EditRequest, PhotoSettings
-from personalize.editing.uniform_attention import UniformSettings
+from personalize.editing.real_image_settings import EditRequest
 from personalize.errors import UserError
 from personalize.models.image_processor import PaddedImage
-from personalize.sampling.null_text import NullTextSettings
+from personalize.sampling.config import NullTextSettings
 from tests.support.lora_states import random_adapter
 from tests.support.photos import SOURCE, TARGET, gentle, photo, relative, shared
 

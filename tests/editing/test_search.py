@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.editing.search import (
     ATTENTION_ONLY,
@@ -17,7 +18,6 @@ from personalize.editing.search import (
     state,
     usable_rules,
 )
-from personalize.editing.strengths import EditStrengths, Sampling
 from personalize.errors import UserError
 from personalize.evaluation.scoring import Request, Scores
 from tests.support.lora_states import ATTENTION, random_adapter

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from personalize.adapters.adapter import Adapter
-from personalize.editing.strengths import EditStrengths, remember, remembered
+from personalize.editing.config import EditStrengths
+from personalize.editing.strengths import remember, remembered
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
 from tests.support.lora_states import random_adapter

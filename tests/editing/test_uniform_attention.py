@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from personalize.editing.config import UniformSettings
 from personalize.editing.uniform_attention import (
     UniformBlend,
     UniformMaps,
-    UniformSettings,
     auxiliary_estimates,
     edit_mask,
     reconstruct,

@@ -19,8 +19,8 @@ from personalize.adapters.export import baked
 from personalize.adapters.fuse import component_weights, merged_weights
 from personalize.cli.commands import convert
 from personalize.cli.options import ConvertConfig
+from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import Sampling
 from personalize.errors import UserError
 from personalize.formats.changed_layers import changed
 from personalize.formats.foreign_files import read_adapter_file

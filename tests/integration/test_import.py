@@ -6,8 +6,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from personalize.adapters.adapter import Adapter
+from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import Sampling
 from personalize.errors import UserError
 from personalize.formats import foreign_files, lora_files
 from personalize.sampling.denoise import initial_latents

@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from personalize.adapters.lora import load_lora, remove_lora
+from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import Sampling
 from personalize.embedded.samples import bundled
 from personalize.io.images import fitted_pixels, psnr, to_pixels
 from personalize.models.loading import CONFIGS, clip_tokenizer

@@ -98,7 +98,7 @@ def imports(node: ast.AST, at_load: bool = True, runtime: bool = True) -> Iterat
 
 def faults(package: Package) -> list[str]:
     """Everything that breaks a rule of the house, a line each."""
-    return [fault for rule in (folder_faults, import_faults, circle_faults, light_faults, pure_faults)
+    return [fault for rule in (folder_faults, manual_faults, import_faults, circle_faults, light_faults, pure_faults)
             for fault in rule(package)]  # fmt: skip
 
 
@@ -118,6 +118,15 @@ def folder_faults(package: Package) -> Iterator[str]:
         TopologicalSorter({folder: package.allowed(folder) for folder in tops}).prepare()
     except CycleError as error:
         yield f"folders import one another: {' → '.join(error.args[1])}"
+
+
+def manual_faults(package: Package) -> Iterator[str]:
+    """Files that their folder's docstring does not name: the docstrings are the manual of the package."""
+    for file, path in package.files.items():
+        if "." in file and path.name != "__init__.py":
+            folder, _, name = file.rpartition(".")
+            if name not in re.findall(r"\w+", package.docstring(folder)):
+                yield f"{folder}/__init__.py does not say what {name}.py is for"
 
 
 def import_faults(package: Package) -> Iterator[str]:
@@ -200,10 +209,10 @@ PURE = '"""B.\n\nPure: torch alone.\n"""\n'
 CLEAN = {
     "__init__.py": "",
     "errors.py": "",
-    "low/__init__.py": '"""Low.\n\nImports: nothing.\n"""',
+    "low/__init__.py": '"""Low: a, config.\n\nImports: nothing.\n"""',
     "low/a.py": "import torch",
     "low/config.py": "import yaml",
-    "high/__init__.py": '"""High.\n\nImports: low.\n"""',
+    "high/__init__.py": '"""High: b, c, d.\n\nImports: low.\n"""',
     "high/b.py": PURE + "import torch\nfrom personalize.errors import UserError",
     "high/c.py": "from personalize.low.a import x\nfrom personalize.high import b",
 }
@@ -242,13 +251,14 @@ def test_a_small_package_that_keeps_the_rules_has_no_faults(tmp_path: Path):
         ({"high/b.py": PURE + "import peft"}, "high.b is marked pure (torch alone), but imports ['peft']"),
         ({"high/b.py": PURE + "from personalize.low import a"}, "high.b is marked pure, but imports low.a"),
         ({"stray.py": ""}, "stray.py lies in no folder"),
+        ({"low/new.py": ""}, "low/__init__.py does not say what new.py is for"),
         ({"low/__init__.py": '"""Low.\n\nImports: nothing.\n"""\nimport torch'}, "holds more than a docstring"),
         ({"low/__init__.py": '"""Low.\n\nImports: high.\n"""'}, "folders import one another"),
         ({"low/pretraining/__init__.py": '"""P.\n\nImports: low.\n"""', "low/pretraining/n.py": "",
           "low/a.py": "from personalize.low.pretraining import n"}, "serves the embedded model's training alone"),
     ],
-    ids="upward function type_checking circle torch_in_light torch_behind_light impure impure_file stray code_in_init "
-        "folders pretraining".split(),
+    ids="upward function type_checking circle torch_in_light torch_behind_light impure impure_file stray unnamed "
+        "code_in_init folders pretraining".split(),
 )  # fmt: skip
 def test_each_broken_rule_is_found(tmp_path: Path, changes: dict[str, str], message: str):
     found = faults(built(tmp_path, changes))

@@ -9,9 +9,9 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from personalize.errors import UserError
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Edit, ddim, denoise, denoise_with_history
 from personalize.sampling.inversion import METHODS, invert
-from personalize.sampling.null_text import NullTextSettings
 from personalize.sampling.schedule import Schedule, make_schedule
 from tests.support.photos import SIZE, SOURCE, TARGET, gentle, photo, relative, shared, smooth
 

@@ -8,9 +8,10 @@ import torch
 from personalize.embedded.samples import bundled
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Edit, denoise
 from personalize.sampling.inversion import invert
-from personalize.sampling.null_text import NullFit, NullTextSettings
+from personalize.sampling.null_text import NullFit
 from tests.support.photos import SOURCE, photo, relative, shared, smooth
 
 STEPS = 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.inversion import invert
-from personalize.sampling.null_text import NullTextSettings
 from personalize.sampling.progress import listening, part, ticked
 from tests.support.photos import SOURCE, shared, smooth
 

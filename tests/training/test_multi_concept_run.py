@@ -13,8 +13,8 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.subjects import Subject
 from personalize.adapters.textual_inversion import initial_embeddings, installed_tokens
 from personalize.editing.attach import attach
+from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import Sampling
 from personalize.errors import UserError
 from personalize.io.images import to_pixels
 from personalize.models.stable_diffusion import StableDiffusion

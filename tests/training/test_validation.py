@@ -12,8 +12,8 @@ import torch
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.subjects import Subject
+from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import Sampling
 from personalize.io.images import to_image
 from personalize.training import validation
 from personalize.training.config import MultiConceptConfig

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import track
 
 from personalize.cli.checks import STRENGTHS, check_edit
+from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.editing.search import Trial, ranked, search
-from personalize.editing.strengths import DEFAULT_STRENGTHS, EditStrengths, Sampling, remember, remembered
+from personalize.editing.strengths import remember, remembered
 from personalize.errors import UserError
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request

@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING
 
 from personalize.cli.checks import box, pair, weight
 from personalize.cli.progress import progress_bars
+from personalize.editing.config import ControlSettings, DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
 from personalize.editing.editor import Editor
-from personalize.editing.prompt_to_prompt.control import ControlSettings
+from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import EditResult, report_photo
-from personalize.editing.real_image_settings import EditRequest, PhotoSettings
-from personalize.editing.uniform_attention import UniformSettings
+from personalize.editing.real_image_settings import EditRequest
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
 from personalize.io.images import psnr, to_pixels
 from personalize.io.numbering import add_files
-from personalize.sampling.null_text import NullTextSettings
+from personalize.sampling.config import NullTextSettings
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,8 +15,8 @@ from rich.progress import track
 
 from personalize.cli.launch import presets
 from personalize.cli.parser import read_yaml
+from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import EditStrengths, Sampling
 from personalize.embedded.samples import SampleEdit, SampleImage, bundled
 from personalize.io.atomic import write_file
 from personalize.io.figures import grid, png

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from personalize.adapters.textual_inversion import TokenEmbedding
+from personalize.editing.config import DYNAMIC, DynamicSettings
 from personalize.editing.dynamic_prompt_learning.noun_groups import NounGroup, group_maps
 from personalize.editing.dynamic_prompt_learning.stage_maps import stage_attention
-from personalize.errors import UserError
 from personalize.models.map_filters import smoothed
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
@@ -72,39 +72,6 @@ def sharpened(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
     """
     shares = (SHARPNESS * attention[..., 1:-1]).softmax(-1)
     return torch.stack([shares[..., [p - 1 for p in group.positions]].sum(-1) for group in groups])
-
-
-@dataclass(frozen=True)
-class DynamicSettings:
-    """How the embeddings of nouns are fitted. Raises UserError for a value out of range."""
-
-    updates: int = 21
-    """Maximum number of updates at each step; 0 fits nothing."""
-    rate: float = 1e-3
-    """Learning rate of AdamW."""
-    balancing: float = 1.0
-    """λ_at: weight of the balancing loss: each noun must dominate the other words somewhere."""
-    disjoint: float = 0.05
-    """λ_dj: weight of the disjoint loss: nouns must not overlap. Published runs used 0.005 to 0.2, by image."""
-    background: float = 0.05
-    """λ_bg: weight of the background loss: nouns must not attend to the background."""
-    words_only: bool = False
-    """Leave the padding out of the softmax of the balancing loss, unlike the paper. For base models that attend mostly
-    to the padding, so that no word could dominate."""
-    balancing_limit: float | None = None
-    """Threshold of the balancing loss at every step; None is the published 0.3 exp(−i/25). For base models that attend
-    mostly to the padding, where nouns whose maps are good stay above the published one."""
-    cap: float | None = None
-    """Limit on ‖v − v₀‖ / ‖v₀‖, the distance of an embedding from the word's; None is no limit."""
-
-    def __post_init__(self) -> None:
-        if self.updates < 0 or self.rate <= 0 or min(self.balancing, self.disjoint, self.background) < 0:
-            raise UserError(f"dynamic prompts take a positive rate and no negative updates or weights, got {self}")
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is fitted."""
-        return self.updates == 0 or not (self.balancing or self.disjoint or self.background)
 
 
 @dataclass(frozen=True)
@@ -210,7 +177,7 @@ class DynamicFit:
 
     def __init__(
         self, model: StableDiffusion, prompt: str, groups: Sequence[NounGroup], background: Tensor | None,
-        settings: DynamicSettings = DynamicSettings(), size: tuple[int, int] | None = None,
+        settings: DynamicSettings = DYNAMIC, size: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.prompt, self.groups, self.size = model, prompt, tuple(groups), size
         self.background, self.settings = background, settings

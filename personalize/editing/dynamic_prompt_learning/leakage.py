@@ -15,14 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from personalize.editing.config import DynamicSettings
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.background import find_background
-from personalize.editing.dynamic_prompt_learning.fit import (
-    DynamicSettings,
-    Leakage,
-    leakage,
-    thresholds,
-)
+from personalize.editing.dynamic_prompt_learning.fit import Leakage, leakage, thresholds
 from personalize.editing.dynamic_prompt_learning.noun_groups import NounGroup, group_maps, noun_groups
 from personalize.editing.dynamic_prompt_learning.stage_maps import stage_attention
 from personalize.editing.region import Box, mask_picture

@@ -11,20 +11,16 @@ from typing import Any
 
 import torch
 
-from personalize.editing.dynamic_prompt_learning.fit import (
-    DynamicFit,
-    DynamicPrompt,
-    DynamicSettings,
-    Leakage,
-    fit_on_trajectory,
-)
+from personalize.editing.config import DynamicSettings
+from personalize.editing.dynamic_prompt_learning.fit import DynamicFit, DynamicPrompt, Leakage, fit_on_trajectory
 from personalize.editing.dynamic_prompt_learning.leakage import AttentionReport
 from personalize.errors import UserError
 from personalize.io.atomic import write_folder
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Edit, denoise
-from personalize.sampling.null_text import NullFit, NullTextSettings
+from personalize.sampling.null_text import NullFit
 from personalize.sampling.trajectory import Trajectory, tensor_hash
 
 ROWS, ABOUT = "dynamic.safetensors", "dynamic.json"

@@ -18,12 +18,12 @@ al., "Dynamic Prompt Learning", arXiv 2309.15664, for giving an adjective the ma
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from personalize.editing.config import CONTROL, ControlSettings
 from personalize.editing.prompt_to_prompt.alignment import (
     adjective_bindings,
     differ_word_for_word,
@@ -33,7 +33,6 @@ from personalize.editing.prompt_to_prompt.alignment import (
     word_swaps,
 )
 from personalize.editing.prompt_to_prompt.local_blend import LocalBlend, per_word, word_blend
-from personalize.errors import UserError
 from personalize.models.attention import AttentionHook, AttentionSite, attention_sites
 from personalize.models.attention_maps import MapSum, stage_layers
 from personalize.models.prompts import Span, Tokens, tokenize_prompt
@@ -45,40 +44,6 @@ __all__ = [
     "Alignment", "ControlSettings", "Controls", "LocalBlend", "MapSum", "SelfControl", "TextControl",
     "align", "make_controls", "refinement_mapper", "replacement_mapper",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ControlSettings:
-    """How long and how the target gets the source's attention; shares are of all steps. UserError out of range."""
-
-    mode: Literal["auto", "replace", "refine"] = "auto"
-    """replace: word for word, in prompts of equally many words; refine: words are inserted or removed; auto: replace if
-    words were only exchanged for as many others, else refine."""
-    cross_replace_steps: float = 0.8
-    """Share of the steps in which the target gets the source's cross-attention maps."""
-    self_replace_steps: float = 0.5
-    """Share of the steps in which the target gets the source's self-attention maps."""
-    self_max_side: int = 48
-    """Self-attention layers are changed if their maps have at most this side when the base is used at its own square
-    size: SD 1's 32 and SD 2's 48 are the same layers (11 of 16), below SDXL's 64 are 60 of 70. The papers' limit of
-    1024 positions is a side of 32 on SD 1."""
-    bind_adjectives: bool = True
-    """Words inserted before a noun get the noun's map; only in mode refine."""
-    word_steps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """For single words of the target, in place of `cross_replace_steps`: (first share, last share) of the steps."""
-    blend_threshold: float = 0.3
-    """Local blend: a word's region is where its map is at least this share of its maximum."""
-    blend_start: float = 0.2
-    """Local blend: the share of the steps before it begins."""
-
-    def __post_init__(self) -> None:
-        shares = {"cross_replace_steps": self.cross_replace_steps, "self_replace_steps": self.self_replace_steps,
-                  "blend_threshold": self.blend_threshold, "blend_start": self.blend_start}  # fmt: skip
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"{name} is {value:g}: give a share from 0 to 1")
-        if self.mode not in ("auto", "replace", "refine"):
-            raise UserError(f"mode is {self.mode!r}: choose auto, replace or refine")
 
 
 @dataclass(frozen=True)
@@ -94,7 +59,7 @@ class Alignment:
 
 
 def align(
-    source: Tokens, target: Tokens, length: int, settings: ControlSettings = ControlSettings(),
+    source: Tokens, target: Tokens, length: int, settings: ControlSettings = CONTROL,
     swaps: Sequence[tuple[Span, Span]] = (),
 ) -> Alignment:  # fmt: skip
     """Align the tokens of `target` with those of `source`, for a text encoder of `length` positions.
@@ -199,7 +164,7 @@ def make_controls(
     targets: str | Sequence[str],
     *,
     steps: int,
-    settings: ControlSettings = ControlSettings(),
+    settings: ControlSettings = CONTROL,
     swaps: Sequence[tuple[str, str]] = (),
     weights: Mapping[str, float] | None = None,
     blend: Sequence[tuple[str, str]] = (),

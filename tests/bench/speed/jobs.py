@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from personalize.editing.config import Sampling
 from personalize.editing.drag.image import drag_picture
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import Sampling
 from personalize.io.images import to_image
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.config import SingleImageConfig

@@ -9,7 +9,8 @@ from PIL import Image
 
 from personalize.adapters.adapter import Adapter
 from personalize.cli.main import main
-from personalize.editing.strengths import EditStrengths, remembered
+from personalize.editing.config import EditStrengths
+from personalize.editing.strengths import remembered
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 from tests.support.tiny_scorers import clip_folder, dino_folder

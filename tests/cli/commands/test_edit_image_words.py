@@ -10,8 +10,8 @@ from PIL import Image
 
 from personalize.cli.commands.edit_image import box
 from personalize.cli.main import main
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
-from personalize.sampling.null_text import NullTextSettings
+from personalize.editing.config import DynamicSettings
+from personalize.sampling.config import NullTextSettings
 from tests.support.photos import photo
 from tests.support.tiny import tiny_folder
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from personalize.cli.commands import quickstart
 from personalize.cli.main import main
-from personalize.editing.strengths import Sampling
+from personalize.editing.config import Sampling
 from personalize.embedded.samples import bundled
 from personalize.embedded.scenes import HELD_OUT_STYLE, captions
 from personalize.errors import UserError

@@ -11,9 +11,9 @@ from functools import cache
 import pytest
 import torch
 
+from personalize.editing.config import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.fit import (
     DynamicFit,
-    DynamicSettings,
     Leakage,
     background_loss,
     balancing_loss,
@@ -25,8 +25,9 @@ from personalize.editing.dynamic_prompt_learning.fit import (
 )
 from personalize.editing.dynamic_prompt_learning.noun_groups import NounGroup, noun_groups
 from personalize.errors import UserError
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Edit, denoise, denoise_with_history
-from personalize.sampling.null_text import NullFit, NullTextSettings
+from personalize.sampling.null_text import NullFit
 from personalize.sampling.schedule import Step, make_schedule
 from tests.support.tiny import NAMES, tiny, tiny_sd1
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from personalize.editing.config import DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning import stored_fit
-from personalize.editing.dynamic_prompt_learning.fit import DynamicSettings
 from personalize.editing.dynamic_prompt_learning.leakage import (
     NounRegions,
     mean_noun_maps,
@@ -20,14 +20,14 @@ from personalize.editing.dynamic_prompt_learning.leakage import (
     report_attention,
 )
 from personalize.editing.dynamic_prompt_learning.stored_fit import fit_dynamic_prompt
+from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo, report_photo
-from personalize.editing.real_image_settings import EditRequest, PhotoSettings
-from personalize.editing.uniform_attention import UniformSettings
+from personalize.editing.real_image_settings import EditRequest
 from personalize.errors import UserError
 from personalize.io.images import to_image
 from personalize.models.image_processor import PaddedImage
+from personalize.sampling.config import NullTextSettings
 from personalize.sampling.inversion import invert
-from personalize.sampling.null_text import NullTextSettings
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import NAMES, tiny, tiny_sd1
 

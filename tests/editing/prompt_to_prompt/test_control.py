@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from personalize.editing.config import ControlSettings
 from personalize.editing.prompt_to_prompt.control import (
     Alignment,
-    ControlSettings,
     LocalBlend,
     SelfControl,
     TextControl,
