@@ -5,7 +5,7 @@
     backgrounds    the colours and places behind the things
     variation      changes to a sprite, as if of another style
     samples        the five pictures of `personalize quickstart`, with the true outcome of each edit
-    scene_scorer   the network that ranks pictures of this world
+    scene_scorer.safetensors   weights of the scorer in `evaluation.scene_scorer`
     sprites/       the art the scenes are made of
 
 Imports: io.
