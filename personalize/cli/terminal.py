@@ -27,7 +27,7 @@ def terminal() -> Iterator[None]:
                 stack.callback(stream.reconfigure, errors="strict")
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always", Notice)
-        show, told = warnings.showwarning, set[str]()
+        show, printed = warnings.showwarning, set[str]()
 
         def show_notice(
             message: Warning | str, category: type[Warning], filename: str, lineno: int,
@@ -36,8 +36,8 @@ def terminal() -> Iterator[None]:
             text = " ".join(str(message).split())
             if not issubclass(category, Notice):
                 show(message, category, filename, lineno, file, line)
-            elif text not in told and os.environ.get("RANK", "0") == "0":
-                told.add(text)
+            elif text not in printed and os.environ.get("RANK", "0") == "0":
+                printed.add(text)
                 print(f"Note: {text}", file=sys.stderr)
 
         warnings.showwarning = show_notice

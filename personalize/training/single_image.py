@@ -137,7 +137,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
             self.conditioning = model.prompts(self.texts, self.size)
 
     def _encoded(self, images: Sequence[FittedImage], rows: Sequence[int]) -> LatentDataset:
-        """The pictures encoded, with the rows of their captions, loss weights, and what SDXL is told of their sizes."""
+        """The pictures encoded, with the rows of their captions, loss weights, and SDXL's size conditioning."""
         model, config = self.model, self.config
         with fast_paths(model.vae.encoder):
             posteriors = [model.posterior(image.pixels) for image in images]  # one at a time, to save memory

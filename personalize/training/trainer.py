@@ -27,7 +27,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml")
 def make_accelerator(config: Any) -> Accelerator:
     """The Accelerator of a trainer's options, made after a check that everything they name is available.
 
-    Its `mixed_precision` is that of the options, or if they give none, what `accelerate launch` was told.
+    Its `mixed_precision` is that of the options, or if they give none, that of `accelerate launch`.
 
     Raises:
         UserError: a tracker that is not installed, a precision that the device does not support, a checkpoint or a hub

@@ -102,7 +102,7 @@ def gradients(model: StableDiffusion, timesteps: Tensor) -> dict[str, tuple[Tens
     latents = torch.randn(len(timesteps), 4, 16, 16, generator=generator(1, "probe"))
     loss = model.predict(latents, timesteps, model.prompts(["a cat"] * len(timesteps))).square().mean()
     layers = lora.lora_layers(model.unet)
-    parameters = [parameter for layer in layers.values() for parameter in lora._parameters(layer)[:2]]
+    parameters = [parameter for layer in layers.values() for parameter in lora.factor_parameters(layer)[:2]]
     found = torch.autograd.grad(loss, parameters)
     return dict(zip(layers, zip(found[::2], found[1::2], strict=True), strict=True))
 
@@ -153,7 +153,7 @@ def test_timestep_rank_t5_the_plain_lora_of_twice_the_rank_is_the_same() -> None
         list(run.steps())
         adapter = run.adapter()
         for name, layer in lora.lora_layers(model.unet).items():
-            q, p, scales = (part.detach() for part in lora._parameters(layer))
+            q, p, scales = (part.detach() for part in lora.factor_parameters(layer))
             a, b = adapter.lora[f"unet.{name}.lora_A.weight"], adapter.lora[f"unet.{name}.lora_B.weight"]
             change = (p * scales) @ q + b[:, 4:] @ a[4:]
             torch.testing.assert_close(b @ a, change, atol=1e-6, rtol=0)  # weights are of size 0.1

@@ -116,7 +116,7 @@ def test_saved_weights_embed_like_the_network_they_are_of(tmp_path):
 
 def test_accuracy_counts_each_kind_of_other():
     class Fixed(Likeness):
-        """Embeds by noun alone: another style of a noun cannot be told from the same one."""
+        """Embeds by noun alone: another style of a noun is the same to it."""
 
         def __init__(self) -> None:
             pass

@@ -61,10 +61,10 @@ def test_a_folder_says_what_it_holds_and_which_options_have_no_effect(
     script = load_script(ROOT / "train" / "single_image.py")
     config = script.Config(picture=(Path("pictures"),), caption="a dog", class_prompt="x", class_data_dir=Path("empty"),
                            resume_from_checkpoint="latest")  # fmt: skip
-    with pytest.warns(Notice) as told:
+    with pytest.warns(Notice) as notices:
         config.check()
     assert capsys.readouterr().out == "2 pictures in pictures\nleft out of pictures, no picture: notes.pdf\n"
-    assert [str(one.message) for one in told] == [
+    assert [str(one.message) for one in notices] == [
         f"there is no checkpoint in {config.output_dir} to resume from: training begins anew",
         "without --with_prior_preservation no class pictures are used, so that nothing comes of --class_prompt and "
         "--class_data_dir",

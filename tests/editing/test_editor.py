@@ -95,6 +95,11 @@ def edit(places, *words: str) -> int:
                  "--num_inference_steps", "2", *words])  # fmt: skip
 
 
+def newest_entries(folder):
+    """The entries of the newest edit in `folder`, whose files are numbered on from those of earlier edits."""
+    return json.loads(max(folder.glob("edits*.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
+
+
 def test_the_command_writes_every_combination_and_a_grid(places):
     out = places[2] / "out"
     out.mkdir()
@@ -155,10 +160,10 @@ def test_strengths_that_were_not_given_are_the_remembered_ones(places, capsys):
     remember(adapter, "a cat in the snow", EditStrengths(alpha=0.7, beta=1.5, forget="encoderattn"), 9, {})
     assert edit(places, "--prompt", "a cat in the snow") == 0
     assert "Using what --auto chose" in capsys.readouterr().out
-    *_, found = json.loads((place / "out" / "edits.json").read_text())
+    (found,) = newest_entries(place / "out")
     assert (found["alpha"], found["beta"], found["forget"], found["seed"]) == (0.7, 1.5, "encoderattn", 9)
     assert edit(places, "--prompt", "a cat in the snow", "--beta", "1.0") == 0
-    *_, found = json.loads((place / "out" / "edits.json").read_text())
+    (found,) = newest_entries(place / "out")
     assert (found["alpha"], found["beta"], found["forget"], found["seed"]) == (0.8, 1.0, "none", 0)
     assert "Using what" not in capsys.readouterr().out
 
@@ -166,7 +171,7 @@ def test_strengths_that_were_not_given_are_the_remembered_ones(places, capsys):
 def test_a_prompt_is_worded_like_the_caption(places, capsys):
     assert edit(places, "--prompt", "a picture of a cat in the snow") == 0
     assert "Worded like the caption: “a cat in the snow”" in capsys.readouterr().out
-    *_, found = json.loads((places[2] / "out" / "edits.json").read_text())
+    (found,) = newest_entries(places[2] / "out")
     assert found["prompt"] == "a cat in the snow"
 
 

@@ -1,4 +1,4 @@
-"""Progress is told to a listener, and to nobody without one."""
+"""Progress is reported to a listener, and to nobody without one."""
 
 from __future__ import annotations
 

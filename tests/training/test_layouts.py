@@ -168,19 +168,19 @@ def test_two_processes_learn_what_one_does(trainer: str, batch: int, model: Stab
 
 
 def test_sdxl_is_told_the_size_of_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, told = tiny("sdxl"), []
+    base, sizes_read = tiny("sdxl"), []
     predict = StableDiffusion.predict
 
     def recorded(self: StableDiffusion, latents: torch.Tensor, t: torch.Tensor, conditioning: Any) -> torch.Tensor:
         assert conditioning.time_ids is not None
-        told.append((tuple(latents.shape[-2:]), conditioning.time_ids[0].tolist()))
+        sizes_read.append((tuple(latents.shape[-2:]), conditioning.time_ids[0].tolist()))
         return predict(self, latents, t, conditioning)
 
     monkeypatch.setattr(StableDiffusion, "predict", recorded)
     images = [replace(three_shapes()[1], original=(300, 900), corner=(0, 8)), three_shapes()[0]]
     with single_image_run(base, images, CAPTION, replace(SINGLE, samples_per_update=2, max_train_samples=2)) as run:
         list(run.steps())
-    assert sorted(told) == [((8, 24), [300, 900, 0, 8, 32, 96]), ((16, 16), [64, 64, 0, 0, 64, 64])]
+    assert sorted(sizes_read) == [((8, 24), [300, 900, 0, 8, 32, 96]), ((16, 16), [64, 64, 0, 0, 64, 64])]
 
 
 def test_a_graph_of_pictures_of_several_sizes_is_refused(model: StableDiffusion) -> None:

@@ -134,11 +134,17 @@ def test_sdxl_learns_tokens_and_pooled_vector() -> None:
     assert not torch.equal(adapter.source["pooled"], start.pooled)
 
 
-def test_settings_that_cannot_work_are_refused(model: StableDiffusion) -> None:
+def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(UserError, match="rank must be above 0"):
         SingleImageConfig(rank=0)
-    with pytest.raises(UserError, match="one update of 10 samples"):
-        learn(model, pixels(), CAPTION, SingleImageConfig(max_train_samples=3))
+
+
+def test_fewer_samples_than_an_update_has_are_one_update_of_them_all(model: StableDiffusion) -> None:
+    few = replace(SMALL, max_train_samples=3, samples_per_update=10, train_batch_size=1)
+    with single_image_run(model, pixels(), CAPTION, few) as run:
+        assert run.updates == 1 and run.shard.samples == 3 and len(list(run.steps())) == 1
+        learned = run.adapter()
+    assert same(learned, learn(model, pixels(), CAPTION, replace(few, samples_per_update=3)))
 
 
 def several() -> Tensor:

@@ -178,8 +178,8 @@ def _drag_latents(
     allowed = None if mask is None else frame.mask_to_cells(as_image(mask))
     starts, ends = [frame.to_cells(point) for point in handles], [frame.to_cells(point) for point in targets]
     with applied(model, adapter):
-        told = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
-        result = drag(model, model.encode(frame.pixels), told, starts, ends, settings, allowed, frame.visible)
+        prompted = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
+        result = drag(model, model.encode(frame.pixels), prompted, starts, ends, settings, allowed, frame.visible)
     image = frame.to_picture(model.decode(result.latents))
     if paste:
         image = pasted(image, frame.picture, frame.mask_to_picture(result.region), frame.factor)

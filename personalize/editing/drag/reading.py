@@ -44,8 +44,8 @@ class DragSource:
         """Prepare `picture`; the arguments are those of `drag_picture`.  It costs one prediction."""
         frame = PaddedImage.of(model, as_image(picture), resolution)
         with applied(model, adapter):
-            told = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
-            attention = read_attention(model, model.encode(frame.pixels), told, settings)
+            prompted = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
+            attention = read_attention(model, model.encode(frame.pixels), prompted, settings)
         return DragSource(frame, attention)
 
 

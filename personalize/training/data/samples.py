@@ -143,7 +143,7 @@ class LatentDataset(Dataset):
     weights: weight of the loss by position, p times (1, h, w); None: 1 everywhere.
     prior: class pictures in each of the sizes; every batch then ends with as many samples of these as it has of the
         pictures themselves.
-    time_ids: what SDXL is told of the size of each picture, p times (6); None for other bases.
+    time_ids: SDXL's size conditioning of each picture, p times (6); None for other bases.
     purpose: part of the key of the random numbers, so that class pictures draw others than the subject's pictures.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures of different shapes are trained in sizes of their own, whole, and SDXL is told what it sees."""
+"""Pictures of different shapes are trained in sizes of their own, whole, and SDXL's conditioning says their sizes."""
 
 from __future__ import annotations
 
