@@ -7,7 +7,7 @@ Options are parsed and checked before torch is imported.  A script of `train/` o
         raise SystemExit(run_script(Config, main))
 
 Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can correct (one line on stderr), 130
-interrupted.  A bug shows its traceback.
+interrupted, 141 if the reader of the output has gone.  A bug shows its traceback.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ USER_ERRNOS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
     errno.ENAMETOOLONG, errno.EEXIST,
 }  # fmt: skip
+READER_GONE = 141  # as a shell reports SIGPIPE
 UNWANTED_MESSAGES = {  # of other libraries, by logger: about optional parts that are not used here
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "transformers.utils.import_utils": "requires torchvision (not installed)",
@@ -123,9 +124,14 @@ def to_exit_code(call: Callable[[], int]) -> int:
     """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2."""
     try:
         with terminal():
-            return call()
+            code = call()
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
+        return READER_GONE
     except UserError as error:
         launch.report_error(str(error))
         return error.exit_code

@@ -267,3 +267,13 @@ def test_accelerate_reads_its_configurations(count: int):
 
     config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{count}_gpu.yaml"))
     assert config.num_processes == count and (config.distributed_type == "MULTI_GPU") == (count > 1)
+
+
+def test_output_whose_reader_has_gone_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "personalize", "drag", "--help"], stdout=write, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
