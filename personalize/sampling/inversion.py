@@ -90,9 +90,8 @@ def invert(
     """
     _require(method, fixed_point)
     tokenize_prompt(model, prompt)
-    if not isinstance(image, Tensor):
-        image = PaddedImage.of(model, as_image(image), resolution, enlarge=True).pixels
-    pixels = image
+    given = isinstance(image, Tensor)
+    pixels = image if given else PaddedImage.of(model, as_image(image), resolution, enlarge=True).pixels
     size = (pixels.shape[-2], pixels.shape[-1])
     conditioning, null = model.prompts([prompt], size), model.null(1, size)
     strength = STRENGTH.get(method, 1.0) if strength is None else strength

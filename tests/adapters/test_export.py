@@ -18,6 +18,7 @@ from personalize.formats import lora_files
 from personalize.formats.lora_files import factor_pairs
 from personalize.io.atomic import write_file
 from personalize.io.tensor_files import read_tensors, tensor_bytes
+from tests.support.lora_predictions import through_loader
 from tests.support.lora_states import (
     ATTENTION,
     EVERYTHING,
@@ -43,15 +44,6 @@ def difference(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def compare_through_diffusers(model, path):
-    pipe = model.pipeline()
-    pipe.load_lora_weights(path.parent, weight_name=path.name)
-    try:
-        return predict(model)
-    finally:
-        pipe.unload_lora_weights()
-
-
 def through_peft(name, folder):
     model = tiny(name)
     parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
@@ -72,7 +64,7 @@ def lost(tmp_path, name, want, text, layout):
     model = tiny(name)
     adapter = make(model, want, text)
     path = export_lora(adapter, tmp_path / "out", layout)
-    found = through_peft(name, path) if layout == "peft" else compare_through_diffusers(model, path)
+    found = through_peft(name, path) if layout == "peft" else through_loader(model, path)
     expected = predict_with_delta(model, adapter)
     assert difference(predict(tiny(name)), expected) > 0.01
     return difference(found, expected)
@@ -117,7 +109,7 @@ def test_forgedit_c30_worked_in_forgetting_equals_run_time_forgetting(tmp_path, 
     with adapter.apply(model):
         kept = lora_scales.multipliers(model.unet, lora.lora_layers(model.unet), rules)
         assert difference(predict(model), expected) > 0.01  # forgetting matters
-    assert difference(compare_through_diffusers(model, path), expected) < CLOSE
+    assert difference(through_loader(model, path), expected) < CLOSE
     dropped = {f"unet.{path}" for path, share in kept.items() if share == 0}
     found = Adapter.load(path)
     assert set(factor_pairs(found.lora)) == set(factor_pairs(adapter.lora)) - dropped
@@ -141,7 +133,7 @@ def test_half_precision(tmp_path):
     adapter = make(model, KEYS, False)
     half = export_lora(adapter, tmp_path / "h.safetensors", "kohya", torch.float16)
     assert {tensor.dtype for tensor in read_tensors(half).tensors.values()} == {torch.float16}
-    assert difference(compare_through_diffusers(model, half), predict_with_delta(model, adapter)) < CLOSE_FP16
+    assert difference(through_loader(model, half), predict_with_delta(model, adapter)) < CLOSE_FP16
 
 
 def test_a_lower_rank_loses_what_it_says(tmp_path):
@@ -172,7 +164,7 @@ def test_merging_adds_up_and_says_of_what(tmp_path):
     predict_with_delta(expected, replace(first, alpha=first.alpha * 0.5))
     assert (
         difference(
-            compare_through_diffusers(model, folder / "both.safetensors"),
+            through_loader(model, folder / "both.safetensors"),
             predict_with_delta(expected, negative(second)),
         )
         < CLOSE

@@ -69,7 +69,7 @@ def fill_void(
 
     Args:
         pixels: the warped picture, in which the void already shows something smooth, so that what the encoder sees
-            beside the void is not spoilt by what was there.
+            beside the void does not suffer from what was there.
         objects: mask (H, W) of the objects' old and new places.
         attention: of the source picture, for the fill `attention`.
     """
