@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from personalize.embedded.scenes import Scene
-    from personalize.training.pretraining.dataset import LatentPool
+    from personalize.training.pretraining.dataset import LatentPool, PoolsInTurn
     from personalize.training.pretraining.objectives import TextToImageObjective
     from personalize.training.pretraining.stages import BatchMaker
 
@@ -53,6 +53,8 @@ class Config:
     """Share of these scenes with two objects, the harder kind; with hard nouns, other shares than 1/3 and 2/3."""
     hard_nouns: tuple[str, ...] = ()
     """Nouns that every third of these scenes is made of, such as those that the model has learned worst."""
+    shapes: tuple[str, ...] = ("128x128",)
+    """Widths and heights of the scenes at 128 px, taken in turn by the updates; sides are multiples of 32 px."""
     variety: float = 0.0
     """Share of these scenes whose objects have other hues, a slant and outlines, as if of a style not learned."""
     nouns: tuple[str, ...] = CORE_NOUNS
@@ -84,9 +86,10 @@ def main(config: Config) -> Path:
     import torch
     from accelerate import Accelerator
 
-    from personalize.training.pretraining.dataset import check_styles
+    from personalize.training.pretraining.dataset import check_shapes, check_styles
 
     check_styles(config.styles)
+    check_shapes(config.shapes)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     config.output_dir.mkdir(parents=True, exist_ok=True)
     for stage in config.stages:
@@ -129,10 +132,14 @@ def compile_unet(unet: UNet2DConditionModel) -> None:
     """Compile the UNet except its upsamplers; weights keep their names, and gradients are the eager ones to rounding.
 
     In torch 2.13 inductor's CPU code for a whole UNet reads the gradient of nearest upsampling before computing it, so
-    the layers below an upsampler get a gradient of zero, without an error; the test compares gradients.
+    the layers below an upsampler get a gradient of zero, without an error; the test compares gradients. Each attention
+    layer whose map is kept is a compilation of its own, more than dynamo allows for one function by default; beyond
+    that number a layer would run eagerly.
     """
     import torch
     from diffusers.models.upsampling import Upsample2D
+
+    torch._dynamo.config.recompile_limit = 256  # pyright: ignore[reportPrivateUsage]
 
     for module in unet.modules():
         if isinstance(module, Upsample2D):
@@ -200,8 +207,26 @@ def training_scenes(config: Config, count: int) -> list[Scene]:
     return [varied_scene(scene, i) if varied[i] else scene for i, scene in enumerate(plain)]
 
 
-def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
-    """The stage's encoded scenes, from the output folder if they are there.
+def pool(config: Config, accelerator: Accelerator, stage: str) -> PoolsInTurn:
+    """The stage's scenes, encoded: an equal part of them in each of its shapes."""
+    from personalize.embedded.frames import parse_shape
+    from personalize.training.pretraining.dataset import PoolsInTurn
+
+    shapes = config.shapes if stage == "diffusion_128" else ("64x64",)
+    count = config.scene_pools[STAGES.index(stage) - 1] // len(shapes)
+    scene_list = training_scenes(config, count * len(shapes))
+    parts = [scene_list[number * count : (number + 1) * count] for number in range(len(shapes))]
+    pools = (
+        one_pool(config, accelerator, part, parse_shape(shape), f"{stage}_{number}")
+        for number, (shape, part) in enumerate(zip(shapes, parts, strict=True))
+    )
+    return PoolsInTurn(tuple(pools))
+
+
+def one_pool(
+    config: Config, accelerator: Accelerator, scene_list: list[Scene], shape: tuple[int, int], name: str
+) -> LatentPool:
+    """Encoded scenes of one shape, from the output folder if they are there.
 
     The latents of the first thousand scenes at 64 px determine the VAE's scaling factor, 1 / their standard deviation.
     """
@@ -211,16 +236,13 @@ def pool(config: Config, accelerator: Accelerator, stage: str) -> LatentPool:
     from personalize.training.pretraining.dataset import LatentPool, encode_scenes, vocabulary
     from personalize.training.pretraining.networks import build_tokenizer
 
-    size, count = int(stage.removeprefix("diffusion_")), config.scene_pools[STAGES.index(stage) - 1]
-    scene_list = training_scenes(config, count)
     shares = [f"{share:g}" for share in (config.pairs, config.variety)]
-    name = "_".join(["pool", str(size), str(count), *shares, *config.hard_nouns])
-    path = config.output_dir / f"{name}.pt"
+    path = config.output_dir / f"{'_'.join(['pool', name, str(len(scene_list)), *shares, *config.hard_nouns])}.pt"
     if accelerator.is_main_process and not path.is_file():
         vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)
         with accelerator.autocast():
-            latents, masks = encode_scenes(scene_list, size, vae, workers=config.dataloader_num_workers)
-        if stage == "diffusion_64" and config.init_from is None:
+            latents, masks = encode_scenes(scene_list, shape, vae, workers=config.dataloader_num_workers)
+        if name == "diffusion_64_0" and config.init_from is None:
             vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()))
             vae.save_config(config.output_dir / "vae")
         torch.save({"latents": (latents * vae.config["scaling_factor"]).half(), "masks": masks}, path)

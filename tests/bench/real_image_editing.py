@@ -33,6 +33,7 @@ from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo
 from personalize.editing.real_image_settings import EditRequest
+from personalize.embedded.frames import Shape, parse_shape, render_band
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.sampling.config import NullTextSettings
@@ -42,7 +43,7 @@ from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, psnr, ran
 from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import Judge
 from tests.bench.report import BenchOptions, contact_sheet, mean, share
-from tests.bench.shapes import Shape, in_band, parse_shape, render_band, score_band
+from tests.bench.shapes import in_band, score_band
 from tests.bench.world import weights_of, world_of
 
 REFERENCE = "P2P + ddim"
@@ -176,7 +177,7 @@ class Bench:
     def row(self, arm: str, task: Task, shape: Shape) -> dict[str, Any]:
         """The row of one cell: `arm` run on `task` with a photo of `shape`, and measured."""
         task = in_band(task, shape)
-        before = render_band(task.before, shape)
+        before = render_band(task.before, shape)[0]
         started = time.perf_counter()
         with counted_unet_rows(self.model) as units:
             output = ARMS[arm](self, task, Image.fromarray(before))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTokenizer
 
 from personalize.embedded import scenes
+from personalize.embedded.frames import Shape, render_band, scene_in_band
 from personalize.errors import UserError
 from personalize.io.images import to_pixels
 from personalize.randomness import generator
@@ -41,6 +42,14 @@ def check_styles(styles: Sequence[str]) -> None:
             f"style {scenes.HELD_OUT_STYLE!r} is held out of all training: "
             f"choose among {', '.join(scenes.TRAINING_STYLES)}"
         )
+
+
+def check_shapes(shapes: Sequence[str]) -> None:
+    """Raise UserError unless each of `shapes` is a width and height whose latents the UNet can halve three times."""
+    for shape in shapes:
+        sides = shape.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % 32 == 0 for side in sides):
+            raise UserError(f"expected a width and height in multiples of 32 px, such as 128x96, got {shape!r}")
 
 
 def scene_pixels(scene: scenes.Scene, size: int) -> Tensor:
@@ -121,18 +130,28 @@ class LatentPool:
         return positions
 
 
-class RenderedScenes(Dataset):
-    """A data set of scenes: pixels (3, size, size), and masks (2, size/4, size/4) uint8 (covered share times 255)."""
+@dataclass(frozen=True)
+class PoolsInTurn:
+    """Pools of latents of different shapes: update u takes its whole batch from pool u mod n, a batch has one shape."""
 
-    def __init__(self, scene_list: Sequence[scenes.Scene], size: int) -> None:
-        self.scene_list, self.size = scene_list, size
+    pools: tuple[LatentPool, ...]
+
+    def batch(self, update: int, samples: range) -> dict[str, Tensor]:
+        return self.pools[update % len(self.pools)].batch(update, samples)
+
+
+class RenderedScenes(Dataset):
+    """A data set of scenes in a frame (W, H): pixels (3, H, W), and masks (2, H/4, W/4) uint8 (share covered · 255)."""
+
+    def __init__(self, scene_list: Sequence[scenes.Scene], shape: Shape) -> None:
+        self.scene_list, self.shape = scene_list, shape
 
     def __len__(self) -> int:
         return len(self.scene_list)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, masks = scenes.render(self.scene_list[index], self.size)
-        shares = torch.zeros(2, self.size // 4, self.size // 4)
+        image, masks = render_band(scene_in_band(self.scene_list[index], self.shape), self.shape)
+        shares = torch.zeros(2, self.shape[1] // 4, self.shape[0] // 4)
         for number, mask in enumerate(masks):
             shares[number] = avg_pool2d(torch.from_numpy(mask).float()[None], 4)[0]
         return to_pixels(Image.fromarray(image))[0], (255 * shares).round().byte()
@@ -140,14 +159,14 @@ class RenderedScenes(Dataset):
 
 @torch.inference_mode()
 def encode_scenes(
-    scene_list: Sequence[scenes.Scene], size: int, vae: AutoencoderKL, *, workers: int = 0, batch: int = 32
+    scene_list: Sequence[scenes.Scene], shape: Shape, vae: AutoencoderKL, *, workers: int = 0, batch: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """The posterior's mean for N scenes, (N, 4, size/4, size/4) fp32 and not scaled, and their masks.
+    """The posterior's mean for N scenes in a frame (W, H), (N, 4, H/4, W/4) fp32 and not scaled, and their masks.
 
     workers: processes that render in advance.
     """
     vae.eval()
-    loader = DataLoader(RenderedScenes(scene_list, size), batch_size=batch, num_workers=workers)
+    loader = DataLoader(RenderedScenes(scene_list, shape), batch_size=batch, num_workers=workers)
     parts = [
         (vae.encode(pixels.to(vae.device), return_dict=False)[0].mean.float().cpu(), masks) for pixels, masks in loader
     ]

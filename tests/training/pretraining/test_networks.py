@@ -18,6 +18,7 @@ from torch import nn
 from personalize.adapters.lora import module_names
 from personalize.cli.launch import load_script, scripts_home
 from personalize.embedded import scenes
+from personalize.errors import UserError
 from personalize.training.losses import grounding
 from personalize.training.pretraining import dataset, networks, objectives, stages
 from tests.support.tiny import tiny
@@ -279,3 +280,24 @@ def test_gradients_of_a_compiled_unet_are_the_eager_ones() -> None:
         assert expected.keys() == value.keys() and len(expected) > 150
         apart = {name: float((value[name] - g).norm() / g.norm().clamp_min(1e-6)) for name, g in expected.items()}
         assert max(apart.values()) < 1e-3, max(apart, key=lambda name: apart[name])  # fp32 sums in another order
+
+
+def test_shapes_are_taken_in_turn_and_each_batch_has_one():
+    """Objects of a band lie where the masks say; the sides must survive three halvings of the latents."""
+    tokenizer = networks.build_tokenizer(dataset.vocabulary())
+    scene = scenes.random_scene(3, objects=2)
+    vae = networks.build_autoencoder()
+    pools = []
+    for shape in ((64, 64), (96, 64)):
+        latents, masks = dataset.encode_scenes([scene], shape, vae)
+        assert latents.shape == (1, 4, shape[1] // 4, shape[0] // 4) and masks.shape[-2:] == latents.shape[-2:]
+        assert (masks[0].flatten(1).amax(1) > 200).all()  # both objects lie in the band
+        pools.append(dataset.LatentPool(latents, masks, (scene,), tokenizer, seed=0, caption_dropout=0.0))
+    turn = dataset.PoolsInTurn(tuple(pools))
+    assert [turn.batch(update, range(2))["noise"].shape[-1] for update in range(3)] == [16, 24, 16]
+
+
+@pytest.mark.parametrize("shape", ["128", "128x100", "0x64", "-32x64", "axb"])
+def test_a_shape_that_the_unet_cannot_halve_is_refused(shape):
+    with pytest.raises(UserError, match="multiples of 32"):
+        dataset.check_shapes(["128x128", shape])
