@@ -63,6 +63,8 @@ class Config:
     """Styles that they learn; the held-out style is refused."""
     grounding_weight: float = 0.1
     """Weight of the loss that keeps each noun's cross-attention on its own object."""
+    freeze_text_encoder: bool = False
+    """Train the UNet alone, so that UNets trained before with this text encoder stay usable."""
     caption_dropout: float = 0.1
     """Share of samples whose caption is replaced by the empty one."""
     ema_decay: float = 0.998
@@ -117,6 +119,7 @@ def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
     from diffusers.training_utils import EMAModel
 
     objective = networks(config.init_from, config.grounding_weight)
+    objective.text_encoder.requires_grad_(not config.freeze_text_encoder)
     if accelerator.device.type == "cpu":
         objective.unet.set_attn_processor(AttnProcessor())  # 1.5 × the samples/s of fused attention on a CPU
     if config.torch_compile:

@@ -55,12 +55,12 @@ class Stage:
 
 
 def learning_rate_factor(update: int, *, updates: int, warmup: int, decay: bool) -> float:
-    """Share of the peak learning rate at `update`: rises linearly over `warmup` updates; with `decay` also falls.
+    """Share of the peak learning rate at `update`: rises linearly over `warmup` updates (0: none); with `decay` falls.
 
     The decay is linear, over the last fifth of `updates`, so that the rate after the last one would be 0.
     """
     decayed = max(0.0, (updates - update) / (0.2 * updates)) if decay else 1.0
-    return min(1.0, (update + 1) / warmup, decayed)
+    return min(1.0, (update + 1) / max(1, warmup), decayed)
 
 
 def warmup_schedule(optimizer: Optimizer, *, updates: int, warmup: int, decay: bool) -> LRScheduler:

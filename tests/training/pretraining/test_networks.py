@@ -19,6 +19,7 @@ from personalize.adapters.lora import module_names
 from personalize.cli.launch import load_script, scripts_home
 from personalize.embedded import scenes
 from personalize.errors import UserError
+from personalize.models.stable_diffusion import EMBEDDED
 from personalize.training.losses import grounding
 from personalize.training.pretraining import dataset, networks, objectives, stages
 from tests.support.tiny import tiny
@@ -301,3 +302,16 @@ def test_shapes_are_taken_in_turn_and_each_batch_has_one():
 def test_a_shape_that_the_unet_cannot_halve_is_refused(shape):
     with pytest.raises(UserError, match="multiples of 32"):
         dataset.check_shapes(["128x128", shape])
+
+
+def test_a_frozen_text_encoder_stays_to_the_bit_while_the_unet_learns(tmp_path):
+    """One update of the stage itself, on from the model that ships."""
+    module = script()
+    module.main(module.Config(
+        tmp_path, stages=("diffusion_64",), init_from=EMBEDDED, steps=(0, 1, 0), batch_sizes=(1, 1, 1),
+        scene_pools=(2, 2), lr_warmup_steps=0, freeze_text_encoder=True, torch_compile=False, mixed_precision="no",
+    ))  # fmt: skip
+    learned = torch.load(tmp_path / "diffusion_64.pt")["objective"]
+    before = module.networks(EMBEDDED).state_dict()
+    changed = {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, learned[name])}
+    assert changed == {"unet"}
