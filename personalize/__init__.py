@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from personalize.models.stable_diffusion import StableDiffusion as StableDiffusion
     from personalize.training.catalogue import Catalogue as Catalogue
     from personalize.training.catalogue import learn_catalogue as learn_catalogue
-    from personalize.training.catalogue import write_table as write_table
+    from personalize.training.catalogue_results import write_table as write_table
     from personalize.training.catalogue_table import read_items as read_items
     from personalize.training.config import MultiConceptConfig as MultiConceptConfig
     from personalize.training.config import SingleImageConfig as SingleImageConfig
@@ -80,7 +80,7 @@ _MODULES = {  # the module of each public name; a module of the same name would 
     "multi_concept_run": "personalize.training.multi_concept",
     "read_items": "personalize.training.catalogue_table",
     "render": "personalize.embedded.scenes",
-    "write_table": "personalize.training.catalogue",
+    "write_table": "personalize.training.catalogue_results",
 }
 
 

@@ -3,8 +3,9 @@
     personalize train catalogue items.csv --output_dir adapters
     accelerate launch --multi_gpu --num_processes 8 train/catalogue.py items.csv --output_dir adapters
 
-Columns: image, caption, name, and any option of how a picture is learned.  The rows are divided among the processes
-of the launch, on several machines too.  Started again, a run repeats no finished row; a bad row stops no other.
+Columns: image, mask, caption, name, and any option of how pictures are learned, also those of class pictures.  A cell
+names one picture, a folder, or several with | between.  The rows are divided among the processes of the launch, on
+several machines too.  Started again, a run repeats no finished row; a bad row stops no other.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import tyro
 
 from personalize.errors import UserError
 from personalize.models.config import BaseModelOptions
-from personalize.training.config import SingleImageConfig, extract_config
+from personalize.training.config import PriorPreservationOptions, SingleImageConfig, extract_config
 
 if TYPE_CHECKING:
     from personalize.models.stable_diffusion import StableDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SingleImageConfig, BaseModelOptions):
+class Config(SingleImageConfig, PriorPreservationOptions, BaseModelOptions):
     items: tyro.conf.Positional[Path]
-    """Table of the pictures: a CSV file with a header; paths are relative to it."""
+    """Table of the pictures: a CSV file with a header (image, mask, caption, name, …); paths are relative to it."""
     output_dir: Path = Path("adapters")
     """Where each row's adapter folder goes, and results.csv."""
     caption_model: str | None = None
@@ -54,8 +55,9 @@ def main(config: Config) -> Path:
 
     from personalize.training import distributed
     from personalize.training.batched_adapters import check_batchable
-    from personalize.training.catalogue import Catalogue, learn_catalogue, write_table
-    from personalize.training.catalogue_table import DONE, read_items
+    from personalize.training.catalogue import Catalogue, learn_catalogue
+    from personalize.training.catalogue_results import DONE, write_table
+    from personalize.training.catalogue_table import read_items
     from personalize.training.trainer import load_base
 
     settings = extract_config(config, SingleImageConfig)
@@ -63,7 +65,7 @@ def main(config: Config) -> Path:
         raise UserError(f"adapters_per_batch must be 1 or more, got {config.adapters_per_batch}")
     if config.adapters_per_batch > 1:
         check_batchable(settings)
-    items, refused = read_items(config.items, settings)
+    items, refused = read_items(config.items, settings, config)
     base = "@".join(filter(None, [config.pretrained_model_name_or_path or "embedded", config.revision]))
     catalogue = Catalogue(
         config.output_dir, settings, base, config.resolution, config.caption_model, config.preview_steps,

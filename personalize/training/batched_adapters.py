@@ -26,7 +26,7 @@ from personalize.training.data.buckets import FittedImage, as_fitted
 from personalize.training.data.samples import SampleShard
 from personalize.training.loop import StepReport, adamw, make_lr_scheduler, training_steps
 from personalize.training.losses import LossTerms
-from personalize.training.single_image import SingleImageRun, single_image_run
+from personalize.training.single_image import Captions, SingleImageRun, single_image_run
 from personalize.training.single_image_objective import SingleImageObjective
 
 StackedLora = dict[str, tuple[nn.Parameter, nn.Parameter]]  # by layer: A (n, rank, …) and B (n, out, rank, …)
@@ -76,20 +76,25 @@ def check_batchable(config: SingleImageConfig) -> None:
 
 def learn_batched(
     model: StableDiffusion,
-    pictures: Sequence[tuple[Tensor | Sequence[FittedImage], str]],
+    pictures: Sequence[tuple[Tensor | Sequence[FittedImage], Captions]],
     config: SingleImageConfig,
     *,
     accelerator: Accelerator | None = None,
 ) -> list[tuple[Adapter, float]]:
-    """Train an adapter for each (pixels (1, 3, H, W), caption), all of one size; returns each with its last loss.
+    """Train an adapter for each (pixels (p, 3, H, W), caption), all of one size; returns each with its last loss.
+
+    The pictures of one adapter have one caption, and each adapter has as many pictures as any other.
 
     Raises:
         UserError: a configuration under which they cannot be trained together.
         NonFiniteError: the loss or a gradient of any one is NaN or infinite.
     """
     check_batchable(config)
-    if len({as_fitted(pixels)[0].size for pixels, _ in pictures}) != 1:
-        raise ValueError("pictures that are learned together need one size")
+    fitted = [as_fitted(pixels) for pixels, _ in pictures]
+    if len({image.size for images in fitted for image in images}) != 1 or len({*map(len, fitted)}) != 1:
+        raise ValueError("adapters that are learned together need pictures of one size, and as many each")
+    if any(not isinstance(caption, str) and len({*caption}) > 1 for _, caption in pictures):
+        raise ValueError("adapters that are learned together need one caption each")
     with single_image_run(model, *pictures[0], config, accelerator=accelerator) as first:
         runs = [first] + [SingleImageRun(model, *picture, config, None, (), accelerator) for picture in pictures[1:]]
         layers, start = lora_layers(model.unet), first.objective.adapter_parameters()  # of one seed: the same for all

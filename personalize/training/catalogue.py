@@ -7,38 +7,38 @@ repeats no finished row.
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.adapter_files import check_target
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
-from personalize.io.atomic import write_file
 from personalize.io.image_files import load_image
+from personalize.io.image_folders import FolderImage, read_folder
 from personalize.io.images import fitted_size
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.batched_adapters import learn_batched
-from personalize.training.catalogue_table import DONE, FAILED, RESULTS, Item, outcome
-from personalize.training.config import SingleImageConfig
+from personalize.training.catalogue_results import COLUMNS, DONE, FAILED, RESULTS, Results, outcome, print_outcome
+from personalize.training.catalogue_table import Item, RowSources
+from personalize.training.config import PriorPreservationOptions, SingleImageConfig
 from personalize.training.data.buckets import FittedImage, fit
-from personalize.training.data.captions import find_caption
+from personalize.training.data.captions import folder_caption
+from personalize.training.data.class_images import class_images
+from personalize.training.data.images import load_pictures
+from personalize.training.data.sources import MASK_FILE, named_pictures
 from personalize.training.distributed import ProcessGroup
 from personalize.training.single_image import single_image_run
 from personalize.training.validation import save_with_preview
 
-COLUMNS = ("line", "name", "status", "reason", "adapter", "caption", "updates", "loss", "reconstruction_db", "seconds")
+PRIOR = tuple(one.name for one in fields(PriorPreservationOptions) if one.name != "class_image_cache")
 
 
 @dataclass(frozen=True)
@@ -57,56 +57,49 @@ class Catalogue:
         """The training configuration of a row: the common one with the row's own settings."""
         return replace(self.config, **item.options)
 
+    def sources_of(self, item: Item) -> RowSources:
+        """What the row learns from, with its seed and the common model for captions."""
+        return replace(item.sources, caption_model=self.caption_model, seed=self.config_of(item).seed)
+
     def row_hash(self, item: Item) -> str:
-        """A hash of everything that decides the row's adapter."""
+        """A hash of everything that decides the row's adapter, the contents of all its files among it."""
+        sources = self.sources_of(item)
+        classes = {name: str(getattr(sources, name)) for name in PRIOR if sources.with_prior_preservation}
         inputs = {
-            "image": sha256(item.image.read_bytes()).hexdigest(), "caption": item.caption, "base": self.base,
+            "pictures": [_contents(image, sources) for image in row_pictures(sources)], "base": self.base,
+            "class_pictures": classes, "captioned_by": sources.caption_model,
+            "class_files": [_contents(image, sources) for image in _class_files(sources)],
             "resolution": self.resolution, "recipe": asdict(self.config_of(item)),
         }  # fmt: skip
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Results:
-    """The files of outcomes in `folder`: each process appends to its own, and reads those of all."""
-
-    def __init__(self, folder: Path, process: int = 0) -> None:
-        self.folder, self.path = folder, folder / f"process-{process}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)  # a line that a killed run did not finish
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append one outcome; when this returns, the whole line is on the disk."""
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, (json.dumps({**row, "time": round(time.time(), 3)}) + "\n").encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """The latest outcome of each row, by "line:name"."""
-        lines = [
-            line for path in sorted(self.folder.glob("process-*.jsonl")) for line in path.read_bytes().split(b"\n")
-        ]
-        rows = sorted((row for row in map(_parsed, lines) if row), key=lambda row: row["time"])
-        return {f"{row['line']}:{row['name']}": row for row in rows}
+def row_pictures(sources: RowSources) -> list[FolderImage]:
+    """The pictures of a row with their masks and captions, in the order in which they are learned."""
+    return named_pictures(sources.picture, sources, sources.mask, sources.captions)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The outcome in a line of a results file; None if it is damaged."""
-    try:
-        row = json.loads(line)
-        return row if {"line", "name", "status", "time"} <= set(row) else None
-    except (ValueError, TypeError):
-        return None
+def _class_files(sources: RowSources) -> tuple[FolderImage, ...]:
+    given = sources.class_data_dir if sources.with_prior_preservation else None
+    return () if given is None else read_folder(given).images[: sources.num_class_images]
+
+
+def _contents(image: FolderImage, sources: RowSources) -> list[str | None]:
+    """Hashes of the picture's file and of its mask, and its caption."""
+    files = [image.path, *(path for name, path in image.files.items() if name == MASK_FILE)]
+    words = folder_caption(image, sources.caption_column) or sources.caption
+    return [words, *(sha256(path.read_bytes()).hexdigest() for path in files)]
 
 
 def is_finished(item: Item, rows: Mapping[str, Mapping[str, Any]], catalogue: Catalogue) -> bool:
     """Has this row been trained with the same settings, and does its adapter still exist?"""
     row = rows.get(f"{item.line}:{item.name}", {})
-    exists = (catalogue.output_dir / item.name / MANIFEST).is_file()
-    return exists and row.get("status") == DONE and row.get("digest") == catalogue.row_hash(item)
+    if not (catalogue.output_dir / item.name / MANIFEST).is_file() or row.get("status") != DONE:
+        return False
+    try:
+        return row.get("digest") == catalogue.row_hash(item)
+    except (UserError, OSError):  # training the row will report what is wrong
+        return False
 
 
 def learn_row(
@@ -147,14 +140,15 @@ def learn_rows(
 
 
 def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str | None) -> dict[str, Any]:
-    pictures, caption = _load_row(model, item, catalogue)
+    pictures, captions = _load_row(model, item, catalogue)
     config, loss = catalogue.config_of(item), float("nan")
-    accelerator = _accelerator(model, config, mixed_precision)
-    with single_image_run(model, pictures, caption, config, accelerator=accelerator) as run:
+    sources, accelerator = catalogue.sources_of(item), _accelerator(model, config, mixed_precision)
+    classes = class_images(sources, model, sources.class_prompt or "", pictures[0].size, accelerator)
+    with single_image_run(model, pictures, captions, config, class_images=classes, accelerator=accelerator) as run:
         for report in run.steps():
             loss = float(report.losses["loss"])
-        adapter = run.adapter()
-    return _save(model, item, catalogue, pictures[0].pixels, adapter, loss)
+        adapter = run.adapter(pictures=len(pictures), regularisation=len(classes))
+    return _save(model, item, catalogue, pictures, adapter, loss)
 
 
 def _train_rows_together(
@@ -163,15 +157,16 @@ def _train_rows_together(
     pictures, config = [_load_row(model, item, catalogue) for item in items], catalogue.config_of(items[0])
     results = learn_batched(model, pictures, config, accelerator=_accelerator(model, config, mixed_precision))
     rows = zip(items, pictures, results, strict=True)
-    return [_save(model, item, catalogue, images[0].pixels, *result) for item, (images, _), result in rows]
+    return [_save(model, item, catalogue, images, *result) for item, (images, _), result in rows]
 
 
-def _load_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple[list[FittedImage], str]:
-    """The row's picture in its training size, and its caption."""
+def _load_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple[list[FittedImage], list[str]]:
+    """The row's pictures in their training sizes, and their captions."""
     check_target(catalogue.output_dir / item.name)
-    caption = find_caption(item.image, item.caption, catalogue.caption_model)
-    picture = fit(load_image(item.image), None, catalogue.resolution or model.resolution, 8 * model.factor)
-    return [picture], caption
+    sources, resolution = catalogue.sources_of(item), catalogue.resolution or model.resolution
+    images = load_pictures(row_pictures(sources), sources)
+    fitted = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
+    return fitted, [image.caption for image in images]
 
 
 def _accelerator(model: StableDiffusion, config: SingleImageConfig, mixed_precision: str | None) -> Accelerator:
@@ -179,38 +174,46 @@ def _accelerator(model: StableDiffusion, config: SingleImageConfig, mixed_precis
 
 
 def _save(
-    model: StableDiffusion, item: Item, catalogue: Catalogue, pixels: Tensor, adapter: Adapter, loss: float
-) -> dict[str, Any]:
+    model: StableDiffusion, item: Item, catalogue: Catalogue, pictures: Sequence[FittedImage], adapter: Adapter,
+    loss: float,
+) -> dict[str, Any]:  # fmt: skip
     """Save a row's adapter, with a preview on its card; returns the details for the row's outcome."""
     folder, seed = catalogue.output_dir / item.name, catalogue.config_of(item).seed
-    figures = save_with_preview(model, adapter, pixels, folder, steps=catalogue.preview_steps, seed=seed)
+    shown = pictures[0].pixels
+    figures = save_with_preview(model, adapter, shown, folder, steps=catalogue.preview_steps, seed=seed)
     details = {"caption": adapter.info["caption"], "updates": adapter.info["updates"], "loss": round(loss, 5)}
+    details |= {"pictures": len(pictures)}
     return {"adapter": str(folder), **details, **{key: figures[key] for key in figures if key in COLUMNS}}
 
 
 def group_rows(items: Sequence[Item], catalogue: Catalogue, resolution: int, multiple: int) -> list[list[Item]]:
-    """Groups of up to `adapters_per_batch` rows of the same settings and picture size, ordered by their first rows."""
+    """Groups of up to `adapters_per_batch` rows that can be learned together, ordered by their first rows."""
     groups: dict[Any, list[list[Item]]] = {}
     for item in items:
         try:
-            picture = load_image(item.image)
-            size = fitted_size(picture.height, picture.width, resolution, multiple)
+            kind = _kind(catalogue.sources_of(item), resolution, multiple) or item.line
         except Exception:  # training this row will report what is wrong
-            size = item.line
-        of_kind = groups.setdefault((catalogue.config_of(item), size), [[]])
+            kind = item.line
+        of_kind = groups.setdefault((catalogue.config_of(item), kind), [[]])
         if len(of_kind[-1]) == catalogue.adapters_per_batch:
             of_kind.append([])
         of_kind[-1].append(item)
     return sorted((group for of_kind in groups.values() for group in of_kind), key=lambda group: items.index(group[0]))
 
 
-def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Write the outcomes as a CSV file, in the order of the table's lines, atomically."""
-    text = StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([row.get(column, "") for column in COLUMNS] for row in sorted(rows, key=lambda row: row["line"]))
-    return write_file(path, text.getvalue().encode())
+def _kind(sources: RowSources, resolution: int, multiple: int) -> tuple[Any, ...] | None:
+    """The number of pictures and their size, equal in all rows of a group; None for rows that are learned alone.
+
+    Alone are rows of several sizes or captions, and those with class pictures.
+    """
+    if sources.with_prior_preservation:
+        return None
+    named = row_pictures(sources)
+    images = [load_image(one.path) for one in named]
+    sizes = {fitted_size(image.height, image.width, resolution, multiple) for image in images}
+    captions = {folder_caption(one, sources.caption_column) or sources.caption for one in named}
+    generated = None in captions and len(named) > 1
+    return None if len(sizes) > 1 or len(captions) > 1 or generated else (len(images), *sizes)
 
 
 def learn_catalogue(
@@ -235,6 +238,8 @@ def learn_catalogue(
     if processes.index == 0 and len(pending) < len(items):
         print(f"{len(items) - len(pending)} of {len(items)} rows are finished already", flush=True)
     own = pending[processes.index :: processes.count]
+    for item in own:
+        print(*(f"line {item.line}: {remark}" for remark in item.remarks), sep="\n", end="\n" * bool(item.remarks))
     model = load() if own else None
     for group in _groups(model, own, catalogue):
         assert model is not None
@@ -250,9 +255,3 @@ def _groups(model: StableDiffusion | None, items: Sequence[Item], catalogue: Cat
     if model is None or catalogue.adapters_per_batch == 1:
         return [[item] for item in items]
     return group_rows(items, catalogue, catalogue.resolution or model.resolution, 8 * model.factor)
-
-
-def print_outcome(row: Mapping[str, Any]) -> None:
-    """Print one line about an outcome."""
-    result = row["reason"] if row["status"] == FAILED else f"loss {row['loss']:.4f}, {row['seconds']} s"
-    print(f"line {row['line']}, {row['name'] or 'no name'}: {row['status']}: {result}", flush=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from io import StringIO
 from pathlib import Path
@@ -11,31 +12,56 @@ from typing import Any, get_args, get_type_hints
 
 from personalize.errors import UserError, nearest
 from personalize.io.atomic import plain_name
-from personalize.io.image_folders import only_picture
-from personalize.training.config import SingleImageConfig
+from personalize.io.image_folders import read_folder
+from personalize.training.catalogue_results import FAILED, RESULTS, outcome
+from personalize.training.config import PriorPreservationOptions, SingleImageConfig
+from personalize.training.data.sources import named_pictures
 
-OWN_COLUMNS = ("image", "caption", "name")
-DONE, FAILED = "done", "failed"
-RESULTS = "results"  # folder of the outcomes, beside the adapters
+OWN_COLUMNS = ("image", "mask", "caption", "name")
+SEPARATOR = "|"  # between the pictures, masks or captions of one cell
+KINDS = (SingleImageConfig, PriorPreservationOptions)  # whose fields are columns
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSources(PriorPreservationOptions):
+    """What a row learns from: pictures, masks, captions and class pictures.
+
+    picture: files, or folders of pictures.
+    mask: one for each picture, or one folder of masks.
+    caption: for all pictures without one of their own; of a single file it is the caption.
+    captions: one for each picture, which takes the place of its own.
+    """
+
+    picture: tuple[Path, ...]
+    mask: tuple[Path, ...] = ()
+    caption: str | None = None
+    captions: tuple[str, ...] = ()
+    caption_model: str | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row: the picture, its caption if the table has one, the adapter's name, and settings of its own."""
+    """One row: the adapter's name, what it learns from, settings of its own, and what was left out of its folders."""
 
     line: int
     name: str
-    image: Path
-    caption: str | None = None
+    sources: RowSources
     options: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
-def read_items(table: str | Path, config: SingleImageConfig) -> tuple[list[Item], list[dict[str, Any]]]:
+def read_items(
+    table: str | Path, config: SingleImageConfig, common: PriorPreservationOptions | None = None
+) -> tuple[list[Item], list[dict[str, Any]]]:
     """The rows of a CSV file that can be trained on, and the outcomes of those that cannot.
 
-    Columns: image (a path, relative to the table), caption, name, and any field of `SingleImageConfig`.  An empty cell
-    means the value in `config`, an empty name the picture's file name.
+    Columns: image, mask, caption, name, and any field of `SingleImageConfig` and of `PriorPreservationOptions`.  Paths
+    are relative to the table; image is a file, a folder, or several of them with `|` between, mask as many files or one
+    folder of masks, caption one for all or one for each with `|` between.  An empty cell means the value in `config`
+    or in `common`, an empty name that of the (first) file or folder.  A row that names class_data_dir has prior
+    preservation.
 
     Raises:
         UserError: no such file, not UTF-8, no column "image", an unknown column, or no row at all.
@@ -44,7 +70,7 @@ def read_items(table: str | Path, config: SingleImageConfig) -> tuple[list[Item]
     items, failed, names = [], [], {}
     for line, row in rows:
         try:
-            item = _item(Path(table).parent, line, row, config)
+            item = _item(Path(table).parent, line, row, config, common or PriorPreservationOptions())
             if (first := names.setdefault(item.name.casefold(), line)) != line:
                 raise UserError(f"the name {item.name!r} is taken by line {first}: give each row its own")
             items.append(item)
@@ -60,7 +86,8 @@ def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
     except UnicodeDecodeError:
         raise UserError(f"{table} is not UTF-8 text: save the table as UTF-8 CSV") from None
     reader = csv.DictReader(StringIO(text, newline=""), restkey="")
-    columns, known = list(reader.fieldnames or ()), [*OWN_COLUMNS, *(one.name for one in fields(SingleImageConfig))]
+    columns = list(reader.fieldnames or ())
+    known = [*OWN_COLUMNS, *(one.name for kind in KINDS for one in fields(kind))]
     if "image" not in columns:
         raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}: expected image, caption, name, …")
     if unknown := [column for column in columns if column not in known]:
@@ -75,21 +102,70 @@ def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
-def _item(folder: Path, line: int, row: Mapping[str, str], config: SingleImageConfig) -> Item:
+def _item(
+    folder: Path, line: int, row: Mapping[str, str], config: SingleImageConfig, common: PriorPreservationOptions
+) -> Item:
     """The row as an item; UserError if it cannot be trained on.  No picture or model is loaded."""
     if "" in row:
         raise UserError("the row has more cells than the header has columns: put quotes around cells with commas")
     if not row["image"]:
-        raise UserError("the cell of the column image is empty: name a picture file")
-    image = only_picture(folder / Path(row["image"]).expanduser())
-    name = plain_name(row.get("name") or image.stem)
+        raise UserError("the cell of the column image is empty: name a picture file, or a folder of them")
+    pictures, masks = (_paths(folder, row.get(column) or "") for column in ("image", "mask"))
+    first = Path(os.path.abspath(pictures[0]))
+    name = plain_name(row.get("name") or (first.name if first.is_dir() else first.stem))
     if name.startswith(".") or name.casefold() == RESULTS:
         raise UserError(f"an adapter cannot be called {name!r}: choose another name")
-    types = get_type_hints(SingleImageConfig)
-    given = {key: text for key, text in row.items() if text and key not in OWN_COLUMNS}
-    options = {key: _value(key, types[key], text) for key, text in given.items()}
+    options, own = (_options(kind, row) for kind in KINDS)
     replace(config, **options)  # raises if the values cannot work
-    return Item(line, name, image, row.get("caption") or None, options)
+    if own.get("class_data_dir") is not None:
+        own = {"with_prior_preservation": True} | own | {"class_data_dir": folder / own["class_data_dir"].expanduser()}
+    shared: dict[str, Any] = {one.name: getattr(common, one.name) for one in fields(PriorPreservationOptions)} | own
+    sources = RowSources(picture=pictures, mask=masks, **shared)
+    return Item(line, name, _captioned(sources, row.get("caption") or ""), options, tuple(_remarks(sources)))
+
+
+def _paths(folder: Path, cell: str) -> tuple[Path, ...]:
+    """The files and folders that a cell names: one, or several with `|` between; UserError if one is not there."""
+    whole = folder / Path(cell).expanduser()
+    names = [cell] if whole.exists() else filter(None, map(str.strip, cell.split(SEPARATOR)))
+    paths = tuple(folder / Path(name).expanduser() for name in names) if cell else ()
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; check the path of the picture")
+    return paths
+
+
+def _captioned(sources: RowSources, cell: str) -> RowSources:
+    """`sources` with the caption of the cell, or with one for each picture; UserError if their numbers differ."""
+    words = [" ".join(part.split()) for part in cell.split(SEPARATOR)]
+    plain = replace(sources, caption=cell or None)
+    if len(words) == 1 or len(named_pictures(sources.picture, plain, sources.mask)) == 1:
+        sources = plain
+    elif all(words):
+        sources = replace(sources, captions=tuple(words))
+    else:
+        raise UserError(f"one of the captions in {cell!r} is empty: give one for all pictures, or one for each")
+    if sources.mask or sources.captions:
+        named_pictures(sources.picture, sources, sources.mask, sources.captions)  # raises if their numbers differ
+    if sources.with_prior_preservation and not sources.class_prompt:
+        raise UserError("class pictures need a class_prompt: what they show, e.g. 'a photo of a dog'")
+    return sources
+
+
+def _remarks(sources: RowSources) -> Iterator[str]:
+    """What is left out of the row's folders; UserError if one of them holds no picture."""
+    folders = [*sources.picture, *filter(None, [sources.class_data_dir])]
+    for folder in folders:
+        if folder.is_dir():
+            yield from read_folder(folder).remarks()
+        elif folder == sources.class_data_dir:
+            raise UserError(f"{folder}: no such folder; check the path of the class pictures")
+
+
+def _options(kind: type, row: Mapping[str, str]) -> dict[str, Any]:
+    """The cells of `row` that are fields of the options class `kind`, as values."""
+    types = get_type_hints(kind)
+    return {key: _value(key, types[key], text) for key, text in row.items() if text and key in types}
 
 
 def _value(name: str, hint: Any, text: str) -> Any:
@@ -103,6 +179,8 @@ def _value(name: str, hint: Any, text: str) -> Any:
                 return kind(text)
             except ValueError:
                 continue
+    if Path in types:
+        return Path(text)
     if str in types or text in types:
         return text
     raise UserError(f"column {name}: {text!r} is not of the type {_type_name(hint)}")
@@ -110,8 +188,3 @@ def _value(name: str, hint: Any, text: str) -> Any:
 
 def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def outcome(line: int, name: str, status: str, **more: Any) -> dict[str, Any]:
-    """The outcome of a row, as it is written to the results."""
-    return {"line": line, "name": name, "status": status, **more}

@@ -10,11 +10,11 @@ from typing import Any
 from personalize.adapters.subjects import check_named, default_prompt, read_subjects
 from personalize.errors import Notice, UserError
 from personalize.io.atomic import check_output_folder
-from personalize.io.image_files import check_image
+from personalize.io.image_files import check_image, check_image_path
 from personalize.io.image_folders import ImageFolder, only_picture, read_folder
 from personalize.models.config import check_base_name
 from personalize.training.data.captions import find_caption, folder_caption
-from personalize.training.data.sources import instance_folders, instance_places
+from personalize.training.data.sources import MASK_FILE, instance_folders, instance_places, named_pictures
 
 
 def check_single_image(config: Any) -> None:
@@ -32,11 +32,8 @@ def check_single_image(config: Any) -> None:
     places = instance_places(config)
     captioned = config.caption is not None or config.caption_model is not None
     folders = instance_folders(places, captioned=captioned)
-    count = sum(len(folder.images) for folder in folders)
     if config.instance_mask is not None:
-        if count != 1 or places[0].is_dir():
-            raise UserError("instance_mask belongs to one picture: in a folder, give mask_file_name in its metadata")
-        check_image(config.instance_mask)
+        _check_masks(config, places)
     for place, folder in zip(places, folders, strict=True):
         if not place.is_dir():
             check_image(place)
@@ -44,6 +41,14 @@ def check_single_image(config: Any) -> None:
             continue
         _report(folder)
         _check_captions(folder, config, captioned)
+
+
+def _check_masks(config: Any, places: list[Path]) -> None:
+    """Check --instance_mask: the mask of a single picture, or a folder with a mask for each."""
+    if not config.instance_mask.is_dir():
+        check_image_path(config.instance_mask)
+    for image in named_pictures(places, config, (config.instance_mask,)):
+        check_image(image.files[MASK_FILE])
 
 
 def check_multi_concept(config: Any) -> None:

@@ -59,7 +59,7 @@ MISTAKES = (
     Mistake("train single_image pictures", "pictures/1.png has no caption"),
     Mistake("train single_image named", "line 1 names one.png, which is not in named"),
     Mistake(f"{TRAIN} --dataset_name x", "got 2 of picture, --instance_image"),
-    Mistake("train single_image pictures --caption cat --instance_mask photo.png", "instance_mask belongs to one"),
+    Mistake("train single_image pictures --caption cat --instance_mask photo.png", "a mask belongs to one picture"),
     Mistake(f"{TRAIN} --instance_mask missing.png", "missing.png: no such file"),
     Mistake(f"{TRAIN} --rnak 4", "unknown option --rnak: did you mean --rank?"),
     Mistake(f"{TRAIN} --rank many", "--rank: invalid literal for int"),

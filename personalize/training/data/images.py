@@ -7,7 +7,7 @@ where the subject is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,10 +19,9 @@ from personalize.errors import UserError
 from personalize.io.image_files import load_image, read_image
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
-from personalize.training.data.captions import find_caption, folder_caption, generate_caption
-from personalize.training.data.sources import instance_folders, instance_places
+from personalize.training.data.captions import folder_caption, generate_caption
+from personalize.training.data.sources import MASK_FILE, instance_places, named_pictures
 
-MASK_FILE = "mask_file_name"  # a folder's metadata column
 MASK_COLUMN = "mask"  # the column that 🤗 datasets makes of it
 
 
@@ -51,19 +50,22 @@ def read_training_images(config: Any) -> list[TrainingImage]:
         UserError: no picture, several sources, a picture without a caption, or a mask of another size.
     """
     places = instance_places(config)
-    if not places:
-        where = config.dataset_name
-        rows = load_rows(where, config.image_column, path=where)
-        return [_from_row(row, f"{where}, picture {number}", config) for number, row in enumerate(rows, 1)]
-    captioned = config.caption is not None or config.caption_model is not None
-    named = [image for folder in instance_folders(places, captioned=captioned) for image in folder.images]
-    if len(named) == 1 and places == [named[0].path]:
-        path = named[0].path
-        mask = None if config.instance_mask is None else load_image(config.instance_mask)
-        caption = find_caption(path, config.caption, config.caption_model)
-        return [TrainingImage(str(path), load_image(path), caption, mask)]
-    if config.instance_mask is not None:
-        raise UserError("instance_mask belongs to one picture: in a folder, give mask_file_name in its metadata.jsonl")
+    masks = () if config.instance_mask is None else (config.instance_mask,)
+    if places:
+        return load_pictures(named_pictures(places, config, masks), config)
+    if masks:
+        raise UserError("instance_mask is for files and folders: in a data set, give a column 'mask' of pictures")
+    where = config.dataset_name
+    rows = load_rows(where, config.image_column, path=where)
+    return [_from_row(row, f"{where}, picture {number}", config) for number, row in enumerate(rows, 1)]
+
+
+def load_pictures(named: Sequence[FolderImage], config: Any) -> list[TrainingImage]:
+    """The pictures `named`, with their masks, and with a caption each: its own, or the one of `config`, or its model's.
+
+    Raises:
+        UserError: a picture that cannot be read or has no caption, or a mask of another size.
+    """
     return [_from_folder(image, config) for image in named]
 
 

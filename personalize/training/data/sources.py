@@ -1,16 +1,19 @@
-"""Which picture files a trainer's options name, and what is left out of a folder; read before torch is imported."""
+"""Which picture files a trainer's options name, with their masks and captions; read before torch is imported."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
 from personalize.io.image_files import check_image_path
 from personalize.io.image_folders import FolderImage, ImageFolder, read_folder
-from personalize.io.image_metadata import caption_file
+from personalize.io.image_metadata import IMAGE_SUFFIXES, caption_file
 
 IMAGE_COLUMN = "image"  # the default of --image_column
+MASK_FILE = "mask_file_name"  # the column of masks in a folder's metadata
 
 
 def instance_places(config: Any) -> list[Path]:
@@ -33,7 +36,65 @@ def instance_places(config: Any) -> list[Path]:
     return given[0] if given else []
 
 
-def instance_folders(places: list[Path], *, captioned: bool) -> list[ImageFolder]:
+def named_pictures(
+    places: Sequence[Path], config: Any, masks: Sequence[Path] = (), captions: Sequence[str] = ()
+) -> list[FolderImage]:
+    """The pictures at `places` (files and folders), each with the files and words that belong to it.
+
+    Args:
+        config: has caption, for pictures without one of their own (but of a single file it is the caption),
+            caption_model and caption_column.
+        masks: one for each picture, or one folder of masks; see `with_masks`.
+        captions: one for each picture, which takes the place of its own.
+
+    Raises:
+        UserError: a place that cannot be read, or other numbers of masks or captions than of pictures.
+    """
+    captioned = bool(captions) or config.caption is not None or config.caption_model is not None
+    found = [image for folder in instance_folders(places, captioned=captioned) for image in folder.images]
+    images = with_masks(found, masks) if masks else found
+    if config.caption is not None and [image.path for image in images] == list(places[:1]) == list(places):
+        captions = [config.caption]
+    if captions and len(captions) != len(images):
+        names = ", ".join(image.path.name for image in images)
+        raise UserError(f"{len(captions)} captions for {len(images)} pictures ({names}): give one, or one for each")
+    words = [{config.caption_column: text} for text in captions] or [{}] * len(images)
+    return [replace(image, columns={**image.columns, **own}) for image, own in zip(images, words, strict=True)]
+
+
+def with_masks(images: Sequence[FolderImage], masks: Sequence[Path]) -> list[FolderImage]:
+    """`images` with a mask for each: as many files in their order, or one folder.
+
+    A folder of masks has for each picture a mask of its name, e.g. `1.png` for `1.jpg`.  The masks themselves are no
+    pictures to learn, if they lie among these.
+
+    Raises:
+        UserError: a picture without a mask, or a mask without a picture.
+    """
+    folder = masks[0] if len(masks) == 1 and masks[0].is_dir() else None
+    if folder is not None:
+        images = [image for image in images if not image.path.is_relative_to(folder)]
+        found = {image.path: _mask_of(image.path, folder) for image in images}
+    else:
+        if len(masks) > 1:
+            images = [image for image in images if image.path not in masks]
+        if len(masks) != len(images):
+            count = f"{len(masks)} mask{'s' * (len(masks) > 1)}, {len(images)} pictures"
+            raise UserError(f"a mask belongs to one picture ({count}): name one for each, or a folder of masks")
+        found = dict(zip((image.path for image in images), masks, strict=True))
+    return [replace(image, files={**image.files, MASK_FILE: found[image.path]}) for image in images]
+
+
+def _mask_of(picture: Path, folder: Path) -> Path:
+    """The picture in `folder` that has the name of `picture`, whatever its suffix."""
+    found = [path for path in folder.iterdir() if path.stem == picture.stem and path.suffix.lower() in IMAGE_SUFFIXES]
+    if len(found) != 1:
+        what = "no mask" if not found else f"{len(found)} masks"
+        raise UserError(f"{folder} holds {what} of {picture.name}: give each picture one, here {picture.stem}.png")
+    return found[0]
+
+
+def instance_folders(places: Sequence[Path], *, captioned: bool) -> list[ImageFolder]:
     """Each folder among `places` with its pictures, and each file as a folder of one.
 
     In a folder with metadata, pictures in no row and without a caption beside them are left out, unless the options

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from personalize.adapters.subjects import Subject
 from personalize.embedded import samples
 from personalize.training.catalogue import Catalogue, learn_row
-from personalize.training.catalogue_table import Item
+from personalize.training.catalogue_table import Item, RowSources
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
 from personalize.training.data.concepts import ConceptPicture
 from personalize.training.multi_concept import multi_concept_run
@@ -100,9 +100,9 @@ def _rows(model: StableDiffusion, count: int, bench: SpeedBench) -> None:
     with TemporaryDirectory() as place:
         file = Path(place) / "picture.png"
         samples.bundled(0).picture.save(file)
-        catalogue = Catalogue(Path(place) / "out", config)
+        catalogue, one = Catalogue(Path(place) / "out", config), RowSources(picture=(file,), caption="a photo of a cat")
         for number in range(count):
-            row = learn_row(model, Item(number, str(number), file, "a photo of a cat"), catalogue)
+            row = learn_row(model, Item(number, str(number), one), catalogue)
             assert row["status"] == "done", row
 
 

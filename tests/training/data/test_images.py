@@ -69,7 +69,7 @@ def test_several_files_and_folders(folder: Path) -> None:
     (folder / "b.txt").write_text("a dog")
     images = read(picture=(folder / "a.png", folder / "b.jpg", folder), caption="a pet")
     assert [one.caption for one in images] == ["a pet", "a dog", "a pet", "a dog"]
-    with pytest.raises(UserError, match="belongs to one picture"):
+    with pytest.raises(UserError, match="a mask belongs to one picture"):
         read(picture=(folder / "a.png", folder / "b.jpg"), caption="a", instance_mask=folder / "a.png")
 
 
