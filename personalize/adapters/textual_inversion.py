@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
@@ -220,6 +219,8 @@ def locate_subjects(model: StableDiffusion, text: str, subjects: Sequence[Subjec
 
 def _positions(tokenizer: Any, text: str, subject: Subject) -> SubjectPositions:
     """The positions of one subject by one tokenizer; UserError as in `locate_subjects`."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
     entries = vocabulary_entries(subject.token, subject.vectors)
     whole = TextualInversionLoaderMixin().maybe_convert_prompt([text], tokenizer)
     ids = tokenizer(whole, truncation=False, verbose=False).input_ids[0]

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from personalize.errors import UserError
@@ -162,7 +161,15 @@ def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Map
     own = own or {key[len(component) + 1 :]: v for key, v in shared.items() if key.startswith(f"{component}.")}
     header = next((metadata[key] for key in ("lora_alpha", "network_alpha", "alpha") if key in metadata), rank)
     own = own or {"lora_alpha": float(header), "use_rslora": metadata.get("use_rslora", "").lower() == "true"}
-    patterns = own.get("alpha_pattern") or {}
-    keys = {get_pattern_key(list(patterns), one) for one in (path, path.removeprefix("text_model."))}
-    alpha = next((patterns[key] for key in patterns if key in keys), own.get("lora_alpha")) or rank
+    alpha = _pattern_value(own.get("alpha_pattern") or {}, path) or own.get("lora_alpha") or rank
     return alpha / (rank**0.5 if own.get("use_rslora") else rank)
+
+
+def _pattern_value(patterns: Mapping[str, float], path: str) -> float | None:
+    """The value that PEFT's `alpha_pattern` gives to a module, by peft's own matching."""
+    if not patterns:  # peft takes seconds to import
+        return None
+    from peft.utils.other import get_pattern_key
+
+    keys = {get_pattern_key(list(patterns), one) for one in (path, path.removeprefix("text_model."))}
+    return next((patterns[key] for key in patterns if key in keys), None)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from personalize.errors import UserError
@@ -21,6 +20,7 @@ from personalize.formats.manifest import DIFFUSERS_FILE, FAMILIES, MANIFEST, SOU
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.tensor_files import TensorFile, read_tensors
 from personalize.models.empty import EmptyModel, empty_model
+from personalize.models.lora_modules import is_lora_layer
 from personalize.models.stable_diffusion import StableDiffusion
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -162,7 +162,7 @@ def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, e
         UserError: `model` already has an adapter loaded.
     """
     parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
-    if any(isinstance(module, LoraLayer) for part in parts.values() for module in part.modules()):
+    if any(is_lora_layer(module) for part in parts.values() for module in part.modules()):
         raise UserError("the base model already carries an adapter: unload it before verifying another")
     loaded: Factors = {}
     pipe = model.pipeline()
@@ -170,7 +170,7 @@ def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, e
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="verify", local_files_only=True)
         for component, part in parts.items():
             for name, layer in part.named_modules():
-                if isinstance(layer, LoraLayer):
+                if is_lora_layer(layer):
                     nested = component == "unet" or name.startswith("text_model.")
                     a, b = (side["verify"].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))  # pyright: ignore
                     path_in_file = name if nested else f"text_model.{name}"

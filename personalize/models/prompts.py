@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from diffusers.loaders import TextualInversionLoaderMixin
-
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
 
@@ -55,6 +53,8 @@ class Tokens:
 
 def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
     """Tokenize a prompt, learned tokens of several vectors spelled out; UserError if it would be truncated."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
     tokenizer = model.tokenizers[0]
     whole = TextualInversionLoaderMixin().maybe_convert_prompt([text], tokenizer)[0]
     read = tokenizer(whole, truncation=False, verbose=False, return_offsets_mapping=True)

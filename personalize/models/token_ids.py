@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from personalize.errors import Notice
@@ -21,6 +20,8 @@ def padded_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     Learned tokens of several vectors are written out, as stock pipelines do.  Words that are cut off, and tokens that
     nothing has taught the tokenizer, are said in a Notice.
     """
+    from diffusers.loaders import TextualInversionLoaderMixin
+
     length = tokenizer.model_max_length
     texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
     for text, ids in zip(texts, tokenizer(texts, truncation=False, verbose=False).input_ids, strict=True):
