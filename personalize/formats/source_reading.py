@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.layer_sizes import most_numbers
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.tensor_files import TensorFile
 
@@ -24,7 +25,6 @@ ROLE = re.compile(
     r"(?:\.(?!weight)\w+)?(?:\.weight)?$"
 )
 PROBES = 4
-MAX_NUMBERS = 2**26  # of a product that has to be multiplied out; the largest layer of SDXL has fewer than 2**25
 ROLES = {"down": "A", "up": "B"}
 SECOND_ENCODER = ("lora_te2", "text_encoder_2", "text_encoders.clip_g", "clip_g")
 FIRST_ENCODER = ("lora_te", "text_encoder", "text_encoders.clip_l", "text_encoders.clip_h", "clip_l", "clip_h")
@@ -144,9 +144,9 @@ def _whole(module: str, parts: Mapping[str, Tensor], name: str, core: str) -> Te
 
 
 def _require_small(module: str, numbers: int) -> None:
-    """UserError if a product would have more numbers than any layer's weight."""
-    if numbers > MAX_NUMBERS:
-        raise UserError(f"module {module} multiplies out to {numbers:,} numbers, more than any layer has")
+    """UserError if a product would have more numbers than the layer's weight."""
+    if numbers > most_numbers(module):
+        raise UserError(f"module {module} multiplies out to {numbers:,} numbers, more than its layer has")
 
 
 def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Mapping[str, str]) -> float:
