@@ -46,7 +46,7 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     resolution: int | None = None
     """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
     max_train_steps: int | None = None
-    """Updates to make; overrides max_train_samples."""
+    """Updates to make; overrides the numbers of samples."""
 
     def check(self) -> None:
         from personalize.training.checks import check_single_image
@@ -106,7 +106,8 @@ def describe(
 ) -> None:
     """Print the pictures, their sizes and what is cut, and how the base tokenizes their captions."""
     sizes = dict.fromkeys(f"{picture.size[1]}×{picture.size[0]}" for picture in pictures)
-    accelerator.print(f"{len(images)} picture{'s' * (len(images) > 1)} at {', '.join(sizes)} px")
+    counts = f"{run.updates} updates of {run.shard.samples} samples"
+    accelerator.print(f"{len(images)} picture{'s' * (len(images) > 1)} at {', '.join(sizes)} px: {counts}")
     for image, picture in zip(images, pictures, strict=True):
         notes = [f"{picture.size[1]}×{picture.size[0]} px", picture.cut, picture.padding, "masked" * bool(image.mask)]
         tokens = " · ".join(run.model.tokens(image.caption))

@@ -143,8 +143,9 @@ class LoraTrainingConfig:
 class SingleImageConfig(LoraTrainingConfig):
     """Configuration of single-image training; the defaults are those of the method.
 
-    An update uses `samples_per_update` samples, so the defaults make 400 // 10 = 40 updates.  Neither number depends on
-    the number of processes, on `train_batch_size` or on `gradient_accumulation_steps`.
+    An update uses `samples_per_update` samples, so for one picture the defaults make 400 // 10 = 40 updates; for p
+    pictures the samples are max(min_train_samples, p · samples_per_picture), unless max_train_samples gives their
+    number.  Neither depends on the number of processes, on `train_batch_size` or on `gradient_accumulation_steps`.
     """
 
     targets: Literal["full", "attention"] = "full"
@@ -159,8 +160,12 @@ class SingleImageConfig(LoraTrainingConfig):
     """Train a LoRA in the text encoders instead of a source embedding, as DreamBooth does."""
     text_encoder_lr: float = 1e-4
     """Learning rate of the text encoders' LoRA."""
-    max_train_samples: int = 400
-    """Samples (noisy copies of the picture) to train on, over all processes: 400 in updates of 10 make 40 updates."""
+    max_train_samples: int | None = None
+    """Samples (noisy copies of the pictures) to train on, over all processes; by the next two if not given."""
+    min_train_samples: int = 400
+    """Samples to train on if there is one picture, or a few: 400 in updates of 10 make 40 updates."""
+    samples_per_picture: int = 200
+    """Samples for each picture, if these are more than min_train_samples in all."""
     train_batch_size: int = 10
     """Most samples that a process takes at a time; with prior preservation, as many class pictures are added."""
     cuda_graph: bool = False
@@ -176,9 +181,14 @@ class SingleImageConfig(LoraTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "max_train_samples", "learning_rate", "text_encoder_lr", "snr_gamma", "early_stop_loss")
+        _positive(self, "max_train_samples", "min_train_samples", "samples_per_picture")
+        _positive(self, "learning_rate", "text_encoder_lr", "snr_gamma", "early_stop_loss")
         _not_negative(self, "text_embedding_lr")
         _fraction(self, "mask_weight")
+
+    def train_samples(self, pictures: int = 1) -> int:
+        """The number of samples that a run on so many pictures trains on."""
+        return self.max_train_samples or max(self.min_train_samples, pictures * self.samples_per_picture)
 
     @property
     def source_embedding_frozen(self) -> bool:

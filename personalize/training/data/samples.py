@@ -55,7 +55,8 @@ class SampleShard:
         """
         batch, steps = config.train_batch_size, config.gradient_accumulation_steps
         # a run of fewer samples than an update has is one update of them all
-        samples = min(config.samples_per_update, getattr(config, "max_train_samples", config.samples_per_update))
+        samples = config.samples_per_update
+        samples = min(samples, getattr(config, "max_train_samples", None) or samples)
         if steps is not None and batch * steps * processes != samples:
             raise UserError(_misfit(samples, batch, steps, processes))
         return SampleShard(samples, batch, process, processes)
@@ -70,13 +71,13 @@ class SampleShard:
         """The number of batches per update and process, if all samples may share one."""
         return len(self.chunks())
 
-    def updates(self, max_train_samples: int) -> int:
-        """The number of whole updates that `max_train_samples` samples make; UserError if it is 0."""
-        count = max_train_samples // self.samples
+    def updates(self, samples: int) -> int:
+        """The number of whole updates that `samples` make; UserError if it is 0."""
+        count = samples // self.samples
         if count < 1:
             raise UserError(
-                f"max_train_samples {max_train_samples} is less than one update of {self.samples} samples: raise it, "
-                "or lower --samples_per_update"
+                f"{samples} samples in all are less than one update of {self.samples}: raise --max_train_samples, or "
+                "lower --samples_per_update"
             )
         return count
 
