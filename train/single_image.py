@@ -67,7 +67,7 @@ def main(config: Config) -> Path:
     images = read_training_images(config)
     check_target(config.output_dir)
     accelerator = trainer.make_accelerator(config)
-    settings = training_config(config)
+    settings = training_config(config, accelerator.num_processes)
     model = trainer.load_base(config, accelerator)
     resolution = config.resolution or model.resolution
     pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
@@ -86,11 +86,11 @@ def main(config: Config) -> Path:
     return trainer.finish(config, accelerator)
 
 
-def training_config(config: Config) -> SingleImageConfig:
+def training_config(config: Config, processes: int = 1) -> SingleImageConfig:
     """The training configuration among the options; `max_train_steps` becomes a number of samples."""
     if config.max_train_steps is None:
         return extract_config(config, SingleImageConfig)
-    samples = config.max_train_steps * config.samples_per_update
+    samples = config.max_train_steps * config.update_samples(processes)
     return extract_config(config, SingleImageConfig, max_train_samples=samples)
 
 
@@ -106,8 +106,7 @@ def describe(
 ) -> None:
     """Print the pictures, their sizes and what is cut, and how the base tokenizes their captions."""
     sizes = dict.fromkeys(f"{picture.size[1]}×{picture.size[0]}" for picture in pictures)
-    counts = f"{run.updates} updates of {run.shard.samples} samples"
-    accelerator.print(f"{len(images)} picture{'s' * (len(images) > 1)} at {', '.join(sizes)} px: {counts}")
+    accelerator.print(f"{len(images)} picture{'s' * (len(images) > 1)} at {', '.join(sizes)} px")
     for image, picture in zip(images, pictures, strict=True):
         notes = [f"{picture.size[1]}×{picture.size[0]} px", picture.cut, picture.padding, "masked" * bool(image.mask)]
         tokens = " · ".join(run.model.tokens(image.caption))

@@ -82,12 +82,14 @@ class PriorPreservationOptions:
 class LoraTrainingConfig:
     """Settings of every training configuration."""
 
-    samples_per_update: int = 10
-    """Samples whose mean loss makes one update, over all processes and however they are batched."""
+    samples_per_update: int | None = None
+    """Samples whose mean loss makes one update, over all processes and however they are batched.  If not given: with
+    gradient_accumulation_steps as in diffusers' scripts, or else 10 (multi_concept: 8)."""
     train_batch_size: int = 10
     """Most samples that a process takes at a time: less memory, the same updates."""
     gradient_accumulation_steps: int | None = None
-    """Batches per update and process; found if not given, and checked against samples_per_update if given."""
+    """Batches per update and process.  Without samples_per_update, an update then has train_batch_size samples of each
+    batch, of every process, as in diffusers' scripts; with it, the three must fit together."""
     random_flip: bool = False
     """Show every second sample mirrored; not for subjects with text, logos or sides that differ."""
     rank: int = 16
@@ -123,6 +125,20 @@ class LoraTrainingConfig:
         _not_negative(self, "prior_loss_weight", "lr_warmup_steps")
         if self.min_rank is not None and not 1 <= self.min_rank <= self.rank:
             raise UserError(f"min_rank must be from 1 to the rank, {self.rank}, got {self.min_rank}")
+
+    replaces = {"gradient_accumulation_steps": "samples_per_update"}  # an option given: what a file says of the other
+
+    @property
+    def usual_update(self) -> int:
+        """Samples of an update if no option says how many."""
+        return 10
+
+    def update_samples(self, processes: int = 1) -> int:
+        """The number of samples whose mean loss makes one update, in a run of so many processes."""
+        if self.samples_per_update is not None:
+            return self.samples_per_update
+        steps = self.gradient_accumulation_steps
+        return self.usual_update if steps is None else self.train_batch_size * steps * processes
 
     @property
     def alpha(self) -> float:
@@ -225,8 +241,6 @@ class MultiConceptConfig(LoraTrainingConfig):
     """AdamW's weight decay of the LoRA; token embeddings never decay."""
     max_train_steps: int = 250
     """Updates to make."""
-    samples_per_update: int = 8
-    """Samples whose mean loss makes one update, over all processes; class pictures are every second one of them."""
     train_batch_size: int = 2
     """Most samples that a process takes at a time: less memory, the same updates."""
     calibration_weight: float = CALIBRATION_WEIGHT
@@ -247,6 +261,10 @@ class MultiConceptConfig(LoraTrainingConfig):
         _fraction(self, "swap_subjects")
         if self.full_kv and (self.min_rank is not None or self.orthogonal_start):
             raise UserError("full_kv trains no LoRA, so that min_rank and orthogonal_start mean nothing: leave one out")
+
+    @property
+    def usual_update(self) -> int:
+        return 8
 
     @property
     def alpha(self) -> float:

@@ -197,6 +197,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         metadata = self.metadata()
         config = metadata.pop("config")
         del metadata["processes"]  # each update has the same samples, however many share them
+        config["samples_per_update"] = self.shard.samples  # however their number was given
         return metadata | {name: value for name, value in config.items() if name not in MAY_DIFFER}
 
 

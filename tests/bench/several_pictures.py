@@ -105,7 +105,7 @@ class Bench:
         config = SingleImageConfig(**{**self.preset, "max_train_samples": max(marks)})
         with single_image_run(self.model, images, captions, config) as run:
             for report in run.steps():
-                if (samples := report.update * config.samples_per_update) in marks:
+                if (samples := report.update * config.update_samples()) in marks:
                     run.adapter().save(self.folder(index, count, samples))
 
     def folder(self, index: int, count: int, samples: int) -> Path:

@@ -83,7 +83,7 @@ def test_a_run_makes_the_updates_of_its_pictures(model: StableDiffusion) -> None
 
 
 def test_a_layout_that_cannot_keep_the_size_is_refused_with_those_that_can() -> None:
-    config = SingleImageConfig(train_batch_size=2, gradient_accumulation_steps=2)
+    config = SingleImageConfig(train_batch_size=2, gradient_accumulation_steps=2, samples_per_update=10)
     with pytest.raises(UserError) as caught:
         SampleShard.of(config, 0, 2)
     said = str(caught.value)

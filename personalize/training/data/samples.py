@@ -50,16 +50,23 @@ class SampleShard:
         """The shard of a training configuration.
 
         Raises:
-            UserError: gradient_accumulation_steps is given, and train_batch_size · gradient_accumulation_steps ·
-                processes is not samples_per_update.
+            UserError: samples_per_update is given, and train_batch_size · gradient_accumulation_steps · processes is
+                another number.
         """
         batch, steps = config.train_batch_size, config.gradient_accumulation_steps
         # a run of fewer samples than an update has is one update of them all
-        samples = config.samples_per_update
+        samples = config.update_samples(processes)
         samples = min(samples, getattr(config, "max_train_samples", None) or samples)
-        if steps is not None and batch * steps * processes != samples:
+        if None not in (steps, config.samples_per_update) and batch * steps * processes != samples:
             raise UserError(_misfit(samples, batch, steps, processes))
         return SampleShard(samples, batch, process, processes)
+
+    def __str__(self) -> str:
+        """`An update: 8 samples, at most 2 at a time in 2 batches on each of 2 processes`."""
+        batches, most = self.accumulation, self.largest
+        where = f" on each of {self.processes} processes" if self.processes > 1 else ""
+        how = f"{most} at a time" if batches == 1 else f"at most {most} at a time in {batches} batches"
+        return f"An update: {self.samples} sample{'s' * (self.samples > 1)}, {how}{where}"
 
     @property
     def largest(self) -> int:
