@@ -83,8 +83,8 @@ class SampleShard:
         count = samples // self.samples
         if count < 1:
             raise UserError(
-                f"{samples} samples in all are less than one update of {self.samples}: raise --max_train_samples, or "
-                "lower --samples_per_update"
+                f"{samples} samples in all are less than one update of {self.samples} samples: raise "
+                "--max_train_samples, or lower --samples_per_update"
             )
         return count
 
