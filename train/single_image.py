@@ -46,7 +46,7 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     resolution: int | None = None
     """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
     max_train_steps: int | None = None
-    """Updates to make; overrides the numbers of samples."""
+    """Updates to make; overrides max_train_samples."""
 
     def check(self) -> None:
         from personalize.training.checks import check_single_image
@@ -67,7 +67,7 @@ def main(config: Config) -> Path:
     images = read_training_images(config)
     check_target(config.output_dir)
     accelerator = trainer.make_accelerator(config)
-    settings = training_config(config, accelerator.num_processes)
+    settings = training_config(config)
     model = trainer.load_base(config, accelerator)
     resolution = config.resolution or model.resolution
     pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
@@ -86,11 +86,11 @@ def main(config: Config) -> Path:
     return trainer.finish(config, accelerator)
 
 
-def training_config(config: Config, processes: int = 1) -> SingleImageConfig:
+def training_config(config: Config) -> SingleImageConfig:
     """The training configuration among the options; `max_train_steps` becomes a number of samples."""
     if config.max_train_steps is None:
         return extract_config(config, SingleImageConfig)
-    samples = config.max_train_steps * config.update_samples(processes)
+    samples = config.max_train_steps * config.samples_per_update
     return extract_config(config, SingleImageConfig, max_train_samples=samples)
 
 

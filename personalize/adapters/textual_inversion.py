@@ -28,6 +28,7 @@ from torch.nn.functional import embedding
 from personalize.adapters.subjects import Subject
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.token_ids import text_places, written_out
 from personalize.randomness import generator
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -209,7 +210,7 @@ def locate_subjects(model: StableDiffusion, text: str, subjects: Sequence[Subjec
     """The token positions of each of `subjects` in `text`, which must name it exactly once: token, then class phrase.
 
     Raises:
-        UserError: a phrase is missing, repeated, or cut off at the end; the message shows the tokens of `text`.
+        UserError: a phrase is missing or repeated; the message shows the tokens of `text`.
     """
     first, *others = [[_positions(tokenizer, text, subject) for subject in subjects] for tokenizer in model.tokenizers]
     if any(positions != first for positions in others):
@@ -219,11 +220,8 @@ def locate_subjects(model: StableDiffusion, text: str, subjects: Sequence[Subjec
 
 def _positions(tokenizer: Any, text: str, subject: Subject) -> SubjectPositions:
     """The positions of one subject by one tokenizer; UserError as in `locate_subjects`."""
-    from diffusers.loaders import TextualInversionLoaderMixin
-
     entries = vocabulary_entries(subject.token, subject.vectors)
-    whole = TextualInversionLoaderMixin().maybe_convert_prompt([text], tokenizer)
-    ids = tokenizer(whole, truncation=False, verbose=False).input_ids[0]
+    ids = tokenizer(written_out(tokenizer, text), add_special_tokens=False, verbose=False).input_ids
     modifier = tokenizer.convert_tokens_to_ids(entries)
     noun = tokenizer(subject.noun, add_special_tokens=False).input_ids
     starts = [at for at in range(len(ids)) if ids[at : at + len(modifier)] == modifier]
@@ -234,12 +232,8 @@ def _positions(tokenizer: Any, text: str, subject: Subject) -> SubjectPositions:
             f"there must be one “{subject.phrase}” in the prompt, there is {how}: {_pieces(tokenizer, ids)}"
         )
     first, middle, end = (behind[0] + count for count in (0, len(modifier), len(modifier) + len(noun)))
-    if end > tokenizer.model_max_length - 1:
-        raise UserError(
-            f"“{subject.phrase}” is cut off, the text encoder reads {tokenizer.model_max_length} tokens: "
-            f"shorten the prompt {_pieces(tokenizer, ids)}"
-        )
-    return SubjectPositions(tuple(range(first, middle)), tuple(range(middle, end)))
+    places = text_places(tokenizer, ids)
+    return SubjectPositions(tuple(places[first:middle]), tuple(places[middle:end]))
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> str:

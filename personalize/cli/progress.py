@@ -8,17 +8,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from personalize.sampling.progress import heard, listening
+from personalize.sampling.progress import listening
 
 
 @contextmanager
 def progress_bars(console: Console | None = None) -> Iterator[None]:
-    """Show a bar for every long part of the body while it runs; nothing if stderr is not a terminal.
-
-    Whoever listens already, as the studio does, goes on listening in place of the bars.
-    """
+    """Show a bar for every long part of the body while it runs; nothing if stderr is not a terminal."""
     console = console or Console(stderr=True)
-    if not console.is_terminal or heard():
+    if not console.is_terminal:
         yield
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -22,6 +22,7 @@ from personalize.adapters.forgetting import ForgettingRule, parse_rules
 from personalize.adapters.lora_scales import scaled
 from personalize.editing.vector_projection import edit_conditioning
 from personalize.errors import UserError
+from personalize.models.conditioning import of_one_length
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 
 
@@ -37,7 +38,8 @@ class Attached:
 
         With vector projection, `alpha` is the weight of the source and `beta` that of the part of the prompt orthogonal
         to it. If `gamma` is given, vector subtraction is used: 0 is the source, 1 the prompt. See
-        `personalize.editing.vector_projection`.
+        `personalize.editing.vector_projection`. Pipelines want negative embeddings of as many tokens, which they make
+        themselves only for prompts of at most 75: for longer ones take `inputs`.
         """
         return self._conditioning(prompt, alpha, beta, gamma).embeds
 
@@ -53,6 +55,7 @@ class Attached:
         """The pipeline arguments that replace `prompt` and `negative_prompt`, with SDXL's pooled embeddings."""
         conditioning = self._conditioning(prompt, alpha, beta, gamma)
         null = self._encode(negative_prompt) if negative_prompt else self._null()
+        conditioning, null = of_one_length([conditioning, null])
         arguments = {"prompt_embeds": conditioning.embeds, "negative_prompt_embeds": null.embeds}
         if conditioning.pooled is not None and null.pooled is not None:
             arguments |= {"pooled_prompt_embeds": conditioning.pooled, "negative_pooled_prompt_embeds": null.pooled}

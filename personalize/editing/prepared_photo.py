@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +47,9 @@ class PreparedImage:
 
 
 def prepare_image(
-    model: StableDiffusion, frame: PaddedImage, source: str, request: EditRequest, settings: PhotoSettings,
-    folder: str | Path | None, cache: str | Path | None, region: EditRegion | None, *, plain: bool,
+    model: StableDiffusion, frame: PaddedImage, source: str, targets: Sequence[str], request: EditRequest,
+    settings: PhotoSettings, folder: str | Path | None, cache: str | Path | None, region: EditRegion | None, *,
+    plain: bool,
 ) -> PreparedImage:  # fmt: skip
     """Invert a photo and, unless `plain`, fit its dynamic prompt and sample its auxiliary reconstruction."""
     dynamic, uniform = (None, None) if plain else (settings.dynamic, settings.uniform)
@@ -60,7 +62,7 @@ def prepare_image(
         model, frame.pixels, "" if settings.controller == "mutual" else source,
         "ddim" if joint else settings.inversion, steps=settings.steps, strength=settings.inverted_share,
         seed=settings.seed, null_text=null_text, fixed_point=settings.fixed_point, folder=folder, cache=cache,
-        guidance_scale=scale if settings.inversion == "null-text" else None,
+        guidance_scale=scale if settings.inversion == "null-text" else None, beside=targets,
     )  # fmt: skip
     with part("Reconstructing with uniform maps"):
         blend = None if uniform is None else blend_of(model, frame, trajectory, uniform, mask)
@@ -91,7 +93,8 @@ def blend_of(
 def dynamic_noun_sheet(model: StableDiffusion, frame: PaddedImage, prepared: PreparedImage) -> Image.Image:
     """A sheet with the attention map of each noun of the photo before and after dynamic prompts fitted it."""
     assert prepared.report is not None and prepared.dynamic is not None
-    dynamic = prepared.dynamic.conditionings(model, [prepared.dynamic.prompt], pixel_size(frame))
+    length = prepared.trajectory.conditioning.embeds.shape[1]
+    dynamic = prepared.dynamic.conditionings(model, [prepared.dynamic.prompt], pixel_size(frame), length)
     stages = {"before": [prepared.trajectory.conditioning] * len(dynamic), "after": dynamic}
     groups, trajectory = prepared.report.groups, prepared.trajectory
     with part("Reading attention maps"):

@@ -127,7 +127,7 @@ def edit_photo(
         changed = any(tokenize_prompt(model, target).ids != tokens.ids for target in targets)
         plain = not changed and all(one == 1 for one in request.weights.values())
         control = None if plain else _controls(model, tokens, targets, request, settings, attention)
-        prepared = prepare_image(model, frame, source, request, settings, folder, cache, region, plain=plain)
+        prepared = prepare_image(model, frame, source, targets, request, settings, folder, cache, region, plain=plain)
         scale = settings.guidance(model.name)
         latents = prepared.trajectory.replay(model, scale) if control is None else _sampled(
             model, frame, prepared, source, targets, control, scale, region
@@ -217,7 +217,8 @@ def _sampled(
     control: Controls, guidance: float, region: EditRegion | None,
 ) -> Tensor:  # fmt: skip
     """Sample source and targets side by side: clean latents (1 + targets, c, h, w)."""
-    conditioning = model.prompts(targets, pixel_size(frame))
+    length = prepared.trajectory.conditioning.embeds.shape[1]
+    conditioning = model.padded(model.prompts(targets, pixel_size(frame)), length)
     more: list[LatentEdit] = [*control.latent_edits]
     more += [] if prepared.blend is None else [prepared.blend]
     more += [] if region is None else [PinnedOutside(region.cells)]

@@ -108,8 +108,9 @@ def edit_conditioning(
     """The learned `source` embedding edited towards `target` (b rows), as a conditioning.
 
     Vector projection with `alpha` and `beta`, or vector subtraction if `gamma` is given. With SDXL the slices of the
-    two text encoders are projected separately, and the pooled embeddings are edited like one more row. For an adapter
-    without a source embedding (trained with `--standalone`) the result is `target`.
+    two text encoders are projected separately, and the pooled embeddings are edited like one more row. If source and
+    target have different numbers of chunks of 75 tokens, chunks of the empty text are put behind the shorter. For an
+    adapter without a source embedding (trained with `--standalone`) the result is `target`.
 
     Raises:
         UserError: the source embedding has another shape than this base model's prompts.
@@ -117,6 +118,9 @@ def edit_conditioning(
     if source is None:
         return target
     learned = {key: tensor.to(target.embeds) for key, tensor in source.items()}
+    if learned["embeds"].shape[-1] == target.embeds.shape[-1]:
+        target = model.padded(target, learned["embeds"].shape[1])
+        learned["embeds"] = model.padded(Conditioning(learned["embeds"]), target.embeds.shape[1]).embeds
     if learned["embeds"].shape[1:] != target.embeds.shape[1:]:
         raise UserError(
             f"the adapter's source embedding is {tuple(learned['embeds'].shape)}, this base's prompts are "

@@ -7,13 +7,12 @@
     blocks             which layers belong to the encoder, the middle and the decoder
     attention          hooks on attention layers;  attention_maps: record and average what they look at
     vae                the autoencoder's precision
-    prompts, token_ids prompts as tokens and as words; their ids, and what of them cannot be read
+    prompts, token_ids prompts as tokens and as words; their ids, in chunks of 75;  conditioning: their embeddings
     image_processor    pictures of any size, padded to what the base model can encode, and back
     fast_paths         the same results in less time;  gradient_checkpointing: in less memory
     empty              a model's shapes without its weights
     quantization       4-bit base models;  offloading: where layers compute whose weights are moved
     map_filters        attention maps scaled and smoothed
-    lora_modules       which modules are LoRA layers;  quiet: other libraries' messages and bars, hidden while loading
 
 Imports: io.
 """

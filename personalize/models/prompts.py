@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.token_ids import chunks_of, text_places, written_out
 
 WORD = re.compile(r"<[^<>\s]+>(?:_\d+)?|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_")
 
@@ -29,11 +30,19 @@ class Word:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenized prompt: `ids` with start and end token but without padding, and the words."""
+    """A tokenized prompt of k chunks of 75 tokens, see `token_ids`.
+
+    ids: of its tokens between one start and one end token, without padding and the marks between chunks.
+    places: the position of each of `ids` among the k·77 that the text encoder reads.
+    words: with positions among these k·77.
+    length: k·77.
+    """
 
     text: str
     ids: tuple[int, ...]
+    places: tuple[int, ...]
     words: tuple[Word, ...]
+    length: int
 
     def find(self, phrase: str) -> list[Span]:
         """Positions of every occurrence of a word or phrase, ignoring case; UserError if there is none."""
@@ -52,24 +61,19 @@ class Tokens:
 
 
 def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
-    """Tokenize a prompt, learned tokens of several vectors spelled out; UserError if it would be truncated."""
-    from diffusers.loaders import TextualInversionLoaderMixin
-
+    """Tokenize a prompt of any length, learned tokens of several vectors spelled out."""
     tokenizer = model.tokenizers[0]
-    whole = TextualInversionLoaderMixin().maybe_convert_prompt([text], tokenizer)[0]
+    whole = written_out(tokenizer, text)
     read = tokenizer(whole, truncation=False, verbose=False, return_offsets_mapping=True)
-    ids, most = read["input_ids"], tokenizer.model_max_length
-    if len(ids) > most:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens with its start and end mark, the text encoder reads {most}: shorten "
-            f"{text if len(text) < 60 else text[:57] + '…'!r}"
-        )
-    offsets, words = read["offset_mapping"], []
+    ids, offsets = read["input_ids"], read["offset_mapping"]
+    inner = text_places(tokenizer, ids[1:-1])
+    places, words = (0, *inner, inner[-1] + 1 if inner else 1), []
     for match in WORD.finditer(whole):
-        positions = [at for at, (low, high) in enumerate(offsets) if low < match.end() and high > match.start()]
-        if positions:
-            words.append(Word(match.group().lower(), tuple(positions)))
-    return Tokens(text, tuple(ids), tuple(words))
+        inside = [at for at, (low, high) in enumerate(offsets) if low < match.end() and high > match.start()]
+        if inside:
+            words.append(Word(match.group().lower(), tuple(places[at] for at in inside)))
+    length = chunks_of(tokenizer, inner) * tokenizer.model_max_length
+    return Tokens(text, tuple(ids), places, tuple(words), length)
 
 
 def words_of(phrase: str) -> tuple[str, ...]:

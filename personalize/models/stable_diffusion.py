@@ -4,62 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.models import parameterization
+from personalize.models.conditioning import Conditioning
 from personalize.models.loading import default_device, default_dtype, family, read, require_parts
 from personalize.models.offloading import execution_device
 from personalize.models.quantization import quantize
 from personalize.models.supported import require_supported
-from personalize.models.token_ids import padded_ids
+from personalize.models.token_ids import equal_ids, padded_ids
 from personalize.models.vae import accurate_vae
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is conditioned on: text `embeds` (b, l, d) and, for SDXL, `pooled` (b, e) and `time_ids` (b, 6)."""
-
-    embeds: Tensor
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
-        return self._map(lambda tensor: tensor[rows])
-
-    def repeat(self, count: int) -> Conditioning:
-        """Every row `count` times in a row: a, a, b, b."""
-        return self._map(lambda tensor: tensor.repeat_interleave(count, 0))
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate rows; ValueError if the parts differ in tokens l, width d, or in having pooled embeddings."""
-        shapes = {(part.embeds.shape[1:], part.pooled is None) for part in parts}
-        if len(shapes) != 1:
-            raise ValueError(f"conditionings to concatenate need one shape (l, d), got {sorted(map(str, shapes))}")
-        rows = zip(*((part.embeds, part.pooled, part.time_ids) for part in parts), strict=True)
-        return Conditioning(*(None if column[0] is None else torch.cat(column) for column in rows))  # pyright: ignore
-
-    def _map(self, function: Any) -> Conditioning:
-        rest = (tensor if tensor is None else function(tensor) for tensor in (self.pooled, self.time_ids))
-        return Conditioning(function(self.embeds), *rest)
 
 
 class StableDiffusion:
@@ -74,8 +38,6 @@ class StableDiffusion:
     """
 
     def __init__(self, pipe: DiffusionPipeline, name: str = "") -> None:
-        from diffusers import DDIMScheduler
-
         parts = pipe.components
         require_parts((key for key, part in parts.items() if part is not None), name or type(pipe).__name__)
         parts = {key: getattr(part, "_orig_mod", part) for key, part in parts.items()}  # inside torch.compile's wrapper
@@ -135,8 +97,6 @@ class StableDiffusion:
 
     def pipeline(self, cls: type | None = None, **parts: Any) -> Any:
         """A stock diffusers pipeline of these modules with a scheduler of its own; `parts` replace components."""
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
         cls = cls or (StableDiffusionXLPipeline if self.family == "sdxl" else StableDiffusionPipeline)
         components = {
             "unet": self.unet, "vae": self.vae, "scheduler": type(self.scheduler).from_config(self.scheduler.config),
@@ -221,18 +181,30 @@ class StableDiffusion:
     def prompts(self, texts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Conditioning of `texts`, one row each, as the family's stock pipeline makes it, with gradients if enabled.
 
-        Texts longer than the encoder's 77 positions are cut.  `size` (H, W) in pixels goes into SDXL's time ids.
+        Texts of over 75 tokens are encoded in chunks, see `token_ids`; l is k·77 for the k chunks of the longest.  The
+        pooled embeddings are those of the first chunk.  `size` (H, W) in pixels goes into SDXL's time ids.
         """
         if isinstance(texts, str):
             raise ValueError(f"prompts takes a list of texts, got the single text {texts!r}: put it in a list")
-        if self.family != "sdxl":
-            return Conditioning(self.text_encoders[0](self.ids(self.tokenizers[0], texts)).last_hidden_state)
+        two, length = self.family == "sdxl", self.tokenizers[0].model_max_length
+        ids = [part.to(self.device) for part in equal_ids(self.tokenizers, texts)]
         outputs = [
-            encoder(self.ids(tokenizer, texts), output_hidden_states=True)
-            for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
+            encoder(part.view(-1, length), output_hidden_states=two)
+            for encoder, part in zip(self.text_encoders, ids, strict=True)
         ]
-        embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        return Conditioning(embeds, outputs[-1].text_embeds, self.time_ids(len(texts), size).to(embeds))
+        if not two:
+            return Conditioning(_joined(outputs[0].last_hidden_state, len(texts)))
+        embeds = torch.cat([_joined(output.hidden_states[-2], len(texts)) for output in outputs], -1)
+        first_chunks = outputs[-1].text_embeds.view(len(texts), -1, outputs[-1].text_embeds.shape[-1])[:, 0]
+        return Conditioning(embeds, first_chunks, self.time_ids(len(texts), size).to(embeds))
+
+    def padded(self, conditioning: Conditioning, length: int) -> Conditioning:
+        """`conditioning` with chunks of the empty text behind it, up to `length` tokens; as it is if it has as many."""
+        missing = (length - conditioning.embeds.shape[1]) // self.tokenizers[0].model_max_length
+        if missing <= 0:
+            return conditioning
+        empty = self.prompts([""]).embeds.to(conditioning.embeds).repeat(len(conditioning), missing, 1)
+        return replace(conditioning, embeds=torch.cat([conditioning.embeds, empty], 1))
 
     def null(self, count: int = 1, size: tuple[int, int] | None = None) -> Conditioning:
         """The conditioning of the null pass: that of the empty text, or zeros if an SDXL base is configured so."""
@@ -248,11 +220,11 @@ class StableDiffusion:
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of `text` by the first tokenizer, with a "-" after those that do not end a word."""
-        pieces = self.tokenizers[0].tokenize(text)
+        pieces = self.tokenizers[0].tokenize(text, verbose=False)
         return [piece.removesuffix("</w>") + ("" if piece.endswith("</w>") else "-") for piece in pieces]
 
     def ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-        """Token ids (b, l) by one of `tokenizers`, padded and cut to the encoder's length; see `padded_ids`."""
+        """Token ids (b, l) by one of `tokenizers`, padded; see `padded_ids`."""
         return padded_ids(tokenizer, texts).to(self.device)
 
     # -- the diffusion ---------------------------------------------------------------------------------------
@@ -288,6 +260,11 @@ class StableDiffusion:
     def _alphas(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """ᾱ of `timesteps`, (b, 1, 1, 1)."""
         return self.alphas_cumprod.to(like)[timesteps.to(like.device)].view(-1, 1, 1, 1)
+
+
+def _joined(states: Tensor, rows: int) -> Tensor:
+    """The states (rows · k, 77, d) of k chunks for each of `rows` texts, one chunk after the other: (rows, k·77, d)."""
+    return states.reshape(rows, -1, states.shape[-1])
 
 
 def _present(parts: dict[str, Any], *names: str) -> tuple[Any, ...]:

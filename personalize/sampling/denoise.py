@@ -28,6 +28,7 @@ from torch import Tensor
 from personalize.adapters.lora_scales import Rules, scaled
 from personalize.errors import UserError
 from personalize.models.attention import AttentionHook, hooked
+from personalize.models.conditioning import of_one_length
 from personalize.models.fast_paths import fast_paths, shared_guidance_prefix
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
@@ -169,7 +170,7 @@ def _guided(model: StableDiffusion, latents: Tensor, edit: Edit, step: Step) -> 
         with hooked(model.unet, edit.hooks, step=step, branches=("cond",)):
             return model.predict(latents, step.timestep, cond)
     assert edit.negative is not None
-    both = Conditioning.cat([_rows(edit.negative, step, latents), cond])
+    both = Conditioning.cat(of_one_length([_rows(edit.negative, step, latents), cond]))
     shared = shared_guidance_prefix(model.unet, wanted=not edit.hooks and not _exact(model))
     with hooked(model.unet, edit.hooks, step=step, branches=("null", "cond")), shared:
         null, conditional = model.predict(torch.cat([latents, latents]), step.timestep, both).chunk(2)

@@ -32,7 +32,6 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.models.attention import AttentionHook
 from personalize.models.image_processor import PaddedImage, Picture, as_image
-from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
 from personalize.sampling.config import NULL_TEXT, STRENGTH, NullTextSettings
@@ -63,6 +62,7 @@ def invert(
     fixed_point: int = 0,
     resolution: int | None = None,
     hooks: Sequence[AttentionHook] = (),
+    beside: Sequence[str] = (),
     folder: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> Trajectory:
@@ -81,19 +81,20 @@ def invert(
         fixed_point: fixed-point iterations at each step, each of which costs a UNet prediction; not for ddpm.
         hooks: attention hooks that observe the inversion and change nothing. They are not called if the trajectory is
             read from a folder, nor by ddpm and none.
+        beside: prompts that will be sampled together with this one. If one of them has more chunks of 75 tokens, the
+            conditioning gets as many.
         folder: where the trajectory is written, or read from if it is there already.
         cache: the same, in a subfolder of `cache` that is named by the hash of the inputs.
 
     Raises:
-        UserError: the method is unknown, fixed-point iterations are asked of ddpm, the prompt has more than 77 tokens,
-            or the trajectory in `folder` has other inputs.
+        UserError: the method is unknown, fixed-point iterations are asked of ddpm, or the trajectory in `folder` has
+            other inputs.
     """
     _require(method, fixed_point)
-    tokenize_prompt(model, prompt)
     given = isinstance(image, Tensor)
     pixels = image if given else PaddedImage.of(model, as_image(image), resolution, enlarge=True).pixels
     size = (pixels.shape[-2], pixels.shape[-1])
-    conditioning, null = model.prompts([prompt], size), model.null(1, size)
+    conditioning, null = model.prompts([prompt, *beside], size)[:1], model.null(1, size)
     strength = STRENGTH.get(method, 1.0) if strength is None else strength
     if guidance_scale is None or method not in GUIDANCE:
         guidance_scale = GUIDANCE.get(method, 1.0)

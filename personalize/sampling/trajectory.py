@@ -82,6 +82,9 @@ class Trajectory:
         inversion it is the photo with fresh noise, and the targets are corrected by its error. The
         source row of ddpm inversion keeps the guidance scale it was inverted with. A method whose conditioning varies
         by step replaces `conditioning` or `negative` of the returned edit by a function.
+
+        Raises:
+            ValueError: `targets` have another number of text positions than the source: see `beside` of `invert`.
         """
         conditioning = self.conditioning
         if targets is not None:
@@ -164,7 +167,8 @@ class Pinned(LatentEdit):
 
 
 _WORDS = {  # what error messages call an input
-    "base": "base model", "schedule": "noise schedule", "image": "image", CONDITIONING_KEY: "text encoder or token",
+    "base": "base model", "schedule": "noise schedule", "image": "image",
+    CONDITIONING_KEY: "text encoder, token or length of prompts",
 }  # fmt: skip
 
 

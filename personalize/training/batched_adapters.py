@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import PREFIX, lora_layers
+from personalize.adapters.lora_layers import batched_adapters
 from personalize.errors import UserError
+from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.buckets import FittedImage, as_fitted
@@ -94,6 +96,23 @@ def learn_batched(
         raise ValueError("adapters that are learned together need pictures of one size, and as many each")
     if any(not isinstance(caption, str) and len({*caption}) > 1 for _, caption in pictures):
         raise ValueError("adapters that are learned together need one caption each")
+    texts = (caption if isinstance(caption, str) else caption[0] for _, caption in pictures)
+    lengths = [tokenize_prompt(model, text).length for text in texts]
+    results: dict[int, tuple[Adapter, float]] = {}
+    for length in dict.fromkeys(lengths):  # captions of another number of chunks have source embeddings of their own
+        numbers = [number for number, other in enumerate(lengths) if other == length]
+        alike = _learn_alike(model, [pictures[number] for number in numbers], config, accelerator)
+        results |= dict(zip(numbers, alike, strict=True))
+    return [results[number] for number in range(len(pictures))]
+
+
+def _learn_alike(
+    model: StableDiffusion,
+    pictures: Sequence[tuple[Tensor | Sequence[FittedImage], Captions]],
+    config: SingleImageConfig,
+    accelerator: Accelerator | None,
+) -> list[tuple[Adapter, float]]:
+    """`learn_batched` for captions of equally many chunks of 75 tokens."""
     with single_image_run(model, *pictures[0], config, accelerator=accelerator) as first:
         runs = [first] + [SingleImageRun(model, *picture, config, None, (), accelerator) for picture in pictures[1:]]
         layers, start = lora_layers(model.unet), first.objective.adapter_parameters()  # of one seed: the same for all
@@ -103,8 +122,6 @@ def learn_batched(
             model, Conditioning.cat([run.conditioning for run in runs]), lora,
             standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
         )  # fmt: skip
-        from personalize.adapters.lora_layers import batched_adapters  # peft takes seconds to import
-
         with batched_adapters(layers, lora):
             losses = [report.losses for report in _steps(runs, objective)][-1]
     sources = objective.source_embeddings()

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -30,9 +31,6 @@ from personalize.models.attention_maps import CalibrationMaps, calibration_layer
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import CALIBRATION_WEIGHT
 from personalize.training.losses import LossTerms, Objective, anchoring, calibration, masked_mse
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 
 def text_projections(unet: UNet2DConditionModel) -> list[str]:
@@ -87,7 +85,7 @@ class MultiConceptObjective(Objective):
         canvas: (b, 1, h, w), 1 where the latents count.
         instance: (b,) bool, False for regularisation samples.
         nouns, modifiers: (b, s, l), 1 at the text positions of each concept's class phrase and of its token; 0 if the
-            prompt does not contain it.
+            prompt does not contain it.  The texts are padded to these l positions.
         masks: (b, s, H, W) in [0, 1], where each concept is; may be absent.
         share: (b,), how much a sample counts in the mean over this batch, see `Chunk`; 1 if absent.
         instance_share: (b,), how much an instance sample counts in the sum over this batch of the attention losses; if
@@ -98,7 +96,7 @@ class MultiConceptObjective(Objective):
         noisy, target = model.noised(latents, noise, timesteps), model.target(latents, noise, timesteps)
         store = self._map_store(latents)
         hooks = [DetachedStart(), *([] if store is None else [store])]
-        conditioning = model.prompts(batch["texts"], batch.get("size"))
+        conditioning = model.padded(model.prompts(batch["texts"], batch.get("size")), batch["nouns"].shape[-1])
         with hooked(model.unet, hooks):
             output = model.predict(noisy, timesteps, conditioning)
         errors = masked_mse(output, target, batch["canvas"])  # (b,)

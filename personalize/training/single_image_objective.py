@@ -103,14 +103,15 @@ class SingleImageObjective(Objective):
         """The UNet's conditioning for samples with the captions `rows` (b,)."""
         if self.texts:
             used, place = rows.unique(return_inverse=True)
-            return self._model[0].prompts([self.texts[row] for row in used.tolist()], self.size)[place]
+            read = self._model[0].prompts([self.texts[row] for row in used.tolist()], self.size)
+            return self._model[0].padded(read, self.embeds.shape[1])[place]  # as many tokens in every batch
         return Conditioning.cat([self.source_embeddings(), *self._prior])[rows]
 
     def source(self) -> Conditioning:
         """The embedding of the first caption as it is now, one row."""
         if self.texts:
             with torch.no_grad():
-                return self._model[0].prompts(self.texts[:1], self.size)
+                return self._model[0].padded(self._model[0].prompts(self.texts[:1], self.size), self.embeds.shape[1])
         return self.source_embeddings()[:1]
 
     def source_embeddings(self) -> Conditioning:

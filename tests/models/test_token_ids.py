@@ -1,4 +1,4 @@
-"""Prompts as token ids: what the encoder cannot read of them is said."""
+"""Prompts of any length as token ids, and their embeddings chunk by chunk."""
 
 from __future__ import annotations
 
@@ -6,23 +6,80 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
 
 from personalize.errors import Notice
-from personalize.models.token_ids import padded_ids
-from tests.support.tiny import tiny
+from personalize.models.prompts import tokenize_prompt
+from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.token_ids import padded_ids, text_places
+from tests.support.tiny import NAMES, tiny
+
+LONG = "a red cat on the beach " * 14 + "and my dog"  # 87 tokens: 75 and 12
 
 
-def test_words_that_are_cut_off_are_named() -> None:
-    """What stands behind token 77 was dropped without a word."""
+def independent(model: StableDiffusion, text: str, chunks: int) -> tuple[Tensor, Tensor | None]:
+    """The embeddings as A1111, ComfyUI and sd-scripts make them, written out with transformers alone."""
+    encoders, pooled = [], None
+    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        rows = []
+        for number in range(chunks):
+            part = [tokenizer.bos_token_id, *ids[75 * number : 75 * number + 75], tokenizer.eos_token_id]
+            out = encoder(torch.tensor([part + [tokenizer.pad_token_id] * (77 - len(part))]), output_hidden_states=True)
+            rows.append(out.hidden_states[-2] if model.family == "sdxl" else out.last_hidden_state)
+            pooled = getattr(out, "text_embeds", None) if number == 0 else pooled
+        encoders.append(torch.cat(rows, 1))
+    return torch.cat(encoders, -1), pooled
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("text", "chunks"), [("a cat", 1), (LONG, 2), (LONG, 3), (LONG + LONG, 3), ("cat " * 75, 1)])
+def test_long_prompts_equal_what_other_programs_make_of_them(name: str, text: str, chunks: int) -> None:
+    """What stood behind token 77 was dropped.  1e-6: encoders round differently in a batch of several chunks."""
+    model = tiny(name)
+    found = model.padded(model.prompts([text]), 77 * chunks)
+    embeds, pooled = independent(model, text, chunks)
+    torch.testing.assert_close(found.embeds, embeds, atol=1e-6, rtol=0)
+    if pooled is not None:
+        torch.testing.assert_close(found.pooled, pooled, atol=1e-6, rtol=0)
+
+
+def test_a_short_prompt_beside_a_long_one_is_padded_by_empty_chunks() -> None:
+    model = tiny("sdxl")
+    both, short = model.prompts(["a cat", LONG]), model.prompts(["a cat"])
+    assert both.embeds.shape == (2, 154, 72)
+    torch.testing.assert_close(both[:1].embeds, model.padded(short, 154).embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(both.embeds[:1, 77:], model.prompts([""]).embeds, atol=1e-6, rtol=0)
+
+
+def test_transformers_does_not_warn_of_the_length() -> None:
+    """It would say that indexing errors follow; it keeps a note that it has warned."""
+    model = tiny("sd1")
+    model.prompts([LONG])
+    tokenize_prompt(model, LONG)
+    assert len(model.tokens(LONG)) == 87 and not model.tokenizers[0].deprecation_warnings
+
+
+def test_no_token_is_lost_and_each_chunk_has_its_marks() -> None:
     tokenizer = tiny("sd1").tokenizers[0]
-    long = "a " * 70
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
-        whole = padded_ids(tokenizer, [long + "cat"])
-    room = 75 - len(tokenizer(long, add_special_tokens=False).input_ids)
-    with pytest.warns(Notice, match="tokens and the text encoder reads 75: “(z ?)+” is cut off"):
-        cut = padded_ids(tokenizer, [long + "z " * (room + 3)])
-    assert whole.shape == cut.shape == (1, 77) and int(cut[0, -1]) == tokenizer.eos_token_id
+        ids = padded_ids(tokenizer, [LONG, "a cat"]).view(2, 2, 77)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert (ids[:, :, 0] == start).all() and ids[0, 0, 76] == end and ids[0, 1, 13] == end
+    assert ids[1, 1].tolist() == [start] + [end] * 76
+    whole = tokenizer(LONG, add_special_tokens=False).input_ids
+    assert ids[0, 0, 1:76].tolist() + ids[0, 1, 1:13].tolist() == whole
+
+
+def test_the_vectors_of_a_learned_token_stay_in_one_chunk() -> None:
+    """Companion: a token of one vector takes the 75th place."""
+    tokenizer = tiny("sd1").tokenizers[0]
+    tokenizer.add_tokens(["<cat1>", "<cat1>_1", "<cat1>_2", "<one_1>"])
+    cat, one = tokenizer.convert_tokens_to_ids(["<cat1>", "<cat1>_1", "<cat1>_2"]), 5
+    assert text_places(tokenizer, [one] * 74 + cat + [one])[-5:] == [74, 78, 79, 80, 81]
+    assert text_places(tokenizer, [one] * 72 + cat + [one])[-4:] == [73, 74, 75, 78]
+    assert text_places(tokenizer, [one] * 74 + [tokenizer.convert_tokens_to_ids("<one_1>")])[-1:] == [75]
 
 
 def test_tokens_that_nobody_taught_the_base_are_named() -> None:

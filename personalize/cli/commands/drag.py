@@ -21,30 +21,17 @@ if TYPE_CHECKING:
     from personalize.cli.edit_options import DragConfig
 
 
-def run(config: DragConfig, editor: Editor | None = None) -> Path:
-    """Drag, or show what a drag will do; write the pictures and the facts, and print them in short.
-
-    `editor` takes the place of the one that the options describe, if that is loaded already.
-    """
-    editor = editor or Editor.configured(config, (config.adapter,) if config.adapter else ())
-    if config.preview:
-        return _write_preview(config, previewed(config, editor))
-    points = interleaved_points(config.from_, config.to)
-    return _write_drag(config, points, editor.drag(points, config.photo, paste=config.paste, **_arguments(config)))
-
-
-def previewed(config: DragConfig, editor: Editor) -> DragPreview:
-    """What the drag will do."""
-    return editor.drag_preview(interleaved_points(config.from_, config.to), config.photo, **_arguments(config))
-
-
-def _arguments(config: DragConfig) -> dict[str, Any]:
-    """The arguments that a drag and its preview share."""
-    return {
-        "mask": config.mask, "prompt": config.prompt, "settings": drag_settings(config),
-        "resolution": config.resolution, "add": [point_of(text) for text in config.add],
-        "remove": [point_of(text) for text in config.remove],
+def run(config: DragConfig) -> Path:
+    """Drag, or show what a drag will do; write the pictures and the facts, and print them in short."""
+    points, settings = interleaved_points(config.from_, config.to), drag_settings(config)
+    editor = Editor.configured(config, (config.adapter,) if config.adapter else ())
+    arguments = {
+        "mask": config.mask, "prompt": config.prompt, "settings": settings, "resolution": config.resolution,
+        "add": [point_of(text) for text in config.add], "remove": [point_of(text) for text in config.remove],
     }  # fmt: skip
+    if config.preview:
+        return _write_preview(config, editor.drag_preview(points, config.photo, **arguments))
+    return _write_drag(config, points, editor.drag(points, config.photo, paste=config.paste, **arguments))
 
 
 def _write_preview(config: DragConfig, preview: DragPreview) -> Path:

@@ -148,11 +148,14 @@ class DynamicPrompt:
 
     @torch.no_grad()
     def conditionings(
-        self, model: StableDiffusion, prompts: Sequence[str], size: tuple[int, int] | None = None
+        self, model: StableDiffusion, prompts: Sequence[str], size: tuple[int, int] | None = None, length: int = 0
     ) -> list[Conditioning]:
-        """For each step, the conditioning of `prompts`, a row each, with the step's embeddings of the fitted nouns."""
+        """For each step, the conditioning of `prompts`, a row each, with the step's embeddings of the fitted nouns.
+
+        It has at least `length` text positions.
+        """
         with noun_rows(model, self.groups) as layers:
-            return [self._encoded(model, layers, rows, prompts, size) for rows in self.rows]
+            return [model.padded(self._encoded(model, layers, rows, prompts, size), length) for rows in self.rows]
 
     @staticmethod
     def _encoded(
@@ -173,15 +176,17 @@ class DynamicFit:
         background: boolean (h, w), where no noun belongs, or (k, h, w), where each noun does not belong; None leaves
             out the background loss.
         size: of the image in pixels, (H, W), for SDXL's conditioning.
+        length: least number of text positions, for prompts that are sampled together with a longer one.
     """
 
     def __init__(
         self, model: StableDiffusion, prompt: str, groups: Sequence[NounGroup], background: Tensor | None,
-        settings: DynamicSettings = DYNAMIC, size: tuple[int, int] | None = None,
+        settings: DynamicSettings = DYNAMIC, size: tuple[int, int] | None = None, length: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.prompt, self.groups, self.size = model, prompt, tuple(groups), size
         self.background, self.settings = background, settings
-        self.length = len(tokenize_prompt(model, prompt).ids) if settings.words_only else None
+        self.length = length
+        self.until = tokenize_prompt(model, prompt).places[-1] + 1 if settings.words_only else None
         self.result = DynamicPrompt(prompt, self.groups)
         self.conditioning: Conditioning | None = None
 
@@ -196,7 +201,7 @@ class DynamicFit:
             self.result.rows.append(tuple(layer.weight.detach().cpu().clone() for layer in layers))
             self.result.drift.append(max(_drift(*pair) for pair in zip(layers, anchors, strict=True)))
             with torch.no_grad():
-                self.conditioning = self.model.prompts([self.prompt], self.size)
+                self.conditioning = self._encoded()
         return self.conditioning
 
     def latest(self, step: Step, latents: Tensor) -> Conditioning:
@@ -204,13 +209,16 @@ class DynamicFit:
         assert self.conditioning is not None
         return self.conditioning
 
+    def _encoded(self) -> Conditioning:
+        return self.model.padded(self.model.prompts([self.prompt], self.size), self.length)
+
     @torch.enable_grad()
     def _fit(self, layers: list[TokenEmbedding], anchors: list[Tensor], step: Step, latents: Tensor) -> None:
         weights = [layer.weight for layer in layers]
         adam = torch.optim.AdamW(weights, lr=self.settings.rate)
         for number in range(self.settings.updates):
-            conditioning = self.model.prompts([self.prompt], self.size)
-            attention = stage_attention(self.model, latents, step, conditioning)[..., : self.length]
+            conditioning = self._encoded()
+            attention = stage_attention(self.model, latents, step, conditioning)[..., : self.until]
             losses = leakage(attention, self.groups, self.background)
             self.result.forward_passes += 1
             now = Leakage(*(float(loss.detach()) for loss in losses))

@@ -40,7 +40,7 @@ def noun_groups(model: StableDiffusion, prompt: str, named: Sequence[str] = ()) 
     """The objects that `prompt` names: those in `named`, where "=" joins synonyms ("kitten=cat"), or else its nouns.
 
     Raises:
-        UserError: there is no noun, a word is not in the prompt or was given twice, or the prompt has over 77 tokens.
+        UserError: there is no noun, or a word is not in the prompt or was given twice.
     """
     objects = [tuple(phrase.split("=")) for phrase in named] or _nouns_of(prompt)
     if not objects:

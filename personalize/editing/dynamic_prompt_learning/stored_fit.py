@@ -42,7 +42,8 @@ def fit_dynamic_prompt(
     place = None if cache is None else Path(cache) / f"dynamic-{_hash(about)[:16]}"
     if place is not None and (place / ABOUT).is_file():
         return _load(place, trajectory, about, report)
-    fit, down = DynamicFit(model, prompt, report.groups, report.background, settings, size), trajectory.schedule(model)
+    length, down = trajectory.conditioning.embeds.shape[1], trajectory.schedule(model)
+    fit = DynamicFit(model, prompt, report.groups, report.background, settings, size, length)
     if null_text is not None:
         nulls = NullFit(model, trajectory.latents, fit.latest, trajectory.null[:1], guidance_scale, null_text)
         denoise(model, trajectory.start(), Edit(fit, nulls, guidance_scale), down)

@@ -72,19 +72,37 @@ def align(
     exchanged = bool(swaps) or differ_word_for_word(source, target)
     mode = settings.mode if settings.mode != "auto" else "replace" if exchanged else "refine"
     if mode == "replace":
+        pairs = [(_numbers(source, old), _numbers(target, new)) for old, new in swaps or word_swaps(source, target)]
         source_ids, target_ids = ([*tokens.ids, *[-1] * (length - len(tokens.ids))] for tokens in (source, target))
-        matrix = replacement_mapper(source_ids, target_ids, swaps or word_swaps(source, target))
-        return Alignment(matrix, torch.zeros(length), mode)
+        aligned = replacement_mapper(source_ids, target_ids, pairs)
+        return Alignment(_at_places(aligned, source, target), torch.zeros(length), mode)
     mapper, alphas = refinement_mapper(source.ids, target.ids)
-    own = torch.cat([1 - alphas, torch.zeros(length - len(alphas))])
-    sources = torch.cat([mapper, torch.arange(len(mapper), length)])
-    matrix = torch.zeros(length, length)
-    aligned = (own == 0).nonzero()[:, 0]
-    matrix[sources[aligned], aligned] = 1
+    matrix, own, places = torch.eye(length), torch.zeros(length), list(target.places)
+    own[places], matrix[:, places] = 1 - alphas, 0
+    for place, number in zip(places, mapper.tolist(), strict=True):
+        matrix[source.places[number], place] = float(number >= 0)
     for word, noun in adjective_bindings(source, target) if settings.bind_adjectives else ():
         for place in word:
             matrix[list(noun), place], own[place] = 1 / len(noun), 0.0
     return Alignment(matrix, own, mode)
+
+
+def _numbers(tokens: Tokens, span: Span) -> Span:
+    """The numbers among a prompt's tokens of text positions."""
+    return tuple(tokens.places.index(position) for position in span)
+
+
+def _at_places(aligned: Tensor, source: Tokens, target: Tokens) -> Tensor:
+    """A matrix (l, l) by numbers of tokens as one by text positions, which differ where prompts have several chunks.
+
+    The marks and the padding between chunks correspond to what is at the same position of the source.
+    """
+    if all(tokens.places == tuple(range(len(tokens.ids))) for tokens in (source, target)):
+        return aligned
+    matrix, places = torch.eye(len(aligned)), list(target.places)
+    matrix[:, places] = 0
+    matrix[torch.tensor(source.places)[:, None], places] = aligned[: len(source.ids), : len(places)]
+    return matrix
 
 
 class TextControl(AttentionHook):
@@ -180,11 +198,11 @@ def make_controls(
         keep_maps: collect the cross-attention maps, also without `blend`.
 
     Raises:
-        UserError: a word is not in its prompt (the nearest word is named), or a prompt has more than 77 tokens.
+        UserError: a word is not in its prompt (the nearest word is named).
     """
     source_tokens = tokenize_prompt(model, source)
     target_tokens = tuple(tokenize_prompt(model, text) for text in ([targets] if isinstance(targets, str) else targets))
-    length = model.tokenizers[0].model_max_length
+    length = max(tokens.length for tokens in (source_tokens, *target_tokens))
     alignments = tuple(
         align(source_tokens, one, length, settings, phrase_swaps(source_tokens, one, swaps) if swaps else ())
         for one in target_tokens

@@ -63,7 +63,7 @@ def word_blend(
     Raises:
         UserError: a word is not in its prompt.
     """
-    maps, length = MapSum(stage_layers(model)), model.tokenizers[0].model_max_length
+    maps, length = MapSum(stage_layers(model)), max(one.length for one in (*targets, *([source] if source else [])))
     first = torch.zeros(length) if source is None else _marked(source, [old for old, _ in words], length)
     marked = [first, *(_marked(one, [new for _, new in words], length) for one in targets)]
     return maps, LocalBlend(maps, torch.stack(marked), threshold, begin)

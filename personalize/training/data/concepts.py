@@ -6,8 +6,10 @@ is odd.  As in `personalize.training.data.samples`, a sample depends on the seed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,12 @@ from personalize.errors import UserError
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
 from personalize.io.images import resize_and_crop, to_pixels
+from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 from personalize.training.data.augmentation import (
+    FAR,
+    NEAR,
     canvas_mask,
     draw_order,
     draw_view,
@@ -142,6 +147,20 @@ class ConceptDataset(Dataset):
     _positions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
     _encoded: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
+    @cached_property
+    def text_length(self) -> int:
+        """The text positions l of the longest text of any sample, in whole chunks of 77: the same for all batches.
+
+        The vectors of a token, which are kept in one chunk, may leave all their number but one unused in each.
+        """
+        prompt, prefixes = self.picture.prompt, (*(FAR + NEAR if self.augment else ()), "")
+        texts = [*(prefix + prompt for prefix in prefixes), *(image.caption for image in self.class_images)]
+        counts = [len(tokenize_prompt(self.model, text).ids) - 2 for text in dict.fromkeys(texts)]
+        chunk = self.model.tokenizers[0].model_max_length
+        kept = max(subject.vectors for subject in self.picture.subjects)
+        most = max(counts)
+        return chunk * (1 if most <= chunk - 2 else math.ceil(most / max(1, chunk - 1 - kept)))
+
     def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Any]]]:
         """This process's batches of each of the updates `first` … `last` − 1."""
         for update in range(first, last):
@@ -190,7 +209,7 @@ class ConceptDataset(Dataset):
         if (number, view.flip) not in self._encoded:
             pixels = render_view(image, view, self.side)[None]
             self._encoded[number, view.flip] = tuple(part.cpu() for part in self.model.posterior(pixels))  # pyright: ignore
-        blank = torch.zeros(len(self.picture.subjects), self.model.tokenizers[0].model_max_length)
+        blank = torch.zeros(len(self.picture.subjects), self.text_length)
         row = {
             "texts": self.class_images[number].caption, "instance": torch.tensor(False), "nouns": blank,
             "modifiers": blank, "canvas": canvas_mask(view, self.side, self.model.factor, shown),
@@ -212,7 +231,7 @@ class ConceptDataset(Dataset):
         """The text positions of class phrases and of tokens, two (s, l) in {0, 1}, in the order of the subjects."""
         if text not in self._positions:
             places = locate_subjects(self.model, text, self.picture.subjects)
-            nouns, modifiers = torch.zeros(2, len(places), self.model.tokenizers[0].model_max_length)
+            nouns, modifiers = torch.zeros(2, len(places), self.text_length)
             for row, place in enumerate(places):
                 nouns[row, list(place.noun)] = 1
                 modifiers[row, list(place.modifier)] = 1

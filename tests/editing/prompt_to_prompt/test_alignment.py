@@ -132,10 +132,10 @@ def test_a_word_that_is_not_there_names_the_nearest():
         prompt_tokens.find("xylophone")
 
 
-def test_prompts_of_more_than_77_tokens_are_refused_and_77_are_not():
-    assert len(tokenize_prompt(model(), "cat " * 75).ids) == 77
-    with pytest.raises(UserError, match="the prompt has 78 tokens with its start and end mark, .* reads 77: shorten"):
-        tokenize_prompt(model(), "cat " * 76)
+def test_words_behind_the_first_75_tokens_stand_in_the_second_chunk():
+    assert tokenize_prompt(model(), "cat " * 75).length == 77
+    long = tokenize_prompt(model(), "cat " * 75 + "dog")
+    assert long.length == 154 and long.find("dog") == [(78,)] and long.places[-3:] == (75, 78, 79)
 
 
 def test_learned_tokens_of_several_vectors_are_one_word():
