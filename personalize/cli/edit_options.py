@@ -92,8 +92,8 @@ class PhotoConfig(InferenceOptions):
     """null-text: learning rate of the first step; by default 0.01, on the package's model 0.1."""
     null_text_tolerance: float = NULL_TEXT.tolerance
     """null-text: a step ends when its loss is below this; later steps allow a little more."""
-    null_text_checkpointing: bool = NULL_TEXT.gradient_checkpointing
-    """null-text: gradient checkpointing, which needs less memory and more time; for SDXL."""
+    gradient_checkpointing: bool = NULL_TEXT.gradient_checkpointing
+    """null-text, --dpl: compute activations twice instead of keeping them: less memory, more time; for SDXL."""
     fixed_point_iterations: int = PHOTO.fixed_point
     """Fixed-point iterations at each inversion step, which make sampling without guidance exact; not for ddpm."""
     attention_maps: bool = False

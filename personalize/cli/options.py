@@ -109,7 +109,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score edited pictures as PIE-Bench does: background, structure, and agreement with the prompt.
+    """Score edited pictures as PIE-Bench does: background, structure, agreement with the prompt; drags as DragBench.
 
     The benchmark is a folder of PIE-Bench (mapping_file.json), TEdBench (input_list.json) or DragBench
     (original_image.png in each folder).  Nothing is downloaded unless you name a hub id; scores left out are reported.
@@ -119,6 +119,9 @@ class EvaluateConfig:
     """Folder of the benchmark."""
     results: Path
     """Folder of the edited pictures, named like the benchmark's own."""
+    run: str | None = None
+    """First make the results that are missing, with these options of `personalize edit PHOTO` (of `personalize drag`
+    for DragBench), e.g. --run="--inversion direct --num_inference_steps 50"; an empty text takes the defaults."""
     output: Path = Path("evaluation.json")
     """File for all values and the summary."""
     structure_model: str | None = None
@@ -127,13 +130,17 @@ class EvaluateConfig:
     """CLIP scores: folder or hub id, published with openai/clip-vit-large-patch14."""
     lpips_backbone: Path | None = None
     """LPIPS: file of torchvision's squeezenet1_1 weights."""
+    lpips_net: Literal["squeeze", "alex", "vgg"] = "squeeze"
+    """LPIPS network: squeeze as in PIE-Bench, alex as in DragBench; torchvision downloads the weights of the others."""
+    point_model: str | None = None
+    """DragBench's mean distance: base model whose features find the points, published with Stable Diffusion 2.1."""
     allow_pickle: bool = False
     """Read arrays and plain values of DragBench's meta_data.pkl; without it, pickles are refused."""
     cpu: bool = False
     """Run on the CPU even if there is an accelerator."""
 
     def check(self) -> None:
-        check_files(self.benchmark, self.results)
+        check_files(self.benchmark, *(() if self.run is not None else (self.results,)))
 
 
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source

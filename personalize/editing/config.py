@@ -111,6 +111,8 @@ class DynamicSettings:
     mostly to the padding, where nouns whose maps are good stay above the published one."""
     cap: float | None = None
     """Limit on ‖v − v₀‖ / ‖v₀‖, the distance of an embedding from the word's; None is no limit."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of blocks instead of all activations: less memory, more time, the same result."""
 
     def __post_init__(self) -> None:
         if self.updates < 0 or self.rate <= 0 or min(self.balancing, self.disjoint, self.background) < 0:
@@ -120,6 +122,11 @@ class DynamicSettings:
     def idle(self) -> bool:
         """Whether nothing is fitted."""
         return self.updates == 0 or not (self.balancing or self.disjoint or self.background)
+
+    @property
+    def inputs(self) -> dict[str, object]:
+        """The settings that the result depends on."""
+        return {name: value for name, value in vars(self).items() if name != "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from personalize.io.image_files import load_image
 from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.io.tensor_files import read_json
 
+Point = tuple[float, float]  # x, y in pixels
 MASK_SIDE = 512  # px, of PIE-Bench's masks
 PUBLISHED_SIZES = {"PIE-Bench": (700, 700), "TEdBench": (100, 40)}  # (edits, pictures)
 ALLOWED_IN_PICKLES = {  # the globals that unpickling a numpy array needs
@@ -36,6 +37,7 @@ class BenchmarkItem:
     result: where the edited picture belongs: its path below the folder of results, without suffix.
     mask: (H, W), True where the edit belongs; None if the benchmark has none.
     kind: PIE-Bench's id of the kind of edit.
+    points: DragBench's (handle, target), each (x, y) in pixels.
     """
 
     name: str
@@ -45,6 +47,7 @@ class BenchmarkItem:
     target_prompt: str = ""
     mask: Tensor | None = None
     kind: str = ""
+    points: tuple[tuple[Point, Point], ...] = ()
 
 
 def read_benchmark(folder: Path, *, allow_pickle: bool = False) -> tuple[str, list[BenchmarkItem]]:
@@ -175,7 +178,18 @@ def _dragbench_item(folder: Path, sample: Path, allow_pickle: bool) -> Benchmark
     if array is None and mask_file.is_file():
         array = np.asarray(load_image(mask_file).convert("L")) > 127
     mask = None if array is None else torch.from_numpy(np.array(array) > 0)
-    return BenchmarkItem(name, sample / "original_image.png", name, str(metadata.get("prompt", "")), "", mask)
+    points = _point_pairs(sample, metadata.get("points", []))
+    prompt = str(metadata.get("prompt", ""))
+    return BenchmarkItem(name, sample / "original_image.png", name, prompt, "", mask, points=points)
+
+
+def _point_pairs(sample: Path, listed: Any) -> tuple[tuple[Point, Point], ...]:
+    """DragBench's list handle, target, handle, … of [x, y] as pairs."""
+    try:
+        flat = [(float(x), float(y)) for x, y in listed]
+        return tuple(zip(flat[::2], flat[1::2], strict=True))
+    except (TypeError, ValueError):
+        raise UserError(f"{sample}: points are no list of handle and target in turn, each [x, y]") from None
 
 
 def _inside(folder: Path, path: Path) -> Path:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, mse_loss, normalize
 
 from personalize.errors import UserError
+from personalize.evaluation.benchmarks import Point
+from personalize.evaluation.point_matching import PointMatching
 from personalize.io.pickles import read_any
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -37,6 +39,7 @@ class ImagePair:
     """A source picture and its edit, as pixels (1, 3, H, W) in [0, 1], with both prompts ("" if there are none).
 
     mask: (H, W), True where the edit belongs; None if it is not known.
+    points: of a drag, (handle, target), each (x, y) in pixels.
     """
 
     source: Tensor
@@ -44,6 +47,7 @@ class ImagePair:
     mask: Tensor | None = None
     source_prompt: str = ""
     target_prompt: str = ""
+    points: tuple[tuple[Point, Point], ...] = ()
 
     def background(self) -> tuple[Tensor, Tensor]:
         """Source and edit, black inside the mask.
@@ -134,11 +138,11 @@ class ClipScore:
 
 
 class Lpips:
-    """LPIPS distance on SqueezeNet; `backbone` is the file of torchvision's squeezenet1_1 weights."""
+    """LPIPS distance on "squeeze", "alex" or "vgg"; `backbone` is the file of torchvision's squeezenet1_1 weights."""
 
-    def __init__(self, backbone: str | Path | None, device: torch.device | str = "cpu") -> None:
+    def __init__(self, backbone: str | Path | None, device: torch.device | str = "cpu", net: str = "squeeze") -> None:
         self.device = device
-        self.network = load_lpips("squeeze", device, backbone=backbone)
+        self.network = load_lpips(net, device, backbone=backbone)
 
     @torch.no_grad()
     def __call__(self, a: Tensor, b: Tensor) -> float:
@@ -181,6 +185,21 @@ def metrics(
         Metric("psnr, whole frame", 1, True, lambda pair: psnr(pair.source, pair.edited)),
         Metric("lpips, whole frame", 1e3, False, lambda pair: _require(perceptual)(pair.source, pair.edited)),
     ]  # fmt: skip
+
+
+def drag_metrics(perceptual: Lpips | Unavailable, matching: PointMatching | Unavailable) -> list[Metric]:
+    """DragBench's columns: mean distance of the points in pixels (MD), and image fidelity 1 − LPIPS (IF)."""
+
+    def mean_distance(pair: ImagePair) -> float:
+        if not pair.points:
+            raise Unavailable("no points")
+        distances = _require(matching).distances(pair.source, pair.edited, pair.points, pair.source_prompt)
+        return sum(distances) / len(distances)
+
+    return [
+        Metric("mean distance, px", 1, False, mean_distance),
+        Metric("image fidelity", 1, True, lambda pair: 1 - _require(perceptual)(pair.source, pair.edited)),
+    ]
 
 
 def or_unavailable(make: Callable[[], Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from personalize.evaluation.metrics import (
 )
 from personalize.io.image_files import load_image
 from personalize.io.images import to_pixels
-
-if TYPE_CHECKING:
-    pass
 
 RESAMPLES = 10_000  # of the bootstrap
 
@@ -53,7 +50,9 @@ def load_pair(item: BenchmarkItem, result: Path) -> ImagePair:
     if mask is not None and tuple(mask.shape) != (height, width):
         image = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
         mask = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.NEAREST)) > 127)
-    return ImagePair(_unit_range(source), _unit_range(edited), mask, item.source_prompt, item.target_prompt)
+    return ImagePair(
+        _unit_range(source), _unit_range(edited), mask, item.source_prompt, item.target_prompt, item.points
+    )
 
 
 def summarize(rows: Sequence[dict[str, Any]], columns: Sequence[Metric]) -> dict[str, dict[str, Any]]:

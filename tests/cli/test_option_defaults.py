@@ -48,7 +48,7 @@ SETTINGS: dict[type, dict[str, tuple[type, str]]] = {  # command's options: opti
         "uniform_auxiliary": (UniformSettings, "auxiliary"),
         "null_text_iterations": (NullTextSettings, "iterations"),
         "null_text_tolerance": (NullTextSettings, "tolerance"),
-        "null_text_checkpointing": (NullTextSettings, "gradient_checkpointing"),
+        "gradient_checkpointing": (NullTextSettings, "gradient_checkpointing"),
     },
     DragConfig: {
         "method": (DragSettings, "method"), "mode": (DragSettings, "mode"),

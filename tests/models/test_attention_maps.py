@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from personalize.editing.dynamic_prompt_learning.stage_maps import StageMaps, stage_attention
 from personalize.models.attention import attention_sites, hooked
 from personalize.models.attention_maps import InversionMaps, stage_level
+from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.sampling.denoise import Edit, denoise
 from personalize.sampling.schedule import Step, make_schedule
 from tests.support.tiny import NAMES, tiny, tiny_sd1
@@ -47,3 +50,19 @@ def test_inversion_maps_are_of_every_step():
     denoise(model, latents(), edit, make_schedule(model, 3, inverse=True))
     assert maps.cross_attention().shape == (3, 16, 16, 77) and maps.self_attention().shape == (16, 16, 256)
     assert not torch.equal(maps.cross_attention()[0], maps.cross_attention()[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stage_maps_have_the_same_gradient_under_checkpointing(name: str):
+    """To the bit on a CPU: recomputed blocks neither stop the pass nor replace the maps of the first one."""
+    model = tiny(name)
+    step = Step(**vars(make_schedule(model, 4).steps[0]), index=0, count=4)
+    gradients = []
+    for enabled in (False, True):
+        conditioning = model.prompts([PROMPT], SIZE)
+        embeds = conditioning.embeds.detach().clone().requires_grad_(True)
+        with torch.enable_grad(), gradient_checkpointing(model.unet, enabled):
+            maps = stage_attention(model, latents(), step, replace(conditioning, embeds=embeds))
+        maps[..., 2].square().sum().backward()
+        gradients.append(embeds.grad)
+    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)

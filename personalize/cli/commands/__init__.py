@@ -1,6 +1,7 @@
 """One file per command: what it does with its parsed options.
 
     edit, edit_image, edit_table   with an adapter; a photo; the photos of a table
+    evaluate_run                   the results that `evaluate --run` makes first
     drag, quickstart, inspect, convert, verify, evaluate   as the commands are called
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing, training, cli.

@@ -23,15 +23,20 @@ if TYPE_CHECKING:
 
 def run(config: DragConfig) -> Path:
     """Drag, or show what a drag will do; write the pictures and the facts, and print them in short."""
-    points, settings = interleaved_points(config.from_, config.to), drag_settings(config)
+    points, arguments = interleaved_points(config.from_, config.to), drag_arguments(config)
     editor = Editor.configured(config, (config.adapter,) if config.adapter else ())
-    arguments = {
-        "mask": config.mask, "prompt": config.prompt, "settings": settings, "resolution": config.resolution,
-        "add": [point_of(text) for text in config.add], "remove": [point_of(text) for text in config.remove],
-    }  # fmt: skip
     if config.preview:
         return _write_preview(config, editor.drag_preview(points, config.photo, **arguments))
     return _write_drag(config, points, editor.drag(points, config.photo, paste=config.paste, **arguments))
+
+
+def drag_arguments(config: DragConfig) -> dict[str, Any]:
+    """The arguments of `Editor.drag` and `Editor.drag_preview` that the options give, beside the points."""
+    return {
+        "mask": config.mask, "prompt": config.prompt, "settings": drag_settings(config),
+        "resolution": config.resolution, "add": [point_of(text) for text in config.add],
+        "remove": [point_of(text) for text in config.remove],
+    }  # fmt: skip
 
 
 def _write_preview(config: DragConfig, preview: DragPreview) -> Path:

@@ -40,14 +40,7 @@ def run(config: PhotoConfig) -> Path:
 
 def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     """`run` with a base model that is there already; inversions are kept in `cache`."""
-    swaps = [pair(text) for text in config.swap]
-    local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
-    mask = None if config.mask is None else box(config.mask) or Path(config.mask)
-    request = EditRequest(
-        config.target, swaps, dict(weight(text) for text in config.weight), local, mask,
-        config.strict_background, _noun_regions(config),
-    )  # fmt: skip
-    photo = load_image(config.photo)
+    request, photo = edit_request(config), load_image(config.photo)
     settings = photo_settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings, cache)
@@ -77,6 +70,17 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     return config.output_dir
 
 
+def edit_request(config: PhotoConfig) -> EditRequest:
+    """What the options ask to be changed."""
+    swaps = [pair(text) for text in config.swap]
+    local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
+    mask = None if config.mask is None else box(config.mask) or Path(config.mask)
+    return EditRequest(
+        config.target, swaps, dict(weight(text) for text in config.weight), local, mask,
+        config.strict_background, _noun_regions(config),
+    )  # fmt: skip
+
+
 def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: PhotoSettings, cache: Path) -> Path:
     """Print whether dynamic prompt learning is needed, and draw the attention of the nouns."""
     with progress_bars():
@@ -93,11 +97,12 @@ def photo_settings(config: PhotoConfig, base: str) -> PhotoSettings:
     """The settings that the options give; what they leave open is chosen for the base model of the name `base`."""
     null_text = settings_for(
         NullTextSettings, base, iterations=config.null_text_iterations, rate=config.null_text_rate,
-        tolerance=config.null_text_tolerance, gradient_checkpointing=config.null_text_checkpointing,
+        tolerance=config.null_text_tolerance, gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     dynamic = settings_for(
         DynamicSettings, base, updates=config.dpl_updates, balancing=config.dpl_balancing, disjoint=config.dpl_disjoint,
         background=config.dpl_background, words_only=config.dpl_words_only,
+        gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     return PhotoSettings(
         config.inversion, config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,

@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from personalize.cli.commands.evaluate_run import make_results
 from personalize.errors import UserError
 from personalize.evaluation.benchmarks import find_result, read_benchmark, size_warning
-from personalize.evaluation.metrics import ClipScore, Lpips, Structure, metrics, or_unavailable
+from personalize.evaluation.metrics import (
+    ClipScore,
+    Lpips,
+    Metric,
+    Structure,
+    Unavailable,
+    drag_metrics,
+    metrics,
+    or_unavailable,
+)
+from personalize.evaluation.point_matching import PointMatching
 from personalize.evaluation.report import format_table, measure_item, summarize
 from personalize.io.atomic import write_file
 from personalize.models.loading import default_device
+from personalize.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
     from personalize.cli.options import EvaluateConfig
@@ -22,18 +34,16 @@ if TYPE_CHECKING:
 def run(config: EvaluateConfig) -> Path:
     """Measure the results that exist, print a table, and write every value to `config.output`; returns that file.
 
-    A metric that could not be measured is named in the table with the reason.
+    With `config.run` the missing results are made first. A metric that could not be measured is named in the table
+    with the reason.
 
     Raises:
         UserError: the folder is no benchmark, or there is no result at all.
     """
     name, items = read_benchmark(config.benchmark, allow_pickle=config.allow_pickle)
-    device = torch.device("cpu") if config.cpu else default_device()
-    columns = metrics(
-        or_unavailable(lambda: Structure(config.structure_model, device)),
-        or_unavailable(lambda: ClipScore(config.clip_model, device)),
-        or_unavailable(lambda: Lpips(config.lpips_backbone, device)),
-    )
+    if config.run is not None:
+        make_results(config, name, items)
+    columns = _columns(config, name)
     results = [(item, find_result(config.results, item)) for item in items]
     present = [(item, path) for item, path in results if path is not None]
     if not present:
@@ -50,7 +60,8 @@ def run(config: EvaluateConfig) -> Path:
         "networks": {
             "structure": config.structure_model,
             "clip": config.clip_model,
-            "lpips": str(config.lpips_backbone or ""),
+            "lpips": config.lpips_net if config.lpips_net != "squeeze" else str(config.lpips_backbone or ""),
+            "points": config.point_model,
         },
         "summary": table,
         "rows": rows,
@@ -60,3 +71,25 @@ def run(config: EvaluateConfig) -> Path:
         print(warning)
     print(f"{name}: {len(rows)} of {len(items)} results\n\n{format_table(table)}\n\nevery value in {config.output}")
     return config.output
+
+
+def _columns(config: EvaluateConfig, benchmark: str) -> list[Metric]:
+    """The table's columns, on the networks that the options name; those of drags first for DragBench."""
+    device = torch.device("cpu") if config.cpu else default_device()
+    perceptual = or_unavailable(lambda: Lpips(config.lpips_backbone, device, config.lpips_net))
+    columns = metrics(
+        or_unavailable(lambda: Structure(config.structure_model, device)),
+        or_unavailable(lambda: ClipScore(config.clip_model, device)),
+        perceptual,
+    )
+    if benchmark != "DragBench":
+        return columns
+    return [*drag_metrics(perceptual, or_unavailable(lambda: _point_matching(config.point_model, device))), *columns]
+
+
+def _point_matching(base: str | None, device: torch.device) -> PointMatching:
+    if base is None:
+        raise Unavailable(
+            "no base model is given: name one with --point_model, published with Stable Diffusion 2.1, or embedded"
+        )
+    return PointMatching(StableDiffusion.load(None if base == "embedded" else base, device=device))

@@ -24,6 +24,7 @@ from personalize.adapters.textual_inversion import TokenEmbedding
 from personalize.editing.config import DYNAMIC, DynamicSettings
 from personalize.editing.dynamic_prompt_learning.noun_groups import NounGroup, group_maps
 from personalize.editing.dynamic_prompt_learning.stage_maps import stage_attention
+from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.map_filters import smoothed
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
@@ -218,7 +219,8 @@ class DynamicFit:
         adam = torch.optim.AdamW(weights, lr=self.settings.rate)
         for number in range(self.settings.updates):
             conditioning = self._encoded()
-            attention = stage_attention(self.model, latents, step, conditioning)[..., : self.until]
+            with gradient_checkpointing(self.model.unet, self.settings.gradient_checkpointing):
+                attention = stage_attention(self.model, latents, step, conditioning)[..., : self.until]
             losses = leakage(attention, self.groups, self.background)
             self.result.forward_passes += 1
             now = Leakage(*(float(loss.detach()) for loss in losses))

@@ -11,20 +11,27 @@ from personalize.sampling.schedule import Step
 
 
 class StageMaps(MapStore):
-    """Stores the cross-attention maps of one stage with their graph; raises `StopForward` after the last of them."""
+    """Stores the cross-attention maps of one stage with their graph; raises `StopForward` after the last of them.
+
+    A block that gradient checkpointing recomputes afterwards stores and stops nothing.
+    """
 
     def __init__(self, model: StableDiffusion, size: tuple[int, int]) -> None:
         level = stage_level(model)
         sites = {n: s for n, s in attention_sites(model.unet, size).items() if s.cross and s.level == level}
         super().__init__(True, keep_graph=True)
         self.names = frozenset(sites)
+        self.complete = False
 
     def wants(self, site: AttentionSite) -> bool:
         return site.name in self.names
 
     def probs(self, p: Tensor, site: AttentionSite) -> Tensor:
+        if self.complete:
+            return p
         super().probs(p, site)
-        if len(self.maps) == len(self.names):
+        self.complete = len(self.maps) == len(self.names)
+        if self.complete:
             raise StopForward
         return p
 

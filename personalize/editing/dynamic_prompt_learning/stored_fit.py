@@ -67,7 +67,7 @@ def _inputs(
     """Everything that a fitted dynamic prompt depends on, as JSON values."""
     background = None if report.background is None else tensor_hash([report.background])
     return {"trajectory": trajectory.key, "prompt": prompt, "groups": [asdict(group) for group in report.groups],
-            "background": background, "settings": asdict(settings), "guidance_scale": scale,
+            "background": background, "settings": settings.inputs, "guidance_scale": scale,
             "null_text": None if null is None else null.inputs}  # fmt: skip
 
 

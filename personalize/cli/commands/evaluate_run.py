@@ -1,0 +1,118 @@
+"""`personalize evaluate --run`: make the results of a benchmark that are missing, with one method for all items.
+
+Each finished item is a picture in the folder of results, so that a run that was stopped goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from personalize.cli.checks import interleaved_points
+from personalize.cli.commands.drag import as_text, drag_arguments
+from personalize.cli.commands.edit_image import edit_request, photo_settings
+from personalize.cli.edit_options import DragConfig, PhotoConfig
+from personalize.cli.parser import parse
+from personalize.editing.editor import Editor
+from personalize.errors import UserError
+from personalize.evaluation.benchmarks import BenchmarkItem, find_result
+from personalize.io.atomic import write_file
+from personalize.io.figures import png
+from personalize.io.image_files import load_image
+
+if TYPE_CHECKING:
+    from personalize.cli.options import EvaluateConfig
+
+RECORD = "run.json"  # in the folder of results: with which options they were made
+
+
+def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkItem]) -> None:
+    """Make every result that `config.results` lacks; an item that cannot be made costs a line of output.
+
+    Raises:
+        UserError: the options are wrong, or results in the folder were made with others.
+    """
+    words = shlex.split(config.run or "")
+    missing = [item for item in items if find_result(config.results, item) is None]
+    if not missing:
+        return
+    parsed, make = _method(name, words)
+    first = parsed(missing[0])
+    _check_record(config.results, {"benchmark": name, "options": words})
+    editor = Editor.configured(first, adapters_of(first))
+    for number, item in enumerate(missing, 1):
+        print(f"{number} of {len(missing)}: {item.name}", flush=True)
+        try:
+            picture = make(editor, parsed(item))
+        except UserError as error:
+            print(f"{item.name}: not made: {error}")
+            continue
+        write_file(config.results / f"{item.result}.png", png(picture))
+
+
+def _method(name: str, words: Sequence[str]) -> tuple[Callable[[BenchmarkItem], Any], Callable[..., Image.Image]]:
+    """How an item becomes options, checked as on a command line, and how these become a picture."""
+    if name == "DragBench":
+        return lambda item: drag_options(item, words), _dragged
+    return lambda item: edit_options(item, words), _edited
+
+
+def edit_options(item: BenchmarkItem, words: Sequence[str]) -> PhotoConfig:
+    """The options of `personalize edit PHOTO` for one item.
+
+    Raises:
+        UserError: an option is wrong; or the benchmark gives no source prompt and the method needs one.
+    """
+    source = item.source_prompt or item.target_prompt  # mutual attention inverts with the empty prompt
+    options = parse(PhotoConfig, [str(item.source), "--source", source, "--target", item.target_prompt, *words],
+                    prog="--run")  # fmt: skip
+    if not item.source_prompt and options.controller != "mutual":
+        raise UserError(
+            f"{item.name} has no source prompt, which --controller {options.controller} needs: give --run "
+            '"--controller mutual", or train an adapter on each picture and put the edits into --results'
+        )
+    return options
+
+
+def drag_options(item: BenchmarkItem, words: Sequence[str]) -> DragConfig:
+    """The options of `personalize drag` for one item; UserError if one is wrong, or the item has no points."""
+    if not item.points:
+        raise UserError(f"{item.name} names no points: expected points in {item.source.parent}/meta_data.json or .pkl")
+    points = [word for handle, target in item.points for word in ("--from", as_text(handle), "--to", as_text(target))]
+    prompt = ["--prompt", item.source_prompt] if item.source_prompt else []
+    return parse(DragConfig, [str(item.source), *points, *prompt, *words], prog="--run")
+
+
+def adapters_of(options: PhotoConfig | DragConfig) -> tuple[Path, ...]:
+    """The adapters that the options name."""
+    if isinstance(options, DragConfig):
+        return (options.adapter,) if options.adapter else ()
+    return (*options.adapter, *options.add)
+
+
+def _edited(editor: Editor, options: PhotoConfig) -> Image.Image:
+    settings = photo_settings(options, editor.model.name)
+    return editor.photo(load_image(options.photo), options.source, edit_request(options), settings).images[0]
+
+
+def _dragged(editor: Editor, options: DragConfig) -> Image.Image:
+    points = interleaved_points(options.from_, options.to)
+    return editor.drag(points, options.photo, paste=options.paste, **drag_arguments(options)).image
+
+
+def _check_record(results: Path, record: dict[str, Any]) -> None:
+    """Write down how the results are made; UserError if those in the folder were made otherwise."""
+    path = results / RECORD
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != record:
+            raise UserError(
+                f"{results} holds results of {before.get('benchmark')} made with --run "
+                f'"{shlex.join(before.get("options", []))}": give that again, or name another folder with --results'
+            )
+    write_file(path, json.dumps(record, indent=1).encode())
