@@ -19,6 +19,14 @@ class Mismatch(UserError):
     exit_code = 1
 
 
+class Stopped(KeyboardInterrupt):
+    """The signal `number` has ended the work; the command line prints the message, if there is one, in one line."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 class Notice(UserWarning):
     """Something that the user should know although the work goes on; the command line prints it as one line."""
 

@@ -57,15 +57,21 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
 
 def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
-    from personalize.adapters.adapter_files import check_target
+    from personalize.training.trainer import output_folder
+
+    with output_folder(config.output_dir):
+        return _train(config)
+
+
+def _train(config: Config) -> Path:
     from personalize.training import trainer
     from personalize.training.concept_maps import MapSnapshots
     from personalize.training.data.class_images import class_images
     from personalize.training.data.concepts import check_prompt, read_picture
     from personalize.training.multi_concept import multi_concept_run, training_side
+    from personalize.training.saving import save_trained
 
     picture = read_picture(config)
-    check_target(config.output_dir)
     accelerator = trainer.make_accelerator(config)
     model = trainer.load_base(config, accelerator, full_weights=config.full_kv)
     check_prompt(model, picture)  # what cannot work is said before class pictures are drawn, which takes long
@@ -81,10 +87,10 @@ def main(config: Config) -> Path:
         trainer.train(config, run, "multi_concept")
         adapter = run.adapter(person=config.person, regularisation=len(classes))
         if config.attention_maps and accelerator.is_main_process:
-            adapter.save(config.output_dir)  # before the maps are drawn, which could fail
+            save_trained(adapter, config.output_dir)  # before the maps are drawn, which could fail
         maps.record("after")
     if accelerator.is_main_process:
-        adapter.save(config.output_dir, pictures=maps.pictures())
+        save_trained(adapter, config.output_dir, pictures=maps.pictures())
         print(f"Words: {', '.join(adapter.concepts)}")
     return trainer.finish(config, accelerator)
 

@@ -56,7 +56,13 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
 
 def main(config: Config) -> Path:
     """Train and save the adapter; returns its folder."""
-    from personalize.adapters.adapter_files import check_target
+    from personalize.training.trainer import output_folder
+
+    with output_folder(config.output_dir):
+        return _train(config)
+
+
+def _train(config: Config) -> Path:
     from personalize.training import trainer
     from personalize.training.data.buckets import fit
     from personalize.training.data.class_images import class_images
@@ -65,7 +71,6 @@ def main(config: Config) -> Path:
     from personalize.training.validation import save_with_preview
 
     images = read_training_images(config)
-    check_target(config.output_dir)
     accelerator = trainer.make_accelerator(config)
     settings = training_config(config)
     model = trainer.load_base(config, accelerator)

@@ -16,6 +16,7 @@ from torch import Tensor
 from personalize.adapters.adapter_files import (
     CARD,
     SCHEMA,
+    WAIT,
     check_manifest,
     check_source,
     check_target,
@@ -36,8 +37,9 @@ from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
 from personalize.formats.timestep_rank import TimestepRank, rule_of
 from personalize.formats.verification import VerificationReport
-from personalize.io.atomic import write_folder
+from personalize.io.atomic import folder_path, remove_stale, write_folder
 from personalize.io.figures import png
+from personalize.io.locks import folder_lock
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import StableDiffusion
 
@@ -106,19 +108,22 @@ class Adapter:
     ) -> Path:
         """Write the adapter folder atomically, after its files were read back and every ΔW in them was verified.
 
-        An older adapter in `folder` is replaced in one step; files that were not part of it stay.  Equal adapters give
-        equal bytes.  `kohya_dtype` is the precision of the file in kohya's names, torch.float32 or torch.float16.
+        The files of an older adapter in `folder` are replaced; those of another origin stay.  Equal adapters give equal
+        bytes.  `kohya_dtype` is the precision of the file in kohya's names, torch.float32 or torch.float16.
 
         Raises:
             UserError: the disk is full, the folder cannot be replaced, weights are not finite or do not fit
                 `kohya_dtype`, or the files do not verify.  What was there before is unchanged.
         """
-        folder = Path(folder).resolve()
+        folder = folder_path(folder)
         check_target(folder)
         files = self._files(folder.name, pictures or {}, kohya_dtype)
-        old = saved_files(folder)
-        keep = [entry.name for entry in folder.iterdir() if entry.name not in old] if folder.is_dir() else []
-        return write_folder(folder, files, check=lambda written: self.check_files(written, folder.name), keep=keep)
+
+        def check(written: Path) -> None:
+            self.check_files(written, folder.name)
+
+        with folder_lock(folder, "writing", wait=WAIT):
+            return write_folder(folder, files, check=check, remove=saved_files(folder))
 
     @staticmethod
     def load(folder: str | Path, *, family: str | None = None) -> Adapter:
@@ -137,6 +142,7 @@ class Adapter:
             return _load_file(folder, family)
         if not folder.exists():
             raise UserError(f"{folder} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
+        remove_stale(folder)  # a save that was killed after it had decided for the new files
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
         info = read_json(folder / MANIFEST)

@@ -15,10 +15,13 @@ from personalize.formats import lora_files, textual_inversion_files, verificatio
 from personalize.formats.foreign_files import AdapterFile
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.verification import VerificationReport
-from personalize.io.atomic import check_output_folder, plain_name
+from personalize.io.atomic import folder_path, plain_name, remove_stale
+from personalize.io.output_folder import check_output_folder
 from personalize.io.tensor_files import read_json
 
 SCHEMA = 1
+WAIT = 30.0  # seconds that a save waits for another process that writes into the folder
+LONGEST_STEM = 200  # bytes of a file name, which file systems limit to 255
 CARD = "README.md"
 PICTURES = ("source", "reconstruction", "attention")  # that trainings put on the card
 
@@ -28,9 +31,10 @@ def check_target(folder: str | Path) -> None:
 
     Called before training.
     """
-    check_output_folder(folder)
-    folder = Path(folder).resolve()
+    folder = folder_path(folder)
     names = [DIFFUSERS_FILE, SOURCE_FILE, MANIFEST, CARD, kohya_file_name(folder.name), *map(picture_name, PICTURES)]
+    check_output_folder(folder, tuple(names))
+    remove_stale(folder)
     foreign = [name for name in names if (folder / name).exists() and name not in saved_files(folder)]
     if foreign:
         raise UserError(f"{folder} already holds a {foreign[0]}, which no training wrote: name another --output_dir")
@@ -39,9 +43,11 @@ def check_target(folder: str | Path) -> None:
 def kohya_file_name(folder_name: str, tokens: Iterable[str] = ()) -> str:
     """File name of the LoRA in kohya's names: the folder's name in plain letters, which graphical programs display.
 
-    "_lora" is added if it is the file name of one of the learned `tokens`, which is the word that prompts use.
+    It has at most 200 bytes and its ending.  "_lora" is added if it is the file name of one of the learned `tokens`,
+    which is the word that prompts use.
     """
     plain = re.sub(r"[^\w.-]+", "_", folder_name).strip("._") or "adapter"
+    plain = plain.encode()[:LONGEST_STEM].decode(errors="ignore")
     taken = {Path(DIFFUSERS_FILE).stem, Path(SOURCE_FILE).stem, "learned_embeds", "learned_embeds_2"}
     taken |= {textual_inversion_files.token_file_stem(token).casefold() for token in tokens}
     return f"{plain}_lora.safetensors" if plain.casefold() in taken else f"{plain}.safetensors"

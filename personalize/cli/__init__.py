@@ -4,6 +4,8 @@
     parser          dataclasses to options, YAML presets
     options, edit_options   the options of the commands;  progress: bars with the time left
     lists, terminal options that take several values; what is printed
+    processes       signals that end this process; processes that end with their parent
+    launched        `accelerate launch` as a process that ends with its parent
     launch          scripts of train/ and export/, and `accelerate launch`
     commands/       one file per command
     checks          paths, prompts and combinations of options, checked before torch is imported

@@ -120,10 +120,9 @@ def check_quickstart(config: Any) -> None:
 
 def check_writable(folder: Path) -> None:
     """UserError unless results can be written into `folder`, which need not exist yet."""
-    from personalize.io.atomic import check_output_folder
+    from personalize.io.output_folder import check_output_folder
 
-    if folder.resolve() != Path.cwd():  # results are added to a folder, also to the one this program runs in
-        check_output_folder(folder)
+    check_output_folder(folder)
 
 
 def check_files(*paths: Path) -> None:

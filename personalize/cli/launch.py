@@ -10,17 +10,24 @@ import ast
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from personalize.errors import UserError
+from personalize.training.stopping import OTHER_ENDED
 
 PACKAGE = Path(__file__).parents[1]
 ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment variable: file for the one-line error of a launched process
+REPORT = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic", re.MULTILINE)  # the launcher's, about failed processes
+KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
 
 
 def scripts_home() -> Path:
@@ -66,10 +73,12 @@ def process_count(values: Sequence[str]) -> int:
 
 
 def launch(script: Path, args: Sequence[str], processes: int) -> int:
-    """Run `script` in several processes, print their one-line error once, and return their exit code.
+    """Run `script` in several processes, print one line if one fails, and return the exit code.
 
     A process that fails through a mistake of the user writes its line into a file.  From then on the launcher's own
-    report of the failed processes is not shown, because the line says what is wrong.
+    report of the failed processes is not shown, because the line says what is wrong.  A signal to this process ends all
+    of them: SIGINT, SIGTERM and SIGHUP once they have saved a checkpoint, and at once if it comes again; after SIGKILL
+    the operating system tells them.
     """
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder, "errors")
@@ -77,23 +86,59 @@ def launch(script: Path, args: Sequence[str], processes: int) -> int:
             [*accelerate_launch(processes), str(script), *args],
             env=environment(processes) | {ERROR_FILE: str(errors)},
             stderr=subprocess.PIPE,
+            start_new_session=True,  # a terminal's signals reach them through us, in order
         )
-        try:
-            _pass_on(process, errors)
+        with forwarded(process) as received:
+            report = _pass_on(process, errors)
             code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # the interrupt has reached it too
-            raise
-        if code and errors.exists():
-            first = json.loads(errors.read_text(encoding="utf-8").splitlines()[0])
-            return report_error(first)
-        return code
+        lines = errors.read_text(encoding="utf-8").splitlines() if errors.exists() else []
+        first = json.loads(lines[0]) if lines else ""
+        if received:
+            report_error(first or "stopped")
+            return 128 + received[0]
+        if killed := KILLED.search(report):
+            return report_error(_about_killed(int(killed[2]), int(killed[1]), processes, first))
+        if code and not first:
+            sys.stderr.write(report)
+        return report_error(first) if code and first else code
+
+
+def _about_killed(rank: int, number: int, processes: int, said: str) -> str:
+    """For the message: the process `rank` was ended by the signal `number`, and what another said before it ended."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    cause = ", as the system does when memory is short" if name == "SIGKILL" else ""
+    rest = said.partition(OTHER_ENDED)[2]
+    return f"process {rank} of {processes} was ended by {name}{cause}; all have stopped{rest}"
+
+
+@contextmanager
+def forwarded(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Run the body so that signals that would end us end `process` and what it has started; yields their numbers."""
+    received: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL if received else signal.SIGTERM)
+        received.append(number)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, forward)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def accelerate_launch(processes: int) -> list[str]:
     """The command line of `accelerate launch`; all values are given, so that it does not warn about defaults."""
     size = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher = [sys.executable, "-m", "personalize.cli.launched"]
     return [*launcher, *size, "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -121,10 +166,19 @@ def report_error(message: str) -> int:
     return 2
 
 
-def _pass_on(process: subprocess.Popen[bytes], errors: Path) -> None:
-    """Copy the stderr of `process` to ours as it arrives, until a launched process has written the file `errors`."""
+def _pass_on(process: subprocess.Popen[bytes], errors: Path) -> str:
+    """Copy the stderr of `process` to ours as it arrives, until a launched process has failed; returns the rest.
+
+    It has failed if it has written the file `errors`, or if the launcher begins its own report.
+    """
     assert process.stderr is not None
+    text = ""
     while chunk := os.read(process.stderr.fileno(), 65536):
-        if not errors.exists():
-            sys.stderr.write(chunk.decode(errors="replace"))
-            sys.stderr.flush()
+        text += chunk.decode(errors="replace")
+        if errors.exists() or REPORT.search(text):
+            continue
+        shown = text.rfind("\n") + 1 or len(text)  # a line of the report may have come in part
+        sys.stderr.write(text[:shown])
+        sys.stderr.flush()
+        text = text[shown:]
+    return text

@@ -7,7 +7,8 @@ Options are parsed and checked before torch is imported.  A script of `train/` o
         raise SystemExit(run_script(Config, main))
 
 Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can correct (one line on stderr), 130
-interrupted, 141 if the reader of the output has gone.  A bug shows its traceback.
+interrupted, 128 and the number of another signal that ended it, 141 if the reader of the output has gone.  A bug shows
+its traceback.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from personalize.cli import launch
 from personalize.cli.options import COMMANDS, resolve_command
 from personalize.cli.pages import keep_freed_memory
 from personalize.cli.parser import HELP, parse, take_option
+from personalize.cli.processes import end_with_parent, signals_raise
 from personalize.cli.terminal import terminal
 from personalize.errors import UserError, nearest
 
@@ -106,6 +108,8 @@ def run_named_script(folder: str, args: list[str], own_process: bool = False) ->
 def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] | None = None) -> int:
     """What a script of `train/` or `export/` does under `__main__`: parse the options, run, return the exit code."""
     path = Path(sys.modules[config.__module__].__file__ or config.__module__)
+    if "LOCAL_RANK" in os.environ:
+        end_with_parent()
 
     def call() -> int:
         args = sys.argv[1:] if argv is None else argv
@@ -123,12 +127,14 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
 def to_exit_code(call: Callable[[], int]) -> int:
     """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2."""
     try:
-        with terminal():
+        with terminal(), signals_raise():
             code = call()
             sys.stdout.flush()
             return code
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            launch.report_error(str(stop))
+        return getattr(stop, "exit_code", 130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
         return READER_GONE

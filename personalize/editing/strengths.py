@@ -11,11 +11,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from personalize.adapters.adapter_files import WAIT
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.editing.config import EditStrengths
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import write_file
+from personalize.io.locks import folder_lock
 from personalize.io.tensor_files import read_json
 
 
@@ -26,11 +28,12 @@ def remember(folder: str | Path, prompt: str, strengths: EditStrengths, seed: in
         UserError: `folder` is no adapter folder, or it cannot be written.
     """
     path = Path(folder) / MANIFEST
-    values = read_json(path)
-    edits = values.get("edits")
-    entry = {**asdict(strengths), "seed": seed, **scores}
-    values["edits"] = {**(edits if isinstance(edits, dict) else {}), _key(prompt): entry}
-    write_file(path, (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    with folder_lock(folder, "writing", wait=WAIT):  # what others store meanwhile is not lost
+        values = read_json(path)
+        edits = values.get("edits")
+        entry = {**asdict(strengths), "seed": seed, **scores}
+        values["edits"] = {**(edits if isinstance(edits, dict) else {}), _key(prompt): entry}
+        write_file(path, (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def remembered(info: Mapping[str, Any], prompt: str) -> tuple[EditStrengths, int] | None:

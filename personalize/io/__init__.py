@@ -1,6 +1,7 @@
 """Files and images: how they are read from a disk, and written so that a reader finds them whole or not at all.
 
-    atomic         write a file or a folder in one step, checked before it appears under its name
+    atomic         write a file or a folder so that it is old or new, checked before it appears under its name
+    output_folder  output folders are tried before the work;  locks: between processes
     numbering      names that are not taken
     tensor_files   safetensors and JSON, read with every length checked
     pickles        pickled files: refused, or read for their tensors alone

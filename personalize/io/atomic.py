@@ -1,20 +1,22 @@
 """Write a file or a folder so that a reader sees the old contents or the new ones, and never a part.
 
-What is written stands under a temporary name beside its target until it is complete, synced to the disk and checked;
-then it is renamed. Temporary names of writers that were killed are recognised later and removed.
+What is written stands under a temporary name until it is complete, synced to the disk and checked; then it is renamed.
+A folder that exists is never replaced: its files are, one by one, from a journal inside it that the next reader or
+writer completes if the process is killed in between.  So no file of another origin is moved or removed, and the folder
+may be a mount point or the one that this program runs in.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from ctypes import CDLL
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
@@ -23,6 +25,9 @@ from zlib import crc32
 from personalize.errors import UserError
 
 Content = bytes | Iterable[bytes]  # of a file; an iterable need not have all parts in memory at once
+JOURNAL = "personalize"  # what hidden names in a folder begin with, if they hold its next contents
+REMOVED, REPLACED = ".removed.json", ".replaced"  # in a journal: the files to remove, and the folder of old versions
+LONGEST_NAME = 210  # bytes of a name that a hidden name repeats; file systems allow 255 in all
 
 
 def create_file(path: Path) -> BinaryIO:
@@ -40,12 +45,12 @@ def write_file(path: str | Path, content: Content, *, check: Callable[[Path], ob
         Exception: whatever `check` raises, with the same guarantee.
     """
     path = Path(path)
-    with _as_user_error(path):
+    with as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path)
         temporary = hidden_name(path)
         try:
-            _write_synced(temporary, content)
+            write_synced(temporary, content)
             if check is not None:
                 check(temporary)
             os.replace(temporary, path)
@@ -61,72 +66,58 @@ def write_folder(
     files: Mapping[str, Content],
     *,
     check: Callable[[Path], object] | None = None,
-    keep: Iterable[str] = (),
+    remove: Iterable[str] = (),
 ) -> Path:
-    """Write a folder atomically: whatever happens, `path` is the complete old folder or the complete new one.
+    """Write `files` into a folder: after an error it is as it was before, and a new folder appears complete.
 
-    The new folder is built beside `path` under a hidden name.  It replaces the old one in a single step, after
-    `check(temporary folder)` has returned.  What killed processes left behind is removed.
+    The files are written under a hidden name, and `check(temporary folder)` has returned before any gets its own.
+    Other files in the folder stay where they are.  If the process is killed while the files get their names, the next
+    `write_folder` or `remove_stale` completes that.
 
     Args:
         path: the folder to write.
         files: the content of each file by name; a slash in a name makes a folder inside.
         check: called with the temporary folder; it raises if something is wrong with it.
-        keep: entries of the old folder that the new one keeps, as hard links where the disk has them.
+        remove: names of files in the folder that go when the new ones come.
 
     Raises:
-        UserError: the disk is full, or `path` cannot be replaced; the old folder is unchanged.
+        UserError: the disk is full, or `path` cannot be written; the folder is unchanged.
         Exception: whatever `check` raises, with the same guarantee.
     """
-    path = Path(path).resolve()
-    _check_folder_path(path)
-    with _as_user_error(path):
+    path = folder_path(path)
+    with as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path)
-        temporary = hidden_name(path)
+        temporary = hidden_name(path / JOURNAL) if path.is_dir() else hidden_name(path)
         try:
             temporary.mkdir()
-            for name in set(keep) - set(files):
-                link_or_copy(path / name, temporary / name)
             for name, content in files.items():
                 target = temporary.joinpath(*map(plain_name, name.split("/")))
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _write_synced(target, content)
+                write_synced(target, content)
             for folder in {temporary, *(path for path in temporary.rglob("*") if path.is_dir())}:
                 sync_folder(folder)
             if check is not None:
                 check(temporary)
-            replace_folder(temporary, path)
+            if path.is_dir() or not _renamed(temporary, path):
+                temporary = _commit(temporary, path, set(remove) - set(files))
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # this is the old folder, if the two were swapped
+            shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(path.parent)
     return path
 
 
-def check_output_folder(path: str | Path) -> None:
-    """UserError unless the folder `path` can be written; called before the work, it leaves nothing behind."""
-    path = Path(path).resolve()
-    _check_folder_path(path)
-    nearest = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    with _as_user_error(path), tempfile.TemporaryDirectory(prefix=".personalize-", dir=nearest):
-        pass
-    if nearest != path:
-        top = nearest / path.relative_to(nearest).parts[0]
-        with _as_user_error(path):
-            path.mkdir(parents=True)
-        for folder in (path, *path.parents):
-            folder.rmdir()
-            if folder == top:
-                return
-
-
-def _check_folder_path(path: Path) -> None:
-    """UserError if `path` is a file, or a folder that this program runs in."""
-    blocked = next((folder for folder in (path, *path.parents) if folder.exists() and not folder.is_dir()), None)
+def folder_path(path: str | Path) -> Path:
+    """`path` without links and dots; UserError if it is or lies in a file, or is no path."""
+    try:
+        path = Path(path).resolve()
+        blocked = next((folder for folder in (path, *path.parents) if folder.exists() and not folder.is_dir()), None)
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long, a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{str(path)[:120]!r} cannot be a folder: {reason}; name another output folder") from None
     if blocked is not None:
         raise UserError(f"{blocked} is a file, a folder was expected: name another output folder")
-    if Path.cwd().is_relative_to(path):
-        raise UserError(f"{path} is where this program runs and cannot be replaced: name a folder inside it")
+    return path
 
 
 def plain_name(name: str) -> str:
@@ -136,7 +127,7 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _write_synced(path: Path, content: Content) -> None:
+def write_synced(path: Path, content: Content) -> None:
     """Create a file, write `content`, and wait until it is on the disk."""
     with create_file(path) as stream:
         for part in [content] if isinstance(content, bytes) else content:
@@ -146,7 +137,7 @@ def _write_synced(path: Path, content: Content) -> None:
 
 
 @contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
+def as_user_error(path: Path) -> Iterator[None]:
     """Turn an error of the operating system in the body into a UserError about writing `path`."""
     try:
         yield
@@ -155,30 +146,109 @@ def _as_user_error(path: Path) -> Iterator[None]:
         raise UserError(f"could not write {path}: {reason}; what was there before is unchanged") from error
 
 
+def _renamed(temporary: Path, path: Path) -> bool:
+    """Give a complete new folder its name; False if somebody else has made a folder of that name meanwhile."""
+    try:
+        os.rename(temporary, path)
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            return False
+        raise
+
+
+def _commit(temporary: Path, path: Path, remove: set[str]) -> Path:
+    """Give the files in `temporary` their names in `path`; returns the journal, which is empty then.
+
+    From the first rename on, a killed process has decided for the new files.  After an error the old ones come back.
+    """
+    journal = hidden_name(path / JOURNAL, "commit")
+    names = [file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if not file.is_dir()]
+    for name in [*names, *remove]:
+        if (path / name).is_dir():
+            raise UserError(f"{path / name} is a folder, a file was expected: name another output folder")
+        if (path / name).exists():
+            (temporary / REPLACED / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(path / name, temporary / REPLACED / name)
+    write_synced(temporary / REMOVED, json.dumps(sorted(remove)).encode())
+    sync_folder(temporary)
+    os.rename(temporary, journal)
+    try:
+        _complete(journal, path)
+    except BaseException:
+        _take_back(journal, path, names)
+        raise
+    return journal
+
+
+def _complete(journal: Path, path: Path) -> None:
+    """Move every file that is left in `journal` into `path`, and remove what goes."""
+    for file in sorted(journal.rglob("*")):
+        name = file.relative_to(journal)
+        if name.parts[0] not in (REMOVED, REPLACED) and not file.is_dir():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, path / name)
+    for name in json.loads((journal / REMOVED).read_bytes()):
+        (path / name).unlink(missing_ok=True)
+    sync_folder(path)
+    shutil.rmtree(journal)
+
+
+def _take_back(journal: Path, path: Path, names: Iterable[str]) -> None:
+    """Undo `_complete`: the old versions get their names back, and new files go."""
+    old = journal / REPLACED
+    if not journal.exists():  # all was done
+        return
+    for name in names:
+        if not (journal / name).exists() and not (old / name).exists():
+            (path / name).unlink(missing_ok=True)
+    for file in sorted(old.rglob("*")):
+        if not file.is_dir():
+            os.replace(file, path / file.relative_to(old))
+    shutil.rmtree(journal, ignore_errors=True)
+
+
 DAY = 86_400  # seconds
+_own_names: set[str] = set()  # hidden names of this process: in a container a dead process may have had the same id
 
 
 def hidden_name(path: Path, ending: str = "partial") -> Path:
-    """A new hidden name beside `path`: "partial" for what is being written, "old" for a folder being replaced."""
-    return path.with_name(f".{path.name}.{_machine_id()}-{os.getpid()}-{token_hex(4)}.{ending}")
+    """A new hidden name beside `path`: "partial" for what is being written, "commit" for what is complete."""
+    name = f".{_stem(path.name)}.{_machine_id()}-{os.getpid()}-{token_hex(4)}.{ending}"
+    _own_names.add(name)
+    return path.with_name(name)
 
 
-def remove_stale(path: Path) -> None:
-    """Remove temporary files and folders that killed processes left beside `path`.
+def _stem(name: str) -> str:
+    """`name`, or a checksum of it where a hidden name would become too long for a file system."""
+    return name if len(os.fsencode(name)) <= LONGEST_NAME else f"{crc32(os.fsencode(name)):08x}"
 
-    A folder "old" gets its name `path` back if the process was killed before it put the new folder there.
+
+def remove_stale(path: str | Path) -> None:
+    """Remove temporary files and folders of killed processes beside `path` and in it, and complete what was decided.
+
+    Raises:
+        UserError: new files in the folder `path` wait for their names, and cannot get them.
     """
-    pattern = re.compile(re.escape(f".{path.name}.") + r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.(old|partial)")
-    matches = [(entry, match) for entry in path.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
-    for entry, match in sorted(matches, key=lambda pair: pair[1][3]):  # "old" before "partial"
-        if _may_be_in_use(match[1], int(match[2]), entry):
-            continue
-        if match[3] == "old" and not path.exists():
-            os.rename(entry, path)
-        elif entry.is_dir() and not entry.is_symlink():
+    path = Path(path)
+    for entry, _ in _left_behind(path.parent, path.name):
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
+    for entry, ending in _left_behind(path, JOURNAL) if path.is_dir() else ():
+        if ending == "commit" and (entry / REMOVED).is_file():
+            with as_user_error(path):
+                _complete(entry, path)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _left_behind(folder: Path, name: str) -> list[tuple[Path, str]]:
+    """Hidden entries of `folder` for the file or folder `name`, and their endings, whose process has ended."""
+    pattern = re.compile(re.escape(f".{_stem(name)}.") + r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.(commit|partial)")
+    matches = [(entry, match) for entry in folder.iterdir() if (match := pattern.fullmatch(entry.name))]
+    return [(entry, match[3]) for entry, match in matches if not _may_be_in_use(match[1], int(match[2]), entry)]
 
 
 def _machine_id() -> str:
@@ -193,6 +263,11 @@ def _may_be_in_use(machine: str, process: int, entry: Path) -> bool:
             return time.time() - entry.lstat().st_mtime < DAY
         except OSError:
             return True
+    return entry.name in _own_names if process == os.getpid() else is_running(process)
+
+
+def is_running(process: int) -> bool:
+    """Is there a process with this id on this machine?  Not for Windows."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -203,42 +278,11 @@ def _may_be_in_use(machine: str, process: int, entry: Path) -> bool:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Put `source`, a file or a folder, at `target` too: as hard links, or as copies where links are impossible."""
-    if os.path.isdir(source) and not os.path.islink(source):
-        shutil.copytree(source, target, symlinks=True, copy_function=link_or_copy)
-        return
+    """Put the file `source` at `target` too: as a hard link, or as a copy where links are impossible."""
     try:
         os.link(source, target, follow_symlinks=False)
     except (OSError, NotImplementedError):
         shutil.copy2(source, target, follow_symlinks=False)
-
-
-def replace_folder(temporary: Path, path: Path) -> None:
-    """Put the folder `temporary` at `path`; an older folder there gets the name `temporary` or is deleted.
-
-    Where the two cannot be swapped in one step, the older folder is renamed first and gets its name back on an error.
-    """
-    if not path.exists():
-        os.rename(temporary, path)
-    elif not _swap_folders(temporary, path):
-        old = hidden_name(path, "old")
-        os.rename(path, old)
-        try:
-            os.rename(temporary, path)
-        except BaseException:
-            os.rename(old, path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _swap_folders(first: Path, second: Path) -> bool:
-    """Swap two folders in one step by Linux's renameat2; False where that is not possible."""
-    try:
-        rename = CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(first), here, os.fsencode(second), swap) == 0
 
 
 def sync_folder(path: Path) -> None:

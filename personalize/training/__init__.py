@@ -9,6 +9,7 @@
     catalogue, catalogue_table, catalogue_results   one adapter for each row of a table
     data/                         pictures, captions and masks as samples
     pretraining/                  how the embedded model was made; no product code imports it
+    saving, stopping              what is trained is saved, also elsewhere; signals to stop
     checks                        wrong options, found before torch is imported
     concept_maps                  where each concept's words attend
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from personalize.adapters.subjects import check_named, default_prompt, read_subjects
 from personalize.errors import Notice, UserError
-from personalize.io.atomic import check_output_folder
 from personalize.io.image_files import check_image, check_image_path
 from personalize.io.image_folders import ImageFolder, only_picture, read_folder
+from personalize.io.output_folder import check_output_folder
 from personalize.models.config import check_base_name
 from personalize.training.data.captions import find_caption, folder_caption
 from personalize.training.data.sources import MASK_FILE, instance_folders, instance_places, named_pictures

@@ -165,16 +165,25 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
     def _own_metadata(self) -> dict[str, Any]:
         """The entries of `metadata` that only this kind of run has."""
 
-    def save_checkpoint(self, output_dir: str | Path, limit: int | None = None) -> Path:
-        """Write `output_dir/checkpoint-N` on the main process, with an adapter file that other programs can load."""
+    def save_checkpoint(self, output_dir: str | Path, limit: int | None = None, *, wait: bool = True) -> Path:
+        """Write `output_dir/checkpoint-N` on the main process, with an adapter file that other programs can load.
+
+        The other processes `wait` for that, also if it fails.
+        """
+        try:
+            return self._save_checkpoint(output_dir, limit)
+        finally:
+            if wait:
+                self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, output_dir: str | Path, limit: int | None) -> Path:
         folder = Path(output_dir) / f"checkpoint-{self.update}"
         if self.accelerator.is_main_process:
             trainable = {name: tensor.detach() for name, tensor in self.objective.resumable().items()}
             scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
             state = self.optimizer.state_dict()
             checkpoint = Checkpoint(self.update, trainable, state, self._resumable_metadata(), scaler)
-            checkpoints.save(output_dir, checkpoint, limit=limit, extra=self.adapter_files())
-        self.accelerator.wait_for_everyone()
+            return checkpoints.save(output_dir, checkpoint, limit=limit, extra=self.adapter_files())
         return folder
 
     def adapter_files(self) -> dict[str, bytes]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from personalize.adapters import hub
-from personalize.errors import UserError
+from personalize.adapters.adapter_files import check_target
+from personalize.errors import Notice, Stopped, UserError
+from personalize.io.locks import folder_lock
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training.cuda_graph import check_capturable
@@ -19,6 +25,8 @@ from personalize.training.data.samples import SampleShard
 from personalize.training.distributed import TIMEOUT
 from personalize.training.memory_estimate import check_fits, estimate
 from personalize.training.run import TrainingRun
+from personalize.training.saving import check_space_for
+from personalize.training.stopping import OTHER_ENDED, PATIENCE, StopRequest, stop_requests
 from personalize.training.validation import validate
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
@@ -105,16 +113,78 @@ def train(config: Any, run: TrainingRun, name: str) -> None:
         accelerator.print(f"Warning: {advice}")
     if config.report_to is not None:
         accelerator.init_trackers(name, {key: str(value) for key, value in vars(config).items()})
-    with Progress(disable=not accelerator.is_local_main_process) as progress:
+    if accelerator.is_main_process:
+        check_space_for(config, run)
+    leave_after = None if accelerator.is_main_process else PATIENCE
+    with (
+        Progress(disable=not accelerator.is_local_main_process) as progress,
+        stop_requests(deferred=bool(config.checkpointing_steps), leave_after=leave_after) as stop,
+        _others_alive(config, run, stop),
+    ):
         task = progress.add_task("Learning", total=run.updates, completed=run.update)
         for report in run.steps():
             losses = {key: float(value) for key, value in report.losses.items()}
             progress.update(task, completed=report.update, description=f"Learning, loss {losses['loss']:.3f}")
             accelerator.log(losses | {"learning_rate": report.learning_rates[0]}, step=report.update)
+            if stop.signal is not None and accelerator.is_main_process:
+                raise Stopped(stop.signal, f"stopped after {_saved_progress(config, run)}")
             if config.checkpointing_steps and report.update % config.checkpointing_steps == 0:
-                run.save_checkpoint(config.output_dir, config.checkpoints_total_limit)
+                _save_checkpoint(config, run)
             if config.validation_prompt and report.update % config.validation_steps == 0:
                 validate(run, config)
+
+
+def _save_checkpoint(config: Any, run: TrainingRun, *, wait: bool = True) -> Path | None:
+    """A checkpoint of this update; None, and a Notice, if the disk does not take it: training goes on."""
+    try:
+        return run.save_checkpoint(config.output_dir, config.checkpoints_total_limit, wait=wait)
+    except UserError as error:
+        warnings.warn(f"update {run.update} has no checkpoint, training goes on: {error}", Notice, stacklevel=2)
+        return None
+
+
+def _saved_progress(config: Any, run: TrainingRun) -> str:
+    """Save a checkpoint, if checkpoints are on, without waiting for other processes; says so, for a message."""
+    done = f"{run.update} of {run.updates} updates"
+    saved = _save_checkpoint(config, run, wait=False) if config.checkpointing_steps and run.update else None
+    return done if saved is None else f"{done}: {saved.name} is saved, go on with --resume_from_checkpoint latest"
+
+
+@contextmanager
+def _others_alive(config: Any, run: TrainingRun, stop: StopRequest) -> Iterator[None]:
+    """Run the body; if another process of the launch has ended, the main one saves a checkpoint before all end.
+
+    An update whose gradients could not be exchanged has changed nothing.
+
+    Raises:
+        UserError, Stopped: another process has ended; by a signal that this one has received too.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "by peer" in str(error)
+        if run.accelerator.num_processes == 1 or isinstance(error, UserError) or not lost:
+            raise
+        done = _saved_progress(config, run) if run.accelerator.is_main_process else f"{run.update} updates"
+        if stop.signal is not None:
+            raise Stopped(stop.signal, f"stopped after {done}") from None
+        raise UserError(f"{OTHER_ENDED} after {done}") from error
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """Run the body with the folder `path` made, and locked against a second training into it.
+
+    Raises:
+        UserError: it cannot be written, another training writes into it, or it holds files of another origin that an
+            adapter would replace.
+    """
+    if os.environ.get("RANK", "0") != "0":  # the main process has it
+        yield
+        return
+    check_target(path)
+    with folder_lock(path):
+        yield
 
 
 def _resume(config: Any, run: TrainingRun) -> None:

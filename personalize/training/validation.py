@@ -19,6 +19,7 @@ from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.images import psnr, to_image, to_pixels
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.saving import save_trained
 
 if TYPE_CHECKING:
     from personalize.training.run import TrainingRun
@@ -70,7 +71,7 @@ def save_with_preview(
     A preview that fails, e.g. for lack of memory, costs the pictures alone: it is a warning, and a line on the card.
     """
     if steps > 0:
-        adapter.save(folder)
+        save_trained(adapter, folder)
     try:
         figures, pictures = preview(model, adapter, pixels, steps=steps, seed=seed)
         added: dict[str, Any] = dict(figures)
@@ -78,7 +79,7 @@ def save_with_preview(
         reason = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"{folder} is saved, without a preview: {reason}", stacklevel=2)
         figures, pictures, added = {}, {}, {"preview_failed": reason}
-    replace(adapter, info={**adapter.info, **added}).save(folder, pictures=pictures)
+    save_trained(replace(adapter, info={**adapter.info, **added}), folder, pictures=pictures)
     return figures
 
 

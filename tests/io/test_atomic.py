@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from personalize.errors import UserError
 from personalize.io import atomic, tensor_files
-from personalize.io.atomic import check_output_folder, plain_name, write_file, write_folder
+from personalize.io.atomic import plain_name, write_file, write_folder
 from personalize.io.tensor_files import read_tensors, tensor_bytes
 
 
@@ -65,10 +66,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("exchange", [False, True])
-def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch, before, exchange):
-    if not exchange:
-        monkeypatch.setattr(atomic, "_swap_folders", lambda first, second: False)
+def test_a_folder_is_written_completely_or_not_at_all(tmp_path, monkeypatch, before):
     target, new = tmp_path / "adapter", {"a": b"x" * 300, "b": b"y" * 300}
     if before:
         write_folder(target, {"a": b"old", "gone": b"old"})
@@ -78,31 +76,79 @@ def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch, be
     for room in range(0, 600, 11):  # 55 positions
         monkeypatch.setattr(atomic, "create_file", FullDisk(room))
         with pytest.raises(UserError, match="No space left"):
-            write_folder(target, new, keep=["logs"] if before else [])
+            write_folder(target, new, remove=["gone"] if before else [])
         assert snapshot(tmp_path) == old
-    monkeypatch.setattr(atomic, "create_file", FullDisk(600))
-    write_folder(target, new, keep=["logs"] if before else [])
+    monkeypatch.setattr(atomic, "create_file", FullDisk(700))  # and the list of what is removed
+    write_folder(target, new, remove=["gone"] if before else [])
     kept = {"logs": None, "logs/events": b"kept"} if before else {}
     assert snapshot(target) == new | kept
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_disk_errors_leave_the_old_folder(tmp_path, monkeypatch, call):
-    target = write_folder(tmp_path / "adapter", {"a": b"old"})
-    monkeypatch.setattr(atomic, "_swap_folders", lambda first, second: False)
-    real, calls = getattr(os, call), []
+@pytest.mark.parametrize(
+    ("call", "number"), [("fsync", 2), ("rename", 1), ("replace", 1), ("replace", 2), ("replace", 3), ("unlink", 1)]
+)
+def test_disk_errors_leave_the_old_folder(tmp_path, monkeypatch, call, number):
+    """Also when some of the new files have their names already."""
+    target = write_folder(tmp_path / "adapter", {"a": b"old", "z": b"old", "gone": b"old"})
+    place = Path if call == "unlink" else os
+    real, calls = getattr(place, call), []
 
-    def failing(*args):
+    def failing(*args, **options):
         calls.append(args)
-        if len(calls) == 2:  # for `rename`: the old folder has been moved aside, the new one not yet put in place
+        if len(calls) == number:
             raise OSError(errno.EIO, "Input/output error")
-        return real(*args)
+        return real(*args, **options)
 
-    monkeypatch.setattr(os, call, failing)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(place, call, failing)
     with pytest.raises(UserError, match="Input/output error"):
-        write_folder(target, {"a": b"new", "b": b"new"})
-    assert snapshot(tmp_path) == {"adapter": None, "adapter/a": b"old"}
+        write_folder(target, {"a": b"new", "b": b"new", "z": b"new"}, remove=["gone"])
+    assert snapshot(tmp_path) == before
+
+
+def test_a_save_moves_and_removes_no_file_of_another_program(tmp_path):
+    """Another program writes into the folder during every save, in place and by renaming, also into a folder inside."""
+    target, written, stop = write_folder(tmp_path / "adapter", {"a": b"0"}), [], threading.Event()
+
+    def others():
+        (target / "logs").mkdir()
+        while not stop.is_set():
+            name = f"logs/{len(written)}" if len(written) % 2 else f"other-{len(written)}"
+            (target / f"{name}.tmp").write_bytes(b"theirs")
+            (target / f"{name}.tmp").rename(target / name)
+            written.append(name)
+
+    thread = threading.Thread(target=others)
+    inode = target.stat().st_ino
+    thread.start()
+    try:
+        for number in range(20):
+            write_folder(target, {"a": b"%d" % number, "b": b"x" * 1000}, remove=["gone"])
+    finally:
+        stop.set()
+        thread.join()
+    assert len(written) > 20 and target.stat().st_ino == inode, "a mount point is written into"
+    assert snapshot(target) == {name: b"theirs" for name in written} | {"a": b"19", "b": b"x" * 1000, "logs": None}
+
+
+def test_a_folder_that_appears_while_it_is_written_is_written_into(tmp_path):
+    target = tmp_path / "adapter"
+
+    def check(folder):
+        target.mkdir()
+        (target / "theirs").write_bytes(b"1")
+
+    write_folder(target, {"a": b"1"}, check=check)
+    assert snapshot(tmp_path) == {"adapter": None, "adapter/a": b"1", "adapter/theirs": b"1"}
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "名" * 80])
+def test_names_as_long_as_the_file_system_takes(tmp_path, name):
+    for content in (b"1", b"2"):
+        write_folder(tmp_path / name, {name: content})
+        write_file(tmp_path / name / name, content)
+    assert snapshot(tmp_path) == {name: None, f"{name}/{name}": b"2"}
 
 
 def test_a_failed_check_and_an_interruption_leave_the_old_folder(tmp_path):
@@ -133,6 +179,7 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path):
                 write_folder(target, {"a": b"new" * 10_000, "b": bytes([moment])}, check=check)
             os.kill(os.getpid(), 9)
         os.waitpid(child, 0)
+        atomic.remove_stale(target)
         found = snapshot(target)
         assert found == ({"a": b"old" * 10_000} if moment < 2 else {"a": b"new" * 10_000, "b": bytes([moment])})
 
@@ -141,12 +188,19 @@ def test_paths_that_cannot_be_replaced_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="is a file"):
         write_folder(tmp_path / "file", {"a": b""})
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="where this program runs"):
-        write_folder(".", {"a": b""})
+    (tmp_path / "old" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="a is a folder, a file was expected"):
+        write_folder(tmp_path / "old", {"a": b""})
+    (tmp_path / "old" / "a").rmdir()
+    (tmp_path / "old").rmdir()
+    with pytest.raises(UserError, match="cannot be a folder: embedded null"):
+        write_folder("a\0b", {"a": b""})
     with pytest.raises(UserError, match="no plain file name"):
         write_folder(tmp_path / "x", {"../a": b""})
     assert snapshot(tmp_path) == {"file": b""}
+    monkeypatch.chdir(tmp_path)
+    write_folder(".", {"a": b"1"})  # the folder this program runs in
+    assert snapshot(tmp_path) == {"file": b"", "a": b"1"}
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", "c:d"])
@@ -184,18 +238,3 @@ def test_a_folder_may_hold_folders_but_nothing_outside_itself(tmp_path):
         with pytest.raises(UserError, match="no plain file name"):
             write_folder(tmp_path / "other", {name: b""})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_an_output_folder_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.chdir(tmp_path)
-    refused = {".": "where this program runs", "file": "is a file", "file/x": "is a file", "/proc/nope/x": "not write"}
-    for place, says in refused.items():
-        with pytest.raises(UserError, match=says):
-            check_output_folder(place)
-    for place in ("new", "new/deep/er"):
-        check_output_folder(place)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    (tmp_path / "old" / "kept").mkdir(parents=True)
-    check_output_folder("old")
-    assert [path.name for path in (tmp_path / "old").iterdir()] == ["kept"]

@@ -26,6 +26,7 @@ from personalize.io.images import fitted_pixels, psnr, to_image, to_pixels
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.captions import find_caption
+from personalize.training.saving import save_trained
 from personalize.training.single_image import single_image_run
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def run(config: QuickstartConfig) -> Path:
     pictures = {"source": to_image(pixels), "reconstruction": to_image(outcome.replay)}
     figures = {"autoencoder_db": psnr(round_trip, pixels), "reconstruction_db": psnr(outcome.replay, pixels)}
     adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
-    folder = adapter.save(config.output_dir / "adapter", pictures=pictures)
+    folder = save_trained(adapter, config.output_dir / "adapter", pictures=pictures)
     write_file(config.output_dir / "sheet.png", png(sheet(outcome, example)))
     for name, picture in outcome.singles().items():
         write_file(config.output_dir / "pictures" / f"{name}.png", png(picture))
