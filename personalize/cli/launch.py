@@ -22,7 +22,6 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 from personalize.errors import UserError
-from personalize.training.stopping import OTHER_ENDED
 
 PACKAGE = Path(__file__).parents[1]
 ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment variable: file for the one-line error of a launched process
@@ -100,15 +99,17 @@ def launch(script: Path, args: Sequence[str], processes: int) -> int:
             return report_error(_about_killed(int(killed[2]), int(killed[1]), processes, first))
         if code and not first:
             sys.stderr.write(report)
-        return report_error(first) if code and first else code
+        if code and first:
+            return report_error(first)
+        return code if code >= 0 else 128 - code
 
 
 def _about_killed(rank: int, number: int, processes: int, said: str) -> str:
     """For the message: the process `rank` was ended by the signal `number`, and what another said before it ended."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     cause = ", as the system does when memory is short" if name == "SIGKILL" else ""
-    rest = said.partition(OTHER_ENDED)[2]
-    return f"process {rank} of {processes} was ended by {name}{cause}; all have stopped{rest}"
+    _, after, progress = said.partition(" after ")  # of the main process, which has saved a checkpoint
+    return f"process {rank} of {processes} was ended by {name}{cause}; all have stopped{after}{progress}"
 
 
 @contextmanager

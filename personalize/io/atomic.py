@@ -236,7 +236,7 @@ def remove_stale(path: str | Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
-    for entry, ending in _left_behind(path, JOURNAL) if path.is_dir() else ():
+    for entry, ending in _left_behind(path, JOURNAL):
         if ending == "commit" and (entry / REMOVED).is_file():
             with as_user_error(path):
                 _complete(entry, path)
@@ -247,7 +247,8 @@ def remove_stale(path: str | Path) -> None:
 def _left_behind(folder: Path, name: str) -> list[tuple[Path, str]]:
     """Hidden entries of `folder` for the file or folder `name`, and their endings, whose process has ended."""
     pattern = re.compile(re.escape(f".{_stem(name)}.") + r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.(commit|partial)")
-    matches = [(entry, match) for entry in folder.iterdir() if (match := pattern.fullmatch(entry.name))]
+    entries = folder.iterdir() if folder.is_dir() else ()
+    matches = [(entry, match) for entry in entries if (match := pattern.fullmatch(entry.name))]
     return [(entry, match[3]) for entry, match in matches if not _may_be_in_use(match[1], int(match[2]), entry)]
 
 

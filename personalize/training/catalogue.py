@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,17 @@ from personalize.io.image_folders import FolderImage, read_folder
 from personalize.io.images import fitted_size
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.batched_adapters import learn_batched
-from personalize.training.catalogue_results import COLUMNS, DONE, FAILED, RESULTS, Results, outcome, print_outcome
+from personalize.training.catalogue_results import (
+    COLUMNS,
+    DONE,
+    FAILED,
+    RESULTS,
+    Results,
+    claimed,
+    outcome,
+    own_results,
+    print_outcome,
+)
 from personalize.training.catalogue_table import Item, RowSources
 from personalize.training.config import PriorPreservationOptions, SingleImageConfig
 from personalize.training.data.buckets import FittedImage, fit
@@ -38,6 +50,7 @@ from personalize.training.distributed import ProcessGroup
 from personalize.training.single_image import single_image_run
 from personalize.training.validation import save_with_preview
 
+PAUSE = 1.0  # seconds between two looks at rows that another catalogue trains
 PRIOR = tuple(one.name for one in fields(PriorPreservationOptions) if one.name != "class_image_cache")
 
 
@@ -110,21 +123,29 @@ def learn_row(
     Only what stops the program (an interrupt) is raised.
     """
     started = time.monotonic()
+    row = _outcome(item, catalogue, lambda: _train_row(model, item, catalogue, mixed_precision))
+    return row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _outcome(item: Item, catalogue: Catalogue, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The outcome of a row that `call` trains or saves."""
     try:
-        details = _train_row(model, item, catalogue, mixed_precision)
-        row = outcome(item.line, item.name, DONE, digest=catalogue.row_hash(item), **details)
+        details = call()
+        return outcome(item.line, item.name, DONE, digest=catalogue.row_hash(item), **details)
     except UserError as error:
-        row = outcome(item.line, item.name, FAILED, reason=str(error))
+        return outcome(item.line, item.name, FAILED, reason=str(error))
     except Exception as error:  # a bug or a device out of memory on one row must not cost the others
         first = (str(error) or "no message").splitlines()[0]
-        row = outcome(item.line, item.name, FAILED, reason=f"{type(error).__name__}: {first}")
-    return row | {"seconds": round(time.monotonic() - started, 1)}
+        return outcome(item.line, item.name, FAILED, reason=f"{type(error).__name__}: {first}")
 
 
 def learn_rows(
     model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str | None = "no"
 ) -> Iterator[dict[str, Any]]:
-    """Train rows together, in one batch; if that fails, one at a time, so that each bad row has its own outcome."""
+    """Train rows together, in one batch; if that fails, one at a time, so that each bad row has its own outcome.
+
+    Each outcome is yielded as soon as the row's adapter is saved.
+    """
     started, together = time.monotonic(), []
     if len(items) > 1:
         try:
@@ -133,8 +154,9 @@ def learn_rows(
             first = (str(error) or type(error).__name__).splitlines()[0]
             print(f"lines {items[0].line} to {items[-1].line} are learned one at a time: {first}", flush=True)
     seconds = round((time.monotonic() - started) / len(items), 1)
-    for item, details in zip(items, together, strict=False):
-        yield outcome(item.line, item.name, DONE, digest=catalogue.row_hash(item), **details) | {"seconds": seconds}
+    for item, (pictures, adapter, loss) in zip(items, together, strict=False):
+        save = partial(_save, model, item, catalogue, pictures, adapter, loss)
+        yield _outcome(item, catalogue, save) | {"seconds": seconds}
     for item in items if not together else ():
         yield learn_row(model, item, catalogue, mixed_precision)
 
@@ -153,11 +175,11 @@ def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_p
 
 def _train_rows_together(
     model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str | None
-) -> list[dict[str, Any]]:
+) -> list[tuple[list[FittedImage], Adapter, float]]:
+    """The pictures, the adapter and the last loss of each row; nothing is saved yet."""
     pictures, config = [_load_row(model, item, catalogue) for item in items], catalogue.config_of(items[0])
     results = learn_batched(model, pictures, config, accelerator=_accelerator(model, config, mixed_precision))
-    rows = zip(items, pictures, results, strict=True)
-    return [_save(model, item, catalogue, images, *result) for item, (images, _), result in rows]
+    return [(images, *result) for (images, _), result in zip(pictures, results, strict=True)]
 
 
 def _load_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple[list[FittedImage], list[str]]:
@@ -178,8 +200,7 @@ def _save(
     loss: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Save a row's adapter, with a preview on its card; returns the details for the row's outcome."""
-    folder, seed = catalogue.output_dir / item.name, catalogue.config_of(item).seed
-    shown = pictures[0].pixels
+    folder, shown, seed = catalogue.output_dir / item.name, pictures[0].pixels, catalogue.config_of(item).seed
     figures = save_with_preview(model, adapter, shown, folder, steps=catalogue.preview_steps, seed=seed)
     details = {"caption": adapter.info["caption"], "updates": adapter.info["updates"], "loss": round(loss, 5)}
     details |= {"pictures": len(pictures)}
@@ -226,29 +247,51 @@ def learn_catalogue(
 ) -> list[dict[str, Any]]:
     """Train every row that is not finished yet; returns the outcomes of all rows, from all processes.
 
+    Another catalogue may run on the same output: each row is trained by one of them, and both wait for all.
+
     refused: the outcomes of rows that cannot be trained on, see `read_items`; load: loads the base model, and is called
     only if this process has rows to train.
     """
-    results = Results(catalogue.output_dir / RESULTS, processes.index)
-    known = {key: row for rows in processes.all_gather(results.rows()) for key, row in rows.items()}
-    pending = [item for item in items if not is_finished(item, known, catalogue)]
-    for row in refused if processes.index == 0 else ():
-        results.add(row)
-        print_outcome(row)
-    if processes.index == 0 and len(pending) < len(items):
-        print(f"{len(items) - len(pending)} of {len(items)} rows are finished already", flush=True)
-    own = pending[processes.index :: processes.count]
-    for item in own:
-        print(*(f"line {item.line}: {remark}" for remark in item.remarks), sep="\n", end="\n" * bool(item.remarks))
-    model = load() if own else None
-    for group in _groups(model, own, catalogue):
-        assert model is not None
-        for row in learn_rows(model, group, catalogue, mixed_precision):
+    started = time.time()
+    with own_results(catalogue.output_dir / RESULTS, processes.index) as results:
+        known = {key: row for rows in processes.all_gather(results.rows()) for key, row in rows.items()}
+        pending = [item for item in items if not is_finished(item, known, catalogue)]
+        for row in refused if processes.index == 0 else ():
+            before = known.get(f"{row['line']}:{row['name']}", {})
+            if {**before, **row} != before:  # recorded once
+                results.add(row)
+            print_outcome(row)
+        if processes.index == 0 and len(pending) < len(items):
+            print(f"{len(items) - len(pending)} of {len(items)} rows are finished already", flush=True)
+        own = pending[processes.index :: processes.count]
+        for item in own:
+            print(*(f"line {item.line}: {remark}" for remark in item.remarks), sep="\n", end="\n" * bool(item.remarks))
+        model = load() if own else None
+        groups = _groups(model, own, catalogue)
+        while groups:
+            assert model is not None
+            left = [_learn_group(model, group, catalogue, results, started, mixed_precision) for group in groups]
+            if sum(map(len, left)) == sum(map(len, groups)):  # another catalogue trains all that is left
+                time.sleep(PAUSE)
+            groups = [group for group in left if group]
+        keys = {f"{item.line}:{item.name}" for item in items} | {f"{row['line']}:{row['name']}" for row in refused}
+        outcomes = {key: row for rows in processes.all_gather(results.rows()) for key, row in rows.items()}
+    return [row for key, row in outcomes.items() if key in keys]
+
+
+def _learn_group(
+    model: StableDiffusion, group: Sequence[Item], catalogue: Catalogue, results: Results, started: float,
+    mixed_precision: str | None,
+) -> list[Item]:  # fmt: skip
+    """Train the rows of `group` that no other catalogue trains or has trained since; returns those that one trains."""
+    with ExitStack() as stack:
+        free = [item for item in group if stack.enter_context(claimed(results.folder, item.name))]
+        known = results.rows()
+        own = [item for item in free if known.get(f"{item.line}:{item.name}", {}).get("time", 0) < started]
+        for row in learn_rows(model, own, catalogue, mixed_precision) if own else ():
             results.add(row)
             print_outcome(row)
-    keys = {f"{item.line}:{item.name}" for item in items} | {f"{row['line']}:{row['name']}" for row in refused}
-    outcomes = {key: row for rows in processes.all_gather(results.rows()) for key, row in rows.items()}
-    return [row for key, row in outcomes.items() if key in keys]
+    return [item for item in group if item not in free]
 
 
 def _groups(model: StableDiffusion | None, items: Sequence[Item], catalogue: Catalogue) -> list[list[Item]]:

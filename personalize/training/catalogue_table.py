@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import re
+import sys
+import unicodedata
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from io import StringIO
 from pathlib import Path
@@ -20,6 +24,10 @@ from personalize.training.data.sources import named_pictures
 OWN_COLUMNS = ("image", "mask", "caption", "name")
 SEPARATOR = "|"  # between the pictures, masks or captions of one cell
 KINDS = (SingleImageConfig, PriorPreservationOptions)  # whose fields are columns
+TABLE = "results.csv"
+DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # names of Windows
+LONGEST_CELL, LONGEST_NAME = 2**17, 200  # characters; bytes
+MORE = "the row has more cells than the header has columns: put quotes around cells with commas"
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -66,16 +74,19 @@ def read_items(
     Raises:
         UserError: no such file, not UTF-8, no column "image", an unknown column, or no row at all.
     """
-    rows = _rows(Path(table))
+    with _any_cell_size():
+        rows = _rows(Path(table))
     items, failed, names = [], [], {}
     for line, row in rows:
         try:
             item = _item(Path(table).parent, line, row, config, common or PriorPreservationOptions())
-            if (first := names.setdefault(item.name.casefold(), line)) != line:
+            if (first := names.setdefault(_folded(item.name), line)) != line:
                 raise UserError(f"the name {item.name!r} is taken by line {first}: give each row its own")
             items.append(item)
-        except UserError as error:
-            failed.append(outcome(line, row.get("name") or row.get("image") or "", FAILED, reason=str(error)))
+        except (UserError, OSError, ValueError) as error:  # e.g. a path too long for the system, or with a NUL in it
+            reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None) or str(error)
+            shown = (row.get("name") or row.get("image") or "")[:LONGEST_NAME]
+            failed.append(outcome(line, shown, FAILED, reason=reason))
     return items, failed
 
 
@@ -96,7 +107,11 @@ def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
     for row in reader:
         cells = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str) or value is None}
         if any(cells.values()):
-            rows.append((reader.line_num, cells | ({"": "more"} if row.get("") else {})))
+            long = [column for column, cell in cells.items() if len(cell) > LONGEST_CELL]
+            cells |= dict.fromkeys(long, "")
+            problem = f"the cell of the column {long[0]} has more than {LONGEST_CELL} characters" if long else ""
+            problem = problem or (MORE if row.get("") else "")
+            rows.append((reader.line_num, cells | ({"": problem} if problem else {})))
     if not rows:
         raise UserError(f"{table} has no row below its header")
     return rows
@@ -107,14 +122,13 @@ def _item(
 ) -> Item:
     """The row as an item; UserError if it cannot be trained on.  No picture or model is loaded."""
     if "" in row:
-        raise UserError("the row has more cells than the header has columns: put quotes around cells with commas")
+        raise UserError(row[""])
     if not row["image"]:
         raise UserError("the cell of the column image is empty: name a picture file, or a folder of them")
     pictures, masks = (_paths(folder, row.get(column) or "") for column in ("image", "mask"))
     first = Path(os.path.abspath(pictures[0]))
     name = plain_name(row.get("name") or (first.name if first.is_dir() else first.stem))
-    if name.startswith(".") or name.casefold() == RESULTS:
-        raise UserError(f"an adapter cannot be called {name!r}: choose another name")
+    _check_name(name)
     options, own = (_options(kind, row) for kind in KINDS)
     replace(config, **options)  # raises if the values cannot work
     if own.get("class_data_dir") is not None:
@@ -132,7 +146,32 @@ def _paths(folder: Path, cell: str) -> tuple[Path, ...]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; check the path of the picture")
+        if not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is a device or a pipe: name a file or a folder")
     return paths
+
+
+def _check_name(name: str) -> None:
+    """UserError unless an adapter's folder can have this name on every system, beside our own files."""
+    if name.startswith(".") or _folded(name) in (RESULTS, TABLE) or DEVICE.fullmatch(name) or name[-1] in ". ":
+        raise UserError(f"an adapter cannot be called {name!r}: choose another name")
+    if len(name.encode(errors="surrogateescape")) > LONGEST_NAME:
+        raise UserError(f"the name {name[:40]!r}… is too long: {LONGEST_NAME} bytes at most")
+
+
+def _folded(name: str) -> str:
+    """What file systems may take for the same name: without case, in one normal form."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+@contextmanager
+def _any_cell_size() -> Iterator[None]:
+    """Let the csv module read cells of any size in the body, so that one too long costs its row alone."""
+    limit = csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _captioned(sources: RowSources, cell: str) -> RowSources:

@@ -12,7 +12,6 @@ from types import FrameType
 
 from personalize.errors import Stopped
 
-OTHER_ENDED = "another process of this launch has ended"  # how the message of one that goes on to the end begins
 PATIENCE = 60.0  # seconds that a process which writes no checkpoint waits for the one that does
 
 

@@ -26,7 +26,7 @@ from personalize.training.distributed import TIMEOUT
 from personalize.training.memory_estimate import check_fits, estimate
 from personalize.training.run import TrainingRun
 from personalize.training.saving import check_space_for
-from personalize.training.stopping import OTHER_ENDED, PATIENCE, StopRequest, stop_requests
+from personalize.training.stopping import PATIENCE, StopRequest, stop_requests
 from personalize.training.validation import validate
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
@@ -168,7 +168,7 @@ def _others_alive(config: Any, run: TrainingRun, stop: StopRequest) -> Iterator[
         done = _saved_progress(config, run) if run.accelerator.is_main_process else f"{run.update} updates"
         if stop.signal is not None:
             raise Stopped(stop.signal, f"stopped after {done}") from None
-        raise UserError(f"{OTHER_ENDED} after {done}") from error
+        raise UserError(f"another process of this launch has ended after {done}") from error
 
 
 @contextmanager
