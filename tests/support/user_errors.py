@@ -79,7 +79,6 @@ MISTAKES = (
     ),
     Mistake(f"{TRAIN} --with_prior_preservation --class_prompt cat --class_data_dir empty", "empty holds no picture"),
     Mistake(f"{TRAIN} --resume_from_checkpoint checkpoint-9", "no checkpoint at checkpoint-9"),
-    Mistake(f"{TRAIN} --output_dir .", "is where this program runs"),
     Mistake(f"{TRAIN} --output_dir notes.txt", "notes.txt is a file, a folder was expected"),
     Mistake(f"{TRAIN} --learning_rate nan", "learning_rate"),
     Mistake("edit plain --prompt cat --strength inf", "--strength is inf, expected a number"),
