@@ -46,7 +46,7 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     resolution: int | None = None
     """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
     max_train_steps: int | None = None
-    """Updates to make; overrides max_train_samples."""
+    """Updates to make; overrides the numbers of samples."""
 
     def check(self) -> None:
         from personalize.training.checks import check_single_image
@@ -72,7 +72,7 @@ def _train(config: Config) -> Path:
 
     images = read_training_images(config)
     accelerator = trainer.make_accelerator(config)
-    settings = training_config(config)
+    settings = training_config(config, accelerator.num_processes)
     model = trainer.load_base(config, accelerator)
     resolution = config.resolution or model.resolution
     pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
@@ -91,11 +91,11 @@ def _train(config: Config) -> Path:
     return trainer.finish(config, accelerator)
 
 
-def training_config(config: Config) -> SingleImageConfig:
+def training_config(config: Config, processes: int = 1) -> SingleImageConfig:
     """The training configuration among the options; `max_train_steps` becomes a number of samples."""
     if config.max_train_steps is None:
         return extract_config(config, SingleImageConfig)
-    samples = config.max_train_steps * config.samples_per_update
+    samples = config.max_train_steps * config.update_samples(processes)
     return extract_config(config, SingleImageConfig, max_train_samples=samples)
 
 

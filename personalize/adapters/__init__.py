@@ -3,7 +3,7 @@
     adapter             LoRA weights, learned tokens and source embedding in one value; save and load
     apply               put adapters into a model for the length of a `with` block
     lora, lora_layers   LoRA on a UNet;  text_encoder_lora: on its text encoders
-    timestep_mask       fewer rank components at high noise;  orthogonal_start: LoRA that starts orthonormal
+    timestep_mask, rank_mask   fewer rank components at high noise;  orthogonal_start: LoRA that starts orthonormal
     textual_inversion   new tokens and their rows
     forgetting          named rules that scale single LoRA layers
     merging, fuse       adapters into one; an adapter into its base model

@@ -16,12 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
-from diffusers.loaders import single_file_utils
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.merging import require_constant_rank
@@ -33,6 +29,7 @@ from personalize.formats.lora_keys import with_text_model
 from personalize.formats.original_checkpoint import TEXT_ENCODER_PREFIXES, Weights, original_state
 from personalize.io.atomic import Content, write_file, write_folder
 from personalize.io.tensor_files import tensor_parts
+from personalize.models.lora_modules import is_lora_layer
 from personalize.models.stable_diffusion import StableDiffusion
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -52,7 +49,7 @@ def component_weights(model: StableDiffusion) -> dict[str, dict[str, Tensor]]:
     """
     modules = {"unet": model.unet, "vae": model.vae}
     modules |= dict(zip(TEXT_ENCODER_PREFIXES[model.family], model.text_encoders, strict=True))
-    if any(isinstance(layer, LoraLayer) for module in modules.values() for layer in module.modules()):
+    if any(is_lora_layer(layer) for module in modules.values() for layer in module.modules()):
         raise UserError("the base model has an adapter already: unload it before merging another")
     return {
         component: {_key(component, name): tensor.detach() for name, tensor in module.state_dict().items()}
@@ -161,6 +158,9 @@ def export_folder(
 
 def _configuration_files(model: StableDiffusion, dtype: torch.dtype) -> dict[str, bytes]:
     """All files of a diffusers folder except the weights, by path in the folder; local paths are removed from them."""
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
     pipe: Any = model.pipeline()
     with TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -188,6 +188,8 @@ def _edit_json(path: Path, **changes: Any) -> None:
 
 def read_single_file(path: Path, model: StableDiffusion) -> dict[str, dict[str, Tensor]]:
     """The weights in a single file by component, as `component_weights` has them, through diffusers' own converters."""
+    from diffusers.loaders import single_file_utils
+
     state: dict[str, Any] = _read_tensors(path)
     weights = {
         "unet": single_file_utils.convert_ldm_unet_checkpoint(state, config=dict(model.unet.config)),

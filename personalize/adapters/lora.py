@@ -14,19 +14,21 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from peft import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from personalize.adapters.lora_layers import lora_config
 from personalize.adapters.orthogonal_start import orthogonal_parameters, start_orthogonal
 from personalize.errors import UserError
 from personalize.formats.layer_kinds import fitted
 from personalize.models.blocks import Role, leaf_modules, module_roles
+from personalize.models.lora_modules import is_lora_layer
 from personalize.models.offloading import execution_device
 from personalize.randomness import generator
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "personalize"  # the adapter's name in peft
 PREFIX = "unet."  # diffusers' prefix in adapter files
@@ -197,13 +199,13 @@ def lora_removed(*modules: nn.Module) -> Iterator[None]:
 
 def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
     """The LoRA layers of our adapter in the UNet, by module path."""
-    layers = {path: module for path, module in leaf_modules(unet) if isinstance(module, LoraLayer)}
+    layers = {path: module for path, module in leaf_modules(unet) if is_lora_layer(module)}
     return {path: layer for path, layer in layers.items() if ADAPTER in layer.lora_A}
 
 
 def require_no_lora(module: nn.Module, name: str) -> None:
     """UserError, which says how to get rid of them, if `module` (called `name`) has LoRA layers of anybody's."""
-    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in module.modules() if is_lora_layer(layer)]
     if not layers:
         return
     if any(layer.merged for layer in layers):
@@ -215,6 +217,10 @@ def require_no_lora(module: nn.Module, name: str) -> None:
 
 def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> dict[str, LoraLayer]:
     """Put LoRA layers around exactly the modules `names`, with A and B still on the meta device."""
+    from peft import inject_adapter_in_model
+
+    from personalize.adapters.lora_layers import lora_config
+
     names, leaves = list(names), dict(leaf_modules(unet))
     require_no_lora(unet, "UNet")
     if any(getattr(module, "fused_projections", False) for module in unet.modules()):

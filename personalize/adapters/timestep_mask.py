@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from personalize.adapters.lora import ADAPTER, lora_layers
-from personalize.adapters.lora_layers import RankMask
+from personalize.adapters.rank_mask import RankMask
 from personalize.errors import UserError
 from personalize.formats.timestep_rank import TimestepRank
 

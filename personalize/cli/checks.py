@@ -17,6 +17,7 @@ from personalize.errors import UserError
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 TOKEN = re.compile(r"<[^<>\s]+>")
+GRADIO = (6, 7)  # the oldest version with the security fixes that the studio relies on
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
 
 
@@ -116,6 +117,27 @@ def check_quickstart(config: Any) -> None:
     picture = only_picture(config.photo)
     check_image(picture)
     find_caption(picture, config.caption)
+
+
+def check_studio(config: Any) -> None:
+    """Check that Gradio is there, and what `personalize studio` begins with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from personalize.models.config import check_base_name
+
+    try:
+        found = version("gradio")
+    except PackageNotFoundError:
+        raise UserError("the studio needs Gradio, which is not installed: pip install 'personalize[studio]'") from None
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < GRADIO:
+        raise UserError(f"the studio needs Gradio 6.7 or newer, found {found}: pip install 'personalize[studio]'")
+    if config.start is not None:
+        check_files(config.start)
+    if config.base is not None:
+        check_base_name(config.base)
+    if config.auth is not None and not all(config.auth.partition(":")):
+        raise UserError(f"--auth is {config.auth!r}, expected user:password")
+    check_writable(Path("studio"))
 
 
 def check_writable(folder: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import importlib
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from personalize.cli.parser import HELP, parse, take_option
 from personalize.cli.processes import end_with_parent, signals_raise
 from personalize.cli.terminal import terminal
 from personalize.errors import UserError, nearest
+from personalize.models.quiet import hidden_messages
 
 SCRIPT_FOLDERS = {
     "train": "Train an adapter, or the embedded model.",
@@ -42,10 +42,6 @@ USER_ERRNOS = {
     errno.ENAMETOOLONG, errno.EEXIST,
 }  # fmt: skip
 READER_GONE = 141  # as a shell reports SIGPIPE
-UNWANTED_MESSAGES = {  # of other libraries, by logger: about optional parts that are not used here
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    "transformers.utils.import_utils": "requires torchvision (not installed)",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +123,7 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
 def to_exit_code(call: Callable[[], int]) -> int:
     """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2."""
     try:
-        with terminal(), signals_raise():
+        with terminal(), hidden_messages(), signals_raise():
             code = call()
             sys.stdout.flush()
             return code
@@ -157,17 +153,8 @@ def check(options: Any) -> None:
 
 def prepare(keep_memory: bool) -> None:
     """Settings of this process, made after the options are checked; `keep_memory` if it is ours alone and trains."""
-    silence_libraries()
     if keep_memory:
         keep_freed_memory()
-
-
-def silence_libraries() -> None:
-    """Hide messages of other libraries about parts that are not used, and their progress bars for loading files."""
-    for logger, part in UNWANTED_MESSAGES.items():
-        logging.getLogger(logger).addFilter(lambda record, part=part: part not in record.getMessage())
-    for library in ("diffusers", "transformers"):
-        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 def commands_help() -> str:

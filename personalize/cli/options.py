@@ -12,7 +12,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from personalize.cli.checks import check_files, check_quickstart
+from personalize.cli.checks import check_files, check_quickstart, check_studio
 from personalize.cli.edit_options import DragConfig, EditConfig, EditTableConfig, PhotoConfig
 from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.io.numbering import unused_folder
@@ -143,6 +143,31 @@ class EvaluateConfig:
         check_files(self.benchmark, *(() if self.run is not None else (self.results,)))
 
 
+@dataclass(frozen=True)
+class StudioConfig:
+    """Learn, edit, drag and convert in a browser: a page on this machine, for the folder it is started in.
+
+    It reads and writes only in this folder, and loads nothing from elsewhere.  At another address than the machine's
+    own, --auth or the token that is printed is asked for.
+    """
+
+    start: Positional[Path | None] = None
+    """Adapter folder or picture to begin with, in this folder."""
+    base: str | None = None
+    """Base: a diffusers folder, hub id or single-file checkpoint; by default the adapter's own, or the package's."""
+    port: int | None = None
+    """Port; by default the first free one from 7860."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is all of this machine's, for others in its network."""
+    auth: str | None = None
+    """user:password that the page asks for."""
+    open: bool = True
+    """Open the page in the browser."""
+
+    def check(self) -> None:
+        check_studio(self)
+
+
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
 EDIT_TABLE = "edit TABLE"  # the command that `edit` means for a .csv file
 COMMANDS = {  # name: (options, "module:function" that is called with them)
@@ -155,6 +180,7 @@ COMMANDS = {  # name: (options, "module:function" that is called with them)
     "convert": (ConvertConfig, "personalize.cli.commands.convert:run"),
     "verify": (VerifyConfig, "personalize.cli.commands.verify:run"),
     "evaluate": (EvaluateConfig, "personalize.cli.commands.evaluate:run"),
+    "studio": (StudioConfig, "personalize.studio.server:run"),
 }
 
 

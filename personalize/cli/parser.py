@@ -63,7 +63,8 @@ def parse(
         defaults |= read_yaml(_find(file, presets or {}), config)
     given = {*flags, *(name.removeprefix("no_") for name in flags)}
     _check_required(config, given | set(defaults), prog)
-    tokens = [t for key, value in defaults.items() if key not in given for t in _tokens(key, value, config)]
+    settled = given | {key for flag, key in getattr(config, "replaces", {}).items() if flag in given}
+    tokens = [t for key, value in defaults.items() if key not in settled for t in _tokens(key, value, config)]
     hints = _hints(config)
     lists = {name for name, hint in hints.items() if get_origin(hint) is tuple and not _is_positional(config, name)}
     switches = {name for name, hint in hints.items() if hint is bool}

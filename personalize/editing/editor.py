@@ -44,6 +44,8 @@ from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.schedule import make_schedule
 
+MAX_SIZE = 4  # times the base's resolution: the largest size that is taken from an adapter's file
+
 
 class Editor:
     """A base model and an adapter that is applied to it during each call; between calls the base is unchanged.
@@ -201,9 +203,21 @@ class Editor:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels at which the adapter was trained; without one, those of the base model."""
-        height, width = (self.adapter.info if self.adapter else {}).get("size") or (self.model.resolution,) * 2
-        return int(height), int(width)
+        """Height and width in pixels at which the adapter was trained; without one, those of the base model.
+
+        UserError if `adapter.json` says anything but two sides of at most `MAX_SIZE` times the base's own: whoever
+        wants larger pictures asks for them.
+        """
+        largest = MAX_SIZE * self.model.resolution
+        size = (self.adapter.info if self.adapter else {}).get("size") or (self.model.resolution,) * 2
+        if not isinstance(size, list | tuple) or [type(side) for side in size] != [int, int]:
+            raise UserError(f"the adapter says it was trained at {str(size)[:40]}, a height and a width were expected")
+        if not all(0 < side <= largest for side in size):
+            raise UserError(
+                f"the adapter says it was trained at {str(size[0])[:12]}×{str(size[1])[:12]} px, the base draws "
+                f"{self.model.resolution} px, at most {largest} were expected: correct size in its adapter.json"
+            )
+        return size[0], size[1]
 
     @property
     def _adapter(self) -> Adapter:

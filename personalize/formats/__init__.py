@@ -5,6 +5,7 @@
     key_parts, lora_keys      keys taken apart; names of modules;  layouts: tensors by module and factor
     peft_settings             alpha / r from wherever a program keeps it
     weight_changes, changed_layers   ΔW of every algorithm, and the layers it makes;  layer_kinds: of each family
+    layer_sizes               what factors may multiply out to, checked before they do
     lora_files, peft_files    LoRA files and PEFT folders
     textual_inversion_files   learned tokens
     original_checkpoint       single-file base models

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.layer_sizes import SMALL
 from personalize.formats.weight_changes import Parts, alpha_of, lora_pair
 
 BIASES = ("diff_b", "b_norm", "lora_B.bias")
@@ -66,7 +67,7 @@ def _changed_weight(module: str, parts: Parts, weight: Tensor) -> Tensor:
     magnitude = next((parts[role] for role in parts if role == "dora_scale" or role.startswith("lora_magn")), None)
     plain = {role: tensor for role, tensor in parts.items() if tensor is not magnitude}
     if set(plain) - {"scale", "alpha", *BIASES}:
-        a, b = lora_pair(module, plain, tuple(weight.shape[2:]))
+        a, b = lora_pair(module, plain, tuple(weight.shape[2:]), max(SMALL, weight.numel()))
         if len(b) * a[0].numel() != weight.numel():
             raise ValueError("another layer's factors")
         update = (b.flatten(1).float() @ a.flatten(1).float()) * float(parts.get("scale", torch.tensor(1.0)))
@@ -89,6 +90,9 @@ def _glora(parts: Parts, weight: Tensor) -> Tensor:
     a1, a2, b1, b2 = (parts[f"{name}.weight"].flatten(1).to(weight) for name in ("a1", "a2", "b1", "b2"))
     if b2.shape[0] == len(weight) and b1.shape[0] != len(weight):
         a1, a2, b1, b2 = a2, a1, b2, b1
+    sides = {len(a1), a2.shape[1], weight.shape[1]}
+    if len(sides) > 1 or (len(b1), b2.shape[1]) != (len(weight), weight[0].numel()):
+        raise ValueError("another layer's factors")
     scale = (alpha_of(parts) or b1.shape[1]) / b1.shape[1]
     update = torch.einsum("oi...,ij,jk->ok...", weight, a1, a2) + (b1 @ b2).reshape(weight.shape)
     return scale * update
@@ -97,7 +101,10 @@ def _glora(parts: Parts, weight: Tensor) -> Tensor:
 def _ia3(parts: Parts, weight: Tensor) -> Tensor:
     """W₀ ∘ (1 + w), with w along the inputs or the outputs."""
     factor, sides = parts["weight"].to(weight).flatten(), [1] * weight.ndim
-    sides[1 if bool(parts["on_input"].any()) else 0] = -1
+    side = 1 if bool(parts["on_input"].any()) else 0
+    if len(factor) != weight.shape[side]:
+        raise ValueError("another layer's factors")
+    sides[side] = -1
     return weight * (1 + factor.reshape(sides))
 
 

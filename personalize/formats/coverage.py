@@ -105,8 +105,15 @@ def _norm(block: str, modules: Mapping[str, float | None]) -> float | None:
 
 
 def norm_of(a: Tensor, b: Tensor, scaling: float) -> float:
-    """The Frobenius norm ‖scaling · B A‖, from the Gram matrices BᵀB and AAᵀ (r, r) without computing the product."""
+    """The Frobenius norm ‖scaling · B A‖, from the Gram matrices BᵀB and AAᵀ (r, r) without computing the product.
+
+    A rank above one side of the product, where the Gram matrices would be the larger, is multiplied out instead.
+    """
+    if not a.numel() or not b.numel():
+        return 0.0
     down, up = a.double().flatten(1), b.double().flatten(1)
+    if len(down) > min(len(up), down.shape[1]):
+        return scaling * float((up @ down).norm())
     return scaling * float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0)) ** 0.5
 
 

@@ -18,12 +18,14 @@ from personalize.formats import layouts
 from personalize.formats import textual_inversion_files as token_files
 from personalize.formats.adapter_source import open_adapter
 from personalize.formats.layer_kinds import as_layer_wants, fitting_families, kernels
+from personalize.formats.layer_sizes import SMALL, most_numbers, require_fitting
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.peft_settings import scaling, settings_of
 from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, Parts, lora_pair, require_small
 from personalize.io.tensor_files import TensorFile
 
 PLAIN = {"LoRA", "Tucker LoCon"}
+MAX_PADDING = 16  # times the numbers of a LoRA, to give all its modules one rank
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def read_adapter_file(
     if contents.embeddings and not contents.modules:
         return AdapterFile({}, 1, 1.0, family or _family_of_rows(concepts), "peft", content.metadata, concepts)
     require_adapter(contents, path)
-    parts = {module: _with_folded_core(module, values) for module, values in contents.modules.items()}
+    require_fitting(path, contents.modules, family)
+    parts = {module: _with_folded_core(module, values, family) for module, values in contents.modules.items()}
     plain = {module for module in parts if contents.algorithms[module] <= PLAIN}
     shaped = {module: as_layer_wants(parts[module], module, family) if module in plain else {} for module in parts}
     pairs = {f"{m}.lora_{s}.weight": shaped[m][s].float() for m in plain for s in "AB" if s in shaped[m]}
@@ -152,7 +155,7 @@ def as_lora(file: AdapterFile, rank: int | None = None) -> tuple[AdapterFile, li
             left.append(module)
             continue
         kernel = sides.get(module, tuple(parts["diff"].shape[2:]) if "diff" in parts else ())
-        a, b = lora_pair(module, parts, kernel)
+        a, b = lora_pair(module, parts, kernel, most_numbers(module, file.family))
         pairs[module] = (a, b * float(parts["scale"]))
         left += [module] if {"diff_b", "lora_B.bias"} & set(parts) else []
     if not pairs:
@@ -208,7 +211,7 @@ NEEDED: dict[
 }
 
 
-def _with_folded_core(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _with_folded_core(module: str, parts: Mapping[str, Tensor], family: str | None = None) -> Mapping[str, Tensor]:
     """The tensors of a module with a Tucker core multiplied into A; without a core they are returned unchanged.
 
     A (r, i, k, k) = Σ_s mid (r, s, k, k) · down (s, i)
@@ -218,7 +221,7 @@ def _with_folded_core(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, 
     mid, down = parts["mid"].float(), parts.get("A", torch.empty(0)).float()
     if mid.ndim != 4 or down.ndim != 4 or down.shape[2:].numel() != 1 or mid.shape[1] != down.shape[0]:
         raise UserError(f"module {module}: lora_mid {tuple(mid.shape)} and lora_down {tuple(down.shape)} do not fit")
-    require_small(mid[:, 0].numel() * down.shape[1])
+    require_small(mid[:, 0].numel() * down.shape[1], most_numbers(module, family))
     folded = torch.einsum("rskl,si->rikl", mid, down.flatten(1))
     return {**{role: tensor for role, tensor in parts.items() if role != "mid"}, "A": folded}
 
@@ -231,6 +234,14 @@ def _with_one_rank_and_alpha(
     Smaller ranks are padded with zeros; scalings, where they differ, are multiplied into B, and alpha is the rank.
     """
     rank = max(down.shape[0] for down, _ in modules.values())
+    held = sum(down.numel() + up.numel() for down, up in modules.values())
+    padded = rank * sum(down[0].numel() + up[:, 0].numel() for down, up in modules.values())
+    if padded > MAX_PADDING * held + SMALL:
+        least = min(modules, key=lambda module: modules[module][0].shape[0])
+        raise UserError(
+            f"module {least} has rank {modules[least][0].shape[0]}, another has {rank}: one rank for all would take "
+            f"{padded:,} numbers in place of {held:,}; resize the file to ranks that are closer"
+        )
     same = len(set(scalings.values())) == 1
     state = {}
     for module, (down, up) in modules.items():

@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.layer_sizes import most_numbers
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.tensor_files import TensorFile
 
@@ -25,7 +25,6 @@ ROLE = re.compile(
     r"(?:\.(?!weight)\w+)?(?:\.weight)?$"
 )
 PROBES = 4
-MAX_NUMBERS = 2**26  # of a product that has to be multiplied out; the largest layer of SDXL has fewer than 2**25
 ROLES = {"down": "A", "up": "B"}
 SECOND_ENCODER = ("lora_te2", "text_encoder_2", "text_encoders.clip_g", "clip_g")
 FIRST_ENCODER = ("lora_te", "text_encoder", "text_encoders.clip_l", "text_encoders.clip_h", "clip_l", "clip_h")
@@ -145,9 +144,9 @@ def _whole(module: str, parts: Mapping[str, Tensor], name: str, core: str) -> Te
 
 
 def _require_small(module: str, numbers: int) -> None:
-    """UserError if a product would have more numbers than any layer's weight."""
-    if numbers > MAX_NUMBERS:
-        raise UserError(f"module {module} multiplies out to {numbers:,} numbers, more than any layer has")
+    """UserError if a product would have more numbers than the layer's weight."""
+    if numbers > most_numbers(module):
+        raise UserError(f"module {module} multiplies out to {numbers:,} numbers, more than its layer has")
 
 
 def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Mapping[str, str]) -> float:
@@ -162,7 +161,15 @@ def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Map
     own = own or {key[len(component) + 1 :]: v for key, v in shared.items() if key.startswith(f"{component}.")}
     header = next((metadata[key] for key in ("lora_alpha", "network_alpha", "alpha") if key in metadata), rank)
     own = own or {"lora_alpha": float(header), "use_rslora": metadata.get("use_rslora", "").lower() == "true"}
-    patterns = own.get("alpha_pattern") or {}
-    keys = {get_pattern_key(list(patterns), one) for one in (path, path.removeprefix("text_model."))}
-    alpha = next((patterns[key] for key in patterns if key in keys), own.get("lora_alpha")) or rank
+    alpha = _pattern_value(own.get("alpha_pattern") or {}, path) or own.get("lora_alpha") or rank
     return alpha / (rank**0.5 if own.get("use_rslora") else rank)
+
+
+def _pattern_value(patterns: Mapping[str, float], path: str) -> float | None:
+    """The value that PEFT's `alpha_pattern` gives to a module, by peft's own matching."""
+    if not patterns:  # peft takes seconds to import
+        return None
+    from peft.utils.other import get_pattern_key
+
+    keys = {get_pattern_key(list(patterns), one) for one in (path, path.removeprefix("text_model."))}
+    return next((patterns[key] for key in patterns if key in keys), None)

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import textual_inversion_files
+from personalize.formats.layer_sizes import require_fitting
 from personalize.formats.manifest import DIFFUSERS_FILE, FAMILIES, MANIFEST, SOURCE_FILE, read_manifest, tensor_digest
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.tensor_files import TensorFile, read_tensors
-from personalize.models.empty import EmptyModel, empty_model
+from personalize.models.empty import EmptyModel, adaptable_layers, empty_model
+from personalize.models.lora_modules import is_lora_layer
 from personalize.models.stable_diffusion import StableDiffusion
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -84,6 +86,7 @@ def verify_file(path: Path, model: StableDiffusion | None = None) -> Verificatio
     base = model if model is not None else empty_model(family)
     keys = ReaderKeys(family, base.unet)
     factors, problems = keys.kohya(content) if kohya else keys.peft(content)
+    _require_fitting(path, factors, family)
     if model is None and not _any_shape_matches(factors, keys.shapes or {}):
         base, keys = None, ReaderKeys(family)
     report = compare(path.name, factors, problems, factors, keys.shapes)
@@ -97,6 +100,11 @@ def verify_file(path: Path, model: StableDiffusion | None = None) -> Verificatio
 
 
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha")
+
+
+def _require_fitting(path: Path, factors: Factors, family: str) -> None:
+    """UserError unless every ΔW is at most as large as its layer in the family's model."""
+    require_fitting(path, {module: {"A": a, "B": b} for module, (a, b, _) in factors.items()}, family)
 
 
 def _family(content: TensorFile, kohya: bool) -> str:
@@ -133,6 +141,7 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> V
     keys = ReaderKeys(family, None if model is None else model.unet)
     content = read_tensors(folder / DIFFUSERS_FILE)
     expected = {module: (a, b, scaling) for module, (a, b, _) in keys.peft(content)[0].items()}
+    _require_fitting(folder / DIFFUSERS_FILE, expected, family)
     reports = [compare_digests(DIFFUSERS_FILE, content.tensors, hashes)]
     reports += compare_files(folder, kohya_file, expected, keys)
     if source:
@@ -162,15 +171,17 @@ def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, e
         UserError: `model` already has an adapter loaded.
     """
     parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
-    if any(isinstance(module, LoraLayer) for part in parts.values() for module in part.modules()):
+    if any(is_lora_layer(module) for part in parts.values() for module in part.modules()):
         raise UserError("the base model already carries an adapter: unload it before verifying another")
+    if odd := _misfit(parts, expected):  # diffusers would allocate its layers, of whatever rank, before it refuses
+        return FileReport(f"{path.name} through diffusers", 0, len(expected), 0.0, "", (odd,))
     loaded: Factors = {}
     pipe = model.pipeline()
     try:
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="verify", local_files_only=True)
         for component, part in parts.items():
             for name, layer in part.named_modules():
-                if isinstance(layer, LoraLayer):
+                if is_lora_layer(layer):
                     nested = component == "unet" or name.startswith("text_model.")
                     a, b = (side["verify"].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))  # pyright: ignore
                     path_in_file = name if nested else f"text_model.{name}"
@@ -181,6 +192,22 @@ def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, e
     finally:
         pipe.unload_lora_weights()
     return compare(f"{path.name} through diffusers", loaded, [], expected)
+
+
+def _misfit(parts: Mapping[str, Any], factors: Factors) -> str:
+    """The first module whose ΔW has not the sides of its layer in the model's `parts`; "" if all fit."""
+    sides = {}
+    for component, part in parts.items():
+        for path, layer in adaptable_layers(part):
+            nested = component == "unet" or path.startswith("text_model.")
+            sides[f"{component}.{path if nested else f'text_model.{path}'}"] = (
+                len(layer.weight),
+                layer.weight[0].numel(),
+            )
+    for module, (a, b, _) in factors.items():
+        if module in sides and sides[module] != (len(b), a[0].numel()):
+            return f"is not loaded: module {module} changes {(len(b), a[0].numel())}, the base has {sides[module]}"
+    return ""
 
 
 def compare_files(folder: Path, kohya_file: str, expected: Factors, keys: ReaderKeys) -> list[FileReport]:

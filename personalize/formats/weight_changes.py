@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.layer_sizes import most_numbers
 
 Parts = Mapping[str, Tensor]
 """The tensors of one module by role: "A", "B", "mid", "alpha", "hada_w1_a", "lokr_w1", "diff", "dora_scale", …"""
 
 NEED_THE_BASE = {"DoRA", "GLoRA", "OFT or BOFT", "(IA)3"}
 NOT_A_MATRIX = {"bias difference"}  # changes of biases, which no LoRA has
-MAX_NUMBERS = 2**27  # of a factor that is built; the largest layer of SDXL has fewer than 2**25
 
 
 def alpha_of(parts: Parts) -> float:
@@ -38,24 +38,28 @@ def alpha_of(parts: Parts) -> float:
     return float(parts["alpha"]) if "alpha" in parts and parts["alpha"].numel() == 1 else 0.0
 
 
-def lora_pair(module: str, parts: Parts, kernel: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+def lora_pair(
+    module: str, parts: Parts, kernel: tuple[int, ...] = (), limit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """A (r, in[, k, k]) and B (out, r[, 1, 1]) with B A = ΔW, of a module that needs no weight of the base.
 
     Args:
         module: the module's name, for messages.
         parts: its tensors.
         kernel: the kernel's sides (k, k) of a convolution, () for a linear layer.
+        limit: the most numbers that anything built here may have; by default those of the largest such layer.
 
     Raises:
-        UserError: factors that are missing or do not fit, or an algorithm that needs the base's weight.
+        UserError: factors that are missing, do not fit or exceed `limit`, or an algorithm that needs the base's weight.
     """
+    limit = most_numbers(module) if limit is None else limit
     try:
         if "hada_w1_a" in parts:
-            pair = _loha_pair(parts)
+            pair = _loha_pair(parts, limit)
         elif any(role.startswith("lokr_") for role in parts):
-            pair = _lokr_pair(parts)
+            pair = _lokr_pair(parts, limit)
         elif "diff" in parts:
-            pair = _full_pair(parts["diff"].float())
+            pair = _full_pair(parts["diff"].float(), limit)
         elif "A" in parts and "B" in parts and not {"dora_scale", "lora_magnitude_vector"} & set(parts):
             return parts["A"], parts["B"]
         else:
@@ -66,13 +70,13 @@ def lora_pair(module: str, parts: Parts, kernel: tuple[int, ...] = ()) -> tuple[
         raise
     except (RuntimeError, KeyError, IndexError, ValueError) as error:
         raise _unfit(module, parts, error) from error
-    return shortened(*_shaped(module, *pair, kernel))
+    return shortened(*_shaped(module, *pair, kernel), limit)
 
 
-def require_small(numbers: int) -> None:
-    """UserError if a factor would have more numbers than any layer's: a small file must not fill the memory."""
-    if numbers > MAX_NUMBERS:
-        raise UserError(f"a module's factors multiply out to {numbers:,} numbers, more than any layer has")
+def require_small(numbers: int, limit: int) -> None:
+    """UserError if a factor would have more numbers than its layer: a small file must not fill the memory."""
+    if numbers > limit:
+        raise UserError(f"a module's factors multiply out to {numbers:,} numbers, its layer has at most {limit:,}")
 
 
 def _unfit(module: str, parts: Parts, error: Exception) -> UserError:
@@ -90,52 +94,54 @@ def _shaped(module: str, a: Tensor, b: Tensor, kernel: tuple[int, ...]) -> tuple
     return a.reshape(len(a), -1, *kernel), b.reshape(len(b), -1, 1, 1)
 
 
-def shortened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def shortened(a: Tensor, b: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """The same product with a rank of at most min(out, in·k·k), which no matrix exceeds."""
-    limit = min(len(b), a[0].numel())
-    if len(a) <= limit:
+    if len(a) <= min(len(b), a[0].numel()):
         return a, b
-    require_small(len(b) * a[0].numel())
-    down, up = _full_pair(b.flatten(1).double() @ a.flatten(1).double())
+    require_small(len(b) * a[0].numel(), limit)
+    down, up = _full_pair(b.flatten(1).double() @ a.flatten(1).double(), limit)
     return down.float().reshape(-1, *a.shape[1:]), up.float().reshape(len(b), -1, *b.shape[2:])
 
 
-def _full_pair(update: Tensor) -> tuple[Tensor, Tensor]:
+def _full_pair(update: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """A matrix (out, …) as a product of full rank: of itself and the identity."""
     matrix = update.flatten(1)
-    require_small(min(matrix.shape) ** 2)
+    require_small(min(matrix.shape) ** 2, limit)
     if len(matrix) <= matrix.shape[1]:
         return matrix, torch.eye(len(matrix), dtype=matrix.dtype)
     return torch.eye(matrix.shape[1], dtype=matrix.dtype), matrix
 
 
-def _loha_pair(parts: Parts) -> tuple[Tensor, Tensor]:
-    """(a₁ b₁) ∘ (a₂ b₂) = Σᵢⱼ (a₁ᵢ ∘ a₂ⱼ) (b₁ᵢ ∘ b₂ⱼ)."""
-    a1, b1 = _loha_factors(parts, "1")
-    a2, b2 = _loha_factors(parts, "2")
+def _loha_pair(parts: Parts, limit: int) -> tuple[Tensor, Tensor]:
+    """(a₁ b₁) ∘ (a₂ b₂) = Σᵢⱼ (a₁ᵢ ∘ a₂ⱼ) (b₁ᵢ ∘ b₂ⱼ), or multiplied out where that has fewer numbers."""
+    a1, b1 = _loha_factors(parts, "1", limit)
+    a2, b2 = _loha_factors(parts, "2", limit)
     if a1.shape[0] != a2.shape[0] or b1.shape[1:] != b2.shape[1:]:
         raise ValueError("the two factors of a LoHa differ in shape")
     rank = parts["hada_w1_b"].shape[0]
-    require_small(a1.shape[1] * a2.shape[1] * (len(a1) + b1.shape[1]))
-    up = (a1[:, :, None] * a2[:, None, :]).flatten(1) * ((alpha_of(parts) or rank) / rank)
+    scale = (alpha_of(parts) or rank) / rank
+    if a1.shape[1] * a2.shape[1] > min(len(a1), b1.shape[1]):
+        require_small(len(a1) * b1.shape[1], limit)
+        down, up = _full_pair((a1.double() @ b1.double()) * (a2.double() @ b2.double()) * scale, limit)
+        return down.float(), up.float()
+    up = (a1[:, :, None] * a2[:, None, :]).flatten(1) * scale
     return (b1[:, None] * b2[None, :]).flatten(0, 1), up
 
 
-def _loha_factors(parts: Parts, number: str) -> tuple[Tensor, Tensor]:
+def _loha_factors(parts: Parts, number: str, limit: int) -> tuple[Tensor, Tensor]:
     """The two matrices (out, r) and (r, in·k·k) of one factor of a LoHa; with a core t, Σ t[i, j] aᵢ bⱼ."""
     a, b = parts[f"hada_w{number}_a"].float(), parts[f"hada_w{number}_b"].float()
     if f"hada_t{number}" not in parts:
         return a, b.flatten(1)
-    require_small(parts[f"hada_t{number}"][:, 0].numel() * b.shape[1])
+    require_small(parts[f"hada_t{number}"][:, 0].numel() * b.shape[1], limit)
     core = torch.einsum("ijkl,jr->irkl", parts[f"hada_t{number}"].float(), b)  # a: (r, out), b: (r, in)
     return a.T, core.flatten(1)
 
 
-def _lokr_pair(parts: Parts) -> tuple[Tensor, Tensor]:
-    """(P Q) ⊗ (U V) = (P ⊗ U) (Q ⊗ V)."""
-    p, q = _lokr_factors(parts, "1")
-    u, v = _lokr_factors(parts, "2")
-    require_small(p.shape[1] * u.shape[1] * (len(p) * len(u) + q.shape[1] * v[0].numel()))
+def _lokr_pair(parts: Parts, limit: int) -> tuple[Tensor, Tensor]:
+    """(P Q) ⊗ (U V) = (P ⊗ U) (Q ⊗ V), the rank of each factor at most its smaller side."""
+    (q, p), (v, u) = (shortened(*_lokr_factors(parts, number, limit), limit) for number in "12")
+    require_small(p.shape[1] * u.shape[1] * max(len(p) * len(u), q.shape[1] * v[0].numel()), limit)
     decomposed = [parts[f"lokr_w{n}_b"] for n in "12" if f"lokr_w{n}_b" in parts]
     rank = decomposed[-1].shape[0] if decomposed else 0  # scaled only if one of the two is a product
     scale = alpha_of(parts) / rank if rank and alpha_of(parts) else 1.0
@@ -143,14 +149,14 @@ def _lokr_pair(parts: Parts) -> tuple[Tensor, Tensor]:
     return down, torch.kron(p, u) * scale
 
 
-def _lokr_factors(parts: Parts, number: str) -> tuple[Tensor, Tensor]:
-    """One factor of a LoKr as a product of a matrix (out, r) and (r, in[, k, k])."""
+def _lokr_factors(parts: Parts, number: str, limit: int) -> tuple[Tensor, Tensor]:
+    """One factor of a LoKr as two matrices (r, in[, k, k]) and (out, r), whose product in reverse order it is."""
     name = f"lokr_w{number}"
     if name in parts:
-        down, up = _full_pair(parts[name].float())
-        return up, down.reshape(len(down), *parts[name].shape[1:])
+        down, up = _full_pair(parts[name].float(), limit)
+        return down.reshape(len(down), *parts[name].shape[1:]), up
     a, b = parts[f"{name}_a"].float(), parts[f"{name}_b"].float()
     if number == "2" and "lokr_t2" in parts:  # a: (r, out), b: (r, in)
-        require_small(parts["lokr_t2"][:, 0].numel() * b.shape[1])
-        return a.T, torch.einsum("ijkl,jr->irkl", parts["lokr_t2"].float(), b)
-    return a, b
+        require_small(parts["lokr_t2"][:, 0].numel() * b.shape[1], limit)
+        return torch.einsum("ijkl,jr->irkl", parts["lokr_t2"].float(), b), a.T
+    return b, a

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,11 @@ from personalize.errors import UserError
 from personalize.io.tensor_files import MAX_TENSORS, PICKLE_SUFFIXES, TensorFile, read_tensors
 
 MAX_DEPTH = 8  # of dictionaries in dictionaries
+MAX_ENTRIES = 1_000_000  # of all dictionaries, each counted as often as it is reached: they may hold one another
+MAX_STREAM_BYTES = 4 * 2**20  # of the pickle itself, without the tensors' data, which lie behind it or beside it
+MAX_SHARING = 4  # times the file's size: what its tensors hold, several of which may lie in one storage
+STREAMS = 5  # pickles in a row at the beginning of a file of torch's older format
+MAKES_BYTES = "bytearray"  # torch lets a pickle call it with a number of bytes, however large
 
 
 def is_pickle(path: str | Path) -> bool:
@@ -48,15 +55,15 @@ def read_any(path: str | Path, *, allow_pickle: bool = False, peek: int | None =
         )
     try:
         _check_unpacked_size(path)
+        _check_streams(path)
         with torch.serialization.safe_globals([nn.ParameterDict]):  # as the original textual inversion saved its rows
             value = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = dict(_flat(value, "", MAX_DEPTH))
+        tensors = _copies(_flat(value, "", MAX_DEPTH, itertools.count(1)), MAX_SHARING * path.stat().st_size)
     except Exception as error:  # a hostile pickle can make torch raise anything
-        raise UserError(f"{path} is no pickle of plain tensors: {' '.join(str(error).split())[:160]}") from error
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{path} is no pickle of plain tensors: {reason}") from error
     if not tensors:
         raise UserError(f"{path} holds no tensors: is it an adapter?")
-    if len(tensors) > MAX_TENSORS:
-        raise UserError(f"{path} holds {len(tensors)} tensors, more than any adapter has: is it a checkpoint?")
     name = value.get("name") if isinstance(value, dict) else None
     return TensorFile(tensors, {"name": name} if isinstance(name, str) else {})
 
@@ -72,11 +79,58 @@ def _check_unpacked_size(path: Path) -> None:
                 raise UserError("it unpacks to more than its own size")
 
 
-def _flat(value: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _check_streams(path: Path) -> None:
+    """UserError if the pickle itself is larger than any adapter's, or builds bytes by their number."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.rpartition("/")[2] == "data.pkl":
+                    with archive.open(name) as stream:
+                        _check_stream(stream)
+        return
+    with open(path, "rb") as stream:
+        for _ in range(STREAMS):
+            if not _check_stream(stream):
+                return
+
+
+def _check_stream(stream: IO[bytes]) -> bool:
+    """Check one pickle; False if it ends in a fault, at which torch stops too."""
+    start, ended = stream.tell(), False
+    try:
+        for opcode, argument, position in pickletools.genops(stream):
+            if isinstance(argument, str) and MAKES_BYTES in argument.split():
+                raise UserError(f"it calls {MAKES_BYTES}, which no adapter needs")
+            if (position or 0) - start > MAX_STREAM_BYTES:
+                raise UserError(f"its list of contents is larger than {MAX_STREAM_BYTES >> 20} MiB")
+            ended = opcode.name == "STOP"
+    except UserError:
+        raise
+    except Exception:  # whatever pickletools makes of bytes that are no pickle
+        return False
+    return ended
+
+
+def _copies(found: Iterator[tuple[str, Tensor]], most_bytes: int) -> dict[str, Tensor]:
+    """A copy of each tensor by name; UserError before they are more than `MAX_TENSORS`, or hold over `most_bytes`."""
+    tensors, total = {}, 0
+    for name, tensor in found:
+        total += tensor.numel() * tensor.itemsize
+        if total > most_bytes:  # expanded over and over from one number
+            raise UserError("its tensors claim more numbers than the file holds")
+        if len(tensors) >= MAX_TENSORS:
+            raise UserError(f"it holds more than {MAX_TENSORS} tensors, more than any adapter has: is it a checkpoint?")
+        tensors[name] = tensor.detach().clone()
+    return tensors
+
+
+def _flat(value: Any, prefix: str, depth: int, entries: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
     """Every dense tensor in nested dictionaries of at most `depth` levels, by its keys joined with dots."""
+    if next(entries) > MAX_ENTRIES:
+        raise UserError(f"it holds more than {MAX_ENTRIES:,} values, each counted as often as it is reached")
     if isinstance(value, Tensor):
-        if value.layout == torch.strided and not value.is_quantized:
-            yield prefix or "tensor", value.detach().clone()
+        if value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu":
+            yield prefix or "tensor", value
     elif isinstance(value, dict | nn.ParameterDict) and depth:
         for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key), depth - 1)
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key), depth - 1, entries)

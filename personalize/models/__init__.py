@@ -13,6 +13,7 @@
     empty              a model's shapes without its weights
     quantization       4-bit base models;  offloading: where layers compute whose weights are moved
     map_filters        attention maps scaled and smoothed
+    lora_modules       which modules are LoRA layers;  quiet: other libraries' messages and bars, hidden while loading
 
 Imports: io.
 """

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from personalize.errors import UserError
 from personalize.models.blocks import block_roles
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
 
 PLACES = {"encoder": "down", "middle": "mid", "decoder": "up"}
 
@@ -121,6 +123,8 @@ def attention_sites(unet: UNet2DConditionModel, size: tuple[int, int] | None = N
 
 
 def _attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    from diffusers.models.attention_processor import Attention
+
     return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from personalize.errors import UserError
 from personalize.models.attention import AttentionHook, AttentionSite, attention_sites
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 SELF_SIDE = 48  # positions a side, at the base's own size, of the largest self-attention maps that are collected
 

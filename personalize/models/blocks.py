@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from diffusers.models.attention_processor import Attention
-from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from personalize.models.lora_modules import is_lora_layer
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ def block_roles(unet: nn.Module) -> dict[str, Role]:
 
 def _attends(block: nn.Module) -> bool:
     """Whether the block has attention layers."""
+    from diffusers.models.attention_processor import Attention
+
     return any(isinstance(module, Attention) for module in block.modules())
 
 
@@ -55,7 +57,7 @@ def leaf_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
     """Every linear layer and convolution with its path; one with LoRA has the path it had without."""
     for name, child in module.named_children():
         here = f"{path}.{name}" if path else name
-        if isinstance(child, nn.Linear | nn.Conv2d | LoraLayer):
-            yield here, child
+        if isinstance(child, nn.Linear | nn.Conv2d) or is_lora_layer(child):
+            yield here, child  # pyright: ignore[reportReturnType]
         else:
             yield from leaf_modules(child, here)

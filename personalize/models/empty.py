@@ -10,17 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from personalize.models.lora_modules import is_lora_layer
+from personalize.models.quiet import quiet_loading
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 CONFIGS = Path(__file__).parent / "configs"
 FOLDERS = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
-ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}  # transformers' names
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class EmptyModel:
 
     def pipeline(self) -> Any:
         """A stock pipeline of these parts, without VAE and tokenizers: it can load a LoRA, but not draw."""
+        from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
         parts: dict[str, Any] = {
             "vae": None,
             "unet": self.unet,
@@ -45,13 +50,17 @@ class EmptyModel:
         return StableDiffusionPipeline(**parts, tokenizer=None, **extra)  # pyright: ignore
 
 
+@quiet_loading()
 def empty_model(family: str) -> EmptyModel:
     """A new empty model of `family`: "sd1", "sd2" or "sdxl"."""
+    import transformers
+    from diffusers import UNet2DConditionModel
+
     folder = CONFIGS / FOLDERS[family]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))  # pyright: ignore
         encoders = [
-            cls(CLIPTextConfig.from_pretrained(folder / name))
+            getattr(transformers, cls)(transformers.CLIPTextConfig.from_pretrained(folder / name))
             for name, cls in ENCODERS.items()
             if (folder / name).is_dir()
         ]
@@ -74,7 +83,7 @@ def adaptable_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, A
     """Every linear layer and convolution in `module` with its path; of a peft LoRA layer, the base layer."""
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
-        if isinstance(child, LoraLayer):
+        if is_lora_layer(child):
             yield child_path, child.get_base_layer()
         elif isinstance(child, nn.Linear | nn.Conv2d):
             yield child_path, child
@@ -85,6 +94,8 @@ def adaptable_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, A
 @cache
 def empty_unet(family: str) -> UNet2DConditionModel:
     """A UNet on the meta device with the module names of `family` and few channels; cached, so not to be altered."""
+    from diffusers import UNet2DConditionModel
+
     config: dict[str, Any] = {"norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 4}
     if family == "sdxl":
         config |= {

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
@@ -56,6 +55,8 @@ def fast_paths(unet: nn.Module, *, exact: bool = False) -> Iterator[None]:
 
 def _replacements(module: nn.Module, exact: bool) -> Iterator[tuple[str, Any]]:
     """The instance attributes of `module` to be set (or removed: `_ABSENT`), by name."""
+    from diffusers.models.activations import GEGLU
+
     own = vars(module)
     yield from ((name, _One()) for name in _DIVISORS if type(own.get(name)) in (int, float) and own[name] == 1)
     if exact and getattr(own.get("forward"), "func", None) is _geglu:  # set by an enclosing context

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTokenizer
 
 from personalize.errors import UserError
 from personalize.models.config import check_base_name
+from personalize.models.quiet import quiet_loading
 from personalize.models.supported import predicted_quantity
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPTokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
+@quiet_loading()
 def read(
     source: str | Path,
     dtype: torch.dtype,
@@ -35,6 +39,8 @@ def read(
 
     Raises UserError, in one line, for anything that is not a Stable Diffusion model.
     """
+    from diffusers import DiffusionPipeline
+
     check_base_name(source)
     path = Path(source)
     if path.is_file():
@@ -94,6 +100,8 @@ def read_file(path: Path, dtype: torch.dtype, prediction_type: str | None = None
 
     Nothing is downloaded.  An SD 2.x file that does not say what its UNet predicts is found out by one forward pass.
     """
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
     kind, overrides = checkpoint_kind(path)
     folder = CONFIGS / kind
     cls, parts = StableDiffusionPipeline, {"tokenizer": clip_tokenizer(EOS if kind == "sd15" else "!")}
@@ -156,6 +164,8 @@ def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
 
 def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
     """CLIP's tokenizer of 49,408 tokens; SD 1.x pads with the end token, SD 2.x and SDXL's second encoder with "!"."""
+    from transformers import CLIPTokenizer
+
     merges = [tuple(line.split()) for line in (CONFIGS / "clip" / "merges.txt").read_text("utf-8").splitlines()]
     symbols = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]  # represent the 256 bytes
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from personalize.errors import UserError
@@ -22,6 +21,9 @@ from personalize.models.quantization import quantize
 from personalize.models.supported import require_supported
 from personalize.models.token_ids import equal_ids, padded_ids
 from personalize.models.vae import accurate_vae
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 
@@ -38,6 +40,8 @@ class StableDiffusion:
     """
 
     def __init__(self, pipe: DiffusionPipeline, name: str = "") -> None:
+        from diffusers import DDIMScheduler
+
         parts = pipe.components
         require_parts((key for key, part in parts.items() if part is not None), name or type(pipe).__name__)
         parts = {key: getattr(part, "_orig_mod", part) for key, part in parts.items()}  # inside torch.compile's wrapper
@@ -97,6 +101,8 @@ class StableDiffusion:
 
     def pipeline(self, cls: type | None = None, **parts: Any) -> Any:
         """A stock diffusers pipeline of these modules with a scheduler of its own; `parts` replace components."""
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
         cls = cls or (StableDiffusionXLPipeline if self.family == "sdxl" else StableDiffusionPipeline)
         components = {
             "unet": self.unet, "vae": self.vae, "scheduler": type(self.scheduler).from_config(self.scheduler.config),

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from personalize.errors import Notice
@@ -51,6 +50,7 @@ def padded_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 def written_out(tokenizer: Any, text: str) -> str:
     """`text` with the further vectors of its learned tokens behind them, "<cat1> <cat1>_1", as diffusers does it."""
+    from diffusers.loaders import TextualInversionLoaderMixin
 
     def tokenize(text: str) -> list[str]:  # transformers would warn of long texts, which are cut for no encoder here
         return tokenizer.tokenize(text, verbose=False)

@@ -28,6 +28,11 @@ def listening(listener: Listener) -> Iterator[None]:
         _LISTENER.reset(token)
 
 
+def heard() -> bool:
+    """Does somebody listen already?"""
+    return _LISTENER.get() is not None
+
+
 @contextmanager
 def part(name: str) -> Iterator[None]:
     """Call the loops in the body `name`, unless an inner part has another name."""

@@ -11,32 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
 
-SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {}),
-    "ddpm": (DDPMScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_a": (EulerAncestralDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {}),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "dpm++_2m": (DPMSolverMultistepScheduler, {}),
-    "dpm++_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "dpm++_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # diffusers' class, and settings of it
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
 }
 
 
@@ -88,6 +78,8 @@ class Schedule:
         """Whether carrying out the schedule draws new random noise, beyond the noise that is stored."""
         if self.scheduler is None:
             return any(transition.sigma and transition.noise is None for transition in self.steps)
+        from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
+
         algorithm = getattr(self.scheduler.config, "algorithm_type", "")
         return isinstance(self.scheduler, DDPMScheduler | EulerAncestralDiscreteScheduler) or algorithm.startswith(
             "sde"
@@ -164,8 +156,9 @@ def make_schedule(
 
 
 def _diffusers_scheduler(name: str, config: Any, more: dict[str, Any]) -> Any:
-    cls, settings = SCHEDULERS[name]
-    settings = settings | more
+    import diffusers
+
+    cls, settings = getattr(diffusers, SCHEDULERS[name][0]), SCHEDULERS[name][1] | more
     if "clip_sample" in inspect.signature(cls).parameters:
         settings = settings | {"clip_sample": False}  # latents, unlike pixels, have no bounds
     return cls.from_config(config, **settings)

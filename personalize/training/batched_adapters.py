@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import PREFIX, lora_layers
-from personalize.adapters.lora_layers import batched_adapters
 from personalize.errors import UserError
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
@@ -122,6 +121,8 @@ def _learn_alike(
             model, Conditioning.cat([run.conditioning for run in runs]), lora,
             standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
         )  # fmt: skip
+        from personalize.adapters.lora_layers import batched_adapters  # peft takes seconds to import
+
         with batched_adapters(layers, lora):
             losses = [report.losses for report in _steps(runs, objective)][-1]
     sources = objective.source_embeddings()

@@ -82,12 +82,14 @@ class PriorPreservationOptions:
 class LoraTrainingConfig:
     """Settings of every training configuration."""
 
-    samples_per_update: int = 10
-    """Samples whose mean loss makes one update, over all processes and however they are batched."""
+    samples_per_update: int | None = None
+    """Samples whose mean loss makes one update, over all processes and however they are batched.  If not given: with
+    gradient_accumulation_steps as in diffusers' scripts, or else 10 (multi_concept: 8)."""
     train_batch_size: int = 10
     """Most samples that a process takes at a time: less memory, the same updates."""
     gradient_accumulation_steps: int | None = None
-    """Batches per update and process; found if not given, and checked against samples_per_update if given."""
+    """Batches per update and process.  Without samples_per_update, an update then has train_batch_size samples of each
+    batch, of every process, as in diffusers' scripts; with it, the three must fit together."""
     random_flip: bool = False
     """Show every second sample mirrored; not for subjects with text, logos or sides that differ."""
     rank: int = 16
@@ -124,6 +126,20 @@ class LoraTrainingConfig:
         if self.min_rank is not None and not 1 <= self.min_rank <= self.rank:
             raise UserError(f"min_rank must be from 1 to the rank, {self.rank}, got {self.min_rank}")
 
+    replaces = {"gradient_accumulation_steps": "samples_per_update"}  # an option given: what a file says of the other
+
+    @property
+    def usual_update(self) -> int:
+        """Samples of an update if no option says how many."""
+        return 10
+
+    def update_samples(self, processes: int = 1) -> int:
+        """The number of samples whose mean loss makes one update, in a run of so many processes."""
+        if self.samples_per_update is not None:
+            return self.samples_per_update
+        steps = self.gradient_accumulation_steps
+        return self.usual_update if steps is None else self.train_batch_size * steps * processes
+
     @property
     def alpha(self) -> float:
         return float(self.rank if self.lora_alpha is None else self.lora_alpha)
@@ -143,8 +159,9 @@ class LoraTrainingConfig:
 class SingleImageConfig(LoraTrainingConfig):
     """Configuration of single-image training; the defaults are those of the method.
 
-    An update uses `samples_per_update` samples, so the defaults make 400 // 10 = 40 updates.  Neither number depends on
-    the number of processes, on `train_batch_size` or on `gradient_accumulation_steps`.
+    An update uses `samples_per_update` samples, so for one picture the defaults make 400 // 10 = 40 updates; for p
+    pictures the samples are max(min_train_samples, p · samples_per_picture), unless max_train_samples gives their
+    number.  Neither depends on the number of processes, on `train_batch_size` or on `gradient_accumulation_steps`.
     """
 
     targets: Literal["full", "attention"] = "full"
@@ -159,8 +176,12 @@ class SingleImageConfig(LoraTrainingConfig):
     """Train a LoRA in the text encoders instead of a source embedding, as DreamBooth does."""
     text_encoder_lr: float = 1e-4
     """Learning rate of the text encoders' LoRA."""
-    max_train_samples: int = 400
-    """Samples (noisy copies of the picture) to train on, over all processes: 400 in updates of 10 make 40 updates."""
+    max_train_samples: int | None = None
+    """Samples (noisy copies of the pictures) to train on, over all processes; by the next two if not given."""
+    min_train_samples: int = 400
+    """Samples to train on if there is one picture, or a few: 400 in updates of 10 make 40 updates."""
+    samples_per_picture: int = 200
+    """Samples for each picture, if these are more than min_train_samples in all."""
     train_batch_size: int = 10
     """Most samples that a process takes at a time; with prior preservation, as many class pictures are added."""
     cuda_graph: bool = False
@@ -176,9 +197,14 @@ class SingleImageConfig(LoraTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "max_train_samples", "learning_rate", "text_encoder_lr", "snr_gamma", "early_stop_loss")
+        _positive(self, "max_train_samples", "min_train_samples", "samples_per_picture")
+        _positive(self, "learning_rate", "text_encoder_lr", "snr_gamma", "early_stop_loss")
         _not_negative(self, "text_embedding_lr")
         _fraction(self, "mask_weight")
+
+    def train_samples(self, pictures: int = 1) -> int:
+        """The number of samples that a run on so many pictures trains on."""
+        return self.max_train_samples or max(self.min_train_samples, pictures * self.samples_per_picture)
 
     @property
     def source_embedding_frozen(self) -> bool:
@@ -215,8 +241,6 @@ class MultiConceptConfig(LoraTrainingConfig):
     """AdamW's weight decay of the LoRA; token embeddings never decay."""
     max_train_steps: int = 250
     """Updates to make."""
-    samples_per_update: int = 8
-    """Samples whose mean loss makes one update, over all processes; class pictures are every second one of them."""
     train_batch_size: int = 2
     """Most samples that a process takes at a time: less memory, the same updates."""
     calibration_weight: float = CALIBRATION_WEIGHT
@@ -237,6 +261,10 @@ class MultiConceptConfig(LoraTrainingConfig):
         _fraction(self, "swap_subjects")
         if self.full_kv and (self.min_rank is not None or self.orthogonal_start):
             raise UserError("full_kv trains no LoRA, so that min_rank and orthogonal_start mean nothing: leave one out")
+
+    @property
+    def usual_update(self) -> int:
+        return 8
 
     @property
     def alpha(self) -> float:

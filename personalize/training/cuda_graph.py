@@ -155,7 +155,7 @@ def check_capturable(config: Any, device: torch.device, processes: int, *, autoc
         (processes > 1, "works with one process"),
         (
             len({chunk.share for chunk in SampleShard.of(config).chunks()}) > 1,
-            f"needs batches of one size: choose a --train_batch_size that divides {config.samples_per_update}",
+            f"needs batches of one size: choose a --train_batch_size that divides {config.update_samples()}",
         ),
         (
             config.lr_scheduler != "constant" or config.lr_warmup_steps > 0,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -51,6 +50,8 @@ def make_lr_scheduler(config: Any, optimizer: torch.optim.Optimizer, updates: in
     if config.lr_warmup_steps >= updates and config.lr_warmup_steps > 0:
         raise UserError(f"lr_warmup_steps {config.lr_warmup_steps} must be below the number of updates, {updates}")
     name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+    from diffusers.optimization import get_scheduler
+
     return get_scheduler(name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates)
 
 

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -31,6 +30,9 @@ from personalize.models.attention_maps import CalibrationMaps, calibration_layer
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import CALIBRATION_WEIGHT
 from personalize.training.losses import LossTerms, Objective, anchoring, calibration, masked_mse
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 def text_projections(unet: UNet2DConditionModel) -> list[str]:

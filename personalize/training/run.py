@@ -33,8 +33,8 @@ from personalize.training.losses import Objective
 
 # settings that may change between a run and its resumption: the samples of an update and their loss stay the same
 MAY_DIFFER = (
-    "max_train_samples", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "cuda_graph", "torch_compile",
+    "max_train_samples", "min_train_samples", "samples_per_picture", "max_train_steps", "train_batch_size",
+    "gradient_accumulation_steps", "gradient_checkpointing", "cuda_graph", "torch_compile",
 )  # fmt: skip
 
 
@@ -206,6 +206,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         metadata = self.metadata()
         config = metadata.pop("config")
         del metadata["processes"]  # each update has the same samples, however many share them
+        config["samples_per_update"] = self.shard.samples  # however their number was given
         return metadata | {name: value for name, value in config.items() if name not in MAY_DIFFER}
 
 

@@ -114,8 +114,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         accelerator: Accelerator | None,
     ) -> None:
         super().__init__(model, config, accelerator)
-        self.updates = self.shard.updates(config.max_train_samples)
         images = as_fitted(pixels, masks)
+        self.updates = self.shard.updates(config.train_samples(len(images)))
         self.size, sizes = images[0].size, tuple(dict.fromkeys(image.size for image in images))
         if config.cuda_graph and len(sizes) > 1:
             raise UserError(f"cuda_graph needs pictures of one shape, got {len(sizes)} sizes: leave it out")

@@ -107,6 +107,7 @@ def train(config: Any, run: TrainingRun, name: str) -> None:
 
     accelerator = run.accelerator
     _resume(config, run)
+    accelerator.print(f"{run.updates} updates. {run.shard}")
     expected = estimate(run)
     accelerator.print(expected)
     if advice := check_fits(expected, run):

@@ -7,7 +7,6 @@ import errno
 import importlib
 import inspect
 import json
-import logging
 import os
 import re
 import runpy
@@ -146,14 +145,6 @@ def test_what_a_user_can_mend_has_no_traceback(capsys: pytest.CaptureFixture[str
 def test_a_bug_keeps_its_traceback(error: Exception):
     with pytest.raises(type(error)):
         main.to_exit_code(lambda: (_ for _ in ()).throw(error))
-
-
-def test_noise_of_other_libraries_is_held_back(caplog: pytest.LogCaptureFixture):
-    main.silence_libraries()
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
-    logger.warning("something that matters")
-    assert [record.getMessage() for record in caplog.records] == ["something that matters"]
 
 
 def test_every_declared_command_is_there():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,13 @@ def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
     assert edit(places, *words) == 2
     line = capsys.readouterr().err.strip()
     assert message in line and "\n" not in line and line.startswith("personalize: ")
+
+
+@pytest.mark.parametrize("size", [[10**6, 10**6], [0, 64], [-8, 8], [64], [64, 64, 64], "64", [6.5, 64], {"h": 64}, 7])
+def test_a_size_that_the_base_cannot_draw_is_refused_before_anything_is_allocated(editor, size):
+    hostile = Editor(editor.model, replace(editor.adapter, info={**editor.adapter.info, "size": size}))
+    with pytest.raises(UserError, match="the adapter says it was trained at"):
+        hostile.edit("a cat", seeds=[0])
 
 
 def test_an_open_editor_holds_the_adapter_and_draws_the_same(editor):

@@ -65,7 +65,7 @@ def test_every_scheduler_equals_the_stock_pipeline(name, spacing):
     """1e-4 of the largest latent: stock schedulers keep latents up to 14 times larger, we rescale them at each step."""
     model, size = tiny_sd1(), (32, 32)
     model.scheduler.register_to_config(timestep_spacing=spacing)
-    cls, settings = SCHEDULERS[name]
+    cls, settings = getattr(diffusers, SCHEDULERS[name][0]), SCHEDULERS[name][1]
     noise = initial_latents(model, SEEDS, size)
     expected = stock_latents(
         model, noise, cls.from_config(model.scheduler.config, **settings), prompt=PROMPTS, num_inference_steps=6,
@@ -94,7 +94,7 @@ def test_image_to_image_equals_the_stock_pipeline(name):
     """The stock pipeline draws posterior and noise itself: the same generator is handed to both."""
     model = tiny_sd1()
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    cls, settings = SCHEDULERS[name]
+    cls, settings = getattr(diffusers, SCHEDULERS[name][0]), SCHEDULERS[name][1]
     expected = _img2img(model, pixels, cls.from_config(model.scheduler.config, **settings))
     draw = torch.Generator().manual_seed(9)
     clean = model.encode(pixels, draw)
@@ -117,7 +117,7 @@ def _img2img(model, pixels, scheduler):
 @pytest.mark.parametrize("name", ["euler", "dpm++_2m"])
 def test_sdxl_schedulers_equal_the_stock_pipeline(name):
     model = tiny_sdxl()
-    cls, settings = SCHEDULERS[name]
+    cls, settings = getattr(diffusers, SCHEDULERS[name][0]), SCHEDULERS[name][1]
     noise = initial_latents(model, SEEDS)
     stock = cls.from_config(model.scheduler.config, **settings)
     expected = stock_latents(model, noise, stock, prompt=PROMPTS, num_inference_steps=4, guidance_scale=2.0)

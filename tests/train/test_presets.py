@@ -15,57 +15,58 @@ from personalize.training.config import MultiConceptConfig, SingleImageConfig, e
 from personalize.training.cuda_graph import check_capturable
 from personalize.training.data.samples import SampleShard
 
-# presets in their order on the command line: updates × samples of each, samples at a time, and what else decides memory
+# presets in their order on the command line: updates (for one picture, or for five) × samples of each, samples at a
+# time, and what else decides memory
 SINGLE_IMAGE = """
-dreambooth: 100 × 4, 4 at a time, as launched, text encoders
-embedded: 85 × 4, 4 at a time, as launched
-fast: 40 × 10, 5 at a time, bf16, cuda_graph
-low_memory: 40 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
-sd15: 40 × 10, 10 at a time, bf16
-sd21: 40 × 10, 2 at a time, bf16
-sdxl: 40 × 10, 1 at a time, bf16
-dreambooth embedded: 85 × 4, 4 at a time, as launched, text encoders
-dreambooth fast: 100 × 4, 4 at a time, bf16, text encoders, refused: cuda_graph
-dreambooth low_memory: 100 × 4, 1 at a time, bf16, 4 bits, checkpointed, Adam8, text encoders
-dreambooth sd15: 100 × 4, 4 at a time, bf16, text encoders
-dreambooth sd21: 100 × 4, 2 at a time, bf16, text encoders
-dreambooth sdxl: 100 × 4, 1 at a time, bf16, text encoders
-embedded dreambooth: 100 × 4, 4 at a time, as launched, text encoders
-embedded fast: 85 × 4, 4 at a time, bf16, cuda_graph
-embedded low_memory: 85 × 4, 1 at a time, bf16, 4 bits, checkpointed, Adam8
-embedded sd15: 85 × 4, 4 at a time, bf16
-embedded sd21: 85 × 4, 2 at a time, bf16
-embedded sdxl: 85 × 4, 1 at a time, bf16
-fast dreambooth: 100 × 4, 4 at a time, bf16, text encoders, refused: cuda_graph
-fast embedded: 85 × 4, 4 at a time, bf16, cuda_graph
-fast low_memory: 40 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8, refused: cuda_graph
-fast sd15: 40 × 10, 5 at a time, bf16, cuda_graph
-fast sd21: 40 × 10, 2 at a time, bf16, cuda_graph
-fast sdxl: 40 × 10, 1 at a time, bf16, cuda_graph
-low_memory dreambooth: 100 × 4, 1 at a time, bf16, 4 bits, checkpointed, Adam8, text encoders
-low_memory embedded: 85 × 4, 1 at a time, bf16, 4 bits, checkpointed, Adam8
-low_memory fast: 40 × 10, 5 at a time, bf16, 4 bits, checkpointed, Adam8, refused: cuda_graph
-low_memory sd15: 40 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
-low_memory sd21: 40 × 10, 2 at a time, bf16, 4 bits, checkpointed, Adam8
-low_memory sdxl: 40 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
-sd15 dreambooth: 100 × 4, 4 at a time, bf16, text encoders
-sd15 embedded: 85 × 4, 4 at a time, bf16
-sd15 fast: 40 × 10, 5 at a time, bf16, cuda_graph
-sd15 low_memory: 40 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
-sd15 sd21: 40 × 10, 2 at a time, bf16
-sd15 sdxl: 40 × 10, 1 at a time, bf16
-sd21 dreambooth: 100 × 4, 2 at a time, bf16, text encoders
-sd21 embedded: 85 × 4, 2 at a time, bf16
-sd21 fast: 40 × 10, 5 at a time, bf16, cuda_graph
-sd21 low_memory: 40 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
-sd21 sd15: 40 × 10, 2 at a time, bf16
-sd21 sdxl: 40 × 10, 1 at a time, bf16
-sdxl dreambooth: 100 × 4, 1 at a time, bf16, text encoders
-sdxl embedded: 85 × 4, 1 at a time, bf16
-sdxl fast: 40 × 10, 5 at a time, bf16, cuda_graph
-sdxl low_memory: 40 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
-sdxl sd15: 40 × 10, 1 at a time, bf16
-sdxl sd21: 40 × 10, 2 at a time, bf16
+dreambooth: 100 or 250 × 4, 4 at a time, as launched, text encoders
+embedded: 85 or 212 × 4, 4 at a time, as launched
+fast: 40 or 100 × 10, 5 at a time, bf16, cuda_graph
+low_memory: 40 or 100 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
+sd15: 40 or 100 × 10, 10 at a time, bf16
+sd21: 40 or 100 × 10, 2 at a time, bf16
+sdxl: 40 or 100 × 10, 1 at a time, bf16
+dreambooth embedded: 85 or 212 × 4, 4 at a time, as launched, text encoders
+dreambooth fast: 100 or 250 × 4, 4 at a time, bf16, text encoders, refused: cuda_graph
+dreambooth low_memory: 100 or 250 × 4, 1 at a time, bf16, 4 bits, checkpointed, Adam8, text encoders
+dreambooth sd15: 100 or 250 × 4, 4 at a time, bf16, text encoders
+dreambooth sd21: 100 or 250 × 4, 2 at a time, bf16, text encoders
+dreambooth sdxl: 100 or 250 × 4, 1 at a time, bf16, text encoders
+embedded dreambooth: 100 or 250 × 4, 4 at a time, as launched, text encoders
+embedded fast: 85 or 212 × 4, 4 at a time, bf16, cuda_graph
+embedded low_memory: 85 or 212 × 4, 1 at a time, bf16, 4 bits, checkpointed, Adam8
+embedded sd15: 85 or 212 × 4, 4 at a time, bf16
+embedded sd21: 85 or 212 × 4, 2 at a time, bf16
+embedded sdxl: 85 or 212 × 4, 1 at a time, bf16
+fast dreambooth: 100 or 250 × 4, 4 at a time, bf16, text encoders, refused: cuda_graph
+fast embedded: 85 or 212 × 4, 4 at a time, bf16, cuda_graph
+fast low_memory: 40 or 100 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8, refused: cuda_graph
+fast sd15: 40 or 100 × 10, 5 at a time, bf16, cuda_graph
+fast sd21: 40 or 100 × 10, 2 at a time, bf16, cuda_graph
+fast sdxl: 40 or 100 × 10, 1 at a time, bf16, cuda_graph
+low_memory dreambooth: 100 or 250 × 4, 1 at a time, bf16, 4 bits, checkpointed, Adam8, text encoders
+low_memory embedded: 85 or 212 × 4, 1 at a time, bf16, 4 bits, checkpointed, Adam8
+low_memory fast: 40 or 100 × 10, 5 at a time, bf16, 4 bits, checkpointed, Adam8, refused: cuda_graph
+low_memory sd15: 40 or 100 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
+low_memory sd21: 40 or 100 × 10, 2 at a time, bf16, 4 bits, checkpointed, Adam8
+low_memory sdxl: 40 or 100 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
+sd15 dreambooth: 100 or 250 × 4, 4 at a time, bf16, text encoders
+sd15 embedded: 85 or 212 × 4, 4 at a time, bf16
+sd15 fast: 40 or 100 × 10, 5 at a time, bf16, cuda_graph
+sd15 low_memory: 40 or 100 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
+sd15 sd21: 40 or 100 × 10, 2 at a time, bf16
+sd15 sdxl: 40 or 100 × 10, 1 at a time, bf16
+sd21 dreambooth: 100 or 250 × 4, 2 at a time, bf16, text encoders
+sd21 embedded: 85 or 212 × 4, 2 at a time, bf16
+sd21 fast: 40 or 100 × 10, 5 at a time, bf16, cuda_graph
+sd21 low_memory: 40 or 100 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
+sd21 sd15: 40 or 100 × 10, 2 at a time, bf16
+sd21 sdxl: 40 or 100 × 10, 1 at a time, bf16
+sdxl dreambooth: 100 or 250 × 4, 1 at a time, bf16, text encoders
+sdxl embedded: 85 or 212 × 4, 1 at a time, bf16
+sdxl fast: 40 or 100 × 10, 5 at a time, bf16, cuda_graph
+sdxl low_memory: 40 or 100 × 10, 1 at a time, bf16, 4 bits, checkpointed, Adam8
+sdxl sd15: 40 or 100 × 10, 1 at a time, bf16
+sdxl sd21: 40 or 100 × 10, 2 at a time, bf16
 """
 
 MULTI_CONCEPT = """
@@ -112,9 +113,9 @@ def described(trainer: str, *names: str) -> str:
     single = trainer == "single_image"
     settings = extract_config(config, SingleImageConfig if single else MultiConceptConfig)
     shard = SampleShard.of(settings)
-    updates = shard.updates(config.max_train_samples) if single else config.max_train_steps
+    updates = [shard.updates(settings.train_samples(n)) for n in (1, 5)] if single else [config.max_train_steps]
     words = [
-        f"{updates} × {shard.samples}",
+        f"{' or '.join(map(str, updates))} × {shard.samples}",
         f"{shard.largest} at a time",
         config.mixed_precision or "as launched",
     ]

@@ -15,6 +15,7 @@ from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.cli.parser import parse
 from personalize.errors import UserError
+from personalize.training.data.samples import SampleShard
 from tests.support.hub import Hub
 from tests.support.tiny import tiny_folder
 
@@ -130,8 +131,24 @@ def test_a_dreambooth_command_line_pastes() -> None:
         --validation_prompt cat --num_validation_images 2 --push_to_hub --hub_model_id me/dog"""
     config = parse(SCRIPT.Config, line.split(), prog="single_image")
     assert (config.caption, config.rank, config.prior_loss_weight) == ("dog", 4, 0.5)
-    assert SCRIPT.training_config(config).max_train_samples == 9 * 10
+    assert SCRIPT.training_config(config).max_train_samples == 9 * 1 * 2, "as there: batch × accumulation × processes"
+    assert SCRIPT.training_config(config, 4).max_train_samples == 9 * 1 * 2 * 4
     assert SCRIPT.class_prompt(config) == "dogs"
+
+
+@pytest.mark.parametrize("preset", [None, "sd15", "embedded", "dreambooth"])
+def test_batch_and_accumulation_of_a_pasted_line_make_its_update(preset: str | None) -> None:
+    """The line was refused (its 4 × 2 are not the 10 samples of our own update), also beside a preset that has 4."""
+    line = "dogs --train_batch_size=4 --gradient_accumulation_steps 2".split()
+    files = ["--config", str(ROOT / "configs" / preset / "single_image.yaml")] if preset else []
+    config = parse(SCRIPT.Config, [*line, *files], prog="single_image")
+    assert [SampleShard.of(config, 0, processes).samples for processes in (1, 2)] == [8, 16]
+    shard = SampleShard.of(config, 1, 2)
+    assert str(shard) == "An update: 16 samples, at most 4 at a time in 2 batches on each of 2 processes"
+    both = parse(SCRIPT.Config, [*line, *files, "--samples_per_update", "8"], prog="single_image")
+    assert SampleShard.of(both).samples == 8
+    with pytest.raises(UserError, match="16 samples, but samples_per_update is 8"):
+        SampleShard.of(both, 0, 2)
 
 
 def test_no_picture_is_an_error() -> None:
@@ -146,7 +163,7 @@ def test_every_preset_holds_known_options_that_differ_from_the_defaults() -> Non
     known = {field.name: field.default for field in fields(SCRIPT.Config)}
     for path in presets:
         options = yaml.safe_load(path.read_text()) or {}
-        counts = {"samples_per_update", "max_train_samples"}
+        counts = {"samples_per_update", "min_train_samples", "samples_per_picture"}
         assert not counts & options.keys() or counts <= options.keys(), f"{path}: one count without the other"
         for name, value in options.items():
             assert known[name] != value or name in counts, f"{path}: {name} is the default"

@@ -62,11 +62,28 @@ def test_counts_do_not_depend_on_the_layout() -> None:
     config = SingleImageConfig()
     for processes, batch in product((1, 2, 4, 8), (1, 4, 10)):
         shard = SampleShard.of(replace(config, train_batch_size=batch), 0, processes)
-        assert (shard.samples, shard.updates(config.max_train_samples)) == (10, 40)
+        assert (shard.samples, shard.updates(config.train_samples())) == (10, 40)
+
+
+def test_samples_grow_with_the_pictures_above_a_floor() -> None:
+    """Ten pictures got forty views each of the default 400 samples."""
+    config = SingleImageConfig()
+    assert [config.train_samples(pictures) for pictures in (1, 2, 3, 5, 10)] == [400, 400, 600, 1000, 2000]
+    floor = replace(config, min_train_samples=340, samples_per_picture=100)
+    assert [floor.train_samples(pictures) for pictures in (1, 3, 4)] == [340, 340, 400]
+    assert replace(config, max_train_samples=340).train_samples(10) == 340, "a number that is given is the number"
+
+
+def test_a_run_makes_the_updates_of_its_pictures(model: StableDiffusion) -> None:
+    """Mirrored pictures are not counted again."""
+    config = replace(SINGLE, max_train_samples=None, min_train_samples=4, samples_per_picture=8, random_flip=True)
+    for count, updates in ((1, 2), (3, 6)):
+        with single_image_run(model, three_shapes()[:count], CAPTIONS[:count], config) as run:
+            assert run.updates == updates
 
 
 def test_a_layout_that_cannot_keep_the_size_is_refused_with_those_that_can() -> None:
-    config = SingleImageConfig(train_batch_size=2, gradient_accumulation_steps=2)
+    config = SingleImageConfig(train_batch_size=2, gradient_accumulation_steps=2, samples_per_update=10)
     with pytest.raises(UserError) as caught:
         SampleShard.of(config, 0, 2)
     said = str(caught.value)

@@ -21,13 +21,21 @@ if TYPE_CHECKING:
     from personalize.cli.edit_options import DragConfig
 
 
-def run(config: DragConfig) -> Path:
-    """Drag, or show what a drag will do; write the pictures and the facts, and print them in short."""
-    points, arguments = interleaved_points(config.from_, config.to), drag_arguments(config)
-    editor = Editor.configured(config, (config.adapter,) if config.adapter else ())
+def run(config: DragConfig, editor: Editor | None = None) -> Path:
+    """Drag, or show what a drag will do; write the pictures and the facts, and print them in short.
+
+    `editor` takes the place of the one that the options describe, if that is loaded already.
+    """
+    editor = editor or Editor.configured(config, (config.adapter,) if config.adapter else ())
     if config.preview:
-        return _write_preview(config, editor.drag_preview(points, config.photo, **arguments))
-    return _write_drag(config, points, editor.drag(points, config.photo, paste=config.paste, **arguments))
+        return _write_preview(config, previewed(config, editor))
+    points = interleaved_points(config.from_, config.to)
+    return _write_drag(config, points, editor.drag(points, config.photo, paste=config.paste, **drag_arguments(config)))
+
+
+def previewed(config: DragConfig, editor: Editor) -> DragPreview:
+    """What the drag will do."""
+    return editor.drag_preview(interleaved_points(config.from_, config.to), config.photo, **drag_arguments(config))
 
 
 def drag_arguments(config: DragConfig) -> dict[str, Any]:

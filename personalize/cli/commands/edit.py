@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
 
-def run(config: EditConfig) -> Path:
-    """Draw the pictures into the output folder, which is returned.  UserError where options contradict one another."""
+def run(config: EditConfig, editor: Editor | None = None) -> Path:
+    """Draw the pictures into the output folder, which is returned.  UserError where options contradict one another.
+
+    `editor` takes the place of the one that the options describe, if that is loaded already.
+    """
     check_edit(config)
-    editor = Editor.configured(config, (config.adapter, *config.add))
+    editor = editor or Editor.configured(config, (config.adapter, *config.add))
     prompt = editor.align_prompt(config.prompt)
     if prompt != config.prompt:
         print(f"Worded like the caption: “{prompt}”")

@@ -31,10 +31,13 @@ EDITED = "edited.png"
 INVERSIONS = "trajectories"  # folder in the output folder that keeps inversions for later edits
 
 
-def run(config: PhotoConfig) -> Path:
-    """Edit the photo, write the pictures and edit.json, and print how long it took; returns the output folder."""
+def run(config: PhotoConfig, editor: Editor | None = None) -> Path:
+    """Edit the photo, write the pictures and edit.json, and print how long it took; returns the output folder.
+
+    `editor` takes the place of the one that the options describe, if that is loaded already.
+    """
     load_image(config.photo)  # a mistake in the path is found before the base model is loaded
-    editor = Editor.configured(config, (*config.adapter, *config.add))
+    editor = editor or Editor.configured(config, (*config.adapter, *config.add))
     return edit_one(config, editor, config.output_dir / INVERSIONS)
 
 

@@ -106,7 +106,7 @@ def training_config(config: QuickstartConfig) -> SingleImageConfig:
     chosen = SingleImageConfig(**values)
     if config.max_train_steps is None:
         return chosen
-    return replace(chosen, max_train_samples=config.max_train_steps * chosen.samples_per_update)
+    return replace(chosen, max_train_samples=config.max_train_steps * chosen.update_samples())
 
 
 def accelerator(model: StableDiffusion) -> Accelerator:

@@ -50,15 +50,23 @@ class SampleShard:
         """The shard of a training configuration.
 
         Raises:
-            UserError: gradient_accumulation_steps is given, and train_batch_size · gradient_accumulation_steps ·
-                processes is not samples_per_update.
+            UserError: samples_per_update is given, and train_batch_size · gradient_accumulation_steps · processes is
+                another number.
         """
         batch, steps = config.train_batch_size, config.gradient_accumulation_steps
         # a run of fewer samples than an update has is one update of them all
-        samples = min(config.samples_per_update, getattr(config, "max_train_samples", config.samples_per_update))
-        if steps is not None and batch * steps * processes != samples:
+        samples = config.update_samples(processes)
+        samples = min(samples, getattr(config, "max_train_samples", None) or samples)
+        if None not in (steps, config.samples_per_update) and batch * steps * processes != samples:
             raise UserError(_misfit(samples, batch, steps, processes))
         return SampleShard(samples, batch, process, processes)
+
+    def __str__(self) -> str:
+        """`An update: 8 samples, at most 2 at a time in 2 batches on each of 2 processes`."""
+        batches, most = self.accumulation, self.largest
+        where = f" on each of {self.processes} processes" if self.processes > 1 else ""
+        how = f"{most} at a time" if batches == 1 else f"at most {most} at a time in {batches} batches"
+        return f"An update: {self.samples} sample{'s' * (self.samples > 1)}, {how}{where}"
 
     @property
     def largest(self) -> int:
@@ -70,13 +78,13 @@ class SampleShard:
         """The number of batches per update and process, if all samples may share one."""
         return len(self.chunks())
 
-    def updates(self, max_train_samples: int) -> int:
-        """The number of whole updates that `max_train_samples` samples make; UserError if it is 0."""
-        count = max_train_samples // self.samples
+    def updates(self, samples: int) -> int:
+        """The number of whole updates that `samples` make; UserError if it is 0."""
+        count = samples // self.samples
         if count < 1:
             raise UserError(
-                f"max_train_samples {max_train_samples} is less than one update of {self.samples} samples: raise it, "
-                "or lower --samples_per_update"
+                f"{samples} samples in all are less than one update of {self.samples} samples: raise "
+                "--max_train_samples, or lower --samples_per_update"
             )
         return count
 

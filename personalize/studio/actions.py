@@ -1,0 +1,127 @@
+"""Command lines, and how they are carried out on the one base model that is loaded.
+
+Every button makes a command line.  It is read by the parser of `personalize` itself and carried out by the function
+that the command calls, so that what the page shows is what it did.  Nothing heavy is imported before the first job.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from personalize.cli import launch
+from personalize.cli.main import SCRIPT_FOLDERS, check
+from personalize.cli.options import COMMANDS, resolve_command
+from personalize.cli.parser import parse
+from personalize.studio.jobs import Job
+
+Words = list[str]
+
+
+def option(name: str, *values: Any) -> Words:
+    """`--name=value`, for each value that is given: one that begins with dashes is still a value."""
+    return [f"--{name}={value}" for value in values if value is not None and value != ""]
+
+
+def command_line(words: Sequence[str]) -> str:
+    """What to type in a terminal."""
+    shown = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        shown.append(f"{name}={shlex.quote(value)}" if name.startswith("--") and equals else shlex.quote(word))
+    return " ".join(["personalize", *shown])
+
+
+def read(words: Sequence[str]) -> tuple[Any, Any]:
+    """The checked options of a command line and the function that carries them out.  UserError as in a terminal."""
+    command, *rest = words
+    if command in SCRIPT_FOLDERS:
+        name, *rest = rest
+        script = launch.load_script(launch.scripts(command)[name])
+        options = parse(script.Config, rest, prog=f"personalize {command} {name}", presets=launch.presets(name))
+        check(options)
+        return options, script.main
+    config, target = COMMANDS[resolve_command(command, rest)]
+    options = parse(config, rest, prog=f"personalize {command}")
+    check(options)
+    module, _, function = target.partition(":")
+    return options, getattr(importlib.import_module(module), function)
+
+
+class Workbench:
+    """The one base model in memory, and the editor that was used last; only the queue's thread may use them.
+
+    base: the base model that the studio was started with; None is the adapter's own, or the package's.
+    """
+
+    def __init__(self, base: str | None = None) -> None:
+        self.base = base
+        self._model: tuple[str | None, Any] | None = None
+        self._editor: tuple[Any, Any] | None = None
+
+    def model(self, name: str | None) -> Any:
+        """The base model `name`; another one leaves the memory first."""
+        if self._model is None or self._model[0] != name:
+            from personalize.models.stable_diffusion import StableDiffusion
+
+            self.forget()
+            self._model = name, StableDiffusion.load(name)
+        return self._model[1]
+
+    def editor(self, base: str | None, adapters: Sequence[Path]) -> Any:
+        """The editor of a base, by default that of the adapters, and adapters; the last one if nothing has changed."""
+        from personalize.adapters.apply import load_adapters
+        from personalize.editing.editor import Editor
+
+        files = tuple((str(path), _changed(path)) for path in adapters)
+        if self._editor is None or self._editor[0] != (base, files):
+            adapter = load_adapters(adapters) if adapters else None
+            named = base or (adapter.info.get("base", {}).get("name") if adapter else None)
+            model = self.model(None if named in (None, "", "embedded") else named)
+            self._editor = (base, files), Editor(model, adapter)
+        return self._editor[1]
+
+    def editor_of(self, options: Any) -> Any:
+        """The editor of a command's options."""
+        adapter = getattr(options, "adapter", None)
+        first = () if adapter is None else adapter if isinstance(adapter, tuple) else (adapter,)
+        return self.editor(options.pretrained_model_name_or_path, (*first, *getattr(options, "add", ())))
+
+    def forget(self) -> None:
+        """Drop the model, as before a training, which loads its base in the precision it needs."""
+        self._model = self._editor = None
+
+    def base_words(self, chosen: str | None = None) -> Words:
+        """The option that names the base model, unless it is the one that is used without."""
+        named = chosen or self.base
+        return option("pretrained_model_name_or_path", None if named in (None, "", "embedded") else named)
+
+
+def carry_out(words: Sequence[str], bench: Workbench, job: Job, pictures: int = 1) -> Any:
+    """Carry out a command line that draws `pictures` pictures or parts, with its progress in `job`."""
+    from personalize.sampling.progress import listening
+
+    options, function = read(words)
+    with listening(_counted(job, pictures)):
+        return function(options, bench.editor_of(options))
+
+
+def _counted(job: Job, pictures: int) -> Any:
+    """A listener that says which of several pictures is drawn."""
+    begun = 0
+
+    def begin(part: str, steps: int) -> Any:
+        nonlocal begun
+        begun += 1
+        return job.begin(part if pictures < 2 else f"{part} {min(begun, pictures)} of {pictures}", steps)
+
+    return begin
+
+
+def _changed(path: Path) -> float:
+    """When a file, or the manifest of an adapter folder, was written."""
+    file = path / "adapter.json" if path.is_dir() else path
+    return file.stat().st_mtime if file.exists() else 0.0

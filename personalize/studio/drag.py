@@ -1,0 +1,223 @@
+"""The tab Drag: points by clicks, the automatic mask, the preview of the warp, and the filling."""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from personalize.errors import UserError
+from personalize.io.figures import png
+from personalize.studio.actions import carry_out, command_line, option, read
+from personalize.studio.jobs import Job
+from personalize.studio.parts import (
+    Studio,
+    Tab,
+    awaited,
+    canvas,
+    command_box,
+    facts,
+    links,
+    message_box,
+    outcome,
+    picture_choice,
+    problem,
+    shown,
+)
+
+KIND = "drag"
+MODES = {
+    "Move it as a whole": "move",
+    "Stretch it, each part as far as it belongs to the point": "deform",
+    "Move, turn and scale it (two pairs or more)": "region",
+}
+
+
+QUIET = {"show_progress": "hidden", "concurrency_limit": None}
+
+
+def build(studio: Studio) -> Tab:
+    """Make the tab's components and wire them."""
+    start = studio.start if studio.start in studio.folder.pictures() else None
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            message = message_box()
+            board = canvas("Picture and points", ["point", "paint"], key="drag-board", start=start)
+            picture = picture_choice(studio, board, message, value=start)
+            points = gr.Textbox(
+                label="Points", info="x,y > x,y in pixels; several pairs with ; between them",
+                elem_id="drag-points",
+            )  # fmt: skip
+        with gr.Column(scale=5, min_width=320):
+            preview = gr.Image(
+                label="Preview, not filled yet", interactive=False, elem_id="drag-preview", buttons=["fullscreen"],
+                format="png",
+            )  # fmt: skip
+            state = gr.HTML('<div class="quiet">Click what is to move, and where it is to go.</div>')
+            mode = gr.Radio(list(MODES), value=next(iter(MODES)), label="How")
+            prompt = gr.Textbox(label="What the picture shows", placeholder="May stay empty", elem_id="drag-prompt")
+            with gr.Accordion("More", open=False):
+                grow = gr.Slider(-20, 20, 0, step=1, label="Extend the mask, in pixels")
+                steps = gr.Slider(4, 50, 10, step=1, label="Denoising steps")
+                seed = gr.Number(42, label="Seed", precision=0)
+            fill = gr.Button("Fill", variant="primary", elem_id="drag-fill")
+    with gr.Column(visible=False) as done:
+        result = gr.ImageSlider(label="Before and after", interactive=False, elem_id="drag-result", format="png")
+        about = gr.HTML("")
+    command = command_box()
+    settings = [picture, prompt, mode, grow, steps, seed]
+    wire(studio, board, points, [preview, board, state, message, command, points], settings, fill)
+
+    def show(job: Job) -> list[Any]:
+        if job.state != "done":
+            return [gr.skip(), gr.skip(), gr.skip(), outcome(job), job.command]
+        folder = job.result["folder"]
+        pair = (str(job.result["before"]), str(folder / "dragged.png"))
+        return [gr.Column(visible=True), gr.ImageSlider(value=pair), summary(folder), "", job.command]
+
+    fields = {"picture": picture, "board": board, "points": points, "prompt": prompt, "mode": mode}
+    return Tab(KIND, [done, result, about, message, command], show, fields)
+
+
+def wire(
+    studio: Studio, board: Any, points: Any, seen: list[Any], settings: list[Any], fill: gr.Button
+) -> None:  # fmt: skip
+    """Preview at every change of points, mask and mode; `seen` are the components that show it."""
+
+    def see(drawn: dict[str, Any], *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from preview_of(studio, drawn, values)
+
+    def see_typed(drawn: dict[str, Any], lines: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        try:
+            given = {**(drawn or {}), "points": read_points(lines)}
+            url = shown(studio.folder.picture(values[0] or ""))["url"]
+        except UserError as error:
+            yield gr.skip(), gr.skip(), gr.skip(), problem(error), "", gr.skip()
+            return
+        yield gr.skip(), gr.HTML(given={"picture": url, "points": given["points"]}), gr.skip(), "", gr.skip(), gr.skip()
+        yield from preview_of(studio, given, values)
+
+    gr.on(
+        [board.input, settings[2].change, settings[3].change], see, [board, *settings], seen,
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    points.submit(see_typed, [board, points, *settings], seen, **QUIET)
+    _, _, _, message, command, _ = seen
+    fill.click(
+        lambda drawn, lines, *values: start_fill(studio, drawn, lines, values), [board, points, *settings],
+        [message, command], **QUIET,
+    )  # fmt: skip
+
+
+def read_points(lines: str) -> list[list[float]]:
+    """ "10,20 > 40,20" and further lines → [[10, 20], [40, 20], …]; UserError for anything else."""
+    found = []
+    for line in filter(None, (part.strip() for part in re.split(r"[\n;]", lines or ""))):
+        ends = [part.strip() for part in re.split(r">|→", line)]
+        try:
+            pair = [[float(number) for number in end.split(",")] for end in ends]
+        except ValueError:
+            pair = []
+        if len(pair) != 2 or any(len(end) != 2 for end in pair):
+            raise UserError(f"{line!r} is no pair of points: write x,y > x,y, for example 40,64 > 80,64")
+        found += pair
+    return found
+
+
+def written_points(points: list[list[float]]) -> str:
+    """The pairs of points as `read_points` reads them."""
+    pairs = zip(points[::2], points[1::2], strict=False)
+    return "; ".join(" > ".join(",".join(f"{value:g}" for value in point) for point in pair) for pair in pairs)
+
+
+def words_of(studio: Studio, drawn: dict[str, Any], values: tuple[Any, ...], *more: str) -> list[str]:
+    """The command line of a drag.  UserError if there is no picture or no pair of points."""
+    path, prompt, mode, grow, steps, seed = values
+    if not path:
+        raise UserError("there is no picture: drop one on the frame, or choose one of the list")
+    points = drawn.get("points") or []
+    whole = points[: len(points) // 2 * 2]
+    if not whole:
+        raise UserError("there is no pair of points: click what is to move, then where it is to go")
+    ends = [",".join(f"{value:g}" for value in point) for point in whole]
+    mask = (drawn.get("masks") or [None])[0]
+    return [
+        "drag", str(studio.folder.picture(path)), *option("from", *ends[::2]), *option("to", *ends[1::2]),
+        *option("mask", studio.folder.keep_mask(mask) if mask else None), *option("prompt", prompt or None),
+        *option("mode", MODES[mode] if MODES[mode] != "move" else None),
+        *option("grow" if grow > 0 else "shrink", abs(int(grow)) or None),
+        *option("num_inference_steps", int(steps) if steps != 10 else None),
+        *option("seed", seed if seed != 42 else None),
+        *studio.bench.base_words(), *more,
+    ]  # fmt: skip
+
+
+def preview_of(studio: Studio, drawn: dict[str, Any] | None, values: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Preview, the picture with its mask, a line about it, a message, the command, and the points as text."""
+    drawn = drawn or {}
+    lines = written_points(drawn.get("points") or [])
+    if not values[0] or len(drawn.get("points") or []) < 2:
+        yield None, gr.HTML(found=None), gr.skip(), "", "", lines
+        return
+    try:
+        words = words_of(studio, drawn, values)
+    except UserError as error:
+        yield gr.skip(), gr.skip(), gr.skip(), problem(error), "", lines
+        return
+
+    def work(job: Job) -> Any:
+        from personalize.cli.commands.drag import previewed
+
+        options, _ = read(words)
+        return previewed(options, studio.bench.editor_of(options))
+
+    job = studio.queue.submit(Job("preview", "Preview of a drag", work), instead=True)
+    for waits in awaited(studio, job):
+        yield gr.skip(), gr.skip(), waits, "", gr.skip(), lines
+    if job.state != "done":
+        yield gr.skip(), gr.skip(), "", outcome(job), "", lines
+        return
+    found = job.result
+    mask = f"data:image/png;base64,{b64encode(png(found.mask)).decode()}"
+    text = f'<div class="quiet">Moves {found.share:.0%} of the picture; previewed in {job.seconds:.2f} s.</div>'
+    yield found.warped, gr.HTML(found=mask), text, "", command_line([*words, "--preview"]), lines
+
+
+def start_fill(studio: Studio, drawn: dict[str, Any] | None, lines: str, values: tuple[Any, ...]) -> tuple[str, Any]:
+    """Put the drag of the points in `lines` into the queue."""
+    try:
+        drawn = {**(drawn or {}), "points": read_points(lines)}
+        folder = studio.folder.new_folder("drag")
+        words = words_of(studio, drawn, values, *option("output_dir", folder))
+        read(words)
+        picture = shown(studio.folder.picture(values[0]))
+    except UserError as error:
+        return problem(error), gr.skip()
+
+    def work(job: Job) -> dict[str, Any]:
+        carry_out(words, studio.bench, job)
+        return {"folder": folder, "before": words[1]}
+
+    board = gr.update(picture=picture, given={"picture": picture["url"], "points": drawn["points"]})
+    inputs = {"picture": values[0], "board": board, "points": lines, "prompt": values[1], "mode": values[2]}
+    job = studio.queue.submit(Job(KIND, f"Drag in {picture['name']}", work, command_line(words), inputs))
+    return "", job.command
+
+
+def summary(folder: Path) -> str:
+    """Where the points arrived, in numbers, and the files."""
+    values = json.loads((folder / "drag.json").read_text(encoding="utf-8"))
+    missed = ", ".join(f"{drag['missed_px']:g} px" for drag in values["drags"])
+    rows = {
+        "From the target": missed,
+        "Moved": f"{values.get('share', 0):.1%} of the picture",
+        "Time": f"{values['seconds']:.1f} s",
+    }
+    if values["notes"]:
+        rows["Notes"] = "; ".join(values["notes"])
+    return facts(rows | {"Files": links([folder / name for name in ("dragged.png", "mask.png", "overlay.png")])})

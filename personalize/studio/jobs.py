@@ -1,0 +1,174 @@
+"""One job at a time: a queue, one worker thread, and what every page shows of them.
+
+A job is a function that gets its `Job` and reports through it.  All pages see the same queue, so that a second tab or a
+reloaded page shows the job that runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal
+
+from personalize.errors import UserError
+
+State = Literal["waiting", "running", "done", "failed", "cancelled"]
+KEPT = 200  # finished jobs whose results are kept
+
+
+class Cancelled(BaseException):
+    """Ends a job that its user has cancelled; no `except Exception` on the way keeps it."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A job, from the click to its result.
+
+    kind: the tab it belongs to.  title: what it does, for people.  command: the command line that does the same.
+    inputs: what the tab's fields held, to restore them.  result: what the tab shows; it may grow while the job runs.
+    version: counts the changes, so that a page is drawn again only when there is something new.
+    """
+
+    kind: str
+    title: str
+    work: Callable[[Job], Any]
+    command: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    number: int = 0
+    state: State = "waiting"
+    part: str = ""
+    finished: int = 0
+    total: int = 0
+    result: Any = None
+    error: str = ""
+    version: int = 0
+    began: float = 0.0
+    seconds: float = 0.0
+    stopping: bool = False
+    cancelling: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self, part: str, total: int) -> Callable[[], None]:
+        """A part of the work begins; the function that is returned says that one more of its steps is finished.
+
+        It has the form of a listener of `sampling.progress`.
+        """
+        self.progress(part, 0, total)
+        return lambda: self.progress(part, self.finished + 1, total)
+
+    def progress(self, part: str, finished: int, total: int) -> None:
+        """`finished` of `total` steps of `part` are done.  Cancelled if the user wants no more."""
+        if self.cancelling:
+            raise Cancelled
+        if (part, finished) <= (self.part, 0) or finished == 0:
+            self._part_began = time.monotonic()
+        self.part, self.finished, self.total = part, finished, total
+        self.version += 1
+
+    def show(self, result: Any) -> None:
+        """What the tab shows from now on."""
+        self.result = result
+        self.version += 1
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time that the rest of this part will take, at its pace so far; None before the first step."""
+        if not self.finished or self.state != "running":
+            return None
+        return (time.monotonic() - self._part_began) / self.finished * (self.total - self.finished)
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("done", "failed", "cancelled")
+
+    _part_began: float = 0.0
+
+
+class JobQueue:
+    """Jobs in the order of their arrival, carried out one after another by one thread."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._numbers = count(1)
+        self._ended: deque[Job] = deque(maxlen=KEPT)
+        self.running: Job | None = None
+        threading.Thread(target=self._work, daemon=True, name="studio").start()
+
+    def submit(self, job: Job, *, instead: bool = False) -> Job:
+        """Put `job` at the end of the queue; `instead` of those of the same kind and title that wait."""
+        with self._changed:
+            for other in [one for one in self._waiting if instead and (one.kind, one.title) == (job.kind, job.title)]:
+                self._waiting.remove(other)
+                self._end(other, "cancelled")
+            job.number = next(self._numbers)
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def cancel(self, job: Job | None = None) -> None:
+        """Take `job` out of the queue, or end it at its next step; by default the one that runs."""
+        with self._changed:
+            job = job or self.running
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._end(job, "cancelled")
+            elif job is not None:
+                job.cancelling = True
+                job.version += 1
+
+    def waiting(self) -> list[Job]:
+        return list(self._waiting)
+
+    def position(self, job: Job) -> int:
+        """How many jobs are before this one: 0 for the one that runs."""
+        waiting = self.waiting()
+        return waiting.index(job) + (self.running is not None) if job in waiting else 0
+
+    def latest(self, kind: str) -> Job | None:
+        """The newest job of a tab that has begun."""
+        if self.running is not None and self.running.kind == kind:
+            return self.running
+        return next((job for job in reversed(self._ended) if job.kind == kind and job.began), None)
+
+    def history(self, kind: str) -> list[Job]:
+        """The finished jobs of a tab, the newest first."""
+        return [job for job in reversed(self._ended) if job.kind == kind and job.state == "done"]
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                job = self.running = self._waiting.popleft()
+            self._carry_out(job)
+
+    def _carry_out(self, job: Job) -> None:
+        job.state, job.began = "running", time.monotonic()
+        state: State = "done"
+        try:
+            result = job.work(job)
+            job.result = job.result if result is None else result
+        except Cancelled:
+            state = "cancelled"
+        except UserError as error:
+            state, job.error = "failed", str(error)
+        except Exception as error:  # a fault of ours: one line for the page, all of it for the terminal
+            traceback.print_exc(file=sys.stderr)
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            state, job.error = "failed", f"this is a fault of the studio, {type(error).__name__}: {first}"
+        with self._changed:
+            self.running = None
+            job.seconds = time.monotonic() - job.began
+            self._end(job, state)
+
+    def _end(self, job: Job, state: State) -> None:
+        job.state = state
+        job.version += 1
+        self._ended.append(job)
+        job.ended.set()

@@ -1,0 +1,104 @@
+"""One job at a time: order, cancelling, errors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from personalize.errors import UserError
+from personalize.studio.jobs import Job, JobQueue
+
+
+@pytest.fixture
+def queue():
+    return JobQueue()
+
+
+def blocked(kind="edit"):
+    """A job that runs until its gate is opened, and reports a step whenever it is looked at."""
+    gate = threading.Event()
+
+    def work(job):
+        while not gate.wait(0.005):
+            job.progress("Sampling", 1, 4)
+        return "result"
+
+    return Job(kind, "a long job", work), gate
+
+
+def running(queue, job):
+    for _ in range(1000):
+        if queue.running is job and job.total:
+            return True
+        threading.Event().wait(0.005)
+    return False
+
+
+def test_jobs_are_carried_out_in_their_order_and_their_position_is_known(queue):
+    first, gate = blocked()
+    done = []
+    second, third = (Job("edit", name, lambda job: done.append(job.title)) for name in "bc")
+    for job in (first, second, third):
+        queue.submit(job)
+    assert running(queue, first)
+    assert [queue.position(job) for job in (first, second, third)] == [0, 1, 2]
+    gate.set()
+    assert third.ended.wait(5) and done == ["b", "c"]
+    assert first.result == "result" and first.state == "done"
+
+
+def test_a_cancelled_job_ends_at_its_next_step_and_the_next_one_begins(queue):
+    first, _ = blocked()
+    second = Job("edit", "b", lambda job: "b")
+    queue.submit(first)
+    queue.submit(second)
+    assert running(queue, first)
+    queue.cancel()
+    assert second.ended.wait(5) and second.result == "b"
+    assert first.state == "cancelled" and queue.running is None
+
+
+def test_a_waiting_job_can_be_cancelled_and_is_never_begun(queue):
+    first, gate = blocked()
+    second = Job("edit", "b", lambda job: pytest.fail("it was cancelled"))
+    queue.submit(first)
+    queue.submit(second)
+    queue.cancel(second)
+    gate.set()
+    assert first.ended.wait(5) and second.state == "cancelled"
+    assert queue.latest("edit") is first
+
+
+def test_an_error_is_one_line_and_the_queue_goes_on(queue, capsys):
+    def mistake(job):
+        raise UserError("the prompt is empty")
+
+    def fault(job):
+        raise ZeroDivisionError("division by zero\nsecond line")
+
+    jobs = [queue.submit(Job("edit", "x", work)) for work in (mistake, fault, lambda job: 3)]
+    assert jobs[-1].ended.wait(5) and jobs[-1].result == 3
+    assert jobs[0].error == "the prompt is empty"
+    assert "ZeroDivisionError: division by zero" in jobs[1].error and "\n" not in jobs[1].error
+    assert "Traceback" in capsys.readouterr().err  # of the fault, for the terminal
+
+
+def test_a_newer_preview_takes_the_place_of_one_that_waits(queue):
+    first, gate = blocked()
+    queue.submit(first)
+    old = queue.submit(Job("preview", "p", lambda job: "old"), instead=True)
+    new = queue.submit(Job("preview", "p", lambda job: "new"), instead=True)
+    assert old.state == "cancelled"
+    gate.set()
+    assert new.ended.wait(5) and new.result == "new"
+
+
+def test_the_time_left_follows_from_the_steps_so_far(queue):
+    job, gate = blocked()
+    assert job.seconds_left is None
+    queue.submit(job)
+    assert running(queue, job)
+    assert job.seconds_left is not None and job.seconds_left >= 0
+    gate.set()
+    assert job.ended.wait(5) and job.seconds_left is None
