@@ -7,12 +7,15 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from personalize.editing.drag.pixels import least_squares_map, mapped
 from personalize.embedded.scenes import Scene, SceneObject, random_scene, render
 from tests.bench.contract import BASE, DO_NOTHING
 from tests.bench.drag import bench as bench
 from tests.bench.drag.bench import DragBench
 from tests.bench.drag.figures import PASTE, figures
+from tests.bench.drag.mean_distance import dift_features, distance_left
 from tests.bench.drag.measures import (
     away_from,
     background_only,
@@ -26,6 +29,7 @@ from tests.bench.drag.measures import (
     seam,
 )
 from tests.bench.drag.textures import UNKNOWN, paint_texture
+from tests.bench.drag.turns import TURNS, found_turn
 from tests.support.tiny import tiny_sd1
 
 SIZE = 96
@@ -82,6 +86,30 @@ def test_tasks_stay_in_the_frame_and_go_as_far_as_asked(twin):
         assert len(task.before.objects) == 1 + twin and task.before.objects[1:] == task.after.objects[1:]
 
 
+@pytest.mark.parametrize("turn", TURNS, ids=lambda turn: turn.name)
+def test_turns_are_found_in_the_truth_and_their_points_say_where_things_go(turn):
+    first, last = turn.scenes(BEFORE)
+    (before, (mask,)), (truth, (end,)) = render(first, SIZE), render(last, SIZE)
+    assert found_turn(truth, first, None) == (turn.angle, turn.scale) and found_turn(before, first, None) == (0, 1)
+    points = turn.points(mask, end)
+    matrix = least_squares_map(points[::2], points[1::2], "similarity")
+    places = np.argwhere(mask)[::7, ::-1]
+    inside = [end[round(y), round(x)] for x, y in (mapped(matrix, tuple(map(float, place))) for place in places)]
+    assert np.mean(inside) > 0.97, "only pixels of the border may fall outside, by rounding"
+
+
+def test_md_is_the_distance_between_where_a_handle_is_found_and_its_target():
+    """DragBench's MD, on features that are known, and on those of equal pictures: 0 px where it is, 5 px from 3, 4."""
+    source = torch.randn(8, 12, 10, generator=torch.Generator().manual_seed(0))
+    assert distance_left(source, source.roll((2, 3), (1, 2)), (4.0, 5.0), (7.0, 7.0)) == 0
+    assert distance_left(source, source, (4.0, 5.0), (7.0, 9.0)) == 5
+    model, picture = tiny_sd1(), render(BEFORE, 64)[0]
+    features = dift_features(model, picture, "a cat")
+    assert features.shape[1:] == (64, 64) and torch.equal(features, dift_features(model, picture, "a cat"))
+    assert not model.unet.up_blocks[1]._forward_hooks
+    assert distance_left(features, features, (30.0, 30.0), (33.0, 34.0)) == pytest.approx(5, abs=4)  # cells of 8 px
+
+
 @pytest.mark.slow  # a bench in miniature
 def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     model = tiny_sd1()
@@ -89,6 +117,8 @@ def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     options = DragBench(scenes=2, arms=arms, steps=2, strength=1.0, true_mask=True, output_dir=tmp_path, model=tmp_path)
     monkeypatch.setattr(bench, "DISTANCES", (4,))
     monkeypatch.setattr("tests.bench.drag.figures.DISTANCES", (4,))
+    monkeypatch.setattr(bench, "TURNS", TURNS[:1])
+    monkeypatch.setattr("tests.bench.drag.turns.TURNS", TURNS[:1])
     monkeypatch.setattr("tests.bench.drag.calibration.THRESHOLDS", (0.3,))
     monkeypatch.setattr("tests.bench.drag.calibration.BANDS", ((0, 500),))
     found = bench.run(options, model)
@@ -96,6 +126,8 @@ def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     assert "up_blocks.3" in (tmp_path / "calibration.md").read_text()
     text = (tmp_path / "drag.md").read_text()
     assert all(arm in text for arm in (*arms, DO_NOTHING, BASE, PASTE))
+    assert found["MD truth, 4 cells"]["n"] == found["MD move, 4 cells"]["n"] == 2
+    assert found["turn by 30°: nothing_db"]["value"] > 5
     monkeypatch.setattr(bench.Bench, "row", None)
     assert bench.run(options, model) == json.loads((tmp_path / "figures.json").read_text())
 

@@ -3,6 +3,7 @@
     python -m tests.bench.drag                                     # everything, 50 scenes
     python -m tests.bench.drag --only calibration                  # D9: layers, bands, thresholds
     python -m tests.bench.drag --only drags --scenes 8 --arms move # a quick look
+    python -m tests.bench.drag --only turns --scenes 20            # things turned by 30° and scaled by 1.4
 
 Each finished cell is one JSON line; calibration.md, drag.md and figures.json are rewritten every time.
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ from personalize.sampling.schedule import make_schedule
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task, iou, psnr, structure_distance
 from tests.bench.drag.calibration import best_reader, calibration_row, default_ious, table
-from tests.bench.drag.figures import ABLATED, DISTANCES, PASTE, ablations, figures
+from tests.bench.drag.figures import ABLATED, DISTANCES, PASTE, TRUTH, ablations, distance_figures, figures
+from tests.bench.drag.mean_distance import dift_features, distance_left
 from tests.bench.drag.measures import (
     away_from,
     background_only,
@@ -43,6 +47,7 @@ from tests.bench.drag.measures import (
     seam,
 )
 from tests.bench.drag.textures import KNOWN, UNKNOWN, paint_texture
+from tests.bench.drag.turns import TURNS, Turn, turn_figures, turn_row
 from tests.bench.figure_tables import average
 from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import as_bytes, as_pixels
@@ -79,7 +84,7 @@ class DragBench:
     budget: int = 1
     """Pictures an arm may draw for a scene; only 1, for a drag is deterministic."""
     only: tuple[str, ...] = ()
-    """Parts to run: calibration, drags; both when empty."""
+    """Parts to run: calibration, drags, distances (MD of the pictures of drags), turns; all when empty."""
     arms: tuple[str, ...] = ()
     """Arms to run; all when empty."""
     true_mask: bool = False
@@ -142,6 +147,48 @@ class Bench:
                 rows.append(self.cells.once(key, lambda a=(arm, cells, twin, seed): self.row(*a)))
         return rows
 
+    def turns(self) -> list[dict[str, Any]]:
+        """A row for every turn and scene."""
+        return [self.cells.once(f"turn/{turn.name}/{seed}", lambda turn=turn, seed=seed: self.turn(turn, seed))
+                for seed in range(self.options.scenes) for turn in TURNS]  # fmt: skip
+
+    def turn(self, turn: Turn, seed: int) -> dict[str, Any]:
+        task = self.task(seed, DISTANCES[0])
+        row, picture = turn_row(
+            self.model, task.before, self.ground(seed), task.source_prompt, self.settings, turn
+        )  # fmt: skip
+        self.save(picture, turn.name, 0, False, seed)
+        return row
+
+    def distances(self, drags: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """MD in pixels of every finished drag, without twins, and of the truth."""
+        rows = []
+        for seed, cells in dict.fromkeys((row["seed"], row["cells"]) for row in drags):
+            mine = [row["arm"] for row in drags if (row["seed"], row["cells"], row["twin"]) == (seed, cells, False)]
+            rows += self.distances_of((TRUTH, *mine), cells, seed)
+        return rows
+
+    def distances_of(self, arms: Sequence[str], cells: int, seed: int) -> list[dict[str, Any]]:
+        pair = cache(partial(self.pair, seed, cells))
+        return [
+            self.cells.once(f"md/{arm}/{cells}/{seed}", lambda arm=arm: self.distance(arm, cells, seed, pair()))
+            for arm in arms
+        ]
+
+    def pair(self, seed: int, cells: int) -> tuple[Any, ...]:
+        """The source's features, the true picture, handle, target and caption of one drag."""
+        task, size, ground = self.task(seed, cells), self.model.resolution, self.ground(seed)
+        (before, masks), (truth, _) = render(task.before, size, ground), render(task.after, size, ground)
+        vector, handle = find_shift(truth, before, masks[0]), handle_point(masks[0])
+        target = tuple(at + by for at, by in zip(handle, vector, strict=True))
+        return dift_features(self.model, before, task.source_prompt), truth, handle, target, task.source_prompt
+
+    def distance(self, arm: str, cells: int, seed: int, pair: tuple[Any, ...]) -> dict[str, Any]:
+        source, truth, handle, target, caption = pair
+        picture = truth if arm == TRUTH else np.asarray(Image.open(self.picture_path(arm, cells, False, seed)))
+        found = dift_features(self.model, picture, caption)
+        return {"arm": arm, "cells": cells, "seed": seed, "md": distance_left(source, found, handle, target)}
+
     def row(self, arm: str, cells: int, twin: bool, seed: int) -> dict[str, Any]:
         """The measures of one drag by `arm`, against the truth; lengths in pixels."""
         task, size, cell = self.task(seed, cells, twin=twin), self.model.resolution, self.model.factor
@@ -203,11 +250,14 @@ class Bench:
             latents = denoise(self.model, latents, edit, plan)
         return as_bytes(self.model.decode(latents).cpu())[0]
 
-    def save(self, picture: np.ndarray, arm: str, cells: int, twin: bool, seed: int) -> None:
-        folder = self.options.output_dir / "pictures"
-        folder.mkdir(exist_ok=True)
+    def picture_path(self, arm: str, cells: int, twin: bool, seed: int) -> Path:
         name = f"{seed:03d}-{cells}{'-twin' if twin else ''}-{arm.replace(' ', '_').replace(',', '')}.png"
-        Image.fromarray(picture).save(folder / name)
+        return self.options.output_dir / "pictures" / name
+
+    def save(self, picture: np.ndarray, arm: str, cells: int, twin: bool, seed: int) -> None:
+        path = self.picture_path(arm, cells, twin, seed)
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(path)
 
 
 def run(options: DragBench, model: StableDiffusion | None = None) -> dict[str, Any]:
@@ -223,10 +273,14 @@ def run(options: DragBench, model: StableDiffusion | None = None) -> dict[str, A
             "iou": average(best["iou"], ""),
         }
         (options.output_dir / "calibration.md").write_text(table(rows), encoding="utf-8")
-    if not options.only or "drags" in options.only:
-        rows = bench.drags()
+    rows = bench.drags() if not options.only or {"drags", "distances"} & set(options.only) else []
+    if rows:
         report |= figures(rows, bench.model.factor)
         (options.output_dir / "drag.md").write_text(ablations(rows), encoding="utf-8")
+    if not options.only or "distances" in options.only:
+        report |= distance_figures(bench.distances(rows))
+    if not options.only or "turns" in options.only:
+        report |= turn_figures(bench.turns())
     text = json.dumps(report, indent=1, ensure_ascii=False)
     (options.output_dir / "figures.json").write_text(text, encoding="utf-8")
     print(text, f"\n{time.monotonic() - started:.0f} s")

@@ -12,7 +12,7 @@ from tests.bench.contract import BASE
 from tests.bench.figure_tables import average, proportion
 from tests.bench.intervals import paired_interval
 
-PASTE = "naive paste"
+PASTE, TRUTH = "naive paste", "truth"
 DISTANCES = (2, 4, 8)  # of the drags, in latent cells
 ABLATED = 4  # latent cells: the distance at which the ablations are compared
 
@@ -53,6 +53,14 @@ def figures(rows: Sequence[dict[str, Any]], cell: int) -> dict[str, Any]:
     put("D17 latent edit, share of the time", edit_share, "≤ 0.1")
     put("seconds a drag", average([row["seconds"] for row in usual.values()], "s"))
     return table
+
+
+def distance_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """MD in pixels of every arm and distance; that of the truth is what the features themselves miss."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(f"MD {row['arm']}, {row['cells']} cells", []).append(row["md"])
+    return {name: average(values, "px") for name, values in groups.items()}
 
 
 def ablations(rows: Sequence[dict[str, Any]]) -> str:

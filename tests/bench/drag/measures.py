@@ -81,7 +81,7 @@ def disc(shape: tuple[int, ...], point: tuple[float, float], radius: float) -> n
 
 def centroid_shift(picture: np.ndarray, before: np.ndarray, background: np.ndarray) -> Shift:
     """How far the centroid of the pixels that differ from the known `background` moved from `before` to `picture`."""
-    points = [_centroid(_differs(image, background)) for image in (before, picture)]
+    points = [centroid(_differs(image, background)) for image in (before, picture)]
     return points[1][0] - points[0][0], points[1][1] - points[0][1]
 
 
@@ -143,6 +143,7 @@ def _differs(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(picture.astype(float) - background).mean(-1)) > VISIBLE
 
 
-def _centroid(mask: np.ndarray) -> tuple[float, float]:
+def centroid(mask: np.ndarray) -> tuple[float, float]:
+    """The mean (x, y) of the pixels of `mask`."""
     ys, xs = np.nonzero(mask)
     return (float(xs.mean()), float(ys.mean())) if len(xs) else (math.nan, math.nan)

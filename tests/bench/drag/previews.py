@@ -10,7 +10,6 @@ of three points in the mode `region` by 30° with a scale of 1.4, against the sc
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,17 @@ from PIL import Image
 
 from personalize.editing.drag.preview import preview_drag
 from personalize.editing.drag.reading import DragSource
-from personalize.embedded.scenes import Scene, render
+from personalize.embedded.scenes import render
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import EMBEDDED
 from tests.bench.contract import iou, psnr
 from tests.bench.drag.bench import Bench, DragBench
 from tests.bench.drag.figures import DISTANCES, arrived
 from tests.bench.drag.measures import away_from, background_only, find_shift, ghost, handle_point
+from tests.bench.drag.turns import TURNS
 from tests.bench.figure_tables import average, proportion
 
-TURN, SCALE = 30.0, 1.4
+TURNED = TURNS[-1]  # by 30°, scaled by 1.4
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,10 @@ def _row(bench: Bench, seed: int) -> dict[str, Any]:
 def _turned(bench: Bench, seed: int) -> dict[str, Any]:
     """The measures of a turn by 30° with a scale of 1.4; {} where the object would leave the frame."""
     ground, size, scene = bench.ground(seed), bench.model.resolution, bench.task(seed, DISTANCES[0]).before
-    thing = replace(scene.objects[0], x=0.5, y=0.5)
-    first = Scene(scene.background, (thing,))
-    last = first.with_object(0, size=thing.size * SCALE, angle=thing.angle + TURN)
+    first, last = TURNED.scenes(scene)
     (before, masks), (truth, ends) = render(first, size, ground), render(last, size, ground)
-    x, y = handle_point(masks[0])
-    middle, reach = (size / 2, size / 2), 0.05 * size
-    starts = [(x, y), (x + reach, y), (x, y + reach)]
-    cosine, sine = SCALE * math.cos(math.radians(TURN)), SCALE * math.sin(math.radians(TURN))
-    ends_at = [
-        (middle[0] + cosine * (a - middle[0]) + sine * (b - middle[1]),
-         middle[1] - sine * (a - middle[0]) + cosine * (b - middle[1]))
-        for a, b in starts
-    ]  # fmt: skip
     source = DragSource.of(bench.model, Image.fromarray(before), bench.task(seed, DISTANCES[0]).source_prompt)
-    points = [point for pair in zip(starts, ends_at, strict=True) for point in pair]
+    points = TURNED.points(masks[0], ends[0])
     preview = preview_drag(source, points, replace(bench.settings, mode="region"))
     covered = preview.drag.covered.numpy()[:size, :size]
     return {
