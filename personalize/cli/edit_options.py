@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -198,9 +198,10 @@ class DragConfig(InferenceOptions):
     """Drag points of a picture: what is at each --from moves to its --to; nothing is trained.
 
     Writes the picture, the mask of what moved, an overlay with mask and points, and where the points arrived; with
-    --preview the mask, the warped picture and the void, which take no sampling.
+    --preview the mask, the warped picture and the void, which take no sampling.  Inpainting models are taken as bases.
     """
 
+    inpainting: ClassVar[bool] = True
     photo: Positional[Path]
     """The picture."""
     from_: Annotated[tuple[str, ...], arg(name="from")]

@@ -94,7 +94,8 @@ class Editor:
         """The editor for a command's options: base, revision, variant, precision, device, and `adapters` if any."""
         dtype = {None: None, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
         about = {"dtype": dtype, "device": "cpu" if config.cpu else None, "revision": config.revision,
-                 "variant": config.variant, "prediction_type": config.prediction_type}  # fmt: skip
+                 "variant": config.variant, "prediction_type": config.prediction_type,
+                 "inpainting": config.inpainting}  # fmt: skip
         base = config.pretrained_model_name_or_path
         return Editor.load(adapters, base, **about) if adapters else Editor(StableDiffusion.load(base, **about))
 

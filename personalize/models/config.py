@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from personalize.errors import UserError
 
+TEXT_TO_IMAGE, INPAINTING = 4, 9  # input channels of a UNet: the latents; the same, a mask and the masked latents
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
@@ -27,9 +29,40 @@ def check_base_name(source: str | Path) -> None:
         )
 
 
+def check_channels(channels: int, name: object, *, inpainting: bool = False) -> None:
+    """UserError unless a UNet of so many input channels is a text-to-image model's, or if allowed an inpainting one's.
+
+    Args:
+        name: of the base, for the message.
+        inpainting: whether nine channels are taken.
+    """
+    if channels == TEXT_TO_IMAGE or (inpainting and channels == INPAINTING):
+        return
+    if channels == INPAINTING:
+        raise UserError(
+            f"{name} is an inpainting model ({channels} input channels), which only drags take: give a text-to-image "
+            "one here"
+        )
+    raise UserError(
+        f"the UNet of {name} has {channels} input channels: text-to-image models have {TEXT_TO_IMAGE}, inpainting "
+        f"models, which only drags take, {INPAINTING}"
+    )
+
+
+def stated_channels(folder: Path) -> int | None:
+    """The input channels of the UNet that a diffusers folder states; None if it states none that can be read."""
+    try:
+        channels = json.loads((folder / "unet" / "config.json").read_text("utf-8")).get("in_channels")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return channels if isinstance(channels, int) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseModelOptions:
     """Options that choose the base model."""
+
+    inpainting: ClassVar[bool] = False  # whether this command takes inpainting models
 
     pretrained_model_name_or_path: str | None = None
     """Base: a diffusers folder, hub id or single-file checkpoint; by default the adapter's own, or the package's."""
@@ -44,6 +77,9 @@ class BaseModelOptions:
         """UserError for what the options name and how they fit together; the command line calls it before torch."""
         if self.pretrained_model_name_or_path is not None:
             check_base_name(self.pretrained_model_name_or_path)
+            channels = stated_channels(Path(self.pretrained_model_name_or_path))
+            if channels is not None:
+                check_channels(channels, self.pretrained_model_name_or_path, inpainting=self.inpainting)
 
 
 @dataclass(frozen=True, kw_only=True)

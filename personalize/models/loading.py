@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from personalize.errors import UserError
-from personalize.models.config import check_base_name
+from personalize.models.config import INPAINTING, TEXT_TO_IMAGE, check_base_name, check_channels, stated_channels
 from personalize.models.quiet import quiet_loading
 from personalize.models.supported import predicted_quantity
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent / "configs"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -32,10 +33,11 @@ def read(
     revision: str | None = None,
     variant: str | None = None,
     prediction_type: str | None = None,
+    inpainting: bool = False,
 ) -> DiffusionPipeline:
     """The stock pipeline at `source`, its UNet in `dtype` and everything else in fp32.
 
-    `prediction_type` overrides what the base says of itself.
+    `prediction_type` overrides what the base says of itself; `inpainting` allows UNets of nine input channels.
 
     Raises UserError, in one line, for anything that is not a Stable Diffusion model.
     """
@@ -44,12 +46,13 @@ def read(
     check_base_name(source)
     path = Path(source)
     if path.is_file():
-        return read_file(path, dtype, prediction_type)
+        return read_file(path, dtype, prediction_type, inpainting)
     extra: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if path.is_dir():
         index = read_index(path)
         require_parts(index, path)
         _require_no_lora_layers(path)
+        check_channels(stated_channels(path) or TEXT_TO_IMAGE, source, inpainting=inpainting)
         extra = {name: None for name in extra if name in index}
     try:
         pipe = DiffusionPipeline.from_pretrained(
@@ -95,20 +98,18 @@ def require_parts(names: Iterable[str], source: object) -> None:
         raise UserError(f"{source} is no Stable Diffusion 1.x, 2.x or XL model: it has no {' and no '.join(missing)}")
 
 
-def read_file(path: Path, dtype: torch.dtype, prediction_type: str | None = None) -> DiffusionPipeline:
+def read_file(
+    path: Path, dtype: torch.dtype, prediction_type: str | None = None, inpainting: bool = False
+) -> DiffusionPipeline:
     """The pipeline of a single-file checkpoint in the original layout; configs and tokenizer come from `base_configs`.
 
     Nothing is downloaded.  An SD 2.x file that does not say what its UNet predicts is found out by one forward pass.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
     kind, overrides = checkpoint_kind(path)
-    folder = CONFIGS / kind
-    cls, parts = StableDiffusionPipeline, {"tokenizer": clip_tokenizer(EOS if kind == "sd15" else "!")}
-    if kind == "sdxl":
-        cls, parts = StableDiffusionXLPipeline, {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+    channels = _input_channels(path)
+    check_channels(channels, path.name, inpainting=inpainting)
     try:
-        pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, dtype=torch.float32, **parts)
+        pipe = _assembled(path, kind, channels)
     except Exception as error:
         raise _unreadable(path, error) from error
     if kind == "sd21v" and prediction_type is None and not _stated_prediction(path):
@@ -123,6 +124,28 @@ def read_file(path: Path, dtype: torch.dtype, prediction_type: str | None = None
     return pipe
 
 
+def _assembled(path: Path, kind: str, channels: int) -> Any:
+    """The pipeline of the weights in `path` and the configs of `kind`, in fp32."""
+    import diffusers
+
+    config, read = str(CONFIGS / kind), {"local_files_only": True, "dtype": torch.float32}
+    parts: dict[str, Any] = {"tokenizer": clip_tokenizer(EOS if kind == "sd15" else "!")}
+    classes = (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionInpaintPipeline)
+    if kind == "sdxl":
+        classes = (diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionXLInpaintPipeline)
+        parts = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+    if channels == INPAINTING:
+        about = {"config": config, "subfolder": "unet", "in_channels": channels}
+        parts["unet"] = diffusers.UNet2DConditionModel.from_single_file(str(path), **about, **read)
+    return classes[channels == INPAINTING].from_single_file(str(path), config=config, **read, **parts)
+
+
+def _input_channels(path: Path) -> int:
+    """The input channels of the UNet in a single-file checkpoint."""
+    with safe_open(path, "pt") as file:
+        return int(file.get_slice(FIRST_CONVOLUTION).get_shape()[1])
+
+
 def _stated_prediction(path: Path) -> str | None:
     """What the header of a single file says that its UNet predicts, if it does."""
     with safe_open(path, "pt") as file:
@@ -132,24 +155,20 @@ def _stated_prediction(path: Path) -> str | None:
 def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
     """The folder of `base_configs` that fits a single file, and scheduler settings that the file overrides.
 
-    Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files, inpainting
-    models and other families.
+    Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files and
+    other families.
     """
     try:
         with safe_open(path, "pt") as file:
             keys, metadata = set(file.keys()), file.metadata() or {}
-            first = "model.diffusion_model.input_blocks.0.0.weight"
-            channels = file.get_slice(first).get_shape()[1] if first in keys else None
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
-    if channels is None or not any(key.startswith(("cond_stage_model.", "conditioner.")) for key in keys):
+    if FIRST_CONVOLUTION not in keys or not any(key.startswith(("cond_stage_model.", "conditioner.")) for key in keys):
         raise UserError(
             f"{path.name} is no Stable Diffusion checkpoint (UNet and text encoder expected): is it a LoRA file?"
         )
     if marks := [mark for mark in ("edm_mean", "edm_vpred.sigma_max") if mark in keys]:
         raise UserError(f"{path.name} is sampled as EDM ({marks[0]}: Playground 2.5 or CosXL), which is not supported")
-    if channels != 4:
-        raise UserError(f"{path.name} is an inpainting model ({channels} input channels): give a text-to-image model")
     if "conditioner.embedders.1.model.ln_final.weight" in keys:
         velocity = "v_pred" in keys or metadata.get("modelspec.prediction_type") == "v"
         overrides = {"prediction_type": "v_prediction"} if velocity else {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.models import parameterization
 from personalize.models.conditioning import Conditioning
+from personalize.models.config import INPAINTING, check_channels
 from personalize.models.loading import default_device, default_dtype, family, read, require_parts
 from personalize.models.offloading import execution_device
 from personalize.models.quantization import quantize
@@ -58,7 +59,8 @@ class StableDiffusion:
         self.resolution = self.unet.config.sample_size * self.factor
         schedule: Any = DDIMScheduler.from_config(self.scheduler.config)
         self.alphas_cumprod: Tensor = schedule.alphas_cumprod.to(self.device)  # ᾱ of t = 0 … 999
-        self._identity: dict[str, str] = {}  # the identity from before `quantize`, if it was called
+        self.masked_picture: Tensor | None = None  # what an inpainting UNet reads too, see `predict`
+        self._identity: dict[str, str] = {}  # from before `quantize`
         self.final_alpha = float(schedule.final_alpha_cumprod)  # ᾱ of clean latents, below t = 0
 
     @staticmethod
@@ -70,28 +72,26 @@ class StableDiffusion:
         revision: str | None = None,
         variant: str | None = None,
         prediction_type: str | None = None,
+        inpainting: bool = False,
     ) -> StableDiffusion:
         """Load a diffusers folder or `.safetensors` checkpoint (both offline), a hub id, or (None) the embedded model.
 
         Args:
             dtype: of the UNet; by default fp32 on the CPU, bf16 on a GPU that supports it.  All other parts are fp32.
             prediction_type: overrides what the base says of itself; of single files that say nothing it is found out.
+            inpainting: take inpainting models too, whose UNets read a mask and the masked picture; only drags use them.
 
         All weights are frozen.  Raises UserError if there is no such base model.
         """
-        device = torch.device(device) if device is not None else default_device()
-        dtype = dtype or default_dtype(device)
-        source = EMBEDDED if source is None else source
-        pipe = read(source, dtype, revision=revision, variant=variant, prediction_type=prediction_type)
+        device = torch.device(device or default_device())
+        source, dtype = EMBEDDED if source is None else source, dtype or default_dtype(device)
+        about: Any = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
+        pipe = read(source, dtype, **about, inpainting=inpainting)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(device)
         model = StableDiffusion(pipe, name="embedded" if source == EMBEDDED else str(source))
-        if model.unet.config.in_channels != model.unet.config.out_channels:
-            raise UserError(
-                f"the base is an inpainting model ({model.unet.config.in_channels} input channels); give a "
-                "text-to-image one"
-            )
+        check_channels(model.unet.config.in_channels, model.name, inpainting=inpainting)
         return model
 
     @staticmethod
@@ -106,10 +106,9 @@ class StableDiffusion:
         cls = cls or (StableDiffusionXLPipeline if self.family == "sdxl" else StableDiffusionPipeline)
         components = {
             "unet": self.unet, "vae": self.vae, "scheduler": type(self.scheduler).from_config(self.scheduler.config),
-            "text_encoder": self.text_encoders[0], "tokenizer": self.tokenizers[0],
-            "text_encoder_2": self.text_encoders[-1], "tokenizer_2": self.tokenizers[-1],
-            "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
-            "force_zeros_for_empty_prompt": self.zero_null, "add_watermarker": False,
+            "text_encoder": self.text_encoders[0], "tokenizer": self.tokenizers[0], "safety_checker": None,
+            "text_encoder_2": self.text_encoders[-1], "tokenizer_2": self.tokenizers[-1], "feature_extractor": None,
+            "requires_safety_checker": False, "force_zeros_for_empty_prompt": self.zero_null, "add_watermarker": False,
         }  # fmt: skip
         accepted = inspect.signature(cls).parameters
         return cls(**{key: value for key, value in (components | parts).items() if key in accepted})
@@ -130,6 +129,11 @@ class StableDiffusion:
         return stored if stored.itemsize > 1 else self.unet.dtype
 
     @property
+    def inpainting(self) -> bool:
+        """Whether the UNet reads a mask and the masked picture beside the latents."""
+        return self.unet.config.in_channels == INPAINTING
+
+    @property
     def identity(self) -> dict[str, str]:
         """Name, family and a quick hash of the UNet: names, shapes and 64 signs of every weight, without adapters.
 
@@ -138,8 +142,8 @@ class StableDiffusion:
         """
         if self._identity:
             return dict(self._identity)
-        state = self.unet.state_dict().items()
-        named = sorted((key.replace("base_layer.", ""), weight) for key, weight in state if ".lora_" not in key)
+        weights = self.unet.state_dict().items()
+        named = sorted((key.replace("base_layer.", ""), weight) for key, weight in weights if ".lora_" not in key)
         if meta := next((key for key, weight in named if weight.device.type == "meta"), None):
             raise UserError(
                 f"the UNet's weights ({meta}, …) are offloaded layer by layer, so that they have no hash: call "
@@ -221,7 +225,7 @@ class StableDiffusion:
 
     def time_ids(self, count: int, size: tuple[int, int] | None = None) -> Tensor:
         """SDXL's micro-conditioning (count, 6): original size, crop corner (0, 0), target size, as (height, width)."""
-        height, width = size or (self.resolution, self.resolution)
+        height, width = size or (self.resolution,) * 2
         return torch.tensor([[height, width, 0, 0, height, width]] * count, device=self.device)
 
     def tokens(self, text: str) -> list[str]:
@@ -236,11 +240,19 @@ class StableDiffusion:
     # -- the diffusion ---------------------------------------------------------------------------------------
 
     def predict(self, latents: Tensor, timestep: Tensor | int | float, conditioning: Conditioning) -> Tensor:
-        """The UNet's raw output (ε or v) in fp32, (b, c, h, w), for one timestep or one per row."""
+        """The UNet's raw output (ε or v) in fp32, (b, c, h, w), for one timestep or one per row.
+
+        An inpainting UNet also reads `masked_picture` (1, 1 + c, h, w): a mask, 1 where the picture is to be made, and
+        the latents of the picture without that.  UserError if there is none.
+        """
         cond = conditioning.to(self.device, self.dtype)
         extra = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
         time = torch.as_tensor(timestep, device=self.device)
         latents = latents.to(self.device, self.dtype)
+        if self.masked_picture is not None:
+            latents = torch.cat([latents, self.masked_picture.to(latents).expand(len(latents), -1, -1, -1)], 1)
+        elif self.inpainting:
+            check_channels(INPAINTING, self.name or "the base")  # refuses
         return self.unet(latents, time, cond.embeds, added_cond_kwargs=extra, return_dict=False)[0].float()
 
     def alpha(self, level: int) -> float:

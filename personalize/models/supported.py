@@ -52,11 +52,12 @@ def predicted_quantity(unet: Any, alphas_cumprod: torch.Tensor, width: int) -> s
         width: of the text embeddings; zeros are given for them.
     """
     rng, weight = generator(0, "prediction type"), unet.conv_in.weight
-    channels = unet.config.in_channels
+    channels, beside = unet.config.out_channels, unet.config.in_channels - unet.config.out_channels
     timestep = int((alphas_cumprod - PROBED_ALPHA).abs().argmin())
     smooth = interpolate(torch.randn(1, channels, 4, 4, generator=rng), size=(32, 32), mode="bilinear")
     noise = torch.randn(smooth.shape, generator=rng)
     z = parameterization.noised(smooth / smooth.std(), noise, alphas_cumprod[timestep].cpu())
+    z = torch.cat([z, z.new_ones(1, min(1, beside), 32, 32), z.new_zeros(1, max(0, beside - 1), 32, 32)], 1)
     text = torch.zeros(1, 77, width, device=weight.device, dtype=weight.dtype)
     output = unet(z.to(weight), torch.tensor(timestep, device=weight.device), text, return_dict=False)[0].float().cpu()
     cosine = cosine_similarity(output.flatten(), noise.flatten(), 0)

@@ -140,7 +140,7 @@ def initial_latents(model: StableDiffusion, seeds: Sequence[int], size: tuple[in
     height, width = size or (model.resolution, model.resolution)
     if height % model.factor or width % model.factor or min(height, width) < model.factor:
         raise UserError(f"a picture of {width}×{height} px: both sides must be multiples of {model.factor}")
-    shape = (model.unet.config.in_channels, height // model.factor, width // model.factor)
+    shape = (model.unet.config.out_channels, height // model.factor, width // model.factor)
     return torch.stack([torch.randn(shape, generator=generator(seed, "latents")) for seed in seeds]).to(model.device)
 
 

@@ -13,7 +13,7 @@ from personalize.models import loading
 from personalize.models.loading import CONFIGS, checkpoint_kind, clip_tokenizer
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.original_layout import original_layout
-from tests.support.tiny import tiny, tiny_folder
+from tests.support.tiny import tiny, tiny_folder, tiny_inpainting_pipeline
 
 KINDS = {"sd1": "sd15", "sd2v": "sd21v", "sdxl": "sdxl"}
 
@@ -81,6 +81,27 @@ def test_a_single_file_gives_the_same_model_as_the_folder(name, tiny_configs):
         torch.testing.assert_close(ours.embeds, expected.embeds)
         torch.testing.assert_close(loaded.predict(latents, 9, ours), model.predict(latents, 9, expected))
     torch.testing.assert_close(loaded.decode(latents), model.decode(latents))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_single_file_of_an_inpainting_model_is_loaded_where_it_is_wanted(name, tiny_configs):
+    model = StableDiffusion.from_pipeline(tiny_inpainting_pipeline(name))
+    file = tiny_configs / f"{name}.safetensors"
+    save_file(original_layout(model), file)
+    with pytest.raises(UserError, match=f"{name}.safetensors is an inpainting model"):
+        StableDiffusion.load(file, device="cpu")
+    loaded = StableDiffusion.load(file, device="cpu", inpainting=True)
+    assert loaded.inpainting and loaded.identity["sha256"] == model.identity["sha256"]
+    assert (loaded.family, loaded.resolution) == (model.family, model.resolution)
+
+
+def test_a_unet_of_other_input_channels_is_refused_everywhere(tiny_configs):
+    """Eight are those of InstructPix2Pix, which reads a picture but no mask."""
+    first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 8)}
+    save_file(first | {"cond_stage_model.transformer.x": torch.zeros(1)}, file := tiny_configs / "p2p.safetensors")
+    for wanted in (False, True):
+        with pytest.raises(UserError, match="p2p.safetensors has 8 input channels: text-to-image models have 4"):
+            StableDiffusion.load(file, device="cpu", inpainting=wanted)
 
 
 @pytest.mark.parametrize(("given", "found", "side"), [(None, "epsilon", 64), ("v_prediction", None, 96)])

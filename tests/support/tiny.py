@@ -12,7 +12,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -53,6 +55,24 @@ def tiny_pipeline(name: str) -> Any:
     copies = {key: _fast_copy(part) if key == "unet" else deepcopy(part) for key, part in pipe.components.items()}
     extra = {"requires_safety_checker": False} if name != "sdxl" else {"add_watermarker": False}
     return type(pipe)(**copies, **extra)
+
+
+def tiny_inpainting_pipeline(name: str) -> Any:
+    """The pipeline `name` as diffusers saves an inpainting model: its UNet reads a mask and a masked picture too."""
+    pipe = tiny_pipeline(name)
+    more = torch.randn(len(pipe.unet.conv_in.weight), 5, 3, 3, generator=torch.Generator().manual_seed(1))
+    pipe.unet.conv_in = _widened(pipe.unet.conv_in, 0.1 * more)
+    pipe.unet.register_to_config(in_channels=9)
+    cls = StableDiffusionXLInpaintPipeline if name == "sdxl" else StableDiffusionInpaintPipeline
+    extra = {"requires_safety_checker": False} if name != "sdxl" else {"add_watermarker": False}
+    return cls(**pipe.components, **extra)
+
+
+def _widened(convolution: Any, more: torch.Tensor) -> torch.nn.Conv2d:
+    """`convolution` with the further input channels `more` (out, in, 3, 3)."""
+    wide = torch.nn.Conv2d(convolution.in_channels + more.shape[1], convolution.out_channels, 3, padding=1)
+    wide.load_state_dict({"weight": torch.cat([convolution.weight, more], 1), "bias": convolution.bias})
+    return wide.requires_grad_(False)
 
 
 def _fast_copy(module: Module) -> Module:

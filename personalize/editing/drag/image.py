@@ -92,6 +92,10 @@ def drag_picture(
     if settings.method == "latents":
         if add or remove:
             raise UserError("points to add to the mask or remove from it need the method pixels")
+        if model.inpainting:
+            raise UserError(
+                "the method latents inverts pictures, which inpainting models cannot: use the method pixels"
+            )
         return _drag_latents(
             model, as_image(picture), points, mask, prompt, adapter, settings, resolution, paste, began
         )
@@ -99,7 +103,7 @@ def drag_picture(
     preview = preview_drag(source, points, settings, mask=mask, add=add, remove=remove)
     drawn = preview.warped
     if bool(preview.drag.void.any()):
-        with applied(model, adapter):
+        with applied(model, adapter, any_base=model.inpainting):
             drawn = _filled(model, source, preview, settings)
     _, targets = handles_and_targets(points, drawn.size, regions=settings.mode == "region")
     missed = tuple(math.dist(at, middle(shape)) for at, shape in zip(preview.arrived, targets, strict=True))

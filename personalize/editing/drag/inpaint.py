@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ def fill_void(
     edits = (HeldCells(clean, noise, free),) if settings.protect else ()
     nothing = model.prompts([""], (pixels.shape[-2], pixels.shape[-1]))
     edit = Edit(nothing, guidance_scale=1, hooks=hooks, latent_edits=edits)
-    with inpainting_inputs(model, free, model.encode((pixels * ~void)[None])):
+    with inpainting_inputs(model, free, _known(model, pixels, free)):
         latents = denoise(model, _noised(start, noise, schedule.steps[0].alpha), edit, schedule)
     return model.decode(latents)[0].cpu()
 
@@ -95,24 +94,25 @@ def cells_touching(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 @contextmanager
 def inpainting_inputs(model: StableDiffusion, void: Tensor, known: Tensor) -> Iterator[None]:
-    """Give a UNet with nine input channels the mask `void` (h, w) and the `known` latents (1, 4, h, w) at every call.
+    """Let an inpainting UNet read the mask `void` (h, w) and the `known` latents (1, c, h, w) at every prediction.
 
-    A UNet with as many input as output channels is left alone.
+    A text-to-image UNet reads neither.
     """
-    if model.unet.config.in_channels == model.unet.config.out_channels:
-        yield
-        return
-
-    def joined(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mask = void.to(args[0])[None, None]
-        extra = torch.cat([mask, known.to(args[0])], 1).repeat(len(args[0]), 1, 1, 1)
-        return (torch.cat([args[0], extra], 1), *args[1:]), kwargs
-
-    handle = model.unet.register_forward_pre_hook(joined, with_kwargs=True)
+    before = model.masked_picture
+    if model.inpainting:
+        model.masked_picture = torch.cat([void.to(known)[None, None], known], 1)
     try:
         yield
     finally:
-        handle.remove()
+        model.masked_picture = before
+
+
+def _known(model: StableDiffusion, pixels: Tensor, free: Tensor) -> Tensor:
+    """The latents of `pixels` (3, H, W) that are grey in the cells `free`; of a text-to-image model, nothing."""
+    if not model.inpainting:
+        return torch.zeros(())
+    blank = interpolate(free[None, None].float(), pixels.shape[-2:], mode="nearest")[0, 0] > 0
+    return model.encode((pixels * ~blank)[None])
 
 
 def _first_contents(

@@ -43,7 +43,7 @@ class DragSource:
     ) -> DragSource:  # fmt: skip
         """Prepare `picture`; the arguments are those of `drag_picture`.  It costs one prediction."""
         frame = PaddedImage.of(model, as_image(picture), resolution)
-        with applied(model, adapter):
+        with applied(model, adapter, any_base=model.inpainting):  # made of the adapter's base, but never the same
             prompted = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))
             attention = read_attention(model, model.encode(frame.pixels), prompted, settings)
         return DragSource(frame, attention)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import drag_picture, preview_picture
-from personalize.editing.drag.inpaint import AllowedKeys, cells_touching, inpainting_inputs
+from personalize.editing.drag.inpaint import AllowedKeys, cells_touching
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.models.attention import attention_sites
@@ -195,22 +195,3 @@ def test_cells_that_hold_a_pixel_are_touched():
     mask = torch.zeros(64, 64, dtype=torch.bool)
     mask[7, 8] = True
     assert cells_touching(mask, (16, 16)).nonzero().tolist() == [[1, 2]]
-
-
-def test_a_unet_of_nine_channels_gets_mask_and_known_latents_and_is_as_before():
-    seen = []
-
-    class Nine(torch.nn.Module):
-        config = type("Config", (), {"in_channels": 9, "out_channels": 4})
-
-        def forward(self, sample):
-            seen.append(sample)
-            return sample
-
-    model = type("Model", (), {"unet": Nine()})()
-    void, known = torch.eye(8, dtype=torch.bool), torch.randn(1, 4, 8, 8)
-    with pytest.raises(RuntimeError), inpainting_inputs(model, void, known):
-        model.unet(torch.zeros(2, 4, 8, 8))
-        raise RuntimeError
-    assert seen[0].shape == (2, 9, 8, 8) and torch.equal(seen[0][1, 4], void.float())
-    assert torch.equal(seen[0][:, 5:], known.repeat(2, 1, 1, 1)) and not model.unet._forward_pre_hooks
