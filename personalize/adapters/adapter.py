@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from personalize.adapters.adapter_files import (
     read_token_files,
     saved_files,
 )
+from personalize.adapters.captions import captions_of, find_caption_number, nearest_caption, source_row
 from personalize.adapters.lora import PREFIX, load_lora, remove_lora
 from personalize.adapters.model_card import model_card
 from personalize.adapters.text_encoder_lora import other_changes, text_lora
@@ -50,9 +51,10 @@ class Adapter:
 
     lora: "<component>.<path>.lora_A.weight" (rank, in[, k, k]) and "….lora_B.weight" (out, rank[, 1, 1]);
         ΔW = (alpha / rank) · B A.  Empty for learned tokens alone.
-    source: the fitted source embedding, "embeds" (1, l, d) and, for SDXL, "pooled" (1, e); None for an adapter that
-        was trained to work without it (`standalone`) or comes from another program.
-    info: values that JSON can hold.  Used here: `base` (name, family, sha256, prediction_type), `caption`, `config`
+    source: the fitted source embedding, "embeds" (p, l, d) and, for SDXL, "pooled" (p, e), with a row for each of the p
+        captions; None for an adapter that was trained to work without it (`standalone`) or comes from another program.
+    info: values that JSON can hold.  Used here: `base` (name, family, sha256, prediction_type), `caption`, `captions`
+        (if there are several; `caption` is the first), `config`
         (the trainer's options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`,
         `timestep_rank` (see `formats.timestep_rank`), `header` (metadata of the file it was read from).  Any other key
         is kept: `targets`, `versions`, `seed`, `data_sha256`, `edits`, ….
@@ -88,6 +90,24 @@ class Adapter:
             said = "does not tell the family of its base" if family is None else f"is for the family {family!r}"
             raise UserError(f"{named} {said}: say --family sd1, sd2 or sdxl")
         return family
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The captions of the training pictures, one for each row of the source embedding; ("",) if none is known."""
+        return captions_of(self.info, self.source)
+
+    def starting_from(self, caption: str | None = None, *, prompt: str = "") -> Adapter:
+        """This adapter with one caption and its source embedding: `caption`, or the nearest to `prompt`.
+
+        Raises:
+            UserError: it has no such caption.
+        """
+        captions = self.captions
+        if len(captions) == 1 and caption is None:
+            return self
+        number = nearest_caption(prompt, captions) if caption is None else find_caption_number(caption, captions)
+        info = {key: value for key, value in self.info.items() if key != "captions"} | {"caption": captions[number]}
+        return replace(self, source=None if self.source is None else source_row(self.source, number), info=info)
 
     @property
     def changes_unet(self) -> bool:
@@ -152,7 +172,7 @@ class Adapter:
         if info["source_tensors"]:
             source = read_tensors(folder / SOURCE_FILE).tensors
             VerificationReport((verification.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
-            check_source(source)
+            check_source(source, len(captions_of(info, source)))
         concepts = read_token_files(folder, info.pop("concepts", {}))
         for key in ("schema", "twin", "tensors", "source_tensors", "files"):
             info.pop(key, None)
@@ -229,7 +249,7 @@ class Adapter:
             **textual_inversion_files.token_file_contents(self.concepts, family=family),
         }
         if self.source is not None:
-            check_source(self.source)
+            check_source(self.source, len(self.captions))
             identity = {key: str(value) for key, value in self.base.items()}
             about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
             files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)

@@ -101,13 +101,16 @@ def read_token_files(folder: Path, digests: Any) -> dict[str, dict[str, Tensor]]
     return concepts
 
 
-def check_source(source: Mapping[str, Tensor]) -> None:
-    """UserError unless it is "embeds" (1, l, d), and for SDXL "pooled" (1, e), of finite numbers."""
+def check_source(source: Mapping[str, Tensor], captions: int = 1) -> None:
+    """UserError unless it is "embeds" (p, l, d), and for SDXL "pooled" (p, e), of finite numbers for p `captions`."""
     embeds, pooled = source.get("embeds"), source.get("pooled")
-    if embeds is None or embeds.ndim != 3 or len(embeds) != 1 or not set(source) <= {"embeds", "pooled"}:
+    if embeds is None or embeds.ndim != 3 or len(embeds) != captions or not set(source) <= {"embeds", "pooled"}:
         shapes = {key: tuple(value.shape) for key, value in source.items()}
-        raise UserError(f"the source embedding holds {shapes}: expected embeds (1, l, d) and at most pooled (1, e)")
-    if pooled is not None and (pooled.ndim != 2 or len(pooled) != 1):
-        raise UserError(f"the source embedding's pooled part has shape {tuple(pooled.shape)}: expected (1, e)")
+        raise UserError(
+            f"the source embedding holds {shapes}: expected embeds ({captions}, l, d) and at most pooled "
+            f"({captions}, e), a row for each caption"
+        )
+    if pooled is not None and (pooled.ndim != 2 or len(pooled) != captions):
+        raise UserError(f"the source embedding's pooled part has shape {tuple(pooled.shape)}: expected ({captions}, e)")
     if not all(bool(value.isfinite().all()) for value in source.values()):
         raise UserError("the source embedding holds a number that is not finite: train the adapter again")

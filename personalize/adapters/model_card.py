@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import quote
 
+from personalize.adapters.captions import captions_of
 from personalize.formats.textual_inversion_files import token_file_names, token_file_stem
 from personalize.formats.timestep_rank import rule_of, warning
 
@@ -90,7 +91,9 @@ def _front_matter(adapter: CardSubject, pictures: Sequence[str]) -> str:
 
 
 def _summary(name: str, adapter: CardSubject) -> str:
-    source = "no source embedding (standalone)" if _standalone(adapter) else "a fitted source embedding"
+    count = len(captions_of(adapter.info, adapter.source))
+    fitted = "a fitted source embedding" if count == 1 else f"{count} fitted source embeddings, one for each caption"
+    source = "no source embedding (standalone)" if _standalone(adapter) else fitted
     return (
         f"# {name}\n\n{_origin(adapter)} {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
         f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
@@ -134,8 +137,11 @@ def _pictures(pictures: Sequence[str]) -> str:
 
 
 def _trigger(adapter: CardSubject) -> str:
-    caption = _caption(adapter)
-    return f"## Trigger words\n\nWrite the caption of the picture in your prompt:\n\n> {caption}" if caption else ""
+    captions = [" ".join(caption.split()) for caption in captions_of(adapter.info, adapter.source)]
+    if not captions[0]:
+        return ""
+    which = "the caption of the picture" if len(captions) == 1 else "one of the captions of the pictures"
+    return f"## Trigger words\n\nWrite {which} in your prompt:\n\n" + "\n>\n".join(f"> {one}" for one in captions)
 
 
 def _tokens(adapter: CardSubject) -> str:

@@ -149,6 +149,8 @@ class EditConfig(InferenceOptions):
     """What the picture should not show."""
     add: tuple[Path, ...] = ()
     """More adapter folders to use together with it, for example other concepts; prompts name each by its token."""
+    source_caption: str | None = None
+    """Start from the source embedding of this caption, if pictures of several were learned; by default the nearest."""
     auto: bool = False
     """Search the strengths: draw --budget pictures, rank them by edit and identity, store the best in the adapter."""
     budget: int = 16

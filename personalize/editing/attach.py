@@ -36,6 +36,8 @@ class Attached:
     def embeds(self, prompt: str, *, alpha: float = 1.0, beta: float = 1.0, gamma: float | None = None) -> Tensor:
         """The source embedding edited towards `prompt`, (1, l, d), to be passed to the pipeline as `prompt_embeds`.
 
+        If the adapter learned pictures of several captions, it is that of the caption nearest to `prompt`.
+
         With vector projection, `alpha` is the weight of the source and `beta` that of the part of the prompt orthogonal
         to it. If `gamma` is given, vector subtraction is used: 0 is the source, 1 the prompt. See
         `personalize.editing.vector_projection`. Pipelines want negative embeddings of as many tokens, which they make
@@ -62,8 +64,8 @@ class Attached:
         return arguments
 
     def _conditioning(self, prompt: str, alpha: float, beta: float, gamma: float | None) -> Conditioning:
-        target = self._encode(prompt)
-        edited = edit_conditioning(self.model, self.adapter.source, target, alpha=alpha, beta=beta, gamma=gamma)
+        target, source = self._encode(prompt), self.adapter.starting_from(prompt=prompt).source
+        edited = edit_conditioning(self.model, source, target, alpha=alpha, beta=beta, gamma=gamma)
         return edited.to(dtype=self.model.dtype)
 
     @torch.no_grad()

@@ -105,6 +105,9 @@ class Editor:
     ) -> list[Image.Image]:  # fmt: skip
         """Images of the adapter's subject that show `prompt`, one for each seed.
 
+        They start from the source embedding of the caption nearest to `prompt`, if the adapter has several; for another
+        one make the editor with `adapter.starting_from(caption)`.
+
         `changes` are fields of `EditStrengths` that take the place of those of `strengths`, such as alpha=0.8.
 
         Raises:
@@ -113,9 +116,9 @@ class Editor:
         if not prompt.strip():
             raise UserError("the prompt is empty: say what the picture should show")
         strengths = replace(strengths, **changes)
-        size = sampling.size or self.size
+        size, source = sampling.size or self.size, self._adapter.starting_from(prompt=prompt).source
         conditioning = edit_conditioning(
-            self.model, self._adapter.source, self._encode(prompt, size, strengths.strength),
+            self.model, source, self._encode(prompt, size, strengths.strength),
             alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
         )  # fmt: skip
         return self._sample(conditioning, strengths, seeds, negative_prompt, sampling)
@@ -145,7 +148,7 @@ class Editor:
             UserError: the prompt is empty, the budget is below 1, or there is no scorer for this base.
         """
         scorer = scorer or find_scorer(self.model.name, device=self.model.device)
-        request = Request(self.align_prompt(prompt), self.caption, source)
+        request = Request(self.align_prompt(prompt), self.caption_for(prompt), source)
         trials = search(
             self, request, scorer, budget=budget, seed=seed, negative_prompt=negative_prompt, sampling=sampling
         )
@@ -188,12 +191,17 @@ class Editor:
         The embedding is edited token by token, so that words at the same place must correspond; see
         `personalize.models.prompts.align_prompt`.
         """
-        return align_prompt(prompt, self.caption) if self.adapter is not None and self.adapter.source else prompt
+        aligned = self.adapter is not None and self.adapter.source
+        return align_prompt(prompt, self.caption_for(prompt)) if aligned else prompt
 
     @property
     def caption(self) -> str:
-        """The caption the adapter was trained with; "" if there is none."""
-        return str(self.adapter.info.get("caption", "")) if self.adapter else ""
+        """The (first) caption the adapter was trained with; "" if there is none."""
+        return self.adapter.captions[0] if self.adapter else ""
+
+    def caption_for(self, prompt: str) -> str:
+        """The caption whose source embedding an edit to `prompt` starts from; "" if there is none."""
+        return self.adapter.starting_from(prompt=prompt).captions[0] if self.adapter else ""
 
     def photo(
         self, picture: Picture, source: str, request: EditRequest, settings: PhotoSettings = PHOTO_DEFAULTS, **more: Any

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Inspection:
     readers: dict[str, tuple[str, str]]
     problems: list[str]
     metadata: dict[str, str]
+    captions: list[str] = field(default_factory=list)
+    """Of the pictures that an adapter folder was trained on; each has a source embedding."""
 
 
 def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
@@ -81,6 +83,7 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
         ranks=_counts(parts["A"].shape[0] for parts in modules.values() if "A" in parts and parts["A"].ndim),
         strengths=_counts(scalings.values()), rows=_coverage(contents, scalings, family),
         tokens=_tokens(contents, content, path), readers=readers, problems=problems, metadata=dict(content.metadata),
+        captions=_captions(path),
     )  # fmt: skip
 
 
@@ -192,6 +195,15 @@ def _timestep_rank(path: Path, metadata: Mapping[str, str]) -> list[str]:
     return [] if rule is None else [warning(rule)]
 
 
+def _captions(path: Path) -> list[str]:
+    """The captions in the manifest of the adapter folder that the file at `path` is part of."""
+    if path.suffix != ".safetensors" or not is_part_of_adapter(path):
+        return []
+    info = read_json(path.parent / MANIFEST)
+    captions = info.get("captions") or [info.get("caption")]
+    return [caption for caption in captions if isinstance(caption, str) and caption]
+
+
 def _coverage(
     contents: FileContents, scalings: Mapping[str, float], family: str | None
 ) -> list[coverage.BlockCoverage]:
@@ -234,6 +246,7 @@ def report(inspection: Inspection) -> str:
         lines.append(
             f"token       {token['token']}: {token['vectors']} vector(s) of width {token['width']} ({token['key']})"
         )
+    lines += [f"caption     {caption}" for caption in inspection.captions[:MAX_LINES]]
     if inspection.rows:
         lines += ["", coverage.coverage_text(inspection.rows)]
     lines += ["", "read by"]

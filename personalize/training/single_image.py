@@ -184,7 +184,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         return self.make_adapter(self.lora(), self.objective.source(), self.update, **info)
 
     def make_adapter(self, lora: dict[str, Tensor], source: Conditioning, updates: int, **info: Any) -> Adapter:
-        """An adapter of these LoRA tensors and this source embedding (one row), with the run's metadata.
+        """An adapter of these LoRA tensors and this source embedding (a row for each caption), with the run's metadata.
 
         With `standalone` it has no source embedding: there it is the text encoder's output for the caption.
         """

@@ -108,11 +108,12 @@ class SingleImageObjective(Objective):
         return Conditioning.cat([self.source_embeddings(), *self._prior])[rows]
 
     def source(self) -> Conditioning:
-        """The embedding of the first caption as it is now, one row."""
+        """The embeddings of the subject's captions as they are now, a row for each."""
         if self.texts:
             with torch.no_grad():
-                return self._model[0].padded(self._model[0].prompts(self.texts[:1], self.size), self.embeds.shape[1])
-        return self.source_embeddings()[:1]
+                own = self._model[0].prompts(self.texts[: len(self.embeds)], self.size)
+            return self._model[0].padded(own, self.embeds.shape[1])
+        return self.source_embeddings()
 
     def source_embeddings(self) -> Conditioning:
         """The source embedding as it is now, a row for each caption."""

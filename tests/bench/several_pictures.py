@@ -49,6 +49,8 @@ class SeveralPicturesBench(BenchOptions):
     """Number of subjects, each learned from five pictures."""
     samples: tuple[int, ...] = (340, 850, 1700)
     """Samples after which an adapter is kept."""
+    alone: bool = True
+    """Also learn one picture alone, from the first number of samples."""
     edits: int = 4
     """New backgrounds for each subject."""
     steps: int = 20
@@ -134,7 +136,8 @@ class Bench:
             return arm
 
         arms: dict[str, Arm] = {DO_NOTHING: do_nothing, BASE: base}
-        arms[f"1 picture, {self.options.samples[0]} samples"] = learned(1, self.options.samples[0])
+        if self.options.alone:
+            arms[f"1 picture, {self.options.samples[0]} samples"] = learned(1, self.options.samples[0])
         return arms | {f"5 pictures, {samples} samples": learned(5, samples) for samples in self.options.samples}
 
     def kept(self, key: str) -> bool:

@@ -38,7 +38,7 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     `editor` takes the place of the one that the options describe, if that is loaded already.
     """
     check_edit(config)
-    editor = editor or Editor.configured(config, (config.adapter, *config.add))
+    editor = starting_from(config, editor or Editor.configured(config, (config.adapter, *config.add)))
     prompt = editor.align_prompt(config.prompt)
     if prompt != config.prompt:
         print(f"Worded like the caption: “{prompt}”")
@@ -52,6 +52,18 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     count = f"1 picture, {drawn[0]}," if len(drawn) == 1 else f"{len(drawn)} pictures, {drawn[0]} to {drawn[-1]},"
     print(f"{count} and {sheet} in {config.output_dir}")
     return config.output_dir
+
+
+def starting_from(config: EditConfig, editor: Editor) -> Editor:
+    """`editor` with the one caption to start from, which is printed if the adapter has several."""
+    adapter = editor.adapter
+    if adapter is None or (len(adapter.captions) == 1 and config.source_caption is None):
+        return editor
+    chosen = adapter.starting_from(config.source_caption, prompt=config.prompt)
+    if len(adapter.captions) > 1:
+        how = "" if config.source_caption else ", the nearest; --source_caption names another"
+        print(f"Starts from “{chosen.captions[0]}”, one of {len(adapter.captions)} captions{how}")
+    return Editor(editor.model, chosen)
 
 
 def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
@@ -101,7 +113,7 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
     The best strengths are stored in the adapter's folder for the next `edit` with this prompt.
     """
     scorer = find_scorer(editor.model.name, config.clip_model, config.identity_model, editor.model.device)
-    request = Request(prompt, editor.caption, load_image(source_picture(config)))
+    request = Request(prompt, editor.caption_for(prompt), load_image(source_picture(config)))
     candidates = search(
         editor, request, scorer, budget=config.budget, seed=config.seed or 0,
         negative_prompt=config.negative_prompt, sampling=sampling,

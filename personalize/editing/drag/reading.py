@@ -114,5 +114,5 @@ def conditioning(
     """
     caption = "" if adapter is None else str(adapter.info.get("caption", ""))
     prompted = model.prompts([caption if prompt is None else prompt], size)
-    learned = adapter.source if adapter is not None and prompt is None else None
+    learned = adapter.starting_from(prompt=caption).source if adapter is not None and prompt is None else None
     return edit_conditioning(model, learned, prompted, alpha=1.0, beta=0.0)

@@ -1,0 +1,131 @@
+"""A source embedding for each caption: which one an edit starts from, and adapters that have one alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import personalize
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.captions import nearest_caption
+from personalize.cli.main import main
+from personalize.editing.config import Sampling
+from personalize.editing.drag.reading import conditioning
+from personalize.editing.editor import Editor
+from personalize.errors import UserError
+from personalize.formats.inspection import inspect_file, report
+from personalize.models.stable_diffusion import StableDiffusion
+from tests.support.lora_states import random_adapter
+from tests.support.tiny import tiny, tiny_folder, tiny_pipeline
+
+CAPTIONS = ["a photo of a cat on the beach", "a photo of a cat in snow", "the red fox sitting"]
+
+
+def several(model: StableDiffusion, rows: int = 3) -> Adapter:
+    """A random adapter of three captions, with the embeddings of `rows` of them."""
+    adapter = random_adapter(model)
+    with torch.no_grad():
+        encoded = model.prompts(CAPTIONS[:rows])
+    parts = {"embeds": encoded.embeds, "pooled": encoded.pooled}
+    source = {name: 1.5 * part for name, part in parts.items() if part is not None}
+    return replace(adapter, source=source, info={**adapter.info, "caption": CAPTIONS[0], "captions": CAPTIONS})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "number"),
+    [
+        ("a photo of a cat in snow", 1),
+        ("a photo of a dog in snow", 1),
+        ("a photo of a dog on the mountain", 0),
+        ("The red DOG sitting", 2),
+        ("blue", 0),
+        ("", 0),
+    ],
+)
+def test_the_caption_with_most_words_of_the_prompt_is_nearest(prompt: str, number: int) -> None:
+    assert nearest_caption(prompt, CAPTIONS) == number
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_every_caption_keeps_its_embedding(tmp_path: Path, family: str) -> None:
+    """The first caption's alone was saved, so that pictures of the others could not be edited."""
+    adapter = several(tiny(family))
+    assert adapter.source is not None
+    adapter.save(tmp_path / "cat")
+    loaded = Adapter.load(tmp_path / "cat")
+    assert loaded.captions == tuple(CAPTIONS) and loaded.source is not None
+    assert set(loaded.source) == ({"embeds", "pooled"} if family == "sdxl" else {"embeds"})
+    for number, caption in enumerate(CAPTIONS):
+        for chosen in (loaded.starting_from(caption.upper()), loaded.starting_from(prompt=caption)):
+            assert chosen.captions == (caption,) and chosen.source is not None
+            for name, rows in adapter.source.items():
+                assert torch.equal(chosen.source[name], rows[number : number + 1])
+    with pytest.raises(UserError, match="did you mean a photo of a cat in snow or"):
+        loaded.starting_from("a photo of a hat in snow")
+    card = (tmp_path / "cat" / "README.md").read_text()
+    assert "3 fitted source embeddings" in card and all(f"> {caption}\n" in card for caption in CAPTIONS)
+    said = report(inspect_file(tmp_path / "cat" / "pytorch_lora_weights.safetensors"))
+    assert all(f"caption     {caption}" in said for caption in CAPTIONS)
+
+
+def test_an_adapter_that_kept_the_first_caption_alone_still_loads(tmp_path: Path) -> None:
+    model = tiny("sd1")
+    old = several(model, rows=1)
+    old.save(tmp_path / "old")
+    loaded = Adapter.load(tmp_path / "old")
+    assert loaded.captions == (CAPTIONS[0],) and loaded.info["captions"] == CAPTIONS
+    assert loaded.starting_from(prompt=CAPTIONS[2]).captions == (CAPTIONS[0],)
+    first = Editor(model, loaded).edit(CAPTIONS[2], sampling=Sampling(2))
+    assert first[0].tobytes() == Editor(model, old).edit(CAPTIONS[2], sampling=Sampling(2))[0].tobytes()
+
+
+def test_rows_and_captions_that_do_not_agree_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected embeds \(3, l, d\)"):
+        several(tiny("sd1"), rows=2).save(tmp_path / "cat")
+    several(tiny("sd1")).save(tmp_path / "cat")
+    manifest = tmp_path / "cat" / "adapter.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values | {"captions": CAPTIONS[:2]}))
+    with pytest.raises(UserError, match=r"expected embeds \(2, l, d\)"):
+        Adapter.load(tmp_path / "cat")
+
+
+def test_edit_attach_and_drag_start_from_the_nearest_caption() -> None:
+    model = tiny("sd1")
+    adapter = several(model)
+    editor = Editor(model, adapter)
+    near = editor.edit("a photo of a dog in snow", sampling=Sampling(2))[0]
+    same = Editor(model, adapter.starting_from(CAPTIONS[1])).edit("a photo of a dog in snow", sampling=Sampling(2))[0]
+    other = Editor(model, adapter.starting_from(CAPTIONS[2])).edit("a photo of a dog in snow", sampling=Sampling(2))[0]
+    assert near.tobytes() == same.tobytes() != other.tobytes()
+    assert editor.caption_for("a photo of a dog in snow") == CAPTIONS[1] and editor.caption == CAPTIONS[0]
+    assert adapter.source is not None
+    assert torch.equal(conditioning(model, adapter, None, (64, 64)).embeds, adapter.source["embeds"][:1])
+
+
+def test_attach_starts_from_the_nearest_caption(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd1")
+    adapter = several(tiny("sd1"))
+    adapter.save(tmp_path / "cat")
+    with personalize.attach(pipe, tmp_path / "cat") as attached:
+        embeds = attached.embeds(CAPTIONS[2], alpha=1.0, beta=0.0)
+    assert adapter.source is not None and torch.equal(embeds, adapter.source["embeds"][2:])
+
+
+def test_the_command_says_where_it_starts_and_takes_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_folder("sd1", tmp_path)
+    several(StableDiffusion.load(base)).save(tmp_path / "cat")
+    line = ["edit", str(tmp_path / "cat"), "--prompt", "a photo of a dog in snow", "--num_inference_steps", "1",
+            "--output_dir", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(base)]  # fmt: skip
+    assert main(line) == 0
+    assert f"Starts from “{CAPTIONS[1]}”, one of 3 captions, the nearest" in capsys.readouterr().out
+    assert main([*line, "--source_caption", CAPTIONS[0]]) == 0
+    assert f"Starts from “{CAPTIONS[0]}”, one of 3 captions\n" in capsys.readouterr().out
+    first, second = (tmp_path / "out" / name for name in ("edit-000.png", "edit-001.png"))
+    assert first.read_bytes() != second.read_bytes()
+    assert main([*line, "--source_caption", "a dog"]) == 2
+    assert "learned no picture with the caption 'a dog'" in capsys.readouterr().err
