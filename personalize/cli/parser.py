@@ -20,11 +20,11 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from personalize.cli.lists import flag_name, gathered
 from personalize.errors import UserError, nearest
+from personalize.io.yaml_files import read_options
 
 ALIASES = {  # names of the same options in sd-scripts and in diffusers' DreamBooth script
     "network_dim": "rank", "network_alpha": "lora_alpha", "instance_prompt": "caption",
@@ -143,21 +143,11 @@ def take_option(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 
 def read_yaml(path: Path, config: type) -> dict[str, Any]:
     """The keys and values of the YAML file `path`; UserError for a key that is no option of `config`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected lines of `option: value`")
-    content = {_field_name(str(key), config): value for key, value in content.items()}
+    content = {_field_name(key, config): value for key, value in read_options(path).items()}
     if "config" in content and "config" not in _hints(config):
         raise UserError(f"{path}: a file cannot name other files: write --config several times on the command line")
     _check_names(content, config, f"key in {path}:")
-    for key, value in content.items():
-        if isinstance(value, dict):
-            raise UserError(f"{path}: {key} must be one value or a list, got a mapping")
+    for key in content:
         if _is_positional(config, key):
             raise UserError(f"{path}: {key} is given on the command line itself, not in a file")
     return content
@@ -222,6 +212,8 @@ def _find(name: str, presets: Mapping[str, Path]) -> Path:
         return path
     if name in presets:
         return presets[name]
+    if path.exists():  # a pipe, a device or a folder: reading it says so
+        return path
     hint = f"; presets: {', '.join(sorted(presets))}" if presets else ""
     raise UserError(f"--config {name}: no such file{hint}")
 

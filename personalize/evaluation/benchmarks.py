@@ -18,10 +18,12 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.io.image_files import load_image
 from personalize.io.image_metadata import IMAGE_SUFFIXES
+from personalize.io.plain_files import read_bytes, read_text
 from personalize.io.tensor_files import read_json
 
 Point = tuple[float, float]  # x, y in pixels
 MASK_SIDE = 512  # px, of PIE-Bench's masks
+MAX_PICKLE_BYTES = 64 * 2**20
 PUBLISHED_SIZES = {"PIE-Bench": (700, 700), "TEdBench": (100, 40)}  # (edits, pictures)
 ALLOWED_IN_PICKLES = {  # the globals that unpickling a numpy array needs
     ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
@@ -150,8 +152,10 @@ def read_edit_list(path: Path) -> list[tuple[str, str]]:
         UserError: the file is no JSON, or an entry has another form.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is damaged: its JSON cannot be read ({error})") from None
     entries = list(value.items()) if isinstance(value, dict) else value
     pairs = []
@@ -210,11 +214,14 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def _read_plain_pickle(path: Path) -> dict[str, Any]:
     try:
-        value = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        value = _PlainUnpickler(io.BytesIO(read_bytes(path, MAX_PICKLE_BYTES))).load()
     except Exception as error:  # a malicious pickle can make the unpickler raise anything
         raise UserError(
             f"{path} holds more than arrays and plain values: {' '.join(str(error).split())[:120]}"
         ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, a dictionary was expected")
+    arrays = [array for array in value.values() if isinstance(array, np.ndarray)]
+    if sum(array.nbytes for array in arrays) > path.stat().st_size:  # made by their shape alone
+        raise UserError(f"{path} claims arrays of more numbers than it holds: get it again")
     return value

@@ -25,6 +25,7 @@ from personalize.errors import UserError
 from personalize.evaluation.benchmarks import Point
 from personalize.evaluation.point_matching import PointMatching
 from personalize.io.pickles import read_any
+from personalize.io.plain_files import require_plain_tree
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DINO_SIDE = 224  # px, of the shorter side
@@ -305,6 +306,7 @@ def _load_network(option: str, kind: Any, place: str, device: Any) -> Any:
 
 def _load(option: str, kind: Any, place: str, **settings: Any) -> Any:
     """`kind.from_pretrained(place)`; `Unavailable` in one line if that fails."""
+    require_plain_tree(place)
     try:
         return kind.from_pretrained(place, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

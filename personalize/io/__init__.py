@@ -3,6 +3,8 @@
     atomic         write a file or a folder so that it is old or new, checked before it appears under its name
     output_folder  output folders are tried before the work;  locks: between processes
     numbering      names that are not taken
+    plain_files    every file from outside is opened here: no pipe, no device, no more bytes than stated
+    tables, yaml_files   CSV tables and YAML options, read with limits
     tensor_files   safetensors and JSON, read with every length checked
     pickles        pickled files: refused, or read for their tensors alone
     image_files    pictures in any format, read by what their numbers mean

@@ -19,6 +19,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageErro
 
 from personalize.errors import Notice, UserError
 from personalize.io.image_metadata import HEIF_SUFFIXES
+from personalize.io.plain_files import MAX_PICTURE_BYTES, opened
 
 HEIF_HINT = "HEIC needs a package more: pip install pillow-heif, or save it as JPEG or PNG"
 MIN_SIDE = 16  # px
@@ -44,7 +45,8 @@ def load_image(path: str | Path) -> Image.Image:
             numbers whose range does not tell what is white.
     """
     path = check_image_path(path)
-    return read_image(path, path)
+    with opened(path, MAX_PICTURE_BYTES) as stream:
+        return read_image(stream, path)
 
 
 def check_image_path(path: str | Path) -> Path:
@@ -62,7 +64,7 @@ def check_image_path(path: str | Path) -> Path:
 def check_image(path: str | Path) -> None:
     """UserError unless the header of the file `path` is that of a picture which `load_image` reads."""
     path = check_image_path(path)
-    with _large_png_chunks(), _opened(path, path) as image:
+    with opened(path, MAX_PICTURE_BYTES) as stream, _large_png_chunks(), _opened(stream, path) as image:
         _check_size(path, image)
 
 

@@ -6,16 +6,16 @@ beside a picture holds its caption.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
+from personalize.io.plain_files import MAX_TEXT_BYTES, opened, read_text
+from personalize.io.tables import MAX_ROWS, SURPLUS, read_table
 
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # read by the package pillow-heif, if it is installed
 IMAGE_SUFFIXES = (
@@ -23,11 +23,10 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as in the imagefolder of 🤗 datasets
 CAPTION_SUFFIXES = (".txt", ".caption")
-MAX_TEXT_BYTES = 64 * 2**20
-_ENCODINGS = {  # by the mark at the beginning; the four bytes of UTF-32's first, because they begin with UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
+MAX_CAPTION_BYTES = 2**20
+MAX_PARQUET_BYTES = 4 * 2**30  # it may hold the pictures themselves
+MAX_UNPACKED = 16  # times the size of a Parquet file
+PARQUET_BATCH = 64  # rows
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,6 @@ class Row:
 
     where: str
     columns: Mapping[str, Any]
-
-
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or -32 with a byte order mark; without the mark.
-
-    Raises:
-        UserError: another encoding, or more than 64 MiB.
-    """
-    with open(path, "rb") as stream:
-        content = stream.read(MAX_TEXT_BYTES + 1)
-    if len(content) > MAX_TEXT_BYTES:
-        raise UserError(f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB, a smaller text file was expected: check it")
-    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
 
 
 def caption_files(picture: Path) -> list[Path]:
@@ -75,7 +57,7 @@ def sidecar_caption(picture: Path) -> str | None:
     path = caption_file(picture)
     if path is None:
         return None
-    caption = " ".join(read_text(path).split())
+    caption = " ".join(read_text(path, MAX_CAPTION_BYTES).split())
     if not caption:
         raise UserError(f"the caption from {path} is empty: say what the picture shows, e.g. 'a photo of a dog'")
     return caption
@@ -119,15 +101,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(StringIO(read_text(path), newline=""), restkey="")
-    try:
-        for cells in reader:
-            where = f"{path}, line {reader.line_num}"
-            if "" in cells:
-                raise UserError(f"{where} has more cells than the header: put quotes around cells with commas")
-            yield Row(where, {name: cell or None for name, cell in cells.items()})
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is no CSV: {error}") from None
+    for line, cells in read_table(path)[1]:
+        where = f"{path}, line {line}"
+        if SURPLUS in cells:
+            raise UserError(f"{where} has more cells than the header: put quotes around cells with commas")
+        yield Row(where, {name: cell or None for name, cell in cells.items()})
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -135,8 +113,16 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        columns = parquet.read_table(path).to_pylist()
+        with opened(path, MAX_PARQUET_BYTES) as stream:
+            left, number = MAX_UNPACKED * os.fstat(stream.fileno()).st_size + MAX_TEXT_BYTES, 0
+            for batch in parquet.ParquetFile(stream).iter_batches(PARQUET_BATCH):
+                left -= batch.nbytes  # repeated values take next to nothing in the file
+                if left < 0 or number > MAX_ROWS:
+                    raise UserError(
+                        f"{path} unpacks to far more than its own size, or over {MAX_ROWS:,} rows: split it"
+                    )
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", row)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    for number, row in enumerate(columns, 1):
-        yield Row(f"{path}, row {number}", row)

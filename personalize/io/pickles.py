@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from personalize.errors import UserError
+from personalize.io.plain_files import opened
 from personalize.io.tensor_files import MAX_TENSORS, PICKLE_SUFFIXES, TensorFile, read_tensors
 
 MAX_DEPTH = 8  # of dictionaries in dictionaries
@@ -28,7 +29,7 @@ def is_pickle(path: str | Path) -> bool:
     path = Path(path)
     if not path.is_file():
         return False
-    with open(path, "rb") as stream:
+    with opened(path) as stream:
         first = stream.read(16)
     if first[8:9] == b"{":  # a safetensors header, whatever the length before it looks like and the file is called
         return False
@@ -88,7 +89,7 @@ def _check_streams(path: Path) -> None:
                     with archive.open(name) as stream:
                         _check_stream(stream)
         return
-    with open(path, "rb") as stream:
+    with opened(path) as stream:
         for _ in range(STREAMS):
             if not _check_stream(stream):
                 return

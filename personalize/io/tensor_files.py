@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.io.plain_files import opened, read_bytes
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -81,7 +81,7 @@ def read_tensors(path: str | Path, peek: int | None = None) -> TensorFile:
         UserError: a file that is missing, a pickle, truncated, or whose header contradicts itself or the file's length.
     """
     path = Path(path)
-    with _open_file(path) as stream:
+    with opened(path) as stream:
         header, start = _read_header(stream, path)
         size = os.fstat(stream.fileno()).st_size - start
         metadata = header.pop("__metadata__", {})
@@ -102,23 +102,7 @@ def read_tensors(path: str | Path, peek: int | None = None) -> TensorFile:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object of at most 16 MiB; UserError if the file is missing or anything else."""
     path = Path(path)
-    with _open_file(path) as stream:
-        text = stream.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise UserError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, a smaller JSON file was expected: check it")
-    return _json_object(text, path)
-
-
-@contextmanager
-def _open_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading; UserError if it is missing or unreadable."""
-    try:
-        if not path.is_file():  # reading from a pipe or a device could block for ever
-            raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: check the path")
-        with open(path, "rb") as stream:
-            yield stream
-    except OSError as error:
-        raise UserError(f"could not read {path}: {error.strerror or error}") from error
+    return _json_object(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 def _read_header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:

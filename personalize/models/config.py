@@ -19,6 +19,8 @@ def check_base_name(source: str | Path) -> None:
     path = Path(source)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise UserError(f"{path} is no base model: it has no model_index.json; give a folder saved by diffusers")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is a pipe or a device, no base model: give a diffusers folder or a .safetensors file")
     if path.is_file() and path.suffix != ".safetensors":
         raise UserError(
             f"{path.name} is no .safetensors file: convert the checkpoint to .safetensors (pickles can run code)"

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from personalize.errors import UserError
+from personalize.io.plain_files import require_plain_tree
+from personalize.io.tensor_files import read_json
 from personalize.models.config import INPAINTING, TEXT_TO_IMAGE, check_base_name, check_channels, stated_channels
 from personalize.models.quiet import quiet_loading
 from personalize.models.supported import predicted_quantity
@@ -41,19 +43,20 @@ def read(
 
     Raises UserError, in one line, for anything that is not a Stable Diffusion model.
     """
-    from diffusers import DiffusionPipeline
-
     check_base_name(source)
     path = Path(source)
     if path.is_file():
         return read_file(path, dtype, prediction_type, inpainting)
     extra: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if path.is_dir():
+        require_plain_tree(path)
         index = read_index(path)
         require_parts(index, path)
         _require_no_lora_layers(path)
         check_channels(stated_channels(path) or TEXT_TO_IMAGE, source, inpainting=inpainting)
         extra = {name: None for name in extra if name in index}
+    from diffusers import DiffusionPipeline
+
     try:
         pipe = DiffusionPipeline.from_pretrained(
             str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
@@ -70,8 +73,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The `model_index.json` of a diffusers folder; UserError if it is no JSON object."""
     path = folder / "model_index.json"
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(path)
+    except UserError as error:
         raise _unreadable(folder, error) from error
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from personalize.adapters.lora import lora_layers
 from personalize.errors import UserError
 from personalize.io.atomic import write_folder
+from personalize.io.plain_files import file_hash
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.attention import AttentionHook
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
@@ -142,7 +143,7 @@ class Trajectory:
         if about.pop("schema", None) != SCHEMA:
             raise UserError(f"{folder} was written by another version of this program: invert the picture again")
         tensors = read_tensors(folder / TENSORS).tensors
-        if sha256((folder / TENSORS).read_bytes()).hexdigest() != about.pop("sha256", None):
+        if file_hash(folder / TENSORS) != about.pop("sha256", None):
             raise UserError(f"{folder / TENSORS} is not what was saved with its {MANIFEST}: invert the picture again")
         conditioning, null = (
             Conditioning(*(tensors.get(f"{stem}.{part}") for part in PARTS))  # pyright: ignore[reportArgumentType]

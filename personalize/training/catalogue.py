@@ -26,6 +26,7 @@ from personalize.formats.manifest import MANIFEST
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import FolderImage, read_folder
 from personalize.io.images import fitted_size
+from personalize.io.plain_files import file_hash
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.catalogue_results import (
@@ -101,7 +102,7 @@ def _contents(image: FolderImage, sources: RowSources) -> list[str | None]:
     """Hashes of the picture's file and of its mask, and its caption."""
     files = [image.path, *(path for name, path in image.files.items() if name == MASK_FILE)]
     words = folder_caption(image, sources.caption_column) or sources.caption
-    return [words, *(sha256(path.read_bytes()).hexdigest() for path in files)]
+    return [words, *(file_hash(path) for path in files)]
 
 
 def is_finished(item: Item, rows: Mapping[str, Mapping[str, Any]], catalogue: Catalogue) -> bool:

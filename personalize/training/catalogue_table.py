@@ -10,13 +10,13 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from personalize.errors import UserError, nearest
 from personalize.io.atomic import plain_name
 from personalize.io.image_folders import read_folder
+from personalize.io.tables import SURPLUS, read_table
 from personalize.training.catalogue_results import FAILED, RESULTS, outcome
 from personalize.training.config import PriorPreservationOptions, SingleImageConfig
 from personalize.training.data.sources import named_pictures
@@ -92,26 +92,21 @@ def read_items(
 
 def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
     """The line number and the cells by column of every row that is not empty."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{table} is not UTF-8 text: save the table as UTF-8 CSV") from None
-    reader = csv.DictReader(StringIO(text, newline=""), restkey="")
-    columns = list(reader.fieldnames or ())
+    columns, found = read_table(table)
     known = [*OWN_COLUMNS, *(one.name for kind in KINDS for one in fields(kind))]
     if "image" not in columns:
         raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}: expected image, caption, name, …")
     if unknown := [column for column in columns if column not in known]:
         raise UserError(f"unknown column {unknown[0]!r} in {table}: {nearest(unknown[0], known)}")
     rows = []
-    for row in reader:
+    for line, row in found:
         cells = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str) or value is None}
         if any(cells.values()):
             long = [column for column, cell in cells.items() if len(cell) > LONGEST_CELL]
             cells |= dict.fromkeys(long, "")
             problem = f"the cell of the column {long[0]} has more than {LONGEST_CELL} characters" if long else ""
-            problem = problem or (MORE if row.get("") else "")
-            rows.append((reader.line_num, cells | ({"": problem} if problem else {})))
+            problem = problem or (MORE if row.get(SURPLUS) else "")
+            rows.append((line, cells | ({SURPLUS: problem} if problem else {})))
     if not rows:
         raise UserError(f"{table} has no row below its header")
     return rows
@@ -121,8 +116,8 @@ def _item(
     folder: Path, line: int, row: Mapping[str, str], config: SingleImageConfig, common: PriorPreservationOptions
 ) -> Item:
     """The row as an item; UserError if it cannot be trained on.  No picture or model is loaded."""
-    if "" in row:
-        raise UserError(row[""])
+    if SURPLUS in row:
+        raise UserError(row[SURPLUS])
     if not row["image"]:
         raise UserError("the cell of the column image is empty: name a picture file, or a folder of them")
     pictures, masks = (_paths(folder, row.get(column) or "") for column in ("image", "mask"))

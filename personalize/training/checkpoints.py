@@ -22,6 +22,7 @@ from torch import Tensor
 
 from personalize.errors import Notice, UserError
 from personalize.io.atomic import write_folder
+from personalize.io.plain_files import file_hash
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
@@ -143,8 +144,8 @@ def load(folder: str | Path) -> Checkpoint:
     state = read_json(folder / STATE)
     _check_state(state, folder)
     try:
-        for name, expected in state["sha256"].items():
-            if sha256((folder / name).read_bytes()).hexdigest() != expected:
+        for name in (OPTIMIZER, TRAINABLE):
+            if file_hash(folder / name) != state["sha256"][name]:
                 raise UserError(f"checkpoint {folder} is damaged: {name} is not what was written; use an older one")
         tensors = read_tensors(folder / OPTIMIZER).tensors
         optimizer = _unflattened(tensors, state["optimizer"])

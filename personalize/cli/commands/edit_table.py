@@ -6,13 +6,11 @@ be edited costs a line of output, and is tried again by the next run.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,8 @@ from personalize.cli.parser import nearest, parse
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.io.atomic import plain_name
+from personalize.io.plain_files import file_hash, read_bytes, read_text
+from personalize.io.tables import read_table
 from personalize.models.config import InferenceOptions
 
 if TYPE_CHECKING:
@@ -77,27 +77,22 @@ def read_rows(table: Path) -> list[Row]:
 
     Raises UserError: no such file, not UTF-8, no column file, an unknown column, or no row.
     """
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{table} is not UTF-8 text: save the table as UTF-8 CSV") from None
-    except OSError:
-        raise UserError(f"{table}: no such file; name a CSV table with the columns file, source, target") from None
-    reader = csv.DictReader(StringIO(text, newline=""), restkey="", skipinitialspace=True)
-    columns = list(reader.fieldnames or ())
+    if not table.exists():
+        raise UserError(f"{table}: no such file; name a CSV table with the columns file, source, target")
+    columns, found = read_table(table, skip_spaces=True)
     if "file" not in columns:
         raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}: expected file, source, target, …")
     if unknown := [column for column in columns if column not in COLUMNS]:
         raise UserError(f"unknown column {unknown[0]!r} in {table}: {nearest(unknown[0], COLUMNS)}")
     rows: list[Row] = []
-    for cells in reader:
+    for line, cells in found:
         given = {name: value.strip() for name, value in cells.items() if isinstance(value, str) and value.strip()}
         if not given:
             continue
         file = table.parent / given.pop("file", "")
         name = plain_name(given.pop("name", "") or file.stem)
         taken = {row.name for row in rows}
-        rows.append(Row(reader.line_num, f"{name}-{reader.line_num}" if name in taken else name, file, given))
+        rows.append(Row(line, f"{name}-{line}" if name in taken else name, file, given))
     if not rows:
         raise UserError(f"{table} has no row below its header")
     return rows
@@ -138,8 +133,8 @@ def row_hash(row: Row, config: EditTableConfig) -> str:
         raise UserError(f"{row.file}: no such file")
     masks = [config.table.parent / row.cells[name] for name in ("mask",) if name in row.cells]
     inputs = {
-        "cells": dict(row.cells), "photo": sha256(row.file.read_bytes()).hexdigest(),
-        "masks": [sha256(mask.read_bytes()).hexdigest() for mask in masks if mask.is_file()],
+        "cells": dict(row.cells), "photo": file_hash(row.file),
+        "masks": [file_hash(mask) for mask in masks if mask.is_file()],
         "base": str(config.pretrained_model_name_or_path), "revision": config.revision,
         "adapters": [str(path) for path in (*config.adapter, *config.add)],
     }  # fmt: skip
@@ -150,14 +145,14 @@ def finished(results: Path) -> dict[str, str]:
     """The hash of the inputs of every finished row, by name; a line that a stopped run did not finish is left out."""
     if not results.is_file():
         return {}
-    lines = [line for line in results.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    lines = [line for line in read_text(results).split("\n")[:-1] if line]
     rows = [json.loads(line) for line in lines]
     return {row["name"]: row["inputs"] for row in rows}
 
 
 def append(results: Path, row: Mapping[str, Any]) -> None:
     """Append a line; when this returns it is on the disk."""
-    whole = results.read_bytes() if results.is_file() else b""
+    whole = read_bytes(results) if results.is_file() else b""
     with results.open("ab") as stream:
         if whole and not whole.endswith(b"\n"):
             stream.truncate(whole.rfind(b"\n") + 1)

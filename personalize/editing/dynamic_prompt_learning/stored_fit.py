@@ -16,6 +16,7 @@ from personalize.editing.dynamic_prompt_learning.fit import DynamicFit, DynamicP
 from personalize.editing.dynamic_prompt_learning.leakage import AttentionReport
 from personalize.errors import UserError
 from personalize.io.atomic import write_folder
+from personalize.io.plain_files import file_hash
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.config import NullTextSettings
@@ -93,7 +94,7 @@ def _load(
 ) -> tuple[DynamicPrompt, Trajectory]:
     """Read what `_save` wrote; UserError if it is damaged or has other inputs."""
     record, tensors = read_json(place / ABOUT), read_tensors(place / ROWS).tensors
-    content = sha256((place / ROWS).read_bytes()).hexdigest()
+    content = file_hash(place / ROWS)
     if record["made_of"] != json.loads(json.dumps(about)) or record["sha256"] != content:
         raise UserError(f"{place} has other inputs than its name says, or is damaged: remove it, it is computed again")
     stacks = [tensors[f"rows.{number}"] for number in range(sum(name.startswith("rows.") for name in tensors))]

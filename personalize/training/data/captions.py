@@ -12,6 +12,7 @@ from personalize.errors import UserError
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
+from personalize.io.plain_files import require_plain_tree
 
 
 def find_caption(
@@ -80,6 +81,7 @@ def _captioner(model: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    require_plain_tree(model)
     try:
         captioner = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
         return AutoProcessor.from_pretrained(model), captioner

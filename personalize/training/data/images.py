@@ -19,6 +19,7 @@ from personalize.errors import UserError
 from personalize.io.image_files import load_image, read_image
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
+from personalize.io.plain_files import require_plain_tree
 from personalize.training.data.captions import folder_caption, generate_caption
 from personalize.training.data.sources import MASK_FILE, instance_places, named_pictures
 
@@ -92,6 +93,7 @@ def load_rows(where: str, *image_columns: str, **arguments: Any) -> Iterator[dic
     except ImportError:
         raise UserError(f"{where} needs the package datasets: pip install datasets") from None
     disable_progress_bars()
+    require_plain_tree(str(arguments.get("path", "")))
     try:
         rows: Any = load_dataset(split="train", **arguments)
     except Exception as error:  # the library raises whatever its readers raise

@@ -1,0 +1,83 @@
+"""YAML files of options: names with one value or a list of values, each text, a number, yes or no, or nothing.
+
+Nothing else of YAML is read.  Anchors and aliases, by which a few bytes can stand for millions of values, are refused;
+a date stays the text that it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from personalize.errors import UserError
+from personalize.io.plain_files import read_text
+
+MAX_BYTES = 256 * 2**10
+TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
+MAX_DIGITS = 400  # of a number; the largest float has 309 before its point
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads the types of `TYPES` alone, without aliases, and no name twice."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in TYPES]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {
+        tag: build
+        for tag, build in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in TYPES
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise ConstructorError(None, None, "an alias is not read: write its value out", mark)
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        number = node.tag.endswith((":int", ":float"))
+        if number and len(str(node.value)) > MAX_DIGITS:
+            raise ConstructorError(None, None, "a number has too many digits", node.start_mark)
+        return super().construct_scalar(node)
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0] and ":" in value:  # 12:30 is text here, not 750, its sum in base 60
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((name for name, count in names.items() if count > 1), None):
+            raise ConstructorError(None, None, f"{twice[:80]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_options(path: str | Path) -> Mapping[str, Any]:
+    """The names and values in a YAML file; a value is a scalar or a list of scalars.
+
+    Raises:
+        UserError: as `read_text`; no YAML, or anything but such names and values.
+    """
+    text = read_text(path, MAX_BYTES)
+    try:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{path} is no valid YAML of options: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected lines of `option: value`")
+    for key, value in content.items():
+        if isinstance(value, dict):
+            raise UserError(f"{path}: {key} must be one value or a list, got a mapping")
+        if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+            raise UserError(f"{path}: {key} must be one value or a list of values, got lists within it")
+    return {str(key): value for key, value in content.items()}
