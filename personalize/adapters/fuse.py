@@ -28,6 +28,7 @@ from personalize.formats.layer_kinds import fitted
 from personalize.formats.lora_keys import with_text_model
 from personalize.formats.original_checkpoint import TEXT_ENCODER_PREFIXES, Weights, original_state
 from personalize.io.atomic import Content, write_file, write_folder
+from personalize.io.progress import ticked
 from personalize.io.tensor_files import tensor_parts
 from personalize.models.lora_modules import is_lora_layer
 from personalize.models.stable_diffusion import StableDiffusion
@@ -73,7 +74,7 @@ def merged_weights(model: StableDiffusion, adapter: Adapter, *, any_base: bool =
     require_constant_rank(adapter, "the adapter")
     adapter.check_base(model, any_base=any_base)
     weights, strength = component_weights(model), adapter.alpha / adapter.rank
-    for module, (a, b) in lora_files.factor_pairs(adapter.lora).items():
+    for module, (a, b) in ticked(lora_files.factor_pairs(adapter.lora).items(), "Merging"):
         weight = _weight_of(weights, module)
         a, b = fitted(a, b, weight.shape)
         if weight.shape != (len(b), *a.shape[1:]):

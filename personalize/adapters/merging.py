@@ -23,6 +23,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
 from personalize.formats.foreign_files import AdapterFile, as_lora
 from personalize.formats.lora_files import factor_pairs
+from personalize.io.progress import ticked
 
 State = Mapping[str, Tensor]
 
@@ -93,7 +94,7 @@ def reduced(state: State, strength: float, rank: int) -> RankReduction:
     if not modules:
         raise UserError("the adapter holds no LoRA module: there is nothing to reduce")
     nearest, errors, lost, whole = {}, {}, 0.0, 0.0
-    for module, (a, b) in modules.items():
+    for module, (a, b) in ticked(modules.items(), "Reducing the rank"):
         nearest[module], values = _nearest(a, b, strength, rank)
         tail, total = float(values[rank:].square().sum()), float(values.square().sum())
         errors[module] = math.sqrt(tail / total) if total else 0.0
@@ -212,7 +213,7 @@ def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor
     ΔW ≈ B A,  B = U √S,  A = √S Vᵀ  of the `rank` largest singular values;   error = ‖ΔW − B A‖ / ‖ΔW‖ over all modules
     """
     state, missed, whole = {}, 0.0, 0.0
-    for name, change in changes.items():
+    for name, change in ticked(changes.items(), "Decomposing"):
         u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
         kept = min(rank, len(s))
         a, b = torch.zeros(rank, change.shape[1]), torch.zeros(change.shape[0], rank)

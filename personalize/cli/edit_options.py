@@ -15,6 +15,8 @@ from personalize.editing.photo_settings import PHOTO_DEFAULTS as PHOTO
 from personalize.models.config import InferenceOptions
 from personalize.sampling.config import NULL_TEXT
 
+COMBINATIONS = "Combinations"  # of strengths: the part of an edit that goes through them
+
 
 @dataclass(frozen=True)
 class PhotoConfig(InferenceOptions):

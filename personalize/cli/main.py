@@ -26,8 +26,9 @@ import personalize
 from personalize.cli import launch
 from personalize.cli.options import COMMANDS, resolve_command
 from personalize.cli.pages import keep_freed_memory
-from personalize.cli.parser import HELP, parse, take_option
+from personalize.cli.parser import HELP, QUIET, parse, take_option
 from personalize.cli.processes import end_with_parent, signals_raise
+from personalize.cli.progress import progress
 from personalize.cli.terminal import terminal
 from personalize.errors import UserError, nearest
 from personalize.models.quiet import hidden_messages
@@ -47,11 +48,14 @@ READER_GONE = 141  # as a shell reports SIGPIPE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     own_process = argv is None  # not called by another program
-    return to_exit_code(lambda: dispatch(sys.argv[1:] if argv is None else list(argv), own_process))
+    args = sys.argv[1:] if argv is None else list(argv)
+    return to_exit_code(lambda: dispatch(args, own_process), quiet=QUIET in args)
 
 
 def dispatch(args: list[str], own_process: bool = False) -> int:
     """Run the command that `args` name; a training command may tune `own_process`."""
+    if args[:1] == [QUIET]:  # may stand before the command
+        args = [*args[1:], QUIET]
     if not args or args[0] in HELP:
         print(commands_help())
         return 0
@@ -107,8 +111,9 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
     if "LOCAL_RANK" in os.environ:
         end_with_parent()
 
+    args = sys.argv[1:] if argv is None else argv
+
     def call() -> int:
-        args = sys.argv[1:] if argv is None else argv
         description = inspect.getdoc(sys.modules[config.__module__]) or ""
         options = parse(config, args, prog=path.name, description=description, presets=launch.presets(path.stem))
         if launch.ERROR_FILE not in os.environ:  # otherwise the launching process has done it
@@ -117,13 +122,16 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
         run(options)
         return 0
 
-    return to_exit_code(call)
+    return to_exit_code(call, quiet=QUIET in args)
 
 
-def to_exit_code(call: Callable[[], int]) -> int:
-    """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2."""
+def to_exit_code(call: Callable[[], int], *, quiet: bool = False) -> int:
+    """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2.
+
+    quiet: no progress is shown.
+    """
     try:
-        with terminal(), hidden_messages(), signals_raise():
+        with terminal(), hidden_messages(), signals_raise(), progress(quiet=quiet):
             code = call()
             sys.stdout.flush()
             return code

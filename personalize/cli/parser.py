@@ -30,6 +30,7 @@ ALIASES = {  # names of the same options in sd-scripts and in diffusers' DreamBo
     "network_dim": "rank", "network_alpha": "lora_alpha", "instance_prompt": "caption",
 }  # fmt: skip
 HELP = {"-h", "--help"}
+QUIET = "--quiet"  # is taken by every command, and seen to before its options are read
 _POSITIONAL = get_args(tyro.conf.Positional[Path])[1]  # tyro's mark of an argument without a flag
 
 ConfigT = TypeVar("ConfigT")
@@ -52,7 +53,7 @@ def parse(
         UserError: an unknown option or key (the message names the nearest), a missing option, or a wrong value.
     """
     files, args = take_option(args, "config")
-    args = [_resolved(token, config) for token in args]
+    args = [_resolved(token, config) for token in args if token != QUIET]
     if HELP & set(args):
         about = _about(description, presets)
         tyro.cli(config, args=["--help"], prog=prog, description=about, use_underscores=True, registry=_registry())
@@ -221,7 +222,8 @@ def _find(name: str, presets: Mapping[str, Path]) -> Path:
 def _about(description: str, presets: Mapping[str, Path] | None) -> str:
     names = f", or a preset: {', '.join(sorted(presets))}" if presets else ""
     config = f"--config FILE reads defaults for these options from YAML (same names){names}; flags win."
-    return f"{description.strip()}\n\n{config}"
+    lists = "An option of several values takes them after one flag or after several: --x 1 2, or --x 1 --x 2."
+    return f"{description.strip()}\n\n{config}\n\n{lists}\n\n{QUIET} shows no progress."
 
 
 @contextlib.contextmanager

@@ -24,10 +24,10 @@ from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.region import EditRegion
 from personalize.editing.uniform_attention import UniformBlend, auxiliary_estimates
 from personalize.errors import UserError
+from personalize.io.progress import part
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.inversion import invert
-from personalize.sampling.progress import part
 from personalize.sampling.schedule import make_schedule
 from personalize.sampling.trajectory import Trajectory
 

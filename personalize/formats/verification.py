@@ -20,6 +20,7 @@ from personalize.formats import textual_inversion_files
 from personalize.formats.layer_sizes import require_fitting
 from personalize.formats.manifest import DIFFUSERS_FILE, FAMILIES, MANIFEST, SOURCE_FILE, read_manifest, tensor_digest
 from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.io.progress import ticked
 from personalize.io.tensor_files import TensorFile, read_tensors
 from personalize.models.empty import EmptyModel, adaptable_layers, empty_model
 from personalize.models.lora_modules import is_lora_layer
@@ -230,7 +231,7 @@ def compare(
     """
     problems, deviations, matched = list(problems), {}, 0
     problems += [f"module {module} is not in the adapter" for module in found if module not in expected]
-    for module, reference in expected.items():
+    for module, reference in ticked(expected.items(), "Verifying"):
         if module not in found:
             problems.append(f"module {module} is missing")
         elif wrong := _shape_problem(module, found[module], reference, shapes):

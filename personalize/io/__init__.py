@@ -12,6 +12,7 @@
     image_metadata suffixes, metadata rows and captions of pictures
     images         pictures to pixels and back
     figures        labelled grids, overlays and sheets
+    progress       how far a long loop is, told to whoever listens
 
 Imports: nothing.
 """

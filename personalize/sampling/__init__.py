@@ -5,7 +5,6 @@
     trajectory   the latents and noise that were stored on the way
     inversion    real photos to latents that replay to them
     virtual_inversion   editing without inversion: the source row is the photo with fresh noise
-    progress     steps reported to a progress bar
     null_text    the empty prompt's embedding, fitted at each step
     config       settings of inversion and null-text that options fill
 

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from personalize.adapters.lora_scales import Rules, scaled
 from personalize.errors import UserError
+from personalize.io.progress import ticked
 from personalize.models.attention import AttentionHook, hooked
 from personalize.models.conditioning import of_one_length
 from personalize.models.fast_paths import fast_paths, shared_guidance_prefix
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
-from personalize.sampling.progress import ticked
 from personalize.sampling.schedule import SCHEDULERS, Schedule, Step, Transition, make_schedule, variance_scale
 
 __all__ = [

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.io.progress import part
 from personalize.models.attention import AttentionHook
 from personalize.models.image_processor import PaddedImage, Picture, as_image
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
@@ -37,7 +38,6 @@ from personalize.randomness import generator
 from personalize.sampling.config import NULL_TEXT, STRENGTH, NullTextSettings
 from personalize.sampling.denoise import Edit, LatentEdit, ddim, denoise, denoise_with_history
 from personalize.sampling.null_text import NullFit
-from personalize.sampling.progress import part
 from personalize.sampling.schedule import Schedule, Step, make_schedule
 from personalize.sampling.trajectory import MANIFEST, Trajectory, fingerprint, fingerprint_hash, with_noise
 from personalize.sampling.virtual_inversion import noisy_versions

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from personalize.cli import launch
+from personalize.cli.edit_options import COMBINATIONS
 from personalize.cli.main import SCRIPT_FOLDERS, check
 from personalize.cli.options import COMMANDS, resolve_command
 from personalize.cli.parser import parse
@@ -102,7 +104,7 @@ class Workbench:
 
 def carry_out(words: Sequence[str], bench: Workbench, job: Job, pictures: int = 1) -> Any:
     """Carry out a command line that draws `pictures` pictures or parts, with its progress in `job`."""
-    from personalize.sampling.progress import listening
+    from personalize.io.progress import listening
 
     options, function = read(words)
     with listening(_counted(job, pictures)):
@@ -113,10 +115,12 @@ def _counted(job: Job, pictures: int) -> Any:
     """A listener that says which of several pictures is drawn."""
     begun = 0
 
-    def begin(part: str, steps: int) -> Any:
+    def begin(part: str, steps: int, done: int) -> Any:
         nonlocal begun
+        if part == COMBINATIONS:  # its pictures are counted here
+            return nullcontext(lambda *_: None)
         begun += 1
-        return job.begin(part if pictures < 2 else f"{part} {min(begun, pictures)} of {pictures}", steps)
+        return job.begin(part if pictures < 2 else f"{part} {min(begun, pictures)} of {pictures}", steps, done)
 
     return begin
 

@@ -11,7 +11,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
@@ -54,13 +55,15 @@ class Job:
     cancelling: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def begin(self, part: str, total: int) -> Callable[[], None]:
-        """A part of the work begins; the function that is returned says that one more of its steps is finished.
+    @contextmanager
+    def begin(self, part: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+        """A part of the work begins; the function that is yielded says that one more of its steps is finished.
 
-        It has the form of a listener of `sampling.progress`.
+        It has the form of a listener of `personalize.io.progress`.
         """
-        self.progress(part, 0, total)
-        return lambda: self.progress(part, self.finished + 1, total)
+        self.progress(part, done, total)
+        steps = count(done + 1)
+        yield lambda *_: self.progress(part, next(steps), total)
 
     def progress(self, part: str, finished: int, total: int) -> None:
         """`finished` of `total` steps of `part` are done.  Cancelled if the user wants no more."""

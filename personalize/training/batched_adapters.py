@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import PREFIX, lora_layers
 from personalize.errors import UserError
+from personalize.io.progress import ticked
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.training.config import SingleImageConfig
@@ -124,7 +125,8 @@ def _learn_alike(
         from personalize.adapters.lora_layers import batched_adapters  # peft takes seconds to import
 
         with batched_adapters(layers, lora):
-            losses = [report.losses for report in _steps(runs, objective)][-1]
+            reports = ticked(_steps(runs, objective), f"Learning {len(runs)} adapters", total=first.updates)
+            losses = [report.losses for report in reports][-1]
     sources = objective.source_embeddings()
     adapters = [
         run.make_adapter(_lora_of(lora, number), sources[number : number + 1], run.updates)

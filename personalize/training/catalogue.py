@@ -27,6 +27,7 @@ from personalize.io.image_files import load_image
 from personalize.io.image_folders import FolderImage, read_folder
 from personalize.io.images import fitted_size
 from personalize.io.plain_files import file_hash
+from personalize.io.progress import ticked
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.catalogue_results import (
@@ -271,7 +272,8 @@ def learn_catalogue(
         groups = _groups(model, own, catalogue)
         while groups:
             assert model is not None
-            left = [_learn_group(model, group, catalogue, results, started, mixed_precision) for group in groups]
+            tried = ticked(groups, "Rows" if catalogue.adapters_per_batch == 1 else "Groups of rows")
+            left = [_learn_group(model, group, catalogue, results, started, mixed_precision) for group in tried]
             if sum(map(len, left)) == sum(map(len, groups)):  # another catalogue trains all that is left
                 time.sleep(PAUSE)
             groups = [group for group in left if group]

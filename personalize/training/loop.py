@@ -96,6 +96,10 @@ class StepReport:
     losses: dict[str, Tensor]
     learning_rates: tuple[float, ...]
 
+    def note(self) -> str:
+        """The loss, for a line of progress; read from the device."""
+        return f"loss {float(self.losses['loss']):.3f}" if "loss" in self.losses else ""
+
 
 @dataclass(frozen=True)
 class EarlyStop:

@@ -22,6 +22,7 @@ from personalize.adapters.lora import changes_nothing, lora_removed
 from personalize.formats import timestep_rank
 from personalize.formats.lora_files import diffusers_file
 from personalize.formats.timestep_rank import TimestepRank
+from personalize.io.progress import ticked
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training.checkpoints import Checkpoint
@@ -97,7 +98,8 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
             NonFiniteError: a loss or gradient is NaN or infinite; the adapter is that of the last finished update.
         """
         first = self.update
-        for report in self._reports(self.dataset.updates(self.shard, first, self.updates)):
+        reports = self._reports(self.dataset.updates(self.shard, first, self.updates))
+        for report in ticked(reports, "Learning", total=self.updates, done=first, note=StepReport.note):
             self.update = report.update
             yield report
         if first < self.update and not self._any_weight_changed():

@@ -103,8 +103,6 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
 
 def train(config: Any, run: TrainingRun, name: str) -> None:
     """Make all updates of `run`, with a memory estimate before, and progress, logs, validation and checkpoints."""
-    from rich.progress import Progress
-
     accelerator = run.accelerator
     _resume(config, run)
     accelerator.print(f"{run.updates} updates. {run.shard}")
@@ -118,14 +116,11 @@ def train(config: Any, run: TrainingRun, name: str) -> None:
         check_space_for(config, run)
     leave_after = None if accelerator.is_main_process else PATIENCE
     with (
-        Progress(disable=not accelerator.is_local_main_process) as progress,
         stop_requests(deferred=bool(config.checkpointing_steps), leave_after=leave_after) as stop,
         _others_alive(config, run, stop),
     ):
-        task = progress.add_task("Learning", total=run.updates, completed=run.update)
         for report in run.steps():
             losses = {key: float(value) for key, value in report.losses.items()}
-            progress.update(task, completed=report.update, description=f"Learning, loss {losses['loss']:.3f}")
             accelerator.log(losses | {"learning_rate": report.learning_rates[0]}, step=report.update)
             if stop.signal is not None and accelerator.is_main_process:
                 raise Stopped(stop.signal, f"stopped after {_saved_progress(config, run)}")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
 from personalize.cli.checks import STRENGTHS, check_edit
+from personalize.cli.edit_options import COMBINATIONS
 from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.editing.search import Trial, ranked, search
@@ -25,6 +25,7 @@ from personalize.io.atomic import Content
 from personalize.io.figures import grid, png
 from personalize.io.image_files import load_image
 from personalize.io.numbering import add_files, next_number
+from personalize.io.progress import ticked
 
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditConfig
@@ -84,7 +85,7 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
     with editor:
         rows = [
             editor.edit(prompt, setting, seeds=seeds, negative_prompt=config.negative_prompt, sampling=sampling)
-            for setting in settings
+            for setting in ticked(settings, COMBINATIONS)
         ]
     sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=prompt)
     files: dict[str, Content] = {}
@@ -119,7 +120,7 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
         negative_prompt=config.negative_prompt, sampling=sampling,
     )  # fmt: skip
     console = Console(soft_wrap=True)
-    trials = ranked(track(candidates, "Searching", total=config.budget, console=console))
+    trials = ranked(ticked(candidates, "Searching", total=config.budget))
     best = trials[0]
     console.print(f"Best of {len(trials)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")
     if best.state != "good":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personalize.cli.checks import box, pair, weight
-from personalize.cli.progress import progress_bars
 from personalize.editing.config import ControlSettings, DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
@@ -47,11 +46,9 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     settings = photo_settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings, cache)
-    with progress_bars():
-        result = editor.photo(
-            photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps,
-            cache=cache,
-        )  # fmt: skip
+    result = editor.photo(
+        photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps, cache=cache
+    )
     count = len(result.images)
     names = [EDITED] if count == 1 else [f"edited-{number}.png" for number in range(1, count + 1)]
     files = {name: png(picture) for name, picture in zip(names, result.images, strict=True)}
@@ -86,11 +83,9 @@ def edit_request(config: PhotoConfig) -> EditRequest:
 
 def _report(config: PhotoConfig, editor: Editor, photo: Image.Image, settings: PhotoSettings, cache: Path) -> Path:
     """Print whether dynamic prompt learning is needed, and draw the attention of the nouns."""
-    with progress_bars():
-        report, sheet = report_photo(
-            editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter,
-            cache=cache,
-        )  # fmt: skip
+    report, sheet = report_photo(
+        editor.model, photo, config.source, _noun_regions(config), settings, adapter=editor.adapter, cache=cache
+    )
     names = add_files(config.output_dir, {"nouns.png": png(sheet)})
     print(*report.sentences(), f"{names['nouns.png']} in {config.output_dir}", sep="\n")
     return config.output_dir

@@ -21,6 +21,7 @@ from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.io.atomic import plain_name
 from personalize.io.plain_files import file_hash, read_bytes, read_text
+from personalize.io.progress import ticked
 from personalize.io.tables import read_table
 from personalize.models.config import InferenceOptions
 
@@ -53,7 +54,7 @@ def run(config: EditTableConfig) -> Path:
     """
     rows = read_rows(config.table)
     done, editor, failed = finished(config.output_dir / RESULTS), None, 0
-    for row in rows:
+    for row in ticked(rows, "Photos"):
         try:
             options = row_options(row, config)
             key = row_hash(row, config)

@@ -24,6 +24,7 @@ from personalize.evaluation.metrics import (
 from personalize.evaluation.point_matching import PointMatching
 from personalize.evaluation.report import format_table, measure_item, summarize
 from personalize.io.atomic import write_file
+from personalize.io.progress import ticked
 from personalize.models.loading import default_device
 from personalize.models.stable_diffusion import StableDiffusion
 
@@ -51,7 +52,7 @@ def run(config: EvaluateConfig) -> Path:
             f"{config.results} holds no result of {name}'s {len(items)} items: the first would be "
             f"{config.results / items[0].result}.png"
         )
-    rows = [measure_item(item, path, columns) for item, path in present]
+    rows = [measure_item(item, path, columns) for item, path in ticked(present, "Measuring")]
     table = summarize(rows, columns)
     report = {
         "benchmark": name,

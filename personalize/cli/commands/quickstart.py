@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
 from personalize.cli.launch import presets
 from personalize.cli.parser import read_yaml
@@ -72,7 +71,8 @@ def run(config: QuickstartConfig) -> Path:
     begun = time.monotonic()
     training = training_config(config)
     with single_image_run(model, pixels, example.caption, training, accelerator=accelerator(model)) as run:
-        for _ in track(run.steps(), f"Learning “{example.caption}”", total=run.updates, console=console):
+        console.print(f"Learning “{example.caption}”, {run.updates} updates.")
+        for _ in run.steps():
             pass
         adapter = run.adapter()
     seconds = time.monotonic() - begun

@@ -24,11 +24,11 @@ from personalize.adapters.textual_inversion import TokenEmbedding
 from personalize.editing.config import DYNAMIC, DynamicSettings
 from personalize.editing.dynamic_prompt_learning.noun_groups import NounGroup, group_maps
 from personalize.editing.dynamic_prompt_learning.stage_maps import stage_attention
+from personalize.io.progress import ticked
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.map_filters import smoothed
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
-from personalize.sampling.progress import ticked
 from personalize.sampling.schedule import Schedule, Step
 
 SHARPNESS = 100.0  # factor on the attention before the softmax over words, for the balancing loss

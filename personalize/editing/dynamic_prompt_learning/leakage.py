@@ -25,12 +25,12 @@ from personalize.editing.region import Box, mask_picture
 from personalize.errors import UserError
 from personalize.io.figures import grid, overlay
 from personalize.io.images import to_image
+from personalize.io.progress import ticked
 from personalize.models.attention import hooked
 from personalize.models.attention_maps import InversionMaps
 from personalize.models.image_processor import PaddedImage, Picture, as_image
 from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
-from personalize.sampling.progress import ticked
 from personalize.sampling.schedule import Step
 from personalize.sampling.trajectory import Trajectory
 

@@ -24,6 +24,7 @@ from personalize.io.atomic import write_folder
 from personalize.io.figures import png
 from personalize.io.image_folders import read_folder
 from personalize.io.images import to_image
+from personalize.io.progress import ticked
 from personalize.io.tensor_files import read_json
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, sample
@@ -147,7 +148,9 @@ def _draw(
     size = (settings["size"][0], settings["size"][1])
     edit = Edit(model.prompts([settings["prompt"]], size), None, GUIDANCE)
     schedule = make_schedule(model, settings["steps"], "ddim")
-    for first in range(process * BATCH, settings["count"], processes * BATCH):
+    for first in ticked(
+        range(process * BATCH, settings["count"], processes * BATCH), f"Class pictures, {BATCH} at once"
+    ):
         numbers = range(first, min(first + BATCH, settings["count"]))
         seeds = [settings["seed"] + number for number in numbers]
         for number, row in zip(numbers, model.decode(sample(model, edit, seeds, schedule, size)), strict=True):
