@@ -19,6 +19,7 @@ from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import changes_nothing, lora_removed
+from personalize.errors import UserError
 from personalize.formats import timestep_rank
 from personalize.formats.lora_files import diffusers_file
 from personalize.formats.timestep_rank import TimestepRank
@@ -184,7 +185,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
             trainable = {name: tensor.detach() for name, tensor in self.objective.resumable().items()}
             scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
             state = self.optimizer.state_dict()
-            checkpoint = Checkpoint(self.update, trainable, state, self._resumable_metadata(), scaler)
+            checkpoint = Checkpoint(self.update, trainable, state, self.resumable_metadata(), scaler)
             return checkpoints.save(output_dir, checkpoint, limit=limit, extra=self.adapter_files())
         return folder
 
@@ -194,7 +195,11 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`; UserError if it was made with other settings or another picture."""
-        checkpoints.check_same_run(checkpoint, self._resumable_metadata())
+        checkpoints.check_same_run(checkpoint, self.resumable_metadata())
+        if checkpoint.update > self.updates:
+            raise UserError(
+                f"the checkpoint has {checkpoint.update} updates, and this run makes {self.updates}: make more"
+            )
         checkpoints.restore(checkpoint, self.objective.resumable(), self.optimizer)
         if self.accelerator.scaler is not None and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
@@ -203,7 +208,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         for group, (rate, factor) in zip(self.optimizer.param_groups, schedule, strict=True):
             group["lr"] = rate * factor(self.update)
 
-    def _resumable_metadata(self) -> dict[str, Any]:
+    def resumable_metadata(self) -> dict[str, Any]:
         """`metadata`, flat and without the settings that a resumed run may change: equal for the same run only."""
         metadata = self.metadata()
         config = metadata.pop("config")

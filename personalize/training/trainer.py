@@ -184,11 +184,12 @@ def output_folder(path: Path) -> Iterator[None]:
 
 
 def _resume(config: Any, run: TrainingRun) -> None:
-    checkpoint = checkpoints.find_together(config.output_dir, config.resume_from_checkpoint, run.accelerator)
+    place, name = config.output_dir, config.resume_from_checkpoint
+    checkpoint = checkpoints.find_together(place, name, run.accelerator, run.resumable_metadata())
     if checkpoint is not None:
         run.resume(checkpoint)
     if config.resume_from_checkpoint is not None:
-        start = f"checkpoint-{run.update}" if checkpoint else "the beginning: no whole checkpoint was found"
+        start = checkpoint.name if checkpoint else "the beginning: no whole checkpoint was found"
         run.accelerator.print(f"Going on from {start}")
 
 

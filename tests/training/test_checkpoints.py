@@ -31,7 +31,7 @@ def test_round_trip_goes_on_exactly(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, checkpoint(2))
     parameters, optimizer = trained(0)
     found = checkpoints.find(tmp_path, "latest")
-    assert found is not None and found.update == 2 and found.metadata == {"rank": 2}
+    assert found is not None and found.update == 2 and found.metadata == {"rank": 2} and found.name == "checkpoint-2"
     checkpoints.restore(found, parameters, optimizer)
     optimizer.zero_grad()
     sum((p**3).sum() for p in parameters.values()).backward()  # type: ignore[union-attr]
@@ -47,6 +47,52 @@ def test_limit_keeps_the_newest_and_never_a_former_runs_later_ones(tmp_path: Pat
         if update == 3:
             assert [number for number, _ in checkpoints.numbered(tmp_path)] == [2, 3, 9]
     assert [number for number, _ in checkpoints.numbered(tmp_path)] == [9, 10]
+
+
+def test_those_of_another_run_are_neither_taken_nor_destroyed(tmp_path: Path) -> None:
+    """Not by equal numbers, not by the limit, and no message says to throw them away."""
+    for update in (1, 2, 9):
+        checkpoints.save(tmp_path, checkpoint(update))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = {"rank": 4}
+    with pytest.raises(UserError, match="made with rank = 2, this run has 4; use the same, or train into another"):
+        checkpoints.find(tmp_path, "latest", other)
+    for update in (1, 2, 3):
+        checkpoints.save(tmp_path, replace(checkpoint(update), metadata=other), limit=1)
+    found = checkpoints.find(tmp_path, "latest", other)
+    assert found is not None and (found.update, found.metadata, found.name) == (3, other, "checkpoint-3")
+    assert {path: path.read_bytes() for path in before} == before
+    older = checkpoints.find(tmp_path, "latest", {"rank": 2})
+    assert older is not None and older.update == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in (1, 2, 3, 9)]
+    again = checkpoints.save(tmp_path, replace(checkpoint(9), metadata=other), limit=2)
+    assert checkpoints.NAME.fullmatch(again.name) and again.name.startswith("checkpoint-9-")
+    assert checkpoints.load(again).update == 9 and {path: path.read_bytes() for path in before} == before
+
+
+def test_the_limit_removes_no_file_of_another_program(tmp_path: Path) -> None:
+    first = checkpoints.save(tmp_path, checkpoint(1), limit=1, extra={"adapter": b"ours"})
+    (first / "notes").write_text("theirs")
+    checkpoints.save(tmp_path, checkpoint(2), limit=1)
+    assert [path.name for path in first.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("update", [10**9, -3, 2])
+@pytest.mark.parametrize("sealed", [False, True], ids=["altered", "with its checksum"])
+def test_an_update_that_cannot_be_is_not_believed(tmp_path: Path, update: int, sealed: bool) -> None:
+    path = checkpoints.save(tmp_path, checkpoint(1)) / checkpoints.STATE
+    state = json.loads(path.read_text()) | {"update": update}
+    del state["checksum"]
+    path.write_text(json.dumps(state | {"checksum": checkpoints._hash(state) if sealed else "0"}))
+    with pytest.raises(UserError, match=f"damaged: update {update} in state.json"):
+        checkpoints.load(tmp_path / "checkpoint-1")
+
+
+def test_an_altered_state_shows(tmp_path: Path) -> None:
+    path = checkpoints.save(tmp_path, checkpoint(1)) / checkpoints.STATE
+    path.write_text(path.read_text().replace('"rank": 2', '"rank": 3'))
+    with pytest.raises(UserError, match="is damaged: an entry in state.json is not what was written"):
+        checkpoints.load(tmp_path / "checkpoint-1")
 
 
 def test_half_written_ones_are_passed_over(tmp_path: Path) -> None:
@@ -94,7 +140,9 @@ def test_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rank = 2, this run has 4"):
         checkpoints.check_same_run(checkpoint(1), {"rank": 4})
     other = Checkpoint(1, {}, {}, {"rank": 2, "data_sha256": "ab"})
-    with pytest.raises(UserError, match="made with other pictures or masks; use the same, or start without"):
+    with pytest.raises(
+        UserError, match="made with other pictures or masks; use the same, or train into"
+    ):
         checkpoints.check_same_run(other, {"rank": 2, "data_sha256": "cd"})
     unfit = replace(checkpoint(1), optimizer={"state": {}, "param_groups": [{"params": [0]}]})
     with pytest.raises(UserError, match="optimizer does not fit this run"):
