@@ -13,6 +13,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class NonFiniteLatents(UserError):
+    """A picture cannot be decoded, because sampling overflowed."""
+
+
 class Mismatch(UserError):
     """A command that checks something could read it and found it wrong, as `personalize verify` may."""
 

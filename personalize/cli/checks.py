@@ -6,7 +6,6 @@ The functions are called by the `check` methods of the options' classes.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
+from personalize.models.ranges import LARGEST_WORD_WEIGHT
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 TOKEN = re.compile(r"<[^<>\s]+>")
@@ -208,11 +208,12 @@ def weight(text: str) -> tuple[str, float]:
     """ "fluffy=3" → ("fluffy", 3.0)."""
     word, _, factor = text.rpartition("=")
     try:
-        if math.isfinite(number := float(factor)):
+        if abs(number := float(factor)) <= LARGEST_WORD_WEIGHT:  # not of NaN either
             return word.strip(), number
         raise ValueError
     except ValueError:
-        raise UserError(f"{text!r}: write word=factor, for example fluffy=3") from None
+        limits = f"a factor from {-LARGEST_WORD_WEIGHT} to {LARGEST_WORD_WEIGHT}"
+        raise UserError(f"{text!r}: write word=factor, for example fluffy=3, with {limits}") from None
 
 
 def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Any]:

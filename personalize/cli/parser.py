@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from personalize.cli.lists import flag_name, gathered
 from personalize.errors import UserError, nearest
 from personalize.io.yaml_files import read_options
+from personalize.models.ranges import check_ranges
 
 ALIASES = {  # names of the same options in sd-scripts and in diffusers' DreamBooth script
     "network_dim": "rank", "network_alpha": "lora_alpha", "instance_prompt": "caption",
@@ -72,7 +72,7 @@ def parse(
     args = gathered([*args, *tokens], lists=lists, switches=switches, needs_argument=_needs_argument(config))
     with _one_line(prog):
         options = tyro.cli(config, args=args, prog=prog, use_underscores=True, registry=_registry())
-    _check_finite(options)
+    check_ranges(options, "--")
     return replace(options, **_expanded_homes(options))  # pyright: ignore[reportArgumentType]
 
 
@@ -80,15 +80,6 @@ def _needs_argument(config: type) -> bool:
     """Has the command an argument without a flag that must be given?"""
     required = [f.name.rstrip("_") for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
     return any(_is_positional(config, name) for name in required)
-
-
-def _check_finite(options: Any) -> None:
-    """UserError for an option that is NaN or infinite."""
-    for field in fields(options):
-        value = getattr(options, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"--{field.name.rstrip('_')} is {number}, expected a number: give a finite one")
 
 
 def _expanded_homes(options: Any) -> dict[str, Any]:

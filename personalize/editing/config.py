@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from personalize.errors import UserError
+from personalize.models.ranges import check_ranges
 
 if TYPE_CHECKING:
     from personalize.sampling.schedule import Step
@@ -41,6 +42,7 @@ class UniformSettings:
     reduce: str | None = None
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.auxiliary not in AUXILIARIES or self.reduce not in REDUCTIONS:
             raise UserError(f"auxiliary is one of {AUXILIARIES} and reduce one of {REDUCTIONS}; got {self}")
         if not 0 <= self.until <= 1 or not 0 <= self.quantile <= 1:
@@ -80,6 +82,7 @@ class ControlSettings:
     """Local blend: the share of the steps before it begins."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         shares = {"cross_replace_steps": self.cross_replace_steps, "self_replace_steps": self.self_replace_steps,
                   "blend_threshold": self.blend_threshold, "blend_start": self.blend_start}  # fmt: skip
         for name, value in shares.items():
@@ -115,6 +118,7 @@ class DynamicSettings:
     """Keep the inputs of blocks instead of all activations: less memory, more time, the same result."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.updates < 0 or self.rate <= 0 or min(self.balancing, self.disjoint, self.background) < 0:
             raise UserError(f"dynamic prompts take a positive rate and no negative updates or weights, got {self}")
 
@@ -143,6 +147,9 @@ class Sampling:
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 @dataclass(frozen=True)
 class EditStrengths:
@@ -159,6 +166,9 @@ class EditStrengths:
     gamma: float | None = None
     forget: str = "none"
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def __str__(self) -> str:
         mix = f"alpha {self.alpha:g}  beta {self.beta:g}" if self.gamma is None else f"gamma {self.gamma:g}"

@@ -33,8 +33,9 @@ from personalize.editing.photo_settings import PHOTO_DEFAULTS, PhotoSettings
 from personalize.editing.real_image import EditResult, edit_photo
 from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.search import Trial, ranked, search
+from personalize.editing.strengths import largest_dial
 from personalize.editing.vector_projection import edit_conditioning
-from personalize.errors import UserError
+from personalize.errors import NonFiniteLatents, UserError
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request, Scorer
 from personalize.io.images import to_image
@@ -269,7 +270,11 @@ class Editor:
         schedule = make_schedule(self.model, sampling.steps, sampling.scheduler)
         with self._applied(strengths is not None):
             latents = sample(self.model, edit, seeds, schedule, size)
-        return [to_image(row) for row in self.model.decode(latents)]
+        try:
+            return [to_image(row) for row in self.model.decode(latents)]
+        except NonFiniteLatents as error:
+            dial = largest_dial(strengths, scale)
+            raise NonFiniteLatents(f"the picture would be black: its latents are not finite; lower {dial}") from error
 
     def applied_throughout(self) -> AbstractContextManager[object]:
         """A context in which the adapter stays applied between calls; also allowed inside a `with` block."""

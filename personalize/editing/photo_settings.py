@@ -8,6 +8,7 @@ from typing import Literal
 from personalize.editing import defaults
 from personalize.editing.config import CONTROL, ControlSettings, DynamicSettings, UniformSettings
 from personalize.errors import UserError
+from personalize.models.ranges import check_ranges
 from personalize.sampling.config import STRENGTH, NullTextSettings
 
 
@@ -36,6 +37,7 @@ class PhotoSettings:
     resolution: int | None = None
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.controller == "mutual" and self.dynamic is not None:
             raise UserError("mutual attention has no source prompt, so that no noun can be dynamic: use one of them")
         if self.inversion == "none" and (self.dynamic is not None or self.uniform is not None):

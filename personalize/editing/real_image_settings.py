@@ -11,6 +11,7 @@ from personalize.editing.region import Box
 from personalize.errors import UserError
 from personalize.models.image_processor import Picture
 from personalize.models.prompts import Tokens
+from personalize.models.ranges import LARGEST_WORD_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class EditRequest:
     mask: Picture | Box | None = None
     strict: bool = False
     regions: NounRegions = AUTO_REGIONS
+
+    def __post_init__(self) -> None:
+        most = LARGEST_WORD_WEIGHT
+        if wrong := [word for word, factor in self.weights.items() if not abs(factor) <= most]:
+            raise UserError(f"the weight of {wrong[0]!r} is {self.weights[wrong[0]]}: give one from {-most} to {most}")
 
     def prompts(self, source: Tokens) -> list[str]:
         """The target prompts.

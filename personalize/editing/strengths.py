@@ -55,6 +55,15 @@ def remembered(info: Mapping[str, Any], prompt: str) -> tuple[EditStrengths, int
         ) from None
 
 
+def largest_dial(strengths: EditStrengths | None, guidance_scale: float) -> str:
+    """The dial of an edit that is the furthest above what is usual, with its value, for an error message."""
+    usual = {"alpha": 0.8, "beta": 1.2, "gamma": 1.0, "strength": 1.0, "guidance_scale": 7.5}
+    values = {name: getattr(strengths, name, None) for name in usual} | {"guidance_scale": guidance_scale}
+    share = {name: abs(value) / usual[name] for name, value in values.items() if value is not None}
+    name = max(share, key=share.__getitem__)
+    return f"{name}, which is {values[name]:g}"
+
+
 def _key(prompt: str) -> str:
     """`prompt` with single spaces: the key under which its strengths are stored."""
     return " ".join(prompt.split())

@@ -1,6 +1,7 @@
 """Base models of the Stable Diffusion family, and handles on their parts.
 
     stable_diffusion   one handle for SD 1.x, SD 2.x and SDXL: encode, predict, decode
+    ranges             the range of every number among the options
     parameterization   what a UNet predicts (ε or v), turned into the other and into the clean latents
     supported          bases of another kind are refused; what a UNet predicts, if no file says it
     loading, config    from a folder, the hub or a single file; configs/ holds what single files lack

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from personalize.errors import UserError
+from personalize.errors import NonFiniteLatents, UserError
 from personalize.models import parameterization
 from personalize.models.conditioning import Conditioning
 from personalize.models.config import INPAINTING, check_channels
@@ -180,7 +180,12 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels of `latents`, clamped to [−1, 1]."""
+        """Pixels of `latents`, clamped to [−1, 1]; NonFiniteLatents, in place of a black picture, if they are none."""
+        if not bool(latents.isfinite().all()):
+            raise NonFiniteLatents(
+                "the picture would be black, because its latents are not finite numbers: lower the guidance scale and "
+                "the strengths, or sample in fp32"
+            )
         with accurate_vae(self.vae):
             weight = self.vae.decoder.conv_in.weight
             scaled = latents.to(weight.device, weight.dtype) / self.vae.config.scaling_factor

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from personalize.errors import UserError
+from personalize.models.ranges import check_ranges
 
 STRENGTH = {"ddpm": 0.64}  # the paper skips the noisiest 36 of 100 steps
 
@@ -29,6 +30,7 @@ class NullTextSettings:
     """Compute the UNet's blocks again for the backward pass instead of keeping them: less memory, same result."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.iterations < 1 or self.rate <= 0 or self.tolerance < 0 or self.growth < 0:
             raise UserError(f"null-text takes iterations from 1, a positive rate and no negative tolerance, got {self}")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from personalize.errors import UserError
 from personalize.io.numbering import unused_folder
 from personalize.models.config import BaseModelOptions
+from personalize.models.ranges import check_ranges
 
 ConfigT = TypeVar("ConfigT", bound="LoraTrainingConfig")
 
@@ -120,6 +121,7 @@ class LoraTrainingConfig:
     """Seed of everything random: LoRA, latents or views, noise, timesteps, class pictures."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         _positive(self, "samples_per_update", "train_batch_size", "gradient_accumulation_steps")
         _positive(self, "rank", "lora_alpha", "max_grad_norm", "alpha_rank_scale")
         _not_negative(self, "prior_loss_weight", "lr_warmup_steps")

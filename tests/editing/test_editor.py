@@ -7,14 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.cli.main import main
+from personalize.editing import editor as editor_module
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.editing.strengths import remember
-from personalize.errors import UserError
+from personalize.errors import NonFiniteLatents, UserError
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
@@ -188,3 +190,15 @@ def test_guidance_that_is_not_given_is_what_suits_the_base(editor, monkeypatch, 
     monkeypatch.setattr(editor.model, "name", name)
     given = editor.base("a dog", sampling=Sampling(steps=2, guidance_scale=scale))[0]
     assert editor.base("a dog", sampling=SHORT)[0].tobytes() == given.tobytes()
+
+
+def test_a_picture_of_latents_that_are_not_finite_is_an_error_that_names_the_dial(editor, monkeypatch):
+    """It was all black, with exit code 0."""
+    monkeypatch.setattr(editor_module, "sample", lambda *_: torch.full((1, 4, 8, 8), float("nan")))
+    for dial, value in (("beta", 15.0), ("alpha", 12.0), ("strength", -9.0), ("gamma", 11.0)):
+        with pytest.raises(NonFiniteLatents, match=f"lower {dial}, which is {value:g}"):
+            editor.edit("a dog", **{dial: value}, sampling=SHORT)
+    with pytest.raises(NonFiniteLatents, match="lower guidance_scale, which is 90"):
+        editor.base("a dog", sampling=Sampling(2, guidance_scale=90.0))
+    with pytest.raises(UserError, match="alpha is nan"):
+        editor.edit("a dog", alpha=float("nan"), sampling=SHORT)

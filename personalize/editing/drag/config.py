@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
 from personalize.errors import UserError
+from personalize.models.ranges import check_ranges
 
 STRENGTHS = {"pixels": 0.5, "latents": 0.7}  # measured in tests/bench/drag; the paper of FastDrag
 _FOREIGN = {("clone", "latents"), ("smooth", "latents"), ("attention_raw", "pixels")}
@@ -97,6 +98,7 @@ class DragSettings:
         return FILLS[self.method] if self.fill is None else self.fill
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         for name, hint in get_type_hints(type(self)).items():
             value, known = getattr(self, name), _choices(hint)
             if isinstance(value, str) and value not in known:

@@ -1,0 +1,68 @@
+"""The range of every number among the options, by name: read where a command line is parsed, and by the settings.
+
+A number outside its range gives no picture and no adapter that anybody wants: mostly a black one.  Where more is known
+of a setting than its name tells, its class checks that too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from personalize.errors import UserError
+
+LARGEST_WORD_WEIGHT = 100  # factor on the attention to a word
+MIX, FACTOR = (-20, 20), (0, 10**4)  # weights of embeddings and adapters; weights of losses
+RATE, FRACTION = (0, 10), (0, 1)
+COUNT, STEPS, PIXELS, SEED = (0, 10**9), (0, 10**6), (0, 2**14), (0, 2**63 - 1)
+_NAMES: dict[tuple[float, float], str] = {
+    MIX: "alpha beta gamma strength weights",
+    FACTOR: (
+        "prior_loss_weight calibration_weight grounding_weight snr_gamma early_stop_loss max_grad_norm balancing "
+        "balancing_limit disjoint background dpl_balancing dpl_disjoint dpl_background threshold_scale cap "
+        "alpha_rank_scale lora_alpha mask_weight clearance"
+    ),
+    RATE: (
+        "learning_rate learning_rates text_embedding_lr text_encoder_lr token_learning_rate adam_weight_decay rate "
+        "null_text_rate tolerance null_text_tolerance growth"
+    ),
+    FRACTION: (
+        "swap_subjects blend_start blend_threshold cross_replace_steps self_replace_steps quantile uniform_quantile "
+        "until uniform_until mask_threshold mask_most pairs variety caption_dropout ema_decay ema_start word_steps"
+    ),
+    COUNT: "max_train_samples max_train_steps checkpointing_steps checkpoints_total_limit validation_steps",
+    STEPS: (
+        "steps num_inference_steps class_image_steps preview_steps iterations null_text_iterations updates dpl_updates "
+        "fixed_point fixed_point_iterations lr_warmup_steps samples_per_update train_batch_size batch_sizes budget "
+        "gradient_accumulation_steps num_class_images num_images num_validation_images adapters_per_batch scene scenes "
+        "scene_pools autoencoded test_scenes dataloader_num_workers rank min_rank num_vectors widths top_k mask_fewest "
+        "kv_start kv_levels map_levels map_timesteps"
+    ),
+    PIXELS: "height width size resolution dilate grow shrink margin window self_max_side",
+    SEED: "seed seeds",
+    (0, 100): "guidance_scale",
+}  # fmt: skip
+RANGES = {name: limits for limits, names in _NAMES.items() for name in names.split()}
+
+
+def check_ranges(options: Any, prefix: str = "") -> None:
+    """UserError, naming the field, unless every number in the dataclass `options` is finite and in its range."""
+    for field in fields(options):
+        name = field.name.rstrip("_")
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        for number in _numbers(getattr(options, field.name, None)):
+            if not math.isfinite(number):
+                raise UserError(f"{prefix}{name} is {number}, expected a number: give a finite one")
+            if not low <= number <= high:
+                raise UserError(f"{prefix}{name} is {number:g}: give a number from {low:g} to {high:g}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers that a field holds: itself, or those of a tuple."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _numbers(part)

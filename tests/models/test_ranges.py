@@ -1,0 +1,77 @@
+"""No number among the options is without a range, on the command line and in Python."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import fields, is_dataclass
+from itertools import chain
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from personalize.cli import launch
+from personalize.editing.config import DynamicSettings, EditStrengths, Sampling
+from personalize.editing.drag.config import DragSettings
+from personalize.editing.photo_settings import PhotoSettings
+from personalize.editing.real_image_settings import EditRequest
+from personalize.errors import UserError
+from personalize.models.ranges import RANGES, check_ranges
+from personalize.sampling.config import NullTextSettings
+from personalize.training.config import MultiConceptConfig, SingleImageConfig
+
+MODULES = ("models.config", "training.config", "editing.config", "editing.photo_settings", "editing.drag.config",
+           "sampling.config", "cli.options", "cli.edit_options")  # fmt: skip
+
+
+def classes() -> list[type]:
+    modules = [importlib.import_module(f"personalize.{name}") for name in MODULES]
+    modules += [launch.load_script(path) for room in ("train", "export") for path in launch.scripts(room).values()]
+    found = chain.from_iterable(vars(module).values() for module in modules)
+    return list({kind: None for kind in found if isinstance(kind, type) and is_dataclass(kind)})
+
+
+def holds_numbers(hint: Any) -> bool:
+    parts = () if get_origin(hint) is Literal else get_args(hint)
+    return hint in (int, float) or any(map(holds_numbers, parts))
+
+
+def test_every_number_option_has_a_range_that_its_default_is_in() -> None:
+    for kind in classes():
+        hints = get_type_hints(kind)
+        names = [field.name for field in fields(kind) if holds_numbers(hints[field.name])]
+        assert not {name.rstrip("_") for name in names} - set(RANGES), f"{kind}: name them in models/ranges.py"
+        defaults = {field.name: field.default for field in fields(kind)}
+        for name in names:
+            low, high = RANGES[name.rstrip("_")]
+            values = defaults[name] if isinstance(defaults[name], tuple) else (defaults[name],)
+            assert all(low <= value <= high for value in values if isinstance(value, int | float)), (kind, name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 10**30])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, field.name)
+        for kind in (EditStrengths, Sampling, PhotoSettings, DragSettings, NullTextSettings, DynamicSettings,
+                     SingleImageConfig, MultiConceptConfig)
+        for field in fields(kind) if holds_numbers(get_type_hints(kind)[field.name])
+    ],
+)  # fmt: skip
+def test_the_settings_check_them_in_python_too(kind: Any, name: str, value: float) -> None:
+    given = (value, value) if get_origin(get_type_hints(kind)[name]) is tuple else value
+    with pytest.raises(UserError, match=f"{name} is"):
+        kind(**{name: given})
+
+
+def test_what_arrived_and_what_was_expected() -> None:
+    with pytest.raises(UserError, match=r"^--strength is 1e\+06: give a number from -20 to 20$"):
+        strengths = object.__new__(EditStrengths)
+        for field in fields(EditStrengths):
+            object.__setattr__(strengths, field.name, 1e6 if field.name == "strength" else field.default)
+        check_ranges(strengths, "--")
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e9, -1e9])
+def test_weights_of_words_have_a_range(factor: float) -> None:
+    with pytest.raises(UserError, match="the weight of 'cat' is"):
+        EditRequest(weights={"cat": factor})
