@@ -117,7 +117,7 @@ def run(monkeypatch) -> Any:
         is_main_process=True, is_local_main_process=False, num_processes=1, log=lambda *_, **__: None,
         print=lambda *_: None,
     )  # fmt: skip
-    return Run(accelerator=accelerator, updates=4, update=0, saved=[], failing=(), signal_at=None)
+    return Run(accelerator=accelerator, updates=4, update=0, saved=[], failing=(), signal_at=None, shard="")
 
 
 def options(steps: int | None) -> SimpleNamespace:
