@@ -32,7 +32,10 @@ _NAMES: dict[tuple[float, float], str] = {
         "swap_subjects blend_start blend_threshold cross_replace_steps self_replace_steps quantile uniform_quantile "
         "until uniform_until mask_threshold mask_most pairs variety caption_dropout ema_decay ema_start word_steps"
     ),
-    COUNT: "max_train_samples min_train_samples samples_per_picture max_train_steps checkpointing_steps checkpoints_total_limit validation_steps",
+    COUNT: (
+        "max_train_samples min_train_samples samples_per_picture max_train_steps checkpointing_steps "
+        "checkpoints_total_limit validation_steps"
+    ),
     STEPS: (
         "steps num_inference_steps class_image_steps preview_steps iterations null_text_iterations updates dpl_updates "
         "fixed_point fixed_point_iterations lr_warmup_steps samples_per_update train_batch_size batch_sizes budget "
@@ -42,7 +45,7 @@ _NAMES: dict[tuple[float, float], str] = {
     ),
     PIXELS: "height width size resolution dilate grow shrink margin window self_max_side",
     SEED: "seed seeds",
-    (0, 100): "guidance_scale",
+    (0, 100): "guidance_scale", (0, 2**16 - 1): "port",
 }  # fmt: skip
 RANGES = {name: limits for limits, names in _NAMES.items() for name in names.split()}
 
