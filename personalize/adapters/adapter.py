@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from personalize.adapters.adapter_files import (
     picture_name,
     read_token_files,
     saved_files,
+    tensor_digests,
 )
 from personalize.adapters.captions import captions_of, find_caption_number, nearest_caption, source_row
 from personalize.adapters.lora import PREFIX, load_lora, remove_lora
@@ -34,6 +35,7 @@ from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
 from personalize.formats.adapter_source import fetched, is_adapter_folder, open_adapter
 from personalize.formats.foreign_files import read_adapter_file
+from personalize.formats.integrity import FILE_HASHES, OWN_HASH, sealed
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
 from personalize.formats.timestep_rank import TimestepRank, rule_of
@@ -174,7 +176,7 @@ class Adapter:
             VerificationReport((verification.compare_digests(SOURCE_FILE, source, info["source_tensors"]),)).require()
             check_source(source, len(captions_of(info, source)))
         concepts = read_token_files(folder, info.pop("concepts", {}))
-        for key in ("schema", "twin", "tensors", "source_tensors", "files"):
+        for key in ("schema", "twin", "tensors", "source_tensors", "files", FILE_HASHES, OWN_HASH):
             info.pop(key, None)
         return Adapter(content.state, info.pop("rank"), info.pop("alpha"), source, info, concepts)
 
@@ -256,28 +258,15 @@ class Adapter:
         images = {picture_name(key): png(image) for key, image in pictures.items()}
         card = model_card(name=name, kohya_file=kohya_file, adapter=self, pictures=list(images))
         files |= {**images, CARD: card.encode()}
-        files[MANIFEST] = self._manifest(kohya_file, [*files, MANIFEST])
+        files[MANIFEST] = self._manifest(kohya_file, files)
         return files
 
-    def _manifest(self, kohya_file: str, names: list[str]) -> bytes:
-        tensors = {
-            f"{module}.lora_{side}.weight": verification.tensor_digest(tensor.float())
-            for module, pair in lora_files.factor_pairs(self.lora).items()
-            for side, tensor in zip("AB", pair, strict=True)
-        }
-        source = {key: verification.tensor_digest(value.float()) for key, value in sorted((self.source or {}).items())}
-        own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": kohya_file, "files": sorted(names)}
-        about = {"base": self.base | {"family": self.family}}
-        if self.concepts:
-            about["concepts"] = {
-                token: {
-                    key: verification.tensor_digest(part)
-                    for key, part in textual_inversion_files.checked_rows(token, rows).items()
-                }
-                for token, rows in self.concepts.items()
-            }
-        values = dict(sorted(self.info.items())) | own | about | {"source_tensors": source, "tensors": tensors}
-        return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    def _manifest(self, kohya_file: str, files: Mapping[str, bytes]) -> bytes:
+        own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": kohya_file}
+        own |= {"files": sorted([*files, MANIFEST]), "base": self.base | {"family": self.family}}
+        own[FILE_HASHES] = {name: sha256(files[name]).hexdigest() for name in sorted(files)}
+        values = dict(sorted(self.info.items())) | own | tensor_digests(self.lora, self.source, self.concepts)
+        return sealed(values)
 
 
 def _of_part(others: Mapping[str, Mapping[str, Tensor]], part: str) -> dict[str, Mapping[str, Tensor]]:

@@ -66,6 +66,23 @@ def saved_files(folder: Path) -> set[str]:
     return {entry.name for entry in ours if entry.is_file()}
 
 
+def tensor_digests(
+    lora: Mapping[str, Tensor], source: Mapping[str, Tensor] | None, concepts: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """The entries of the manifest by which a reader knows that tensors are those that were saved."""
+    tensors = {
+        f"{module}.lora_{side}.weight": verification.tensor_digest(tensor.float())
+        for module, pair in lora_files.factor_pairs(lora).items()
+        for side, tensor in zip("AB", pair, strict=True)
+    }
+    rows = {token: textual_inversion_files.checked_rows(token, parts) for token, parts in concepts.items()}
+    words = {
+        token: {key: verification.tensor_digest(part) for key, part in parts.items()} for token, parts in rows.items()
+    }
+    digests = {key: verification.tensor_digest(value.float()) for key, value in sorted((source or {}).items())}
+    return ({"concepts": words} if concepts else {}) | {"source_tensors": digests, "tensors": tensors}
+
+
 def check_manifest(info: Mapping[str, Any], content: AdapterFile, folder: Path) -> None:
     """UserError unless the LoRA file is the one that `adapter.json` describes."""
     path = folder / MANIFEST

@@ -5,7 +5,6 @@ The best strengths of a prompt are stored in `adapter.json` under "edits": promp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from personalize.adapters.adapter_files import WAIT
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.editing.config import EditStrengths
 from personalize.errors import UserError
+from personalize.formats.integrity import sealed
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import write_file
 from personalize.io.locks import folder_lock
@@ -33,7 +33,7 @@ def remember(folder: str | Path, prompt: str, strengths: EditStrengths, seed: in
         edits = values.get("edits")
         entry = {**asdict(strengths), "seed": seed, **scores}
         values["edits"] = {**(edits if isinstance(edits, dict) else {}), _key(prompt): entry}
-        write_file(path, (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        write_file(path, sealed(values))
 
 
 def remembered(info: Mapping[str, Any], prompt: str) -> tuple[EditStrengths, int] | None:

@@ -10,7 +10,7 @@
     textual_inversion_files   learned tokens
     original_checkpoint       single-file base models
     timestep_rank             the rule of adapters with fewer components at high noise
-    manifest                  adapter.json
+    manifest                  adapter.json;  integrity: bytes that changed, absurd weights
     reader_keys, source_reading, verification   independent readings, and the comparison with them
     compatibility, coverage   who can read a file, and what it changes
     inspection, folder_inspection, conversion   say what a file is; rewrite it for another program

@@ -17,8 +17,16 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import textual_inversion_files
+from personalize.formats.integrity import absurd_weight, changed_files, header_problems
 from personalize.formats.layer_sizes import require_fitting
-from personalize.formats.manifest import DIFFUSERS_FILE, FAMILIES, MANIFEST, SOURCE_FILE, read_manifest, tensor_digest
+from personalize.formats.manifest import (
+    DIFFUSERS_FILE,
+    FAMILIES,
+    MANIFEST,
+    SOURCE_FILE,
+    read_manifest,
+    tensor_digest,
+)
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.progress import ticked
 from personalize.io.tensor_files import TensorFile, read_tensors
@@ -90,7 +98,7 @@ def verify_file(path: Path, model: StableDiffusion | None = None) -> Verificatio
     _require_fitting(path, factors, family)
     if model is None and not _any_shape_matches(factors, keys.shapes or {}):
         base, keys = None, ReaderKeys(family)
-    report = compare(path.name, factors, problems, factors, keys.shapes)
+    report = compare(path.name, factors, [*problems, *header_problems(path, content)], factors, keys.shapes)
     stems = {key.removesuffix(ending) for ending in _ENDINGS for key in content.tensors if key.endswith(ending)}
     reports = [replace(report, total=max(len(stems), len(factors)))]
     if not factors:
@@ -143,7 +151,11 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> V
     content = read_tensors(folder / DIFFUSERS_FILE)
     expected = {module: (a, b, scaling) for module, (a, b, _) in keys.peft(content)[0].items()}
     _require_fitting(folder / DIFFUSERS_FILE, expected, family)
-    reports = [compare_digests(DIFFUSERS_FILE, content.tensors, hashes)]
+    changed, count = changed_files(folder)
+    reports = [
+        FileReport(f"{MANIFEST} and what it lists", count - len(changed), count, 0.0, "", tuple(changed), "files")
+    ]
+    reports.append(compare_digests(DIFFUSERS_FILE, content.tensors, hashes))
     reports += compare_files(folder, kohya_file, expected, keys)
     if source:
         reports.append(compare_digests(SOURCE_FILE, read_tensors(folder / SOURCE_FILE).tensors, source))
@@ -231,6 +243,7 @@ def compare(
     """
     problems, deviations, matched = list(problems), {}, 0
     problems += [f"module {module} is not in the adapter" for module in found if module not in expected]
+    problems += [f"module {module} has {text}" for module, factors in found.items() if (text := absurd_weight(factors))]
     for module, reference in ticked(expected.items(), "Verifying"):
         if module not in found:
             problems.append(f"module {module} is missing")

@@ -75,7 +75,7 @@ def problems(folder, model=None):
 def test_a_saved_adapter_verifies(folder):
     report = verify_folder(folder)
     assert report.ok and report.require() is report
-    assert [(file.matched, file.total) for file in report.files] == [(256, 256), (128, 128), (128, 128), (1, 1)]
+    assert [(file.matched, file.total) for file in report.files] == [(5, 5), (256, 256), (128, 128), (128, 128), (1, 1)]
 
 
 def test_one_corrupted_tensor_is_named(folder):
@@ -179,7 +179,8 @@ def test_one_different_alpha_that_diffusers_misreads_is_found(folder):
         tensors[f"{KOHYA}.lora_up.weight"] /= 2
 
     rewrite(folder / KOHYA_FILE, change)
-    assert not any(problems(folder).values())
+    found = problems(folder)
+    assert found.pop("adapter.json") == [f"{KOHYA_FILE} is not what was saved"] and not any(found.values())
     found = problems(folder, make()[0])
     assert found[KOHYA_FILE] and all("attn1.to_k" in problem for problem in found[KOHYA_FILE])
 
