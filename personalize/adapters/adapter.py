@@ -139,7 +139,7 @@ class Adapter:
         """
         folder = folder_path(folder)
         check_target(folder)
-        files = self._files(folder.name, pictures or {}, kohya_dtype)
+        files = self.folder_files(folder.name, pictures or {}, kohya_dtype)
 
         def check(written: Path) -> None:
             self.check_files(written, folder.name)
@@ -234,7 +234,8 @@ class Adapter:
         reports = verification.compare_files(folder, kohya_file, live, ReaderKeys(self.family))
         return VerificationReport(tuple(reports)).require()
 
-    def _files(self, name: str, pictures: Mapping[str, Image.Image], kohya_dtype: torch.dtype) -> dict[str, bytes]:
+    def folder_files(self, name: str, pictures: Mapping[str, Image.Image], dtype: torch.dtype) -> dict[str, bytes]:
+        """The files of an adapter folder called `name`, kohya's in `dtype`, by name; UserError as in `save`."""
         if self.others:
             raise UserError(
                 "an adapter folder holds LoRAs and tokens alone: `personalize convert` makes LoRAs of others"
@@ -245,9 +246,7 @@ class Adapter:
         metadata = lora_files.kohya_metadata(title=name, family=family, rank=self.rank, info=self.info)
         files = {
             DIFFUSERS_FILE: lora_files.diffusers_file(self.lora, self.alpha),
-            kohya_file: lora_files.kohya_file(
-                self.lora, self.alpha, family=family, dtype=kohya_dtype, metadata=metadata
-            ),
+            kohya_file: lora_files.kohya_file(self.lora, self.alpha, family=family, dtype=dtype, metadata=metadata),
             **textual_inversion_files.token_file_contents(self.concepts, family=family),
         }
         if self.source is not None:

@@ -240,13 +240,9 @@ def _kind(sources: RowSources, resolution: int, multiple: int) -> tuple[Any, ...
 
 
 def learn_catalogue(
-    items: Sequence[Item],
-    refused: Sequence[Mapping[str, Any]],
-    catalogue: Catalogue,
-    load: Callable[[], StableDiffusion],
-    processes: ProcessGroup,
-    mixed_precision: str | None = "no",
-) -> list[dict[str, Any]]:
+    items: Sequence[Item], refused: Sequence[Mapping[str, Any]], catalogue: Catalogue,
+    load: Callable[[], StableDiffusion], processes: ProcessGroup, mixed_precision: str | None = "no",
+) -> list[dict[str, Any]]:  # fmt: skip
     """Train every row that is not finished yet; returns the outcomes of all rows, from all processes.
 
     Another catalogue may run on the same output: each row is trained by one of them, and both wait for all.

@@ -163,9 +163,6 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
             return lora_state(self.model.unet), 0.0
         return low_rank(self._changes(), self.config.rank)
 
-    def lora(self) -> dict[str, Tensor]:
-        return self._approximated()[0]
-
     @contextmanager
     def adapter_removed(self) -> Iterator[Adapter]:
         """Yield the adapter as it is now, and run the body on the base's weights; then training can go on.

@@ -15,13 +15,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import changes_nothing, lora_removed
 from personalize.errors import UserError
 from personalize.formats import timestep_rank
-from personalize.formats.lora_files import diffusers_file
 from personalize.formats.timestep_rank import TimestepRank
 from personalize.io.progress import ticked
 from personalize.models.stable_diffusion import StableDiffusion
@@ -138,10 +136,6 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
     def adapter(self, **info: Any) -> Adapter:
         """What has been learned so far; `info` is added to the adapter's metadata."""
 
-    @abstractmethod
-    def lora(self) -> dict[str, Tensor]:
-        """Copies of the adapter's LoRA tensors, by the names they have in adapter files."""
-
     @contextmanager
     def adapter_removed(self) -> Iterator[Adapter]:
         """Yield the adapter as it is now, and run the body on the bare base model; then training can go on."""
@@ -169,7 +163,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         """The entries of `metadata` that only this kind of run has."""
 
     def save_checkpoint(self, output_dir: str | Path, limit: int | None = None, *, wait: bool = True) -> Path:
-        """Write `output_dir/checkpoint-N` on the main process, with an adapter file that other programs can load.
+        """Write `output_dir/checkpoint-N` on the main process, which is an adapter folder too.
 
         The other processes `wait` for that, also if it fails.
         """
@@ -185,13 +179,10 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
             trainable = {name: tensor.detach() for name, tensor in self.objective.resumable().items()}
             scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
             state = self.optimizer.state_dict()
+            files = self.adapter().folder_files(folder.name, {}, torch.float32)
             checkpoint = Checkpoint(self.update, trainable, state, self.resumable_metadata(), scaler)
-            return checkpoints.save(output_dir, checkpoint, limit=limit, extra=self.adapter_files())
+            return checkpoints.save(output_dir, checkpoint, limit=limit, extra=files)
         return folder
-
-    def adapter_files(self) -> dict[str, bytes]:
-        """The adapter as other programs load it, by file name; a checkpoint holds it beside the training state."""
-        return {"pytorch_lora_weights.safetensors": diffusers_file(self.lora(), self.config.file_alpha)}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`; UserError if it was made with other settings or another picture."""

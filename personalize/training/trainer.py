@@ -189,8 +189,8 @@ def _resume(config: Any, run: TrainingRun) -> None:
     if checkpoint is not None:
         run.resume(checkpoint)
     if config.resume_from_checkpoint is not None:
-        start = checkpoint.name if checkpoint else "the beginning: no whole checkpoint was found"
-        run.accelerator.print(f"Going on from {start}")
+        anew = f"Beginning anew: there is no whole checkpoint in {config.output_dir}"
+        run.accelerator.print(f"Going on from {checkpoint.name}" if checkpoint else anew)
 
 
 def finish(config: Any, accelerator: Accelerator) -> Path:
