@@ -8,11 +8,7 @@ Only their name maps and LoRA arithmetic run, on tiny or weightless models; pack
 not need for that are replaced by stand-ins where missing.
 """
 
-import importlib
-import os
-import sys
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from personalize.adapters.lora import module_names
 from personalize.formats import lora_files, verification
 from personalize.formats.reader_keys import original_paths
 from personalize.models.empty import empty_model
+from tests.support.checkouts import checkout, load
 from tests.support.foreign_files import delta, modules
 from tests.support.lora_states import ATTENTION, EVERYTHING, TRANSFORMER, paths, random_lora, text_lora
 from tests.support.original_layout import unet_layout
@@ -42,29 +39,6 @@ UNETS = {  # how ComfyUI describes the UNets of the families
 }  # fmt: skip
 UNETS["sd2"] = UNETS["sd1"]
 CLIPS = {"sd1": ["clip_l"], "sd2": ["clip_h"], "sdxl": ["clip_l", "clip_g"]}
-
-
-def checkout(variable, monkeypatch):
-    """The path in an environment variable, put on the import path; skips without it."""
-    path = os.environ.get(variable)
-    if not path:
-        pytest.skip(f"{variable} is not set to a checkout")
-    if not os.path.isdir(path):
-        pytest.skip(f"{variable} is {path}, which is no folder")
-    monkeypatch.syspath_prepend(path)
-    monkeypatch.setattr(sys, "argv", sys.argv[:1])
-
-
-def load(name):
-    """Import a module of a checkout, with stand-ins for packages that are not installed here."""
-    for _ in range(20):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.split(".")[0] == name.split(".")[0]:
-                raise
-            sys.modules[error.name] = MagicMock()
-    raise AssertionError(f"{name} imports too much that is not here")
 
 
 def comfyui():

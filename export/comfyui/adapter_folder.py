@@ -1,0 +1,71 @@
+"""An adapter folder of Personalize, read with safetensors and JSON alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+MANIFEST = "adapter.json"
+SCHEMA = 1  # the highest that is understood here
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter folder holds.
+
+    lora: A (rank, in[, k, k]) and B (out, rank[, 1, 1]) by module: "unet.…" in diffusers' names, "text_encoder.…".
+    alpha: ΔW = (alpha / rank) · B A.
+    source: the fitted source embedding, "embeds" (1, l, d) and for SDXL "pooled" (1, e); None without one.
+    tokens: learned tokens, each with rows (n, d) by text encoder.
+    timestep_rank: the rule of a rank that depends on the timestep; None if all components always take part.
+    """
+
+    lora: dict[str, tuple[Tensor, Tensor]]
+    alpha: float
+    source: dict[str, Tensor] | None
+    tokens: dict[str, dict[str, Tensor]]
+    caption: str
+    timestep_rank: dict[str, Any] | None
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read the adapter in `folder`; ValueError if it is none or of a later version."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        schema, alpha, names = int(manifest["schema"]), float(manifest["alpha"]), list(manifest["files"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is no adapter folder of Personalize ({error!r})") from error
+    if schema > SCHEMA:
+        raise ValueError(f"{folder} has schema {schema}, these nodes read up to {SCHEMA}: update them")
+    tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+    stems = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    source = folder / "source_embedding.safetensors"
+    return Adapter(
+        {stem: (tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"]) for stem in stems},
+        alpha,
+        load_file(source) if manifest.get("source_tensors") else None,
+        _tokens(folder, names, set(manifest.get("concepts", {}))),
+        str(manifest.get("caption") or ""),
+        manifest.get("timestep_rank"),
+    )
+
+
+def _tokens(folder: Path, names: list[str], wanted: set[str]) -> dict[str, dict[str, Tensor]]:
+    """The rows of the `wanted` tokens, from the files in diffusers' layout; ValueError if one is missing."""
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for name in names:
+        if Path(name).name != name or "learned_embeds" not in name:
+            continue
+        with safe_open(folder / name, "pt") as file:
+            encoder = (file.metadata() or {}).get("personalize.text_encoder", "text_encoder")
+            for token in wanted & set(file.keys()):
+                tokens.setdefault(token, {})[encoder] = file.get_tensor(token)
+    if missing := wanted - set(tokens):
+        raise ValueError(f"{folder} lacks the file of its learned token {missing.pop()}: save the adapter again")
+    return tokens

@@ -1,0 +1,150 @@
+"""The nodes for ComfyUI without ComfyUI: their copies of our rules and formulas, and the command that copies them.
+
+Inside a real ComfyUI they are tested by `tests/parity/test_comfyui_nodes.py`.
+"""
+
+import ast
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.forgetting import ALIASES, RULES, degrees, parse_rule_sum
+from personalize.adapters.lora import module_names
+from personalize.cli.main import main
+from personalize.editing.vector_projection import project
+from personalize.errors import UserError
+from personalize.formats.timestep_rank import TimestepRank
+from personalize.models.blocks import module_roles
+from tests.support.lora_states import ATTENTION, paths, random_lora
+from tests.support.tiny import NAMES, tiny
+
+NODES = Path(__file__).parents[2] / "export" / "comfyui"
+FILES = sorted(NODES.glob("*.py"))
+
+
+def node_file(name):
+    """One of the nodes' files that imports nothing of ComfyUI."""
+    spec = importlib.util.spec_from_file_location(f"nodes_{name}", NODES / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rules_are_ours():
+    told = json.loads((NODES / "forgetting_rules.json").read_text(encoding="utf-8"))
+    ours = {name: asdict(rule) for name, rule in RULES.items()}
+    fields = ("sides", "only", "keep", "keep_level", "level")
+    tables = {name: {key: rule[key] for key in fields} for name, rule in ours.items()}
+    assert told == json.loads(json.dumps({"rules": tables, "aliases": ALIASES}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_factors_are_ours(name):
+    """Every rule, and several at once, on every layer of each family's UNet: equal factors, or refused by both."""
+    theirs, unet = node_file("forgetting"), tiny(name).unet
+    blocks = len(unet.config.block_out_channels)
+    for names in (module_names(unet, tiny(name).family), list(paths(unet)), list(paths(unet, ATTENTION))):
+        roles = module_roles(unet, names)
+        for text in (*RULES, *ALIASES, "decoder=0.5", "decoder=0.5+noselfattn=0.25", " NoKV = 0.3 "):
+            try:
+                ours = degrees(roles, parse_rule_sum(text.strip()))
+            except UserError:
+                with pytest.raises(ValueError, match="selects no layer"):
+                    theirs.factors(names, text, blocks)
+            else:
+                assert theirs.factors(names, text, blocks) == ours, text
+
+
+@pytest.mark.parametrize("text", ["nonsense", "decoder=2", "decoder=x", "decoder=nan", "decoder=0.5+"])
+def test_wrong_rules_are_refused(text):
+    with pytest.raises(ValueError, match="forgetting rule"):
+        node_file("forgetting").factors(["up_blocks.0.attentions.0.proj_in"], text, 4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "least", "alpha"), [(8, 1, 1.0), (8, 4, 2.0), (5, 2, 0.5), (4, 4, 1.5), (100, 1, 1.0)]
+)
+def test_masks_are_ours(rank, least, alpha):
+    rule = TimestepRank(rank, least, alpha)
+    mask = node_file("timestep_rank").TimestepMask(rule.values(), 2 * rank)  # 2: an orthogonal start, masked in pairs
+    assert torch.equal(mask.table, torch.tensor(rule.masks()).repeat(1, 2))
+    with pytest.raises(ValueError, match="mixed up"):
+        node_file("timestep_rank").TimestepMask(rule.values(), 2 * rank + 1)
+
+
+def test_masked_lora_of_linear_layers_and_convolutions():
+    """At the highest noise one component takes part, each sample has its own mask, and none does without a timestep."""
+    module = node_file("timestep_rank")
+    mask = module.TimestepMask({"rank": 2, "min_rank": 1, "alpha": 1.0, "timesteps": 1000}, 2)
+    for layer, shape in ((torch.nn.Linear(3, 5), (2, 7, 3)), (torch.nn.Conv2d(3, 5, 3, 2, 1), (2, 3, 8, 8))):
+        ones = (1,) * (layer.weight.ndim - 2)
+        down, up = torch.randn(2, *layer.weight.shape[1:]), torch.randn(5, 2, *ones)
+        forward = module.MaskedLora(layer, down, up, 0.5, mask).added_to(layer.forward)
+        x = torch.randn(shape)
+        with pytest.raises(RuntimeError, match="outside"):
+            forward(x)
+        found = mask(lambda x, t, forward=forward: forward(x), x, torch.tensor([999.0, 0.0]))
+        for row, active in ((0, 1), (1, 2)):
+            merged = layer.weight + 0.5 * (up[:, :active].flatten(1) @ down[:active].flatten(1)).view(
+                layer.weight.shape
+            )
+            stock = type(layer).forward
+            with torch.no_grad():
+                before = layer.weight.clone()
+                layer.weight.copy_(merged)
+                expected = stock(layer, x)[row]
+                layer.weight.copy_(before)
+            assert torch.allclose(found[row], expected, atol=1e-5)  # fp32 sums in another order
+
+
+def test_projection_is_ours():
+    s, p = torch.randn(2, 7, 5), torch.randn(2, 7, 5)
+    s[0, 0] = 0
+    assert torch.allclose(node_file("prompts").project(s, p, 0.7, 1.3), project(s, p, 0.7, 1.3), atol=1e-6)
+
+
+def test_an_adapter_folder_is_read(tmp_path):
+    model = tiny("sd1")
+    lora = random_lora(paths(model.unet, ATTENTION))
+    rows = {"<cat>": {"text_encoder": torch.randn(2, 32)}, "<dog>": {"text_encoder": torch.randn(1, 32)}}
+    rule = TimestepRank(4, 1).values()
+    info = {"base": model.identity, "caption": "a cat", "timestep_rank": rule}
+    Adapter(lora, 4, 6.0, {"embeds": torch.randn(1, 77, 32)}, info, rows).save(tmp_path / "cat")
+    read = node_file("adapter_folder").read_adapter(tmp_path / "cat")
+    assert (read.alpha, read.caption, read.timestep_rank) == (6.0, "a cat", rule)
+    assert all(torch.equal(lora[f"{stem}.lora_{side}.weight"], part) for stem, pair in read.lora.items()
+               for side, part in zip("AB", pair, strict=True)) and len(read.lora) == len(lora) // 2  # fmt: skip
+    assert read.source["embeds"].shape == (1, 77, 32)
+    assert all(torch.equal(read.tokens[token]["text_encoder"], rows[token]["text_encoder"]) for token in rows)
+    with pytest.raises(ValueError, match="no adapter folder"):
+        node_file("adapter_folder").read_adapter(tmp_path)
+
+
+def test_nodes_are_small_and_need_nothing_of_this_package():
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+        assert not {name for name in names if name.split(".")[0] in ("personalize", "diffusers", "peft")}, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_command_copies_the_nodes_and_touches_nothing_else(tmp_path, capsys):
+    target = tmp_path / "custom_nodes" / "personalize"
+    for _ in range(2):  # an older copy is replaced
+        assert main(["export", "comfyui", str(target)]) == 0
+        assert {path.name for path in target.iterdir()} >= {path.name for path in FILES} | {"forgetting_rules.json"}
+        assert all((target / path.name).read_bytes() == path.read_bytes() for path in FILES)
+        (target / "nodes.py").write_text("old")
+        (target / "__pycache__").mkdir(exist_ok=True)
+    assert main(["export", "comfyui", str(target.parent)]) == 2  # other people's nodes lie there
+    assert "none of the nodes" in capsys.readouterr().err
+    assert (target / "nodes.py").read_text() == "old"
