@@ -109,19 +109,28 @@ class AttentionRows:
 
     def rows(self, cells: Tensor) -> Tensor:
         """The attention (m, h, w) of `cells` (m, 2), on the CPU; each map sums to about one."""
+        return self._rows(cells, mean=False)
+
+    def mean_row(self, cells: Tensor) -> Tensor:
+        """The mean attention (h, w) of `cells` (m, 2)."""
+        return self._rows(cells, mean=True)[0]
+
+    def around(self, handle: Cell, window: int) -> Tensor:
+        """Mean attention (h, w) of the `window` × `window` cells around `handle` that lie on the grid."""
+        return self.mean_row(neighbourhood(handle, window, self.size))
+
+    def _rows(self, cells: Tensor, *, mean: bool) -> Tensor:
+        """The rows of `cells`, or their mean alone (1, h, w), which saves the interpolation of each."""
         sums: dict[tuple[int, int], Tensor] = {}
         for (name, _), (q, k) in self.kept.items():
             site = self.sites[name]
             queries = q[0, :, site_positions(cells, site, self.size)].to(self.device, torch.float32)
-            scores = queries @ k[0].to(self.device, torch.float32).transpose(-1, -2) * q.shape[-1] ** -0.5
-            row = scores.softmax(-1).mean(0).unflatten(-1, (site.height, site.width))
+            scores = (queries * q.shape[-1] ** -0.5) @ k[0].to(self.device, torch.float32).transpose(-1, -2)
+            weights = scores.softmax(-1)
+            row = (weights.mean((0, 1))[None] if mean else weights.mean(0)).unflatten(-1, (site.height, site.width))
             grid = (site.height, site.width)
             sums[grid] = sums.get(grid, 0) + row * (row[0].numel() / (self.size[0] * self.size[1]))
         return (_resized(sums, self.size) / len(self.kept)).cpu()
-
-    def around(self, handle: Cell, window: int) -> Tensor:
-        """Mean attention (h, w) of the `window` × `window` cells around `handle` that lie on the grid."""
-        return self.rows(neighbourhood(handle, window, self.size)).mean(0)
 
 
 class PointTracker(AttentionHook):

@@ -24,6 +24,7 @@ from personalize.errors import UserError
 SEARCHED = 128  # longest side in pixels of the picture in which shifts are searched; larger ones are scaled down
 SURROUNDINGS = 1 / 20  # width of R, as a share of the picture's shorter side
 SHARE = 0.5  # of R, that must show background at the shift
+COMPARED = 400  # pixels of R by which the shift is made exact in the larger picture
 UNLIKE = 2.0  # largest difference of the surroundings, in their variances: that of unrelated places of one texture
 
 
@@ -36,8 +37,7 @@ def smoothly_filled(pixels: Tensor, known: Tensor) -> Tensor:
     Raises:
         UserError: nothing is known.
     """
-    if not bool(known.any()):
-        raise UserError("the mask covers the whole picture, so that nothing is left to fill from: give a smaller mask")
+    _require_any(known)
     return _pull_push(pixels, known.float())
 
 
@@ -51,17 +51,21 @@ def cloned(pixels: Tensor, void: Tensor, known: Tensor) -> Tensor:
     Raises:
         UserError: nothing is known.
     """
+    _require_any(known)
+    if not bool(void.any()):
+        return pixels
     reach = max(2, round(SURROUNDINGS * min(void.shape)))
-    near = dilated(void, reach)
-    smooth = smoothly_filled(pixels, known)
-    shift = best_shift(pixels, void, near & known & ~void, known) if bool(void.any()) else None
-    if shift is None:
-        return torch.where(void, smooth, pixels)
-    copied, there = _shifted(pixels, shift), _shifted(known[None].float(), shift)[0] > 0
-    border = near & known & ~void & there
-    if not bool(border.any()):
-        return torch.where(void, smooth, pixels)
+    around = dilated(void, reach) & known & ~void
+    shift = best_shift(pixels, void, around, known)
+    if shift is None or not bool((border := around & _shifted(known[None].float(), shift)[0].bool()).any()):
+        return torch.where(void, smoothly_filled(pixels, known), pixels)
+    copied = _shifted(pixels, shift)
     return torch.where(void, (copied + _pull_push(pixels - copied, border.float())).clamp(-1, 1), pixels)
+
+
+def _require_any(known: Tensor) -> None:
+    if not bool(known.any()):
+        raise UserError("the mask covers the whole picture, so that nothing is left to fill from: give a smaller mask")
 
 
 def best_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -> tuple[int, int] | None:
@@ -74,11 +78,12 @@ def best_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -> t
     coarse = _coarse_shift(*(_smaller(part, factor) for part in (pixels, void, around, known)))
     if coarse is None or factor == 1:
         return coarse
-    steps = range(-factor, factor + 1)
-    nearby = [(coarse[0] * factor + row, coarse[1] * factor + column) for row in steps for column in steps]
+    steps = torch.arange(-factor, factor + 1)
+    nearby = torch.cartesian_prod(coarse[0] * factor + steps, coarse[1] * factor + steps)
     places = around.nonzero()
-    places = places[torch.linspace(0, len(places) - 1, min(len(places), 400)).long()]
-    return min(nearby, key=lambda shift: _difference(pixels, known, places, shift))
+    places = places[torch.linspace(0, len(places) - 1, min(len(places), COMPARED)).long()]
+    row, column = nearby[int(_differences(pixels, known, places, nearby).argmin())].tolist()
+    return row, column
 
 
 def _coarse_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -> tuple[int, int] | None:
@@ -104,16 +109,17 @@ def _coarse_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -
     return (row - size[0] if row >= height else row), (column - size[1] if column >= width else column)
 
 
-def _difference(pixels: Tensor, known: Tensor, places: Tensor, shift: tuple[int, int]) -> float:
-    """Mean squared difference between the pixels at `places` (m, 2) and those at `places` + `shift`."""
-    there = places + torch.tensor(shift)
-    inside = ((there >= 0) & (there < torch.tensor(known.shape))).all(1)
-    places, there = places[inside], there[inside]
-    shown = known[there[:, 0], there[:, 1]]
-    if not bool(shown.any()):
-        return math.inf
-    here, there = places[shown], there[shown]
-    return float((pixels[:, here[:, 0], here[:, 1]] - pixels[:, there[:, 0], there[:, 1]]).square().mean())
+def _differences(pixels: Tensor, known: Tensor, places: Tensor, shifts: Tensor) -> Tensor:
+    """Mean squared difference (k,) of the pixels at `places` (m, 2) from those at `places` + each of `shifts` (k, 2).
+
+    Places that are not `known` at a shift do not count; ∞ where none is.
+    """
+    there = places + shifts[:, None]
+    inside = ((there >= 0) & (there < torch.tensor(known.shape))).all(-1)
+    rows, columns = (part.clamp(0, side - 1) for part, side in zip(there.unbind(-1), known.shape, strict=True))
+    counted = (inside & known[rows, columns]).float()
+    apart = (pixels[:, places[:, 0], places[:, 1]][:, None] - pixels[:, rows, columns]).square().mean(0)
+    return torch.where(counted.any(1), (apart * counted).sum(1) / counted.sum(1).clamp(min=1), torch.inf)
 
 
 def _smaller(values: Tensor, factor: int) -> Tensor:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args, get_type_hints
 
 from personalize.errors import UserError
@@ -99,8 +100,8 @@ class DragSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name, hint in get_type_hints(type(self)).items():
-            value, known = getattr(self, name), _choices(hint)
+        for name, known in _known_words().items():
+            value = getattr(self, name)
             if isinstance(value, str) and value not in known:
                 raise UserError(f"{name} is {value!r}: choose one of {', '.join(known)}")
         limits = {
@@ -116,6 +117,12 @@ class DragSettings:
             raise UserError(f"fill {self.fill} does not belong to the method {self.method}: choose bnni or attention")
         if (self.mode, self.method) == ("region", "latents"):
             raise UserError("mode region needs the method pixels: latents can only be moved by whole cells")
+
+
+@cache
+def _known_words() -> dict[str, tuple[str, ...]]:
+    """The strings that each setting may have."""
+    return {name: _choices(hint) for name, hint in get_type_hints(DragSettings).items()}
 
 
 def _choices(hint: object) -> tuple[str, ...]:

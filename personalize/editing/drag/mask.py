@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from personalize.errors import UserError
 
@@ -74,9 +74,13 @@ def masks_per_handle(mask: Tensor, handles: Sequence[Cell]) -> Tensor:
 
 def dilated(mask: Tensor, cells: int = 1) -> Tensor:
     """`mask` and all cells at most `cells` away from it, along rows, columns and diagonals."""
-    side = 2 * cells + 1
-    rows = max_pool2d(mask[None, None].float(), (side, 1), 1, (cells, 0))
-    return max_pool2d(rows, (1, side), 1, (0, cells))[0, 0] > 0
+    return _spread(_spread(mask, cells, 0), cells, 1)
+
+
+def box(mask: Tensor) -> tuple[slice, slice]:
+    """The smallest rectangle that contains the True cells of `mask` (h, w), as slices of its rows and columns."""
+    rows, columns = (mask.any(1 - axis).nonzero()[:, 0] for axis in (0, 1))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def closed(mask: Tensor) -> Tensor:
@@ -86,29 +90,50 @@ def closed(mask: Tensor) -> Tensor:
 
 def connected_component(mask: Tensor, cell: Cell) -> Tensor:
     """The 8-connected part of `mask` that contains `cell`; empty if `cell` is not in `mask`."""
-    return _flood_filled(_single_cell(mask, cell) & mask, mask, dilated)
+    return _flood_filled(_single_cell(mask, cell) & mask, mask, diagonals=True)
 
 
 def without_holes(mask: Tensor) -> Tensor:
     """`mask` with its holes filled: False cells that no 4-connected path of False cells joins to the border."""
     border = torch.ones_like(mask)
     border[1:-1, 1:-1] = False
-    return ~_flood_filled(border & ~mask, ~mask, _grown_by_edges)
+    return ~_flood_filled(border & ~mask, ~mask, diagonals=False)
 
 
-def _flood_filled(seed: Tensor, within: Tensor, grow: Callable[[Tensor], Tensor]) -> Tensor:
-    """The cells of `within` that are reached from `seed` by growing it until nothing is added."""
+def _spread(mask: Tensor, reach: int, axis: int) -> Tensor:
+    """`mask` (h, w) and all cells at most `reach` away along `axis`; each round doubles the distance covered.
+
+    A round may not go farther: beside the grid's border a cell has neighbours on one side alone to be copied from.
+    """
+    covered = 0
+    while covered < reach:
+        step = min(covered + 1, reach - covered)
+        wide, rest = mask.clone(), mask.shape[axis] - step
+        if rest > 0:
+            wide.narrow(axis, step, rest).logical_or_(mask.narrow(axis, 0, rest))
+            wide.narrow(axis, 0, rest).logical_or_(mask.narrow(axis, step, rest))
+        mask, covered = wide, covered + step
+    return mask
+
+
+def _flood_filled(seed: Tensor, within: Tensor, *, diagonals: bool) -> Tensor:
+    """The cells of `within` that paths inside it join to `seed`: whole runs along rows and columns at a time."""
+    found, allowed = seed.numpy(), within.numpy()
+    across, down = _runs(allowed), _runs(allowed.T).T
     while True:
-        grown = grow(seed) & within
-        if torch.equal(grown, seed):
-            return seed
-        seed = grown
+        grown = dilated(torch.from_numpy(found)).numpy() & allowed if diagonals else found
+        for runs in (across, down):
+            grown = np.isin(runs, runs[grown], kind="table") & allowed
+        if np.array_equal(grown, found):
+            return torch.from_numpy(found)
+        found = grown
 
 
-def _grown_by_edges(mask: Tensor) -> Tensor:
-    """`mask` and the cells directly left, right, above and below of it."""
-    picture = mask[None, None].float()
-    return (max_pool2d(picture, (3, 1), 1, (1, 0)) + max_pool2d(picture, (1, 3), 1, (0, 1)))[0, 0] > 0
+def _runs(mask: np.ndarray) -> np.ndarray:
+    """Numbers (h, w) that are equal for the True cells of one row that lie side by side, and different for others."""
+    starts = mask.copy()
+    starts[:, 1:] &= ~mask[:, :-1]
+    return np.cumsum(starts).reshape(mask.shape)
 
 
 def _single_cell(like: Tensor, cell: Cell) -> Tensor:

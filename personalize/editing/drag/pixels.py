@@ -69,7 +69,12 @@ def mapped(matrix: Tensor, point: Point) -> Point:
 
 def affine_sources(matrix: Tensor, size: tuple[int, int]) -> Tensor:
     """The warp s (H, W, 2) of the map `matrix` (2, 3)."""
-    return ((whole_places(size).double() - matrix[:, 2]) @ torch.linalg.inv(matrix[:, :2]).T).float()
+    back = torch.linalg.inv(matrix[:, :2])
+    columns, rows = (torch.arange(side, dtype=torch.float64) for side in (size[1], size[0]))
+    parts = [
+        x * columns + (y * rows)[:, None] - offset for (x, y), offset in zip(back, back @ matrix[:, 2], strict=True)
+    ]
+    return torch.stack([part.float() for part in parts], -1)
 
 
 def field_sources(field: Tensor) -> Tensor:

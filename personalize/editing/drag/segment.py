@@ -19,7 +19,6 @@ References: Rother et al., "GrabCut", SIGGRAPH 2004; Krähenbühl and Koltun, ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ from torch.nn.functional import conv3d, interpolate, pad
 
 from personalize.editing.drag.attention import AttentionRows
 from personalize.editing.drag.config import DragSettings
-from personalize.editing.drag.mask import Cell, closed, connected_component, dilated, ratio_mask, without_holes
+from personalize.editing.drag.mask import Cell, box, closed, connected_component, dilated, ratio_mask, without_holes
 from personalize.editing.drag.warp import attention_ratio
 
 # chosen on 18 scenes, half of them with textured backgrounds; see tests/bench/results/drag.md
@@ -87,7 +86,7 @@ def second_ratio(attention: AttentionRows, ratio: Tensor, core: Tensor) -> Tenso
     """The mean attention of the cells of `core` (h, w), relative to its mean inside `core`; the strongest are asked."""
     cells = core.nonzero()
     strongest = ratio[core].argsort(descending=True)[:ASKED]
-    mean = attention.rows(cells[strongest]).mean(0)
+    mean = attention.mean_row(cells[strongest])
     return mean / mean[core].mean().clamp(min=1e-12)
 
 
@@ -168,8 +167,6 @@ def _enlarged(mask: Tensor, like: Tensor) -> Tensor:
 
 def _box(mask: Tensor, size: tuple[int, int]) -> tuple[slice, slice]:
     """The smallest rectangle of a picture of `size` that contains the cells of `mask`."""
-    places = mask.nonzero()
-    low, high = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
-    scale = [side / cells for side, cells in zip(size, mask.shape, strict=True)]
-    rows, columns = (slice(int(a * by), math.ceil(b * by)) for a, b, by in zip(low, high, scale, strict=True))
+    parts = zip(box(mask), size, mask.shape, strict=True)
+    rows, columns = (slice(side * at.start // cells, -(-side * at.stop // cells)) for at, side, cells in parts)
     return rows, columns

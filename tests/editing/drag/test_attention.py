@@ -66,7 +66,9 @@ def test_attentiondrag_d1_rows_equal_those_of_the_whole_map(level):
     assert [t for _, t in reading.kept] == [1]
     size = (site.height, site.width)
     cells = torch.tensor([[0, 0], [3, 5], [size[0] - 1, size[1] - 1]])
-    rows = AttentionRows(reading.kept, [site], size).rows(cells)
+    attention = AttentionRows(reading.kept, [site], size)
+    rows = attention.rows(cells)
+    torch.testing.assert_close(attention.mean_row(cells), rows.mean(0))
     expected = full.map[0].mean(0)[cells @ torch.tensor([size[1], 1])].unflatten(-1, size)
     torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
 

@@ -100,3 +100,38 @@ def test_shapes():
     assert torch.equal(closed(drawn("#...", "....", "....")), drawn("#...", "....", "...."))
     assert torch.equal(dilated(drawn(".....", ".....", "..#.."), 2), drawn("#####", "#####", "#####"))
     assert torch.equal(dilated(leaky, 0), leaky)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.8])
+def test_parts_and_holes_are_those_found_cell_by_cell(share):
+    """Growing by whole runs along rows and columns ends where growing by single neighbours does, on any pattern."""
+    rng = torch.Generator().manual_seed(int(10 * share))
+    for height, width in ((1, 1), (1, 9), (7, 1), (12, 17), (31, 20)):
+        mask = torch.rand(height, width, generator=rng) < share
+        start = (height // 2, width // 3)
+        around = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
+        assert torch.equal(connected_component(mask, start), walked(mask, [start], around))
+        edge = [(row, column) for row in range(height) for column in range(width)
+                if row in (0, height - 1) or column in (0, width - 1)]  # fmt: skip
+        outside = walked(~mask, edge, [(0, 1), (1, 0), (0, -1), (-1, 0)])
+        assert torch.equal(without_holes(mask), ~outside)
+
+
+def walked(mask, starts, steps):
+    """The cells of `mask` that paths of `steps` reach from `starts`, one cell at a time."""
+    found, waiting = torch.zeros_like(mask), [at for at in starts if mask[at]]
+    while waiting:
+        row, column = waiting.pop()
+        if 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and mask[row, column] and not found[row, column]:
+            found[row, column] = True
+            waiting += [(row + down, column + right) for down, right in steps]
+    return found
+
+
+@pytest.mark.parametrize("cells", [0, 1, 2, 5, 9, 40])
+def test_dilation_reaches_as_far_as_asked_and_no_farther(cells):
+    rows, columns = torch.meshgrid(torch.arange(23), torch.arange(31), indexing="ij")
+    mask = torch.zeros(23, 31, dtype=torch.bool)
+    mask[4, 6] = mask[20, 30] = True
+    near = [torch.maximum((rows - row).abs(), (columns - column).abs()) <= cells for row, column in ((4, 6), (20, 30))]
+    assert torch.equal(dilated(mask, cells), near[0] | near[1])

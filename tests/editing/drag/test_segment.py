@@ -25,8 +25,11 @@ class KnownAttention:
         blurred = avg_pool2d(torch.maximum(same, other)[:, None], 3, 1, 1, count_include_pad=False)[:, 0] + 1e-3
         return blurred / blurred.sum((1, 2), keepdim=True)
 
+    def mean_row(self, cells):
+        return self.rows(cells).mean(0)
+
     def around(self, handle, window):
-        return self.rows(torch.tensor([handle])).mean(0)
+        return self.mean_row(torch.tensor([handle]))
 
 
 @pytest.fixture
