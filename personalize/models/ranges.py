@@ -43,9 +43,9 @@ _NAMES: dict[tuple[float, float], str] = {
         "scene_pools autoencoded test_scenes dataloader_num_workers rank min_rank num_vectors widths top_k mask_fewest "
         "kv_start kv_levels map_levels map_timesteps"
     ),
-    PIXELS: "height width size resolution dilate grow shrink margin window self_max_side",
+    PIXELS: "height width size resolution dilate shrink margin window self_max_side",
     SEED: "seed seeds",
-    (0, 100): "guidance_scale", (0, 2**16 - 1): "port",
+    (0, 100): "guidance_scale", (0, 2**16 - 1): "port", (-(2**14), 2**14): "grow",  # a mask that shrinks grows by less
 }  # fmt: skip
 RANGES = {name: limits for limits, names in _NAMES.items() for name in names.split()}
 
