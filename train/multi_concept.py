@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from personalize.training.multi_concept import MultiConceptRun
+    from personalize.training.trainer import Watcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +56,15 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
         check_multi_concept(self)
 
 
-def main(config: Config) -> Path:
-    """Train and save the adapter; returns its folder."""
+def main(config: Config, watch: Watcher | None = None) -> Path:
+    """Train and save the adapter; returns its folder.  `watch` sees each update, and may end the training there."""
     from personalize.training.trainer import output_folder
 
     with output_folder(config.output_dir):
-        return _train(config)
+        return _train(config, watch)
 
 
-def _train(config: Config) -> Path:
+def _train(config: Config, watch: Watcher | None) -> Path:
     from personalize.training import trainer
     from personalize.training.concept_maps import MapSnapshots
     from personalize.training.data.class_images import class_images
@@ -84,7 +85,7 @@ def _train(config: Config) -> Path:
         maps = MapSnapshots(run, picture, enabled=config.attention_maps)
         describe(run, accelerator)
         maps.record("before")
-        trainer.train(config, run, "multi_concept")
+        trainer.train(config, run, "multi_concept", watch)
         adapter = run.adapter(person=config.person, regularisation=len(classes))
         if config.attention_maps and accelerator.is_main_process:
             save_trained(adapter, config.output_dir)  # before the maps are drawn, which could fail

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from personalize.training.data.buckets import FittedImage
     from personalize.training.data.images import TrainingImage
     from personalize.training.single_image import SingleImageRun
+    from personalize.training.trainer import Watcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,15 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
         check_single_image(self)
 
 
-def main(config: Config) -> Path:
-    """Train and save the adapter; returns its folder."""
+def main(config: Config, watch: Watcher | None = None) -> Path:
+    """Train and save the adapter; returns its folder.  `watch` sees each update, and may end the training there."""
     from personalize.training.trainer import output_folder
 
     with output_folder(config.output_dir):
-        return _train(config)
+        return _train(config, watch)
 
 
-def _train(config: Config) -> Path:
+def _train(config: Config, watch: Watcher | None) -> Path:
     from personalize.training import trainer
     from personalize.training.data.buckets import fit
     from personalize.training.data.class_images import class_images
@@ -80,7 +81,7 @@ def _train(config: Config) -> Path:
     captions = [image.caption for image in images]
     with single_image_run(model, pictures, captions, settings, class_images=classes, accelerator=accelerator) as run:
         describe(run, images, pictures, accelerator)
-        trainer.train(config, run, "single_image")
+        trainer.train(config, run, "single_image", watch)
         adapter = run.adapter(person=config.person, pictures=len(images), regularisation=len(classes))
     if accelerator.is_main_process:
         shown = pictures[0].pixels

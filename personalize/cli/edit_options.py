@@ -139,8 +139,8 @@ class EditConfig(InferenceOptions):
     """Edit the picture that an adapter was trained on.
 
     To edit a photo without an adapter, see personalize edit photo.png --help.  Several values of --alpha, --beta,
-    --gamma or --forget make a grid: one picture per combination and seed.  With --auto these are searched, and the best
-    values for this prompt are stored in the adapter.
+    --gamma, --forget or --strength make a grid: one picture per combination and seed.  With --auto these are searched,
+    and the best values for this prompt are stored in the adapter.
     """
 
     adapter: Positional[Path]
@@ -171,7 +171,7 @@ class EditConfig(InferenceOptions):
     """Vector subtraction instead of projection: 0 is the source, 1 the prompt, more exaggerates; about 0.6 to 1.2."""
     forget: tuple[str, ...] = ()
     """Forgetting rules, e.g. `decoder=0.5` (half of what the decoder learned) or `encoderattn`; `none` keeps all."""
-    strength: float | None = None
+    strength: tuple[float, ...] = ()
     """Strength of the whole adapter: 0 is the base model, 1 as trained."""
     seed: int | None = None
     """Seed of the first picture, the next ones have the next numbers; by default 0, or the seed that --auto stored."""

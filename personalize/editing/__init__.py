@@ -2,6 +2,7 @@
 
     editor, attach            with an adapter of ours; inside somebody else's pipeline
     real_image                photos: inversion, then an edit beside the reconstruction;  prepared_photo, photo_sheets
+    word_maps                 where each word of a photo looks
     region                    where a photo may change, and its own pixels everywhere else
     strengths, defaults       the dials of an edit; where a measured default differs
     search                    choose the strengths by drawing and scoring

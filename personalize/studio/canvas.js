@@ -1,10 +1,12 @@
 // A picture on which points are set and masks are painted.  Points are in pixels of the picture.
 //
 // From Python: props.picture {url, name}, props.found (a mask, white on black, as a data URL), props.given {points, mark},
-// props.layers (names of the masks), props.tools ("point", "paint").  To Python: props.value {points, masks, sent}, with the
-// events `input` (points or a mask have changed) and `upload` (a file was sent).
+// props.layers (names of the masks).  To Python: props.value {points, masks, sent}, with the events `input` (points or a
+// mask have changed) and `upload` (a file was sent).  The tools are an attribute of the template, for an update before the
+// component is mounted replaces all props; the event `load` asks for what it has missed.
 const find = (selector) => element.querySelector(selector);
 const canvas = find("canvas"), stage = find(".pz-stage"), line = find(".pz-line");
+const TOOLS = find(".pz").dataset.tools.split(" ");
 const COLOURS = ["#f5b700", "#2f9e8f", "#c2557a", "#5b7fd6"];
 const state = { image: null, url: "", points: [], masks: [], found: null, layer: 0, tool: "", brush: 5, cursor: null, undo: [], held: null };
 const layers = () => (props.layers && props.layers.length ? props.layers : ["mask"]);
@@ -155,7 +157,7 @@ function choose(tool) {
 }
 element.querySelectorAll("[data-tool]").forEach((button) => {
   const wanted = button.dataset.tool === "point" ? "point" : "paint";
-  button.hidden = !props.tools.includes(wanted);
+  button.hidden = !TOOLS.includes(wanted);
   button.addEventListener("click", () => choose(button.dataset.tool));
 });
 find(".pz-brush input").addEventListener("input", (event) => { state.brush = Number(event.target.value); draw(); });
@@ -188,7 +190,7 @@ async function send(files) {
   } catch (error) { say(`Not taken: ${error.message || error}`); }
 }
 const file = find("input[type=file]");
-file.multiple = props.many;
+file.multiple = find(".pz").dataset.many === "true";
 find(".pz-open").addEventListener("click", () => file.click());
 find(".pz-empty").addEventListener("click", () => file.click());
 file.addEventListener("change", () => { send([...file.files]); file.value = ""; });
@@ -202,7 +204,7 @@ function show() {
   const image = new Image();
   image.onload = () => {
     Object.assign(state, { image, url: picture.url, points: [], masks: [], found: null, undo: [], cursor: null });
-    element.querySelector(".pz").classList.add("pz-full");
+    find(".pz").classList.add("pz-full");
     canvas.setAttribute("aria-label", `${picture.name}, ${image.naturalWidth} by ${image.naturalHeight} pixels. ` +
       "Arrow keys move, Enter sets a point or paints.");
     choose(state.tool); give(); draw();
@@ -221,4 +223,4 @@ function give() {
 }
 watch("picture", show); watch("found", find_mask); watch("given", give); watch("layers", listLayers);
 new ResizeObserver(draw).observe(stage);
-listLayers(); choose(props.tools[0]); show();
+listLayers(); choose(TOOLS[0]); show(); trigger("load");

@@ -21,6 +21,7 @@ from personalize.studio.parts import (
     awaited,
     canvas,
     command_box,
+    connect,
     facts,
     links,
     message_box,
@@ -47,8 +48,9 @@ def build(studio: Studio) -> Tab:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             message = message_box()
+            picture = picture_choice(studio, value=start)
             board = canvas("Picture and points", ["point", "paint"], key="drag-board", start=start)
-            picture = picture_choice(studio, board, message, value=start)
+            connect(studio, picture, board, message)
             points = gr.Textbox(
                 label="Points", info="x,y > x,y in pixels; several pairs with ; between them",
                 elem_id="drag-points",
@@ -93,9 +95,12 @@ def wire(
         yield from preview_of(studio, drawn, values)
 
     def see_typed(drawn: dict[str, Any], lines: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        if not (lines and values[0]):
+            yield (gr.skip(),) * len(seen)
+            return
         try:
             given = {**(drawn or {}), "points": read_points(lines)}
-            url = shown(studio.folder.picture(values[0] or ""))["url"]
+            url = shown(studio.folder.picture(values[0]))["url"]
         except UserError as error:
             yield gr.skip(), gr.skip(), gr.skip(), problem(error), "", gr.skip()
             return
@@ -106,7 +111,7 @@ def wire(
         [board.input, settings[2].change, settings[3].change], see, [board, *settings], seen,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    points.submit(see_typed, [board, points, *settings], seen, **QUIET)
+    gr.on([points.submit, board.load], see_typed, [board, points, *settings], seen, **QUIET)
     _, _, _, message, command, _ = seen
     fill.click(
         lambda drawn, lines, *values: start_fill(studio, drawn, lines, values), [board, points, *settings],

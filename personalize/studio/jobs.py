@@ -69,8 +69,8 @@ class Job:
         """`finished` of `total` steps of `part` are done.  Cancelled if the user wants no more."""
         if self.cancelling:
             raise Cancelled
-        if (part, finished) <= (self.part, 0) or finished == 0:
-            self._part_began = time.monotonic()
+        if part != self.part or finished < self.finished or not self.total:
+            self._part_began, self._part_start = time.monotonic(), finished
         self.part, self.finished, self.total = part, finished, total
         self.version += 1
 
@@ -82,15 +82,17 @@ class Job:
     @property
     def seconds_left(self) -> float | None:
         """The time that the rest of this part will take, at its pace so far; None before the first step."""
-        if not self.finished or self.state != "running":
+        made = self.finished - self._part_start
+        if made < 1 or self.state != "running":
             return None
-        return (time.monotonic() - self._part_began) / self.finished * (self.total - self.finished)
+        return (time.monotonic() - self._part_began) / made * (self.total - self.finished)
 
     @property
     def over(self) -> bool:
         return self.state in ("done", "failed", "cancelled")
 
     _part_began: float = 0.0
+    _part_start: int = 0
 
 
 class JobQueue:

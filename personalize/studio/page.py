@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from personalize.studio import drag
+from personalize.studio import drag, edit, learn, photo
 from personalize.studio.jobs import Job
 from personalize.studio.parts import Studio, Tab, text
 
@@ -34,7 +34,7 @@ def build(studio: Studio) -> gr.Blocks:
         made: list[Tab] = []
         with gr.Tabs(elem_id="tabs"):
             for name, module in TABS.items():
-                with gr.Tab(name, id=name.lower()):
+                with gr.Tab(name, id=name.lower(), render_children=True):
                     made.append(module.build(studio))
         seen = gr.State({})
         outputs = [seen, now, cancel, *(component for tab in made for component in tab.outputs)]
@@ -120,6 +120,6 @@ def duration(seconds: float) -> str:
     )
 
 
-TABS = {"Drag": drag}
+TABS = {"Learn": learn, "Edit": edit, "Photo": photo, "Drag": drag}
 CSS = text("studio.css")
 __all__ = ["CSS", "Job", "build", "theme"]

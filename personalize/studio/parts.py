@@ -55,19 +55,24 @@ def canvas(
     start: str | None = None,
 ) -> gr.HTML:  # fmt: skip
     """A picture on which points are set and masks painted, in the beginning the picture `start`; see canvas.js."""
+    markup = text("canvas.html").replace("TOOLS", " ".join(tools)).replace("MANY", str(many).lower())
     return gr.HTML(
-        {}, label=label, html_template=text("canvas.html"), css_template=text("canvas.css"),
-        js_on_load=text("canvas.js"), apply_default_css=False, tools=list(tools), layers=list(layers), many=many,
+        {}, label=label, html_template=markup, css_template=text("canvas.css"),
+        js_on_load=text("canvas.js"), apply_default_css=False, layers=list(layers),
         picture=shown(Path(start)) if start else None, found=None, given=None, elem_id=key,
     )  # fmt: skip
 
 
-def picture_choice(studio: Studio, board: gr.HTML, message: gr.HTML, *, value: str | None = None) -> gr.Dropdown:
-    """The list of the folder's pictures; what is chosen, or dropped on `board`, is shown there."""
-    choice = gr.Dropdown(
-        studio.folder.pictures(), value=value, label="Picture", allow_custom_value=True,
-        info="In this folder; or drop one on the frame above",
+def picture_choice(studio: Studio, *, value: str | None = None, label: str = "Picture") -> gr.Dropdown:
+    """The list of the folder's pictures."""
+    return gr.Dropdown(
+        studio.folder.pictures(), value=value, label=label, allow_custom_value=True,
+        info="In this folder; or drop one on the frame below",
     )  # fmt: skip
+
+
+def connect(studio: Studio, choice: gr.Dropdown, board: gr.HTML, message: gr.HTML) -> None:
+    """What is chosen in `choice`, or dropped on `board`, is shown on the board."""
 
     def take(drawn: dict[str, Any]) -> tuple[Any, Any]:
         try:
@@ -85,10 +90,23 @@ def picture_choice(studio: Studio, board: gr.HTML, message: gr.HTML, *, value: s
             return gr.skip(), problem(error)
 
     board.upload(take, board, [choice, message], show_progress="hidden")
-    choice.change(show, choice, [board, message], show_progress="hidden")
-    choice.focus(
-        lambda: gr.Dropdown(choices=studio.folder.pictures()), None, choice, show_progress="hidden", queue=False
+    gr.on([choice.change, board.load], show, choice, [board, message], show_progress="hidden", queue=False)
+    refresh(choice, studio.folder.pictures)
+
+
+def refresh(choice: gr.Dropdown, known: Callable[[], list[str]]) -> None:
+    """Read the folder again whenever the list is opened."""
+    choice.focus(lambda: gr.Dropdown(choices=known()), None, choice, show_progress="hidden", queue=False)
+
+
+def adapter_choice(studio: Studio, *, label: str = "Adapter") -> gr.Dropdown:
+    """The list of the folder's adapters."""
+    known = studio.folder.adapter_files()
+    value = studio.start if studio.start in known else next(iter(studio.folder.adapters()), None)
+    choice = gr.Dropdown(
+        known, value=value, label=label, allow_custom_value=True, info="A folder or a file in this folder"
     )
+    refresh(choice, studio.folder.adapter_files)
     return choice
 
 

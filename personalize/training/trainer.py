@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +23,14 @@ from personalize.training import checkpoints
 from personalize.training.cuda_graph import check_capturable
 from personalize.training.data.samples import SampleShard
 from personalize.training.distributed import TIMEOUT
+from personalize.training.loop import StepReport
 from personalize.training.memory_estimate import check_fits, estimate
 from personalize.training.run import TrainingRun
 from personalize.training.saving import check_space_for
 from personalize.training.stopping import PATIENCE, StopRequest, stop_requests
 from personalize.training.validation import validate
 
+Watcher = Callable[[TrainingRun, StepReport], bool]  # called after an update; True ends the training there
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 
 
@@ -101,8 +103,11 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
     return model
 
 
-def train(config: Any, run: TrainingRun, name: str) -> None:
-    """Make all updates of `run`, with a memory estimate before, and progress, logs, validation and checkpoints."""
+def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None) -> None:
+    """Make all updates of `run`, with a memory estimate before, and progress, logs, validation and checkpoints.
+
+    `watch` is called after each update.  If it returns True, training ends there with a checkpoint to go on from.
+    """
     accelerator = run.accelerator
     _resume(config, run)
     accelerator.print(f"{run.updates} updates. {run.shard}")
@@ -128,6 +133,9 @@ def train(config: Any, run: TrainingRun, name: str) -> None:
                 _save_checkpoint(config, run)
             if config.validation_prompt and report.update % config.validation_steps == 0:
                 validate(run, config)
+            if watch is not None and watch(run, report):
+                run.save_checkpoint(config.output_dir, config.checkpoints_total_limit)
+                return
 
 
 def _save_checkpoint(config: Any, run: TrainingRun, *, wait: bool = True) -> Path | None:

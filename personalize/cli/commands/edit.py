@@ -101,10 +101,9 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
 def edit_strengths(config: EditConfig) -> Iterator[EditStrengths]:
     """All combinations of the given strengths; with `--gamma` by vector subtraction, otherwise by projection."""
     usual = DEFAULT_STRENGTHS
-    strength = usual.strength if config.strength is None else config.strength
     alphas, betas = config.alpha or (usual.alpha,), config.beta or (usual.beta,)
     mixes = [(1.0, 1.0, gamma) for gamma in config.gamma] or [(a, b, None) for a, b in product(alphas, betas)]
-    for mix, forget in product(mixes, config.forget or (usual.forget,)):
+    for mix, forget, strength in product(mixes, config.forget or (usual.forget,), config.strength or (usual.strength,)):
         yield EditStrengths(*mix, forget, strength)
 
 

@@ -1,0 +1,104 @@
+"""What the tab Edit shows: pictures with their settings, base and adapter side by side, the grid of two dials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from personalize.editing.config import EditStrengths
+from personalize.io.atomic import write_file
+from personalize.io.figures import grid, png
+from personalize.studio.actions import Workbench
+from personalize.studio.jobs import Job, JobQueue
+from personalize.studio.parts import facts, links
+
+SHOWN = 24  # pictures in the history
+
+
+def strengths_of(entry: Mapping[str, Any]) -> EditStrengths:
+    return EditStrengths(**{name: entry[name] for name in ("alpha", "beta", "gamma", "forget", "strength")})
+
+
+def drawn_pictures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The pictures of a result, each with its strengths, seed and scores."""
+    return [(str(result["folder"] / entry["file"]), _label(entry)) for entry in result["entries"]]
+
+
+def _label(entry: Mapping[str, Any]) -> str:
+    judged = f"  edit {entry['edit']:.2f}  identity {entry['identity']:.2f}" if "score" in entry else ""
+    return f"{strengths_of(entry)}  seed {entry['seed']}{judged}"
+
+
+def pictures_text(result: Mapping[str, Any]) -> str:
+    """The prompt as it was worded, and the files."""
+    rows: dict[str, Any] = {"Prompt": result["entries"][0]["prompt"]}
+    if "score" in result["entries"][0]:
+        rows["Best"] = _label(result["entries"][0])
+    names = [entry["file"] for entry in result["entries"]][:8]
+    return facts(rows | {"Files": links([result["folder"] / name for name in names])})
+
+
+def draw_base(bench: Workbench, options: Any, result: Mapping[str, Any], job: Job) -> tuple[str, str]:
+    """The base's picture of the same prompt and seed, beside the first picture: the two files."""
+    from personalize.editing.config import Sampling
+    from personalize.sampling.progress import listening, part
+
+    first = result["entries"][0]
+    editor = bench.editor_of(options)
+    with listening(job.begin), part("The base alone"):
+        picture = editor.base(
+            first["prompt"], seeds=[first["seed"]], negative_prompt=options.negative_prompt,
+            sampling=Sampling(options.num_inference_steps, options.scheduler, options.guidance_scale),
+        )[0]  # fmt: skip
+    return str(write_file(result["folder"] / "base.png", png(picture))), str(result["folder"] / first["file"])
+
+
+def two_dials(dials: Mapping[str, list[str]], result: Mapping[str, Any], folder: Path) -> Path:
+    """A sheet with the first dial across and the second down; the pictures are in the order of the command's grid."""
+    names = list(dials)
+    across, down = (names[0], names[1] if len(names) > 1 else None)
+    cells: dict[tuple[int, int], Image.Image] = {}
+    for entry in result["entries"]:
+        at = (0 if down is None else _index(entry, down, dials[down]), _index(entry, across, dials[across]))
+        if at not in cells:
+            cells[at] = Image.open(folder / entry["file"])
+    rows = range(1 if down is None else len(dials[down]))
+    pictures = [[cells.get((y, x)) for x in range(len(dials[across]))] for y in rows]
+    labels = [] if down is None else [f"{down} {value}" for value in dials[down]]
+    columns = [f"{across} {value}" for value in dials[across]]
+    sheet = grid(pictures, columns=columns, labels=labels, title=result["entries"][0]["prompt"])
+    return write_file(folder / "two-dials.png", png(sheet))
+
+
+def _index(entry: Mapping[str, Any], dial: str, values: list[str]) -> int:
+    """Which of a dial's values a picture has."""
+    rule, _, kept = entry["forget"].partition("=")
+    if dial == "rule":
+        return values.index(rule)
+    number = 1 - float(kept or 0) if dial == "forgotten" else float(entry[dial])
+    return min(range(len(values)), key=lambda place: abs(float(values[place]) - number))
+
+
+def history(queue: JobQueue) -> list[tuple[str, str, dict[str, Any]]]:
+    """The pictures drawn so far, the newest first: file, label, and the fields to restore."""
+    found = []
+    for job in queue.history("edit"):
+        for entry in job.result["entries"]:
+            rule, _, kept = entry["forget"].partition("=")
+            own = {
+                "rule": rule,
+                "forgotten": 1 - float(kept or 0),
+                "seed": entry["seed"],
+                "strength": entry["strength"],
+            }
+            mix = (
+                {"alpha": entry["alpha"], "beta": entry["beta"]}
+                if entry["gamma"] is None
+                else {"gamma": entry["gamma"]}
+            )
+            fields = job.inputs | own | mix | {"dial_across": "–", "dial_down": "–", "count": 1}
+            found.append((str(job.result["folder"] / entry["file"]), _label(entry), fields))
+    return found[:SHOWN]

@@ -1,0 +1,160 @@
+"""What the tab Learn has done: an estimate before the start, a look at every update, and the adapter at the end.
+
+It is imported by the queue's thread alone, for it imports torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from personalize.editing.config import Sampling
+from personalize.editing.editor import Editor
+from personalize.formats.inspection import inspect_file
+from personalize.io.atomic import write_file
+from personalize.io.figures import png
+from personalize.io.image_files import load_image
+from personalize.io.images import fitted_pixels, psnr, to_pixels
+from personalize.sampling.progress import listening
+from personalize.studio.actions import Workbench, read
+from personalize.studio.jobs import Job
+from personalize.training.config import MultiConceptConfig, extract_config
+from personalize.training.data.buckets import fit
+from personalize.training.data.concepts import check_prompt, read_picture
+from personalize.training.data.images import read_training_images
+from personalize.training.loop import StepReport
+from personalize.training.memory_estimate import check_fits, estimate
+from personalize.training.multi_concept import multi_concept_run, training_side
+from personalize.training.run import TrainingRun
+from personalize.training.single_image import single_image_run
+
+REPLAY = Sampling(steps=8, scheduler="dpm++_2m")
+
+
+def learn(words: list[str], bench: Workbench, job: Job, every: int, folder: Path) -> dict[str, Any]:
+    """Carry out the command line of a training; its base is loaded by itself, in the precision that it needs."""
+    options, main = read(words)
+    bench.forget()
+    watcher = Watch(job, options, every, folder)
+    try:
+        with listening(job.begin):
+            adapter = main(options, watcher)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # or the next training could not choose its precision
+    return watcher.shown | {"adapter": adapter, "stopped": watcher.stopped, "readers": readers(adapter)}
+
+
+class Watch:
+    """Sees each update of a run: losses, and every so often a replay with its distance from the picture.
+
+    Called with the run and the report of an update, it returns True once the user wants to stop.
+    """
+
+    def __init__(self, job: Job, options: Any, every: int, folder: Path) -> None:
+        self.job, self.options, self.every, self.folder = job, options, max(1, every), folder
+        self.stopped = False
+        self.shown: dict[str, Any] = {"losses": [], "replays": [], "ceiling": None, "updates": 0}
+        self._pixels: Tensor | None = None
+
+    def __call__(self, run: TrainingRun, report: StepReport) -> bool:
+        self.job.progress("Learning", report.update, run.updates)
+        self.shown["losses"].append((report.update, float(report.losses["loss"])))
+        self.shown["updates"] = run.updates
+        if report.update % self.every == 0 or report.update == run.updates:
+            self._replay(run, report.update)
+        self.job.show({**self.shown})
+        self.stopped = self.job.stopping and report.update < run.updates
+        return self.stopped
+
+    def _replay(self, run: TrainingRun, update: int) -> None:
+        """Draw the picture as it is learned so far, with the same noise each time."""
+        pixels = self._source(run)
+        with run.adapter_removed() as adapter, listening(lambda part, steps: self._still_wanted):
+            if pixels is not None and self.shown["ceiling"] is None:
+                self.shown["ceiling"] = psnr(run.model.decode(run.model.encode(pixels)).cpu(), pixels)
+            picture = Editor(run.model, adapter).reconstruct(sampling=REPLAY)[0]
+        path = write_file(self.folder / f"replay-{update:04d}.png", png(picture))
+        near = "" if pixels is None else f", {psnr(to_pixels(picture), pixels):.1f} dB"
+        self.shown["replays"].append((path, f"{update}{near}"))
+
+    def _still_wanted(self) -> None:
+        self.job.progress(self.job.part, self.job.finished, self.job.total)
+
+    def _source(self, run: TrainingRun) -> Tensor | None:
+        """The first picture as it is learned, (1, 3, H, W); None with several subjects, whose replay differs."""
+        if not hasattr(self.options, "instance_mask"):
+            return None
+        if self._pixels is None:
+            side = self.options.resolution or run.model.resolution
+            pixels, _ = fitted_pixels(load_image(self.options.picture[0]), side, 8 * run.model.factor)
+            self._pixels = pixels.cpu() if pixels.shape[-2:] == tuple(run.size) else None
+        return self._pixels
+
+
+def check_run(words: list[str], bench: Workbench) -> dict[str, str]:
+    """What will be trained, before it is: sizes, tokens of the captions, memory and time."""
+    options, main = read(words)
+    named = options.pretrained_model_name_or_path
+    model = bench.model(None if named in (None, "embedded") else named)
+    rows: dict[str, str] = {}
+    with ExitStack() as stack:
+        if hasattr(options, "instance_mask"):
+            images = read_training_images(options)
+            side = options.resolution or model.resolution
+            pictures = [fit(image.image, image.mask, side, 8 * model.factor) for image in images]
+            for image, picture in zip(images, pictures, strict=True):
+                notes = [
+                    f"{picture.size[1]}×{picture.size[0]} px",
+                    picture.cut,
+                    picture.padding,
+                    "masked" * bool(image.mask),
+                ]
+                rows[Path(image.name).name] = ", ".join(filter(None, notes))
+                rows["Caption, as the base reads it"] = " · ".join(model.tokens(image.caption))
+            settings = sys.modules[main.__module__].training_config(options)
+            run: Any = stack.enter_context(single_image_run(model, pictures, [one.caption for one in images], settings))
+            samples = settings.max_train_samples
+        else:
+            picture = read_picture(options)
+            check_prompt(model, picture)
+            side = training_side(model, options.resolution)
+            rows[Path(str(options.picture)).name] = f"{side}×{side} px, all of it"
+            settings = extract_config(options, MultiConceptConfig)
+            run = stack.enter_context(multi_concept_run(model, picture, settings, resolution=options.resolution))
+            rows["Prompt, as the base reads it"] = " · ".join(model.tokens(run.caption))
+            rows["Class pictures"] = f"{options.num_class_images}, drawn once and kept"
+            samples = settings.max_train_steps * settings.samples_per_update
+        began = time.perf_counter()
+        expected = estimate(run)
+        seconds = (time.perf_counter() - began) * samples
+        rows["Updates"] = f"{run.updates}, of {settings.samples_per_update} samples each"
+        rows["Memory"] = str(expected).removeprefix("Memory, ")
+        rows["Time"] = f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s"
+        if advice := check_fits(expected, run):
+            rows["Too little memory"] = advice
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return rows
+
+
+def readers(adapter: Path) -> dict[str, tuple[str, str]]:
+    """Who can read the files of an adapter folder, and by which of them: program → verdict, file or reason."""
+    order = ("yes", "partly", "no")
+    best: dict[str, tuple[str, str]] = {}
+    for path in sorted(adapter.glob("*.safetensors")):
+        if path.name.startswith("source"):
+            continue
+        for program, (verdict, reason) in inspect_file(path).readers.items():
+            known = best.get(program)
+            if known is None or _rank(verdict, order) < _rank(known[0], order):
+                best[program] = verdict, path.name if _rank(verdict, order) == 0 else reason
+    return best
+
+
+def _rank(verdict: str, order: tuple[str, ...]) -> int:
+    return order.index(verdict) if verdict in order else len(order)
