@@ -9,15 +9,14 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from personalize.cli import launch
-from personalize.cli.edit_options import COMBINATIONS
 from personalize.cli.main import SCRIPT_FOLDERS, check
 from personalize.cli.options import COMMANDS, resolve_command
 from personalize.cli.parser import parse
+from personalize.io.progress import listening
 from personalize.studio.jobs import Job
 
 Words = list[str]
@@ -102,27 +101,11 @@ class Workbench:
         return option("pretrained_model_name_or_path", None if named in (None, "", "embedded") else named)
 
 
-def carry_out(words: Sequence[str], bench: Workbench, job: Job, pictures: int = 1) -> Any:
-    """Carry out a command line that draws `pictures` pictures or parts, with its progress in `job`."""
-    from personalize.io.progress import listening
-
+def carry_out(words: Sequence[str], bench: Workbench, job: Job) -> Any:
+    """Carry out a command line that draws pictures, with its progress in `job`."""
     options, function = read(words)
-    with listening(_counted(job, pictures)):
+    with listening(job.part):
         return function(options, bench.editor_of(options))
-
-
-def _counted(job: Job, pictures: int) -> Any:
-    """A listener that says which of several pictures is drawn."""
-    begun = 0
-
-    def begin(part: str, steps: int, done: int) -> Any:
-        nonlocal begun
-        if part == COMBINATIONS:  # its pictures are counted here
-            return nullcontext(lambda *_: None)
-        begun += 1
-        return job.begin(part if pictures < 2 else f"{part} {min(begun, pictures)} of {pictures}", steps, done)
-
-    return begin
 
 
 def _changed(path: Path) -> float:

@@ -197,7 +197,7 @@ def begin(studio: Studio, given: dict[str, Any], search: bool) -> tuple[str, Any
         return problem(error), gr.skip()
 
     def work(job: Job) -> dict[str, Any]:
-        carry_out(words, studio.bench, job, given["budget"] if search else number_of_pictures(options))
+        carry_out(words, studio.bench, job)
         result = result_of(folder, search)
         if not search:
             result["pair"] = draw_base(studio.bench, options, result, job) if given["beside"] else None
@@ -209,14 +209,6 @@ def begin(studio: Studio, given: dict[str, Any], search: bool) -> tuple[str, Any
     job = Job(KIND, f"{title}: {given['prompt'][:60]}", work, command_line(words), given)
     studio.queue.submit(job)
     return "", job.command
-
-
-def number_of_pictures(options: Any) -> int:
-    """How many times something is drawn: once for each combination, all seeds together."""
-    count = 1
-    for name in ("alpha", "beta", "gamma", "forget", "strength"):
-        count *= max(1, len(getattr(options, name)))
-    return count
 
 
 def result_of(folder: Path, search: bool) -> dict[str, Any]:

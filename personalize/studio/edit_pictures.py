@@ -8,9 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from personalize.editing.config import EditStrengths
+from personalize.editing.config import EditStrengths, Sampling
 from personalize.io.atomic import write_file
 from personalize.io.figures import grid, png
+from personalize.io.progress import listening, part
 from personalize.studio.actions import Workbench
 from personalize.studio.jobs import Job, JobQueue
 from personalize.studio.parts import facts, links
@@ -43,12 +44,9 @@ def pictures_text(result: Mapping[str, Any]) -> str:
 
 def draw_base(bench: Workbench, options: Any, result: Mapping[str, Any], job: Job) -> tuple[str, str]:
     """The base's picture of the same prompt and seed, beside the first picture: the two files."""
-    from personalize.editing.config import Sampling
-    from personalize.sampling.progress import listening, part
-
     first = result["entries"][0]
     editor = bench.editor_of(options)
-    with listening(job.begin), part("The base alone"):
+    with listening(job.part), part("The base alone"):
         picture = editor.base(
             first["prompt"], seeds=[first["seed"]], negative_prompt=options.negative_prompt,
             sampling=Sampling(options.num_inference_steps, options.scheduler, options.guidance_scale),

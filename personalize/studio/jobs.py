@@ -18,6 +18,7 @@ from itertools import count
 from typing import Any, Literal
 
 from personalize.errors import UserError
+from personalize.io.progress import Advance
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 KEPT = 200  # finished jobs whose results are kept
@@ -27,6 +28,17 @@ class Cancelled(BaseException):
     """Ends a job that its user has cancelled; no `except Exception` on the way keeps it."""
 
 
+@dataclass
+class Level:
+    """A part of the work that is under way: how many of its steps were made, of which `before` in an earlier run."""
+
+    name: str
+    total: int
+    finished: int
+    before: int
+    began: float
+
+
 @dataclass(eq=False)
 class Job:
     """A job, from the click to its result.
@@ -34,6 +46,7 @@ class Job:
     kind: the tab it belongs to.  title: what it does, for people.  command: the command line that does the same.
     inputs: what the tab's fields held, to restore them.  result: what the tab shows; it may grow while the job runs.
     version: counts the changes, so that a page is drawn again only when there is something new.
+    stopping: a training is to end early and keep what it has.  cancelling: the job is to end at its next step.
     """
 
     kind: str
@@ -43,9 +56,6 @@ class Job:
     inputs: dict[str, Any] = field(default_factory=dict)
     number: int = 0
     state: State = "waiting"
-    part: str = ""
-    finished: int = 0
-    total: int = 0
     result: Any = None
     error: str = ""
     version: int = 0
@@ -54,24 +64,28 @@ class Job:
     stopping: bool = False
     cancelling: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
+    levels: list[Level] = field(default_factory=list)
 
     @contextmanager
-    def begin(self, part: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-        """A part of the work begins; the function that is yielded says that one more of its steps is finished.
+    def part(self, name: str, steps: int, done: int = 0) -> Iterator[Advance]:
+        """A part of the work; it has the form of a listener of `io.progress`.  Cancelled if the user wants no more."""
+        level = Level(name, steps, done, done, time.monotonic())
 
-        It has the form of a listener of `personalize.io.progress`.
-        """
-        self.progress(part, done, total)
-        steps = count(done + 1)
-        yield lambda *_: self.progress(part, next(steps), total)
+        def advance(note: Callable[[], str] | None = None, /) -> None:
+            level.finished += 1
+            self.step()
 
-    def progress(self, part: str, finished: int, total: int) -> None:
-        """`finished` of `total` steps of `part` are done.  Cancelled if the user wants no more."""
+        self.levels.append(level)
+        try:
+            self.step()
+            yield advance
+        finally:
+            self.levels.remove(level)
+
+    def step(self) -> None:
+        """Something has changed.  Cancelled if the user wants no more."""
         if self.cancelling:
             raise Cancelled
-        if part != self.part or finished < self.finished or not self.total:
-            self._part_began, self._part_start = time.monotonic(), finished
-        self.part, self.finished, self.total = part, finished, total
         self.version += 1
 
     def show(self, result: Any) -> None:
@@ -80,19 +94,25 @@ class Job:
         self.version += 1
 
     @property
+    def share(self) -> float:
+        """What is done of the outermost part, 0 to 1; an inner part counts as a share of one step of the outer one."""
+        share = 0.0
+        for level in reversed(list(self.levels)):
+            share = min(1.0, (level.finished + share) / level.total) if level.total else share
+        return share
+
+    @property
     def seconds_left(self) -> float | None:
-        """The time that the rest of this part will take, at its pace so far; None before the first step."""
-        made = self.finished - self._part_start
-        if made < 1 or self.state != "running":
+        """The time that the rest of the outermost part will take, at its pace so far; None before there is one."""
+        level = next(iter(self.levels), None)
+        if level is None or not level.total:
             return None
-        return (time.monotonic() - self._part_began) / made * (self.total - self.finished)
+        made = self.share * level.total - level.before
+        return (time.monotonic() - level.began) / made * (1 - self.share) * level.total if made > 0 else None
 
     @property
     def over(self) -> bool:
         return self.state in ("done", "failed", "cancelled")
-
-    _part_began: float = 0.0
-    _part_start: int = 0
 
 
 class JobQueue:

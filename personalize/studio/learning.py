@@ -21,7 +21,7 @@ from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
 from personalize.io.images import fitted_pixels, psnr, to_pixels
-from personalize.sampling.progress import listening
+from personalize.io.progress import listening
 from personalize.studio.actions import Workbench, read
 from personalize.studio.jobs import Job
 from personalize.training.config import MultiConceptConfig, extract_config
@@ -43,7 +43,7 @@ def learn(words: list[str], bench: Workbench, job: Job, every: int, folder: Path
     bench.forget()
     watcher = Watch(job, options, every, folder)
     try:
-        with listening(job.begin):
+        with listening(job.part):
             adapter = main(options, watcher)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)  # or the next training could not choose its precision
@@ -63,7 +63,6 @@ class Watch:
         self._pixels: Tensor | None = None
 
     def __call__(self, run: TrainingRun, report: StepReport) -> bool:
-        self.job.progress("Learning", report.update, run.updates)
         self.shown["losses"].append((report.update, float(report.losses["loss"])))
         self.shown["updates"] = run.updates
         if report.update % self.every == 0 or report.update == run.updates:
@@ -75,16 +74,13 @@ class Watch:
     def _replay(self, run: TrainingRun, update: int) -> None:
         """Draw the picture as it is learned so far, with the same noise each time."""
         pixels = self._source(run)
-        with run.adapter_removed() as adapter, listening(lambda part, steps: self._still_wanted):
+        with run.adapter_removed() as adapter:
             if pixels is not None and self.shown["ceiling"] is None:
                 self.shown["ceiling"] = psnr(run.model.decode(run.model.encode(pixels)).cpu(), pixels)
             picture = Editor(run.model, adapter).reconstruct(sampling=REPLAY)[0]
         path = write_file(self.folder / f"replay-{update:04d}.png", png(picture))
         near = "" if pixels is None else f", {psnr(to_pixels(picture), pixels):.1f} dB"
         self.shown["replays"].append((path, f"{update}{near}"))
-
-    def _still_wanted(self) -> None:
-        self.job.progress(self.job.part, self.job.finished, self.job.total)
 
     def _source(self, run: TrainingRun) -> Tensor | None:
         """The first picture as it is learned, (1, 3, H, W); None with several subjects, whose replay differs."""
@@ -119,7 +115,6 @@ def check_run(words: list[str], bench: Workbench) -> dict[str, str]:
                 rows["Caption, as the base reads it"] = " · ".join(model.tokens(image.caption))
             settings = sys.modules[main.__module__].training_config(options)
             run: Any = stack.enter_context(single_image_run(model, pictures, [one.caption for one in images], settings))
-            samples = settings.max_train_samples
         else:
             picture = read_picture(options)
             check_prompt(model, picture)
@@ -129,11 +124,10 @@ def check_run(words: list[str], bench: Workbench) -> dict[str, str]:
             run = stack.enter_context(multi_concept_run(model, picture, settings, resolution=options.resolution))
             rows["Prompt, as the base reads it"] = " · ".join(model.tokens(run.caption))
             rows["Class pictures"] = f"{options.num_class_images}, drawn once and kept"
-            samples = settings.max_train_steps * settings.samples_per_update
         began = time.perf_counter()
         expected = estimate(run)
-        seconds = (time.perf_counter() - began) * samples
-        rows["Updates"] = f"{run.updates}, of {settings.samples_per_update} samples each"
+        seconds = (time.perf_counter() - began) * run.updates * run.shard.samples
+        rows["Updates"] = f"{run.updates}, of {run.shard.samples} samples each"
         rows["Memory"] = str(expected).removeprefix("Memory, ")
         rows["Time"] = f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s"
         if advice := check_fits(expected, run):

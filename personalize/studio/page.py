@@ -93,13 +93,9 @@ def status(studio: Studio) -> str:
     job, waiting = studio.queue.running, studio.queue.waiting()
     if job is None:
         return '<div role="status"><span class="quiet">Ready. One thing is done at a time.</span></div>'
-    share = job.finished / job.total if job.total else 0
-    left = job.seconds_left
-    detail = [
-        job.part,
-        f"{job.finished} of {job.total}" if job.total else "",
-        "" if left is None else f"{duration(left)} left",
-    ]
+    share, left = job.share, job.seconds_left
+    detail = [f"{one.name} {one.finished} of {one.total}" if one.total else one.name for one in list(job.levels)[:2]]
+    detail += [] if left is None else [f"{duration(left)} left"]
     if job.cancelling:
         detail = ["ends at the next step"]
     if waiting:

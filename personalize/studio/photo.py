@@ -13,6 +13,7 @@ import gradio as gr
 from personalize.errors import UserError
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
+from personalize.io.progress import listening
 from personalize.studio.actions import carry_out, command_line, option, read
 from personalize.studio.folder import OUTPUT
 from personalize.studio.jobs import Job
@@ -138,9 +139,8 @@ def read_words(studio: Studio, given: Mapping[str, Any]) -> Iterator[tuple[Any, 
     def work(job: Job) -> Any:
         from personalize.editing.photo_settings import PhotoSettings
         from personalize.editing.word_maps import word_maps
-        from personalize.sampling.progress import listening
 
-        with listening(job.begin):
+        with listening(job.part):
             return word_maps(
                 studio.bench.editor(studio.bench.base, ()).model, load_image(path), given["source"],
                 PhotoSettings(steps=int(given["steps"])), cache=FOLDER / "trajectories",

@@ -20,8 +20,10 @@ def blocked(kind="edit"):
     gate = threading.Event()
 
     def work(job):
-        while not gate.wait(0.005):
-            job.progress("Sampling", 1, 4)
+        with job.part("Sampling", 4) as advance:
+            advance()
+            while not gate.wait(0.005):
+                job.step()
         return "result"
 
     return Job(kind, "a long job", work), gate
@@ -29,7 +31,7 @@ def blocked(kind="edit"):
 
 def running(queue, job):
     for _ in range(1000):
-        if queue.running is job and job.total:
+        if queue.running is job and job.levels and job.share:
             return True
         threading.Event().wait(0.005)
     return False
@@ -99,6 +101,9 @@ def test_the_time_left_follows_from_the_steps_so_far(queue):
     assert job.seconds_left is None
     queue.submit(job)
     assert running(queue, job)
-    assert job.seconds_left is not None and job.seconds_left >= 0
+    assert job.share == 0.25 and job.seconds_left is not None and job.seconds_left >= 0
+    with job.part("Decoding", 2) as advance:
+        advance()
+        assert job.share == 0.375, "half of the second of four steps"
     gate.set()
     assert job.ended.wait(5) and job.seconds_left is None
