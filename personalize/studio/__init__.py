@@ -5,7 +5,7 @@
     jobs        one job at a time, for all pages
     actions     buttons as command lines, carried out on the one model in memory
     page        the tabs and the line above them;  parts: what several tabs are made of
-    learn, edit, photo, drag      a tab each
+    learn, edit, photo, drag, files   a tab each
     learning, learn_result        a training as the tab Learn runs it, and shows it
     edit_pictures                 what the tab Edit shows
     canvas.*    the picture with points and masks, in the browser;  studio.css: how it looks

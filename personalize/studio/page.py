@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from personalize.studio import drag, edit, learn, photo
+from personalize.studio import drag, edit, files, learn, photo
 from personalize.studio.jobs import Job
 from personalize.studio.parts import Studio, Tab, text
 
@@ -116,6 +116,6 @@ def duration(seconds: float) -> str:
     )
 
 
-TABS = {"Learn": learn, "Edit": edit, "Photo": photo, "Drag": drag}
+TABS = {"Learn": learn, "Edit": edit, "Photo": photo, "Drag": drag, "Files": files}
 CSS = text("studio.css")
 __all__ = ["CSS", "Job", "build", "theme"]
