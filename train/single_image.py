@@ -68,28 +68,31 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     from personalize.training.data.buckets import fit
     from personalize.training.data.class_images import class_images
     from personalize.training.data.images import read_training_images
-    from personalize.training.single_image import single_image_run
+    from personalize.training.single_image import idle_parts, single_image_run
     from personalize.training.validation import save_with_preview
 
     images = read_training_images(config)
     accelerator = trainer.make_accelerator(config)
     settings = training_config(config, accelerator.num_processes)
     model = trainer.load_base(config, accelerator)
-    resolution = config.resolution or model.resolution
-    pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
-    classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
-    captions = [image.caption for image in images]
-    with single_image_run(model, pictures, captions, settings, class_images=classes, accelerator=accelerator) as run:
-        describe(run, images, pictures, accelerator)
-        trainer.train(config, run, "single_image", watch)
-        adapter = run.adapter(person=config.person, pictures=len(images), regularisation=len(classes))
-    if accelerator.is_main_process:
-        shown = pictures[0].pixels
-        figures = save_with_preview(
-            model, adapter, shown, config.output_dir, steps=config.preview_steps, seed=config.seed
-        )
-        print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
-    return trainer.finish(config, accelerator)
+    with model.offload.idle(idle_parts(model, settings), sparing=settings.offload):
+        resolution = config.resolution or model.resolution
+        pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
+        classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
+        captions = [image.caption for image in images]
+        with single_image_run(
+            model, pictures, captions, settings, class_images=classes, accelerator=accelerator
+        ) as run:
+            describe(run, images, pictures, accelerator)
+            trainer.train(config, run, "single_image", watch)
+            adapter = run.adapter(person=config.person, pictures=len(images), regularisation=len(classes))
+        if accelerator.is_main_process:
+            shown = pictures[0].pixels
+            figures = save_with_preview(
+                model, adapter, shown, config.output_dir, steps=config.preview_steps, seed=config.seed
+            )
+            print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
+        return trainer.finish(config, accelerator)
 
 
 def training_config(config: Config, processes: int = 1) -> SingleImageConfig:

@@ -7,12 +7,13 @@
     loading, config    from a folder, the hub or a single file; configs/ holds what single files lack
     blocks             which layers belong to the encoder, the middle and the decoder
     attention          hooks on attention layers;  attention_maps: record and average what they look at
-    vae                the autoencoder's precision
+    vae                the autoencoder's precision, and its tiles
     prompts, token_ids prompts as tokens and as words; their ids, in chunks of 75;  conditioning: their embeddings
     image_processor    pictures of any size, padded to what the base model can encode, and back
     fast_paths         the same results in less time;  gradient_checkpointing: in less memory
     empty              a model's shapes without its weights
     quantization       4-bit base models;  offloading: where layers compute whose weights are moved
+    idle_parts, memory text encoders and autoencoder off the device while unused; what is free, what is needed
     map_filters        attention maps scaled and smoothed
     lora_modules       which modules are LoRA layers;  quiet: other libraries' messages and bars, hidden while loading
 

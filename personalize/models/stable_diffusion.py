@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from personalize.errors import NonFiniteLatents, UserError
+from personalize.errors import UserError
 from personalize.models import parameterization
 from personalize.models.conditioning import Conditioning
 from personalize.models.config import INPAINTING, check_channels
+from personalize.models.idle_parts import Offload
 from personalize.models.loading import default_device, default_dtype, family, read, require_parts
 from personalize.models.offloading import execution_device
 from personalize.models.quantization import quantize
 from personalize.models.supported import require_supported
 from personalize.models.token_ids import equal_ids, padded_ids
-from personalize.models.vae import accurate_vae
+from personalize.models.vae import accurate_vae, decoding_plan, require_finite, tiled_vae
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -60,6 +61,7 @@ class StableDiffusion:
         schedule: Any = DDIMScheduler.from_config(self.scheduler.config)
         self.alphas_cumprod: Tensor = schedule.alphas_cumprod.to(self.device)  # ᾱ of t = 0 … 999
         self.masked_picture: Tensor | None = None  # what an inpainting UNet reads too, see `predict`
+        self.offload = Offload(self)
         self._identity: dict[str, str] = {}  # from before `quantize`
         self.final_alpha = float(schedule.final_alpha_cumprod)  # ᾱ of clean latents, below t = 0
 
@@ -165,7 +167,7 @@ class StableDiffusion:
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of `pixels`, both (b, c, h, w) and both scaled."""
-        with accurate_vae(self.vae):
+        with self.offload.using(self.vae), accurate_vae(self.vae):
             weight = self.vae.encoder.conv_in.weight
             posterior = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
         scale = self.vae.config.scaling_factor
@@ -180,16 +182,17 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels of `latents`, clamped to [−1, 1]; NonFiniteLatents, in place of a black picture, if they are none."""
-        if not bool(latents.isfinite().all()):
-            raise NonFiniteLatents(
-                "the picture would be black, because its latents are not finite numbers: lower the guidance scale and "
-                "the strengths, or sample in fp32"
-            )
-        with accurate_vae(self.vae):
-            weight = self.vae.decoder.conv_in.weight
-            scaled = latents.to(weight.device, weight.dtype) / self.vae.config.scaling_factor
-            return self.vae.decode(scaled).sample.float().clamp(-1, 1)
+        """Pixels of `latents`, clamped to [−1, 1]; where memory is short, row by row and in tiles.
+
+        Raises:
+            NonFiniteLatents: in place of a black picture, if the latents are none.
+        """
+        require_finite(latents)
+        rows, tile = decoding_plan(self.vae, latents, self.device, tiled=self.offload.tiled)
+        with self.offload.using(self.vae), accurate_vae(self.vae), tiled_vae(self.vae, tile):
+            weight, scale = self.vae.decoder.conv_in.weight, self.vae.config.scaling_factor
+            scaled = (part.to(weight.device, weight.dtype) / scale for part in latents.split(rows))
+            return torch.cat([self.vae.decode(part).sample.float().clamp(-1, 1) for part in scaled])
 
     # -- prompts ---------------------------------------------------------------------------------------------
 
@@ -203,10 +206,11 @@ class StableDiffusion:
             raise ValueError(f"prompts takes a list of texts, got the single text {texts!r}: put it in a list")
         two, length = self.family == "sdxl", self.tokenizers[0].model_max_length
         ids = [part.to(self.device) for part in equal_ids(self.tokenizers, texts)]
-        outputs = [
-            encoder(part.view(-1, length), output_hidden_states=two)
-            for encoder, part in zip(self.text_encoders, ids, strict=True)
-        ]
+        with self.offload.using(*self.text_encoders):
+            outputs = [
+                encoder(part.view(-1, length), output_hidden_states=two)
+                for encoder, part in zip(self.text_encoders, ids, strict=True)
+            ]
         if not two:
             return Conditioning(_joined(outputs[0].last_hidden_state, len(texts)))
         embeds = torch.cat([_joined(output.hidden_states[-2], len(texts)) for output in outputs], -1)

@@ -186,6 +186,8 @@ class SingleImageConfig(LoraTrainingConfig):
     """Samples for each picture, if these are more than min_train_samples in all."""
     train_batch_size: int = 10
     """Most samples that a process takes at a time; with prior preservation, as many class pictures are added."""
+    offload: bool = False
+    """Decode in tiles, and on a CPU too keep text encoders and VAE elsewhere (in a file) while they are not used."""
     cuda_graph: bool = False
     """Replay each update as one CUDA graph, which saves the time of launching kernels; one process only."""
     resample_latents: bool = False

@@ -1,31 +1,31 @@
 """Estimate how much memory a training run will take, from one sample measured before it starts.
 
-    peak ≈ base + P · (4 + 4 + s) + b · a
+    peak = max(updates, encoding, decoding)                          updates = base + P · (4 + 4 + s) + b · a
+    encoding = base + idle + e                                      decoding = base + P · (4 + s) + idle + d
 
-base: bytes of UNet, autoencoder and text encoders, without the adapter.
+base: bytes of the UNet, and of those of autoencoder and text encoders that updates use, without the adapter.
+idle: bytes of the others, which are off the device during updates (`models.idle_parts`).
 P: number of trained parameters, in fp32: 4 bytes of weight, 4 of gradient, and s = 8 of AdamW's two moments (8-bit: 2,
     and 8 bytes of scales for every 256 parameters, but still 8 in tensors of fewer than 4,096).
 a: the peak of the bytes that the forward and backward pass of one sample allocate; b: samples in a batch.
+e, d: the peak of the bytes that the autoencoder allocates for one picture to encode it, and to decode it for a preview.
 
 Not counted: the device's own context and work spaces (about 1 GB on CUDA), fragmentation, other programs.
 """
 
 from __future__ import annotations
 
-import re
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from personalize.errors import UserError
+from personalize.models.memory import LiveBytes, decoding_bytes, encoding_bytes, free_bytes
 from personalize.models.quantization import weight_bytes
+from personalize.models.vae import TILE
 from personalize.training.data.samples import SampleShard
 
 if TYPE_CHECKING:
@@ -44,20 +44,38 @@ class MemoryEstimate:
     optimizer: int
     sample: int
     batch: int
+    idle: int = 0
+    encoding_picture: int = 0
+    decoding_picture: int = 0
 
     @property
     def activations(self) -> int:
         return self.batch * self.sample
 
     @property
-    def total(self) -> int:
+    def updates(self) -> int:
         return self.base + self.adapter + self.gradients + self.optimizer + self.activations
 
+    @property
+    def encoding(self) -> int:
+        return self.base + self.idle + self.encoding_picture
+
+    @property
+    def decoding(self) -> int:
+        return self.base + self.adapter + self.optimizer + self.idle + self.decoding_picture
+
+    @property
+    def total(self) -> int:
+        return max(self.updates, self.encoding, self.decoding)
+
     def __str__(self) -> str:
+        phases = {"the updates": self.updates, "encoding": self.encoding, "previews": self.decoding}
         return (
             f"Memory, about {_readable(self.total)}: base {_readable(self.base)}, adapter with gradients "
             f"{_readable(self.adapter + self.gradients)}, optimizer {_readable(self.optimizer)}, "
-            f"activations of {self.batch} sample{'s' * (self.batch > 1)} {_readable(self.activations)}"
+            f"activations of {self.batch} sample{'s' * (self.batch > 1)} {_readable(self.activations)}; "
+            f"most in {max(phases, key=phases.__getitem__)}: "
+            + ", ".join(f"{name} {_readable(count)}" for name, count in phases.items())
         )
 
 
@@ -70,37 +88,36 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
     trained = list(run.objective.trainable().values())
     sizes = [parameter.numel() for parameter in trained]
     adapter = 4 * sum(sizes)
-    parts = (run.model.unet, run.model.vae, *run.model.text_encoders)
+    model, size = run.model, run.size
+    idle = [part for part in (model.vae, *model.text_encoders) if part in model.offload]
+    parts = [part for part in (model.unet, model.vae, *model.text_encoders) if part not in model.offload]
     moments = [_eight_bit(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
     trained_in_base = sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
     base = sum(map(weight_bytes, parts)) - trained_in_base
     sample = _measure_sample(run, trained)
-    return MemoryEstimate(base, adapter, adapter, sum(moments), sample, run.shard.largest)
+    decoded = (min(size[0], TILE), min(size[1], TILE)) if model.offload.tiled else size
+    return MemoryEstimate(
+        base, adapter, adapter, sum(moments), sample, run.shard.largest, sum(map(weight_bytes, idle)),
+        encoding_bytes(model.vae, size), decoding_bytes(model.vae, decoded),
+    )  # fmt: skip
 
 
 def check_fits(expected: MemoryEstimate, run: TrainingRun) -> str | None:
     """A sentence of advice if `expected` exceeds the free memory; None if it fits."""
-    free = _free(run.model.device)
-    wanted = expected.total - expected.base - expected.adapter  # these two are allocated already
+    free = free_bytes(run.model.device)
+    most = max(expected.updates, expected.decoding)  # encoding is over
+    wanted = most - expected.base - expected.adapter  # these two are allocated already
     if free is None or wanted <= free:
         return None
-    return f"only {_readable(free)} of memory are free, about {_readable(wanted)} more will be needed: {_advice(run)}"
+    advice = _advice(run, previews=most > expected.updates)
+    return f"only {_readable(free)} of memory are free, about {_readable(wanted)} more will be needed: {advice}"
 
 
-def _free(device: torch.device) -> int | None:
-    """Free bytes on `device`; None where this cannot be found out."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")  # Linux
-    if device.type != "cpu" or not meminfo.is_file():
-        return None
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-    return int(match[1]) * 1024 if match else None
-
-
-def _advice(run: TrainingRun) -> str:
+def _advice(run: TrainingRun, *, previews: bool = False) -> str:
+    """What takes less memory; `previews`: they take the most, not the updates."""
     config, quantised = run.config, "quantisation" in run.base
     options = [
+        (previews and not run.model.offload.tiled, "--offload"),
         (run.shard.largest > 1, "--train_batch_size 1"),
         (not config.gradient_checkpointing, "--gradient_checkpointing"),
         (not quantised, "--load_in_4bit"),
@@ -134,32 +151,3 @@ def _measure_sample(run: TrainingRun, trained: list[nn.Parameter]) -> int:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors created while it is active and still alive: `now`, and the maximum, `peak`."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size

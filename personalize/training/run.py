@@ -34,7 +34,7 @@ from personalize.training.losses import Objective
 # settings that may change between a run and its resumption: the samples of an update and their loss stay the same
 MAY_DIFFER = (
     "max_train_samples", "min_train_samples", "samples_per_picture", "max_train_steps", "train_batch_size",
-    "gradient_accumulation_steps", "gradient_checkpointing", "cuda_graph", "torch_compile",
+    "gradient_accumulation_steps", "gradient_checkpointing", "cuda_graph", "torch_compile", "offload",
 )  # fmt: skip
 
 

@@ -72,9 +72,15 @@ def single_image_run(
         gradient_checkpointing(model.unet, config.gradient_checkpointing),
     ):  # fmt: skip
         run = SingleImageRun(model, pixels, caption, config, masks, class_images, accelerator)
-        run.add_adapter()
-        with timestep_mask(model.unet, run.timestep_rank()):
-            yield run
+        with model.offload.idle(idle_parts(model, config), sparing=config.offload):
+            run.add_adapter()
+            with timestep_mask(model.unet, run.timestep_rank()):
+                yield run
+
+
+def idle_parts(model: StableDiffusion, config: SingleImageConfig) -> list[Any]:
+    """The parts of the base that a run uses before its first update and for previews alone."""
+    return [model.vae, *(() if config.train_text_encoder else model.text_encoders)]
 
 
 def learn(
@@ -139,7 +145,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
     def _encoded(self, images: Sequence[FittedImage], rows: Sequence[int]) -> LatentDataset:
         """The pictures encoded, with the rows of their captions, loss weights, and SDXL's size conditioning."""
         model, config = self.model, self.config
-        with fast_paths(model.vae.encoder):
+        with model.offload.using(model.vae), fast_paths(model.vae.encoder):
             posteriors = [model.posterior(image.pixels) for image in images]  # one at a time, to save memory
         means, stds = ([part[0] for part in parts] for parts in zip(*posteriors, strict=True))
         weights = [image.weights(config.mask_weight) for image in images]

@@ -44,8 +44,8 @@ def base(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
 def _sd15(dtype: torch.dtype) -> Any:
     tokenizer = build_tokenizer(WORDS)
     return StableDiffusionPipeline(
-        vae=_vae(512), unet=UNet2DConditionModel(**SD15).to(dtype), scheduler=_scheduler(),  # pyright: ignore
-        text_encoder=CLIPTextModel(_text(tokenizer, 768, 12)), tokenizer=tokenizer, safety_checker=None,  # pyright: ignore
+        vae=_vae(512), unet=UNet2DConditionModel(**SD15).to(dtype), scheduler=scheduler(),  # pyright: ignore
+        text_encoder=CLIPTextModel(text_config(tokenizer, 768, 12)), tokenizer=tokenizer, safety_checker=None,  # pyright: ignore
         feature_extractor=None, requires_safety_checker=False,  # pyright: ignore
     )  # fmt: skip
 
@@ -53,9 +53,9 @@ def _sd15(dtype: torch.dtype) -> Any:
 def _sdxl(dtype: torch.dtype) -> Any:
     first, second = build_tokenizer(WORDS), build_tokenizer(WORDS)
     return StableDiffusionXLPipeline(
-        vae=_vae(1024), unet=UNet2DConditionModel(**SDXL).to(dtype), scheduler=_scheduler(),  # pyright: ignore
-        text_encoder=CLIPTextModel(_text(first, 768, 12)), tokenizer=first, tokenizer_2=second,  # pyright: ignore
-        text_encoder_2=CLIPTextModelWithProjection(_text(second, 1280, 32)), add_watermarker=False,  # pyright: ignore
+        vae=_vae(1024), unet=UNet2DConditionModel(**SDXL).to(dtype), scheduler=scheduler(),  # pyright: ignore
+        text_encoder=CLIPTextModel(text_config(first, 768, 12)), tokenizer=first, tokenizer_2=second,  # pyright: ignore
+        text_encoder_2=CLIPTextModelWithProjection(text_config(second, 1280, 32)), add_watermarker=False,  # pyright: ignore
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def _vae(side: int) -> AutoencoderKL:
     return AutoencoderKL(**blocks, layers_per_block=2, latent_channels=4, sample_size=side)
 
 
-def _text(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:
+def text_config(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=width // 64, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
@@ -75,6 +75,6 @@ def _text(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _scheduler() -> DDIMScheduler:
+def scheduler() -> DDIMScheduler:
     noise: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     return DDIMScheduler(**noise, steps_offset=1, clip_sample=False)

@@ -114,7 +114,7 @@ def memory(bench: SpeedBench) -> Rows:
                 expected = estimate(run)
                 peak = _peak(run, expected.base + expected.adapter)
             name = f"{'NF4' if small else 'bf16'}{', checkpointed' if checkpointing else ''}"
-            sizes = {"gb_alloc": peak / 1e9, "gb_predicted": expected.total / 1e9, "ratio": expected.total / peak}
+            sizes = {"gb_alloc": peak / 1e9, "gb_predicted": expected.updates / 1e9, "ratio": expected.updates / peak}
             none = {"ms_median": 0.0, "ms_p10": 0.0, "ms_p90": 0.0, "ratio_ci95": [0, 0], "ratio_to": "measured peak"}
             rows.append(facts(model.device) | {"part": "memory", "arm": name, **sizes, **none, "batch": bench.batch})
     base.cache_clear()
