@@ -18,7 +18,8 @@ import tyro
 
 from personalize.errors import UserError
 from personalize.models.config import BaseModelOptions
-from personalize.training.config import PriorPreservationOptions, SingleImageConfig, extract_config
+from personalize.training.config import SingleImageConfig, extract_config
+from personalize.training.run_options import PriorPreservationOptions
 
 if TYPE_CHECKING:
     from personalize.models.stable_diffusion import StableDiffusion

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from personalize.training.config import MultiConceptConfig, PriorPreservationOptions, RunOptions, extract_config
+from personalize.training.config import MultiConceptConfig, extract_config
+from personalize.training.run_options import PriorPreservationOptions, RunOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

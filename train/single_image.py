@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 from personalize.errors import UserError
-from personalize.training.config import PriorPreservationOptions, RunOptions, SingleImageConfig, extract_config
+from personalize.training.config import SingleImageConfig, extract_config
+from personalize.training.run_options import PriorPreservationOptions, RunOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

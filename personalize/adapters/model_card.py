@@ -11,6 +11,7 @@ from urllib.parse import quote
 from personalize.adapters.captions import captions_of
 from personalize.formats.textual_inversion_files import token_file_names, token_file_stem
 from personalize.formats.timestep_rank import rule_of, warning
+from personalize.formats.training_notes import training_notes
 
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 TAGS = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
@@ -246,6 +247,7 @@ def _limits(adapter: CardSubject) -> str:
         f"## Limits\n\n* {first}\n* Learned from {_count(adapter).lower()}: pose, background and style may come back "
         "where they were not asked for.\n"
         f"{_timestep_rank(adapter)}"
+        f"{''.join(f'* {note}.' + chr(10) for note in training_notes(adapter.info))}"
         "* The pictures are drawn anew from noise; nothing keeps unedited pixels as they were.\n"
         "* Made for the base named above; on other checkpoints the result differs."
     )

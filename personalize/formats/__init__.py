@@ -11,6 +11,7 @@
     original_checkpoint       single-file base models
     timestep_rank             the rule of adapters with fewer components at high noise
     manifest                  adapter.json;  integrity: bytes that changed, absurd weights
+    training_notes            what to know of an adapter's training
     reader_keys, source_reading, verification   independent readings, and the comparison with them
     compatibility, coverage   who can read a file, and what it changes
     inspection, folder_inspection, conversion   say what a file is; rewrite it for another program

@@ -21,6 +21,7 @@ from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
 from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.timestep_rank import HEADER_KEY, KEY, read_rule, warning
+from personalize.formats.training_notes import training_notes
 from personalize.io.pickles import is_pickle
 from personalize.io.tensor_files import TensorFile, read_json
 
@@ -52,6 +53,8 @@ class Inspection:
     metadata: dict[str, str]
     captions: list[str] = field(default_factory=list)
     """Of the pictures that an adapter folder was trained on; each has a source embedding."""
+    training: list[str] = field(default_factory=list)
+    """What to know of the training of an adapter folder."""
 
 
 def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
@@ -83,7 +86,7 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
         ranks=_counts(parts["A"].shape[0] for parts in modules.values() if "A" in parts and parts["A"].ndim),
         strengths=_counts(scalings.values()), rows=_coverage(contents, scalings, family),
         tokens=_tokens(contents, content, path), readers=readers, problems=problems, metadata=dict(content.metadata),
-        captions=_captions(path),
+        captions=_captions(about := _manifest(path)), training=training_notes(about),
     )  # fmt: skip
 
 
@@ -195,11 +198,13 @@ def _timestep_rank(path: Path, metadata: Mapping[str, str]) -> list[str]:
     return [] if rule is None else [warning(rule)]
 
 
-def _captions(path: Path) -> list[str]:
-    """The captions in the manifest of the adapter folder that the file at `path` is part of."""
-    if path.suffix != ".safetensors" or not is_part_of_adapter(path):
-        return []
-    info = read_json(path.parent / MANIFEST)
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the adapter folder that the file at `path` is part of; empty if it is of none."""
+    part = path.suffix == ".safetensors" and is_part_of_adapter(path)
+    return read_json(path.parent / MANIFEST) if part else {}
+
+
+def _captions(info: Mapping[str, Any]) -> list[str]:
     captions = info.get("captions") or [info.get("caption")]
     return [caption for caption in captions if isinstance(caption, str) and caption]
 
@@ -247,6 +252,7 @@ def report(inspection: Inspection) -> str:
             f"token       {token['token']}: {token['vectors']} vector(s) of width {token['width']} ({token['key']})"
         )
     lines += [f"caption     {caption}" for caption in inspection.captions[:MAX_LINES]]
+    lines += [f"training    {note}" for note in inspection.training]
     if inspection.rows:
         lines += ["", coverage.coverage_text(inspection.rows)]
     lines += ["", "read by"]

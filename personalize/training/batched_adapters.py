@@ -68,6 +68,7 @@ def check_batchable(config: SingleImageConfig) -> None:
         (config.max_grad_norm is not None, "max_grad_norm, which is of one adapter"),
         (config.use_8bit_adam, "use_8bit_adam, whose scales would be shared"),
         (config.cuda_graph, "cuda_graph, which holds one adapter"),
+        (config.use_ema, "use_ema, whose averages are of one adapter"),
         (config.orthogonal_start, "orthogonal_start, whose factors are not stacked"),
     )
     for hinders, reason in obstacles:
@@ -120,7 +121,7 @@ def _learn_alike(
         lora: StackedLora = dict(zip(layers, zip(stacked[::2], stacked[1::2], strict=True), strict=True))
         objective = BatchedAdapters(
             model, Conditioning.cat([run.conditioning for run in runs]), lora,
-            standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
+            standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma, null=first.null,
         )  # fmt: skip
         from personalize.adapters.lora_layers import batched_adapters  # peft takes seconds to import
 

@@ -42,13 +42,14 @@ from personalize.training.catalogue_results import (
     print_outcome,
 )
 from personalize.training.catalogue_table import Item, RowSources
-from personalize.training.config import PriorPreservationOptions, SingleImageConfig
+from personalize.training.config import SingleImageConfig
 from personalize.training.data.buckets import FittedImage, fit
 from personalize.training.data.captions import folder_caption
 from personalize.training.data.class_images import class_images
 from personalize.training.data.images import load_pictures
 from personalize.training.data.sources import MASK_FILE, named_pictures
 from personalize.training.distributed import ProcessGroup
+from personalize.training.run_options import PriorPreservationOptions
 from personalize.training.single_image import single_image_run
 from personalize.training.validation import save_with_preview
 
@@ -262,8 +263,7 @@ def learn_catalogue(
         if processes.index == 0 and len(pending) < len(items):
             print(f"{len(items) - len(pending)} of {len(items)} rows are finished already", flush=True)
         own = pending[processes.index :: processes.count]
-        for item in own:
-            print(*(f"line {item.line}: {remark}" for remark in item.remarks), sep="\n", end="\n" * bool(item.remarks))
+        print("".join(f"line {item.line}: {remark}\n" for item in own for remark in item.remarks), end="", flush=True)
         model = load() if own else None
         groups = _groups(model, own, catalogue)
         while groups:

@@ -18,8 +18,9 @@ from personalize.io.atomic import plain_name
 from personalize.io.image_folders import read_folder
 from personalize.io.tables import SURPLUS, read_table
 from personalize.training.catalogue_results import FAILED, RESULTS, outcome
-from personalize.training.config import PriorPreservationOptions, SingleImageConfig
+from personalize.training.config import SingleImageConfig
 from personalize.training.data.sources import named_pictures
+from personalize.training.run_options import PriorPreservationOptions
 
 OWN_COLUMNS = ("image", "mask", "caption", "name")
 SEPARATOR = "|"  # between the pictures, masks or captions of one cell

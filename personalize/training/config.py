@@ -1,82 +1,20 @@
-"""The options of the trainers: those that all share, and a configuration for each that decides what is learned.
+"""The options of the trainers that decide what is learned: those that all share, and a configuration for each.
 
-The fields have the names of diffusers' own training scripts.  A trainer's `Config` inherits from the classes here, so
-that every option is defined once.  Read before torch is imported: this module must import nothing heavy.
+The fields have the names of diffusers' own training scripts.  A trainer's `Config` inherits from the classes here and
+in `run_options`, so that every option is defined once.  Read before torch is imported: this module must import nothing
+heavy.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+import math
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 from personalize.errors import UserError
-from personalize.io.numbering import unused_folder
-from personalize.models.config import BaseModelOptions
 from personalize.models.ranges import check_ranges
 
 ConfigT = TypeVar("ConfigT", bound="LoraTrainingConfig")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(BaseModelOptions):
-    """Options of how a training run is carried out; they do not decide what is learned."""
-
-    output_dir: Path = field(default_factory=lambda: unused_folder("adapter", "adapter.json"))
-    """Where the adapter folder, its checkpoints and logs go; by default the first of adapter, adapter-2, … not done."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the forward pass; trained parameters and the loss are always fp32.  If not given, what `accelerate
-    launch` says, or else "no", which is fp32."""
-    load_in_4bit: bool = False
-    """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
-    checkpointing_steps: int | None = None
-    """Updates between two checkpoints in output_dir/checkpoint-N; none if not given."""
-    checkpoints_total_limit: int | None = None
-    """Keep only this many of the newest checkpoints."""
-    resume_from_checkpoint: str | None = None
-    """Continue from a checkpoint folder, or from the "latest" whole one in output_dir."""
-    validation_prompt: str | None = None
-    """Draw pictures of this prompt while training, as `personalize edit` would."""
-    num_validation_images: int = 4
-    """Validation pictures drawn each time."""
-    validation_steps: int = 20
-    """Updates between two validations."""
-    preview_steps: int = 30
-    """Denoising steps of validation pictures and of those on the model card; 0 draws none for the card."""
-    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = None
-    """Tracker for losses, rates and validation pictures, through Accelerate."""
-    logging_dir: str = "logs"
-    """Folder of tracker files inside output_dir."""
-    push_to_hub: bool = False
-    """Also upload the adapter folder to the hub, as the user of `hf auth login`; with --person, a private one."""
-    hub_model_id: str | None = None
-    """Repository to upload to; named like output_dir if not given."""
-    person: bool = False
-    """The picture shows a recognisable person: the card says so, and asks for consent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorPreservationOptions:
-    """Options of prior preservation: class pictures, which keep the class word's meaning during training."""
-
-    with_prior_preservation: bool = False
-    """Train on class pictures too: from class_data_dir, class_dataset_name, or drawn by the base."""
-    class_prompt: str | None = None
-    """What class pictures show, e.g. "a photo of a dog"."""
-    class_data_dir: Path | None = None
-    """Folder of class pictures, with captions in .txt files beside them."""
-    class_dataset_name: str | None = None
-    """Data set of class pictures: a hub id or a local folder."""
-    image_column: str = "image"
-    """Column of pictures in data sets."""
-    caption_column: str = "text"
-    """Column of captions in data sets."""
-    num_class_images: int = 100
-    """How many class pictures to use, or to let the base draw."""
-    class_image_steps: int = 50
-    """Denoising steps of the class pictures that the base draws."""
-    class_image_cache: Path | None = None
-    """Where drawn class pictures are kept; ~/.cache/personalize if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +35,12 @@ class LoraTrainingConfig:
     """Rank of the LoRA."""
     lora_alpha: float | None = None
     """LoRA alpha, the strength being alpha / rank; the rank if not given."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: the strength is alpha / √rank; in files alpha is larger, so that every reader has it."""
+    use_ema: bool = False
+    """Save the exponential moving average of what is trained, not the state after the last update."""
+    ema_max_decay: float = 0.9999
+    """With use_ema: the most that the average keeps at an update; early updates keep n / (n + 9) after n of them."""
     min_rank: int | None = None
     """Timestep-dependent rank: at the highest noise only this many components learn, at the lowest all of the rank."""
     alpha_rank_scale: float = 1.0
@@ -127,6 +71,7 @@ class LoraTrainingConfig:
         _not_negative(self, "prior_loss_weight", "lr_warmup_steps")
         if self.min_rank is not None and not 1 <= self.min_rank <= self.rank:
             raise UserError(f"min_rank must be from 1 to the rank, {self.rank}, got {self.min_rank}")
+        _fraction(self, "ema_max_decay")
 
     replaces = {"gradient_accumulation_steps": "samples_per_update"}  # an option given: what a file says of the other
 
@@ -144,7 +89,9 @@ class LoraTrainingConfig:
 
     @property
     def alpha(self) -> float:
-        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+        """Alpha so that alpha / rank is the strength, which other programs read from files."""
+        alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
+        return alpha * math.sqrt(self.rank) if self.use_rslora else alpha
 
     @property
     def file_rank(self) -> int:
@@ -175,7 +122,8 @@ class SingleImageConfig(LoraTrainingConfig):
     standalone: bool = False
     """Train no source embedding, for programs that cannot load one; reconstructs less exactly."""
     train_text_encoder: bool = False
-    """Train a LoRA in the text encoders instead of a source embedding, as DreamBooth does."""
+    """Train a LoRA in the text encoders instead of a source embedding, as DreamBooth does.  An embedding that is free
+    would take the place of their output, so that they would learn nothing: only one of the two is trained."""
     text_encoder_lr: float = 1e-4
     """Learning rate of the text encoders' LoRA."""
     max_train_samples: int | None = None
@@ -196,6 +144,8 @@ class SingleImageConfig(LoraTrainingConfig):
     """With a mask: how much less the loss counts outside it; 1 ignores the outside, 0 ignores the mask."""
     snr_gamma: float | None = None
     """Gamma of the min-SNR weighting of the loss, usually 5; no weighting if not given."""
+    proportion_empty_prompts: float = 0.0
+    """Share of the samples that are learned without their caption, as guidance has it (caption dropout)."""
     early_stop_loss: float | None = None
     """Stop after 350 samples once an update's loss is below this; the paper uses 0.03."""
 
@@ -205,6 +155,7 @@ class SingleImageConfig(LoraTrainingConfig):
         _positive(self, "learning_rate", "text_encoder_lr", "snr_gamma", "early_stop_loss")
         _not_negative(self, "text_embedding_lr")
         _fraction(self, "mask_weight")
+        _fraction(self, "proportion_empty_prompts")
 
     def train_samples(self, pictures: int = 1) -> int:
         """The number of samples that a run on so many pictures trains on."""
@@ -263,8 +214,10 @@ class MultiConceptConfig(LoraTrainingConfig):
         _positive(self, "max_train_steps", "learning_rate")
         _not_negative(self, "token_learning_rate", "adam_weight_decay", "calibration_weight", "mask_weight")
         _fraction(self, "swap_subjects")
-        if self.full_kv and (self.min_rank is not None or self.orthogonal_start):
-            raise UserError("full_kv trains no LoRA, so that min_rank and orthogonal_start mean nothing: leave one out")
+        if self.full_kv and (self.min_rank is not None or self.orthogonal_start or self.use_rslora):
+            raise UserError(
+                "full_kv trains no LoRA, so that min_rank, orthogonal_start and use_rslora mean nothing: leave one out"
+            )
 
     @property
     def usual_update(self) -> int:

@@ -181,7 +181,7 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
                 for name, weight in trained.items():
                     weight.copy_(now[name])
 
-    def adapter(self, **info: Any) -> Adapter:
+    def _adapter(self, **info: Any) -> Adapter:
         """What has been learned so far, LoRA and tokens; `info` is added to the adapter's metadata."""
         lora, missed = self._approximated()
         residual = {"full_kv_residual": round(missed, 6)} if self.weights_before else {}

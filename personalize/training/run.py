@@ -6,7 +6,7 @@ import platform
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -24,6 +24,7 @@ from personalize.formats.timestep_rank import TimestepRank
 from personalize.io.progress import ticked
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
+from personalize.training.averaging import WeightAverage
 from personalize.training.checkpoints import Checkpoint
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
 from personalize.training.cuda_graph import graphed_steps
@@ -89,6 +90,8 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         optimizer = adamw(groups, self.model.device, use_8bit=self.config.use_8bit_adam)
         self.lr_scheduler = make_lr_scheduler(self.config, optimizer, self.updates)
         self._prepared, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        trained, decay = objective.trainable(), self.config.ema_max_decay
+        self.average = WeightAverage(trained, decay) if self.config.use_ema else None
 
     def steps(self) -> Iterator[StepReport]:
         """Make the updates that remain, yielding a report after each.
@@ -100,6 +103,8 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         reports = self._reports(self.dataset.updates(self.shard, first, self.updates))
         for report in ticked(reports, "Learning", total=self.updates, done=first, note=StepReport.note):
             self.update = report.update
+            if self.average is not None:
+                self.average.update(self.update)
             yield report
         if first < self.update and not self._any_weight_changed():
             rate = self.config.learning_rate
@@ -132,9 +137,18 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
             return None
         return TimestepRank(config.rank, config.min_rank, config.alpha_rank_scale, len(self.model.alphas_cumprod))
 
-    @abstractmethod
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the trained tensors are what is saved: with use_ema their averages."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
     def adapter(self, **info: Any) -> Adapter:
         """What has been learned so far; `info` is added to the adapter's metadata."""
+        with self.averaged():
+            return self._adapter(**info)
+
+    @abstractmethod
+    def _adapter(self, **info: Any) -> Adapter:
+        """The adapter of the trained tensors as they are in the model."""
 
     @contextmanager
     def adapter_removed(self) -> Iterator[Adapter]:
@@ -176,13 +190,16 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
     def _save_checkpoint(self, output_dir: str | Path, limit: int | None) -> Path:
         folder = Path(output_dir) / f"checkpoint-{self.update}"
         if self.accelerator.is_main_process:
-            trainable = {name: tensor.detach() for name, tensor in self.objective.resumable().items()}
+            trainable = {name: tensor.detach() for name, tensor in self._resumable().items()}
             scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
             state = self.optimizer.state_dict()
             files = self.adapter().folder_files(folder.name, {}, torch.float32)
             checkpoint = Checkpoint(self.update, trainable, state, self.resumable_metadata(), scaler)
             return checkpoints.save(output_dir, checkpoint, limit=limit, extra=files)
         return folder
+
+    def _resumable(self) -> dict[str, Tensor]:
+        return {**self.objective.resumable(), **({} if self.average is None else self.average.state())}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`; UserError if it was made with other settings or another picture."""
@@ -191,7 +208,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
             raise UserError(
                 f"the checkpoint has {checkpoint.update} updates, and this run makes {self.updates}: make more"
             )
-        checkpoints.restore(checkpoint, self.objective.resumable(), self.optimizer)
+        checkpoints.restore(checkpoint, self._resumable(), self.optimizer)
         if self.accelerator.scaler is not None and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.update = self.lr_scheduler.last_epoch = checkpoint.update

@@ -107,6 +107,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         captions: the different captions of the pictures, (p); the source embedding has a row for each.
         class_captions: the different captions of the class pictures.
         conditioning: the text encoders' output for all of these, in this order.
+        null: that of the empty prompt; None if no sample is learned without its caption.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         self.texts = (*self.captions, *self.class_captions)
         with torch.no_grad():
             self.conditioning = model.prompts(self.texts, self.size)
+            self.null = model.null(1, self.size) if config.proportion_empty_prompts else None
 
     def _encoded(self, images: Sequence[FittedImage], rows: Sequence[int]) -> LatentDataset:
         """The pictures encoded, with the rows of their captions, loss weights, and SDXL's size conditioning."""
@@ -157,7 +159,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         ids = [torch.tensor(image.time_ids, device=means[0].device) for image in images]
         return LatentDataset(
             means, stds, config.seed, config.resample_latents, len(model.alphas_cumprod), tuple(rows), cells,
-            time_ids=ids if model.family == "sdxl" else None,
+            time_ids=ids if model.family == "sdxl" else None, empty_prompts=config.proportion_empty_prompts or None,
         )  # fmt: skip
 
     def _encoded_class_images(
@@ -167,7 +169,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         rows = [len(self.captions) + self.class_captions.index(image.caption) for image in class_images]
         prior = self._encoded(as_fitted(class_pixels(class_images, size)), rows)
         weights = [torch.ones_like(mean[:1]) for mean in prior.mean] if weighted else None
-        return replace(prior, purpose="class ", resample=True, weights=weights)
+        own_captions = None if prior.empty_prompts is None else 0.0
+        return replace(prior, purpose="class ", resample=True, weights=weights, empty_prompts=own_captions)
 
     def add_adapter(self) -> None:
         """Add a new adapter to the model, and make the objective and its optimizer."""
@@ -180,12 +183,12 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         objective = SingleImageObjective(
             model, conditioning[:own], standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
             prior=conditioning[own:] if self.class_captions else None, prior_loss_weight=config.prior_loss_weight,
-            texts=self.texts if config.train_text_encoder else (), size=self.size,
+            texts=self.texts if config.train_text_encoder else (), size=self.size, null=self.null,
         )  # fmt: skip
         rates = config.learning_rate, config.text_embedding_lr, config.text_encoder_lr
         self.prepare(objective, objective.groups(*rates))
 
-    def adapter(self, **info: Any) -> Adapter:
+    def _adapter(self, **info: Any) -> Adapter:
         """What has been learned so far; `info` is added to the adapter's metadata."""
         return self.make_adapter(self.lora(), self.objective.source(), self.update, **info)
 

@@ -42,12 +42,14 @@ class SingleImageObjective(Objective):
         prior_loss_weight: float = 1.0,
         texts: Sequence[str] = (),
         size: tuple[int, int] | None = None,
+        null: Conditioning | None = None,
     ) -> None:
         """Freeze the base and start the source embedding; `model.unet` must carry a trainable adapter.
 
         Args:
             source: conditioning of the captions, p rows.
             prior: conditioning of the class pictures' captions, a row each.
+            null: conditioning of the empty prompt, one row, for samples that are `dropped`.
             texts: all these captions in this order, if the text encoders are trained; `size` (H, W) goes with them.
         """
         super().__init__()
@@ -57,6 +59,7 @@ class SingleImageObjective(Objective):
         self.text_encoders = nn.ModuleList(model.text_encoders if texts else ())
         self._model = (model,)  # in a tuple, so that torch does not count it among this module's parts
         self._prior = () if prior is None else (prior,)
+        self._null = [] if null is None else [model.padded(null, source.embeds.shape[1])]
         self.snr_gamma, self.prior_loss_weight = snr_gamma, prior_loss_weight
         self.texts, self.size = tuple(texts), size
         trained = not standalone and not texts
@@ -72,8 +75,9 @@ class SingleImageObjective(Objective):
     def forward(self, batch: dict[str, Tensor]) -> LossTerms:
         """The loss of a batch: `latents` z₀ and `noise` ε (b, c, h, w), `timesteps` t and caption `rows` (b,).
 
-        `weights` m (b, 1, h, w) and the `share` (b,) of each sample, see `Chunk`, may be absent.  With `prior`, the
-        second half of the batch are class pictures.
+        `weights` m (b, 1, h, w), the `share` (b,) of each sample, see `Chunk`, and whether it is `dropped` (b,), that
+        is, learned with the empty prompt instead of its caption, may be absent.  With `prior`, the second half of the
+        batch are class pictures.
         """
         errors, weights = self.sample_errors(batch)
         errors = errors * batch["share"] if "share" in batch else errors
@@ -90,6 +94,8 @@ class SingleImageObjective(Objective):
         model, latents, noise, timesteps = self._model[0], batch["latents"], batch["noise"], batch["timesteps"]
         noisy, target = model.noised(latents, noise, timesteps), model.target(latents, noise, timesteps)
         conditioning = self.conditioning(batch["rows"])
+        if "dropped" in batch:
+            conditioning = self._without_captions(conditioning, batch["dropped"])
         if "time_ids" in batch:
             conditioning = replace(conditioning, time_ids=batch["time_ids"].to(conditioning.embeds))
         output = model.predict(noisy, timesteps, conditioning)
@@ -107,12 +113,23 @@ class SingleImageObjective(Objective):
             return self._model[0].padded(read, self.embeds.shape[1])[place]  # as many tokens in every batch
         return Conditioning.cat([self.source_embeddings(), *self._prior])[rows]
 
+    def _without_captions(self, conditioning: Conditioning, dropped: Tensor) -> Conditioning:
+        """`conditioning` with that of the empty prompt in the rows that are `dropped` (b,)."""
+        null = self._null[0]
+        if self.texts:  # the text encoders learn, so that their empty prompt changes
+            null = self._model[0].padded(self._model[0].null(1, self.size), self.embeds.shape[1])
+        embeds = torch.where(dropped[:, None, None], null.embeds.to(conditioning.embeds), conditioning.embeds)
+        if conditioning.pooled is None or null.pooled is None:
+            return replace(conditioning, embeds=embeds)
+        pooled = torch.where(dropped[:, None], null.pooled.to(conditioning.pooled), conditioning.pooled)
+        return replace(conditioning, embeds=embeds, pooled=pooled)
+
     def source(self) -> Conditioning:
         """The embeddings of the subject's captions as they are now, a row for each."""
         if self.texts:
             with torch.no_grad():
                 own = self._model[0].prompts(self.texts[: len(self.embeds)], self.size)
-            return self._model[0].padded(own, self.embeds.shape[1])
+                return self._model[0].padded(own, self.embeds.shape[1])
         return self.source_embeddings()
 
     def source_embeddings(self) -> Conditioning:

@@ -29,7 +29,7 @@ FOLDER = "validation"
 
 def draw(run: TrainingRun, prompt: str, *, count: int, steps: int) -> list[Image.Image]:
     """`count` pictures of `prompt` (seeds 0, 1, …) by the adapter as it is now; training can go on afterwards."""
-    with run.adapter_removed() as adapter:
+    with run.averaged(), run.adapter_removed() as adapter:
         return Editor(run.model, adapter).edit(prompt, seeds=range(count), sampling=Sampling(steps))
 
 

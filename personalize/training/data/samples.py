@@ -152,6 +152,7 @@ class LatentDataset(Dataset):
     prior: class pictures in each of the sizes; every batch then ends with as many samples of these as it has of the
         pictures themselves.
     time_ids: SDXL's size conditioning of each picture, p times (6); None for other bases.
+    empty_prompts: share of the samples that are `dropped` (), which have no caption; None: no sample says whether.
     purpose: part of the key of the random numbers, so that class pictures draw others than the subject's pictures.
     """
 
@@ -165,6 +166,7 @@ class LatentDataset(Dataset):
     prior: tuple[LatentDataset, ...] = ()
     purpose: str = ""
     time_ids: Sequence[Tensor] | None = None
+    empty_prompts: float | None = None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -187,6 +189,9 @@ class LatentDataset(Dataset):
             "rows": torch.tensor(self.rows[picture]),
         }
         row |= {} if self.weights is None else {"weights": self.weights[picture]}
+        if self.empty_prompts is not None:
+            drawn = torch.rand((), generator=generator(self.seed, f"{self.purpose}caption dropout", update, index))
+            row["dropped"] = (drawn < self.empty_prompts).to(mean.device)
         return row | ({} if self.time_ids is None else {"time_ids": self.time_ids[picture]})
 
     def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Tensor]]]:

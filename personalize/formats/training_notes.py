@@ -1,0 +1,27 @@
+"""What users of an adapter should know of its training, in sentences, from the options in its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def training_notes(info: Mapping[str, Any]) -> list[str]:
+    """A sentence for each option of the training that changes what the files hold or how prompts act."""
+    config = info.get("config")
+    if not isinstance(config, Mapping):
+        return []
+    share = config.get("proportion_empty_prompts")
+    notes = {
+        "The weights are the moving average of the training, not those after its last update": config.get("use_ema"),
+        f"{_percent(share)} of the samples were learned without their caption, which guidance subtracts": share,
+        "Its strength is alpha / √rank (rank-stabilised); the alpha in the files makes up for it in all readers":
+            config.get("use_rslora"),
+        "The text encoders were trained instead of a source embedding; the one saved is their output for the caption":
+            config.get("train_text_encoder"),
+    }  # fmt: skip
+    return [note for note, holds in notes.items() if holds]
+
+
+def _percent(share: Any) -> str:
+    return f"{100 * share:g} %" if isinstance(share, int | float) else ""
