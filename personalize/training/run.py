@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import changes_nothing, lora_removed
