@@ -43,6 +43,7 @@ from personalize.formats.verification import VerificationReport
 from personalize.io.atomic import folder_path, remove_stale, write_folder
 from personalize.io.figures import png
 from personalize.io.locks import folder_lock
+from personalize.io.provenance import GENERATED
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import StableDiffusion
 
@@ -254,7 +255,9 @@ class Adapter:
             identity = {key: str(value) for key, value in self.base.items()}
             about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
             files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)
-        images = {picture_name(key): png(image) for key, image in pictures.items()}
+        images = {
+            picture_name(key): png(image, None if key == "source" else GENERATED) for key, image in pictures.items()
+        }
         card = model_card(name=name, kohya_file=kohya_file, adapter=self, pictures=list(images))
         files |= {**images, CARD: card.encode()}
         files[MANIFEST] = self._manifest(kohya_file, files)

@@ -108,6 +108,10 @@ class PhotoConfig(InferenceOptions):
     """More adapters or LoRA files, such as an LCM or Turbo LoRA for --inversion none at 4 to 8 steps."""
     resolution: int | None = PHOTO.resolution
     """The photo is edited at about resolution² pixels, by default the base model's own, and keeps its size."""
+    keep_exif: bool = False
+    """Keep the photo's EXIF data (place, camera, owner) in the result; by default none of it is written anywhere."""
+    from_: Annotated[Path | None, arg(name="from")] = None
+    """Picture that an earlier edit of this photo wrote: its options are taken where none are given here."""
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures, edit.json and the inversion."""
 
@@ -189,6 +193,8 @@ class EditConfig(InferenceOptions):
     """Height in pixels; by default that of the picture the adapter was trained on."""
     width: int | None = None
     """Width in pixels; by default that of the picture the adapter was trained on."""
+    from_: Annotated[Path | None, arg(name="from")] = None
+    """Picture that an earlier edit wrote: it is drawn again; options that are given here take the place of its own."""
     output_dir: Path = Path("personalize-edit")
     """Folder for the pictures and the labelled grid."""
 
@@ -256,6 +262,8 @@ class DragConfig(InferenceOptions):
     """Larger pictures are scaled down to about resolution² pixels; by default the base model's own."""
     paste: bool = False
     """With `--method latents`: copy the picture's own pixels to where nothing was to change; pixels always does."""
+    keep_exif: bool = False
+    """Keep the photo's EXIF data (place, camera, owner) in the result; by default none of it is written anywhere."""
     output_dir: Path = Path("personalize-drag")
     """Folder for the pictures and drag.json."""
 

@@ -29,6 +29,7 @@ from personalize.cli.pages import keep_freed_memory
 from personalize.cli.parser import HELP, QUIET, parse, take_option
 from personalize.cli.processes import end_with_parent, signals_raise
 from personalize.cli.progress import progress
+from personalize.cli.redrawing import redrawn
 from personalize.cli.terminal import terminal
 from personalize.errors import UserError, nearest
 from personalize.models.quiet import hidden_messages
@@ -69,8 +70,12 @@ def dispatch(args: list[str], own_process: bool = False) -> int:
         return run_named_script(command, rest, own_process)
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}: {nearest(command, [*SCRIPT_FOLDERS, *COMMANDS])}")
-    config, target = COMMANDS[resolve_command(command, rest)]
-    options = parse(config, rest, prog=f"personalize {command}", description=inspect.getdoc(config) or "")
+    name, recorded = resolve_command(command, rest), {}
+    if command == "edit" and (pictures := take_option(rest, "from")[0]):
+        name, rest, recorded = redrawn(rest, Path(pictures[-1]))
+    config, target = COMMANDS[name]
+    about = inspect.getdoc(config) or ""
+    options = parse(config, rest, prog=f"personalize {command}", description=about, recorded=recorded)
     check(options)
     prepare(own_process and command in TRAINING)
     module, _, function = target.partition(":")

@@ -43,8 +43,11 @@ def parse(
     prog: str,
     description: str = "",
     presets: Mapping[str, Path] | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Read the command line `args` into an instance of the dataclass `config`; `--help` prints the options and exits.
+
+    recorded: options that a picture was drawn with; those of files and of the command line take their place.
 
     `--config X` may stand anywhere and several times, the later file having precedence; X is a YAML file or one of
     `presets`.
@@ -59,7 +62,8 @@ def parse(
         tyro.cli(config, args=["--help"], prog=prog, description=about, use_underscores=True, registry=_registry())
     flags = [name for token in args if (name := flag_name(token))]
     _check_names(flags, config, "option", "--")
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, Any] = dict(recorded or {})
+    _check_names(list(defaults), config, "option in the picture", "")
     for file in files:
         defaults |= read_yaml(_find(file, presets or {}), config)
     given = {*flags, *(name.removeprefix("no_") for name in flags)}

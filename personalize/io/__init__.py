@@ -11,6 +11,7 @@
     image_folders  every picture of a folder, and why a file is left out
     image_metadata suffixes, metadata rows and captions of pictures
     images         pictures to pixels and back
+    provenance     that a model made a picture, and how;  content_credentials: signed (C2PA)
     figures        labelled grids, overlays and sheets
     progress       how far a long loop is, told to whoever listens
 

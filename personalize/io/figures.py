@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from textwrap import wrap
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
+
+from personalize.io.provenance import Provenance, picture_bytes
 
 _GAP = 6
 _INK, _PAPER = (32, 32, 36), (255, 255, 255)
@@ -85,11 +86,9 @@ def scaled_to_side(picture: Image.Image, side: int) -> Image.Image:
     return picture.convert("RGB").resize(size, resampling)
 
 
-def png(picture: Image.Image) -> bytes:
-    """The bytes of `picture` as a PNG file; equal pictures give equal bytes."""
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+def png(picture: Image.Image, mark: Provenance | None = None) -> bytes:
+    """The bytes of `picture` as a PNG file with the marks of `mark`; equal arguments give equal bytes."""
+    return picture_bytes(picture, mark)
 
 
 def overlay(image: Image.Image, attention: Tensor) -> Image.Image:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from personalize.errors import UserError
+from personalize.io.content_credentials import check_signing
 
 TEXT_TO_IMAGE, INPAINTING = 4, 9  # input channels of a UNet: the latents; the same, a mask and the masked latents
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -92,3 +93,13 @@ class InferenceOptions(BaseModelOptions):
     """Precision of the base model: "no" is fp32; if not given, bf16 on GPUs that support it, else fp32."""
     cpu: bool = False
     """Run on the CPU even if there is an accelerator."""
+    metadata: bool = True
+    """Write prompt, settings and hashes into the pictures, so that `edit --from PICTURE` draws them again."""
+    provenance: bool = True
+    """Write into the pictures that a model made them (IPTC's digital source type)."""
+    c2pa: tuple[Path, ...] = ()
+    """Sign the pictures (Content Credentials): a certificate chain and its private key, two PEM files."""
+
+    def check(self) -> None:
+        super().check()
+        check_signing(self.c2pa)

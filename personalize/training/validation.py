@@ -18,6 +18,7 @@ from personalize.editing.editor import Editor
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.images import psnr, to_image, to_pixels
+from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.saving import save_trained
 
@@ -45,7 +46,7 @@ def validate(run: TrainingRun, config: Any) -> list[Path]:
         images = draw(run, config.validation_prompt, count=config.num_validation_images, steps=steps)
         paths = [config.output_dir / FOLDER / f"{run.update:06d}-{number}.png" for number in range(len(images))]
         for path, image in zip(paths, images, strict=True):
-            write_file(path, png(image))
+            write_file(path, png(image, GENERATED))
         _log_images(run, images)
     except Exception as error:  # any failure: pictures must not cost the training
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -74,10 +74,12 @@ BY_BASE: dict[type, dict[str, tuple[type, str]]] = {  # None on the command line
 }  # fmt: skip
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")  # of EditConfig: empty or None means `EditStrengths`
 OTHERS = {  # options that fill no setting: what to work on, where to write, which of several things to do
-    PhotoConfig: "photo source weight dpl report region uniform attention_maps trajectory adapter add output_dir",
-    DragConfig: "photo from_ to preview mask add remove grow shrink prompt adapter resolution paste output_dir",
+    PhotoConfig: "photo source weight dpl report region uniform attention_maps trajectory adapter add "
+    "keep_exif from_ output_dir",
+    DragConfig: "photo from_ to preview mask add remove grow shrink prompt adapter resolution paste keep_exif "
+    "output_dir",
     EditConfig: "adapter prompt negative_prompt add auto budget clip_model identity_model source_image seed seeds "
-    "num_images height width output_dir",
+    "num_images height width from_ output_dir",
 }
 LINES = {  # the least that each command takes
     PhotoConfig: ["photo.png", "--source", "a cat"],

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from personalize.cli.checks import interleaved_points, point_of
+from personalize.cli.marks import PictureWriter, details_of
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import DragResult
 from personalize.editing.drag.preview import DragPreview
@@ -30,7 +29,8 @@ def run(config: DragConfig, editor: Editor | None = None) -> Path:
     if config.preview:
         return _write_preview(config, previewed(config, editor))
     points = interleaved_points(config.from_, config.to)
-    return _write_drag(config, points, editor.drag(points, config.photo, paste=config.paste, **drag_arguments(config)))
+    result = editor.drag(points, config.photo, paste=config.paste, **drag_arguments(config))
+    return _write_drag(config, editor, points, result)
 
 
 def previewed(config: DragConfig, editor: Editor) -> DragPreview:
@@ -49,16 +49,23 @@ def drag_arguments(config: DragConfig) -> dict[str, Any]:
 
 def _write_preview(config: DragConfig, preview: DragPreview) -> Path:
     facts = {"share": round(preview.share, 4), "arrived": preview.arrived, "seconds": round(preview.seconds, 3)}
-    pictures = {
-        "mask.png": preview.mask, "warped.png": preview.warped, "void.png": preview.void, "overlay.png": preview.overlay
-    }  # fmt: skip
+    drawn = {"mask": preview.mask, "warped": preview.warped, "void": preview.void, "overlay": preview.overlay}
+    pictures = {f"{name}.png": png(picture) for name, picture in drawn.items()}
     names = _write(config, pictures, {"preview.json": facts})
     print(f"moves {preview.share:.1%} of the picture; {', '.join(names.values())} in {config.output_dir}")
     return config.output_dir
 
 
-def _write_drag(config: DragConfig, points: list[Any], result: DragResult) -> Path:
-    pictures = {"dragged.png": result.image, "mask.png": result.mask, "overlay.png": result.overlay}
+def _write_drag(config: DragConfig, editor: Editor, points: list[Any], result: DragResult) -> Path:
+    write, adapters = PictureWriter(config, config.photo), (config.adapter,) if config.adapter else ()
+    masks = {"mask": config.mask} if config.mask else {}
+    details = details_of(
+        "drag", config, editor, adapters, files={"photo": config.photo, **masks}, prompt=config.prompt or "",
+        seed=config.seed, steps=config.num_inference_steps, scheduler="ddim",
+        size="x".join(map(str, result.image.size)), options={"from": list(config.from_)},
+    )  # fmt: skip
+    pictures = {"mask.png": png(result.mask), "overlay.png": png(result.overlay)}
+    pictures = {"dragged.png": write(result.image, details), **pictures}
     names = _write(config, pictures, {"drag.json": summary(points, result)})
     for note in result.notes:
         print(f"Note: {note}.")
@@ -70,10 +77,9 @@ def _write_drag(config: DragConfig, points: list[Any], result: DragResult) -> Pa
     return config.output_dir
 
 
-def _write(config: DragConfig, pictures: dict[str, Image.Image], facts: dict[str, object]) -> dict[str, str]:
+def _write(config: DragConfig, pictures: dict[str, bytes], facts: dict[str, object]) -> dict[str, str]:
     """Write all files of one result under names that are not taken; returns these, by the plain ones."""
-    files = {name: png(picture) for name, picture in pictures.items()}
-    files |= {name: json.dumps(values, indent=1).encode() for name, values in facts.items()}
+    files = pictures | {name: json.dumps(values, indent=1).encode() for name, values in facts.items()}
     return add_files(config.output_dir, files)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from rich.console import Console
 
 from personalize.cli.checks import STRENGTHS, check_edit
 from personalize.cli.edit_options import COMBINATIONS
+from personalize.cli.marks import PictureWriter, details_of
+from personalize.cli.redrawing import check_same, recorded
 from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths, Sampling
+from personalize.editing.defaults import text_to_image_guidance
 from personalize.editing.editor import Editor
 from personalize.editing.search import Trial, ranked, search
 from personalize.editing.strengths import remember, remembered
@@ -22,7 +25,7 @@ from personalize.errors import UserError
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request
 from personalize.io.atomic import Content
-from personalize.io.figures import grid, png
+from personalize.io.figures import grid
 from personalize.io.image_files import load_image
 from personalize.io.numbering import add_files, next_number
 from personalize.io.progress import ticked
@@ -30,6 +33,9 @@ from personalize.io.progress import ticked
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditConfig
 
+SEARCH = (  # options that one picture does not need, or has values of its own for
+    "auto", "budget", "clip_model", "identity_model", "source_image", "alpha", "beta", "gamma", "seeds", "num_images",
+)  # fmt: skip
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
 
@@ -43,6 +49,8 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     prompt = editor.align_prompt(config.prompt)
     if prompt != config.prompt:
         print(f"Worded like the caption: “{prompt}”")
+    if config.from_ is not None:
+        check_same(details_of("edit", config, editor, adapters_of(config)), recorded(config.from_), config.from_)
     size = (config.height or editor.size[0], config.width or editor.size[1])
     sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
     pictures = searched if config.auto else combinations
@@ -89,13 +97,45 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
         ]
     sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=prompt)
     files: dict[str, Content] = {}
-    entries, first = [], next_number(config.output_dir, "edit-")
+    entries, first, write = [], next_number(config.output_dir, "edit-"), PictureWriter(config)
+    common = picture_details(config, editor, prompt, sampling)
     for setting, row in zip(settings, rows, strict=True):
         for number, picture in zip(seeds, row, strict=True):
             name = f"edit-{first + len(entries):03d}.png"
-            files[name] = png(picture)
+            files[name] = write(picture, common(setting, number))
             entries.append({"file": name, "prompt": prompt, "seed": number, **asdict(setting)})
-    return files | {"grid.png": png(sheet), "edits.json": json.dumps(entries, indent=1).encode()}
+    return files | {"grid.png": write(sheet), "edits.json": json.dumps(entries, indent=1).encode()}
+
+
+def adapters_of(config: EditConfig) -> tuple[Path, ...]:
+    """The adapters that the options name."""
+    return (config.adapter, *config.add)
+
+
+def picture_details(
+    config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
+) -> Callable[[EditStrengths, int], dict[str, Any]]:
+    """A function that returns what draws the picture of these strengths and this seed again; see `details_of`."""
+    height, width = sampling.size or editor.size
+    guidance = text_to_image_guidance(editor.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
+    facts = {
+        "prompt": prompt, "negative_prompt": config.negative_prompt, "steps": sampling.steps,
+        "scheduler": sampling.scheduler, "guidance_scale": guidance, "size": f"{width}x{height}",
+    }  # fmt: skip
+    common = details_of("edit", config, editor, adapters_of(config), **facts)
+
+    def details(strengths: EditStrengths, seed: int) -> dict[str, Any]:
+        mix = {"alpha": [strengths.alpha], "beta": [strengths.beta]}
+        chosen = mix if strengths.gamma is None else {"gamma": [strengths.gamma]}
+        options = {key: value for key, value in common["options"].items() if key not in SEARCH}
+        options |= {
+            **chosen, "forget": [strengths.forget or "none"], "strength": strengths.strength, "seed": seed,
+            "prompt": prompt, "num_inference_steps": sampling.steps, "scheduler": sampling.scheduler,
+            "guidance_scale": guidance, "height": height, "width": width,
+        }  # fmt: skip
+        return {**common, "seed": seed, "strengths": asdict(strengths), "options": options}
+
+    return details
 
 
 def edit_strengths(config: EditConfig) -> Iterator[EditStrengths]:
@@ -129,9 +169,13 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
         console.print(f"Stored in {config.adapter}: the next `edit` with this prompt uses it.")
     first = next_number(config.output_dir, "edit-")
     names = [f"edit-{first + place:03d}.png" for place in range(len(trials))]
-    files: dict[str, Content] = {name: png(trial.picture) for name, trial in zip(names, trials, strict=True)}
+    write, common = PictureWriter(config), picture_details(config, editor, prompt, sampling)
+    files: dict[str, Content] = {
+        name: write(trial.picture, common(trial.strengths, trial.seed))
+        for name, trial in zip(names, trials, strict=True)
+    }
     report = ranking(trials, names, request, scorer.name)
-    sheet = png(ranked_sheet(trials, request))
+    sheet = write(ranked_sheet(trials, request))
     return files | {"grid.png": sheet, "ranking.json": json.dumps(report, indent=1, ensure_ascii=False).encode()}
 
 

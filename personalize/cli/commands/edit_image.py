@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from personalize.cli.checks import box, pair, weight
+from personalize.cli.marks import PictureWriter, details_of
+from personalize.cli.redrawing import check_same, recorded
 from personalize.editing.config import ControlSettings, DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
@@ -46,13 +48,17 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     settings = photo_settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings, cache)
+    if config.from_ is not None:
+        check_same(photo_details(config, editor, settings), recorded(config.from_), config.from_)
     result = editor.photo(
         photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps, cache=cache
     )
     count = len(result.images)
     names = [EDITED] if count == 1 else [f"edited-{number}.png" for number in range(1, count + 1)]
-    files = {name: png(picture) for name, picture in zip(names, result.images, strict=True)}
-    files["before-after.png"] = png(result.sheet)
+    write = PictureWriter(config, config.photo)
+    details = photo_details(config, editor, settings, result)
+    files = {name: write(picture, details) for name, picture in zip(names, result.images, strict=True)}
+    files["before-after.png"] = write(result.sheet)
     optional = {"attention.png": result.attention, "nouns.png": result.nouns, "masks.png": result.masks}
     files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
     similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
@@ -68,6 +74,19 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
         print(f"{name}: {untouched} of {pixels} pixels ({untouched / pixels:.1%}) are the photo's own")
     print(f"{result.seconds:.1f} s, reconstruction {similarity:.1f} dB; {', '.join(names)} in {config.output_dir}")
     return config.output_dir
+
+
+def photo_details(
+    config: PhotoConfig, editor: Editor, settings: PhotoSettings, result: EditResult | None = None
+) -> dict[str, Any]:
+    """What makes the edit again; see `details_of`."""
+    files = {"photo": config.photo}
+    if config.mask is not None and box(config.mask) is None:
+        files["mask"] = Path(config.mask)
+    facts: dict[str, Any] = {"prompt": "; ".join(config.target if result is None else result.targets)}
+    facts |= {"steps": settings.steps, "scheduler": "ddim", "guidance_scale": settings.guidance(editor.model.name)}
+    facts |= {"seed": settings.seed} | ({} if result is None else {"size": "x".join(map(str, result.images[0].size))})
+    return details_of("edit PHOTO", config, editor, (*config.adapter, *config.add), files=files, **facts)
 
 
 def edit_request(config: PhotoConfig) -> EditRequest:
@@ -135,7 +154,7 @@ def summary(
     """The contents of edit.json."""
     return {
         "source": source, "target": result.target, "targets": list(result.targets), "weights": dict(request.weights),
-        "local": list(request.local), "mask": None if request.mask is None else str(request.mask),
+        "local": list(request.local), "mask": request.mask.name if isinstance(request.mask, Path) else request.mask,
         "untouched_pixels": list(result.untouched),
         "settings": asdict(settings), "trajectory": result.trajectory.key, "reconstruction_db": round(similarity, 2),
         "seconds": round(result.seconds, 2), "notes": result.notes,

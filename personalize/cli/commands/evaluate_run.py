@@ -24,6 +24,7 @@ from personalize.evaluation.benchmarks import BenchmarkItem, find_result
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
+from personalize.io.provenance import EDITED_PHOTO
 
 if TYPE_CHECKING:
     from personalize.cli.options import EvaluateConfig
@@ -52,7 +53,7 @@ def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkIte
         except UserError as error:
             print(f"{item.name}: not made: {error}")
             continue
-        write_file(config.results / f"{item.result}.png", png(picture))
+        write_file(config.results / f"{item.result}.png", png(picture, EDITED_PHOTO))
 
 
 def _method(name: str, words: Sequence[str]) -> tuple[Callable[[BenchmarkItem], Any], Callable[..., Image.Image]]:

@@ -14,19 +14,29 @@ from personalize.formats.folder_inspection import FileSummary, folder_text, insp
 from personalize.formats.inspection import FAMILIES, Inspection, inspect_file, report
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
+from personalize.io.image_metadata import IMAGE_SUFFIXES
+from personalize.io.provenance import Marks, read_marks
+
+SAID = {  # IPTC's digital source types, in words
+    "": "says nothing of its source",
+    "trainedAlgorithmicMedia": "made by a model",
+    "compositeWithTrainedAlgorithmicMedia": "a photo with parts made by a model",
+}
 
 if TYPE_CHECKING:
     from personalize.cli.options import InspectConfig
 
 
-def run(config: InspectConfig) -> Inspection | list[FileSummary]:
+def run(config: InspectConfig) -> Inspection | list[FileSummary] | Marks:
     """`personalize inspect`: print the inspection as text or JSON, and draw the coverage if `--picture` is given.
 
-    Of a folder that is no adapter itself, every adapter file in it gets a line.
+    Of a picture, what it says of itself. Of a folder that is no adapter itself, every adapter file in it gets a line.
 
     Raises:
         UserError: as `inspect_file`; a picture is wanted of a file that changes no module, or of a folder.
     """
+    if config.file.suffix.lower() in IMAGE_SUFFIXES:
+        return picture_marks(config)
     if config.file.is_dir() and not is_adapter_folder(config.file):
         if config.picture is not None:
             raise UserError(f"{config.file} is a folder, --picture draws one file: leave it out, or name the file")
@@ -45,3 +55,22 @@ def run(config: InspectConfig) -> Inspection | list[FileSummary]:
         write_file(config.picture, png(coverage.coverage_picture(inspection.rows, title)))
     print(json.dumps(asdict(inspection), indent=2, ensure_ascii=False) if config.json else report(inspection))
     return inspection
+
+
+def picture_marks(config: InspectConfig) -> Marks:
+    """Print how a picture came about, as far as it says so."""
+    marks = read_marks(config.file)
+    if config.json:
+        print(json.dumps(asdict(marks), indent=2, ensure_ascii=False))
+        return marks
+    kind = (marks.source_type or "").rpartition("/")[2]
+    print(
+        f"{config.file}: {SAID.get(kind, f'says that its source is {kind}' if kind else 'says nothing of its source')}"
+    )
+    if marks.parameters:
+        print(marks.parameters)
+    if marks.details:
+        inputs = [*marks.details.get("adapters", []), *marks.details.get("files", {}).values()]
+        print(*(f"made with {one['name']}, sha256 {one['sha256']}" for one in inputs), sep="\n")
+        print(f"draw it again: personalize edit --from {config.file}")
+    return marks

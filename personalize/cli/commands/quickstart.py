@@ -22,6 +22,7 @@ from personalize.io.figures import grid, png
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
 from personalize.io.images import fitted_pixels, psnr, to_image, to_pixels
+from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.captions import find_caption
@@ -81,9 +82,10 @@ def run(config: QuickstartConfig) -> Path:
     figures = {"autoencoder_db": psnr(round_trip, pixels), "reconstruction_db": psnr(outcome.replay, pixels)}
     adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
     folder = save_trained(adapter, config.output_dir / "adapter", pictures=pictures)
-    write_file(config.output_dir / "sheet.png", png(sheet(outcome, example)))
+    write_file(config.output_dir / "sheet.png", png(sheet(outcome, example), GENERATED))
     for name, picture in outcome.singles().items():
-        write_file(config.output_dir / "pictures" / f"{name}.png", png(picture))
+        mark = None if name == "source" else GENERATED
+        write_file(config.output_dir / "pictures" / f"{name}.png", png(picture, mark))
     report(console, outcome, example, folder, config.output_dir / "sheet.png")
     console.print(f"Learned in {seconds:.0f} s; {time.monotonic() - started:.0f} s in all.")
     return config.output_dir

@@ -25,6 +25,7 @@ from personalize.io.figures import png
 from personalize.io.image_folders import read_folder
 from personalize.io.images import to_image
 from personalize.io.progress import ticked
+from personalize.io.provenance import GENERATED
 from personalize.io.tensor_files import read_json
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, sample
@@ -131,7 +132,7 @@ def from_base(
     complete = (folder / METADATA).is_file() and read_json(folder / METADATA) == settings
     if not all(gather_object([complete]) if several else [complete]):
         numbered = _draw(model, settings, group.process_index, group.num_processes)
-        drawn = {f"{number:04d}.png": png(image) for number, image in numbered}
+        drawn = {f"{number:04d}.png": png(image, GENERATED) for number, image in numbered}
         files = dict(gather_object([*drawn.items()])) if several else drawn
         if not complete and group.is_local_main_process:
             folder.parent.mkdir(parents=True, exist_ok=True)

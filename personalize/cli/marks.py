@@ -1,0 +1,92 @@
+"""The marks of the pictures that the commands write, as their options ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+import personalize
+from personalize.cli.redrawing import file_mark
+from personalize.io.content_credentials import signed
+from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes
+
+if TYPE_CHECKING:
+    from personalize.editing.editor import Editor
+
+NOT_KEPT = {  # options that do not decide a picture, or name what only this machine has
+    "output_dir", "metadata", "provenance", "c2pa", "keep_exif", "from_", "revision", "variant", "trajectory",
+    "pretrained_model_name_or_path",
+}  # fmt: skip
+NO_PROVENANCE = (
+    "Note: --no_provenance: nothing in the pictures says that a model made them; where they are published or sold that "
+    "may be required, in the EU by article 50 of the AI Act."
+)
+
+
+class PictureWriter:
+    """Turns the pictures of one command into the bytes of marked PNG files.
+
+    config: the command's options: `metadata`, `provenance`, `c2pa` and, for photos, `keep_exif`.
+    photo: the file that was edited; None for pictures made from text.
+    """
+
+    def __init__(self, config: Any, photo: Path | None = None) -> None:
+        self.config = config
+        self.kind: SourceType = "trainedAlgorithmicMedia" if photo is None else "compositeWithTrainedAlgorithmicMedia"
+        keeps = photo is not None and getattr(config, "keep_exif", False)
+        self.exif = photo_exif(photo) if keeps and photo is not None else None
+        if not config.provenance:
+            print(NO_PROVENANCE)
+
+    def __call__(self, picture: Image.Image, details: Mapping[str, Any] | None = None) -> bytes:
+        """The bytes of `picture`; `details` as `details_of` returns them, unless the options leave them out."""
+        kept = details if self.config.metadata else None
+        mark = Provenance(self.kind if self.config.provenance else None, kept, self.exif)
+        content = picture_bytes(picture, mark)
+        if not self.config.c2pa:
+            return content
+        certificate, key = self.config.c2pa
+        return signed(content, certificate, key, mark.source_type)
+
+
+def details_of(
+    command: str, config: Any, editor: Editor, adapters: Iterable[Path], *, files: Mapping[str, Path] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The JSON that draws a picture again.
+
+    adapters, files: what the command read, whose names and hashes are kept, and never their paths.
+    facts: prompt, seed, size and the like, as A1111's text has them; `options` replace the command's own.
+    """
+    options = kept_options(config) | facts.pop("options", {})
+    return {
+        **facts, "command": command, "options": options, "version": personalize.__version__,
+        "base": _base(editor), "adapters": [file_mark(path) for path in adapters],
+        "files": {name: file_mark(path) for name, path in (files or {}).items()},
+    }  # fmt: skip
+
+
+def kept_options(config: Any) -> dict[str, Any]:
+    """The options that are not at their defaults and name no file of this machine."""
+    given = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name in NOT_KEPT or value == default or _names_a_file(value):
+            continue
+        given[field.name] = list(value) if isinstance(value, tuple) else value
+    return given
+
+
+def _names_a_file(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(part, Path) or (isinstance(part, str) and Path(part).exists()) for part in parts)
+
+
+def _base(editor: Editor) -> dict[str, str]:
+    name = editor.model.name
+    return {"name": Path(name).name if Path(name).exists() else name, "sha256": editor.model.identity["sha256"]}
