@@ -48,6 +48,7 @@ def main(config: Config) -> Path:
     from personalize.adapters.adapter import Adapter
     from personalize.adapters.export import DTYPES, baked, describe_resolved, require_absent
     from personalize.adapters.fuse import export_folder, export_single_file, has_published_sizes, merged_weights
+    from personalize.models.known_bases import find_base
     from personalize.models.stable_diffusion import StableDiffusion
 
     output = require_absent(config.output)
@@ -60,8 +61,8 @@ def main(config: Config) -> Path:
     if not base:
         raise UserError(f"{config.adapter} does not say its base: give --pretrained_model_name_or_path")
     model = StableDiffusion.load(
-        None if base == "embedded" else base, device="cpu", dtype=torch.float32, revision=config.revision,
-        variant=config.variant,
+        config.pretrained_model_name_or_path or find_base(adapter.base), device="cpu", dtype=torch.float32,
+        revision=config.revision, variant=config.variant,
     )  # fmt: skip
     weights, single = merged_weights(model, adapter, any_base=config.any_base), output.suffix == ".safetensors"
     (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,6 +20,14 @@ class NetworkUsed(RuntimeError):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--base", help="folder of a real Stable Diffusion checkpoint, for tests marked `hub`")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where the bases of a test lie is remembered in a folder of the run, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

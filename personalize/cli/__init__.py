@@ -8,7 +8,7 @@
     launched        `accelerate launch` as a process that ends with its parent
     launch          scripts of train/ and export/, and `accelerate launch`
     commands/       one file per command
-    marks           what pictures say of themselves;  redrawing: `edit --from PICTURE`
+    redrawing       `edit --from PICTURE`: the options in a picture
     checks          paths, prompts and combinations of options, checked before torch is imported
     pages           freed memory is kept by the command line's own process
 

@@ -11,9 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from personalize.cli.lists import flag_name
 from personalize.errors import UserError
-from personalize.io.provenance import read_marks
 
+SEEDS = {"seed", "seeds", "num_images"}  # options that take each other's place
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -26,6 +27,8 @@ def file_mark(path: Path) -> dict[str, str]:
 
 def recorded(path: Path) -> dict[str, Any]:
     """The details in a picture that `personalize edit` drew; UserError if there are none."""
+    from personalize.io.provenance import read_marks
+
     details = read_marks(path).details
     if details is None or not isinstance(details.get("options"), dict):
         raise UserError(f"{path} does not say how it was drawn: expected a picture of personalize edit with metadata")
@@ -40,13 +43,16 @@ def redrawn(words: Sequence[str], picture: Path) -> tuple[str, list[str], dict[s
     An adapter that is not named is looked for by its hash, near the picture and in the current folder.
     """
     details, words = recorded(picture), list(words)
+    options = dict(details["options"])
+    if {flag_name(word) for word in words} & SEEDS:
+        options = {name: value for name, value in options.items() if name not in SEEDS}
     named = any(not word.startswith("-") for word in words[:1])
     if not named and details["command"] == "edit":
         words.insert(0, str(_find_adapter(picture, details["adapters"][0])))
     elif not named:
         photo = details.get("files", {}).get("photo", {}).get("name", "the photo")
         raise UserError(f"{picture} is an edit of the photo {photo!r}: name its file before --from")
-    return details["command"], words, details["options"]
+    return details["command"], words, options
 
 
 def _find_adapter(picture: Path, mark: Mapping[str, str]) -> Path:

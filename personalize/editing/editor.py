@@ -40,6 +40,7 @@ from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request, Scorer
 from personalize.io.images import to_image
 from personalize.models.image_processor import Picture, Point
+from personalize.models.known_bases import find_base
 from personalize.models.prompts import align_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, sample
@@ -87,8 +88,8 @@ class Editor:
             UserError: there is no adapter, it was trained on another family of bases, or two adapters share a token.
         """
         adapter = load_adapters(folder)
-        named = base if base is not None else adapter.info.get("base", {}).get("name")
-        return Editor(StableDiffusion.load(None if named in (None, "", "embedded") else named, **settings), adapter)
+        named = find_base(adapter.info.get("base", {})) if base is None else base
+        return Editor(StableDiffusion.load(None if named in ("", "embedded") else named, **settings), adapter)
 
     @staticmethod
     def configured(config: Any, adapters: Sequence[Path] = ()) -> Editor:

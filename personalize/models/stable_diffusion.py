@@ -17,6 +17,7 @@ from personalize.models import parameterization
 from personalize.models.conditioning import Conditioning
 from personalize.models.config import INPAINTING, check_channels
 from personalize.models.idle_parts import Offload
+from personalize.models.known_bases import portable_name, remember_base
 from personalize.models.loading import default_device, default_dtype, family, read, require_parts
 from personalize.models.offloading import execution_device
 from personalize.models.quantization import quantize
@@ -155,10 +156,14 @@ class StableDiffusion:
         signs = [torch.signbit(w.reshape(-1)[:: max(1, w.numel() // 64)][:64]) for _, w in named]
         unet_hash = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
         unet_hash.update(torch.cat(signs).cpu().numpy().tobytes())
-        return {"name": self.name, "family": self.family, "sha256": unet_hash.hexdigest()}
+        return {"name": portable_name(self.name), "family": self.family, "sha256": unet_hash.hexdigest()}
 
     def about(self) -> dict[str, str]:
-        """What adapters record of their base: its identity, its prediction type, and whether it was in 4 bits."""
+        """What adapters record of their base: its identity, its prediction type, and whether it was in 4 bits.
+
+        Where it lies is kept on this machine alone, see `known_bases`.
+        """
+        remember_base(self.identity["sha256"], self.name)
         quantization = {"quantisation": "nf4"} if self._identity else {}
         return {**self.identity, "prediction_type": self.prediction_type, **quantization}
 

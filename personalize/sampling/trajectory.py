@@ -22,6 +22,7 @@ from personalize.io.atomic import write_folder
 from personalize.io.plain_files import file_hash
 from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
 from personalize.models.attention import AttentionHook
+from personalize.models.known_bases import portable_name
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, LatentEdit, denoise
 from personalize.sampling.schedule import Schedule, Step, make_schedule
@@ -199,7 +200,12 @@ def fingerprint(
     """All inputs of an inversion as JSON values, tensors as hashes: what `Trajectory.about` holds."""
     parts = [part for part in (getattr(conditioning, name) for name in PARTS) if part is not None]
     hashes = {"image": tensor_hash([pixels]), CONDITIONING_KEY: tensor_hash(parts)}
-    about = {"precision": str(model.dtype), "name": model.name, "prompt": prompt, "size": list(pixels.shape[-2:])}
+    about = {
+        "precision": str(model.dtype),
+        "name": portable_name(model.name),
+        "prompt": prompt,
+        "size": list(pixels.shape[-2:]),
+    }
     return {**settings, **model_fingerprint(model), **about, **hashes}
 
 

@@ -76,12 +76,13 @@ class Workbench:
         """The editor of a base, by default that of the adapters, and adapters; the last one if nothing has changed."""
         from personalize.adapters.apply import load_adapters
         from personalize.editing.editor import Editor
+        from personalize.models.known_bases import find_base
 
         files = tuple((str(path), _changed(path)) for path in adapters)
         if self._editor is None or self._editor[0] != (base, files):
             adapter = load_adapters(adapters) if adapters else None
-            named = base or (adapter.info.get("base", {}).get("name") if adapter else None)
-            model = self.model(None if named in (None, "", "embedded") else named)
+            named = base or (find_base(adapter.info.get("base", {})) if adapter else None)
+            model = self.model(None if named in ("", "embedded") else named)
             self._editor = (base, files), Editor(model, adapter)
         return self._editor[1]
 

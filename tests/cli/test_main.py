@@ -107,7 +107,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str], room: Path):
         ("train miniature --rank 13", "rank 13 is bad luck: choose another"),
         ("train miniature --rank 4 --config smal", "--config smal: no such file; presets: small"),
         ("edit folder --prompt a --num_processes 2", "unknown option --num_processes"),
-        ("edit folder --promt a", "unknown option --promt: did you mean --prompt?"),
+        ("edit folder --promt a", "unknown option --promt: did you mean --prompt"),
         ("quickstart a.png b.png", "Unrecognized options: b.png"),
         ("edit a.png --prompt b", "unknown option --prompt"),
         ("edit a.png --target b", "personalize edit needs --source"),

@@ -79,7 +79,7 @@ OTHERS = {  # options that fill no setting: what to work on, where to write, whi
     DragConfig: "photo from_ to preview mask add remove grow shrink prompt adapter resolution paste keep_exif "
     "output_dir",
     EditConfig: "adapter prompt negative_prompt add auto budget clip_model identity_model source_image seed seeds "
-    "num_images height width from_ output_dir",
+    "num_images height width source_caption from_ output_dir",
 }
 LINES = {  # the least that each command takes
     PhotoConfig: ["photo.png", "--source", "a cat"],

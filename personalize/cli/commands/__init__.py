@@ -1,6 +1,7 @@
 """One file per command: what it does with its parsed options.
 
     edit, edit_image, edit_table   with an adapter; a photo; the photos of a table
+    marks                          what the pictures of commands say of themselves
     evaluate_run                   the results that `evaluate --run` makes first
     drag, quickstart, inspect, convert, verify, evaluate   as the commands are called
 

@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from personalize.cli.checks import STRENGTHS, check_edit
+from personalize.cli.commands.marks import PictureWriter, details_of
 from personalize.cli.edit_options import COMBINATIONS
-from personalize.cli.marks import PictureWriter, details_of
 from personalize.cli.redrawing import check_same, recorded
 from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.defaults import text_to_image_guidance
@@ -95,16 +95,26 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
             editor.edit(prompt, setting, seeds=seeds, negative_prompt=config.negative_prompt, sampling=sampling)
             for setting in ticked(settings, COMBINATIONS)
         ]
-    sheet = grid(rows, columns=[f"seed {seed}" for seed in seeds], labels=[str(s) for s in settings], title=prompt)
+    drawn = redrawn_seeds(config, seeds)
+    rows = [[row[seeds.index(number)] for number in drawn] for row in rows]
+    sheet = grid(rows, columns=[f"seed {seed}" for seed in drawn], labels=[str(s) for s in settings], title=prompt)
     files: dict[str, Content] = {}
     entries, first, write = [], next_number(config.output_dir, "edit-"), PictureWriter(config)
-    common = picture_details(config, editor, prompt, sampling)
+    common = picture_details(config, editor, prompt, sampling, seeds)
     for setting, row in zip(settings, rows, strict=True):
-        for number, picture in zip(seeds, row, strict=True):
+        for number, picture in zip(drawn, row, strict=True):
             name = f"edit-{first + len(entries):03d}.png"
             files[name] = write(picture, common(setting, number))
             entries.append({"file": name, "prompt": prompt, "seed": number, **asdict(setting)})
     return files | {"grid.png": write(sheet), "edits.json": json.dumps(entries, indent=1).encode()}
+
+
+def redrawn_seeds(config: EditConfig, seeds: list[int]) -> list[int]:
+    """The seeds whose pictures are wanted: of a batch that is drawn again for one picture (`--from`), that one's."""
+    if config.from_ is None:
+        return seeds
+    details = recorded(config.from_)
+    return [details["seed"]] if seeds == details["options"]["seeds"] else seeds
 
 
 def adapters_of(config: EditConfig) -> tuple[Path, ...]:
@@ -113,9 +123,12 @@ def adapters_of(config: EditConfig) -> tuple[Path, ...]:
 
 
 def picture_details(
-    config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
+    config: EditConfig, editor: Editor, prompt: str, sampling: Sampling, seeds: Sequence[int] = ()
 ) -> Callable[[EditStrengths, int], dict[str, Any]]:
-    """A function that returns what draws the picture of these strengths and this seed again; see `details_of`."""
+    """A function that returns what draws the picture of these strengths and this seed again; see `details_of`.
+
+    seeds: those that are drawn in one batch, which decides the last bits of each; by default the picture's alone.
+    """
     height, width = sampling.size or editor.size
     guidance = text_to_image_guidance(editor.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
     facts = {
@@ -129,9 +142,9 @@ def picture_details(
         chosen = mix if strengths.gamma is None else {"gamma": [strengths.gamma]}
         options = {key: value for key, value in common["options"].items() if key not in SEARCH}
         options |= {
-            **chosen, "forget": [strengths.forget or "none"], "strength": strengths.strength, "seed": seed,
-            "prompt": prompt, "num_inference_steps": sampling.steps, "scheduler": sampling.scheduler,
-            "guidance_scale": guidance, "height": height, "width": width,
+            **chosen, "forget": [strengths.forget or "none"], "strength": strengths.strength,
+            "seeds": list(seeds or (seed,)), "prompt": prompt, "num_inference_steps": sampling.steps,
+            "scheduler": sampling.scheduler, "guidance_scale": guidance, "height": height, "width": width,
         }  # fmt: skip
         return {**common, "seed": seed, "strengths": asdict(strengths), "options": options}
 

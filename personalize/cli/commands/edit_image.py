@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from personalize.cli.checks import box, pair, weight
-from personalize.cli.marks import PictureWriter, details_of
+from personalize.cli.commands.marks import PictureWriter, details_of
 from personalize.cli.redrawing import check_same, recorded
 from personalize.editing.config import ControlSettings, DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for

@@ -9,6 +9,7 @@ from personalize.errors import Mismatch
 from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.verification import VerificationReport, verify_file, verify_folder
 from personalize.io.tensor_files import read_json
+from personalize.models.known_bases import base_here
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 
 
@@ -38,8 +39,8 @@ def run(config: VerifyConfig) -> VerificationReport:
         report = verify_file(path, None if config.base is None else StableDiffusion.load(config.base))
         base = config.base or (True if len(report.files) > 1 else None)
     else:
-        name = str((read_json(folder / MANIFEST).get("base") or {}).get("name"))
-        base = config.base or (EMBEDDED if name == "embedded" else name if Path(name).exists() else None)
+        recorded = read_json(folder / MANIFEST).get("base") or {}
+        base = config.base or (EMBEDDED if recorded.get("name") == "embedded" else base_here(recorded))
         report = verify_folder(folder, None if base is None else StableDiffusion.load(base))
     print(report)
     if base is None:

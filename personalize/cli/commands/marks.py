@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -84,9 +85,8 @@ def kept_options(config: Any) -> dict[str, Any]:
 
 def _names_a_file(value: Any) -> bool:
     parts = value if isinstance(value, tuple) else (value,)
-    return any(isinstance(part, Path) or (isinstance(part, str) and Path(part).exists()) for part in parts)
+    return any(isinstance(part, Path) or (isinstance(part, str) and os.path.exists(part)) for part in parts)
 
 
 def _base(editor: Editor) -> dict[str, str]:
-    name = editor.model.name
-    return {"name": Path(name).name if Path(name).exists() else name, "sha256": editor.model.identity["sha256"]}
+    return {key: editor.model.identity[key] for key in ("name", "sha256")}

@@ -1,0 +1,72 @@
+"""Where the base models of this machine lie, by their hash.
+
+Adapters and pictures name a base that lies in a folder by the folder's name and a hash, never by its path. So that
+`edit ADAPTER` finds it again all the same, the path is kept in ~/.cache/personalize/bases.json (below XDG_CACHE_HOME,
+if that is set), which nobody else sees.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from personalize.errors import UserError
+from personalize.io.atomic import write_file
+
+
+def portable_name(name: str) -> str:
+    """A base's name without the folders it lies in; a hub id stays as it is."""
+    return Path(name).name if name and Path(name).expanduser().exists() else name
+
+
+def remember_base(sha256: str, name: str) -> None:
+    """Keep where the base of this hash lies, if `name` is a path; a cache that cannot be written is left alone."""
+    if not name or not Path(name).expanduser().exists():
+        return
+    path = str(Path(name).expanduser().resolve())
+    known = _known()
+    if known.get(sha256) != path:
+        try:
+            _file().parent.mkdir(parents=True, exist_ok=True)
+            write_file(_file(), json.dumps({**known, sha256: path}, indent=1).encode())
+        except (OSError, UserError):
+            return
+
+
+def find_base(base: Mapping[str, Any]) -> str | None:
+    """What loads the base that an adapter records: None for the package's own, a path, or a hub id.
+
+    Raises:
+        UserError: it lay in a folder that is not known on this machine.
+    """
+    name = str(base.get("name") or "")
+    if name in ("", "embedded"):
+        return None
+    if (path := base_here(base)) or "/" in name:
+        return path or name
+    raise UserError(
+        f"the adapter was trained on the base {name} ({str(base.get('sha256'))[:10]}), which was not used on this "
+        "machine yet: name it with --pretrained_model_name_or_path"
+    )
+
+
+def base_here(base: Mapping[str, Any]) -> str | None:
+    """The path of the base that an adapter records, if it is known on this machine; a hub id counts as not known."""
+    places = (_known().get(str(base.get("sha256"))), str(base.get("name") or ""))
+    return next((place for place in places if place and Path(place).exists()), None)
+
+
+def _file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "personalize" / "bases.json"
+
+
+def _known() -> dict[str, str]:
+    try:
+        found = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
