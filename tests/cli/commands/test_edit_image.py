@@ -70,8 +70,9 @@ def test_an_adapter_brings_its_base_and_its_trajectory(places, tmp_path, capsys)
 def test_a_trajectory_of_another_base_is_refused(places, tmp_path, capsys):
     words = ["--source", "a cat", "--target", "a dog", "--trajectory", tmp_path / "kept", "--output_dir"]
     assert run(places, *words, tmp_path / "one") == 0 and (tmp_path / "kept" / "trajectory.json").is_file()
+    other = tiny_folder("sd2v", tmp_path)
     capsys.readouterr()
-    assert run(places, *words, tmp_path / "two", base=tiny_folder("sd2v", tmp_path)) == 2
+    assert run(places, *words, tmp_path / "two", base=other) == 2
     line = capsys.readouterr().err.strip()
     assert "was made with another base model" in line and "\n" not in line and not (tmp_path / "two").exists()
 
@@ -88,8 +89,6 @@ def test_a_trajectory_of_another_base_is_refused(places, tmp_path, capsys):
         (["--source", "a cat", "--swap", "cat"], "'cat': write old=new, for example cat=dog"),
         (["--source", "a cat", "--weight", "cat=much"], "'cat=much': write word=factor, for example fluffy=3"),
         (["--source", "a cat", "--target", "a dog", "--weight", "dig=2"], "did you mean dog?"),
-        (["--source", "cat " * 80, "--target", "a dog"], "the prompt has 82 tokens"),
-        (["--source", "a cat", "--target", "dog " * 80], "the prompt has 82 tokens"),
         (["--source", "a cat", "--target", "a dog", "--inversion", "nul"], "--inversion"),
         (["--source", "a cat", "--target", "a dog", "--cross_replace_steps", "2"], "cross_replace_steps is 2"),
         (["--source", "a cat", "--target", "a dog", "--null_text_rate", "0"], "null-text takes iterations from 1"),
