@@ -1,7 +1,12 @@
 """The object under a handle as a mask of pixels: attention says which latent cells it covers, colour where it ends.
 
 1.  The attention ratio of the handle gives the mask M₁ of cells that surely belong to the object.
-2.  The mean attention of the cells of M₁ gives a second ratio r. It also finds parts that the handle alone misses.
+2.  The mean attention of the cells of M₁ gives a second ratio r, and M₂ where it exceeds τ/2. It also finds parts that
+    the handle alone misses.  Cells beside M₂ may be of parts that others hardly look at, such as the leaf of an apple,
+    but which look at the object themselves: r rises there to
+
+        b[p] = Σ_{x∈M₂} A[p, x] / mean of the same over M₁
+
 3.  Every pixel p near the cells with r > τ/2 gets the log odds
 
         u[p] = a ln(r[p] / τ₂) + ln(H₁(c[p]) / H₀(c[p]))
@@ -42,6 +47,9 @@ REACH, SURROUNDINGS = 2, 6  # cells around the mask of cells: pixels that may be
 TURNS, UPDATES = 4, 6  # histograms are computed four times, with six mean-field updates each
 FINEST = 4  # pixels per latent cell at which colours are compared; larger pictures are scaled down to that
 ASKED = 64  # most cells of M₁ whose attention is averaged
+REFERENCES = 8  # cells of M₁ that b is relative to, about
+ATTENDS = 0.3  # least b that raises r
+BESIDE, NOTICED = 3, 2.5  # b is asked of cells so near to M₂ whose r exceeds that of the surroundings so many times
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,10 @@ def object_mask(
     if not settings.refine:
         return ObjectMask(_enlarged(core, pixels), ratio, core, threshold)
     ratio = second_ratio(attention, ratio, core).masked_fill(lost, 0.0)
-    cells, _ = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
+    cells, low = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
+    if low == settings.mask_threshold / 2:
+        ratio = with_residue(attention, ratio, core, cells).masked_fill(lost, 0.0)
+        cells, _ = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
     return ObjectMask(pixel_mask(pixels, ratio, cells, handle), ratio, cells, threshold)
 
 
@@ -88,6 +99,22 @@ def second_ratio(attention: AttentionRows, ratio: Tensor, core: Tensor) -> Tenso
     strongest = ratio[core].argsort(descending=True)[:ASKED]
     mean = attention.mean_row(cells[strongest])
     return mean / mean[core].mean().clamp(min=1e-12)
+
+
+def with_residue(attention: AttentionRows, ratio: Tensor, core: Tensor, cells: Tensor) -> Tensor:
+    """`ratio` (h, w), raised to b at the cells beside the mask `cells` that attend to it themselves."""
+    near = dilated(cells, BESIDE)
+    if bool(near.all()):
+        return ratio
+    beside = near & ~cells & (ratio > NOTICED * ratio[~near].median())
+    if not bool(beside.any()):
+        return ratio
+    inside = core.nonzero()[:: max(1, int(core.sum()) // REFERENCES)]
+    mass = attention.rows(torch.cat([beside.nonzero(), inside]))[:, cells].sum(1)
+    count = int(beside.sum())
+    back, raised = mass[:count] / mass[count:].mean().clamp(min=1e-12), ratio.clone()
+    raised[beside] = torch.where(back > ATTENDS, torch.maximum(ratio[beside], back), ratio[beside])
+    return raised
 
 
 def pixel_mask(pixels: Tensor, ratio: Tensor, cells: Tensor, handle: Cell) -> Tensor:

@@ -74,3 +74,31 @@ def test_a_point_on_something_else_takes_it_out(scene):
 def test_the_handle_belongs_to_its_own_mask(scene):
     picture, _, _, kinds = scene
     assert object_mask(KnownAttention(kinds), picture, (8, 5), DragSettings()).pixels[34, 22]
+
+
+class OneSided(KnownAttention):
+    """Cells of kind 2 attend half to kind 1, whose cells hardly notice them: 0.12, where the rest gets 0.01."""
+
+    def rows(self, cells):
+        mine, all_kinds = self.kinds[cells[:, 0], cells[:, 1]][:, None, None], self.kinds[None]
+        weights = (mine == all_kinds).float() + 0.12 * ((mine == 1) & (all_kinds == 2)).float()
+        weights = weights + 0.5 * ((mine == 2) & (all_kinds == 1)).float() + 1e-2
+        return weights / weights.sum((1, 2), keepdim=True)
+
+
+def test_a_part_that_attends_to_the_object_is_of_it_though_the_object_hardly_attends_to_the_part():
+    """As the leaf of an apple: another colour, a third of the attention that decides, but it looks at the apple.
+
+    What does not look at the object stays outside, though it has the leaf's colour."""
+    kinds = torch.zeros(CELLS, CELLS, dtype=torch.long)
+    kinds[6:11, 4:10], kinds[4:6, 6:8] = 1, 2  # the apple, its leaf
+    pixels = torch.full((3, 64, 64), -0.2) + 0.2 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pixels[:, 24:44, 16:40] = torch.tensor([0.8, -0.6, -0.6])[:, None, None]
+    pixels[:, 16:24, 24:32] = torch.tensor([-0.6, 0.7, -0.6])[:, None, None]
+    leaf = torch.zeros(64, 64, dtype=torch.bool)
+    leaf[16:24, 24:32] = True
+    found = object_mask(OneSided(kinds), pixels, (8, 6), DragSettings()).pixels
+    assert float((found & leaf).sum() / leaf.sum()) > 0.95
+    alone = torch.where(kinds == 2, 3, kinds)  # nothing ties kind 3 to kind 1
+    without = object_mask(OneSided(alone), pixels, (8, 6), DragSettings()).pixels
+    assert float((without & leaf).sum() / leaf.sum()) < 0.2
