@@ -42,9 +42,10 @@ from personalize.formats.timestep_rank import TimestepRank, rule_of
 from personalize.formats.verification import VerificationReport
 from personalize.io.atomic import folder_path, remove_stale, write_folder
 from personalize.io.figures import png
+from personalize.io.json_files import read_json
 from personalize.io.locks import folder_lock
 from personalize.io.provenance import GENERATED
-from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
+from personalize.io.tensor_files import read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import StableDiffusion
 
 

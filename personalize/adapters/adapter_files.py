@@ -13,11 +13,11 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
 from personalize.formats.foreign_files import AdapterFile
-from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
+from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, Manifest, listed_files
 from personalize.formats.verification import VerificationReport
 from personalize.io.atomic import folder_path, plain_name, remove_stale
+from personalize.io.json_files import checked
 from personalize.io.output_folder import check_output_folder
-from personalize.io.tensor_files import read_json
 
 SCHEMA = 1
 WAIT = 30.0  # seconds that a save waits for another process that writes into the folder
@@ -60,7 +60,7 @@ def picture_name(key: str) -> str:
 
 def saved_files(folder: Path) -> set[str]:
     """Names of the files in `folder` that an earlier save has written there."""
-    names = read_json(folder / MANIFEST).get("files", []) if (folder / MANIFEST).is_file() else []
+    names = listed_files(folder / MANIFEST) if (folder / MANIFEST).is_file() else []
     kinds = (".safetensors", ".json", ".md", ".png")
     ours = (entry for entry in folder.glob("*") if entry.name in names and entry.suffix in kinds)
     return {entry.name for entry in ours if entry.is_file()}
@@ -86,10 +86,7 @@ def tensor_digests(
 def check_manifest(info: Mapping[str, Any], content: AdapterFile, folder: Path) -> None:
     """UserError unless the LoRA file is the one that `adapter.json` describes."""
     path = folder / MANIFEST
-    wanted = {"schema": int, "rank": int, "alpha": (int, float), "base": dict, "tensors": dict, "source_tensors": dict}
-    wrong = [key for key, kind in wanted.items() if not isinstance(info.get(key), kind)]
-    if wrong:
-        raise UserError(f"{path} is damaged: {wrong[0]} is missing or of the wrong kind")
+    checked(info, Manifest, path)
     if info["schema"] > SCHEMA:
         raise UserError(f"{path} has schema {info['schema']}, this version reads up to {SCHEMA}: update personalize")
     family = lora_files.family_of(content.state)
@@ -105,14 +102,12 @@ def check_manifest(info: Mapping[str, Any], content: AdapterFile, folder: Path) 
     VerificationReport((verification.compare_digests(DIFFUSERS_FILE, content.state, info["tensors"]),)).require()
 
 
-def read_token_files(folder: Path, digests: Any) -> dict[str, dict[str, Tensor]]:
+def read_token_files(folder: Path, digests: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Tensor]]:
     """The learned tokens of the manifest's `digests` (token → encoder → digest), from the files for diffusers."""
-    if not isinstance(digests, dict) or not all(isinstance(rows, dict) for rows in digests.values()):
-        raise UserError(f"{folder / MANIFEST} is damaged: concepts is of the wrong kind")
     concepts: dict[str, dict[str, Tensor]] = {token: {} for token in digests}
     for name, (token, encoder) in textual_inversion_files.token_file_names(digests, "diffusers").items():
         learned = textual_inversion_files.read_concept(folder / name)
-        report = verification.compare_digests(name, learned.rows, {str(encoder): digests[token][encoder]})
+        report = verification.compare_digests(name, learned.rows, {str(encoder): digests[token][str(encoder)]})
         VerificationReport((report,)).require()
         concepts[token] |= learned.rows
     return concepts

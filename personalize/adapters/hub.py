@@ -6,7 +6,7 @@ from pathlib import Path
 
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
-from personalize.io.tensor_files import read_json
+from personalize.io.json_files import read_json
 
 
 def repository(name: str, *, private: bool) -> str:

@@ -5,7 +5,6 @@ The functions are called by the `check` methods of the options' classes.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
+from personalize.io.json_files import read_json
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -182,8 +182,8 @@ def check_tokens(prompts: Sequence[str], adapters: Sequence[Path]) -> None:
 def _concepts(folder: Path) -> list[str]:
     """The learned tokens in the manifest of an adapter folder; none if it cannot be read, which loading says."""
     try:
-        return list(json.loads((folder / "adapter.json").read_text(encoding="utf-8")).get("concepts", {}))
-    except (OSError, ValueError, AttributeError):
+        return list(read_json(folder / "adapter.json").get("concepts", {}))
+    except (UserError, TypeError):
         return []
 
 

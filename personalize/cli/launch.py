@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 from personalize.errors import UserError
+from personalize.io.json_files import parse_json
 
 PACKAGE = Path(__file__).parents[1]
 ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment variable: file for the one-line error of a launched process
@@ -91,7 +92,7 @@ def launch(script: Path, args: Sequence[str], processes: int) -> int:
             report = _pass_on(process, errors)
             code = process.wait()
         lines = errors.read_text(encoding="utf-8").splitlines() if errors.exists() else []
-        first = json.loads(lines[0]) if lines else ""
+        first = parse_json(lines[0], errors) if lines else ""
         if received:
             report_error(first or "stopped")
             return 128 + received[0]

@@ -17,8 +17,8 @@ from personalize.errors import UserError
 from personalize.formats.integrity import sealed
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import write_file
+from personalize.io.json_files import read_json
 from personalize.io.locks import folder_lock
-from personalize.io.tensor_files import read_json
 
 
 def remember(folder: str | Path, prompt: str, strengths: EditStrengths, seed: int, scores: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,8 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.io.image_files import load_image
 from personalize.io.image_metadata import IMAGE_SUFFIXES
+from personalize.io.json_files import parse_json, read_json
 from personalize.io.plain_files import read_bytes, read_text
-from personalize.io.tensor_files import read_json
 
 Point = tuple[float, float]  # x, y in pixels
 MASK_SIDE = 512  # px, of PIE-Bench's masks
@@ -151,12 +150,7 @@ def read_edit_list(path: Path) -> list[tuple[str, str]]:
     Raises:
         UserError: the file is no JSON, or an entry has another form.
     """
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged: its JSON cannot be read ({error})") from None
+    value = parse_json(read_text(path), path)
     entries = list(value.items()) if isinstance(value, dict) else value
     pairs = []
     for number, entry in enumerate(entries if isinstance(entries, list) else [None]):

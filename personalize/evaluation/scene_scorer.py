@@ -28,6 +28,7 @@ from personalize.errors import UserError
 from personalize.evaluation.scoring import Request, Scores
 from personalize.io.atomic import write_file
 from personalize.io.images import to_pixels
+from personalize.io.json_files import parse_object
 from personalize.io.tensor_files import read_tensors, tensor_bytes
 
 WEIGHTS = Path(__file__).parents[1] / "embedded" / "scene_scorer.safetensors"
@@ -137,7 +138,7 @@ class SceneScorer:
             UserError: they are missing, damaged, or were trained for other nouns, backgrounds or styles.
         """
         file = read_tensors(path)
-        info = json.loads(file.metadata.get("scorer", "{}"))
+        info = parse_object(file.metadata.get("scorer", "{}"), path)
         if {key: info.get(key) for key in _labels()} != _labels():
             raise UserError(
                 f"{path} was trained for another world (nouns, backgrounds, styles) than this version's: "

@@ -12,19 +12,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats.lora_keys import COMPONENTS
 from personalize.formats.peft_settings import ADAPTER_CONFIG
+from personalize.io.json_files import checked, read_json
 from personalize.io.pickles import read_any
-from personalize.io.tensor_files import TensorFile, read_json
+from personalize.io.tensor_files import TensorFile
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 INDEX = ".safetensors.index.json"
 PEFT_PREFIX = "base_model.model."
 HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*):((?:[\w-][\w. -]*/)*[\w-][\w. -]*)")
 MAX_SHARDS = 100
+
+
+class ShardIndex(msgspec.Struct, frozen=True):
+    """The index of a file in shards: which shard holds each tensor."""
+
+    weight_map: dict[str, str]
 
 
 def open_adapter(path: str | Path, *, allow_pickle: bool = False, peek: int | None = None) -> TensorFile:
@@ -142,9 +150,7 @@ def _open_shards(index: Path, peek: int | None) -> TensorFile:
     Raises:
         UserError: an index that is damaged or names a file elsewhere, or a shard that lacks a tensor.
     """
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{index} is damaged: its weight_map must map names of tensors to files")
+    names = checked(read_json(index), ShardIndex, index).weight_map
     files = sorted(set(names.values()))
     if not 0 < len(files) <= MAX_SHARDS or any(Path(name).name != name for name in files):
         raise UserError(f"{index} names {len(files)} shards, 1 to {MAX_SHARDS} files beside it were expected")

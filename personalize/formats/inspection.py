@@ -22,8 +22,9 @@ from personalize.formats.layouts import FileContents
 from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.timestep_rank import HEADER_KEY, KEY, read_rule, warning
 from personalize.formats.training_notes import training_notes
+from personalize.io.json_files import read_json
 from personalize.io.pickles import is_pickle
-from personalize.io.tensor_files import TensorFile, read_json
+from personalize.io.tensor_files import TensorFile
 
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", None: "unknown"}
 MAX_LINES = 12  # of metadata, and of problems, in the text; --json prints all

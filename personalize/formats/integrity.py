@@ -12,8 +12,9 @@ from torch import Tensor
 
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import plain_name
+from personalize.io.json_files import read_json
 from personalize.io.plain_files import file_hash, opened
-from personalize.io.tensor_files import TensorFile, read_json
+from personalize.io.tensor_files import TensorFile
 
 LARGEST_WEIGHT = 1e4
 HEADER_HASHES = ("sshs_model_hash", "modelspec.hash_sha256")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.io.atomic import plain_name
-from personalize.io.tensor_files import read_json
+from personalize.io.json_files import checked, read_json
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers looks for in a folder
 
@@ -24,22 +26,47 @@ MANIFEST = "adapter.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
 
 
+class Manifest(msgspec.Struct, frozen=True):
+    """What this program needs of `adapter.json`, with its types and ranges; whatever else is there may be anything."""
+
+    schema: Annotated[int, msgspec.Meta(ge=1)]
+    rank: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    alpha: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    base: dict[str, str | None]
+    tensors: dict[str, str]
+    source_tensors: dict[str, str]
+    twin: str = ""
+    files: list[str] = []
+    concepts: dict[str, dict[str, str]] = {}
+    caption: str | None = ""
+    captions: list[str] | None = None
+    header: dict[str, str] | None = None
+    config: dict[str, Any] | None = None
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """The files of an adapter folder alone, of a manifest that may be damaged otherwise."""
+
+    files: list[str] = []
+
+
+def listed_files(manifest: Path) -> list[str]:
+    """The files that `adapter.json` lists; UserError if it is no such manifest."""
+    return checked(read_json(manifest), Listed, manifest).files
+
+
 def is_part_of_adapter(path: Path) -> bool:
     """True if the file's folder is an adapter folder whose manifest lists the file."""
     manifest = path.parent / MANIFEST
-    return manifest.is_file() and path.name in (read_json(manifest).get("files") or [])
+    return manifest.is_file() and path.name in listed_files(manifest)
 
 
 def read_manifest(path: Path) -> tuple[str, str, float, dict[str, str], dict[str, str], dict[str, dict[str, str]]]:
     """Family, name of the kohya file, alpha / r, and hashes of the LoRA, the source embedding and every token."""
-    manifest = read_json(path)
-    try:
-        family, kohya_file = str(manifest["base"]["family"]), str(manifest["twin"])
-        scaling = float(manifest["alpha"]) / int(manifest["rank"])
-        hashes, source = dict(manifest["tensors"]), dict(manifest["source_tensors"])
-        concepts = {str(token): dict(rows) for token, rows in dict(manifest.get("concepts", {})).items()}
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path} is damaged or no adapter's ({error!r}): save the adapter again") from error
+    manifest = checked(read_json(path), Manifest, path)
+    family, kohya_file = str(manifest.base.get("family")), manifest.twin
+    scaling, concepts = manifest.alpha / manifest.rank, manifest.concepts
+    hashes, source = manifest.tensors, manifest.source_tensors
     if family not in FAMILIES:
         raise UserError(f"{path} is for the family {family[:40]!r}, expected sd1, sd2 or sdxl")
     return family, plain_name(kohya_file), scaling, hashes, source, concepts

@@ -12,7 +12,8 @@ from personalize.formats import lora_files, verification
 from personalize.formats.lora_keys import COMPONENTS
 from personalize.formats.manifest import FAMILIES
 from personalize.formats.reader_keys import Factors, ReaderKeys
-from personalize.io.tensor_files import TensorFile, read_json, read_tensors, tensor_bytes
+from personalize.io.json_files import read_json
+from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

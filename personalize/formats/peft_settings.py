@@ -12,7 +12,6 @@ Reference: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ import regex
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.io.json_files import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file of settings, and the key under which its text joins the metadata
 HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
@@ -99,10 +99,7 @@ def _parsed(values: Mapping[str, Any], prefix: str, source: object) -> PeftSetti
 
 def _object(text: str, name: str) -> dict[str, Any]:
     """Parse a JSON object; UserError if it is anything else."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is no JSON ({error}): get the file again") from error
+    values = parse_json(text, name, "is no JSON")
     if not isinstance(values, dict):
         raise UserError(f"{name} holds a {type(values).__name__}, an object was expected")
     return values

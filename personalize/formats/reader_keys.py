@@ -8,12 +8,12 @@ same mistake is made in reading.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from personalize.io.json_files import parse_json
 from personalize.io.tensor_files import TensorFile
 from personalize.models.empty import adaptable_layers, empty_unet
 
@@ -69,7 +69,7 @@ class ReaderKeys:
             content.tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, self.peft_modules
         )
         try:
-            settings = json.loads(content.metadata["lora_adapter_metadata"])
+            settings = parse_json(content.metadata["lora_adapter_metadata"], "lora_adapter_metadata")
             factors = {}
             for module, parts in grouped.items():
                 component, path = module.split(".", 1)

@@ -8,7 +8,6 @@ random inputs, and PEFT's settings are matched by PEFT's own function.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.formats.layer_sizes import most_numbers
 from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.io.json_files import parse_object
 from personalize.io.tensor_files import TensorFile
 
 ROLE = re.compile(
@@ -156,8 +156,8 @@ def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Map
         return 1.0
     if "alpha" in parts and float(parts["alpha"].double().max()):
         return float(parts["alpha"].double().max()) / rank
-    own = json.loads(metadata.get("adapter_config.json", "{}"))
-    shared = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    own = parse_object(metadata.get("adapter_config.json", "{}"), "adapter_config.json")
+    shared = parse_object(metadata.get("lora_adapter_metadata", "{}"), "lora_adapter_metadata")
     own = own or {key[len(component) + 1 :]: v for key, v in shared.items() if key.startswith(f"{component}.")}
     header = next((metadata[key] for key in ("lora_alpha", "network_alpha", "alpha") if key in metadata), rank)
     own = own or {"lora_alpha": float(header), "use_rslora": metadata.get("use_rslora", "").lower() == "true"}

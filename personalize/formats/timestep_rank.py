@@ -12,7 +12,6 @@ References: Soboleva et al., "T-LoRA: Single Image Diffusion Model Customization
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -20,6 +19,7 @@ from math import floor
 from typing import Any
 
 from personalize.errors import UserError
+from personalize.io.json_files import parse_json
 
 KEY = "timestep_rank"  # in adapter.json
 HEADER_KEY = "ss_timestep_rank"  # in the header of a file in kohya's names
@@ -78,7 +78,7 @@ def read_rule(values: Any, source: object) -> TimestepRank | None:
     if values is None:
         return None
     try:
-        settings = json.loads(values) if isinstance(values, str) else values
+        settings = parse_json(values, source) if isinstance(values, str) else values
         return TimestepRank(
             int(settings["rank"]), int(settings["min_rank"]), float(settings["alpha"]), int(settings["timesteps"])
         )

@@ -4,6 +4,7 @@
     output_folder  output folders are tried before the work;  locks: between processes
     numbering      names that are not taken
     plain_files    every file from outside is opened here: no pipe, no device, no more bytes than stated
+    json_files     the one door for JSON: parsed with limits, then checked by a schema
     tables, yaml_files   CSV tables and YAML options, read with limits
     tensor_files   safetensors and JSON, read with every length checked
     pickles        pickled files: refused, or read for their tensors alone

@@ -23,6 +23,8 @@ from typing import BinaryIO
 from zlib import crc32
 
 from personalize.errors import UserError
+from personalize.io.json_files import parse_json
+from personalize.io.plain_files import read_bytes
 
 Content = bytes | Iterable[bytes]  # of a file; an iterable need not have all parts in memory at once
 JOURNAL = "personalize"  # what hidden names in a folder begin with, if they hold its next contents
@@ -188,7 +190,7 @@ def _complete(journal: Path, path: Path) -> None:
         if name.parts[0] not in (REMOVED, REPLACED) and not file.is_dir():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, path / name)
-    for name in json.loads((journal / REMOVED).read_bytes()):
+    for name in parse_json(read_bytes(journal / REMOVED), journal / REMOVED):
         (path / name).unlink(missing_ok=True)
     sync_folder(path)
     shutil.rmtree(journal)

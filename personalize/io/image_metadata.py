@@ -6,7 +6,6 @@ beside a picture holds its caption.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
+from personalize.io.json_files import parse_json
 from personalize.io.plain_files import MAX_TEXT_BYTES, opened, read_text
 from personalize.io.tables import MAX_ROWS, SURPLUS, read_table
 
@@ -91,10 +91,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            columns = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is no JSON ({error}): expected one object per line") from None
+        columns = parse_json(line, where, "is no JSON, one object per line was expected")
         if not isinstance(columns, dict):
             raise UserError(f"{where} holds a {type(columns).__name__}, expected an object with file_name")
         yield Row(where, columns)

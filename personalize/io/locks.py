@@ -17,6 +17,7 @@ from typing import Any
 
 from personalize.errors import UserError
 from personalize.io.atomic import DAY, as_user_error, is_running
+from personalize.io.json_files import read_json
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -112,9 +113,9 @@ def _is_stale(path: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """Who holds the lock; empty if nobody has written that."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
         return about if isinstance(about.get("process"), int) and isinstance(about.get("host"), str) else {}
-    except (OSError, ValueError, AttributeError):
+    except UserError:
         return {}
 
 

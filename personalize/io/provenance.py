@@ -25,6 +25,7 @@ from xml.etree import ElementTree
 from PIL import Image, PngImagePlugin
 
 from personalize.errors import UserError
+from personalize.io.json_files import parse_json
 
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 NAMESPACES = {
@@ -212,8 +213,8 @@ def _details(path: str | Path, text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text) if len(text) <= MAX_DETAILS else None
-    except (ValueError, RecursionError):
+        value = parse_json(text, path) if len(text) <= MAX_DETAILS else None
+    except UserError:
         value = None
     if not isinstance(value, dict):
         raise UserError(f"{path}: its settings are damaged, expected the JSON that personalize writes into pictures")

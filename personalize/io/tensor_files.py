@@ -14,13 +14,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
+import msgspec
 import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.io.plain_files import opened, read_bytes
+from personalize.io.json_files import checked, parse_object
+from personalize.io.plain_files import opened
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,8 +33,18 @@ UNREAD_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "U16", "U32", "U64", "C6
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 50_000
 MAX_DIMENSIONS = 8
-MAX_JSON_BYTES = 16 * 2**20
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
+
+Position = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What the header of a safetensors file says of one tensor."""
+
+    dtype: str
+    shape: Annotated[list[Position], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+    data_offsets: tuple[Position, Position]
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,7 @@ def read_tensors(path: str | Path, peek: int | None = None) -> TensorFile:
     with opened(path) as stream:
         header, start = _read_header(stream, path)
         size = os.fstat(stream.fileno()).st_size - start
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise UserError(f"{path} is damaged: its metadata must map strings to strings")
+        metadata = checked(header.pop("__metadata__", {}), dict[str, str], f"{path}: its __metadata__")
         entries = {name: _checked_entry(name, value, size, path) for name, value in header.items()}
         _check_ranges(entries, size, path)
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -99,12 +109,6 @@ def read_tensors(path: str | Path, peek: int | None = None) -> TensorFile:
     return TensorFile(tensors, metadata)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object of at most 16 MiB; UserError if the file is missing or anything else."""
-    path = Path(path)
-    return _json_object(read_bytes(path, MAX_JSON_BYTES), path)
-
-
 def _read_header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file as a dictionary, and the position at which the tensors' data start."""
     prefix = stream.read(8)
@@ -115,27 +119,10 @@ def _read_header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
             raise UserError(f"{path} is a pickle, which can run code when opened: convert it to .safetensors first")
         raise UserError(f"{path} is no safetensors file or is truncated ({file_size} bytes): use a .safetensors file")
     stream.seek(8)
-    header = _json_object(stream.read(length), path)
+    header = parse_object(stream.read(length), path)
     if len(header) > MAX_TENSORS:
         raise UserError(f"{path} names {len(header)} tensors, more than the {MAX_TENSORS} any model of this kind has")
     return header, 8 + length
-
-
-def _json_object(text: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object; UserError if it is no object, or if a name occurs twice in one."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: its JSON cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: its JSON holds a {type(value).__name__}, an object was expected")
-    return value
 
 
 def _checked_entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.dtype, list[int], int, int]:
@@ -143,13 +130,12 @@ def _checked_entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.
     if isinstance(value, dict) and value.get("dtype") in UNREAD_DTYPES:
         raise UserError(f"{path}: tensor {name[:120]!r} is of the type {value['dtype']}, which is not read: convert it")
     try:
-        dtype, shape, (begin, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
-        integers = isinstance(shape, list) and all(type(number) is int for number in [*shape, begin, end])
-        fits = integers and len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0
-        fits = fits and math.prod(max(1, side) for side in shape) < 2**40  # bounds the strides of empty tensors
-        if fits and 0 <= begin <= end <= size and end - begin == math.prod(shape) * dtype.itemsize:
-            return dtype, shape, begin, end
-    except (KeyError, TypeError, ValueError, AttributeError):
+        entry = msgspec.convert(value, Entry)
+        dtype, (begin, end) = DTYPES[entry.dtype], entry.data_offsets
+        fits = math.prod(max(1, side) for side in entry.shape) < 2**40  # bounds the strides of empty tensors
+        if fits and begin <= end <= size and end - begin == math.prod(entry.shape) * dtype.itemsize:
+            return dtype, entry.shape, begin, end
+    except (msgspec.ValidationError, KeyError, OverflowError):
         pass
     raise UserError(f"{path} is damaged: the entry of tensor {name[:120]!r} does not fit its {size} bytes of data")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import ClassVar, Literal
 
 from personalize.errors import UserError
 from personalize.io.content_credentials import check_signing
+from personalize.io.json_files import read_json
 
 TEXT_TO_IMAGE, INPAINTING = 4, 9  # input channels of a UNet: the latents; the same, a mask and the masked latents
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -55,8 +55,8 @@ def check_channels(channels: int, name: object, *, inpainting: bool = False) -> 
 def stated_channels(folder: Path) -> int | None:
     """The input channels of the UNet that a diffusers folder states; None if it states none that can be read."""
     try:
-        channels = json.loads((folder / "unet" / "config.json").read_text("utf-8")).get("in_channels")
-    except (OSError, ValueError, AttributeError):
+        channels = read_json(folder / "unet" / "config.json").get("in_channels")
+    except UserError:
         return None
     return channels if isinstance(channels, int) else None
 

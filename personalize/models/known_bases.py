@@ -15,6 +15,7 @@ from typing import Any
 
 from personalize.errors import UserError
 from personalize.io.atomic import write_file
+from personalize.io.json_files import read_json
 
 
 def portable_name(name: str) -> str:
@@ -65,8 +66,7 @@ def _file() -> Path:
 
 def _known() -> dict[str, str]:
     try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(_file())
+    except UserError:
         return {}
-    pairs = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in pairs if isinstance(value, str)}
+    return {key: value for key, value in found.items() if isinstance(value, str)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from personalize.errors import UserError
+from personalize.io.json_files import read_json
 from personalize.io.plain_files import require_plain_tree
-from personalize.io.tensor_files import read_json
 from personalize.models.config import INPAINTING, TEXT_TO_IMAGE, check_base_name, check_channels, stated_channels
 from personalize.models.quiet import quiet_loading
 from personalize.models.supported import predicted_quantity
@@ -119,7 +118,7 @@ def read_file(
         alphas, width = pipe.scheduler.alphas_cumprod, pipe.unet.config.cross_attention_dim
         prediction_type = predicted_quantity(pipe.unet, alphas, width)
     if kind == "sd21v" and prediction_type == "epsilon":  # the published ε model is the one of 512 px
-        smaller = json.loads((CONFIGS / "sd21" / "unet" / "config.json").read_text("utf-8"))
+        smaller = read_json(CONFIGS / "sd21" / "unet" / "config.json")
         pipe.unet.register_to_config(sample_size=smaller["sample_size"])
     overrides |= {} if prediction_type is None else {"prediction_type": prediction_type}
     pipe.unet.to(dtype)

@@ -19,8 +19,9 @@ from torch import Tensor
 from personalize.adapters.lora import lora_layers
 from personalize.errors import UserError
 from personalize.io.atomic import write_folder
+from personalize.io.json_files import read_json
 from personalize.io.plain_files import file_hash
-from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
+from personalize.io.tensor_files import read_tensors, tensor_bytes
 from personalize.models.attention import AttentionHook
 from personalize.models.known_bases import portable_name
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from base64 import b64encode
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import gradio as gr
 
 from personalize.errors import UserError
 from personalize.io.figures import png
+from personalize.io.json_files import read_json
 from personalize.studio.actions import carry_out, command_line, option, read
 from personalize.studio.jobs import Job
 from personalize.studio.parts import (
@@ -216,7 +216,7 @@ def start_fill(studio: Studio, drawn: dict[str, Any] | None, lines: str, values:
 
 def summary(folder: Path) -> str:
     """Where the points arrived, in numbers, and the files."""
-    values = json.loads((folder / "drag.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "drag.json")
     missed = ", ".join(f"{drag['missed_px']:g} px" for drag in values["drags"])
     rows = {
         "From the target": missed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import gradio as gr
 from personalize.adapters.forgetting import RULES
 from personalize.editing.config import DEFAULT_STRENGTHS
 from personalize.errors import UserError
+from personalize.io.json_files import parse_json
+from personalize.io.plain_files import read_text
 from personalize.studio.actions import carry_out, command_line, option, read
 from personalize.studio.edit_pictures import (
     draw_base,
@@ -214,7 +215,7 @@ def begin(studio: Studio, given: dict[str, Any], search: bool) -> tuple[str, Any
 def result_of(folder: Path, search: bool) -> dict[str, Any]:
     """What the command has written: its pictures with their settings, best first after a search."""
     name = "ranking.json" if search else "edits.json"
-    entries = json.loads((folder / name).read_text(encoding="utf-8"))
+    entries = parse_json(read_text(folder / name), folder / name)
     if search:
         entries = [row | {"prompt": entries["prompt"]} for row in entries["pictures"]]
     sheet = folder / "grid.png" if search else None

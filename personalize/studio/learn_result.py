@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from personalize.io.tensor_files import read_json
+from personalize.io.json_files import read_json
 from personalize.studio.jobs import Job
 from personalize.studio.parts import Markup, facts, links, strip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import gradio as gr
 from personalize.errors import UserError
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
+from personalize.io.json_files import read_json
 from personalize.io.progress import listening
 from personalize.studio.actions import carry_out, command_line, option, read
 from personalize.studio.folder import OUTPUT
@@ -206,9 +206,7 @@ def start_edit(studio: Studio, given: Mapping[str, Any]) -> tuple[str, Any]:
 
 def summary(written: list[str]) -> str:
     """What was kept, in numbers, and the files."""
-    record = json.loads(
-        (FOLDER / next(name for name in written if name.startswith("edit-") or name == "edit.json")).read_text()
-    )
+    record = read_json(FOLDER / next(name for name in written if name.startswith("edit-") or name == "edit.json"))
     first = next(name for name in written if name.startswith("edited"))
     size = load_image(FOLDER / first).size
     rows: dict[str, Any] = {"Now": record["target"], "Was": record["source"]}

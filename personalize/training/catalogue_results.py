@@ -17,6 +17,7 @@ from typing import Any
 
 from personalize.errors import Notice
 from personalize.io.atomic import write_file
+from personalize.io.json_files import parse_json
 from personalize.io.locks import Locked, folder_lock
 
 DONE, FAILED = "done", "failed"
@@ -110,7 +111,7 @@ def _checksum(row: Mapping[str, Any]) -> str:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The outcome in a line of a results file; None if it is not what was written."""
     try:
-        row = json.loads(line)
+        row = parse_json(line, "a line of results")
         known = {"line", "name", "status", "time"} <= set(row)
         return row if row.pop("sha256", None) == _checksum(row) and known else None
     except (ValueError, TypeError, AttributeError, RecursionError):

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from personalize.errors import Notice, UserError
 from personalize.io.atomic import plain_name, write_folder
+from personalize.io.json_files import read_json
 from personalize.io.plain_files import file_hash
-from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
+from personalize.io.tensor_files import read_tensors, tensor_bytes
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 NAME = re.compile(r"checkpoint-(\d{1,9})(?:-[0-9a-f]{8})?")

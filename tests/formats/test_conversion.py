@@ -15,7 +15,8 @@ from personalize.formats.lora_files import diffusers_file
 from personalize.formats.reader_keys import ReaderKeys
 from personalize.formats.textual_inversion_files import read_concept
 from personalize.formats.verification import verify_file
-from personalize.io.tensor_files import read_json, read_tensors
+from personalize.io.json_files import read_json
+from personalize.io.tensor_files import read_tensors
 from tests.support.foreign_files import (
     delta,
     diffusers,

@@ -19,7 +19,8 @@ from personalize.formats.changed_layers import changed
 from personalize.formats.folder_inspection import folder_text, inspect_folder
 from personalize.formats.inspection import inspect_file, report
 from personalize.formats.verification import verify_folder
-from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
+from personalize.io.json_files import read_json
+from personalize.io.tensor_files import read_tensors, tensor_bytes
 from tests.support.children import in_child
 from tests.support.foreign_files import kohya, modules, small_state
 from tests.support.lora_states import paths, random_lora

@@ -17,10 +17,11 @@ from personalize.formats.inspection import inspect_file
 from personalize.formats.verification import verify_file
 from personalize.io.image_files import check_image, load_image
 from personalize.io.image_metadata import read_rows, sidecar_caption
+from personalize.io.json_files import read_json
 from personalize.io.pickles import read_any
 from personalize.io.plain_files import file_hash, opened, read_bytes, read_text
 from personalize.io.tables import read_table
-from personalize.io.tensor_files import read_json, read_tensors
+from personalize.io.tensor_files import read_tensors
 from personalize.io.yaml_files import read_options
 from personalize.models import loading
 from personalize.models.quiet import quiet_loading

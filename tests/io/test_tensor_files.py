@@ -8,7 +8,8 @@ import torch
 
 from personalize.errors import UserError
 from personalize.io.atomic import write_file
-from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
+from personalize.io.json_files import read_json
+from personalize.io.tensor_files import read_tensors, tensor_bytes
 
 
 def tensors():

@@ -22,7 +22,7 @@ import personalize
 ROOT = Path(__file__).parents[2]
 LOOSE = {"__init__", "__main__", "errors", "randomness"}  # the files that lie in no folder
 EVERYWHERE = {"errors", "randomness"}  # what every folder may import
-LIGHT_LIBRARIES = {"tyro", "yaml", "rich"}  # what may be imported before torch
+LIGHT_LIBRARIES = {"tyro", "yaml", "rich", "msgspec"}  # what may be imported before torch
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from personalize.cli.commands.edit_image import INVERSIONS, edit_one
 from personalize.cli.edit_options import PhotoConfig
 from personalize.cli.parser import nearest, parse
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.io.atomic import plain_name
+from personalize.io.json_files import checked, parse_json
 from personalize.io.plain_files import file_hash, read_bytes, read_text
 from personalize.io.progress import ticked
 from personalize.io.tables import read_table
@@ -142,13 +145,20 @@ def row_hash(row: Row, config: EditTableConfig) -> str:
     return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class TableResult(msgspec.Struct, frozen=True):
+    """What a line of results.jsonl must hold: the row's name, and the hash of its inputs."""
+
+    name: str
+    inputs: str
+
+
 def finished(results: Path) -> dict[str, str]:
     """The hash of the inputs of every finished row, by name; a line that a stopped run did not finish is left out."""
     if not results.is_file():
         return {}
     lines = [line for line in read_text(results).split("\n")[:-1] if line]
-    rows = [json.loads(line) for line in lines]
-    return {row["name"]: row["inputs"] for row in rows}
+    rows = [checked(parse_json(line, results), TableResult, results) for line in lines]
+    return {row.name: row.inputs for row in rows}
 
 
 def append(results: Path, row: Mapping[str, Any]) -> None:

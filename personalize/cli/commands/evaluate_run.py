@@ -24,6 +24,7 @@ from personalize.evaluation.benchmarks import BenchmarkItem, find_result
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
+from personalize.io.json_files import read_json
 from personalize.io.provenance import EDITED_PHOTO
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _check_record(results: Path, record: dict[str, Any]) -> None:
     """Write down how the results are made; UserError if those in the folder were made otherwise."""
     path = results / RECORD
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         if before != record:
             raise UserError(
                 f"{results} holds results of {before.get('benchmark')} made with --run "

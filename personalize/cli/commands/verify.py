@@ -8,7 +8,7 @@ from typing import Protocol
 from personalize.errors import Mismatch
 from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.verification import VerificationReport, verify_file, verify_folder
-from personalize.io.tensor_files import read_json
+from personalize.io.json_files import read_json
 from personalize.models.known_bases import base_here
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 

@@ -16,8 +16,9 @@ from personalize.editing.dynamic_prompt_learning.fit import DynamicFit, DynamicP
 from personalize.editing.dynamic_prompt_learning.leakage import AttentionReport
 from personalize.errors import UserError
 from personalize.io.atomic import write_folder
+from personalize.io.json_files import read_json
 from personalize.io.plain_files import file_hash
-from personalize.io.tensor_files import read_json, read_tensors, tensor_bytes
+from personalize.io.tensor_files import read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Edit, denoise

@@ -24,9 +24,9 @@ from personalize.io.atomic import write_folder
 from personalize.io.figures import png
 from personalize.io.image_folders import read_folder
 from personalize.io.images import to_image
+from personalize.io.json_files import read_json
 from personalize.io.progress import ticked
 from personalize.io.provenance import GENERATED
-from personalize.io.tensor_files import read_json
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.schedule import make_schedule
