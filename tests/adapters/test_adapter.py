@@ -190,10 +190,10 @@ def edit_manifest(folder, **changes):
     ("changes", "message"),
     [
         ({"schema": 99}, "update personalize"),
-        ({"rank": "4"}, "rank is missing or of the wrong kind"),
+        ({"rank": "4"}, "damaged: expected int, got str - at rank"),
         ({"rank": 8}, "not of one adapter"),
         ({"alpha": 1}, "not of one adapter"),
-        ({"base": 3}, "base is missing"),
+        ({"base": 3}, "damaged: expected object, got int - at base"),
         ({"tensors": {}}, "was not in the adapter"),
         ({"source_tensors": {"embeds": "0"}}, "tensor embeds is not what was saved"),
     ],
