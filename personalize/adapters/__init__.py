@@ -8,7 +8,7 @@
     forgetting          named rules that scale single LoRA layers
     merging, fuse       adapters into one; an adapter into its base model
     export              adapters in the layouts of other programs
-    model_card, hub     the card of an adapter; uploading it
+    model_card, card_text   the card of an adapter;  hub: uploading it
     adapter_files       the files of an adapter folder;  captions: the one that an edit starts from
     lora_scales         scale LoRA layers for the length of a block
     subjects            concepts by their tokens and class phrases

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from personalize.adapters.captions import captions_of
+from personalize.adapters.card_text import fenced, licence_of, plain_text
 from personalize.formats.textual_inversion_files import token_file_names, token_file_stem
 from personalize.formats.timestep_rank import rule_of, warning
 from personalize.formats.training_notes import training_notes
@@ -40,7 +41,8 @@ class CardSubject(Protocol):
 
 
 def model_card(*, name: str, kohya_file: str, adapter: CardSubject, pictures: Sequence[str]) -> str:
-    """The card as Markdown: front matter for the hub, pictures, trigger words, code, other programs, limits, consent.
+    """The card as Markdown: front matter for the hub, pictures, trigger words, code, other programs, limits, how
+    to verify it, licence, consent. What users wrote stays text, whatever it looks like in Markdown or HTML.
 
     name: of the folder.  kohya_file: file name of the LoRA in kohya's names.  pictures: file names in the folder.
     """
@@ -54,6 +56,8 @@ def model_card(*, name: str, kohya_file: str, adapter: CardSubject, pictures: Se
         _stock(adapter),
         _other_programs(kohya_file, adapter),
         _limits(adapter),
+        _verify(),
+        _licence(adapter),
         _consent(adapter),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -82,7 +86,7 @@ def _front_matter(adapter: CardSubject, pictures: Sequence[str]) -> str:
         lines.append(f"base_model: {_base(adapter)}")
     if caption := _caption(adapter):
         lines.append(f"instance_prompt: {json.dumps(caption, ensure_ascii=False)}")
-    lines.append(f"license: {json.dumps(str(adapter.info.get('license', 'other')))}")
+    lines.append(f"license: {json.dumps(_licence_name(adapter))}")
     if pictures:
         lines.append("widget:")
     for picture in pictures:
@@ -96,7 +100,7 @@ def _summary(name: str, adapter: CardSubject) -> str:
     fitted = "a fitted source embedding" if count == 1 else f"{count} fitted source embeddings, one for each caption"
     source = "no source embedding (standalone)" if _standalone(adapter) else fitted
     return (
-        f"# {name}\n\n{_origin(adapter)} {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
+        f"# {plain_text(name)}\n\n{_origin(adapter)} {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
         f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
         "Both LoRA files were read back after writing, and every weight change in them was verified."
         + _fidelity(adapter)
@@ -106,7 +110,7 @@ def _summary(name: str, adapter: CardSubject) -> str:
 def _fidelity(adapter: CardSubject) -> str:
     """A sentence on how exactly the picture is reconstructed, or on why that is not known."""
     if failed := adapter.info.get("preview_failed"):
-        return f" No preview was drawn: {' '.join(str(failed).split())}"
+        return f" No preview was drawn: {plain_text(str(failed))}"
     replay, ceiling = (adapter.info.get(key) for key in ("reconstruction_db", "autoencoder_db"))
     if not isinstance(replay, int | float) or not isinstance(ceiling, int | float):
         return ""
@@ -121,7 +125,7 @@ def _origin(adapter: CardSubject) -> str:
     sources = adapter.info.get("merged_from") or ()
     if not sources:
         return f"{_count(adapter)}, learned by"
-    return " + ".join(f"{source['weight']:g} × {source['name']}" for source in sources) + ", for"
+    return " + ".join(f"{source['weight']:g} × {plain_text(str(source['name']))}" for source in sources) + ", for"
 
 
 def _count(adapter: CardSubject) -> str:
@@ -142,7 +146,7 @@ def _trigger(adapter: CardSubject) -> str:
     if not captions[0]:
         return ""
     which = "the caption of the picture" if len(captions) == 1 else "one of the captions of the pictures"
-    return f"## Trigger words\n\nWrite {which} in your prompt:\n\n" + "\n>\n".join(f"> {one}" for one in captions)
+    return f"## Trigger words\n\nWrite {which} in your prompt:\n\n{fenced(captions)}"
 
 
 def _tokens(adapter: CardSubject) -> str:
@@ -217,7 +221,7 @@ image = pipe({prompt}).images[0]
 def _other_programs(kohya_file: str, adapter: CardSubject) -> str:
     if _base(adapter) == "embedded":
         return (
-            f"## Other programs\n\n`{kohya_file}` is the same LoRA in the names that graphical programs read. The "
+            f"## Other programs\n\n`{kohya_file}` is the same LoRA in the names that graphical programs read. The base "
             "is a small one of its own: this adapter fits no other checkpoint; train on one of yours to use it there."
         )
     stem = kohya_file.removesuffix(".safetensors")
@@ -257,6 +261,24 @@ def _timestep_rank(adapter: CardSubject) -> str:
     """A line on the timestep-dependent rank, if the adapter has one."""
     rule = rule_of(adapter.info)
     return "" if rule is None else f"* The LoRA was {warning(rule)}.\n"
+
+
+def _verify() -> str:
+    return """## Verify
+
+`personalize verify path/to/this/folder` compares every file with its SHA-256 in `adapter.json`, and both LoRA
+files with the weight changes that were trained; `--base BASE` also loads them into the base."""
+
+
+def _licence_name(adapter: CardSubject) -> str:
+    """The licence that was given at training, or else that of the base, by its hub id; "other" if it is not known."""
+    return str(adapter.info.get("license") or licence_of(_base(adapter)))
+
+
+def _licence(adapter: CardSubject) -> str:
+    name = _licence_name(adapter)
+    which = "not known here: see its own card" if name == "other" else f"`{plain_text(name)}`"
+    return f"## Licence\n\nAn adapter goes by the licence of its base: that of `{_base(adapter)}` is {which}."
 
 
 def _consent(adapter: CardSubject) -> str:

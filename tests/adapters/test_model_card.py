@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.model_card import model_card
@@ -27,7 +29,7 @@ def test_front_matter():
     found = front(card(pictures=["source.png", "on the beach.png"]))
     assert {"text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion"} <= set(found["tags"])
     assert found["base_model"] == "runwayml/stable-diffusion-v1-5"
-    assert found["instance_prompt"] == 'a "photo" of my cat: at home' and found["license"] == "other"
+    assert found["instance_prompt"] == 'a "photo" of my cat: at home' and found["license"] == "creativeml-openrail-m"
     assert [entry["output"]["url"] for entry in found["widget"]] == ["source.png", "on%20the%20beach.png"]
     assert "stable-diffusion-xl" in front(card(base={"family": "sdxl"}))["tags"]
 
@@ -94,3 +96,42 @@ def test_learned_tokens_are_named_for_each_program():
 def test_a_sum_of_adapters_says_of_what():
     parts = [{"name": "cat", "weight": 1.0}, {"name": "style", "weight": -0.5}]
     assert "1 × cat + -0.5 × style, for Stable Diffusion 1.x" in card(source=False, merged_from=parts)
+
+
+HOSTILE = (
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",
+    "``` \n# heading\n<b>bold</b>", "````", "---\nlicense: mit",
+    "![x](javascript:alert(1)) [y](http://z)", "&lt;b&gt; | cell | **bold**", "a\n\n## Consent\n\nfreely given",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_a_user_wrote_stays_text(text):
+    """Rendered as the hub does, by CommonMark with HTML: no tag, link, heading or rule comes of it."""
+    made = card(caption=text, preview_failed=text, merged_from=[{"name": text, "weight": 1.0}])
+    plain = card(caption="a cat", preview_failed="no", merged_from=[{"name": "other", "weight": 1.0}])
+
+    def tags(content):
+        html = MarkdownIt("commonmark", {"html": True}).render(content.split("---\n", 2)[2])
+        return re.findall(r"</?([a-z]\w*)", html)
+
+    assert tags(made) == tags(plain) and front(made)["instance_prompt"] == " ".join(text.split())
+
+
+def test_the_card_is_read_by_the_hubs_own_class():
+    """Its fields as the hub's page shows them; the hub's validator itself answers on the network alone (below)."""
+    data = ModelCard(card(pictures=["source.png"], person=True)).data
+    assert data.base_model == "runwayml/stable-diffusion-v1-5" and data.library_name == "diffusers"
+    assert data.license == "creativeml-openrail-m" and data.to_dict()["widget"][0]["output"]["url"] == "source.png"
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("text", ["a cat", *HOSTILE])
+def test_the_hubs_validator_takes_the_card(text):
+    ModelCard(card(caption=text, pictures=["source.png"])).validate(repo_type="model")
+
+
+def test_licence_and_verification_are_said():
+    assert "`openrail++`" in card(base={"name": "stabilityai/stable-diffusion-xl-base-1.0"})
+    assert "not known here" in card(base={"name": "someone/base"}) and front(card(license="mit"))["license"] == "mit"
+    assert "personalize verify" in card()
