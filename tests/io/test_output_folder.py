@@ -3,12 +3,14 @@
 import os
 import resource
 import shutil
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from personalize.errors import UserError
+from personalize.io.atomic import write_folder
 from personalize.io.output_folder import check_output_folder, check_space
 
 
@@ -54,3 +56,24 @@ def test_a_limit_on_the_size_of_files_counts(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mount_point_is_written_into(tmp_path: Path) -> None:
+    """As in a container, where a volume is the output folder: it cannot be renamed or replaced."""
+    mount = tmp_path / "volume"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        check_output_folder(mount, ("a",))
+        for content in (b"1", b"2"):
+            write_folder(mount, {"a": content, "deep/b": content})
+        assert (mount / "a").read_bytes() == (mount / "deep" / "b").read_bytes() == b"2"
+        with pytest.raises(UserError, match="No space left|has 1 MB free"):
+            check_space(mount, 2 * 10**6, 0)
+        with pytest.raises(UserError, match="No space left"):
+            write_folder(mount, {"a": b"x" * 2 * 10**6})
+        assert (mount / "a").read_bytes() == b"2" and sorted(path.name for path in mount.iterdir()) == ["a", "deep"]
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)

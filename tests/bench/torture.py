@@ -1,0 +1,300 @@
+"""Kill this program at random moments, fill its disk, and count what is lost.
+
+    python -m tests.bench.torture --kills 200 --output tests/bench/results/torture.jsonl
+
+Each kill is a cell: a signal after a random share of the time that the work takes, then the same work again to its end.
+Counted are adapters that are not, byte for byte, those of work that nobody interrupted (of saves: neither the old one
+nor the new one), files of another program that are gone, processes that are left, and hidden files that are left.
+It resumes where it was interrupted.  The base is a tiny one of random weights: what is tried is not the learning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from personalize.adapters.adapter import Adapter
+from personalize.cli.main import main as personalize
+from personalize.formats.manifest import DIFFUSERS_FILE
+from personalize.formats.verification import verify_folder
+from tests.bench.cells import Cells
+from tests.support.lora_states import random_adapter
+from tests.support.tiny import tiny, tiny_folder
+
+SHARES = {"training": 6, "saving": 6, "exporting": 3, "catalogue": 2, "processes": 1, "disk": 2}  # of 20 kills
+ROWS, MARK = 20, "PERSONALIZE_TORTURE"
+LEARNING = ["--targets", "attention", "--rank", "2", "--preview_steps", "0", "--samples_per_update", "1"]
+
+
+@dataclass
+class Place:
+    """A folder with a tiny base, pictures, a table, and the results of work that nobody interrupted."""
+
+    root: Path
+    seconds: dict[str, float]
+    expected: dict[str, str]
+
+    def training(self, output: Path, *more: str) -> list[str]:
+        words = ["train", "single_image", str(self.root / "0.png"), "--caption", "a cat", *self._base(output)]
+        return [*words, "--max_train_samples", "8", "--checkpointing_steps", "1", *more]
+
+    def catalogue(self, output: Path) -> list[str]:
+        words = ["train", "catalogue", str(self.root / "items.csv"), *self._base(output)]
+        return [*words, "--max_train_samples", "1"]
+
+    def _base(self, output: Path) -> list[str]:
+        base = ["--pretrained_model_name_or_path", str(self.root / "tiny-sd1"), "--output_dir", str(output)]
+        return [*base, *LEARNING]
+
+
+def prepared(root: Path) -> Place:
+    """Make the place, and do each work once."""
+    tiny_folder("sd1", root)
+    for number in range(ROWS):
+        Image.new("RGB", (64, 64), (10 * number, 80, 60)).save(root / f"{number}.png")
+    rows = [f"{number}.png,a cat,n{number}" for number in range(ROWS)]
+    (root / "items.csv").write_text("\n".join(["image,caption,name", *rows]))
+    place = Place(root, {}, {})
+    for kind, words in (("training", place.training(root / "whole")), ("catalogue", place.catalogue(root / "rows"))):
+        began = time.monotonic()
+        assert finished(child(lambda words=words: personalize(words))) == 0, kind
+        place.seconds[kind] = time.monotonic() - began
+    place.expected = {"training": weights(root / "whole")}
+    place.expected |= {f"n{number}": weights(root / "rows" / f"n{number}") for number in range(ROWS)}
+    return place
+
+
+def weights(folder: Path) -> str:
+    """A hash of the adapter's weights; "" if there is no whole adapter."""
+    with suppress(Exception):
+        if verify_folder(folder).ok:
+            return sha256((folder / DIFFUSERS_FILE).read_bytes()).hexdigest()
+    return ""
+
+
+def child(work: Callable[[], object]) -> int:
+    """Start `work` in a fork with a process group of its own, silent; returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    os.setpgid(0, 0)
+    torch.set_num_threads(1)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    code: Any = 1
+    try:
+        code = work()
+    finally:
+        os._exit(code if isinstance(code, int) else 0)
+
+
+def finished(process: int) -> int:
+    """Wait for a child; its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def killed(work: Callable[[], object], number: int, after: float) -> None:
+    """Start `work`, and send it the signal `number` after some seconds."""
+    process = child(work)
+    time.sleep(after)
+    os.kill(process, number)
+    finished(process)
+
+
+def hidden(*folders: Path) -> int:
+    """Hidden files and folders that our program has left in these folders."""
+    return sum(len(list(folder.glob(".*"))) for folder in folders if folder.is_dir())
+
+
+def theirs(folder: Path, begun: float) -> list[Path]:
+    """Files that another program puts into the folder, named by a moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"theirs-{begun}", folder / "logs" / f"theirs-{begun}"]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("theirs")
+    return files
+
+
+def row(equal: bool, files: Iterable[Path], left: int, hidden_files: int, **more: Any) -> dict[str, Any]:
+    lost = sum(not file.is_file() for file in files)
+    return {"equal": equal, "lost": lost, "left": left, "hidden": hidden_files, **more}
+
+
+def training(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
+    """A training killed at any moment, and resumed."""
+    number, output = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), folder / "out"
+    files = theirs(output, 0)
+    killed(lambda: personalize(place.training(output)), number, draw.uniform(0, place.seconds["training"]))
+    files += theirs(output, 1)
+    code = finished(child(lambda: personalize(place.training(output, "--resume_from_checkpoint", "latest"))))
+    equal = code == 0 and weights(output) == place.expected["training"]
+    return row(equal, files, 0, hidden(output, folder), signal=number)
+
+
+def saving(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
+    """A save over an older adapter, killed at any moment, while another program writes into the folder."""
+    old, new = (random_adapter(tiny("sd1"), seed=seed) for seed in (0, 1))
+    output = folder / "mine"
+    hashes = {weights(old.save(output)), weights(new.save(folder / "new"))}
+    files, number = theirs(output, 0), draw.choice([signal.SIGKILL, signal.SIGTERM])
+    began = time.monotonic()
+    new.save(folder / "timed")
+    process = child(lambda: new.save(output))
+    time.sleep(draw.uniform(0, 1.2 * (time.monotonic() - began)))
+    files += theirs(output, 1)
+    os.kill(process, number)
+    finished(process)
+    Adapter.load(output)
+    equal = weights(output) in hashes
+    new.save(output)
+    return row(equal and weights(output) in hashes, files, 0, hidden(output, folder), signal=number)
+
+
+def exporting(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
+    """An export killed at any moment leaves its source and either nothing or a whole file, and works again."""
+    source, output = place.root / "whole", folder / "exports" / "cat.safetensors"
+    words = ["export", "lora", str(source), "--output", str(output)]
+    number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+    files = theirs(output.parent, 0)
+    killed(lambda: personalize(words), number, draw.uniform(0, place.seconds.setdefault("exporting", 1.0)))
+    whole = not output.exists() or personalize(["verify", str(output)]) == 0
+    output.unlink(missing_ok=True)
+    began = time.monotonic()
+    again = finished(child(lambda: personalize(words))) == 0
+    place.seconds["exporting"] = time.monotonic() - began
+    equal = whole and again and weights(source) == place.expected["training"]
+    return row(equal, files, 0, hidden(output.parent), signal=number)
+
+
+def catalogue(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
+    """A catalogue of 20 rows killed at any moment and started again: at most one row is learned twice."""
+    number, output = draw.choice([signal.SIGKILL, signal.SIGTERM]), folder / "out"
+    files = theirs(output, 0)
+    killed(lambda: personalize(place.catalogue(output)), number, draw.uniform(0, place.seconds["catalogue"]))
+    code = finished(child(lambda: personalize(place.catalogue(output))))
+    equal = sum(weights(output / f"n{row}") == place.expected[f"n{row}"] for row in range(ROWS))
+    left = hidden(output, output / "results")
+    return row(code == 0 and equal == ROWS, files, 0, left, signal=number, adapters=equal)
+
+
+def processes(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
+    """Two processes: the command, the launcher or one of them is killed; all end, and the run resumes."""
+    output, mark = folder / "out", str(draw.random())
+    words = [sys.executable, "-m", "personalize", *place.training(output, "--num_processes", "2")]
+    environment = os.environ | {MARK: mark}
+    files = theirs(output, 0)
+    silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment, "text": True}
+    command = subprocess.Popen(words, **silent)
+    while command.poll() is None and not list(output.glob("checkpoint-*")):
+        time.sleep(0.2)
+    victims = marked(mark)  # the command, the launcher, and the two of the launch, in this order
+    victim, number = draw.randrange(len(victims)), draw.choice([signal.SIGKILL, signal.SIGTERM])
+    with suppress(ProcessLookupError):
+        os.kill(victims[victim], number)
+    said = command.communicate()[1]
+    deadline = time.monotonic() + 60
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    left = len(marked(mark))
+    again = subprocess.run([*words, "--resume_from_checkpoint", "latest"], check=False, **silent)
+    equal = again.returncode == 0 and weights(output) == place.expected["training"]
+    return row(equal, files, left, hidden(output, folder), signal=number, victim=victim, lines=len(said.splitlines()))
+
+
+def marked(mark: str) -> list[int]:
+    """Processes of this machine that were started with this mark in their environment, by age."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"{MARK}={mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def disk(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
+    """A disk that is too small, or that another program fills while it trains: refused before, or saved elsewhere."""
+    output, room = folder / "disk" / "out", draw.choice([1, 2, 4, 8])  # MB
+    output.parent.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}m", "none", output.parent], check=True)
+    try:
+        process = child(lambda: (os.chdir(folder), personalize(place.training(output)))[1])
+        time.sleep(draw.uniform(0, place.seconds["training"]))
+        with suppress(OSError), open(output.parent / "filler", "wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        code = finished(process)
+        kept = [weights(path) for path in (output, *folder.glob("*-rescued*"))]
+        begun = any(output.glob("checkpoint-*"))
+    finally:
+        subprocess.run(["umount", output.parent], check=True)
+    refused = code == 2 and not any(kept)
+    equal = place.expected["training"] in kept or (refused and not begun)
+    return row(equal, [], 0, 0, room=room, refused=refused, begun=begun)
+
+
+WORK = {"training": training, "saving": saving, "exporting": exporting, "catalogue": catalogue,
+        "processes": processes, "disk": disk}  # fmt: skip
+
+
+def main(words: list[str] | None = None) -> dict[str, dict[str, int]]:
+    """Kill until there are as many cells as wished, print and return the counts by kind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=list(WORK), default=list(WORK))
+    parser.add_argument("--output", type=Path, default=Path("torture.jsonl"))
+    options = parser.parse_args(words)
+    cells = Cells(options.output, {"seed": options.seed, "torch": torch.__version__})
+    order = [kind for kind, share in SHARES.items() for _ in range(share)]
+    random.Random(options.seed).shuffle(order)
+    plan = [(number, order[number % len(order)]) for number in range(options.kills)]
+    with tempfile.TemporaryDirectory() as root:
+        place = prepared(Path(root))
+        for number, kind in plan:
+            key = f"{kind}-{number}"
+            if kind in options.only and key not in cells:
+                folder = Path(root, key)
+                folder.mkdir()
+                print(
+                    key, cells.add(key, WORK[kind](place, folder, random.Random(f"{options.seed} {key}"))), flush=True
+                )
+    return summary(cells)
+
+
+def summary(cells: Cells) -> dict[str, dict[str, int]]:
+    """Counts by kind: kills, adapters that are as they should be, files lost, processes and hidden files left."""
+    counts: dict[str, dict[str, int]] = {}
+    for key, values in cells.rows.items():
+        of_kind = counts.setdefault(
+            key.partition("-")[0], dict.fromkeys(("kills", "equal", "lost", "left", "hidden"), 0)
+        )
+        of_kind["kills"] += 1
+        for name in ("equal", "lost", "left", "hidden"):
+            of_kind[name] += int(values[name])
+    for kind, of_kind in counts.items():
+        print(kind, of_kind)
+    return counts
+
+
+if __name__ == "__main__":
+    main()

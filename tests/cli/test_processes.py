@@ -1,0 +1,152 @@
+"""Signals end this process tidily, children end with their parent, and a killed process of a launch is one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from personalize.cli import launch
+from personalize.cli.main import to_exit_code
+from personalize.cli.processes import end_with_parent, signals_raise
+from personalize.errors import Stopped
+from tests.bench.torture import MARK, marked
+from tests.support.tiny import tiny_folder
+
+ROOT = Path(__file__).parents[2]
+ELASTIC = "1127 04:00:00.000000 12 torch/distributed/elastic/api.py:984]"
+REPORT = (
+    f"W{ELASTIC} Sending process 13 closing signal SIGTERM\n"
+    f"E{ELASTIC} failed (exitcode: -9) local_rank: 1 (pid: 14) of binary: python\n"
+    "Traceback (most recent call last):\n" + "  File …\n" * 38
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_runs_what_tidies_up(number) -> None:
+    tidied = []
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            tidied.append(True)
+        return 0
+
+    assert to_exit_code(work) == 128 + number and tidied == [True]
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_handlers_of_a_program_that_calls_us_stay() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with signals_raise():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_why_it_was_stopped_is_one_line(capsys) -> None:
+    def work() -> int:
+        raise Stopped(signal.SIGTERM, "stopped after 3 updates")
+
+    assert to_exit_code(work) == 143 and capsys.readouterr().err == "personalize: stopped after 3 updates\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    parent = os.fork()
+    if parent == 0:
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            end_with_parent()
+            (tmp_path / "child").write_text(str(os.getpid()))
+        time.sleep(60)
+        os._exit(0)
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        time.sleep(0.01)
+    child = int((tmp_path / "child").read_text())
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            if "Z" in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]:
+                break  # ended, and not yet waited for
+        time.sleep(0.01)
+    else:
+        assert not Path(f"/proc/{child}").exists()
+
+
+def launched(monkeypatch, script: str) -> int:
+    monkeypatch.setattr(launch, "accelerate_launch", lambda _: [sys.executable, "-c", script])
+    monkeypatch.setattr(launch, "environment", lambda _: dict(os.environ))
+    return launch.launch(Path("train.py"), [], 2)
+
+
+def test_a_killed_process_is_one_line_and_not_42(monkeypatch, capfd) -> None:
+    said = "another process of this launch has ended after 4 of 9 updates: checkpoint-4 is saved"
+    script = f"""
+import json, os, sys
+sys.stderr.write("a warning\\n"); sys.stderr.flush()
+open(os.environ["PERSONALIZE_ERROR_FILE"], "w").write(json.dumps({said!r}) + "\\n")
+sys.stderr.write({REPORT!r})
+sys.exit(1)
+"""
+    assert launched(monkeypatch, script) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1] == (
+        "personalize: process 1 of 2 was ended by SIGKILL, as the system does when memory is short; all have stopped "
+        "after 4 of 9 updates: checkpoint-4 is saved"
+    )
+    assert set(lines[:-1]) <= {"a warning"}
+
+
+def test_a_bug_in_a_process_shows_its_traceback(monkeypatch, capfd) -> None:
+    assert launched(monkeypatch, "1 / 0") == 1
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_signal_goes_to_the_launch_and_ends_it(monkeypatch, tmp_path, capfd) -> None:
+    script = """
+import json, os, signal, sys, time
+def stop(*_):
+    open(os.environ["PERSONALIZE_ERROR_FILE"], "w").write(json.dumps("stopped after 2 updates") + "\\n")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(30)
+"""
+    assert launched(monkeypatch, script) == 143
+    assert capfd.readouterr().err == "personalize: stopped after 2 updates\n"
+
+
+@pytest.mark.slow  # four interpreters that import torch, and a training in two processes
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGTERM), (0, signal.SIGKILL), (3, signal.SIGKILL)])
+def test_all_processes_end_and_a_checkpoint_is_there(tmp_path, victim, number) -> None:
+    tiny_folder("sd1", tmp_path)
+    mark, output = f"{tmp_path.name}-{victim}-{number}", tmp_path / "out"
+    words = ["train", "single_image", str(ROOT / "examples" / "quickstart.png"), "--caption", "a cat", "--rank", "2",
+             "--targets", "attention", "--pretrained_model_name_or_path", str(tmp_path / "tiny-sd1"), "--preview_steps",
+             "0", "--max_train_steps", "2000", "--samples_per_update", "2", "--checkpointing_steps", "1000",
+             "--validation_steps", "9999", "--num_processes", "2", "--output_dir", str(output)]  # fmt: skip
+    command = subprocess.Popen(
+        [sys.executable, "-m", "personalize", *words], env=os.environ | {MARK: mark}, stderr=subprocess.PIPE, text=True
+    )
+    while not (output / ".training.lock").exists():
+        time.sleep(0.2)
+    time.sleep(20)
+    os.kill(marked(mark)[victim], number)
+    said = command.communicate()[1].splitlines()
+    deadline = time.monotonic() + 60
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not marked(mark) and list(output.glob("checkpoint-*"))
+    assert number == signal.SIGKILL and victim == 0 or sum("is saved, go on with" in line for line in said) == 1
