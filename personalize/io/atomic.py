@@ -16,7 +16,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
@@ -233,22 +233,20 @@ def remove_stale(path: str | Path) -> None:
         UserError: new files in the folder `path` wait for their names, and cannot get them.
     """
     path = Path(path)
-    for entry, _ in _left_behind(path.parent, path.name):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-    for entry, ending in _left_behind(path, JOURNAL):
+    for entry, ending in [*_left_behind(path.parent, path.name), *_left_behind(path, JOURNAL)]:
         if ending == "commit" and (entry / REMOVED).is_file():
             with as_user_error(path):
                 _complete(entry, path)
-        else:
+        elif entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                entry.unlink(missing_ok=True)
 
 
 def _left_behind(folder: Path, name: str) -> list[tuple[Path, str]]:
     """Hidden entries of `folder` for the file or folder `name`, and their endings, whose process has ended."""
-    pattern = re.compile(re.escape(f".{_stem(name)}.") + r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.(commit|partial)")
+    pattern = re.compile(re.escape(f".{_stem(name)}.") + r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.(commit|partial)-*")
     entries = folder.iterdir() if folder.is_dir() else ()
     matches = [(entry, match) for entry in entries if (match := pattern.fullmatch(entry.name))]
     return [(entry, match[3]) for entry, match in matches if not _may_be_in_use(match[1], int(match[2]), entry)]

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from personalize.errors import UserError
-from personalize.io.atomic import as_user_error, folder_path, hidden_name, write_synced
+from personalize.io.atomic import JOURNAL, as_user_error, folder_path, hidden_name, write_synced
 
 MEGABYTE = 10**6
 
@@ -23,7 +23,7 @@ def check_output_folder(path: str | Path, names: tuple[str, ...] = ()) -> None:
     path = folder_path(path)
     with as_user_error(path), _made(path):
         longest = max((len(os.fsencode(name)) for name in names), default=0)
-        probe = hidden_name(path / "probe")
+        probe = hidden_name(path / JOURNAL)
         target = probe.with_name(probe.name + "-" * max(1, longest - len(os.fsencode(probe.name))))
         try:
             write_synced(probe, b"personalize")
@@ -47,7 +47,7 @@ def check_space(path: str | Path, file_bytes: int, all_bytes: int) -> None:
                 "written: make room, keep fewer checkpoints, or name another --output_dir"
             )
         if hasattr(os, "posix_fallocate") and file_bytes > 0:
-            probe = hidden_name(path / "probe")
+            probe = hidden_name(path / JOURNAL)
             handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 os.posix_fallocate(handle, 0, file_bytes)

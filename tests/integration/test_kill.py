@@ -135,11 +135,16 @@ def test_temporary_files_of_ended_processes_are_removed_and_those_of_running_one
     os.waitpid(child, 0)
     dead = atomic.hidden_name(target).name.replace(f"-{os.getpid()}-", f"-{child}-")
     elsewhere = dead.replace(atomic._machine_id(), "00000000")
+    inside = atomic.hidden_name(target / atomic.JOURNAL).name.replace(f"-{os.getpid()}-", f"-{child}-")
+    target.mkdir()
+    for name in (inside, f"{inside}---"):  # of one that was killed while it tried the folder
+        (target / name).write_bytes(b"personalize")
     names = [atomic.hidden_name(target).name, dead, elsewhere, ".mine.notes.partial", ".other" + dead[5:], ".mine"]
     for name in names:
         (tmp_path / name).mkdir()
     write_folder(target, {"a": b"1"})
     assert {path.name for path in tmp_path.iterdir()} == {*names, "mine"} - {dead}
+    assert [path.name for path in target.iterdir()] == ["a"]
     monkeypatch.setattr(atomic, "DAY", -1)
     write_folder(target, {"a": b"2"})
     assert not (tmp_path / elsewhere).exists() and (tmp_path / names[0]).exists()
