@@ -103,12 +103,13 @@ class Bench:
     def learn(self, index: int, count: int) -> None:
         """Train on `count` pictures of the subject, and keep the adapters after the numbers of samples."""
         images, captions = zip(*self.pictures(index)[:count], strict=True)
-        marks = self.options.samples if count > 1 else self.options.samples[:1]
-        config = SingleImageConfig(**{**self.preset, "max_train_samples": max(marks)})
+        wanted = self.options.samples if count > 1 else self.options.samples[:1]
+        config = SingleImageConfig(**{**self.preset, "max_train_samples": max(wanted)})
+        marks = {samples // config.update_samples(): samples for samples in wanted}  # by the number of updates
         with single_image_run(self.model, images, captions, config) as run:
             for report in run.steps():
-                if (samples := report.update * config.update_samples()) in marks:
-                    run.adapter().save(self.folder(index, count, samples))
+                if report.update in marks:
+                    run.adapter().save(self.folder(index, count, marks[report.update]))
 
     def folder(self, index: int, count: int, samples: int) -> Path:
         return self.options.output_dir / "adapters" / f"{index}-{count}-pictures-{samples}"
