@@ -244,6 +244,14 @@ class DragConfig(InferenceOptions):
     """Adapter folder trained on this picture, if there is one."""
     mask_threshold: float = DRAG_DEFAULTS.mask_threshold
     """Higher values, up to 1, move less of the picture."""
+    mask_most: float = DRAG_DEFAULTS.mask_most
+    """Largest share of the picture that the automatic mask may cover; more is taken for background and refused."""
+    refine: bool = DRAG_DEFAULTS.refine
+    """Find the mask's border by colour and a second look at the attention; without, the mask has whole latent cells."""
+    user_mask: Literal["replace", "intersect"] = DRAG_DEFAULTS.user_mask
+    """Whether --mask takes the place of the automatic mask, or what both have in common moves."""
+    weights: Literal["distance", "ratio", "winner"] = DRAG_DEFAULTS.weights
+    """How points on one thing share it: by 1 / distance, by attention, or the nearest one alone."""
     displacement: Literal["attention", "stretch"] = DRAG_DEFAULTS.displacement
     """How far parts move in `deform`: by their attention, or by their distance as in FastDrag."""
     fill: Literal["clone", "smooth", "bnni", "attention", "attention_raw"] | None = DRAG_DEFAULTS.fill
@@ -252,6 +260,10 @@ class DragConfig(InferenceOptions):
     pixels, bnni for latents."""
     clearance: float = DRAG_DEFAULTS.clearance
     """Width in latent cells of the band around the thing's old place that is filled too, for edges and shadows."""
+    fill_keys: Literal["background", "all"] = DRAG_DEFAULTS.fill_keys
+    """What filling may look at: the background, or the thing too, which draws it again where it was."""
+    protect: bool = DRAG_DEFAULTS.protect
+    """Hold all that is not filled at every step."""
     num_inference_steps: int = DRAG_DEFAULTS.steps
     """Denoising steps of the full schedule."""
     strength: float | None = DRAG_DEFAULTS.strength

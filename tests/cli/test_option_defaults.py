@@ -56,6 +56,9 @@ SETTINGS: dict[type, dict[str, tuple[type, str]]] = {  # command's options: opti
         "num_inference_steps": (DragSettings, "steps"),
         "strength": (DragSettings, "strength"), "displacement": (DragSettings, "displacement"),
         "fill": (DragSettings, "fill"), "mask_threshold": (DragSettings, "mask_threshold"),
+        "mask_most": (DragSettings, "mask_most"), "refine": (DragSettings, "refine"),
+        "user_mask": (DragSettings, "user_mask"), "weights": (DragSettings, "weights"),
+        "fill_keys": (DragSettings, "fill_keys"), "protect": (DragSettings, "protect"),
         "seed": (DragSettings, "seed"),
     },
     EditConfig: {

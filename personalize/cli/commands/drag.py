@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +91,9 @@ def drag_settings(config: DragConfig) -> DragSettings:
     for name in ("grow", "shrink"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} is {getattr(config, name)}, expected 0 or more pixels")
-    return DragSettings(
-        method=config.method, mode=config.mode, region_map=config.region_map, steps=config.num_inference_steps,
-        strength=config.strength, displacement=config.displacement, fill=config.fill, clearance=config.clearance,
-        mask_threshold=config.mask_threshold, grow=config.grow - config.shrink, seed=config.seed,
-    )  # fmt: skip
+    same = {field.name for field in fields(DragSettings)} & {field.name for field in fields(config)}
+    given = {name: getattr(config, name) for name in same}
+    return DragSettings(**given | {"steps": config.num_inference_steps, "grow": config.grow - config.shrink})
 
 
 def as_text(point: Any) -> str:

@@ -12,6 +12,7 @@ from personalize.cli.commands.drag import drag_settings, interleaved_points
 from personalize.cli.edit_options import DragConfig
 from personalize.cli.main import main
 from personalize.cli.parser import parse
+from personalize.editing.drag.config import DragSettings
 from personalize.errors import UserError
 from tests.support.drag_pictures import picture, square
 from tests.support.lora_states import random_adapter
@@ -123,3 +124,17 @@ def test_the_fill_is_as_asked_and_its_seed_counts(places):
         assert run(places, "--from", "20,24", "--to", "44,34", *mask, *words) == 0
         drawn.append(newest(places, "dragged*.png").read_bytes())
     assert len(set(drawn)) == 3
+
+
+def test_every_setting_that_is_an_option_reaches_the_drag():
+    words = (
+        "--method latents --mode deform --displacement stretch --fill bnni --clearance 2 --mask_threshold 0.4 "
+        "--mask_most 0.6 --no_refine --user_mask intersect --weights winner --fill_keys all --no_protect "
+        "--strength 0.8 --seed 7 --num_inference_steps 12 --shrink 2"
+    )
+    config = parse(DragConfig, ["a.png", "--from", "1,2", "--to", "3,4", *words.split()], prog="x")
+    assert drag_settings(config) == DragSettings(
+        method="latents", mode="deform", displacement="stretch", fill="bnni", clearance=2, mask_threshold=0.4,
+        mask_most=0.6, refine=False, user_mask="intersect", weights="winner", fill_keys="all", protect=False,
+        strength=0.8, seed=7, steps=12, grow=-2,
+    )  # fmt: skip
