@@ -48,6 +48,8 @@ from personalize.io.provenance import GENERATED
 from personalize.io.tensor_files import read_tensors, tensor_bytes
 from personalize.models.stable_diffusion import StableDiffusion
 
+NOT_DRAWN = {"source", "attention"}  # pictures of a folder that no model made: a photo, maps over it
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -257,7 +259,7 @@ class Adapter:
             about = {"format": "pt", "caption": str(self.info.get("caption", "")), **identity}
             files[SOURCE_FILE] = tensor_bytes({key: value.float() for key, value in self.source.items()}, about)
         images = {
-            picture_name(key): png(image, None if key == "source" else GENERATED) for key, image in pictures.items()
+            picture_name(key): png(image, None if key in NOT_DRAWN else GENERATED) for key, image in pictures.items()
         }
         card = model_card(name=name, kohya_file=kohya_file, adapter=self, pictures=list(images))
         files |= {**images, CARD: card.encode()}

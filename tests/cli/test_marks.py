@@ -147,6 +147,9 @@ def test_nothing_personal_goes_into_any_file(base, photo, tmp_path):
     assert run(base, tmp_path / "drag", "drag", photo, "--from", "20,30", "--to", "40,30", "--mask", mask) == 0
     shutil.rmtree(photo.parent)
     assert strings_in(tmp_path) == {}
+    marked = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png") if read_marks(path).source_type}
+    drawn = {"adapter/reconstruction.png", "edits/edit-000.png", "edits/grid.png", "photo/edited.png"}
+    assert marked == drawn | {"photo/before-after.png", "drag/dragged.png"}, "what a model made, and nothing else"
 
 
 def test_exif_is_kept_where_it_is_asked_for(base, photo, tmp_path):
