@@ -8,7 +8,9 @@ import pytest
 
 from personalize.adapters.adapter import Adapter
 from personalize.cli.checks import check_adapters
+from personalize.editing.config import EditStrengths
 from personalize.editing.editor import Editor
+from personalize.editing.strengths import remember
 from personalize.formats.verification import verify_folder
 from personalize.training import checkpoints
 from personalize.training.multi_concept import multi_concept_run
@@ -39,4 +41,5 @@ def test_a_checkpoint_is_an_adapter_folder_of_what_was_learned_so_far(tmp_path: 
     with editor:
         picture = editor.edit(learned.info["caption"], seeds=[0])[0]
     assert picture.size == editor.size[::-1]
+    remember(folder, "a cat", EditStrengths(1.0, 1.2), 0, {"score": 1.0})  # as `edit --auto` does
     assert checkpoints.load(folder).update == 1  # and it is still a checkpoint
