@@ -40,6 +40,12 @@ class Config:
     timestep_rank: Literal["full", "share"] = "share"
     """Of timestep-dependent rank: all components at full strength, or each by its share of timesteps."""
 
+    def check(self) -> None:
+        from personalize.cli.checks import check_absent, check_adapters
+
+        check_adapters([self.adapter])
+        check_absent(self.output)
+
 
 def main(config: Config) -> Path:
     """Merge, write, and print what was written; returns its path."""

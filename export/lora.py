@@ -36,6 +36,13 @@ class Config:
     rank: int | None = None
     """A lower rank, reached by SVD; the relative error is printed."""
 
+    def check(self) -> None:
+        from personalize.cli.checks import check_absent, check_adapters
+
+        check_adapters([self.adapter])
+        if self.output.suffix == ".safetensors":  # into a folder that exists goes a file
+            check_absent(self.output)
+
 
 def main(config: Config) -> Path:
     """Write the file and print what it contains; returns its path."""

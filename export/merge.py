@@ -28,6 +28,12 @@ class Config:
     rank: int | None = None
     """Rank of the result, reached by SVD, the relative error is printed; by default the sum of the ranks, exactly."""
 
+    def check(self) -> None:
+        from personalize.cli.checks import check_absent, check_adapters
+
+        check_adapters(self.adapters)
+        check_absent(self.output)
+
 
 def main(config: Config) -> Path:
     """Merge, reduce the rank if asked, save, and print the relative error; returns the folder."""

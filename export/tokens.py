@@ -35,6 +35,12 @@ class Config:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the numbers in the files."""
 
+    def check(self) -> None:
+        from personalize.cli.checks import check_absent, check_adapters
+
+        check_adapters([self.source])
+        check_absent(self.output)
+
 
 def main(config: Config) -> Path:
     """Write the files and print what they contain; returns the folder."""

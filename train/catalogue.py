@@ -45,6 +45,18 @@ class Config(SingleImageConfig, PriorPreservationOptions, BaseModelOptions):
     preview_steps: int = 0
     """Denoising steps of the reconstruction that each model card shows and measures; 0 draws none."""
 
+    def check(self) -> None:
+        from personalize.cli.checks import check_writable
+        from personalize.models.config import check_base_name
+
+        if not self.items.is_file():
+            raise UserError(f"{self.items}: no such file; name a CSV table with the columns image, caption, name")
+        if self.adapters_per_batch < 1:
+            raise UserError(f"adapters_per_batch must be 1 or more, got {self.adapters_per_batch}")
+        if self.pretrained_model_name_or_path is not None:
+            check_base_name(self.pretrained_model_name_or_path)
+        check_writable(self.output_dir)
+
 
 def main(config: Config) -> Path:
     """Train an adapter for each row; returns the table of results.
@@ -62,8 +74,6 @@ def main(config: Config) -> Path:
     from personalize.training.trainer import load_base
 
     settings = extract_config(config, SingleImageConfig)
-    if config.adapters_per_batch < 1:
-        raise UserError(f"adapters_per_batch must be 1 or more, got {config.adapters_per_batch}")
     if config.adapters_per_batch > 1:
         check_batchable(settings)
     items, refused = read_items(config.items, settings, config)

@@ -3,6 +3,7 @@
     main            dispatch, exit codes and one-line errors
     parser          dataclasses to options, YAML presets
     options, edit_options   the options of the commands;  progress: bars with the time left
+    wording         messages name options as they are written
     lists, terminal options that take several values; what is printed
     processes       signals that end this process; processes that end with their parent
     launched        `accelerate launch` as a process that ends with its parent

@@ -13,11 +13,13 @@ from typing import Any
 
 from personalize.errors import UserError
 from personalize.io.json_files import read_json
+from personalize.models.config import HUB_FILE
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 TOKEN = re.compile(r"<[^<>\s]+>")
 GRADIO = (6, 7)  # the oldest version with the security fixes that the studio relies on
+ADAPTER_FOLDERS = ("adapter.json", "adapter_config.json", "*/adapter_config.json", "*.safetensors.index.json")
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
 
 
@@ -70,7 +72,7 @@ def check_photo(config: Any) -> None:
     adapters = (*config.adapter, *config.add)
     check_adapters(adapters)
     check_tokens([config.source, *config.target], adapters)
-    regions = [where for _, where in map(pair, config.region)]
+    regions = [pair(text, "noun=mask.png or noun=left,top,right,bottom")[1] for text in config.region]
     if config.background_mask not in ("auto", "none"):
         regions.append(config.background_mask)
     if config.mask is not None:
@@ -90,6 +92,14 @@ def _check_belongings(config: Any) -> None:
         raise UserError("--target and --swap are two ways to say one thing: give one of them")
     if config.dpl and config.controller == "mutual":
         raise UserError("--controller mutual has no source prompt, so that --dpl has no noun: use one of them")
+
+
+def check_edit_table(config: Any) -> None:
+    """Check the options of `personalize edit TABLE`; its rows are checked one by one, when their turn comes."""
+    if not config.table.is_file():
+        raise UserError(f"{config.table}: no such file; name a CSV table with the columns file, source, target")
+    check_adapters([*config.adapter, *config.add])
+    check_writable(config.output_dir)
 
 
 def check_drag(config: Any) -> None:
@@ -148,18 +158,24 @@ def check_writable(folder: Path) -> None:
 
 
 def check_files(*paths: Path) -> None:
-    """UserError unless each of `paths` is a file or a folder."""
+    """UserError unless each of `paths` is a file or a folder, or may be a file on the hub."""
     for path in paths:
-        if not path.exists():
+        if not path.exists() and not HUB_FILE.fullmatch(str(path)):
             raise UserError(f"{path} does not exist: check the path")
 
 
+def check_absent(path: Path) -> None:
+    """UserError if there is something at `path`, which an export would replace."""
+    if path.exists():
+        raise UserError(f"{path} exists already: name another output, or remove it first")
+
+
 def check_adapters(paths: Iterable[Path]) -> None:
-    """UserError unless each is an adapter folder, or a file whose name may be that of a LoRA or of an embedding."""
+    """UserError unless each is a folder of ours, of PEFT or of shards, a file, or may be a file on the hub."""
     for path in paths:
-        if not path.exists():
+        if not path.exists() and not HUB_FILE.fullmatch(str(path)):
             raise UserError(f"{path} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
-        if path.is_dir() and not (path / "adapter.json").is_file():
+        if path.is_dir() and not any(any(path.glob(pattern)) for pattern in ADAPTER_FOLDERS):
             raise UserError(f"{path} is no adapter folder: it has no adapter.json; name the folder training wrote")
 
 
@@ -170,7 +186,7 @@ def check_tokens(prompts: Sequence[str], adapters: Sequence[Path]) -> None:
     """
     learned: set[str] = set()
     for path in adapters:
-        if not path.is_dir():
+        if not (path / "adapter.json").is_file():
             return
         learned |= set(_concepts(path))
     for token in (token for prompt in prompts for token in TOKEN.findall(prompt)):
@@ -196,11 +212,11 @@ def box(text: str) -> tuple[float, float, float, float] | None:
     return left, top, right, bottom
 
 
-def pair(text: str) -> tuple[str, str]:
-    """ "cat=dog" → ("cat", "dog")."""
+def pair(text: str, form: str = "old=new, for example cat=dog") -> tuple[str, str]:
+    """ "cat=dog" → ("cat", "dog"); `form` is what should have been written."""
     old, _, new = (part.strip() for part in text.partition("="))
     if not old or not new:
-        raise UserError(f"{text!r}: write old=new, for example cat=dog")
+        raise UserError(f"{text!r}: write {form}")
     return old, new
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
-from personalize.cli.checks import check_drag, check_edit, check_photo
+from personalize.cli.checks import check_drag, check_edit, check_edit_table, check_photo
 from personalize.editing.config import CONTROL, DEFAULT_SAMPLING, DYNAMIC, UNIFORM
 from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
 from personalize.editing.photo_settings import PHOTO_DEFAULTS as PHOTO
@@ -136,6 +136,10 @@ class EditTableConfig(InferenceOptions):
     """More adapters or LoRA files, such as an LCM or Turbo LoRA."""
     output_dir: Path = Path("personalize-edit")
     """Folder for a folder of each row, results.jsonl and the inversions."""
+
+    def check(self) -> None:
+        super().check()
+        check_edit_table(self)
 
 
 @dataclass(frozen=True)

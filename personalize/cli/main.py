@@ -26,11 +26,12 @@ import personalize
 from personalize.cli import launch
 from personalize.cli.options import COMMANDS, resolve_command
 from personalize.cli.pages import keep_freed_memory
-from personalize.cli.parser import HELP, QUIET, parse, take_option
+from personalize.cli.parser import HELP, QUIET, option_types, parse, take_option
 from personalize.cli.processes import end_with_parent, signals_raise
 from personalize.cli.progress import progress
 from personalize.cli.redrawing import redrawn
 from personalize.cli.terminal import terminal
+from personalize.cli.wording import worded
 from personalize.errors import UserError, nearest
 from personalize.models.quiet import hidden_messages
 
@@ -76,10 +77,11 @@ def dispatch(args: list[str], own_process: bool = False) -> int:
     config, target = COMMANDS[name]
     about = inspect.getdoc(config) or ""
     options = parse(config, rest, prog=f"personalize {command}", description=about, recorded=recorded)
-    check(options)
-    prepare(own_process and command in TRAINING)
-    module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(options)
+    with worded(option_types(config)):
+        check(options)
+        prepare(own_process and command in TRAINING)
+        module, _, function = target.partition(":")
+        getattr(importlib.import_module(module), function)(options)
     return 0
 
 
@@ -101,12 +103,13 @@ def run_named_script(folder: str, args: list[str], own_process: bool = False) ->
     script = launch.load_script(known[name])
     prog, about, presets = f"personalize {folder} {name}", inspect.getdoc(script) or "", launch.presets(name)
     config = parse(script.Config, args, prog=prog, description=about, presets=presets)
-    check(config)
-    count = launch.process_count(processes)
-    if count > 1:
-        return launch.launch(known[name], args, count)
-    prepare(own_process and folder in TRAINING)
-    script.main(config)
+    with worded(option_types(script.Config)):
+        check(config)
+        count = launch.process_count(processes)
+        if count > 1:
+            return launch.launch(known[name], args, count)
+        prepare(own_process and folder in TRAINING)
+        script.main(config)
     return 0
 
 
@@ -124,7 +127,8 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
         if launch.ERROR_FILE not in os.environ:  # otherwise the launching process has done it
             check(options)
         prepare(argv is None and path.parent.name in TRAINING)
-        run(options)
+        with worded(option_types(config)):
+            run(options)
         return 0
 
     return to_exit_code(call, quiet=QUIET in args)

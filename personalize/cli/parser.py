@@ -22,6 +22,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from personalize.cli.lists import flag_name, gathered
+from personalize.cli.wording import of_tyro, worded
 from personalize.errors import UserError, nearest
 from personalize.io.yaml_files import read_options
 from personalize.models.ranges import check_ranges
@@ -70,11 +71,11 @@ def parse(
     _check_required(config, given | set(defaults), prog)
     settled = given | {key for flag, key in getattr(config, "replaces", {}).items() if flag in given}
     tokens = [t for key, value in defaults.items() if key not in settled for t in _tokens(key, value, config)]
-    hints = _hints(config)
+    hints = option_types(config)
     lists = {name for name, hint in hints.items() if get_origin(hint) is tuple and not _is_positional(config, name)}
     switches = {name for name, hint in hints.items() if hint is bool}
     args = gathered([*args, *tokens], lists=lists, switches=switches, needs_argument=_needs_argument(config))
-    with _one_line(prog):
+    with worded(hints), _one_line(prog, hints):
         options = tyro.cli(config, args=args, prog=prog, use_underscores=True, registry=_registry())
     check_ranges(options, "--")
     return replace(options, **_expanded_homes(options))  # pyright: ignore[reportArgumentType]
@@ -140,7 +141,7 @@ def take_option(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 def read_yaml(path: Path, config: type) -> dict[str, Any]:
     """The keys and values of the YAML file `path`; UserError for a key that is no option of `config`."""
     content = {_field_name(key, config): value for key, value in read_options(path).items()}
-    if "config" in content and "config" not in _hints(config):
+    if "config" in content and "config" not in option_types(config):
         raise UserError(f"{path}: a file cannot name other files: write --config several times on the command line")
     _check_names(content, config, f"key in {path}:")
     for key in content:
@@ -152,7 +153,7 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
 def _field_name(name: str, config: type) -> str:
     """The field of `config` that `name` means: dashes become underscores, names of `ALIASES` ours."""
     name = name.replace("-", "_")
-    return ALIASES[name] if ALIASES.get(name) in _hints(config) else name
+    return ALIASES[name] if ALIASES.get(name) in option_types(config) else name
 
 
 def _resolved(token: str, config: type) -> str:
@@ -163,7 +164,7 @@ def _resolved(token: str, config: type) -> str:
 
 def _check_names(names: Iterable[str], config: type, what: str, prefix: str = "") -> None:
     """UserError unless each of `names` is a field of `config`, or `no_` followed by a boolean field."""
-    hints = _hints(config)
+    hints = option_types(config)
     known = {name for name in hints if prefix == "" or not _is_positional(config, name)}
     switches = {f"no_{name}" for name in known if hints[name] is bool} if prefix else set()
     for name in names:
@@ -179,18 +180,18 @@ def _check_required(config: type, given: set[str], prog: str) -> None:
         raise UserError(f"{prog} needs {' and '.join(missing)} (see {prog} --help)")
 
 
-def _hints(config: type, include_extras: bool = False) -> dict[str, Any]:
+def option_types(config: type, include_extras: bool = False) -> dict[str, Any]:
     """The type of each option; a field whose name would be a Python keyword ends in an underscore: `from_`."""
     return {name.rstrip("_"): hint for name, hint in get_type_hints(config, include_extras=include_extras).items()}
 
 
 def _is_positional(config: type, name: str) -> bool:
-    return _POSITIONAL in getattr(_hints(config, include_extras=True)[name], "__metadata__", ())
+    return _POSITIONAL in getattr(option_types(config, include_extras=True)[name], "__metadata__", ())
 
 
 def _tokens(key: str, value: Any, config: type) -> list[str]:
     """One YAML entry as the tokens of the same option on a command line, so that tyro checks both in the same way."""
-    hint = _hints(config)[key]
+    hint = option_types(config)[key]
     if isinstance(value, bool) and hint is bool:
         return [f"--{key}" if value else f"--no_{key}"]
     if isinstance(value, bool) and bool not in get_args(hint):  # YAML reads an unquoted `no` as false
@@ -222,7 +223,7 @@ def _about(description: str, presets: Mapping[str, Path] | None) -> str:
 
 
 @contextlib.contextmanager
-def _one_line(prog: str):
+def _one_line(prog: str, hints: Mapping[str, Any]):
     """Turn tyro's error message, several lines in a box, into a UserError of one line."""
     message = io.StringIO()
     try:
@@ -231,13 +232,13 @@ def _one_line(prog: str):
     except SystemExit as error:
         if error.code == 0:
             raise
-        raise UserError(_sentence(message.getvalue(), prog)) from None
+        raise UserError(_sentence(message.getvalue(), prog, hints)) from None
 
 
-def _sentence(box: str, prog: str) -> str:
+def _sentence(box: str, prog: str, hints: Mapping[str, Any]) -> str:
     """The text of tyro's boxed error message, without colours, frame, title, and the hints below its first line."""
     lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
     parts = re.split(r"\n[─-]+(?=\n)", "\n".join(lines[1:]).lstrip("─-"))  # a plain box has a rule under its title
     text = " ".join(re.sub("[╰─╯]+", "", parts[0]).replace("(required)", "").split())
-    text = re.sub(r"^Error parsing \w+: ", "", text)  # an option's own check has said what is wrong
-    return f"{text.rstrip('.') or 'the options were not understood'} (see {prog} --help)"
+    text = of_tyro(text.rstrip("."), hints)
+    return f"{text or 'the options were not understood'} (see {prog} --help)"

@@ -7,7 +7,6 @@ class of the model says which of two text encoders the tensors are for.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from personalize.formats.peft_settings import ADAPTER_CONFIG
 from personalize.io.json_files import checked, read_json
 from personalize.io.pickles import read_any
 from personalize.io.tensor_files import TensorFile
+from personalize.models.config import HUB_FILE
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 INDEX = ".safetensors.index.json"
 PEFT_PREFIX = "base_model.model."
-HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*):((?:[\w-][\w. -]*/)*[\w-][\w. -]*)")
 MAX_SHARDS = 100
 
 

@@ -13,6 +13,7 @@ from personalize.io.json_files import read_json
 
 TEXT_TO_IMAGE, INPAINTING = 4, 9  # input channels of a UNet: the latents; the same, a mask and the masked latents
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+HUB_FILE = re.compile(rf"({HUB_ID}):((?:[\w-][\w. -]*/)*[\w-][\w. -]*)")  # one file of a repository
 
 
 def check_base_name(source: str | Path) -> None:

@@ -34,11 +34,11 @@ _NAMES: dict[tuple[float, float], str] = {
         "ema_max_decay proportion_empty_prompts"
     ),
     COUNT: (
-        "max_train_samples min_train_samples samples_per_picture max_train_steps checkpointing_steps "
+        "max_train_samples min_train_samples samples_per_picture checkpointing_steps "
         "checkpoints_total_limit validation_steps"
     ),
     STEPS: (
-        "steps num_inference_steps class_image_steps preview_steps iterations null_text_iterations updates dpl_updates "
+        "class_image_steps preview_steps iterations null_text_iterations updates dpl_updates "
         "fixed_point fixed_point_iterations lr_warmup_steps samples_per_update train_batch_size batch_sizes budget "
         "gradient_accumulation_steps num_class_images num_images num_validation_images adapters_per_batch scene scenes "
         "scene_pools autoencoded test_scenes dataloader_num_workers rank min_rank num_vectors widths top_k mask_fewest "
@@ -46,6 +46,7 @@ _NAMES: dict[tuple[float, float], str] = {
     ),
     PIXELS: "height width size resolution dilate shrink margin window self_max_side",
     SEED: "seed seeds",
+    (1, 10**6): "max_train_steps num_inference_steps",
     (0, 100): "guidance_scale", (0, 2**16 - 1): "port", (-(2**14), 2**14): "grow",  # a mask that shrinks grows by less
 }  # fmt: skip
 RANGES = {name: limits for limits, names in _NAMES.items() for name in names.split()}
@@ -60,7 +61,11 @@ def check_ranges(options: Any, prefix: str = "") -> None:
             if not math.isfinite(number):
                 raise UserError(f"{prefix}{name} is {number}, expected a number: give a finite one")
             if not low <= number <= high:
-                raise UserError(f"{prefix}{name} is {number:g}: give a number from {low:g} to {high:g}")
+                raise UserError(f"{prefix}{name} is {number:g}: give a number from {low:g} to {_number(high)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) and value >= 10**5 else f"{value:g}"
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -64,10 +64,11 @@ def test_what_sd_scripts_calls_rank_and_alpha():
         (["--no_rank"], "unknown option --no_rank"),
         (["--zzz"], "unknown option --zzz: choose one of --center_crop, --config, --learning_rate"),
         ([], "miniature needs --output_dir (see miniature --help)"),
-        (["--output_dir", "x", "--rank", "many"], "--rank: invalid literal for int"),
-        (["--output_dir", "x", "--rank"], "Missing value for argument '--rank'"),
-        (["--output_dir", "x", "--mixed_precision", "fp8"], "'fp8' for argument '--mixed_precision'"),
-        (["--output_dir", "x", "a.png", "b.png"], "Unrecognized options: b.png"),
+        (["--output_dir", "x", "--rank", "many"], "--rank is 'many', expected a whole number"),
+        (["--output_dir", "x", "--learning_rate", "1,5"], "--learning_rate is '1,5', expected a number"),
+        (["--output_dir", "x", "--rank"], "--rank needs a value, got nothing"),
+        (["--output_dir", "x", "--mixed_precision", "fp8"], "--mixed_precision is 'fp8': choose one of no, fp16, bf16"),
+        (["--output_dir", "x", "a.png", "b.png"], "b.png is more than the command takes"),
         (["--output_dir", "x", "--center_crop", "--config"], "--config needs a value, got nothing"),
         (["--config", "--rank", "4"], "--config needs a value, got --rank"),
         (["--output_dir", "x", "--config", "none.yaml"], "--config none.yaml: no such file"),
@@ -102,13 +103,13 @@ def test_later_files_win_and_presets_have_names(tmp_path: Path):
     [
         ("rnak: 3", "unknown key in FILE: rnak: did you mean rank?"),
         ("no_center_crop: true", "unknown key in FILE: no_center_crop: did you mean center_crop?"),
-        ("rank: many", "--rank: invalid literal for int"),
+        ("rank: many", "--rank is 'many', expected a whole number"),
         ("rank: {a: 1}", "FILE: rank must be one value or a list, got a mapping"),
         ("photo: a.png", "FILE: photo is given on the command line itself"),
         ("- rank", "FILE holds a list, expected lines of `option: value`"),
         ("rank: [", "FILE is no valid YAML"),
         ("rank: \x00", "FILE is no valid YAML"),
-        ("rank: null", "--rank: invalid literal for int() with base 10: 'None'"),
+        ("rank: null", "--rank is 'None', expected a whole number"),
     ],
 )
 def test_mistakes_in_the_file_are_one_sentence(tmp_path: Path, text: str, says: str):
@@ -201,5 +202,5 @@ def test_an_options_own_check_is_its_sentence():
             if self.rank < 1:
                 raise UserError(f"rank must be above 0, got {self.rank}")
 
-    with pytest.raises(UserError, match=r"^rank must be above 0, got 0 \(see train --help\)$"):
+    with pytest.raises(UserError, match=r"^--rank must be above 0, got 0 \(see train --help\)$"):
         parse(Checked, ["--rank", "0"], prog="train")

@@ -62,9 +62,9 @@ MISTAKES = (
     Mistake("train single_image pictures --caption cat --instance_mask photo.png", "a mask belongs to one picture"),
     Mistake(f"{TRAIN} --instance_mask missing.png", "missing.png: no such file"),
     Mistake(f"{TRAIN} --rnak 4", "unknown option --rnak: did you mean --rank?"),
-    Mistake(f"{TRAIN} --rank many", "--rank: invalid literal for int"),
-    Mistake(f"{TRAIN} --rank 0", "rank must be above 0, got 0"),
-    Mistake(f"{TRAIN} --mixed_precision fp8", "'fp8' for argument '--mixed_precision'"),
+    Mistake(f"{TRAIN} --rank many", "--rank is 'many', expected a whole number"),
+    Mistake(f"{TRAIN} --rank 0", "--rank must be above 0, got 0"),
+    Mistake(f"{TRAIN} --mixed_precision fp8", "--mixed_precision is 'fp8': choose one of no, fp16, bf16"),
     Mistake(f"{TRAIN} --config missing.yaml", "--config missing.yaml: no such file; presets:"),
     Mistake(f"{TRAIN} --config bad.yaml", "unknown key in bad.yaml: rnak: did you mean rank?"),
     Mistake(f"{TRAIN} --config nested.yaml", "a file cannot name other files"),
@@ -73,7 +73,7 @@ MISTAKES = (
     Mistake(f"{TRAIN} --pretrained_model_name_or_path nowhere", "no base model at nowhere"),
     Mistake(f"{TRAIN} --pretrained_model_name_or_path empty", "it has no model_index.json"),
     Mistake(f"{TRAIN} --pretrained_model_name_or_path notes.txt", "notes.txt is no .safetensors file"),
-    Mistake(f"{TRAIN} --with_prior_preservation", "with_prior_preservation needs class_prompt"),
+    Mistake(f"{TRAIN} --with_prior_preservation", "--with_prior_preservation needs --class_prompt"),
     Mistake(
         f"{TRAIN} --with_prior_preservation --class_prompt cat --class_data_dir nowhere", "nowhere: no such folder"
     ),
@@ -124,5 +124,18 @@ MISTAKES = (
     Mistake("verify nowhere", "nowhere does not exist"),
     Mistake("convert missing.safetensors --to kohya --output x.safetensors", "missing.safetensors does not exist"),
     Mistake("evaluate nowhere --results empty", "nowhere does not exist"),
-    Mistake("export lora nowhere --output x.safetensors", "nowhere does not exist", loads=True),
+    Mistake("export lora nowhere --output x.safetensors", "nowhere does not exist"),
+    Mistake("export merge nowhere pets --output x", "nowhere does not exist"),
+    Mistake("export tokens empty --output x", "empty is no adapter folder"),
+    Mistake("export checkpoint plain --output photo.png", "photo.png exists already"),
+    Mistake("train catalogue missing.csv", "missing.csv: no such file; name a CSV table"),
+    Mistake("edit missing.csv", "missing.csv: no such file; name a CSV table"),
+    Mistake(f"{TRAIN} --max_train_steps 0", "--max_train_steps is 0: give a number from 1"),
+    Mistake(
+        "drag photo.png --from 1,2 --to 3,4 --num_inference_steps 0", "--num_inference_steps is 0: give a number from 1"
+    ),
+    Mistake("edit plain --prompt cat --seeds 1,2,3", "expected whole numbers with spaces between them"),
+    Mistake("edit plain --prompt cat --alpha 0,8", "--alpha is '0,8', expected numbers with spaces between them"),
+    Mistake(f"{TRAIN} --report_to foo", "--report_to is 'foo': choose one of tensorboard"),
+    Mistake(f"{PHOTO} --target dog --region cat", "'cat': write noun=mask.png"),
 )

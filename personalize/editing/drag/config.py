@@ -16,6 +16,13 @@ STRENGTHS = {"pixels": 0.5, "latents": 0.7}  # measured in tests/bench/drag; the
 _FOREIGN = {("clone", "latents"), ("smooth", "latents"), ("attention_raw", "pixels")}
 FILLS = {"pixels": "clone", "latents": "bnni"}
 
+_LIMITS = {  # what a number must be, for messages
+    "strength": "give a fraction above 0, at most 1", "mask_threshold": "give a fraction from 0 to 1",
+    "mask_most": "give a fraction above 0, at most 1", "mask_fewest": "give 1 or more", "top_k": "give 1 or more",
+    "window": "give an odd number", "margin": "give 0 or more", "steps": "give 1 or more",
+    "clearance": "give 0 or more",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DragSettings:
@@ -112,7 +119,7 @@ class DragSettings:
         }  # fmt: skip
         for name, within in limits.items():
             if not within:
-                raise UserError(f"{name} is {getattr(self, name)}, which is out of its range: see DragSettings")
+                raise UserError(f"{name} is {getattr(self, name)}: {_LIMITS[name]}")
         if (self.first_fill, self.method) in _FOREIGN:
             raise UserError(f"fill {self.fill} does not belong to the method {self.method}: choose bnni or attention")
         if (self.mode, self.method) == ("region", "latents"):
