@@ -43,6 +43,7 @@ class LearnedTokens:
     """A tokenizer of ComfyUI for which learned tokens, written as `<cat>`, are embeddings `embedding:…`."""
 
     learned: dict[str, Tensor]
+    embedding_directory: Any
 
     def tokenize_with_weights(self, text: str, *args: Any, **more: Any) -> Any:
         words = list(self.learned)

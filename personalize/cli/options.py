@@ -168,6 +168,17 @@ class StudioConfig:
         check_studio(self)
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what is installed and what is missing: versions, devices, memory, and folders that can be written.
+
+    Exits with 1 if something keeps this installation from working, and says what to do.
+    """
+
+    json: bool = False
+    """Print everything as JSON."""
+
+
 EDIT_PHOTO = "edit PHOTO"  # the command that `edit` means for a picture, or with --source
 EDIT_TABLE = "edit TABLE"  # the command that `edit` means for a .csv file
 COMMANDS = {  # name: (options, "module:function" that is called with them)
@@ -181,6 +192,7 @@ COMMANDS = {  # name: (options, "module:function" that is called with them)
     "verify": (VerifyConfig, "personalize.cli.commands.verify:run"),
     "evaluate": (EvaluateConfig, "personalize.cli.commands.evaluate:run"),
     "studio": (StudioConfig, "personalize.studio.server:run"),
+    "doctor": (DoctorConfig, "personalize.cli.commands.doctor:run"),
 }
 
 

@@ -35,8 +35,8 @@ class RunOptions(BaseModelOptions):
     """Updates between two validations."""
     preview_steps: int = 30
     """Denoising steps of validation pictures and of those on the model card; 0 draws none for the card."""
-    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = None
-    """Tracker for losses, rates and validation pictures, through Accelerate."""
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "trackio", "all"] | None = None
+    """Tracker for losses and rates, through Accelerate; tensorboard and wandb show validation pictures too."""
     logging_dir: str = "logs"
     """Folder of tracker files inside output_dir."""
     push_to_hub: bool = False

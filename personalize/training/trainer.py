@@ -31,7 +31,7 @@ from personalize.training.stopping import PATIENCE, StopRequest, stop_requests
 from personalize.training.validation import validate
 
 Watcher = Callable[[TrainingRun, StepReport], bool]  # called after an update; True ends the training there
-TRACKERS = ("tensorboard", "wandb", "comet_ml")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 
 
 def make_accelerator(config: Any) -> Accelerator:

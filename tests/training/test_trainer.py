@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import LoggerType
 
 from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import trainer
+from personalize.training.run_options import RunOptions
 from personalize.training.trainer import check_tracker, make_accelerator
 from tests.support.children import in_child
 
@@ -37,6 +40,13 @@ def test_any_tracker_will_do_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     check_tracker(None)
     with pytest.raises(UserError, match="comet_ml"):
         check_tracker("comet_ml")
+
+
+def test_accelerate_knows_every_tracker() -> None:
+    known = {kind.value for kind in LoggerType}
+    assert set(trainer.TRACKERS) <= known
+    offered = get_args(get_args(get_type_hints(RunOptions)["report_to"])[0])
+    assert set(offered) == {*trainer.TRACKERS, "all"}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
