@@ -20,10 +20,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from personalize.errors import UserError
-from personalize.models.blocks import Role
+
+if TYPE_CHECKING:  # the studio shows the rules before torch is imported
+    from personalize.models.blocks import Role
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import gradio as gr
 
 from personalize.errors import UserError
-from personalize.io.figures import png
 from personalize.io.json_files import read_json
 from personalize.studio.actions import carry_out, command_line, option, read
 from personalize.studio.jobs import Job
@@ -22,6 +20,7 @@ from personalize.studio.parts import (
     canvas,
     command_box,
     connect,
+    data_url,
     facts,
     links,
     message_box,
@@ -39,6 +38,10 @@ MODES = {
 }
 
 
+# the points of the canvas as `read_points` reads them
+WRITTEN = """drawn => { const p = (drawn && drawn.points) || [], pairs = [];
+  for (let i = 0; i < p.length; i += 2) pairs.push(p.slice(i, i + 2).map((one) => one.join(",")).join(" > "));
+  return pairs.join("; "); }"""
 QUIET = {"show_progress": "hidden", "concurrency_limit": None}
 
 
@@ -46,16 +49,16 @@ def build(studio: Studio) -> Tab:
     """Make the tab's components and wire them."""
     start = studio.start if studio.start in studio.folder.pictures() else None
     with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=240):
             message = message_box()
-            picture = picture_choice(studio, value=start)
+            picture = picture_choice(studio, "drag-picture", value=start)
             board = canvas("Picture and points", ["point", "paint"], key="drag-board", start=start)
             connect(studio, picture, board, message)
             points = gr.Textbox(
                 label="Points", info="x,y > x,y in pixels; several pairs with ; between them",
                 elem_id="drag-points",
             )  # fmt: skip
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=240):
             preview = gr.Image(
                 label="Preview, not filled yet", interactive=False, elem_id="drag-preview", buttons=["fullscreen"],
                 format="png",
@@ -73,7 +76,7 @@ def build(studio: Studio) -> Tab:
         about = gr.HTML("")
     command = command_box()
     settings = [picture, prompt, mode, grow, steps, seed]
-    wire(studio, board, points, [preview, board, state, message, command, points], settings, fill)
+    wire(studio, board, points, [preview, board, state, message, command], settings, fill)
 
     def show(job: Job) -> list[Any]:
         if job.state != "done":
@@ -102,9 +105,9 @@ def wire(
             given = {**(drawn or {}), "points": read_points(lines)}
             url = shown(studio.folder.picture(values[0]))["url"]
         except UserError as error:
-            yield gr.skip(), gr.skip(), gr.skip(), problem(error), "", gr.skip()
+            yield gr.skip(), gr.skip(), gr.skip(), problem(error), ""
             return
-        yield gr.skip(), gr.HTML(given={"picture": url, "points": given["points"]}), gr.skip(), "", gr.skip(), gr.skip()
+        yield gr.skip(), gr.HTML(given={"picture": url, "points": given["points"]}), gr.skip(), "", gr.skip()
         yield from preview_of(studio, given, values)
 
     gr.on(
@@ -112,7 +115,8 @@ def wire(
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     gr.on([points.submit, board.load], see_typed, [board, points, *settings], seen, **QUIET)
-    _, _, _, message, command, _ = seen
+    board.input(None, board, points, js=WRITTEN)  # in the browser, so that “Fill” finds the points of the last click
+    _, _, _, message, command = seen
     fill.click(
         lambda drawn, lines, *values: start_fill(studio, drawn, lines, values), [board, points, *settings],
         [message, command], **QUIET,
@@ -132,12 +136,6 @@ def read_points(lines: str) -> list[list[float]]:
             raise UserError(f"{line!r} is no pair of points: write x,y > x,y, for example 40,64 > 80,64")
         found += pair
     return found
-
-
-def written_points(points: list[list[float]]) -> str:
-    """The pairs of points as `read_points` reads them."""
-    pairs = zip(points[::2], points[1::2], strict=False)
-    return "; ".join(" > ".join(",".join(f"{value:g}" for value in point) for point in pair) for pair in pairs)
 
 
 def words_of(studio: Studio, drawn: dict[str, Any], values: tuple[Any, ...], *more: str) -> list[str]:
@@ -163,16 +161,15 @@ def words_of(studio: Studio, drawn: dict[str, Any], values: tuple[Any, ...], *mo
 
 
 def preview_of(studio: Studio, drawn: dict[str, Any] | None, values: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Preview, the picture with its mask, a line about it, a message, the command, and the points as text."""
+    """Preview, the picture with its mask, a line about it, a message, and the command."""
     drawn = drawn or {}
-    lines = written_points(drawn.get("points") or [])
     if not values[0] or len(drawn.get("points") or []) < 2:
-        yield None, gr.HTML(found=None), gr.skip(), "", "", lines
+        yield None, gr.HTML(found=None), gr.skip(), "", ""
         return
     try:
         words = words_of(studio, drawn, values)
     except UserError as error:
-        yield gr.skip(), gr.skip(), gr.skip(), problem(error), "", lines
+        yield gr.skip(), gr.skip(), gr.skip(), problem(error), ""
         return
 
     def work(job: Job) -> Any:
@@ -183,14 +180,14 @@ def preview_of(studio: Studio, drawn: dict[str, Any] | None, values: tuple[Any, 
 
     job = studio.queue.submit(Job("preview", "Preview of a drag", work), instead=True)
     for waits in awaited(studio, job):
-        yield gr.skip(), gr.skip(), waits, "", gr.skip(), lines
+        yield gr.skip(), gr.skip(), waits, "", gr.skip()
     if job.state != "done":
-        yield gr.skip(), gr.skip(), "", outcome(job), "", lines
+        yield gr.skip(), gr.skip(), "", outcome(job), ""
         return
     found = job.result
-    mask = f"data:image/png;base64,{b64encode(png(found.mask)).decode()}"
+    mask = data_url(found.mask)
     text = f'<div class="quiet">Moves {found.share:.0%} of the picture; previewed in {job.seconds:.2f} s.</div>'
-    yield found.warped, gr.HTML(found=mask), text, "", command_line([*words, "--preview"]), lines
+    yield found.warped, gr.HTML(found=mask), text, "", command_line([*words, "--preview"])
 
 
 def start_fill(studio: Studio, drawn: dict[str, Any] | None, lines: str, values: tuple[Any, ...]) -> tuple[str, Any]:

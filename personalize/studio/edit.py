@@ -34,13 +34,13 @@ STEPS = 30
 def build(studio: Studio) -> Tab:
     """Make the tab's components and wire them."""
     with gr.Row(equal_height=False):
-        with gr.Column(scale=4, min_width=320):
+        with gr.Column(scale=4, min_width=240):
             message = message_box()
             fields = make_fields(studio)
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="edit-draw")
                 choose = gr.Button("Choose for me", elem_id="edit-choose")
-        with gr.Column(scale=6, min_width=320):
+        with gr.Column(scale=6, min_width=240):
             pair = gr.ImageSlider(
                 label="The base alone, and with the adapter", interactive=False, elem_id="edit-pair",
                 format="png", max_height=440,
@@ -88,7 +88,7 @@ def build(studio: Studio) -> Tab:
 def make_fields(studio: Studio) -> dict[str, Any]:
     """The fields of an edit, by the names that `words_of` knows them by."""
     usual, fields = DEFAULT_STRENGTHS, {}
-    fields["adapter"] = adapter_choice(studio)
+    fields["adapter"] = adapter_choice(studio, "edit-adapter")
     fields["prompt"] = gr.Textbox(label="Prompt", placeholder="What the picture should show", elem_id="edit-prompt")
     fields["mix"] = gr.Radio(list(MIXES), value=next(iter(MIXES)), label="How the edit is put to what was learned")
     with gr.Row():

@@ -10,7 +10,6 @@ from PIL import Image
 
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.io.atomic import write_file
-from personalize.io.figures import grid, png
 from personalize.io.progress import listening, part
 from personalize.studio.actions import Workbench
 from personalize.studio.jobs import Job, JobQueue
@@ -44,6 +43,8 @@ def pictures_text(result: Mapping[str, Any]) -> str:
 
 def draw_base(bench: Workbench, options: Any, result: Mapping[str, Any], job: Job) -> tuple[str, str]:
     """The base's picture of the same prompt and seed, beside the first picture: the two files."""
+    from personalize.io.figures import png
+
     first = result["entries"][0]
     editor = bench.editor_of(options)
     with listening(job.part), part("The base alone"):
@@ -56,6 +57,8 @@ def draw_base(bench: Workbench, options: Any, result: Mapping[str, Any], job: Jo
 
 def two_dials(dials: Mapping[str, list[str]], result: Mapping[str, Any], folder: Path) -> Path:
     """A sheet with the first dial across and the second down; the pictures are in the order of the command's grid."""
+    from personalize.io.figures import grid, png
+
     names = list(dials)
     across, down = (names[0], names[1] if len(names) > 1 else None)
     cells: dict[tuple[int, int], Image.Image] = {}

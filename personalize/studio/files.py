@@ -41,20 +41,25 @@ MOST = 4  # adapters in one merge
 def build(studio: Studio) -> Tab:
     """Make the tab's components and wire them."""
     with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=240):
             message = message_box()
-            file = adapter_choice(studio, label="File or adapter folder")
-            drop = gr.File(label="Or drop a file here", height=110, elem_id="files-drop")
+            file = adapter_choice(studio, "files-file", label="File or adapter folder")
+            drop = gr.File(label="Or drop a file here", height=140, elem_id="files-drop")
             look = gr.Button("Inspect", variant="primary", elem_id="files-inspect")
             convert, converted = convert_fields()
             bake, baked = bake_fields()
             merge, merged = merge_fields(studio)
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=240):
             about = gr.HTML(
                 '<div class="quiet">“Inspect” says what a file is and who can read it.</div>', elem_id="files-about"
             )
             chart = gr.Image(
-                label="What it changes", interactive=False, visible=False, format="png", elem_id="files-chart"
+                label="What it changes",
+                interactive=False,
+                visible=False,
+                format="png",
+                elem_id="files-chart",
+                buttons=["download", "fullscreen"],
             )
     command = command_box()
 
@@ -114,7 +119,7 @@ def merge_fields(studio: Studio) -> tuple[gr.Button, list[Any]]:
         fields: list[Any] = [gr.Slider(-1, 2, 1, step=0.05, label="Weight of the one above")]
         for number in range(2, MOST + 1):
             with gr.Row():
-                choice = adapter_choice(studio, label=f"Adapter {number}")
+                choice = adapter_choice(studio, f"files-merge-{number}", label=f"Adapter {number}")
                 choice.value = None
                 fields += [choice, gr.Slider(-1, 2, 1, step=0.05, label="Its weight")]
         fields += [gr.Number(0, label="Rank of the result", info="0: the sum of the ranks, exactly", precision=0),

@@ -39,7 +39,7 @@ def build(studio: Studio) -> Tab:
     """Make the tab's components and wire them."""
     fields: dict[str, Any] = {}
     with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=240):
             message = message_box()
             fields["mode"] = gr.Radio([ONE, SEVERAL], value=ONE, label="What is learned", elem_id="learn-mode")
             start = studio.start if studio.start in studio.folder.pictures() else None
@@ -51,7 +51,7 @@ def build(studio: Studio) -> Tab:
             gr.HTML(
                 '<div class="quiet">Painted: the subject. Elsewhere the loss counts a tenth. May stay unpainted.</div>'
             )
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=240):
             more_fields(studio, fields)
             with gr.Row():
                 check = gr.Button("Check", elem_id="learn-check")

@@ -26,7 +26,9 @@ def theme() -> gr.themes.Base:
 
 def build(studio: Studio) -> gr.Blocks:
     """The whole page."""
-    with gr.Blocks(title="Personalize studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with gr.Blocks(
+        title="Personalize studio", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
+    ) as page:
         head(studio)
         with gr.Row(equal_height=True):
             now = gr.HTML(status(studio), elem_id="now", scale=9, min_width=240)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import html
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
+from PIL import Image
 
 from personalize.errors import UserError
 from personalize.studio.actions import Workbench
@@ -63,11 +66,11 @@ def canvas(
     )  # fmt: skip
 
 
-def picture_choice(studio: Studio, *, value: str | None = None, label: str = "Picture") -> gr.Dropdown:
+def picture_choice(studio: Studio, key: str, *, value: str | None = None, label: str = "Picture") -> gr.Dropdown:
     """The list of the folder's pictures."""
     return gr.Dropdown(
         studio.folder.pictures(), value=value, label=label, allow_custom_value=True,
-        info="In this folder; or drop one on the frame below",
+        info="In this folder; or drop one on the frame below", elem_id=key,
     )  # fmt: skip
 
 
@@ -99,12 +102,12 @@ def refresh(choice: gr.Dropdown, known: Callable[[], list[str]]) -> None:
     choice.focus(lambda: gr.Dropdown(choices=known()), None, choice, show_progress="hidden", queue=False)
 
 
-def adapter_choice(studio: Studio, *, label: str = "Adapter") -> gr.Dropdown:
+def adapter_choice(studio: Studio, key: str, *, label: str = "Adapter") -> gr.Dropdown:
     """The list of the folder's adapters."""
     known = studio.folder.adapter_files()
     value = studio.start if studio.start in known else next(iter(studio.folder.adapters()), None)
     choice = gr.Dropdown(
-        known, value=value, label=label, allow_custom_value=True, info="A folder or a file in this folder"
+        known, value=value, label=label, allow_custom_value=True, info="A folder or file in this folder", elem_id=key
     )
     refresh(choice, studio.folder.adapter_files)
     return choice
@@ -119,6 +122,13 @@ def address(path: str | Path) -> str:
     """The address of a file in the folder; it changes with the file."""
     changed = Path(path).stat().st_mtime_ns if Path(path).exists() else 0
     return f"/file/{quote(Path(path).as_posix())}?{changed}"
+
+
+def data_url(picture: Image.Image) -> str:
+    """A picture as an address that holds it."""
+    stream = BytesIO()
+    picture.save(stream, "PNG")
+    return f"data:image/png;base64,{b64encode(stream.getvalue()).decode()}"
 
 
 def command_box() -> gr.Textbox:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import gradio as gr
 
 from personalize.errors import UserError
-from personalize.io.figures import png
 from personalize.io.image_files import load_image
 from personalize.io.json_files import read_json
 from personalize.io.progress import listening
@@ -24,6 +22,7 @@ from personalize.studio.parts import (
     canvas,
     command_box,
     connect,
+    data_url,
     facts,
     links,
     message_box,
@@ -52,13 +51,13 @@ def build(studio: Studio) -> Tab:
     start = studio.start if studio.start in studio.folder.pictures() else None
     fields: dict[str, Any] = {}
     with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=240):
             message = message_box()
-            fields["picture"] = picture_choice(studio, value=start, label="Photo")
+            fields["picture"] = picture_choice(studio, "photo-picture", value=start, label="Photo")
             board = canvas("Photo and mask", ["paint"], key="photo-board", start=start)
             gr.HTML('<div class="quiet">Painted: only there may the photo change. Unpainted: everywhere.</div>')
             connect(studio, fields["picture"], board, message)
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=240):
             fields["source"] = gr.Textbox(
                 label="What it shows", placeholder="a picture of a cat on the beach", elem_id="photo-source"
             )
@@ -152,7 +151,7 @@ def read_words(studio: Studio, given: Mapping[str, Any]) -> Iterator[tuple[Any, 
     if job.state != "done":
         yield gr.skip(), outcome(job)
         return
-    maps = {word: f"data:image/png;base64,{b64encode(png(one)).decode()}" for word, one in job.result.items()}
+    maps = {word: data_url(one) for word, one in job.result.items()}
     yield gr.HTML(words=[{"text": word, "map": one} for word, one in maps.items()]), ""
 
 
