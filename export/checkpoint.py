@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -29,6 +29,8 @@ class Config:
     """Revision of a base model from the hub."""
     variant: str | None = None
     """Variant of the base model's files, e.g. fp16."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, written into the result; by default what the adapter was trained with."""
     any_base: bool = False
     """Allow another base model of the family than the one the adapter was made for."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -58,23 +60,20 @@ def main(config: Config) -> Path:
     from personalize.models.stable_diffusion import StableDiffusion
 
     output = require_absent(config.output)
-    adapter, note = describe_resolved(
-        baked(Adapter.load(config.adapter), config.forget, config.strength), config.timestep_rank
-    )
-    if note:
-        print(note)
+    scaled = baked(Adapter.load(config.adapter), config.forget, config.strength)
+    adapter, note = describe_resolved(scaled, config.timestep_rank)
     base = config.pretrained_model_name_or_path or adapter.base.get("name")
     if not base:
         raise UserError(f"{config.adapter} does not say its base: give --pretrained_model_name_or_path")
-    model = StableDiffusion.load(
-        config.pretrained_model_name_or_path or find_base(adapter.base), device="cpu", dtype=torch.float32,
-        revision=config.revision, variant=config.variant,
-    )  # fmt: skip
+    predicts = config.prediction_type or (None if config.any_base else adapter.base.get("prediction_type"))
+    about: dict[str, Any] = {"revision": config.revision, "variant": config.variant, "prediction_type": predicts}
+    named = config.pretrained_model_name_or_path or find_base(adapter.base)
+    model = StableDiffusion.load(named, device="cpu", dtype=torch.float32, **about)
     weights, single = merged_weights(model, adapter, any_base=config.any_base), output.suffix == ".safetensors"
     (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
-    print(
-        f"{output}: {len(adapter.lora) // 2 + len(adapter.others)} modules merged into {base}, {config.dtype}, verified"
-    )
+    count = len(adapter.lora) // 2 + len(adapter.others)
+    lines = (note, f"{output}: {count} modules merged into {base}, {config.dtype}, verified")
+    print(*filter(None, lines), sep="\n")
     if single and not has_published_sizes(model):
         print("The base has sizes of its own; graphical programs can only read models of the published sizes.")
     return output

@@ -129,7 +129,7 @@ def _fill(part: Any) -> None:
 
     drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) * 0.02
     for weight in (one for one in part.parameters() if one.dtype.is_floating_point):
-        flat = weight.data.view(-1)
+        flat, drawn = weight.data.view(-1), drawn.to(weight.dtype)
         for begin in range(0, len(flat), len(drawn)):
             flat[begin : begin + len(drawn)] = drawn[: len(flat) - begin]
     for name, buffer in part.named_buffers():

@@ -68,14 +68,34 @@ def test_merge_and_checkpoint(place, tmp_path, capsys):
     code, said = run(capsys, "merge", *line, "--rank", "4", "--output", tmp_path / "both")
     assert code == 0 and "relative error of the weight change 0.00%" in said  # the same change twice has its rank
     assert (Adapter.load(tmp_path / "exact").rank, Adapter.load(tmp_path / "both").rank) == (8, 4)
-    code, said = run(capsys, "checkpoint", tmp_path / "both", "--strength", "2", "--output", tmp_path / "model")
+    base = ("--pretrained_model_name_or_path", place / "tiny-sd1")
+    code, said = run(capsys, "checkpoint", tmp_path / "both", "--strength", "2", "--output", tmp_path / "model", *base)
     assert code == 0 and "merged into" in said
     cat = Adapter.load(place / "cat")
     expected = predict_with_delta(tiny("sd1"), replace(cat, alpha=cat.alpha * 2))
     found = predict(StableDiffusion.load(tmp_path / "model", device="cpu"))
     assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
-    code, said = run(capsys, "checkpoint", place / "cat", "--output", tmp_path / "one.safetensors")
+    code, said = run(capsys, "checkpoint", place / "cat", "--output", tmp_path / "one.safetensors", *base)
     assert code == 0 and "sizes of its own" in said and (tmp_path / "one.safetensors").is_file()
+
+
+def test_a_checkpoint_says_what_its_base_predicts(place, tmp_path, capsys):
+    """As told; else as the adapter was trained with, where the base's own files say something else."""
+    cat = Adapter.load(place / "cat")
+    velocity = {**cat.info, "base": {**cat.info["base"], "prediction_type": "v_prediction"}}
+    replace(cat, info=velocity).save(tmp_path / "velocity")
+    told = ("--prediction_type", "v_prediction")
+    for number, (adapter, line, expected) in enumerate([
+        (place / "cat", (), "epsilon"), (place / "cat", told, "v_prediction"),
+        (tmp_path / "velocity", (), "v_prediction"), (tmp_path / "velocity", ("--any_base",), "epsilon"),
+    ]):  # fmt: skip
+        output = tmp_path / f"model{number}"
+        base = ("--pretrained_model_name_or_path", place / "tiny-sd1")
+        code, said = run(capsys, "checkpoint", adapter, "--output", output, *base, *line)
+        assert code == 0, said
+        assert StableDiffusion.load(output, device="cpu").prediction_type == expected
+    code, said = run(capsys, "checkpoint", place / "cat", "--output", tmp_path / "one.safetensors", *base, *told)
+    assert code == 2 and "export a folder instead" in said and not (tmp_path / "one.safetensors").exists()
 
 
 @pytest.mark.parametrize(
