@@ -13,11 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from personalize.evaluation.benchmarks import BenchmarkItem
-from personalize.evaluation.metrics import (
-    ImagePair,
-    Metric,
-    Unavailable,
-)
+from personalize.evaluation.metrics import ImagePair, Metric
+from personalize.evaluation.networks import Unavailable
 from personalize.io.image_files import load_image
 from personalize.io.images import to_pixels
 

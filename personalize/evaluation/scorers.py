@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from personalize.errors import UserError
-from personalize.evaluation.metrics import load_clip, load_lpips, load_vit, load_vit_processor
+from personalize.evaluation.networks import load_clip, load_lpips, load_vit, load_vit_processor
 from personalize.evaluation.scene_scorer import SceneScorer
 from personalize.evaluation.scoring import Request, Scorer, Scores, clip_score
 from personalize.io.images import to_pixels

@@ -14,13 +14,13 @@ from personalize.evaluation.metrics import (
     ImagePair,
     Lpips,
     Structure,
-    Unavailable,
     metrics,
     mse,
     or_unavailable,
     psnr,
     ssim,
 )
+from personalize.evaluation.networks import Unavailable
 from personalize.training.pretraining.networks import build_tokenizer
 from tests.support.tiny import WORDS
 

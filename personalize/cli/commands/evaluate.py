@@ -16,11 +16,11 @@ from personalize.evaluation.metrics import (
     Lpips,
     Metric,
     Structure,
-    Unavailable,
     drag_metrics,
     metrics,
     or_unavailable,
 )
+from personalize.evaluation.networks import Unavailable
 from personalize.evaluation.point_matching import PointMatching
 from personalize.evaluation.report import format_table, measure_item, summarize
 from personalize.io.atomic import write_file
