@@ -115,6 +115,15 @@ class AttentionRows:
         """The mean attention (h, w) of `cells` (m, 2)."""
         return self._rows(cells, mean=True)[0]
 
+    def mass(self, cells: Tensor, mask: Tensor) -> Tensor:
+        """The attention (m,) that `cells` (m, 2) give to the cells of `mask` (h, w), summed at each site's own size."""
+        total = torch.zeros(len(cells))
+        for (name, _), (q, k) in self.kept.items():
+            site = self.sites[name]
+            share = interpolate(mask[None, None].float(), (site.height, site.width), mode="area").flatten()
+            total += (self._weights(q, k, site, cells) @ share.to(self.device)).mean(0).cpu()
+        return total / len(self.kept)
+
     def around(self, handle: Cell, window: int) -> Tensor:
         """Mean attention (h, w) of the `window` × `window` cells around `handle` that lie on the grid."""
         return self.mean_row(neighbourhood(handle, window, self.size))
@@ -124,13 +133,16 @@ class AttentionRows:
         sums: dict[tuple[int, int], Tensor] = {}
         for (name, _), (q, k) in self.kept.items():
             site = self.sites[name]
-            queries = q[0, :, site_positions(cells, site, self.size)].to(self.device, torch.float32)
-            scores = (queries * q.shape[-1] ** -0.5) @ k[0].to(self.device, torch.float32).transpose(-1, -2)
-            weights = scores.softmax(-1)
+            weights = self._weights(q, k, site, cells)
             row = (weights.mean((0, 1))[None] if mean else weights.mean(0)).unflatten(-1, (site.height, site.width))
             grid = (site.height, site.width)
             sums[grid] = sums.get(grid, 0) + row * (row[0].numel() / (self.size[0] * self.size[1]))
         return (_resized(sums, self.size) / len(self.kept)).cpu()
+
+    def _weights(self, q: Tensor, k: Tensor, site: AttentionSite, cells: Tensor) -> Tensor:
+        """The softmax (n, m, q) of the rows of `cells` at one site."""
+        queries = q[0, :, site_positions(cells, site, self.size)].to(self.device, torch.float32)
+        return ((queries * q.shape[-1] ** -0.5) @ k[0].to(self.device, torch.float32).transpose(-1, -2)).softmax(-1)
 
 
 class PointTracker(AttentionHook):

@@ -110,7 +110,7 @@ def with_residue(attention: AttentionRows, ratio: Tensor, core: Tensor, cells: T
     if not bool(beside.any()):
         return ratio
     inside = core.nonzero()[:: max(1, int(core.sum()) // REFERENCES)]
-    mass = attention.rows(torch.cat([beside.nonzero(), inside]))[:, cells].sum(1)
+    mass = attention.mass(torch.cat([beside.nonzero(), inside]), cells)
     count = int(beside.sum())
     back, raised = mass[:count] / mass[count:].mean().clamp(min=1e-12), ratio.clone()
     raised[beside] = torch.where(back > ATTENDS, torch.maximum(ratio[beside], back), ratio[beside])

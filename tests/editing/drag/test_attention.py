@@ -69,6 +69,9 @@ def test_attentiondrag_d1_rows_equal_those_of_the_whole_map(level):
     attention = AttentionRows(reading.kept, [site], size)
     rows = attention.rows(cells)
     torch.testing.assert_close(attention.mean_row(cells), rows.mean(0))
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[1:3] = True
+    torch.testing.assert_close(attention.mass(cells, mask), rows[:, mask].sum(1))
     expected = full.map[0].mean(0)[cells @ torch.tensor([size[1], 1])].unflatten(-1, size)
     torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
 

@@ -28,6 +28,9 @@ class KnownAttention:
     def mean_row(self, cells):
         return self.rows(cells).mean(0)
 
+    def mass(self, cells, mask):
+        return self.rows(cells)[:, mask].sum(1)
+
     def around(self, handle, window):
         return self.mean_row(torch.tensor([handle]))
 
