@@ -45,7 +45,7 @@ def _check_auto(config: Any) -> None:
         raise UserError(f"--budget must be at least 1 picture, got {config.budget}")
     extra = [name for name in ("clip_model", "identity_model", "source_image") if getattr(config, name) is not None]
     if extra and not config.auto:
-        raise UserError(f"--{extra[0]} belongs to --auto: add it, or leave --{extra[0]} out")
+        raise UserError(f"--{extra[0]} belongs to --auto: add --auto, or leave --{extra[0]} out")
     if config.auto and (config.seeds or config.num_images != 1):
         raise UserError("--auto draws --budget pictures with seeds from --seed on: leave out --seeds and --num_images")
     if config.seeds and (config.seed is not None or config.num_images != 1):

@@ -52,4 +52,5 @@ def _expected(hint: Any) -> str:
     kinds = [KINDS[kind] for kind in (hint, *get_args(hint)) if kind in KINDS]
     if not kinds:
         return "another value"
-    return f"{kinds[0]}s with spaces between them, such as 1 2 3" if several else f"a {kinds[0]}"
+    example = "1 2 3" if kinds[0] == KINDS[int] else "0.8 1"
+    return f"{kinds[0]}s with spaces between them, such as {example}" if several else f"a {kinds[0]}"

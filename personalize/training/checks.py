@@ -68,9 +68,9 @@ def check_multi_concept(config: Any) -> None:
         check_image(picture)
     subjects = read_subjects(config.concepts, config.modifier_token, config.instance_prompt, config.num_vectors)
     if not subjects:
-        raise UserError("name at least one concept, e.g. '<cat1> cat'")
+        raise UserError("name at least one concept, e.g. --concepts '<cat1> cat'")
     if config.masks and len(config.masks) != len(subjects):
-        raise UserError(f"{len(subjects)} concepts need as many masks or none, got {len(config.masks)}")
+        raise UserError(f"{len(subjects)} of --concepts need as many --masks or none, got {len(config.masks)}")
     check_named(config.instance_prompt or default_prompt(subjects), subjects)
 
 

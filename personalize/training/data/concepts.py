@@ -58,7 +58,7 @@ class ConceptPicture:
 
     def __post_init__(self) -> None:
         if not self.subjects:
-            raise UserError("name at least one concept, e.g. '<cat1> cat'")
+            raise UserError("name at least one concept, e.g. --concepts '<cat1> cat'")
         if self.masks and len(self.masks) != len(self.subjects):
             raise UserError(f"{len(self.subjects)} concepts need as many masks or none, got {len(self.masks)}")
         if any(mask.size != self.image.size for mask in self.masks):
