@@ -21,7 +21,7 @@ from personalize.errors import Notice, UserError
 from personalize.io.image_metadata import HEIF_SUFFIXES
 from personalize.io.plain_files import MAX_PICTURE_BYTES, opened
 
-HEIF_HINT = "HEIC needs a package more: pip install pillow-heif, or save it as JPEG or PNG"
+HEIF_HINT = "HEIC needs a package more: pip install 'personalize[heic]', or save it as JPEG or PNG"
 MIN_SIDE = 16  # px
 MAX_PIXELS = 150_000_000  # 450 MB decoded; checked against the file's header before anything is decoded
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # raised by Pillow's decoders

@@ -17,7 +17,7 @@ from personalize.io.json_files import parse_json
 from personalize.io.plain_files import MAX_TEXT_BYTES, opened, read_text
 from personalize.io.tables import MAX_ROWS, SURPLUS, read_table
 
-HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # read by the package pillow-heif, if it is installed
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # read by pillow-heif, if it is installed: `personalize[heic]`
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIF_SUFFIXES
 )  # fmt: skip

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 
 from personalize.io.atomic import Content, write_file
+
+DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # names of Windows
+
+
+def folded(name: str) -> str:
+    """What file systems may take for the same name: without case, in one normal form."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def windows_refuses(name: str) -> bool:
+    """Can no file of Windows have this name: that of a device, or one that ends in a dot or a space?"""
+    return DEVICE.fullmatch(name) is not None or name[-1:] in (".", " ")
 
 
 def unused_folder(name: str, mark: str) -> Path:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 from personalize.errors import UserError, nearest
 from personalize.io.atomic import plain_name
 from personalize.io.image_folders import read_folder
+from personalize.io.numbering import folded, windows_refuses
 from personalize.io.tables import SURPLUS, read_table
 from personalize.training.catalogue_results import FAILED, RESULTS, outcome
 from personalize.training.config import SingleImageConfig
@@ -26,7 +25,6 @@ OWN_COLUMNS = ("image", "mask", "caption", "name")
 SEPARATOR = "|"  # between the pictures, masks or captions of one cell
 KINDS = (SingleImageConfig, PriorPreservationOptions)  # whose fields are columns
 TABLE = "results.csv"
-DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # names of Windows
 LONGEST_CELL, LONGEST_NAME = 2**17, 200  # characters; bytes
 MORE = "the row has more cells than the header has columns: put quotes around cells with commas"
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -81,7 +79,7 @@ def read_items(
     for line, row in rows:
         try:
             item = _item(Path(table).parent, line, row, config, common or PriorPreservationOptions())
-            if (first := names.setdefault(_folded(item.name), line)) != line:
+            if (first := names.setdefault(folded(item.name), line)) != line:
                 raise UserError(f"the name {item.name!r} is taken by line {first}: give each row its own")
             items.append(item)
         except (UserError, OSError, ValueError) as error:  # e.g. a path too long for the system, or with a NUL in it
@@ -149,15 +147,10 @@ def _paths(folder: Path, cell: str) -> tuple[Path, ...]:
 
 def _check_name(name: str) -> None:
     """UserError unless an adapter's folder can have this name on every system, beside our own files."""
-    if name.startswith(".") or _folded(name) in (RESULTS, TABLE) or DEVICE.fullmatch(name) or name[-1] in ". ":
+    if name.startswith(".") or folded(name) in (RESULTS, TABLE) or windows_refuses(name):
         raise UserError(f"an adapter cannot be called {name!r}: choose another name")
     if len(name.encode(errors="surrogateescape")) > LONGEST_NAME:
         raise UserError(f"the name {name[:40]!r}… is too long: {LONGEST_NAME} bytes at most")
-
-
-def _folded(name: str) -> str:
-    """What file systems may take for the same name: without case, in one normal form."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 @contextmanager

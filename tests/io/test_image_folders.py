@@ -78,7 +78,7 @@ def test_heic_is_named_where_it_cannot_be_read(tmp_path: Path) -> None:
     put(tmp_path / "1.png")
     (tmp_path / "2.heic").write_bytes(b"\0\0\0\x18ftypheic")
     ((reason, files),) = read_folder(tmp_path).left_out.items()
-    assert files == ("2.heic",) and ("no picture" if register_heif() else "pip install pillow-heif") in reason
+    assert files == ("2.heic",) and ("no picture" if register_heif() else "pip install 'personalize[heic]'") in reason
 
 
 @pytest.mark.skipif(not register_heif(), reason="pillow-heif is not installed")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, parse_json
+from personalize.io.numbering import folded, windows_refuses
 from personalize.io.plain_files import file_hash, read_bytes, read_text
 from personalize.io.progress import ticked
 from personalize.io.tables import read_table
@@ -95,11 +97,19 @@ def read_rows(table: Path) -> list[Row]:
             continue
         file = table.parent / given.pop("file", "")
         name = plain_name(given.pop("name", "") or file.stem)
-        taken = {row.name for row in rows}
-        rows.append(Row(line, f"{name}-{line}" if name in taken else name, file, given))
+        rows.append(Row(line, _unused_name(name, line, rows), file, given))
     if not rows:
         raise UserError(f"{table} has no row below its header")
     return rows
+
+
+def _unused_name(name: str, line: int, rows: Sequence[Row]) -> str:
+    """`name`, with the line's number behind it if an earlier row, one of our own files or a device has that name."""
+    taken = {folded(row.name) for row in rows} | {RESULTS, INVERSIONS}
+    if folded(name) not in taken and not windows_refuses(name):
+        return name
+    numbered = (f"{name.rstrip('. ')}-{line}{'' if number == 1 else f'-{number}'}" for number in count(1))
+    return next(other for other in numbered if folded(other) not in taken and not windows_refuses(other))
 
 
 def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:

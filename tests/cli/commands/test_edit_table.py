@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from personalize.cli import options
+from personalize.cli.commands.edit_table import read_rows
 from personalize.cli.main import main
 from tests.support.photos import photo
 from tests.support.tiny import tiny_folder
@@ -66,3 +67,13 @@ def test_a_table_that_cannot_be_read_is_one_line(base, tmp_path, capsys, text, s
 def test_edit_means_a_table_when_it_is_given_one():
     assert options.resolve_command("edit", ["photos.CSV"]) == options.EDIT_TABLE
     assert options.resolve_command("edit", ["a.png", "--source", "t.csv"]) == options.EDIT_PHOTO
+
+
+def test_rows_are_never_called_like_our_own_files_or_each_other(tmp_path):
+    """A row "results.jsonl" had a folder where the outcomes are written; "Cat" and "cat" are one folder on a Mac."""
+    names = ("results.jsonl", "Trajectories", "Cat", "cat", "a-7", "a", "a", "nul", "end.")
+    table = write(tmp_path, *(f"p1.png,a cat,a dog,,{name},,2," for name in names))
+    found = [row.name for row in read_rows(table)]
+    assert found == ["results.jsonl-2", "Trajectories-3", "Cat", "cat-5", "a-7", "a", "a-8", "nul-9", "end-10"]
+    table = write(tmp_path, *(f"p1.png,a cat,a dog,,{name},,2," for name in ("a", "a-4", "a")))
+    assert [row.name for row in read_rows(table)] == ["a", "a-4", "a-4-2"]
