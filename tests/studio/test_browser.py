@@ -278,6 +278,9 @@ def test_learning_can_be_cancelled_reloaded_and_seen_from_a_second_tab(page, bro
 
 
 def test_the_cat_is_learned(page, folder):
+    page.tab("Learn")
+    if not page.page.locator("#learn-board canvas[aria-label^='cat.png']").is_visible():
+        picture(page, "learn-pictures", "cat.png", "learn-board")
     page.open_more()
     page.fill("learn-samples", "24")
     page.fill("learn-every", "3")
