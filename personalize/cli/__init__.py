@@ -4,7 +4,8 @@
     parser          dataclasses to options, YAML presets
     options, edit_options   the options of the commands;  progress: bars with the time left
     wording         messages name options as they are written
-    lists, terminal options that take several values; what is printed
+    lists, terminal options that take several values; what is printed: control characters are shown as codes
+    faults          exceptions as one line and an exit code
     processes       signals that end this process; processes that end with their parent
     launched        `accelerate launch` as a process that ends with its parent
     launch          scripts of train/ and export/, and `accelerate launch`

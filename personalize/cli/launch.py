@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
 
+from personalize.cli.faults import traceback_wanted
 from personalize.errors import UserError
-from personalize.io.json_files import parse_json
+from personalize.io.json_files import checked, parse_json
 
 PACKAGE = Path(__file__).parents[1]
 ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment variable: file for the one-line error of a launched process
@@ -92,16 +93,16 @@ def launch(script: Path, args: Sequence[str], processes: int) -> int:
             report = _pass_on(process, errors)
             code = process.wait()
         lines = errors.read_text(encoding="utf-8").splitlines() if errors.exists() else []
-        first = parse_json(lines[0], errors) if lines else ""
+        first, failed = checked(parse_json(lines[0], errors), tuple[str, int], errors) if lines else ("", 0)
         if received:
             report_error(first or "stopped")
             return 128 + received[0]
         if killed := KILLED.search(report):
             return report_error(_about_killed(int(killed[2]), int(killed[1]), processes, first))
-        if code and not first:
+        if code and (not first or traceback_wanted()):
             sys.stderr.write(report)
         if code and first:
-            return report_error(first)
+            return report_error(first, failed)
         return code if code >= 0 else 128 - code
 
 
@@ -157,15 +158,15 @@ def environment(processes: int) -> dict[str, str]:
     return os.environ | settings | ({} if devices else {"ACCELERATE_USE_CPU": "true"})
 
 
-def report_error(message: str) -> int:
-    """Print `message` as one line on stderr, or in a launched process write it to `ERROR_FILE`; returns exit code 2."""
+def report_error(message: str, code: int = UserError.exit_code) -> int:
+    """Print `message` as one line on stderr, or in a launched process write it to `ERROR_FILE`; returns `code`."""
     line = " ".join(message.split())
     if ERROR_FILE in os.environ:
         with open(os.environ[ERROR_FILE], "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps([line, code]) + "\n")
     else:
         print(f"personalize: {line}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _pass_on(process: subprocess.Popen[bytes], errors: Path) -> str:

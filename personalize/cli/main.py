@@ -7,13 +7,12 @@ Options are parsed and checked before torch is imported.  A script of `train/` o
         raise SystemExit(run_script(Config, main))
 
 Exit codes: 0 done, 1 a file does not verify, 2 a mistake that the user can correct (one line on stderr), 130
-interrupted, 128 and the number of another signal that ended it, 141 if the reader of the output has gone.  A bug shows
-its traceback.
+interrupted, 128 and the number of another signal that ended it, 141 if the reader of the output has gone.  A fault of
+the program, or memory that does not suffice, is one line too and 1; PERSONALIZE_TRACEBACK=1 shows tracebacks.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
 import inspect
 import os
@@ -24,13 +23,14 @@ from typing import Any
 
 import personalize
 from personalize.cli import launch
+from personalize.cli.faults import described, memory_advised, show_traceback
 from personalize.cli.options import COMMANDS, resolve_command
 from personalize.cli.pages import keep_freed_memory
 from personalize.cli.parser import HELP, QUIET, option_types, parse, take_option
 from personalize.cli.processes import end_with_parent, signals_raise
 from personalize.cli.progress import progress
 from personalize.cli.redrawing import redrawn
-from personalize.cli.terminal import terminal
+from personalize.cli.terminal import give_up_unwritable, terminal
 from personalize.cli.wording import worded
 from personalize.errors import UserError, nearest
 from personalize.models.quiet import hidden_messages
@@ -40,10 +40,6 @@ SCRIPT_FOLDERS = {
     "export": "Export an adapter to another format.",
 }
 TRAINING = {"train", "quickstart"}  # commands, and the folder of scripts, that train
-USER_ERRNOS = {
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
-    errno.ENAMETOOLONG, errno.EEXIST,
-}  # fmt: skip
 READER_GONE = 141  # as a shell reports SIGPIPE
 
 
@@ -77,7 +73,7 @@ def dispatch(args: list[str], own_process: bool = False) -> int:
     config, target = COMMANDS[name]
     about = inspect.getdoc(config) or ""
     options = parse(config, rest, prog=f"personalize {command}", description=about, recorded=recorded)
-    with worded(option_types(config)):
+    with worded(option_types(config)), memory_advised(option_types(config)):
         check(options)
         prepare(own_process and command in TRAINING)
         module, _, function = target.partition(":")
@@ -103,7 +99,7 @@ def run_named_script(folder: str, args: list[str], own_process: bool = False) ->
     script = launch.load_script(known[name])
     prog, about, presets = f"personalize {folder} {name}", inspect.getdoc(script) or "", launch.presets(name)
     config = parse(script.Config, args, prog=prog, description=about, presets=presets)
-    with worded(option_types(script.Config)):
+    with worded(option_types(script.Config)), memory_advised(option_types(script.Config)):
         check(config)
         count = launch.process_count(processes)
         if count > 1:
@@ -127,7 +123,7 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
         if launch.ERROR_FILE not in os.environ:  # otherwise the launching process has done it
             check(options)
         prepare(argv is None and path.parent.name in TRAINING)
-        with worded(option_types(config)):
+        with worded(option_types(config)), memory_advised(option_types(config)):
             run(options)
         return 0
 
@@ -135,30 +131,36 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
 
 
 def to_exit_code(call: Callable[[], int], *, quiet: bool = False) -> int:
-    """The exit code of `call`; errors that a user can correct become one line on stderr and the code 2.
+    """The exit code of `call`; every exception becomes one line on stderr and a code, see `faults.described`.
 
     quiet: no progress is shown.
     """
+    with terminal():
+        try:
+            return _reported(call, quiet)
+        except OSError as error:  # the line itself could not be printed
+            return READER_GONE if isinstance(error, BrokenPipeError) else UserError.exit_code
+        finally:
+            give_up_unwritable()
+
+
+def _reported(call: Callable[[], int], quiet: bool) -> int:
+    """The exit code of `call`, after the line about the exception that ended it; BrokenPipeError goes on."""
     try:
-        with terminal(), hidden_messages(), signals_raise(), progress(quiet=quiet):
+        with hidden_messages(), signals_raise(), progress(quiet=quiet):
             code = call()
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as with `>&-`
+                sys.stdout.flush()
             return code
     except KeyboardInterrupt as stop:
         if str(stop):
             launch.report_error(str(stop))
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
-        return READER_GONE
-    except UserError as error:
-        launch.report_error(str(error))
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in USER_ERRNOS:
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        return launch.report_error(f"{(error.strerror or str(error)).lower()}{where}")
+        raise
+    except Exception as error:
+        show_traceback(error)
+        return launch.report_error(*described(error))
 
 
 def check(options: Any) -> None:

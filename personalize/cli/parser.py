@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from functools import cache
@@ -22,6 +23,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from personalize.cli.lists import flag_name, gathered
+from personalize.cli.terminal import unwrapped
 from personalize.cli.wording import of_tyro, worded
 from personalize.errors import UserError, nearest
 from personalize.io.yaml_files import read_options
@@ -60,7 +62,8 @@ def parse(
     args = [_resolved(token, config) for token in args if token != QUIET]
     if HELP & set(args):
         about = _about(description, presets)
-        tyro.cli(config, args=["--help"], prog=prog, description=about, use_underscores=True, registry=_registry())
+        with contextlib.redirect_stdout(unwrapped(sys.stdout)):  # its colours, in a text that is ours
+            tyro.cli(config, args=["--help"], prog=prog, description=about, use_underscores=True, registry=_registry())
     flags = [name for token in args if (name := flag_name(token))]
     _check_names(flags, config, "option", "--")
     defaults: dict[str, Any] = dict(recorded or {})

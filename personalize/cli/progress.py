@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from personalize.cli.terminal import PlainConsole, make_visible, visible
 from personalize.io.progress import Advance, heard, listening
 
 LINE_EVERY = 30.0  # seconds between two lines in a log
@@ -28,7 +30,7 @@ def progress(*, quiet: bool = False, console: Console | None = None) -> Iterator
     if quiet or heard() or os.environ.get("RANK", "0") != "0":
         yield
         return
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     shown = Bars(console) if console.is_terminal else Lines(console)
     try:
         with listening(shown.part):
@@ -54,6 +56,9 @@ class Bars:
         if self.bars is None:
             self.bars = self._new()
             self.bars.start()
+            for output in ("stdout", "stderr"):  # rich prints above the bars, and would obey codes in what it is given
+                if isinstance(getattr(sys, output), FileProxy):
+                    make_visible(output)
         bars = self.bars
         task = bars.add_task(name, total=steps or None, completed=done, note="")
 
@@ -80,8 +85,8 @@ class Bars:
 
     def _new(self) -> Progress:
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
         )  # fmt: skip
         # what is printed appears above the bars; output that goes into a file is left to go there
         return Progress(*columns, console=self.console, transient=True, redirect_stdout=sys.stdout.isatty())
@@ -144,7 +149,7 @@ class Lines:
         text = ", ".join(filter(None, [str(first), first.left(), "" if inner else note]))
         if inner:
             text += f" ({', '.join(filter(None, [str(inner[-1]), inner[-1].left(), note]))})"
-        print(text, file=self.console.file, flush=True)
+        print(visible(text), file=self.console.file, flush=True)
 
 
 def _ignored(note: Callable[[], str] | None = None, /) -> None:

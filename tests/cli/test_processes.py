@@ -96,7 +96,7 @@ def test_a_killed_process_is_one_line_and_not_42(monkeypatch, capfd) -> None:
     script = f"""
 import json, os, sys
 sys.stderr.write("a warning\\n"); sys.stderr.flush()
-open(os.environ["PERSONALIZE_ERROR_FILE"], "w").write(json.dumps({said!r}) + "\\n")
+open(os.environ["PERSONALIZE_ERROR_FILE"], "w").write(json.dumps([{said!r}, 2]) + "\\n")
 sys.stderr.write({REPORT!r})
 sys.exit(1)
 """
@@ -109,7 +109,21 @@ sys.exit(1)
     assert set(lines[:-1]) <= {"a warning"}
 
 
-def test_a_bug_in_a_process_shows_its_traceback(monkeypatch, capfd) -> None:
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_a_fault_in_a_process_is_one_line_of_its_launch(monkeypatch, capfd, wanted: str) -> None:
+    monkeypatch.setenv("PERSONALIZE_TRACEBACK", wanted)
+    script = """
+import sys
+from personalize.cli.main import to_exit_code
+sys.exit(to_exit_code(lambda: 1 // 0))
+"""
+    assert launched(monkeypatch, script) == 1
+    said = capfd.readouterr().err
+    assert "a fault of the program: ZeroDivisionError: " in said.splitlines()[-1] and "=1 shows" in said
+    assert ("Traceback" in said) == bool(wanted) and (wanted or said.count("\n") == 1)
+
+
+def test_a_process_that_fails_before_the_program_begins_shows_its_traceback(monkeypatch, capfd) -> None:
     assert launched(monkeypatch, "1 / 0") == 1
     assert "ZeroDivisionError" in capfd.readouterr().err
 
@@ -118,7 +132,7 @@ def test_a_signal_goes_to_the_launch_and_ends_it(monkeypatch, tmp_path, capfd) -
     script = """
 import json, os, signal, sys, time
 def stop(*_):
-    open(os.environ["PERSONALIZE_ERROR_FILE"], "w").write(json.dumps("stopped after 2 updates") + "\\n")
+    open(os.environ["PERSONALIZE_ERROR_FILE"], "w").write(json.dumps(["stopped after 2 updates", 2]) + "\\n")
     sys.exit(1)
 signal.signal(signal.SIGTERM, stop)
 os.kill(os.getppid(), signal.SIGTERM)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from rich.console import Console
 
 from personalize.cli.checks import STRENGTHS, check_edit
 from personalize.cli.commands.marks import PictureWriter, details_of
 from personalize.cli.edit_options import COMBINATIONS
 from personalize.cli.redrawing import check_same, recorded
+from personalize.cli.terminal import PlainConsole
 from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.defaults import text_to_image_guidance
 from personalize.editing.editor import Editor
@@ -171,7 +171,7 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
         editor, request, scorer, budget=config.budget, seed=config.seed or 0,
         negative_prompt=config.negative_prompt, sampling=sampling,
     )  # fmt: skip
-    console = Console(soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     trials = ranked(ticked(candidates, "Searching", total=config.budget))
     best = trials[0]
     console.print(f"Best of {len(trials)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")

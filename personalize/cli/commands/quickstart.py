@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from rich.console import Console
 
 from personalize.cli.launch import presets
 from personalize.cli.parser import read_yaml
+from personalize.cli.terminal import PlainConsole
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.embedded.samples import SampleEdit, SampleImage, bundled
@@ -63,7 +63,7 @@ class Outcome:
 
 def run(config: QuickstartConfig) -> Path:
     """Train, save, verify, edit, write the sheet, and print the results; returns the output folder."""
-    console, started = Console(soft_wrap=True), time.monotonic()
+    console, started = PlainConsole(soft_wrap=True), time.monotonic()
     example = bundled(config.scene) if config.photo is None else own_example(config.photo, config.caption)
     model = StableDiffusion.load(config.pretrained_model_name_or_path)
     pixels, _ = fitted_pixels(example.picture, model.resolution, 8 * model.factor)
@@ -118,7 +118,7 @@ def accelerator(model: StableDiffusion) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no")
 
 
-def report_round_trip(console: Console, ceiling: float, *, embedded: bool) -> None:
+def report_round_trip(console: PlainConsole, ceiling: float, *, embedded: bool) -> None:
     """Print the PSNR of the autoencoder's round trip, and below `MIN_ROUND_TRIP` what to do."""
     console.print(f"Autoencoder round trip: {ceiling:.1f} dB.")
     if ceiling < MIN_ROUND_TRIP:
@@ -160,7 +160,7 @@ def sheet(outcome: Outcome, example: SampleImage) -> Image.Image:
     return page
 
 
-def report(console: Console, outcome: Outcome, example: SampleImage, folder: Path, sheet_path: Path) -> None:
+def report(console: PlainConsole, outcome: Outcome, example: SampleImage, folder: Path, sheet_path: Path) -> None:
     """Print the PSNR values, where the files are, and what to try next."""
     ceiling, replay, base = (psnr(p, outcome.source) for p in (outcome.round_trip, outcome.replay, outcome.base))
     console.print(f"Reconstruction: {replay:.1f} dB (autoencoder ceiling {ceiling:.1f}, base model alone {base:.1f}).")
