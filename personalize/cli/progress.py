@@ -60,14 +60,14 @@ class Bars:
                 if isinstance(getattr(sys, output), FileProxy):
                     make_visible(output)
         bars = self.bars
-        task = bars.add_task(name, total=steps or None, completed=done, note="")
+        task = bars.add_task(visible(name), total=steps or None, completed=done, note="")
 
         def advance(note: Callable[[], str] | None = None, /) -> None:
             nonlocal noted
             bars.advance(task)
             if note is not None and time.monotonic() - noted >= NOTE_EVERY:
                 noted = time.monotonic()
-                bars.update(task, note=note())
+                bars.update(task, note=visible(note()))
 
         try:
             yield advance

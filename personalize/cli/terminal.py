@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 from personalize.errors import Notice
 
@@ -28,6 +30,17 @@ UP = re.compile(r"(\x1b\[A)+")  # as a bar of tqdm goes back to the line it bega
 def visible(text: str) -> str:
     """`text` with control characters as their codes, such as `\\x1b` and `\\r`; tabs and newlines stay."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON to be printed: characters that would be shown as codes are escaped as JSON has it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=2)
+    return json.dumps(value, indent=2) if HIDDEN.search(text) else text
 
 
 class VisibleStream:
@@ -75,6 +88,10 @@ class PlainConsole(Console):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """rich's text of `text` in its visible form; rich itself would leave some of the characters out."""
+        return super().render_str(visible(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """rich's segments, whose text is visible; its own movements of the cursor stay."""
@@ -143,10 +160,9 @@ def give_up_unwritable() -> None:
 
     Otherwise Python would fail for it once more when it ends.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except (OSError, ValueError):
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -91,7 +91,7 @@ def test_it_is_found_below_an_error_about_a_file(capsys) -> None:
             call()
 
 
-@pytest.mark.parametrize("line", ["train single_image {} --caption a", "edit {} --prompt a"])
+@pytest.mark.parametrize("line", ["train single_image {} --caption a", "edit {}/adapter --prompt a"])
 def test_a_command_says_which_of_its_options_to_lower(capsys, monkeypatch, tmp_path: Path, line: str) -> None:
     from personalize.cli import main
 

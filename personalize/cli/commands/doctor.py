@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata as metadata
-import json
 import os
 import platform
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import personalize
+from personalize.cli.terminal import json_text
 from personalize.errors import Mismatch
 
 EXTRA = re.compile(r"""extra\s*==\s*['"]([\w-]+)['"]""")
@@ -38,7 +38,7 @@ def run(config: DoctorConfig) -> dict[str, Any]:
         Mismatch: something is wrong (exit code 1).
     """
     found = report()
-    print(json.dumps(found, indent=2, ensure_ascii=False) if config.json else as_text(found))
+    print(json_text(found) if config.json else as_text(found))
     if found["problems"]:
         raise Mismatch(f"{len(found['problems'])} problem(s): {'; '.join(found['problems'])}")
     return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from personalize.cli.terminal import json_text
 from personalize.errors import UserError
 from personalize.formats import coverage
 from personalize.formats.adapter_source import is_adapter_folder
@@ -41,11 +41,7 @@ def run(config: InspectConfig) -> Inspection | list[FileSummary] | Marks:
         if config.picture is not None:
             raise UserError(f"{config.file} is a folder, --picture draws one file: leave it out, or name the file")
         rows = inspect_folder(config.file, allow_pickle=config.allow_pickle)
-        print(
-            json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False)
-            if config.json
-            else folder_text(rows)
-        )
+        print(json_text([asdict(row) for row in rows]) if config.json else folder_text(rows))
         return rows
     inspection = inspect_file(config.file, allow_pickle=config.allow_pickle)
     if config.picture is not None:
@@ -53,7 +49,7 @@ def run(config: InspectConfig) -> Inspection | list[FileSummary] | Marks:
             raise UserError(f"{config.file} changes no module, so there is no coverage to draw: leave --picture out")
         title = f"{Path(inspection.file).name}: {inspection.layout}, {FAMILIES[inspection.family]}"
         write_file(config.picture, png(coverage.coverage_picture(inspection.rows, title)))
-    print(json.dumps(asdict(inspection), indent=2, ensure_ascii=False) if config.json else report(inspection))
+    print(json_text(asdict(inspection)) if config.json else report(inspection))
     return inspection
 
 
@@ -61,7 +57,7 @@ def picture_marks(config: InspectConfig) -> Marks:
     """Print how a picture came about, as far as it says so."""
     marks = read_marks(config.file)
     if config.json:
-        print(json.dumps(asdict(marks), indent=2, ensure_ascii=False))
+        print(json_text(asdict(marks)))
         return marks
     kind = (marks.source_type or "").rpartition("/")[2]
     print(
