@@ -166,11 +166,18 @@ def _resolved(token: str, config: type) -> str:
 
 
 def _check_names(names: Iterable[str], config: type, what: str, prefix: str = "") -> None:
-    """UserError unless each of `names` is a field of `config`, or `no_` followed by a boolean field."""
+    """UserError unless each of `names` is a field of `config`, or `no_` followed by a boolean field.
+
+    The class attribute `refused` of `config` holds options of other programs, and why there is none of that name here.
+    """
     hints = option_types(config)
     known = {name for name in hints if prefix == "" or not _is_positional(config, name)}
     switches = {f"no_{name}" for name in known if hints[name] is bool} if prefix else set()
+    refused = getattr(config, "refused", {})
     for name in names:
+        if name in refused:
+            where = "" if prefix else f"{what.partition(' in ')[2]} "
+            raise UserError(f"{where}{prefix}{name} is refused: {refused[name]}")
         if name not in known | switches:
             also = {"config"} if prefix else set()
             raise UserError(f"unknown {what} {prefix}{name}: {nearest(name, known | also, prefix)}")

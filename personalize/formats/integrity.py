@@ -18,6 +18,7 @@ from personalize.io.tensor_files import TensorFile
 
 LARGEST_WEIGHT = 1e4
 HEADER_HASHES = ("sshs_model_hash", "modelspec.hash_sha256")
+NO_HASHES = f"{MANIFEST} records no hashes of the files (saved by an earlier version): only weights were compared"
 FILE_HASHES, OWN_HASH = "sha256", "manifest_sha256"  # keys of the manifest; see `sealed`
 
 
@@ -35,8 +36,13 @@ def _own_hash(values: Mapping[str, Any]) -> str:
 
 
 def changed_files(folder: Path) -> tuple[list[str], int]:
-    """What of an adapter folder is not, byte for byte, what was saved, and the number of files that were compared."""
+    """What of an adapter folder is not, byte for byte, what was saved, and the number of files that were compared.
+
+    No file is compared if the manifest is of an earlier version, which recorded no hashes of files.
+    """
     manifest = read_json(folder / MANIFEST)
+    if FILE_HASHES not in manifest and OWN_HASH not in manifest:
+        return [], 0
     hashes = manifest.get(FILE_HASHES)
     if not isinstance(hashes, dict) or not hashes:
         return [f"{MANIFEST} has no hashes of the files: save the adapter again"], 1

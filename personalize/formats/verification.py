@@ -17,7 +17,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import textual_inversion_files
-from personalize.formats.integrity import absurd_weight, changed_files, header_problems
+from personalize.formats.integrity import NO_HASHES, absurd_weight, changed_files, header_problems
 from personalize.formats.layer_sizes import require_fitting
 from personalize.formats.manifest import (
     DIFFUSERS_FILE,
@@ -40,7 +40,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 @dataclass(frozen=True)
 class FileReport:
-    """The result of comparing one file: how many modules (or tensors) match, the largest deviation, the problems."""
+    """The result of comparing one file: how many modules (or tensors) match, the largest deviation, the problems.
+
+    note: said in place of these, if there was nothing to compare with.
+    """
 
     file: str
     matched: int
@@ -49,13 +52,15 @@ class FileReport:
     worst: str
     problems: tuple[str, ...]
     unit: str = "modules"
+    note: str = ""
 
     def __str__(self) -> str:
+        if self.note:
+            return f"note: {self.note}"
         text = f"{self.file}: {self.matched} / {self.total} {self.unit} match, largest deviation {self.deviation:.1e}"
         lines = [text + (f" ({self.worst})" if self.deviation else "")]
-        listed = [f"  {problem}" for problem in self.problems[:20]]
-        omitted = len(self.problems) - len(listed)
-        return "\n".join([*lines, *listed, *([f"  and {omitted} more"] if omitted else [])])
+        listed, omitted = [f"  {problem}" for problem in self.problems[:20]], len(self.problems) - 20
+        return "\n".join([*lines, *listed, *([f"  and {omitted} more"] if omitted > 0 else [])])
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,7 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> V
     content = read_tensors(folder / DIFFUSERS_FILE)
     expected = {module: (a, b, scaling) for module, (a, b, _) in keys.peft(content)[0].items()}
     _require_fitting(folder / DIFFUSERS_FILE, expected, family)
-    changed, count = changed_files(folder)
-    reports = [
-        FileReport(f"{MANIFEST} and what it lists", count - len(changed), count, 0.0, "", tuple(changed), "files")
-    ]
-    reports.append(compare_digests(DIFFUSERS_FILE, content.tensors, hashes))
+    reports = [compare_bytes(folder), compare_digests(DIFFUSERS_FILE, content.tensors, hashes)]
     reports += compare_files(folder, kohya_file, expected, keys)
     if source:
         reports.append(compare_digests(SOURCE_FILE, read_tensors(folder / SOURCE_FILE).tensors, source))
@@ -165,6 +166,14 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> V
     if model is not None:
         reports += [compare_through_diffusers(folder / file, model, expected) for file in (DIFFUSERS_FILE, kohya_file)]
     return VerificationReport(tuple(reports))
+
+
+def compare_bytes(folder: Path) -> FileReport:
+    """Compare the files of an adapter folder, byte for byte, with the hashes in its manifest, if it has any."""
+    changed, count = changed_files(folder)
+    note = "" if count else NO_HASHES
+    matched, whole = count - len(changed), f"{MANIFEST} and what it lists"
+    return FileReport(whole, matched, count, 0.0, "", tuple(changed), "files", note)
 
 
 def compare_digests(file: str, tensors: Mapping[str, Tensor], hashes: Mapping[str, str]) -> FileReport:
@@ -213,10 +222,8 @@ def _misfit(parts: Mapping[str, Any], factors: Factors) -> str:
     for component, part in parts.items():
         for path, layer in adaptable_layers(part):
             nested = component == "unet" or path.startswith("text_model.")
-            sides[f"{component}.{path if nested else f'text_model.{path}'}"] = (
-                len(layer.weight),
-                layer.weight[0].numel(),
-            )
+            full_path = f"{component}.{path if nested else f'text_model.{path}'}"
+            sides[full_path] = (len(layer.weight), layer.weight[0].numel())
     for module, (a, b, _) in factors.items():
         if module in sides and sides[module] != (len(b), a[0].numel()):
             return f"is not loaded: module {module} changes {(len(b), a[0].numel())}, the base has {sides[module]}"

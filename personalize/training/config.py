@@ -16,6 +16,11 @@ from personalize.models.ranges import check_ranges
 
 ConfigT = TypeVar("ConfigT", bound="LoraTrainingConfig")
 
+NO_DORA = (
+    "of a DoRA diffusers drops kohya's dora_scale, and sd-scripts reads it only with lycoris-lora, so that they would "
+    "draw another change than was trained; leave it out: LoRA with --use_rslora is read by all"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTrainingConfig:
@@ -73,6 +78,7 @@ class LoraTrainingConfig:
             raise UserError(f"min_rank must be from 1 to the rank, {self.rank}, got {self.min_rank}")
         _fraction(self, "ema_max_decay")
 
+    refused = dict.fromkeys(("use_dora", "dora_wd", "weight_decompose"), NO_DORA)  # diffusers', LyCORIS's names for it
     replaces = {"gradient_accumulation_steps": "samples_per_update"}  # an option given: what a file says of the other
 
     @property

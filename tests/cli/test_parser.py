@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from personalize.cli.edit_options import EditConfig, PhotoConfig
 from personalize.cli.parser import parse
 from personalize.errors import UserError
+from personalize.training.config import MultiConceptConfig, SingleImageConfig
 
 
 @dataclass(frozen=True)
@@ -204,3 +205,20 @@ def test_an_options_own_check_is_its_sentence():
 
     with pytest.raises(UserError, match=r"^--rank must be above 0, got 0 \(see train --help\)$"):
         parse(Checked, ["--rank", "0"], prog="train")
+
+
+@pytest.mark.parametrize("flag", ["--use_dora", "--use-dora", "--use_dora=true", "--dora_wd", "--weight_decompose"])
+@pytest.mark.parametrize("trainer", [SingleImageConfig, MultiConceptConfig])
+def test_dora_is_refused_with_the_reader_that_drops_it(trainer: type, flag: str):
+    with pytest.raises(UserError, match=r"diffusers drops.*dora_scale.*--use_rslora") as error:
+        parse(trainer, [flag], prog="train")
+    assert str(error.value).startswith(
+        f"{flag.replace('-', '_').replace('__', '--', 1).partition('=')[0]} is refused: "
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_dora_is_refused_in_a_file_too(tmp_path: Path):
+    (tmp_path / "o.yaml").write_text("use_dora: true\n")
+    with pytest.raises(UserError, match=r"o\.yaml: use_dora is refused: .*diffusers drops"):
+        parse(SingleImageConfig, ["--config", str(tmp_path / "o.yaml")], prog="train")

@@ -8,10 +8,13 @@ import random
 import pytest
 
 from personalize.adapters.adapter import Adapter
+from personalize.cli.commands.verify import run
+from personalize.cli.options import VerifyConfig
 from personalize.editing.config import EditStrengths
 from personalize.editing.strengths import remember
 from personalize.errors import UserError
 from personalize.formats.integrity import changed_files
+from personalize.formats.manifest import MANIFEST
 from personalize.formats.verification import verify_file, verify_folder
 from personalize.io.figures import png
 from personalize.io.tensor_files import read_tensors, tensor_bytes
@@ -58,6 +61,45 @@ def test_a_changed_manifest_shows(folder, key):
         manifest["alpha"] = 2 * manifest["alpha"]
     (folder / "adapter.json").write_text(json.dumps(manifest | {key: values[key]}))
     assert found(folder)
+
+
+EARLIER = f"note: {MANIFEST} records no hashes of the files (saved by an earlier version): only weights were compared"
+
+
+def as_an_earlier_version_saved_it(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"], manifest["manifest_sha256"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_folder_without_recorded_bytes_verifies_by_its_weights_with_a_note(folder, capsys):
+    as_an_earlier_version_saved_it(folder)
+    report = verify_folder(folder)
+    assert report.ok and EARLIER in str(report) and report.files[0].total == 0
+    assert run(VerifyConfig(folder)).ok
+    assert EARLIER in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", [DIFFUSERS_FILE, KOHYA_FILE, "source_embedding.safetensors"])
+def test_changed_weights_show_in_a_folder_without_recorded_bytes(folder, file):
+    changed(as_an_earlier_version_saved_it(folder) / file, lambda tensors: next(iter(tensors.values())).add_(1))
+    report = verify_folder(folder)
+    assert not report.ok and any(part.file.startswith(file) for part in report.files if part.problems)
+
+
+@pytest.mark.parametrize("hashes", [None, {}, [], "x", 3])
+def test_hashes_that_were_taken_out_of_a_sealed_manifest_show(folder, hashes):
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"sha256": hashes}
+    (folder / MANIFEST).write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+    assert verify_folder(folder).files[0].problems
+
+
+@pytest.mark.parametrize("hashes", [{}, [], "x", 3])
+def test_hashes_that_no_version_wrote_show(folder, hashes):
+    manifest = json.loads((as_an_earlier_version_saved_it(folder) / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": hashes}))
+    assert verify_folder(folder).files[0].problems
 
 
 def test_a_missing_file_is_named(folder):
