@@ -6,7 +6,7 @@
     actions     buttons as command lines, carried out on the one model in memory
     page        the tabs and the line above them;  parts: what several tabs are made of
     learn, edit, photo, drag, files   a tab each
-    learning, learn_result        a training as the tab Learn runs it, and shows it
+    learn_words, learning, learn_result   a training as a command line, as it runs, and as it is shown
     edit_pictures                 what the tab Edit shows
     canvas.*    the picture with points and masks, in the browser;  studio.css: how it looks
 
