@@ -1,6 +1,7 @@
 """The exceptions that the command line shows to the user as one line instead of a traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -29,6 +30,20 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+@contextmanager
+def said_if_stopped(message: str | Callable[[], str]) -> Iterator[None]:
+    """Run the body; an interrupt or a signal that ends it says `message` in one line, unless it has one already.
+
+    message: what was kept, and how to go on; a function is called only then.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            stop.args = (message if isinstance(message, str) else message(),)
+        raise
 
 
 class Notice(UserWarning):

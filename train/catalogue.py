@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from personalize.errors import UserError
+from personalize.errors import UserError, said_if_stopped
 from personalize.models.config import BaseModelOptions
 from personalize.training.config import SingleImageConfig, extract_config
 from personalize.training.run_options import PriorPreservationOptions
@@ -87,7 +87,9 @@ def main(config: Config) -> Path:
     def load() -> StableDiffusion:
         return load_base(config, Accelerator(mixed_precision=config.mixed_precision))
 
-    rows = learn_catalogue(items, refused, catalogue, load, processes, config.mixed_precision)
+    stopped = f"stopped: finished adapters are in {config.output_dir}, the same command learns the other rows"
+    with said_if_stopped(stopped):
+        rows = learn_catalogue(items, refused, catalogue, load, processes, config.mixed_precision)
     table = config.output_dir / "results.csv"
     if processes.index == 0:
         write_table(rows, table)

@@ -16,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from personalize.adapters import hub
 from personalize.adapters.adapter_files import check_target
-from personalize.errors import Notice, Stopped, UserError
+from personalize.errors import Notice, Stopped, UserError, said_if_stopped
 from personalize.io.locks import folder_lock
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
@@ -123,6 +123,7 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
     with (
         stop_requests(deferred=bool(config.checkpointing_steps), leave_after=leave_after) as stop,
         _others_alive(config, run, stop),
+        said_if_stopped(lambda: _unsaved_progress(config, run)),
     ):
         for report in run.steps():
             losses = {key: float(value) for key, value in report.losses.items()}
@@ -152,6 +153,14 @@ def _saved_progress(config: Any, run: TrainingRun) -> str:
     done = f"{run.update} of {run.updates} updates"
     saved = _save_checkpoint(config, run, wait=False) if config.checkpointing_steps and run.update else None
     return done if saved is None else f"{done}: {saved.name} is saved, go on with --resume_from_checkpoint latest"
+
+
+def _unsaved_progress(config: Any, run: TrainingRun) -> str:
+    """What is kept of a training that ends at once, for a message."""
+    done, every = f"stopped after {run.update} of {run.updates} updates", config.checkpointing_steps
+    if not every:
+        return f"{done}: nothing is kept; with --checkpointing_steps 10 a training can go on where it was stopped"
+    return f"{done}: --resume_from_checkpoint latest goes on from the last checkpoint, or begins anew"
 
 
 @contextmanager
@@ -187,7 +196,8 @@ def output_folder(path: Path) -> Iterator[None]:
         yield
         return
     check_target(path)
-    with folder_lock(path):
+    stopped = f"stopped before or after the updates: what {path} holds is whole; the same command begins anew"
+    with folder_lock(path), said_if_stopped(stopped):
         yield
 
 

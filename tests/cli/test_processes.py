@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from personalize.cli import launch
-from personalize.cli.main import to_exit_code
+from personalize.cli.main import main, to_exit_code
 from personalize.cli.processes import end_with_parent, signals_raise
 from personalize.errors import Stopped
 from tests.bench.torture import MARK, marked
@@ -164,3 +165,32 @@ def test_all_processes_end_and_a_checkpoint_is_there(tmp_path, victim, number) -
         time.sleep(0.5)
     assert not marked(mark) and list(output.glob("checkpoint-*"))
     assert number == signal.SIGKILL and victim == 0 or sum("is saved, go on with" in line for line in said) == 1
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "replaced", "says"),
+    [
+        ("edit adapter --prompt cat", "edit.Editor.configured", "are written when all are drawn; the same command"),
+        ("edit p.png --source cat --target dog", "edit_image.Editor.configured", "the same command begins anew"),
+        ("drag p.png --from 1,2 --to 9,9", "drag.Editor.configured", "when the drag is finished; the same command"),
+        ("edit t.csv --output_dir o", "edit_table.edit_one", "stopped in line 2: o has the finished rows; the same"),
+        ("quickstart", "quickstart.StableDiffusion.load", "the same command begins anew"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(command, replaced, says, tmp_path, monkeypatch, capsys) -> None:
+    """An interrupt left the prompt without a word; a second message does not take the first one's place."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("p.png")
+    Path("t.csv").write_text("file,source,target\np.png,cat,dog\n")
+    Path("adapter").mkdir()
+    Path("adapter", "adapter.json").write_text('{"concepts": {}}')
+    commands = "personalize.cli.commands"
+    monkeypatch.setattr(f"{commands}.edit_table.Editor.configured", lambda *_, **__: object())
+    monkeypatch.setattr(f"{commands}.{replaced}", interrupted)
+    assert main([*command.split(), "--quiet"]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("personalize: stopped") and says in line, line

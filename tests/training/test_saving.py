@@ -136,7 +136,9 @@ def test_a_signal_saves_a_checkpoint_after_the_update(run, number) -> None:
 
 def test_without_checkpoints_an_interrupt_ends_at_once(run) -> None:
     run.signal, run.signal_at = signal.SIGINT, 3
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(
+        KeyboardInterrupt, match="stopped after .* of 4 updates: nothing is kept; with --checkpointing_"
+    ):
         trainer.train(options(None), run, "x")
     assert run.saved == []
 

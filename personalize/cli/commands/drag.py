@@ -13,7 +13,7 @@ from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import DragResult
 from personalize.editing.drag.preview import DragPreview
 from personalize.editing.editor import Editor
-from personalize.errors import UserError
+from personalize.errors import UserError, said_if_stopped
 from personalize.io.figures import png
 from personalize.io.numbering import add_files
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from personalize.cli.edit_options import DragConfig
 
 
+@said_if_stopped("stopped: pictures are written when the drag is finished; the same command begins anew")
 def run(config: DragConfig, editor: Editor | None = None) -> Path:
     """Drag, or show what a drag will do; write the pictures and the facts, and print them in short.
 

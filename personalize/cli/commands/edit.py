@@ -21,7 +21,7 @@ from personalize.editing.defaults import text_to_image_guidance
 from personalize.editing.editor import Editor
 from personalize.editing.search import Trial, ranked, search
 from personalize.editing.strengths import remember, remembered
-from personalize.errors import UserError
+from personalize.errors import UserError, said_if_stopped
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request
 from personalize.io.atomic import Content
@@ -39,6 +39,7 @@ SEARCH = (  # options that one picture does not need, or has values of its own f
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
 
+@said_if_stopped("stopped: pictures are written when all are drawn; the same command begins anew")
 def run(config: EditConfig, editor: Editor | None = None) -> Path:
     """Draw the pictures into the output folder, which is returned.  UserError where options contradict one another.
 

@@ -17,6 +17,7 @@ from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import EditResult, report_photo
 from personalize.editing.real_image_settings import EditRequest
+from personalize.errors import said_if_stopped
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
 from personalize.io.images import psnr, to_pixels
@@ -38,8 +39,17 @@ def run(config: PhotoConfig, editor: Editor | None = None) -> Path:
     `editor` takes the place of the one that the options describe, if that is loaded already.
     """
     load_image(config.photo)  # a mistake in the path is found before the base model is loaded
-    editor = editor or Editor.configured(config, (*config.adapter, *config.add))
-    return edit_one(config, editor, config.output_dir / INVERSIONS)
+    cache = config.output_dir / INVERSIONS
+    with said_if_stopped(lambda: _stopped(cache)):
+        editor = editor or Editor.configured(config, (*config.adapter, *config.add))
+        return edit_one(config, editor, cache)
+
+
+def _stopped(cache: Path) -> str:
+    """How to go on with an edit that was stopped, for a message."""
+    kept = cache.is_dir() and any(cache.iterdir())
+    start = f"begins with the inversions in {cache}" if kept else "begins anew"
+    return f"stopped: pictures are written when the edit is finished; the same command {start}"
 
 
 def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:

@@ -21,7 +21,7 @@ from personalize.cli.commands.edit_image import INVERSIONS, edit_one
 from personalize.cli.edit_options import PhotoConfig
 from personalize.cli.parser import nearest, parse
 from personalize.editing.editor import Editor
-from personalize.errors import UserError
+from personalize.errors import UserError, said_if_stopped
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, parse_json
 from personalize.io.numbering import folded, windows_refuses
@@ -60,14 +60,18 @@ def run(config: EditTableConfig) -> Path:
     rows = read_rows(config.table)
     done, editor, failed = finished(config.output_dir / RESULTS), None, 0
     for row in ticked(rows, "Photos"):
+        stopped = (
+            f"stopped in line {row.line}: {config.output_dir} has the finished rows; the same command edits the rest"
+        )
         try:
             options = row_options(row, config)
             key = row_hash(row, config)
             if done.get(row.name) == key:
                 continue
-            editor = editor or Editor.configured(config, (*config.adapter, *config.add))
-            print(f"line {row.line}, {row.name}:")
-            edit_one(options, editor, config.output_dir / INVERSIONS)
+            with said_if_stopped(stopped):
+                editor = editor or Editor.configured(config, (*config.adapter, *config.add))
+                print(f"line {row.line}, {row.name}:")
+                edit_one(options, editor, config.output_dir / INVERSIONS)
             append(config.output_dir / RESULTS, {"name": row.name, "line": row.line, "inputs": key})
         except UserError as error:
             failed += 1

@@ -17,6 +17,7 @@ from personalize.cli.terminal import PlainConsole
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.embedded.samples import SampleEdit, SampleImage, bundled
+from personalize.errors import said_if_stopped
 from personalize.io.atomic import write_file
 from personalize.io.figures import grid, png
 from personalize.io.image_files import load_image
@@ -61,6 +62,7 @@ class Outcome:
         return {name: to_image(one) for name, one in named.items()} | {f"edit-{k:03d}": one for k, one in edits}
 
 
+@said_if_stopped("stopped: the same command begins anew, in the same folder")
 def run(config: QuickstartConfig) -> Path:
     """Train, save, verify, edit, write the sheet, and print the results; returns the output folder."""
     console, started = PlainConsole(soft_wrap=True), time.monotonic()
