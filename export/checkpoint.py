@@ -43,9 +43,11 @@ class Config:
     """Of timestep-dependent rank: all components at full strength, or each by its share of timesteps."""
 
     def check(self) -> None:
+        from personalize.adapters.forgetting import parse_rules
         from personalize.cli.checks import check_absent, check_adapters
 
         check_adapters([self.adapter])
+        parse_rules(self.forget)
         check_absent(self.output)
 
 

@@ -37,9 +37,11 @@ class Config:
     """A lower rank, reached by SVD; the relative error is printed."""
 
     def check(self) -> None:
+        from personalize.adapters.forgetting import parse_rules
         from personalize.cli.checks import check_absent, check_adapters
 
         check_adapters([self.adapter])
+        parse_rules(self.forget)
         if self.output.suffix == ".safetensors":  # into a folder that exists goes a file
             check_absent(self.output)
 

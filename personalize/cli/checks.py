@@ -11,10 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from personalize.errors import UserError
+from personalize.adapters.forgetting import parse_rule_sum
+from personalize.errors import UserError, nearest
 from personalize.io.json_files import read_json
-from personalize.models.config import HUB_FILE
+from personalize.models.config import EMBEDDED, HUB_FILE
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
+from personalize.sampling.config import SCHEDULERS
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 TOKEN = re.compile(r"<[^<>\s]+>")
@@ -30,11 +32,40 @@ def check_edit(config: Any) -> None:
     if not config.prompt.strip():
         raise UserError("the prompt is empty: say what the picture should show")
     check_adapters([config.adapter, *config.add])
+    check_forget(config.forget)
+    if config.scheduler not in SCHEDULERS:
+        raise UserError(f"unknown --scheduler {config.scheduler}: {nearest(config.scheduler, SCHEDULERS)}")
+    _check_sides(config)
     check_tokens([config.prompt, config.negative_prompt], [config.adapter, *config.add])
     if config.auto:
         source = config.source_image or config.adapter / "source.png"
         if not source.is_file():
             raise UserError(f"{source} does not exist: name the picture the adapter was trained on with --source_image")
+
+
+def check_forget(rules: Iterable[str]) -> None:
+    """UserError unless each of the texts after --forget is a rule, or several with "+" between."""
+    for text in rules:
+        parse_rule_sum(text)
+
+
+def _check_sides(config: Any) -> None:
+    """UserError unless --height and --width are whole numbers of the base's latent cells."""
+    cell = _cell(config.pretrained_model_name_or_path)
+    for name in ("height", "width"):
+        side = getattr(config, name)
+        if side is not None and (side < cell or side % cell):
+            near = max(cell, round(side / cell) * cell)
+            raise UserError(f"--{name} is {side}: both sides must be multiples of {cell} px, such as {near}")
+
+
+def _cell(base: str | Path | None) -> int:
+    """Pixels on a side of one latent cell, as the autoencoder's folder says; 8, as of every SD, where none does."""
+    folder = EMBEDDED if base is None else Path(base)
+    try:
+        return 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+    except (UserError, KeyError, TypeError):
+        return 8
 
 
 def _check_auto(config: Any) -> None:

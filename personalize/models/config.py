@@ -12,6 +12,7 @@ from personalize.io.content_credentials import check_signing
 from personalize.io.json_files import read_json
 
 TEXT_TO_IMAGE, INPAINTING = 4, 9  # input channels of a UNet: the latents; the same, a mask and the masked latents
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"  # the base that ships with the package
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 HUB_FILE = re.compile(rf"({HUB_ID}):((?:[\w-][\w. -]*/)*[\w-][\w. -]*)")  # one file of a repository
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.models import parameterization
 from personalize.models.conditioning import Conditioning
+from personalize.models.config import EMBEDDED as EMBEDDED
 from personalize.models.config import INPAINTING, check_channels
 from personalize.models.idle_parts import Offload
 from personalize.models.known_bases import portable_name, remember_base
@@ -27,8 +28,6 @@ from personalize.models.vae import accurate_vae, decoding_plan, require_finite, 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 
 
 class StableDiffusion:

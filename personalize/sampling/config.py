@@ -8,6 +8,18 @@ from typing import Any
 from personalize.errors import UserError
 from personalize.models.ranges import check_ranges
 
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # diffusers' class, and settings of it
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+}
 STRENGTH = {"ddpm": 0.64}  # the paper skips the noisiest 36 of 100 steps
 
 

@@ -15,19 +15,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
-
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # diffusers' class, and settings of it
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-}
+from personalize.sampling.config import SCHEDULERS
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,14 @@ MISTAKES = (
     Mistake(
         "drag photo.png --from 1,2 --to 3,4 --num_inference_steps 0", "--num_inference_steps is 0: give a number from 1"
     ),
+    Mistake("edit plain --prompt cat --scheduler dpm", "unknown --scheduler dpm: "),
+    Mistake("edit plain --prompt cat --forget decodr=0.5", "did you mean decoder"),
+    Mistake("edit plain --prompt cat --forget none decoder=5", "decoder=5"),
+    Mistake("edit plain --prompt cat --forget encoder+midle", "midle"),
+    Mistake("edit plain --prompt cat --height 130", "--height is 130: both sides must be multiples of 4 px"),
+    Mistake("edit plain --prompt cat --width 100 --pretrained_model_name_or_path a/b", "multiples of 8 px, such as 96"),
+    Mistake("export lora plain --output x.safetensors --forget decodr", "did you mean decoder"),
+    Mistake("export checkpoint plain --output x --forget decodr", "did you mean decoder"),
     Mistake("edit plain --prompt cat --seeds 1,2,3", "expected whole numbers with spaces between them"),
     Mistake(
         "edit plain --prompt cat --alpha 0,8",
