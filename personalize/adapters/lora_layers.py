@@ -128,10 +128,10 @@ class LoraLinear(Linear, _FusedSum):
         return _LinearProduct.apply(*self._operands(x, name))  # pyright: ignore
 
     def _forward_batched(self: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        y, count = self.base_layer(x), len(a)
-        u = x.reshape(count, -1, x.shape[-1]) @ a.to(x.dtype).transpose(1, 2)
+        y, count = self.base_layer(x), len(a)  # under autocast y has another dtype than x
+        u = x.to(y.dtype).reshape(count, -1, x.shape[-1]) @ a.to(y.dtype).transpose(1, 2)
         u = u if self._mask is None else self._mask.apply(u)
-        y.view(count, -1, y.shape[-1]).baddbmm_(u, b.to(x.dtype).transpose(1, 2), alpha=self._scale())
+        y.view(count, -1, y.shape[-1]).baddbmm_(u, b.to(y.dtype).transpose(1, 2), alpha=self._scale())
         return y
 
 

@@ -72,11 +72,14 @@ def restored(model: StableDiffusion) -> Iterator[None]:
 def training_dtype(model: Any, accelerator: Accelerator | None) -> torch.dtype | None:
     """The dtype to cast the base's weights to for training with `accelerator`; None if they stay as they are.
 
-    For bf16, an fp32 base is cast once: autocast would cast weights in every pass.  For fp16 the weights stay fp32
-    behind autocast, which keeps what overflows in fp16 in fp32.
+    An fp32 base is cast once: autocast would cast weights in every pass.  In fp16 the passes run behind autocast, which
+    computes in fp32 what overflows in fp16, and the loss is scaled: where nothing scales it, an fp16 base is cast up.
     """
-    cast = accelerator is not None and accelerator.mixed_precision == "bf16" and model.dtype == torch.float32
-    return torch.bfloat16 if cast else None
+    precision = "no" if accelerator is None else accelerator.mixed_precision
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    if model.dtype == torch.float32:
+        return wanted if wanted != torch.float32 else None
+    return wanted if model.dtype == torch.float16 and wanted != torch.float16 else None
 
 
 def set_autocast(accelerator: Accelerator, *, enabled: bool) -> None:

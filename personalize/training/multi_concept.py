@@ -32,12 +32,12 @@ from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.models.attention import attention_sites
 from personalize.models.attention_maps import calibration_layers
-from personalize.models.fast_paths import compiled_blocks, fast_paths
+from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precision
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import MultiConceptConfig
 from personalize.training.data.concepts import ClassImage, ConceptDataset, ConceptPicture, check_prompt, content_hash
-from personalize.training.loop import restored
+from personalize.training.loop import restored, training_dtype
 from personalize.training.multi_concept_objective import MultiConceptObjective, full_weights, text_projections
 from personalize.training.run import TrainingRun, versions
 
@@ -70,6 +70,8 @@ def multi_concept_run(
     rows = with_distinct_starts(starts, config.seed)
     with ExitStack() as stack:
         stack.enter_context(restored(model))
+        dtype = None if config.full_kv else training_dtype(model, accelerator)
+        stack.enter_context(in_precision(model.unet, dtype))
         stack.enter_context(compiled_blocks(model.unet, config.torch_compile))
         stack.enter_context(fast_paths(model.unet))
         stack.enter_context(gradient_checkpointing(model.unet, config.gradient_checkpointing))

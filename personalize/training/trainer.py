@@ -54,17 +54,21 @@ def make_accelerator(config: Any) -> Accelerator:
     except ValueError as error:  # e.g. bf16 on an old GPU
         raise UserError(f"--mixed_precision {config.mixed_precision} does not work here: {error}") from None
     checkpoints.find_together(config.output_dir, config.resume_from_checkpoint, accelerator)
-    precision = accelerator.mixed_precision
-    if precision != "no" and (precision == "fp8" or not accelerator.native_amp):  # fp16 on a CPU would silently be fp32
-        device = accelerator.device.type
-        raise UserError(f"--mixed_precision {precision} does not work on this {device}: use bf16 or no")
+    _check_precision(accelerator)
     SampleShard.of(config, accelerator.process_index, accelerator.num_processes)  # raises if the layout cannot work
     if config.cuda_graph:
-        autocast = precision == "fp16" or config.load_in_4bit
+        autocast = accelerator.mixed_precision == "fp16" or config.load_in_4bit
         check_capturable(config, accelerator.device, accelerator.num_processes, autocast=autocast)
     if config.push_to_hub and accelerator.is_main_process:
         hub.repository(repository(config), private=config.person)
     return accelerator
+
+
+def _check_precision(accelerator: Accelerator) -> None:
+    """UserError for a precision that the device does not support: fp16 on a CPU would have no loss scaler."""
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if precision != "no" and (precision == "fp8" or not accelerator.native_amp):
+        raise UserError(f"--mixed_precision {precision} does not work on this {device}: use bf16 or no")
 
 
 def check_tracker(name: str | None) -> None:
@@ -82,24 +86,26 @@ def repository(config: Any) -> str:
 def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = False) -> StableDiffusion:
     """Load the base model in the precision of `accelerator`.
 
-    bf16 means bf16 weights, in half the memory.  Under fp16, or if the base's own weights are trained (`full_weights`),
-    the UNet stays in fp32 behind autocast.  With load_in_4bit all that is not in 4 bits is bf16; the memory it saves is
-    printed.
+    bf16 and fp16 are the precision of the UNet's weights, which take half the memory, and so of every picture drawn.
+    If the base's own weights are trained (`full_weights`), the UNet stays in fp32 behind autocast.  With load_in_4bit
+    all that is not in 4 bits is bf16, or fp16 if asked for; the memory it saves is printed.
 
     Raises:
-        UserError: `full_weights` together with load_in_4bit.
+        UserError: `full_weights` together with load_in_4bit, or a precision that the device does not support.
     """
+    _check_precision(accelerator)
     if full_weights and config.load_in_4bit:
         raise UserError("full_kv trains the base's own weights, which cannot be in 4 bits: leave one of them out")
-    bf16 = accelerator.mixed_precision == "bf16" and not full_weights
+    precision = "no" if full_weights else accelerator.mixed_precision
+    plain = torch.bfloat16 if config.load_in_4bit else torch.float32
     model = StableDiffusion.load(
         config.pretrained_model_name_or_path, device=accelerator.device,
-        dtype=torch.bfloat16 if bf16 or config.load_in_4bit else torch.float32,
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, plain),
         revision=config.revision, variant=config.variant, prediction_type=config.prediction_type,
     )  # fmt: skip
     if config.load_in_4bit:
         before, after = model.quantize()
-        accelerator.print(f"4 bits: the UNet takes {after / 1e6:.0f} MB, {before / 1e6:.0f} MB in bf16")
+        accelerator.print(f"4 bits: the UNet takes {after / 1e6:.0f} MB, {before / 1e6:.0f} MB in 16 bits")
     return model
 
 

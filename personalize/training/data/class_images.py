@@ -123,7 +123,7 @@ def from_base(
     """
     settings = {
         "base": model.identity["sha256"], "prompt": class_prompt, "count": count, "size": list(size), "steps": steps,
-        "seed": seed, "guidance": GUIDANCE,
+        "seed": seed, "guidance": GUIDANCE, "precision": str(model.dtype).removeprefix("torch."),
     }  # fmt: skip
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache or CACHE).expanduser() / key
