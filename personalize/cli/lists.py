@@ -51,6 +51,23 @@ def gathered(
     return [*tokens.free, *tokens.single, *(token for name, own in values.items() for token in (f"--{name}", *own))]
 
 
+def repeated(args: Sequence[str], *, lists: Collection[str], switches: Collection[str]) -> Iterator[str]:
+    """A sentence for each option of one value that `args` give several, of which the last is taken."""
+    given: dict[str, list[str]] = {}
+    tokens = iter(_sorted(args, lists, switches).single)
+    for token in tokens:
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not equals and name.removeprefix("no_") in switches:
+            name, value = name.removeprefix("no_"), token
+        elif not equals:
+            value = next(tokens, "")
+        given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        if len(set(values)) > 1:
+            often = "twice" if len(values) == 2 else f"{len(values)} times"
+            yield f"--{name} is given {often}: the last, {values[-1]}, is taken"
+
+
 def _sorted(args: Sequence[str], lists: Collection[str], switches: Collection[str]) -> _Sorted:
     found, current, tokens = _Sorted(), None, iter(args)
     for token in tokens:

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from functools import cache
@@ -22,10 +23,10 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from personalize.cli.lists import flag_name, gathered
+from personalize.cli.lists import flag_name, gathered, repeated
 from personalize.cli.terminal import unwrapped
 from personalize.cli.wording import of_tyro, worded
-from personalize.errors import UserError, nearest
+from personalize.errors import Notice, UserError, nearest
 from personalize.io.yaml_files import read_options
 from personalize.models.ranges import check_ranges
 
@@ -77,6 +78,8 @@ def parse(
     hints = option_types(config)
     lists = {name for name, hint in hints.items() if get_origin(hint) is tuple and not _is_positional(config, name)}
     switches = {name for name, hint in hints.items() if hint is bool}
+    for sentence in repeated(args, lists=lists, switches=switches):
+        warnings.warn(sentence, Notice, stacklevel=2)
     args = gathered([*args, *tokens], lists=lists, switches=switches, needs_argument=_needs_argument(config))
     with worded(hints), _one_line(prog, hints):
         options = tyro.cli(config, args=args, prog=prog, use_underscores=True, registry=_registry())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from personalize.cli.launch import load_script
+from personalize.cli.lists import repeated
 from personalize.cli.main import main
 from personalize.cli.options import QuickstartConfig
 from personalize.errors import Notice
@@ -90,3 +91,28 @@ def test_a_second_training_has_a_folder_of_its_own(place: Path) -> None:
     Path("adapter", "adapter.json").touch()
     assert config().output_dir == Path("adapter-2")
     assert QuickstartConfig().output_dir == Path("personalize-quickstart")
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("--rank 4 --rank=8", "--rank is given twice: the last, 8, is taken"),
+        ("--network_dim 4 --caption x --rank 8", "--rank is given twice: the last, 8, is taken"),
+        ("--seed 1 --seed 2 --seed 3", "--seed is given 3 times: the last, 3, is taken"),
+        ("--random_flip --no_random_flip", "--random_flip is given twice: the last, --no_random_flip, is taken"),
+        ("--instance_mask a.png --instance_mask b.png", "--instance_mask is given twice: the last, b.png, is taken"),
+        ("--rank 8 --rank 8 --config a.yaml", None),
+        ("--caption x --rank 4", None),
+    ],
+)
+def test_an_option_of_one_value_given_twice_is_said(place: Path, capsys, words: str, note: str | None) -> None:
+    """The last was taken without a word.  A value in a file and another on the command line is no repetition."""
+    Path("a.yaml").write_text("rank: 2\n")
+    assert main(["train", "single_image", "missing.png", *words.split()]) == 2
+    *notes, _ = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix("Note: ") for line in notes] == ([] if note is None else [note])
+
+
+def test_options_that_list_may_be_repeated() -> None:
+    words = ["--alpha", "1", "--alpha", "2", "--seed", "1"]
+    assert not list(repeated(words, lists={"alpha"}, switches=set()))
