@@ -25,6 +25,8 @@ class Config:
     """A single file if the name ends in .safetensors, otherwise a diffusers folder; must not exist yet."""
     pretrained_model_name_or_path: str | None = None
     """Base model: a diffusers folder, hub id or single-file checkpoint; by default the one named in the adapter."""
+    allow_download: bool = False
+    """Get the base that the adapter names from the hub; one that you name, or had before, needs no leave."""
     revision: str | None = None
     """Revision of a base model from the hub."""
     variant: str | None = None
@@ -69,7 +71,10 @@ def main(config: Config) -> Path:
         raise UserError(f"{config.adapter} does not say its base: give --pretrained_model_name_or_path")
     predicts = config.prediction_type or (None if config.any_base else adapter.base.get("prediction_type"))
     about: dict[str, Any] = {"revision": config.revision, "variant": config.variant, "prediction_type": predicts}
-    named = config.pretrained_model_name_or_path or find_base(adapter.base)
+    named = config.pretrained_model_name_or_path
+    if named is None:
+        named = find_base(adapter.base, allow_download=config.allow_download)
+        about["local_files_only"] = not config.allow_download
     model = StableDiffusion.load(named, device="cpu", dtype=torch.float32, **about)
     weights, single = merged_weights(model, adapter, any_base=config.any_base), output.suffix == ".safetensors"
     (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])

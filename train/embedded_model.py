@@ -250,7 +250,7 @@ def one_pool(
             vae.save_config(config.output_dir / "vae")
         torch.save({"latents": (latents * vae.config["scaling_factor"]).half(), "masks": masks}, path)
     accelerator.wait_for_everyone()
-    encodings, tokenizer = torch.load(path), build_tokenizer(vocabulary())
+    encodings, tokenizer = torch.load(path, weights_only=True), build_tokenizer(vocabulary())
     return LatentPool(**encodings, scene_list=tuple(scene_list), tokenizer=tokenizer, seed=config.seed,
                       caption_dropout=config.caption_dropout)  # fmt: skip
 

@@ -112,7 +112,7 @@ def scenes(config: Config) -> dict[str, Tensor]:
         parts += [rendered("scorer-train", coded[start : start + 20], change) for start in range(0, len(coded), 20)]
         torch.save({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
-    return torch.load(path)
+    return torch.load(path, weights_only=True)
 
 
 def autoencoder(noise: float) -> Any:

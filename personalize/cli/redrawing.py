@@ -14,6 +14,11 @@ from typing import Any
 from personalize.cli.lists import flag_name
 from personalize.errors import UserError
 
+NOT_KEPT = {  # options that do not decide a picture, or name what only this machine has; no picture may set them
+    "output_dir", "metadata", "provenance", "c2pa", "keep_exif", "from_", "revision", "variant", "trajectory",
+    "pretrained_model_name_or_path", "allow_download",
+}  # fmt: skip
+NETWORKS = {"clip_model", "identity_model"}  # may name a place on the hub
 SEEDS = {"seed", "seeds", "num_images"}  # options that take each other's place
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -43,7 +48,7 @@ def redrawn(words: Sequence[str], picture: Path) -> tuple[str, list[str], dict[s
     An adapter that is not named is looked for by its hash, near the picture and in the current folder.
     """
     details, words = recorded(picture), list(words)
-    options = dict(details["options"])
+    options = {name: value for name, value in details["options"].items() if name not in NOT_KEPT | NETWORKS}
     if {flag_name(word) for word in words} & SEEDS:
         options = {name: value for name, value in options.items() if name not in SEEDS}
     named = any(not word.startswith("-") for word in words[:1])

@@ -76,20 +76,26 @@ class Editor:
             entered.close()
 
     @staticmethod
-    def load(folder: str | Path | Sequence[str | Path], base: str | Path | None = None, **settings: Any) -> Editor:
+    def load(
+        folder: str | Path | Sequence[str | Path], base: str | Path | None = None, *, allow_download: bool = False,
+        **settings: Any,
+    ) -> Editor:  # fmt: skip
         """Load an adapter folder, or a LoRA file of any program, and a base model.
 
         Args:
             folder: the adapter, or several that are applied together as their sum.
             base: the base model; by default the one that the adapter names.
+            allow_download: get the base that the adapter names from the hub, if it was not downloaded before.
             settings: further arguments of `StableDiffusion.load`.
 
         Raises:
             UserError: there is no adapter, it was trained on another family of bases, or two adapters share a token.
         """
         adapter = load_adapters(folder)
-        named = find_base(adapter.info.get("base", {})) if base is None else base
-        return Editor(StableDiffusion.load(None if named in ("", "embedded") else named, **settings), adapter)
+        if base is None:
+            base = find_base(adapter.info.get("base", {}), allow_download=allow_download)
+            settings["local_files_only"] = not allow_download
+        return Editor(StableDiffusion.load(None if base in ("", "embedded") else base, **settings), adapter)
 
     @staticmethod
     def configured(config: Any, adapters: Sequence[Path] = ()) -> Editor:
@@ -99,7 +105,9 @@ class Editor:
                  "variant": config.variant, "prediction_type": config.prediction_type,
                  "inpainting": config.inpainting}  # fmt: skip
         base = config.pretrained_model_name_or_path
-        return Editor.load(adapters, base, **about) if adapters else Editor(StableDiffusion.load(base, **about))
+        if not adapters:
+            return Editor(StableDiffusion.load(base, **about))
+        return Editor.load(adapters, base, allow_download=config.allow_download, **about)
 
     def edit(
         self, prompt: str, strengths: EditStrengths = DEFAULT_STRENGTHS, *, seeds: Sequence[int] = (0,),

@@ -10,7 +10,7 @@
     vae                the autoencoder's precision, and its tiles
     prompts, token_ids prompts as tokens and as words; their ids, in chunks of 75;  conditioning: their embeddings
     image_processor    pictures of any size, padded to what the base model can encode, and back
-    known_bases        where the bases of this machine lie, by their hash
+    known_bases        where the bases of this machine lie, by their hash;  offline: loading without the network
     fast_paths         the same results in less time;  gradient_checkpointing: in less memory
     empty              a model's shapes without its weights
     quantization       4-bit base models;  offloading: where layers compute whose weights are moved

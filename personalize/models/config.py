@@ -91,6 +91,8 @@ class BaseModelOptions:
 class InferenceOptions(BaseModelOptions):
     """Options of every command that draws pictures."""
 
+    allow_download: bool = False
+    """Get the base that the adapter names from the hub; one that you name, or had before, needs no leave."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the base model: "no" is fp32; if not given, bf16 on GPUs that support it, else fp32."""
     cpu: bool = False

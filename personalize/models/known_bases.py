@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from personalize.errors import UserError
 from personalize.io.atomic import write_file
 from personalize.io.json_files import read_json
+from personalize.models.config import HUB_ID
 
 
 def portable_name(name: str) -> str:
@@ -37,27 +39,49 @@ def remember_base(sha256: str, name: str) -> None:
             return
 
 
-def find_base(base: Mapping[str, Any]) -> str | None:
+def find_base(base: Mapping[str, Any], *, allow_download: bool = False) -> str | None:
     """What loads the base that an adapter records: None for the package's own, a path, or a hub id.
 
+    An adapter may come from anyone, so the hub is not asked for the base that it names: it must have been downloaded
+    before, unless `allow_download`. Load it with `local_files_only`.
+
     Raises:
-        UserError: it lay in a folder that is not known on this machine.
+        UserError: it lay in a folder that is not known on this machine, or would have to be downloaded.
     """
     name = str(base.get("name") or "")
     if name in ("", "embedded"):
         return None
-    if (path := base_here(base)) or "/" in name:
-        return path or name
+    if path := base_here(base):
+        return path
+    if not re.fullmatch(HUB_ID, name):
+        raise UserError(
+            f"the adapter was trained on the base {name} ({str(base.get('sha256'))[:10]}), which was not used on this "
+            "machine yet: name it with --pretrained_model_name_or_path"
+        )
+    if allow_download or _downloaded(name):
+        return name
     raise UserError(
-        f"the adapter was trained on the base {name} ({str(base.get('sha256'))[:10]}), which was not used on this "
-        "machine yet: name it with --pretrained_model_name_or_path"
+        f"the adapter names the base {name} of the hub, which was not downloaded yet: allow it with --allow_download, "
+        "or name a base with --pretrained_model_name_or_path"
     )
+
+
+def _downloaded(name: str) -> bool:
+    """Is the model of this hub id in the hub's cache on this machine?"""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
 
 
 def base_here(base: Mapping[str, Any]) -> str | None:
     """The path of the base that an adapter records, if it is known on this machine; a hub id counts as not known."""
     places = (_known().get(str(base.get("sha256"))), str(base.get("name") or ""))
-    return next((place for place in places if place and Path(place).exists()), None)
+    return next((place for place in places if place and not _on_a_network(place) and Path(place).exists()), None)
+
+
+def _on_a_network(place: str) -> bool:
+    """Would asking whether this path exists connect to another machine, as Windows does for `\\\\host\\share`?"""
+    return place[:2].replace("\\", "/") == "//"
 
 
 def _file() -> Path:

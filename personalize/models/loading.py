@@ -13,6 +13,7 @@ from personalize.errors import UserError
 from personalize.io.json_files import read_json
 from personalize.io.plain_files import require_plain_tree
 from personalize.models.config import INPAINTING, TEXT_TO_IMAGE, check_base_name, check_channels, stated_channels
+from personalize.models.offline import without_network
 from personalize.models.quiet import quiet_loading
 from personalize.models.supported import predicted_quantity
 
@@ -35,10 +36,12 @@ def read(
     variant: str | None = None,
     prediction_type: str | None = None,
     inpainting: bool = False,
+    local_files_only: bool = False,
 ) -> DiffusionPipeline:
     """The stock pipeline at `source`, its UNet in `dtype` and everything else in fp32.
 
-    `prediction_type` overrides what the base says of itself; `inpainting` allows UNets of nine input channels.
+    `prediction_type` overrides what the base says of itself; `inpainting` allows UNets of nine input channels;
+    `local_files_only` takes a hub id only from this machine's cache.  From the hub only .safetensors are taken.
 
     Raises UserError, in one line, for anything that is not a Stable Diffusion model.
     """
@@ -56,11 +59,13 @@ def read(
         extra = {name: None for name in extra if name in index}
     from diffusers import DiffusionPipeline
 
+    local_files_only = local_files_only or path.is_dir()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(source), dtype={"unet": dtype, "default": torch.float32}, local_files_only=path.is_dir(),
-            revision=revision, variant=variant, **extra,
-        )  # fmt: skip
+        with without_network(local_files_only):
+            pipe = DiffusionPipeline.from_pretrained(
+                str(source), dtype={"unet": dtype, "default": torch.float32}, revision=revision, variant=variant,
+                local_files_only=local_files_only, use_safetensors=None if path.is_dir() else True, **extra,
+            )  # fmt: skip
     except Exception as error:
         raise _unreadable(source, error) from error
     if prediction_type is not None:

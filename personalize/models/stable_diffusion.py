@@ -67,28 +67,24 @@ class StableDiffusion:
 
     @staticmethod
     def load(
-        source: str | Path | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-        prediction_type: str | None = None,
-        inpainting: bool = False,
-    ) -> StableDiffusion:
+        source: str | Path | None = None, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+        revision: str | None = None, variant: str | None = None, prediction_type: str | None = None,
+        inpainting: bool = False, local_files_only: bool = False,
+    ) -> StableDiffusion:  # fmt: skip
         """Load a diffusers folder or `.safetensors` checkpoint (both offline), a hub id, or (None) the embedded model.
 
         Args:
             dtype: of the UNet; by default fp32 on the CPU, bf16 on a GPU that supports it.  All other parts are fp32.
             prediction_type: overrides what the base says of itself; of single files that say nothing it is found out.
             inpainting: take inpainting models too, whose UNets read a mask and the masked picture; only drags use them.
+            local_files_only: of the hub, take only what was downloaded before.
 
         All weights are frozen.  Raises UserError if there is no such base model.
         """
         device = torch.device(device or default_device())
         source, dtype = EMBEDDED if source is None else source, dtype or default_dtype(device)
         about: Any = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
-        pipe = read(source, dtype, **about, inpainting=inpainting)
+        pipe = read(source, dtype, **about, inpainting=inpainting, local_files_only=local_files_only)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(device)

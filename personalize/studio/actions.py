@@ -63,13 +63,13 @@ class Workbench:
         self._model: tuple[str | None, Any] | None = None
         self._editor: tuple[Any, Any] | None = None
 
-    def model(self, name: str | None) -> Any:
+    def model(self, name: str | None, *, local_files_only: bool = False) -> Any:
         """The base model `name`; another one leaves the memory first."""
         if self._model is None or self._model[0] != name:
             from personalize.models.stable_diffusion import StableDiffusion
 
             self.forget()
-            self._model = name, StableDiffusion.load(name)
+            self._model = name, StableDiffusion.load(name, local_files_only=local_files_only)
         return self._model[1]
 
     def editor(self, base: str | None, adapters: Sequence[Path]) -> Any:
@@ -82,7 +82,7 @@ class Workbench:
         if self._editor is None or self._editor[0] != (base, files):
             adapter = load_adapters(adapters) if adapters else None
             named = base or (find_base(adapter.info.get("base", {})) if adapter else None)
-            model = self.model(None if named in ("", "embedded") else named)
+            model = self.model(None if named in ("", "embedded") else named, local_files_only=not base)
             self._editor = (base, files), Editor(model, adapter)
         return self._editor[1]
 

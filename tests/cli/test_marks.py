@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from personalize.cli.main import main
-from personalize.io.provenance import read_marks
+from personalize.cli.redrawing import redrawn
+from personalize.io.provenance import Provenance, picture_bytes, read_marks
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
@@ -52,6 +53,21 @@ def run(base, out, *words) -> int:
 
 def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
+
+
+def test_a_picture_chooses_no_place_and_no_network(base, adapter, tmp_path) -> None:
+    """Its options are read as if they were typed: one that names a folder, a base or a network is not the picture's."""
+    assert run(base, tmp_path / "out", "edit", adapter, "--prompt", PROMPT) == 0
+    details = read_marks(tmp_path / "out" / "edit-000.png").details
+    details["options"] |= {
+        "output_dir": "/elsewhere", "pretrained_model_name_or_path": "owner/name", "allow_download": True,
+        "clip_model": "owner/name", "identity_model": "owner/name", "c2pa": ["a", "b"], "guidance_scale": 3.0,
+    }  # fmt: skip
+    hostile = tmp_path / "hostile.png"
+    hostile.write_bytes(picture_bytes(Image.new("RGB", (8, 8)), Provenance("trainedAlgorithmicMedia", details)))
+    _, _, options = redrawn([str(adapter)], hostile)
+    places = {"output_dir", "pretrained_model_name_or_path", "allow_download", "clip_model", "identity_model", "c2pa"}
+    assert options["guidance_scale"] == 3.0 and options["prompt"] == PROMPT and not places & set(options)
 
 
 def test_an_edit_is_drawn_again_from_its_picture(base, adapter, tmp_path, monkeypatch, capsys):

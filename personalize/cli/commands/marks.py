@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import personalize
-from personalize.cli.redrawing import file_mark
+from personalize.cli.redrawing import NOT_KEPT, file_mark
 from personalize.io.content_credentials import signed
 from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes
 
 if TYPE_CHECKING:
     from personalize.editing.editor import Editor
 
-NOT_KEPT = {  # options that do not decide a picture, or name what only this machine has
-    "output_dir", "metadata", "provenance", "c2pa", "keep_exif", "from_", "revision", "variant", "trajectory",
-    "pretrained_model_name_or_path",
-}  # fmt: skip
 NO_PROVENANCE = (
     "Note: --no_provenance: nothing in the pictures says that a model made them; where they are published or sold that "
     "may be required, in the EU by article 50 of the AI Act."

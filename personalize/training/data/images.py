@@ -8,10 +8,12 @@ where the subject is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from PIL import Image
 
@@ -20,6 +22,7 @@ from personalize.io.image_files import load_image, read_image
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
 from personalize.io.plain_files import require_plain_tree
+from personalize.models.offline import without_network
 from personalize.training.data.captions import folder_caption, generate_caption
 from personalize.training.data.sources import MASK_FILE, instance_places, named_pictures
 
@@ -95,7 +98,8 @@ def load_rows(where: str, *image_columns: str, **arguments: Any) -> Iterator[dic
     disable_progress_bars()
     require_plain_tree(str(arguments.get("path", "")))
     try:
-        rows: Any = load_dataset(split="train", **arguments)
+        with _uncounted(Path(str(arguments.get("path", "")))):
+            rows: Any = load_dataset(split="train", **arguments)
     except Exception as error:  # the library raises whatever its readers raise
         raise UserError(f"{where} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     if not isinstance(rows.features.get(image_columns[0]), Picture):
@@ -105,6 +109,20 @@ def load_rows(where: str, *image_columns: str, **arguments: Any) -> Iterator[dic
         if isinstance(feature, Picture):
             rows = rows.cast_column(name, Picture(decode=False))
     return iter(rows)
+
+
+@contextmanager
+def _uncounted(path: Path) -> Iterator[None]:
+    """Run the body without the network, if `path` is on this machine: 🤗 datasets would count its loads at the hub."""
+    from datasets import config
+
+    local = path.exists()
+    with ExitStack() as stack:
+        stack.enter_context(without_network(local))
+        if local:
+            stack.enter_context(patch.object(config, "HF_HUB_OFFLINE", True))
+            stack.enter_context(patch.object(config, "HF_UPDATE_DOWNLOAD_COUNTS", False))
+        yield
 
 
 def decode_cell(cell: Mapping[str, Any], name: str) -> Image.Image:

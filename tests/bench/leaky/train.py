@@ -178,7 +178,7 @@ def pool(config: LeakyTraining, accelerator: Accelerator) -> LeakyPool:
             latents = encode_pictures(scene_list, config.resolution, vae)
         torch.save((latents * vae.config["scaling_factor"]).half(), path)
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
-    return LeakyPool(torch.load(path), tokenizer, config.seed, config.caption_dropout)
+    return LeakyPool(torch.load(path, weights_only=True), tokenizer, config.seed, config.caption_dropout)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,16 @@ def test_what_cannot_be_read(folder: Path) -> None:
     empty.mkdir()
     with pytest.raises(UserError, match="empty"):
         read(instance_data_dir=empty)
+
+
+def test_a_folder_read_as_a_data_set_asks_nothing_of_the_network(folder: Path, monkeypatch) -> None:
+    """🤗 datasets counts each load at the hub."""
+    from datasets import config, load
+
+    counted = []
+    for name in ("HF_HUB_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"):
+        monkeypatch.setattr(config, name, name != "HF_HUB_OFFLINE")
+    monkeypatch.setattr(load, "get_session", lambda: counted.append("asked") or 1 / 0, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *place, **_: counted.append(place) or 1 / 0)
+    assert len(read(dataset_name=str(folder), caption="a pet")) == 2 and counted == []
+    assert not config.HF_HUB_OFFLINE and config.HF_UPDATE_DOWNLOAD_COUNTS, "left as they were"
