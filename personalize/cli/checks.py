@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from personalize.adapters.forgetting import parse_rule_sum
-from personalize.errors import UserError, nearest
+from personalize.errors import UserError
 from personalize.io.json_files import read_json
 from personalize.models.config import EMBEDDED, HUB_FILE
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
@@ -34,7 +34,7 @@ def check_edit(config: Any) -> None:
     check_adapters([config.adapter, *config.add])
     check_forget(config.forget)
     if config.scheduler not in SCHEDULERS:
-        raise UserError(f"unknown --scheduler {config.scheduler}: {nearest(config.scheduler, SCHEDULERS)}")
+        raise UserError(f"unknown --scheduler {config.scheduler}: choose one of {', '.join(SCHEDULERS)}")
     _check_sides(config)
     check_tokens([config.prompt, config.negative_prompt], [config.adapter, *config.add])
     if config.auto:

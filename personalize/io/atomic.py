@@ -145,7 +145,8 @@ def as_user_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"could not write {path}: {reason}; what was there before is unchanged") from error
+        kept = "what was there before is unchanged" if os.path.lexists(path) else "nothing was written"
+        raise UserError(f"could not write {path}: {reason}; {kept}") from error
 
 
 def _renamed(temporary: Path, path: Path) -> bool:

@@ -202,7 +202,7 @@ def output_folder(path: Path) -> Iterator[None]:
         yield
         return
     check_target(path)
-    stopped = f"stopped before or after the updates: what {path} holds is whole; the same command begins anew"
+    stopped = f"stopped before or after the updates: nothing in {path} is half-written; the same command begins anew"
     with folder_lock(path), said_if_stopped(stopped):
         yield
 

@@ -134,7 +134,7 @@ MISTAKES = (
     Mistake(
         "drag photo.png --from 1,2 --to 3,4 --num_inference_steps 0", "--num_inference_steps is 0: give a number from 1"
     ),
-    Mistake("edit plain --prompt cat --scheduler dpm", "unknown --scheduler dpm: "),
+    Mistake("edit plain --prompt cat --scheduler dpm", "unknown --scheduler dpm: choose one of ddim, ddpm, "),
     Mistake("edit plain --prompt cat --forget decodr=0.5", "did you mean decoder"),
     Mistake("edit plain --prompt cat --forget none decoder=5", "decoder=5"),
     Mistake("edit plain --prompt cat --forget encoder+midle", "midle"),
