@@ -29,8 +29,8 @@ from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precis
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.training.config import SingleImageConfig
-from personalize.training.data.buckets import FittedImage, as_fitted
-from personalize.training.data.concepts import ClassImage, class_pixels, content_hash
+from personalize.training.data.buckets import FittedImage, as_fitted, fit_into
+from personalize.training.data.concepts import ClassImage, content_hash
 from personalize.training.data.samples import LatentDataset
 from personalize.training.loop import (
     restored,
@@ -60,7 +60,7 @@ def single_image_run(
     Args:
         pixels: or pictures of different sizes, see `buckets.fit`, which bring masks of their own.
         masks: (p, 1, H, W) in [0, 1], 1 where the subject is; see `SingleImageConfig.mask_weight`.
-        class_images: class pictures with captions, for prior preservation; cut to the sizes of the pictures.
+        class_images: class pictures with captions, for prior preservation; shown whole in each size of the pictures.
 
     Raises:
         UserError: settings that cannot work, or a model that already carries an adapter.
@@ -134,9 +134,9 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         rows = [self.captions.index(text) for text in captions]
         turns = [*images, *(image.mirror() for image in images)] if config.random_flip else images
         dataset = self._encoded(turns, rows * (len(turns) // len(images)))
-        weighted = dataset.weights is not None
-        prior = tuple(self._encoded_class_images(class_images, size, weighted) for size in sizes if class_images)
-        self.dataset = replace(dataset, prior=prior)
+        prior = [self._encoded_class_images(class_images, size) for size in sizes if class_images]
+        dataset, *prior = _alike((dataset, *prior))
+        self.dataset = replace(dataset, prior=tuple(prior))
         own = [part for image in images for part in (image.pixels, image.mask, repr(image.time_ids).encode())]
         self.data_sha256 = content_hash(*own, *(part for image in class_images for part in image.content()))
         self.texts = (*self.captions, *self.class_captions)
@@ -162,15 +162,12 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
             time_ids=ids if model.family == "sdxl" else None, empty_prompts=config.proportion_empty_prompts or None,
         )  # fmt: skip
 
-    def _encoded_class_images(
-        self, class_images: Sequence[ClassImage], size: tuple[int, int], weighted: bool
-    ) -> LatentDataset:
-        """The class pictures encoded in `size`; their captions' rows come after those of the subject's captions."""
+    def _encoded_class_images(self, class_images: Sequence[ClassImage], size: tuple[int, int]) -> LatentDataset:
+        """The class pictures, whole, encoded in `size`; their captions' rows come after those of the subject's."""
         rows = [len(self.captions) + self.class_captions.index(image.caption) for image in class_images]
-        prior = self._encoded(as_fitted(class_pixels(class_images, size)), rows)
-        weights = [torch.ones_like(mean[:1]) for mean in prior.mean] if weighted else None
+        prior = self._encoded([fit_into(size, image.open()) for image in class_images], rows)
         own_captions = None if prior.empty_prompts is None else 0.0
-        return replace(prior, purpose="class ", resample=True, weights=weights, empty_prompts=own_captions)
+        return replace(prior, purpose="class ", resample=True, empty_prompts=own_captions)
 
     def add_adapter(self) -> None:
         """Add a new adapter to the model, and make the objective and its optimizer."""
@@ -213,6 +210,17 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
     def _own_metadata(self) -> dict[str, Any]:
         captions = {"captions": list(self.captions)} if len(self.captions) > 1 else {}
         return {**captions, "targets": self.config.targets, "standalone": self.config.without_source_embedding}
+
+
+def _alike(parts: Sequence[LatentDataset]) -> list[LatentDataset]:
+    """`parts` whose samples all have weights if those of one have any, so that they can share a batch."""
+    if all(part.weights is None for part in parts):
+        return list(parts)
+    ones = ([torch.ones_like(mean[:1]) for mean in part.mean] for part in parts)
+    return [
+        replace(part, weights=own if part.weights is None else part.weights)
+        for part, own in zip(parts, ones, strict=True)
+    ]
 
 
 def _cells(weights: Tensor | None, mean: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def test_standalone(base: Path, photo: Path, tmp_path: Path) -> None:
         (["--rank", "0"], "rank must be above 0"),
         (["--instance_data_dir", "."], "name the pictures in one way"),
         (["--resume_from_checkpoint", "nowhere"], "no checkpoint at"),
-        (["--with_prior_preservation"], "needs class_prompt"),
+        (["--with_prior_preservation"], "needs --class_prompt"),
         (["--instance_mask", "nowhere.png"], "nowhere.png: no such file"),
         (["--mask_weight", "2"], "mask_weight is a fraction from 0 to 1"),
         (["--learning_rte", "1"], "did you mean --learning_rate"),

@@ -83,7 +83,11 @@ def fit(image: Image.Image, mask: Image.Image | None, resolution: int, multiple:
     Raises:
         UserError: `resolution` is smaller than `multiple`.
     """
-    size = fitted_size(image.height, image.width, resolution, multiple)
+    return fit_into(fitted_size(image.height, image.width, resolution, multiple), image, mask)
+
+
+def fit_into(size: tuple[int, int], image: Image.Image, mask: Image.Image | None = None) -> FittedImage:
+    """A picture in a bucket of (H, W) = `size`, which may have another shape than the picture."""
     box = None if mask is None else _window(image.size, size, mask.convert("L").getbbox())
     if box is not None:
         return _cropped(image, mask, size, box)

@@ -23,7 +23,6 @@ from personalize.adapters.textual_inversion import check_new_tokens, installed_t
 from personalize.errors import UserError
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
-from personalize.io.images import resize_and_crop, to_pixels
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
@@ -109,11 +108,6 @@ class ClassImage:
         """The caption, and the picture's file or pixels, as bytes to hash."""
         picture = self.picture.tobytes() if isinstance(self.picture, Image.Image) else self.picture.read_bytes()
         return self.caption.encode(), picture
-
-
-def class_pixels(images: Sequence[ClassImage], size: tuple[int, int]) -> Tensor:
-    """All pictures cut to `size` (H, W), as pixels (n, 3, H, W)."""
-    return torch.cat([to_pixels(resize_and_crop(image.open().convert("RGB"), size)) for image in images])
 
 
 def content_hash(*parts: Tensor | bytes | None) -> str:
