@@ -20,9 +20,9 @@ from personalize.io.atomic import DAY, as_user_error, is_running
 from personalize.io.json_files import read_json
 
 try:
-    from fcntl import LOCK_EX, LOCK_NB, flock
+    import fcntl
 except ImportError:  # Windows
-    flock = None
+    fcntl = None
 
 PAUSE = 0.05  # seconds between two attempts
 
@@ -84,9 +84,9 @@ def _take(path: Path) -> int | None:
 
 def _locked(handle: int, path: Path) -> bool:
     """Is the file ours by the system's lock, or where there is none, by what stands in it?"""
-    if flock is not None:
+    if fcntl is not None:
         try:
-            flock(handle, LOCK_EX | LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             return False

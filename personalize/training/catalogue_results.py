@@ -19,9 +19,11 @@ from personalize.errors import Notice
 from personalize.io.atomic import write_file
 from personalize.io.json_files import parse_json
 from personalize.io.locks import Locked, folder_lock
+from personalize.io.plain_files import opened, read_bytes
 
 DONE, FAILED = "done", "failed"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheets calculate
+MAX_RESULTS_BYTES = 256 * 2**20  # of one file of outcomes: some 500,000 rows
 RESULTS = "results"  # folder of the outcomes, beside the adapters
 COLUMNS = (
     "line", "name", "status", "reason", "adapter", "caption", "pictures", "updates", "loss", "reconstruction_db",
@@ -45,8 +47,8 @@ class Results:
         self._rows: dict[str, dict[str, Any]] = {}
         self._read: dict[Path, int] = {}  # bytes
         folder.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)  # a line that a killed run did not finish
+        if self.path.exists() and not (content := read_bytes(self.path, MAX_RESULTS_BYTES)).endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)  # a line that a killed run did not finish
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one outcome; when this returns, the whole line is on the disk."""
@@ -62,7 +64,7 @@ class Results:
         """The latest outcome of each row, by "line:name"; a Notice tells how many lines are damaged."""
         damaged = 0
         for path in sorted(self.folder.glob("process-*.jsonl")):
-            with open(path, "rb") as stream:
+            with opened(path, MAX_RESULTS_BYTES) as stream:  # another may have put a pipe there
                 stream.seek(self._read.get(path, 0))
                 text = stream.read()
             lines = text[: text.rfind(b"\n") + 1].splitlines()

@@ -62,7 +62,7 @@ def test_where_the_disk_has_no_locks_the_file_alone_counts(tmp_path, monkeypatch
     def no_locks(handle: int, kind: int) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(locks, "flock", no_locks)
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
     monkeypatch.setattr(socket, "gethostname", lambda: "here")
     path = tmp_path / ".training.lock"
     path.write_text(json.dumps(about))

@@ -11,7 +11,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from personalize.errors import Notice
+from personalize.errors import Notice, UserError
 from personalize.formats.manifest import MANIFEST
 from personalize.training import catalogue
 from personalize.training.catalogue import Catalogue, learn_catalogue
@@ -142,6 +142,20 @@ def test_outcomes_of_rows_learned_together_are_recorded_as_they_are_saved(shop, 
     assert "No space left" in next(rows)["reason"]
     with pytest.raises(KeyboardInterrupt):
         next(rows)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("own", [True, False])
+def test_a_pipe_among_the_results_is_refused(tmp_path, own):
+    """It was opened and waited for without end."""
+    os.mkfifo(tmp_path / f"process-{0 if own else 1}.jsonl")
+
+    def read():
+        with pytest.raises(UserError, match="is a pipe or a device, expected a plain file"):
+            Results(tmp_path).rows()
+        return True
+
+    assert start_child(read, seconds=30)()[0]
 
 
 def test_an_altered_line_is_not_believed(tmp_path):
