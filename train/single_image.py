@@ -88,9 +88,8 @@ def _train(config: Config, watch: Watcher | None) -> Path:
             trainer.train(config, run, "single_image", watch)
             adapter = run.adapter(person=config.person, pictures=len(images), regularisation=len(classes))
         if accelerator.is_main_process:
-            shown = pictures[0].pixels
             figures = save_with_preview(
-                model, adapter, shown, config.output_dir, steps=config.preview_steps, seed=config.seed
+                model, adapter, pictures[0], config.output_dir, steps=config.preview_steps, seed=config.seed
             )
             print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
         return trainer.finish(config, accelerator)

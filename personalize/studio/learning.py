@@ -19,13 +19,12 @@ from personalize.editing.editor import Editor
 from personalize.formats.inspection import inspect_file
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
-from personalize.io.image_files import load_image
-from personalize.io.images import fitted_pixels, psnr, to_pixels
+from personalize.io.images import psnr, to_pixels
 from personalize.io.progress import listening
 from personalize.studio.actions import Workbench, read
 from personalize.studio.jobs import Job
 from personalize.training.config import MultiConceptConfig, extract_config
-from personalize.training.data.buckets import fit
+from personalize.training.data.buckets import FittedImage, fit
 from personalize.training.data.concepts import check_prompt, read_picture
 from personalize.training.data.images import read_training_images
 from personalize.training.loop import StepReport
@@ -60,7 +59,7 @@ class Watch:
         self.job, self.options, self.every, self.folder = job, options, max(1, every), folder
         self.stopped = False
         self.shown: dict[str, Any] = {"losses": [], "replays": [], "ceiling": None, "updates": 0}
-        self._pixels: Tensor | None = None
+        self._picture: FittedImage | None = None
 
     def __call__(self, run: TrainingRun, report: StepReport) -> bool:
         self.shown["losses"].append((report.update, float(report.losses["loss"])))
@@ -73,24 +72,29 @@ class Watch:
 
     def _replay(self, run: TrainingRun, update: int) -> None:
         """Draw the picture as it is learned so far, with the same noise each time."""
-        pixels = self._source(run)
+        source = self._source(run)
         with run.adapter_removed() as adapter:
-            if pixels is not None and self.shown["ceiling"] is None:
-                self.shown["ceiling"] = psnr(run.model.decode(run.model.encode(pixels)).cpu(), pixels)
+            if source is not None and self.shown["ceiling"] is None:
+                self.shown["ceiling"] = _likeness(source, run.model.decode(run.model.encode(source.pixels)).cpu())
             picture = Editor(run.model, adapter).reconstruct(sampling=REPLAY)[0]
         path = write_file(self.folder / f"replay-{update:04d}.png", png(picture))
-        near = "" if pixels is None else f", {psnr(to_pixels(picture), pixels):.1f} dB"
+        near = "" if source is None else f", {_likeness(source, to_pixels(picture)):.1f} dB"
         self.shown["replays"].append((path, f"{update}{near}"))
 
-    def _source(self, run: TrainingRun) -> Tensor | None:
-        """The first picture as it is learned, (1, 3, H, W); None with several subjects, whose replay differs."""
+    def _source(self, run: TrainingRun) -> FittedImage | None:
+        """The first picture as it is learned; None with several subjects, whose replay differs."""
         if not hasattr(self.options, "instance_mask"):
             return None
-        if self._pixels is None:
+        if self._picture is None:
             side = self.options.resolution or run.model.resolution
-            pixels, _ = fitted_pixels(load_image(self.options.picture[0]), side, 8 * run.model.factor)
-            self._pixels = pixels.cpu() if pixels.shape[-2:] == tuple(run.size) else None
-        return self._pixels
+            image = read_training_images(self.options)[0]
+            self._picture = fit(image.image, image.mask, side, 8 * run.model.factor)
+        return self._picture
+
+
+def _likeness(source: FittedImage, drawn: Tensor) -> float:
+    """The PSNR of `drawn` (1, 3, H, W) to the picture in dB, without the padding."""
+    return psnr(source.own_part(drawn), source.own_part(source.pixels))
 
 
 def check_run(words: list[str], bench: Workbench) -> dict[str, str]:

@@ -203,8 +203,8 @@ def _save(
     loss: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Save a row's adapter, with a preview on its card; returns the details for the row's outcome."""
-    folder, shown, seed = catalogue.output_dir / item.name, pictures[0].pixels, catalogue.config_of(item).seed
-    figures = save_with_preview(model, adapter, shown, folder, steps=catalogue.preview_steps, seed=seed)
+    folder, seed = catalogue.output_dir / item.name, catalogue.config_of(item).seed
+    figures = save_with_preview(model, adapter, pictures[0], folder, steps=catalogue.preview_steps, seed=seed)
     details = {"caption": adapter.info["caption"], "updates": adapter.info["updates"], "loss": round(loss, 5)}
     details |= {"pictures": len(pictures)}
     return {"adapter": str(folder), **details, **{key: figures[key] for key in figures if key in COLUMNS}}

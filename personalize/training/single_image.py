@@ -85,7 +85,7 @@ def idle_parts(model: StableDiffusion, config: SingleImageConfig) -> list[Any]:
 
 def learn(
     model: StableDiffusion,
-    pixels: Tensor,
+    pixels: Tensor | Sequence[FittedImage],
     caption: Captions,
     config: SingleImageConfig | None = None,
     *,

@@ -20,6 +20,7 @@ from personalize.io.figures import png
 from personalize.io.images import psnr, to_image, to_pixels
 from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.data.buckets import FittedImage, as_fitted
 from personalize.training.saving import save_trained
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ def _log_images(run: TrainingRun, images: Sequence[Image.Image]) -> None:
 
 
 def save_with_preview(
-    model: StableDiffusion, adapter: Adapter, pixels: Tensor, folder: Path, *, steps: int = 30, seed: int = 0
-) -> dict[str, float]:
+    model: StableDiffusion, adapter: Adapter, picture: Tensor | FittedImage, folder: Path, *, steps: int = 30,
+    seed: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """Save the adapter, and then again with the pictures and figures of `preview` on its card; returns the figures.
 
     A preview that fails, e.g. for lack of memory, costs the pictures alone: it is a warning, and a line on the card.
@@ -74,7 +76,7 @@ def save_with_preview(
     if steps > 0:
         save_trained(adapter, folder)
     try:
-        figures, pictures = preview(model, adapter, pixels, steps=steps, seed=seed)
+        figures, pictures = preview(model, adapter, picture, steps=steps, seed=seed)
         added: dict[str, Any] = dict(figures)
     except Exception as error:  # any failure: the pictures must not cost the training
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -85,28 +87,34 @@ def save_with_preview(
 
 
 def preview(
-    model: StableDiffusion, adapter: Adapter, pixels: Tensor, *, steps: int = 30, seed: int = 0
+    model: StableDiffusion, adapter: Adapter, picture: Tensor | FittedImage, *, steps: int = 30, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, Image.Image]]:
-    """PSNR figures in dB against the source `pixels` (1, 3, H, W), and the pictures "source" and "reconstruction".
+    """PSNR figures in dB against the source `picture` (1, 3, H, W), and the pictures "source" and "reconstruction".
+
+    The padding of a picture that is fitted into a size does not count: it is not learned.
 
     `autoencoder_db` is what the base's autoencoder reaches, and so the most that any adapter can; `reconstruction_db`
     is the source drawn by the adapter; `standalone_gap_db` is how much of it is lost in programs that cannot load the
     source embedding.  With `steps` = 0 nothing is drawn, and there are no figures.
     """
-    source = pixels.detach().cpu()
+    fitted = as_fitted(picture)[0] if isinstance(picture, Tensor) else picture
+    source = fitted.pixels.detach().cpu()
     pictures = {"source": to_image(source)}
     if steps < 1:
         return {}, pictures
+
+    def likeness(drawn: Tensor) -> float:
+        return psnr(fitted.own_part(drawn), fitted.own_part(source))
 
     def reconstruct(part: Adapter) -> Image.Image:
         return Editor(model, part).reconstruct(seeds=[seed], sampling=Sampling(steps=steps))[0]
 
     pictures["reconstruction"] = reconstruct(adapter)
     figures = {
-        "autoencoder_db": psnr(model.decode(model.encode(pixels)).cpu(), source),
-        "reconstruction_db": psnr(to_pixels(pictures["reconstruction"]), source),
+        "autoencoder_db": likeness(model.decode(model.encode(source)).cpu()),
+        "reconstruction_db": likeness(to_pixels(pictures["reconstruction"])),
     }
     if adapter.source is not None:
-        standalone = to_pixels(reconstruct(replace(adapter, source=None)))
-        figures["standalone_gap_db"] = figures["reconstruction_db"] - psnr(standalone, source)
+        standalone = likeness(to_pixels(reconstruct(replace(adapter, source=None))))
+        figures["standalone_gap_db"] = figures["reconstruction_db"] - standalone
     return {name: round(value, 2) for name, value in figures.items()}, pictures

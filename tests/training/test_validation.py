@@ -14,13 +14,14 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.subjects import Subject
 from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.io.images import to_image
+from personalize.io.images import psnr, to_image, to_pixels
 from personalize.training import validation
 from personalize.training.config import MultiConceptConfig
+from personalize.training.data.buckets import fit
 from personalize.training.data.concepts import ConceptPicture
 from personalize.training.multi_concept import multi_concept_run
 from personalize.training.single_image import learn, single_image_run
-from personalize.training.validation import draw, save_with_preview, validate
+from personalize.training.validation import draw, preview, save_with_preview, validate
 from tests.support.runs import CAPTION, SMALL, pixels, same
 from tests.support.tiny import tiny_sd1
 
@@ -93,6 +94,22 @@ def test_the_adapter_is_saved_before_its_preview_is_drawn(tmp_path: Path, monkey
     assert set(figures) == {"autoencoder_db", "reconstruction_db", "standalone_gap_db"}
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "reconstruction.png" in card and "No preview" not in card
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (64, 40), (40, 64)])
+def test_figures_of_a_padded_picture_are_of_its_own_pixels(width: int, height: int) -> None:
+    """The padding is never learned: what is drawn there says nothing of how well the picture was."""
+    model = tiny_sd1()
+    picture = fit(to_image(pixels()).resize((width, height)), None, 64, 32)
+    own = (slice(None), slice(None), *(slice(side) for side in picture.shown or ()))
+    adapter = learn(model, [picture], CAPTION, replace(SMALL, max_train_samples=1))
+    figures, pictures = preview(model, adapter, picture, steps=1)
+    drawn, coded = to_pixels(pictures["reconstruction"]), model.decode(model.encode(picture.pixels))
+    assert drawn.shape == picture.pixels.shape
+    assert figures["reconstruction_db"] == round(psnr(drawn[own], picture.pixels[own]), 2)
+    assert figures["autoencoder_db"] == round(psnr(coded[own], picture.pixels[own]), 2)
+    if picture.padding:
+        assert figures["reconstruction_db"] != round(psnr(drawn, picture.pixels), 2)
 
 
 @pytest.mark.parametrize("full_kv", [False, True])

@@ -22,10 +22,11 @@ from personalize.io.atomic import write_file
 from personalize.io.figures import grid, png
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
-from personalize.io.images import fitted_pixels, psnr, to_image, to_pixels
+from personalize.io.images import psnr, to_image, to_pixels
 from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import SingleImageConfig
+from personalize.training.data.buckets import FittedImage, fit
 from personalize.training.data.captions import find_caption
 from personalize.training.saving import save_trained
 from personalize.training.single_image import single_image_run
@@ -45,15 +46,24 @@ SAMPLING = Sampling(15, "dpm++_2m")  # on all five scenes as good as 25 steps of
 class Outcome:
     """All pictures of a quickstart; tensors are pixels (1, 3, H, W).
 
-    source: the picture.  round_trip: the picture encoded and decoded by the VAE.  replay: the adapter's reconstruction.
+    picture: the picture, whole, in its training size.  round_trip: it, encoded and decoded by the VAE.
+    replay: the adapter's reconstruction.
     base: a sample of the base model for the caption.  edits: for each of `VARIANTS`, a picture for each edit prompt.
     """
 
-    source: torch.Tensor
+    picture: FittedImage
     round_trip: torch.Tensor
     replay: torch.Tensor
     base: torch.Tensor
     edits: dict[str, list[Image.Image]]
+
+    @property
+    def source(self) -> torch.Tensor:
+        return self.picture.pixels
+
+    def likeness(self, a: torch.Tensor, b: torch.Tensor | None = None) -> float:
+        """The PSNR of two of these pictures, by default to the source, in dB; the padding does not count."""
+        return psnr(self.picture.own_part(a), self.picture.own_part(self.source if b is None else b))
 
     def singles(self) -> dict[str, Image.Image]:
         """The sheet's pictures by name; the edits of all rows are numbered from 000."""
@@ -68,20 +78,21 @@ def run(config: QuickstartConfig) -> Path:
     console, started = PlainConsole(soft_wrap=True), time.monotonic()
     example = bundled(config.scene) if config.photo is None else own_example(config.photo, config.caption)
     model = StableDiffusion.load(config.pretrained_model_name_or_path)
-    pixels, _ = fitted_pixels(example.picture, model.resolution, 8 * model.factor)
-    round_trip = model.decode(model.encode(pixels)).cpu()
-    report_round_trip(console, psnr(round_trip, pixels), embedded=config.pretrained_model_name_or_path is None)
+    picture = fit(example.picture, None, model.resolution, 8 * model.factor)
+    round_trip = model.decode(model.encode(picture.pixels)).cpu()
+    ceiling = psnr(picture.own_part(round_trip), picture.own_part(picture.pixels))
+    report_round_trip(console, ceiling, embedded=config.pretrained_model_name_or_path is None)
     begun = time.monotonic()
     training = training_config(config)
-    with single_image_run(model, pixels, example.caption, training, accelerator=accelerator(model)) as run:
+    with single_image_run(model, [picture], example.caption, training, accelerator=accelerator(model)) as run:
         console.print(f"Learning “{example.caption}”, {run.updates} updates.")
         for _ in run.steps():
             pass
         adapter = run.adapter()
     seconds = time.monotonic() - begun
-    outcome = sample_outcome(Editor(model, adapter), example, pixels, round_trip, config.seed)
-    pictures = {"source": to_image(pixels), "reconstruction": to_image(outcome.replay)}
-    figures = {"autoencoder_db": psnr(round_trip, pixels), "reconstruction_db": psnr(outcome.replay, pixels)}
+    outcome = sample_outcome(Editor(model, adapter), example, picture, round_trip, config.seed)
+    pictures = {"source": to_image(outcome.source), "reconstruction": to_image(outcome.replay)}
+    figures = {"autoencoder_db": ceiling, "reconstruction_db": outcome.likeness(outcome.replay)}
     adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
     folder = save_trained(adapter, config.output_dir / "adapter", pictures=pictures)
     write_file(config.output_dir / "sheet.png", png(sheet(outcome, example), GENERATED))
@@ -132,7 +143,7 @@ def report_round_trip(console: PlainConsole, ceiling: float, *, embedded: bool) 
 
 
 def sample_outcome(
-    editor: Editor, example: SampleImage, pixels: torch.Tensor, round_trip: torch.Tensor, seed: int
+    editor: Editor, example: SampleImage, picture: FittedImage, round_trip: torch.Tensor, seed: int
 ) -> Outcome:
     """Sample all pictures of the sheet, all of them from the noise of `seed`."""
     with editor:
@@ -142,7 +153,7 @@ def sample_outcome(
             name: [editor.edit(one.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for one in example.edits]
             for name, setting in VARIANTS.items()
         }
-    return Outcome(pixels, round_trip, replay, base, edits)
+    return Outcome(picture, round_trip, replay, base, edits)
 
 
 def sheet(outcome: Outcome, example: SampleImage) -> Image.Image:
@@ -164,10 +175,10 @@ def sheet(outcome: Outcome, example: SampleImage) -> Image.Image:
 
 def report(console: PlainConsole, outcome: Outcome, example: SampleImage, folder: Path, sheet_path: Path) -> None:
     """Print the PSNR values, where the files are, and what to try next."""
-    ceiling, replay, base = (psnr(p, outcome.source) for p in (outcome.round_trip, outcome.replay, outcome.base))
+    ceiling, replay, base = (outcome.likeness(p) for p in (outcome.round_trip, outcome.replay, outcome.base))
     console.print(f"Reconstruction: {replay:.1f} dB (autoencoder ceiling {ceiling:.1f}, base model alone {base:.1f}).")
     for name, pictures in outcome.edits.items():
-        values = [psnr(to_pixels(picture), outcome.replay) for picture in pictures]
+        values = [outcome.likeness(to_pixels(picture), outcome.replay) for picture in pictures]
         console.print(f"Edits to reconstruction, {name}: " + ", ".join(f"{value:.1f} dB" for value in values))
     console.print(f"Adapter, verified: {folder}\nContact sheet:     {sheet_path}")
     console.print("Next, try:", style="bold")

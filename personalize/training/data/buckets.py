@@ -52,6 +52,11 @@ class FittedImage:
         """Height and width of the bucket."""
         return self.pixels.shape[-2], self.pixels.shape[-1]
 
+    def own_part(self, pixels: Tensor) -> Tensor:
+        """The part of `pixels` (…, H, W) where this picture is, without the padding."""
+        height, width = self.shown or self.size
+        return pixels[..., :height, :width]
+
     @property
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's micro-conditioning: original size, crop corner, and size, each as (height, width)."""

@@ -14,6 +14,7 @@ from personalize.editing.config import Sampling
 from personalize.embedded.samples import bundled
 from personalize.embedded.scenes import HELD_OUT_STYLE, captions
 from personalize.errors import UserError
+from personalize.io.images import psnr, to_pixels
 from tests.support.tiny import tiny_folder
 
 
@@ -56,9 +57,27 @@ def test_a_photo_of_any_shape_with_a_caption_beside_it(base, tmp_path):
     assert source.width > source.height, "the aspect ratio is kept"
 
 
+@pytest.mark.parametrize(("width", "height"), [(100, 60), (60, 100), (200, 60)])
+def test_a_photo_is_learned_to_its_edges(base, tmp_path, width, height):
+    """Its ends were cut off, and the figures counted what was left; now it is padded, which does not count."""
+    photo = Image.new("RGB", (width, height), "teal")
+    for left, top in ((0, 0), (width - 8, 0), (0, height - 8), (width - 8, height - 8)):
+        photo.paste("red", (left, top, left + 8, top + 8))
+    photo.save(tmp_path / "dog.png")
+    assert run(base, tmp_path / "out", str(tmp_path / "dog.png"), "--caption", "a dog") == 0
+    source, replay = (to_pixels(Image.open(tmp_path / "out" / "pictures" / f"{n}.png")) for n in ("source", "replay"))
+    scale = min(source.shape[-1] / width, source.shape[-2] / height)
+    h, w = round(height * scale), round(width * scale)
+    own = source[..., :h, :w]
+    red = (own[0, 0] > 0.3) & (own[0, 1] < -0.2)
+    assert float(red.float().mean()) == pytest.approx(4 * 64 / (width * height), rel=0.3)  # blurred by a pixel
+    card = json.loads((tmp_path / "out" / "adapter" / "adapter.json").read_text())
+    assert card["reconstruction_db"] == pytest.approx(psnr(replay[..., :h, :w], own), abs=0.1)  # of 8-bit files
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["missing.png"], "no such file"), (["--scene", "9"], "choose 0 to 4"), (["--max_train_steps", "0"], "above 0")],
+    [(["missing.png"], "no such file"), (["--scene", "9"], "choose 0 to 4"), (["--max_train_steps", "0"], "from 1 to")],
 )
 def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path, capsys, words, message):
     extra = [] if "--max_train_steps" in words else ["--max_train_steps", "1"]
