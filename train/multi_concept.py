@@ -67,6 +67,7 @@ def main(config: Config, watch: Watcher | None = None) -> Path:
 
 def _train(config: Config, watch: Watcher | None) -> Path:
     from personalize.training import trainer
+    from personalize.training.best_weights import find_judge
     from personalize.training.concept_maps import MapSnapshots
     from personalize.training.data.class_images import class_images
     from personalize.training.data.concepts import check_prompt, read_picture
@@ -77,6 +78,7 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     accelerator = trainer.make_accelerator(config)
     model = trainer.load_base(config, accelerator, full_weights=config.full_kv)
     check_prompt(model, picture)  # what cannot work is said before class pictures are drawn, which takes long
+    judge = find_judge(config, model, picture.image, picture.prompt, [subject.token for subject in picture.subjects])
     side = training_side(model, config.resolution)
     classes = class_images(config, model, config.class_prompt or picture.class_prompt, (side, side), accelerator)
     with multi_concept_run(
@@ -86,8 +88,8 @@ def _train(config: Config, watch: Watcher | None) -> Path:
         maps = MapSnapshots(run, picture, enabled=config.attention_maps)
         describe(run, accelerator)
         maps.record("before")
-        trainer.train(config, run, "multi_concept", watch)
-        adapter = run.adapter(person=config.person, regularisation=len(classes))
+        trainer.train(config, run, "multi_concept", watch, judge)
+        adapter = run.kept_adapter(person=config.person, regularisation=len(classes))
         if config.attention_maps and accelerator.is_main_process:
             save_trained(adapter, config.output_dir)  # before the maps are drawn, which could fail
         maps.record("after")

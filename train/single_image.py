@@ -65,7 +65,9 @@ def main(config: Config, watch: Watcher | None = None) -> Path:
 
 
 def _train(config: Config, watch: Watcher | None) -> Path:
+    from personalize.io.images import to_image
     from personalize.training import trainer
+    from personalize.training.best_weights import find_judge
     from personalize.training.data.buckets import fit
     from personalize.training.data.class_images import class_images
     from personalize.training.data.images import read_training_images
@@ -79,14 +81,15 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     with model.offload.idle(idle_parts(model, settings), sparing=settings.offload):
         resolution = config.resolution or model.resolution
         pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
+        judge = find_judge(config, model, to_image(pictures[0].pixels), images[0].caption)
         classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
         captions = [image.caption for image in images]
         with single_image_run(
             model, pictures, captions, settings, class_images=classes, accelerator=accelerator
         ) as run:
             describe(run, images, pictures, accelerator)
-            trainer.train(config, run, "single_image", watch)
-            adapter = run.adapter(person=config.person, pictures=len(images), regularisation=len(classes))
+            trainer.train(config, run, "single_image", watch, judge)
+            adapter = run.kept_adapter(person=config.person, pictures=len(images), regularisation=len(classes))
         if accelerator.is_main_process:
             figures = save_with_preview(
                 model, adapter, pictures[0], config.output_dir, steps=config.preview_steps, seed=config.seed

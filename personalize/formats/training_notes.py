@@ -8,11 +8,12 @@ from typing import Any
 
 def training_notes(info: Mapping[str, Any]) -> list[str]:
     """A sentence for each option of the training that changes what the files hold or how prompts act."""
-    config = info.get("config")
+    config, kept = info.get("config"), info.get("kept_best")
     if not isinstance(config, Mapping):
         return []
     share = config.get("proportion_empty_prompts")
     notes = {
+        f"The weights are those with the best score of the training's validation pictures, {_kept(kept)}": kept,
         "The weights are the moving average of the training, not those after its last update": config.get("use_ema"),
         f"{_percent(share)} of the samples were learned without their caption, which guidance subtracts": share,
         "Its strength is alpha / √rank (rank-stabilised); the alpha in the files makes up for it in all readers":
@@ -21,6 +22,13 @@ def training_notes(info: Mapping[str, Any]) -> list[str]:
             config.get("train_text_encoder"),
     }  # fmt: skip
     return [note for note, holds in notes.items() if holds]
+
+
+def _kept(kept: Any) -> str:
+    values = kept if isinstance(kept, Mapping) else {}
+    update, updates, score = (values.get(key) for key in ("update", "updates", "score"))
+    known = isinstance(update, int) and isinstance(updates, int) and isinstance(score, int | float)
+    return f"{score:.3f} after update {update} of {updates}" if known else "as the metadata says"
 
 
 def _percent(share: Any) -> str:

@@ -3,7 +3,7 @@
     config, run_options           the options, which are also the YAML keys
     run                           what every run has: updates, checkpoints, the adapter so far
     single_image, multi_concept   the two kinds of run;  single_image_objective, multi_concept_objective: their losses
-    averaging                     the moving average of what is trained
+    averaging, best_weights       the moving average of what is trained; its best by the scores of pictures
     losses, loop                  loss terms; the loop of updates
     cuda_graph, batched_adapters  one graph per update; several adapters in one batch
     checkpoints, memory_estimate, validation, trainer, distributed

@@ -80,10 +80,27 @@ def check_run(config: Any) -> None:
         check_base_name(config.pretrained_model_name_or_path)
     start, output = config.resume_from_checkpoint, config.output_dir
     check_output_folder(output)
+    _check_judging(config)
     if start == "latest" and not any(output.glob("checkpoint-*")):
         warnings.warn(f"there is no checkpoint in {output} to resume from: training begins anew", Notice, stacklevel=2)
     if start not in (None, "latest") and not any(path.is_dir() for path in (output / start, Path(start))):
         raise UserError(f"no checkpoint at {start}: name a checkpoint-N folder, or 'latest'")
+
+
+def _check_judging(config: Any) -> None:
+    """Check the options by which the best weights are found."""
+    extra = [name for name in ("clip_model", "identity_model") if getattr(config, name) is not None]
+    if extra and not config.keep_best:
+        raise UserError(f"--{extra[0]} belongs to --keep_best: add --keep_best, or leave --{extra[0]} out")
+    if not config.keep_best:
+        return
+    if not (config.validation_prompt or "").strip():
+        raise UserError(
+            "keep_best needs validation_prompt: the edit whose pictures are scored, e.g. 'a dog on a beach'"
+        )
+    if config.num_validation_images < 1:
+        raise UserError(f"keep_best scores validation pictures: num_validation_images must be above 0, got "
+                        f"{config.num_validation_images}")  # fmt: skip
 
 
 def check_class_images(config: Any) -> None:

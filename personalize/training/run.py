@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import changes_nothing, lora_removed
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.formats import timestep_rank
 from personalize.formats.timestep_rank import TimestepRank
 from personalize.io.progress import ticked
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training.averaging import WeightAverage
+from personalize.training.best_weights import PREFIX, BestWeights
 from personalize.training.checkpoints import Checkpoint
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
 from personalize.training.cuda_graph import graphed_steps
@@ -93,6 +94,11 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         self._prepared, self.optimizer = self.accelerator.prepare(objective, optimizer)
         trained, decay = objective.trainable(), self.config.ema_max_decay
         self.average = WeightAverage(trained, decay) if self.config.use_ema else None
+        self.best: BestWeights | None = None
+
+    def keep_best(self, about: Mapping[str, Any]) -> None:
+        """From now on keep the weights with the best score; `about` says what is scored, and how."""
+        self.best = BestWeights(self.objective.trainable(), about)
 
     def steps(self) -> Iterator[StepReport]:
         """Make the updates that remain, yielding a report after each.
@@ -147,6 +153,18 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         with self.averaged():
             return self._adapter(**info)
 
+    def kept_adapter(self, **info: Any) -> Adapter:
+        """What a finished run saves: the weights with the best score if there are scores, or else the last."""
+        if self.best is None:
+            return self.adapter(**info)
+        if not self.best.update:
+            if self.accelerator.is_main_process:
+                warnings.warn("no pictures could be scored: the last weights are saved, not the best", stacklevel=2)
+            return self.adapter(**info)
+        with self.best.in_place():
+            adapter = self._adapter(**info)
+        return replace(adapter, info={**adapter.info, **self.best.info(self.update)})
+
     @abstractmethod
     def _adapter(self, **info: Any) -> Adapter:
         """The adapter of the trained tensors as they are in the model."""
@@ -191,7 +209,8 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
     def _save_checkpoint(self, output_dir: str | Path, limit: int | None) -> Path:
         folder = Path(output_dir) / f"checkpoint-{self.update}"
         if self.accelerator.is_main_process:
-            trainable = {name: tensor.detach() for name, tensor in self._resumable().items()}
+            best = {} if self.best is None else self.best.state()
+            trainable = {name: tensor.detach() for name, tensor in (self._resumable() | best).items()}
             scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
             state = self.optimizer.state_dict()
             files = self.adapter().folder_files(folder.name, {}, torch.float32)
@@ -202,6 +221,11 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
     def _resumable(self) -> dict[str, Tensor]:
         return {**self.objective.resumable(), **({} if self.average is None else self.average.state())}
 
+    def _resume_best(self, state: dict[str, Tensor]) -> None:
+        if self.best is not None and not self.best.load(state):
+            text = "the checkpoint has no scores that compare with those of this run: the best is sought from here on"
+            warnings.warn(text, Notice, stacklevel=3)
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`; UserError if it was made with other settings or another picture."""
         checkpoints.check_same_run(checkpoint, self.resumable_metadata())
@@ -209,7 +233,10 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
             raise UserError(
                 f"the checkpoint has {checkpoint.update} updates, and this run makes {self.updates}: make more"
             )
-        checkpoints.restore(checkpoint, self._resumable(), self.optimizer)
+        best = {name: tensor for name, tensor in checkpoint.trainable.items() if name.startswith(PREFIX)}
+        own = {name: tensor for name, tensor in checkpoint.trainable.items() if name not in best}
+        checkpoints.restore(replace(checkpoint, trainable=own), self._resumable(), self.optimizer)
+        self._resume_best(best)
         if self.accelerator.scaler is not None and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.update = self.lr_scheduler.last_epoch = checkpoint.update

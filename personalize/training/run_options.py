@@ -33,6 +33,12 @@ class RunOptions(BaseModelOptions):
     """Validation pictures drawn each time."""
     validation_steps: int = 20
     """Updates between two validations."""
+    keep_best: bool = False
+    """Save the weights whose validation pictures have the best score, those of the last update judged too."""
+    clip_model: str | None = None
+    """CLIP folder or hub id with which --keep_best scores the edit; only the embedded model needs none."""
+    identity_model: str | None = None
+    """How --keep_best scores identity: "alex" (the default) or "vgg" for LPIPS, or a DINOv2 folder or hub id."""
     preview_steps: int = 30
     """Denoising steps of validation pictures and of those on the model card; 0 draws none for the card."""
     report_to: Literal["tensorboard", "wandb", "comet_ml", "trackio", "all"] | None = None

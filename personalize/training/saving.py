@@ -62,11 +62,13 @@ def _rescue_folders(folder: Path) -> Iterator[Path]:
 def check_space_for(config: Any, run: Any) -> None:
     """UserError unless the disk has room for the adapter, twice, and for the checkpoints that a run will write.
 
-    A checkpoint holds what is trained, its two moments, and the adapter in two layouts.
+    A checkpoint holds what is trained, its two moments, and the adapter in two layouts; the average and the best of
+    what is trained if there are these.
     """
     trained = 4 * sum(tensor.numel() for tensor in run.objective.resumable().values())
     count = (run.updates - run.update) // config.checkpointing_steps if config.checkpointing_steps else 0
     if config.checkpoints_total_limit is not None:
         count = min(count, config.checkpoints_total_limit + 1)
+    copies = 5 + (run.average is not None) + (run.best is not None)
     largest = trained * (2 if count else 1)
-    check_space(config.output_dir, largest + MARGIN, trained * (4 + 5 * count) + 2 * MARGIN)
+    check_space(config.output_dir, largest + MARGIN, trained * (4 + copies * count) + 2 * MARGIN)

@@ -20,6 +20,7 @@ from personalize.errors import Notice, Stopped, UserError, said_if_stopped
 from personalize.io.locks import folder_lock
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
+from personalize.training.best_weights import Judge
 from personalize.training.cuda_graph import check_capturable
 from personalize.training.data.samples import SampleShard
 from personalize.training.distributed import TIMEOUT
@@ -109,12 +110,15 @@ def load_base(config: Any, accelerator: Accelerator, *, full_weights: bool = Fal
     return model
 
 
-def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None) -> None:
+def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None, judge: Judge | None = None) -> None:
     """Make all updates of `run`, with a memory estimate before, and progress, logs, validation and checkpoints.
 
     `watch` is called after each update.  If it returns True, training ends there with a checkpoint to go on from.
+    With a `judge`, the run keeps the weights whose validation pictures score best, see `TrainingRun.kept_adapter`.
     """
     accelerator = run.accelerator
+    if judge is not None:
+        run.keep_best(judge.about)
     _resume(config, run)
     accelerator.print(f"{run.updates} updates. {run.shard}")
     expected = estimate(run)
@@ -126,6 +130,8 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
     if accelerator.is_main_process:
         check_space_for(config, run)
     leave_after = None if accelerator.is_main_process else PATIENCE
+    if run.best is not None and run.best.judged < run.update and run.update % config.validation_steps == 0:
+        validate(run, config, judge)  # the checkpoint was written before its own pictures were drawn
     with (
         stop_requests(deferred=bool(config.checkpointing_steps), leave_after=leave_after) as stop,
         _others_alive(config, run, stop),
@@ -139,10 +145,12 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
             if config.checkpointing_steps and report.update % config.checkpointing_steps == 0:
                 _save_checkpoint(config, run)
             if config.validation_prompt and report.update % config.validation_steps == 0:
-                validate(run, config)
+                validate(run, config, judge)
             if watch is not None and watch(run, report):
                 run.save_checkpoint(config.output_dir, config.checkpoints_total_limit)
-                return
+                break
+        if run.best is not None and run.best.judged < run.update:
+            validate(run, config, judge)
 
 
 def _save_checkpoint(config: Any, run: TrainingRun, *, wait: bool = True) -> Path | None:

@@ -24,6 +24,7 @@ from personalize.training.data.buckets import FittedImage, as_fitted
 from personalize.training.saving import save_trained
 
 if TYPE_CHECKING:
+    from personalize.training.best_weights import BestWeights, Judge
     from personalize.training.run import TrainingRun
 
 FOLDER = "validation"
@@ -35,9 +36,10 @@ def draw(run: TrainingRun, prompt: str, *, count: int, steps: int) -> list[Image
         return Editor(run.model, adapter).edit(prompt, seeds=range(count), sampling=Sampling(steps))
 
 
-def validate(run: TrainingRun, config: Any) -> list[Path]:
+def validate(run: TrainingRun, config: Any, judge: Judge | None = None) -> list[Path]:
     """Draw --validation_prompt, write output_dir/validation/N-i.png, and log the pictures; returns their paths.
 
+    With a `judge`, the run keeps its weights of now if the pictures have the best score so far.
     A failure becomes a warning.  Only the main process draws; the others wait for it at the next update.
     """
     if not run.accelerator.is_main_process:
@@ -49,11 +51,20 @@ def validate(run: TrainingRun, config: Any) -> list[Path]:
         for path, image in zip(paths, images, strict=True):
             write_file(path, png(image, GENERATED))
         _log_images(run, images)
+        if judge is not None and run.best is not None:
+            _keep_if_best(run, run.best, judge(images))
     except Exception as error:  # any failure: pictures must not cost the training
         reason = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"update {run.update}: no validation pictures, training goes on: {reason}", stacklevel=2)
         return []
     return paths
+
+
+def _keep_if_best(run: TrainingRun, best: BestWeights, score: float) -> None:
+    with run.averaged():
+        better = best.consider(run.update, score)
+    run.accelerator.log({"score": score}, step=run.update)
+    run.accelerator.print(f"update {run.update}: score {score:.3f}{', the best so far' * better}")
 
 
 def _log_images(run: TrainingRun, images: Sequence[Image.Image]) -> None:
