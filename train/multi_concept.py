@@ -92,7 +92,8 @@ def _train(config: Config, watch: Watcher | None) -> Path:
         adapter = run.kept_adapter(person=config.person, regularisation=len(classes))
         if config.attention_maps and accelerator.is_main_process:
             save_trained(adapter, config.output_dir)  # before the maps are drawn, which could fail
-        maps.record("after")
+        with run.kept():
+            maps.record("after")
     if accelerator.is_main_process:
         save_trained(adapter, config.output_dir, pictures=maps.pictures())
         print(f"Words: {', '.join(adapter.concepts)}")

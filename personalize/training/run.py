@@ -155,15 +155,19 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
 
     def kept_adapter(self, **info: Any) -> Adapter:
         """What a finished run saves: the weights with the best score if there are scores, or else the last."""
-        if self.best is None:
-            return self.adapter(**info)
-        if not self.best.update:
-            if self.accelerator.is_main_process:
-                warnings.warn("no pictures could be scored: the last weights are saved, not the best", stacklevel=2)
-            return self.adapter(**info)
-        with self.best.in_place():
+        with self.kept():
             adapter = self._adapter(**info)
-        return replace(adapter, info={**adapter.info, **self.best.info(self.update)})
+        if self.best is None:
+            return adapter
+        if self.best.update:
+            return replace(adapter, info={**adapter.info, **self.best.info(self.update)})
+        if self.accelerator.is_main_process:  # the others draw no pictures
+            warnings.warn("no pictures could be scored: the last weights are saved, not the best", stacklevel=2)
+        return adapter
+
+    def kept(self) -> AbstractContextManager[None]:
+        """A context in which the trained tensors are those of `kept_adapter`."""
+        return self.best.in_place() if self.best is not None and self.best.update else self.averaged()
 
     @abstractmethod
     def _adapter(self, **info: Any) -> Adapter:

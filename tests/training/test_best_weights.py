@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from personalize.training.checkpoints import numbered
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
 from tests.support.runs import SMALL, pixels
 from tests.support.tiny import tiny, tiny_folder
+from tests.support.tiny_scorers import clip_folder, dino_folder
 from tests.training.test_averaging import run_of, same_all
 from tests.training.test_multi_concept_run import SMALL as SMALL_CONCEPTS
 
@@ -160,6 +162,21 @@ def test_learned_tokens_are_not_for_the_scorer() -> None:
     judge = find_judge(config, model, to_image(pixels()), "a <c1> cat", ["<c1>"])  # pyright: ignore[reportArgumentType]
     assert judge is not None and (judge.request.prompt, judge.request.caption) == ("a cat on the beach", "a cat")
     assert 0 <= judge([Image.new("RGB", (64, 64))] * 2) <= 1 and judge.about["pictures"] == 2
+
+
+@pytest.mark.slow
+def test_concepts_are_judged_by_clip_on_other_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"pretrained_model_name_or_path": tiny_folder("sd1", tmp_path / "base"), "output_dir": tmp_path / "out",
+              "rank": 2, "max_train_steps": 3, "samples_per_update": 2, "num_validation_images": 2, "preview_steps": 1,
+              "validation_steps": 1, "validation_prompt": "a <cat1> cat on the beach",
+              "clip_model": clip_folder(tmp_path), "identity_model": dino_folder(tmp_path)}  # fmt: skip
+    line = ["train", "multi_concept", PHOTO, "--concepts", "<cat1> cat", "--keep_best", "--attention_maps"]
+    assert main([*line, *(f"--{name}={value}" for name, value in values.items())]) == 0
+    kept, said = Adapter.load(tmp_path / "out").info["kept_best"], capsys.readouterr().out
+    assert kept["prompt"] == "a cat on the beach" and kept["scorer"].startswith("CLIP (")
+    scores = [float(score) for score in re.findall(r"update \d: score (\d\.\d+)", said)]
+    assert len(scores) == 3 and kept["update"] == 1 + scores.index(max(scores))
+    assert kept["score"] == pytest.approx(max(scores), abs=1e-3)  # printed with three digits
 
 
 PHOTO = str(Path(__file__).parents[2] / "examples" / "quickstart.png")
