@@ -169,13 +169,15 @@ def test_concepts_are_judged_by_clip_on_other_bases(tmp_path: Path, capsys: pyte
     values = {"pretrained_model_name_or_path": tiny_folder("sd1", tmp_path / "base"), "output_dir": tmp_path / "out",
               "rank": 2, "max_train_steps": 3, "samples_per_update": 2, "num_validation_images": 2, "preview_steps": 1,
               "validation_steps": 1, "validation_prompt": "a <cat1> cat on the beach",
+              "num_class_images": 2, "class_image_steps": 1, "class_image_cache": tmp_path / "drawn",
               "clip_model": clip_folder(tmp_path), "identity_model": dino_folder(tmp_path)}  # fmt: skip
     line = ["train", "multi_concept", PHOTO, "--concepts", "<cat1> cat", "--keep_best", "--attention_maps"]
     assert main([*line, *(f"--{name}={value}" for name, value in values.items())]) == 0
     kept, said = Adapter.load(tmp_path / "out").info["kept_best"], capsys.readouterr().out
     assert kept["prompt"] == "a cat on the beach" and kept["scorer"].startswith("CLIP (")
     scores = [float(score) for score in re.findall(r"update \d: score (\d\.\d+)", said)]
-    assert len(scores) == 3 and kept["update"] == 1 + scores.index(max(scores))
+    best = re.findall(r"update (\d): score .*, the best so far", said)
+    assert len(scores) == 3 and kept["update"] == int(best[-1]) and scores[kept["update"] - 1] == max(scores)
     assert kept["score"] == pytest.approx(max(scores), abs=1e-3)  # printed with three digits
 
 

@@ -89,8 +89,13 @@ def test_the_space_of_the_adapter_and_its_checkpoints(monkeypatch, every, limit,
     monkeypatch.setattr(saving, "check_space", lambda *space: asked.append(space))
     objective = SimpleNamespace(resumable=lambda: {"a": torch.zeros(1000)})
     config = SimpleNamespace(output_dir="x", checkpointing_steps=every, checkpoints_total_limit=limit)
-    check_space_for(config, SimpleNamespace(objective=objective, updates=40, update=0))
+    run = SimpleNamespace(objective=objective, updates=40, update=0, average=None, best=None)
+    check_space_for(config, run)
     assert asked == [("x", largest + saving.MARGIN, whole + 2 * saving.MARGIN)]
+    if every:
+        run.average = run.best = object()  # two copies more in each of the checkpoints
+        check_space_for(config, run)
+        assert asked[1][2] - asked[0][2] == 4_000 * 2 * (4 if limit is None else min(4, limit + 1))
 
 
 class Run(SimpleNamespace):
@@ -117,7 +122,7 @@ def run(monkeypatch) -> Any:
         is_main_process=True, is_local_main_process=False, num_processes=1, log=lambda *_, **__: None,
         print=lambda *_: None,
     )  # fmt: skip
-    return Run(accelerator=accelerator, updates=4, update=0, saved=[], failing=(), signal_at=None, shard="")
+    return Run(accelerator=accelerator, updates=4, update=0, best=None, saved=[], failing=(), signal_at=None, shard="")
 
 
 def options(steps: int | None) -> SimpleNamespace:
