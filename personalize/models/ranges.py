@@ -42,7 +42,7 @@ _NAMES: dict[tuple[float, float], str] = {
         "fixed_point fixed_point_iterations lr_warmup_steps samples_per_update train_batch_size batch_sizes budget "
         "gradient_accumulation_steps num_class_images num_images num_validation_images adapters_per_batch scene scenes "
         "scene_pools autoencoded test_scenes dataloader_num_workers rank min_rank num_vectors widths top_k mask_fewest "
-        "kv_start kv_levels map_levels map_timesteps"
+        "steps kv_start kv_levels map_levels map_timesteps"
     ),
     PIXELS: "height width size resolution dilate shrink margin window self_max_side",
     SEED: "seed seeds",

@@ -67,7 +67,7 @@ def test_every_caption_keeps_its_embedding(tmp_path: Path, family: str) -> None:
     with pytest.raises(UserError, match="did you mean a photo of a cat in snow or"):
         loaded.starting_from("a photo of a hat in snow")
     card = (tmp_path / "cat" / "README.md").read_text()
-    assert "3 fitted source embeddings" in card and all(f"> {caption}\n" in card for caption in CAPTIONS)
+    assert "3 fitted source embeddings" in card and "\n".join(["```text", *CAPTIONS, "```"]) in card
     said = report(inspect_file(tmp_path / "cat" / "pytorch_lora_weights.safetensors"))
     assert all(f"caption     {caption}" in said for caption in CAPTIONS)
 

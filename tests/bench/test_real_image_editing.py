@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def test_a_backward_pass_counts_as_two_predictions():
         with torch.no_grad():
             model.predict(latents, 500, prompts)
         model.predict(latents, 500, prompts)  # the text encoder's answer carries a gradient only if it is trained
-        prompts.embeds.detach_().requires_grad_(True)
-        model.predict(latents, 500, prompts).sum()
+        learned = replace(prompts, embeds=prompts.embeds.detach().requires_grad_(True))
+        model.predict(latents, 500, learned).sum()
     assert units == [2, 2, 6]
 
 

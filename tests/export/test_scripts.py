@@ -125,7 +125,7 @@ def test_mistakes_are_one_line_and_write_nothing(place, tmp_path, capsys, line, 
 @pytest.mark.parametrize("name", ["lora", "tokens", "merge", "checkpoint"])
 def test_scripts_are_short_and_explain_themselves_without_torch(name):
     script = ROOT / "export" / f"{name}.py"
-    assert len(script.read_text("utf-8").splitlines()) < 90  # options, their check before torch, and one page of code
+    assert len(script.read_text("utf-8").splitlines()) < 100  # options, their check before torch, and one page of code
     code = f"""
 import atexit, runpy, sys
 atexit.register(lambda: print("torch" in sys.modules))

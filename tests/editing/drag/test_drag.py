@@ -226,7 +226,7 @@ def test_the_fill_splits_noise_from_picture_as_inversion_joined_them():
     [
         ({"mode": "shift"}, "mode is 'shift': choose one of move, deform"),
         ({"fill": "zeros"}, "choose one of clone, smooth, bnni, attention, attention_raw"),
-        ({"strength": 0.0}, "strength is 0.0, which is out of its range"),
+        ({"strength": 0.0}, "strength is 0.0: give a fraction above 0"),
         ({"window": 2}, "window is 2"),
         ({"mask_threshold": 1.5}, "mask_threshold is 1.5"),
     ],
