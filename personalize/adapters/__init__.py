@@ -11,6 +11,7 @@
     model_card, card_text   the card of an adapter;  hub: uploading it
     adapter_files       the files of an adapter folder;  captions: the one that an edit starts from
     lora_scales         scale LoRA layers for the length of a block
+    trained_size        the size that an adapter says it was trained at
     subjects            concepts by their tokens and class phrases
 
 Imports: io, models, formats.

@@ -22,6 +22,7 @@ from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora_scales import lora_disabled
 from personalize.adapters.text_encoder_lora import has_text
 from personalize.adapters.textual_inversion import installed_tokens
+from personalize.adapters.trained_size import trained_size
 from personalize.editing.config import DEFAULT_SAMPLING, DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.defaults import text_to_image_guidance
 from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
@@ -45,8 +46,6 @@ from personalize.models.prompts import align_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.schedule import make_schedule
-
-MAX_SIZE = 4  # times the base's resolution: the largest size that is taken from an adapter's file
 
 
 class Editor:
@@ -224,19 +223,9 @@ class Editor:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels at which the adapter was trained; without one, those of the base model.
 
-        UserError if `adapter.json` says anything but two sides of at most `MAX_SIZE` times the base's own: whoever
-        wants larger pictures asks for them.
+        UserError as `trained_size`.
         """
-        largest = MAX_SIZE * self.model.resolution
-        size = (self.adapter.info if self.adapter else {}).get("size") or (self.model.resolution,) * 2
-        if not isinstance(size, list | tuple) or [type(side) for side in size] != [int, int]:
-            raise UserError(f"the adapter says it was trained at {str(size)[:40]}, a height and a width were expected")
-        if not all(0 < side <= largest for side in size):
-            raise UserError(
-                f"the adapter says it was trained at {str(size[0])[:12]}×{str(size[1])[:12]} px, the base draws "
-                f"{self.model.resolution} px, at most {largest} were expected: correct size in its adapter.json"
-            )
-        return size[0], size[1]
+        return trained_size((self.adapter.info if self.adapter else {}).get("size"), self.model.resolution)
 
     @property
     def _adapter(self) -> Adapter:

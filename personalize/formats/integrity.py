@@ -61,7 +61,7 @@ def header_problems(path: Path, content: TensorFile) -> list[str]:
     said = {name: content.metadata[name] for name in HEADER_HASHES if name in content.metadata}
     with opened(path) as stream:
         stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-        data = file_digest(stream, "sha256").hexdigest() if said else ""
+        data = file_digest(stream, "sha256").hexdigest() if said else ""  # pyright: ignore[reportArgumentType]
     return [
         f"the header's {name} is of other data: the file was changed after it was made"
         for name, value in said.items() if value.removeprefix("0x").lower() != data

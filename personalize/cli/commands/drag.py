@@ -93,8 +93,9 @@ def drag_settings(config: DragConfig) -> DragSettings:
         if getattr(config, name) < 0:
             raise UserError(f"--{name} is {getattr(config, name)}, expected 0 or more pixels")
     same = {field.name for field in fields(DragSettings)} & {field.name for field in fields(config)}
-    given = {name: getattr(config, name) for name in same}
-    return DragSettings(**given | {"steps": config.num_inference_steps, "grow": config.grow - config.shrink})
+    given: dict[str, Any] = {name: getattr(config, name) for name in same}
+    given |= {"steps": config.num_inference_steps, "grow": config.grow - config.shrink}
+    return DragSettings(**given)
 
 
 def as_text(point: Any) -> str:
