@@ -125,7 +125,7 @@ def test_the_command_writes_every_combination_and_a_grid(places):
     [
         (["--prompt", ""], "prompt is empty"),
         (["--prompt", "a dog", "--forget", "decodr"], "nodecoder"),
-        (["--prompt", "a dog", "--scheduler", "dim"], "unknown scheduler"),
+        (["--prompt", "a dog", "--scheduler", "dim"], "unknown --scheduler"),
         (["--prompt", "a dog", "--height", "63"], "multiples"),
     ],
 )
