@@ -204,6 +204,8 @@ def resolve_command(command: str, words: Sequence[str]) -> str:
     if command == "edit" and words and words[0].lower().endswith(".csv"):
         return EDIT_TABLE
     pairs = zip(("", *words), words, strict=False)
-    pictures = [word for before, word in pairs if before.replace("-", "_") != "__source_image"]
-    photo = any(word.lower().endswith(IMAGE_SUFFIXES) or word.partition("=")[0] == "--source" for word in pictures)
+    others = ("__source_image", "__output_dir", "__from")  # their values are no photo, whatever they are called
+    named = [word for before, word in pairs if before.replace("-", "_") not in others]
+    pictures = [word for word in named if not word.startswith("--") and word.lower().endswith(IMAGE_SUFFIXES)]
+    photo = pictures or any(word.partition("=")[0] == "--source" for word in named)
     return EDIT_PHOTO if command == "edit" and photo else command

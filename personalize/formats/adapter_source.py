@@ -16,6 +16,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats.lora_keys import COMPONENTS
+from personalize.formats.manifest import DIFFUSERS_FILE
 from personalize.formats.peft_settings import ADAPTER_CONFIG
 from personalize.io.json_files import checked, read_json
 from personalize.io.pickles import read_any
@@ -38,9 +39,9 @@ def open_adapter(path: str | Path, *, allow_pickle: bool = False, peek: int | No
     """The tensors and metadata of an adapter; settings beside it join the metadata (see `peft_settings`).
 
     Args:
-        path: a safetensors file (or, with `allow_pickle`, a pickle), an index of shards, a folder of PEFT, a folder
-            with one of these for each part of the model ("unet", "text_encoder", "text_encoder_2"), or a file on the
-            hub (see `fetched`).
+        path: a safetensors file (or, with `allow_pickle`, a pickle), an index of shards, a folder of ours or of PEFT, a
+            folder with one of these for each part of the model ("unet", "text_encoder", "text_encoder_2"), or a file on
+            the hub (see `fetched`).
         allow_pickle: read the tensors, and nothing else, of a pickle.
         peek: if given, safetensors with more numbers than this are not read: only their shapes are there.
 
@@ -97,6 +98,8 @@ def _open_folder(folder: Path, allow_pickle: bool, peek: int | None) -> TensorFi
     """The tensors of PEFT's folder, of one such folder for each part of the model, or of a file in shards."""
     indices = sorted(folder.glob(f"*{INDEX}"))
     folders = _peft_folders(folder)
+    if not folders and (folder / DIFFUSERS_FILE).is_file():  # a folder of ours, or of diffusers' own scripts
+        return open_adapter(folder / DIFFUSERS_FILE, allow_pickle=allow_pickle, peek=peek)
     if not folders and len(indices) == 1:
         return _open_shards(indices[0], peek)
     if not folders:

@@ -10,9 +10,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
 from personalize.adapters.adapter import Adapter
+from personalize.cli.main import main
 from personalize.errors import UserError
 from personalize.formats.adapter_source import fetched, open_adapter
 from tests.support.adapter_kinds import KINDS, unet_lora
+from tests.support.lora_states import random_adapter
+from tests.support.tiny import tiny
 
 
 @pytest.fixture
@@ -80,3 +83,12 @@ def test_shards_are_one_file_and_must_agree_with_their_index(tmp_path):
     index.write_text(json.dumps({"weight_map": {key: f"../{name}" for key, name in places.items()}}))
     with pytest.raises(UserError, match="beside it were expected"):
         open_adapter(index)
+
+
+def test_a_folder_of_ours_is_read_as_its_lora(tmp_path):
+    """`convert my-cat` refused the folder that every other command takes."""
+    model = tiny("sd1")
+    folder = random_adapter(model).save(tmp_path / "cat")
+    whole, file = open_adapter(folder), open_adapter(folder / "pytorch_lora_weights.safetensors")
+    assert whole.tensors.keys() == file.tensors.keys() and whole.metadata == file.metadata
+    assert main(["convert", str(folder), "--to", "kohya", "--output", str(tmp_path / "cat.safetensors")]) == 0
