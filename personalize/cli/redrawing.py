@@ -6,87 +6,138 @@ their place. What is named by a path is not in the picture, only its name and ha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from personalize.cli.checks import box
 from personalize.cli.lists import flag_name
 from personalize.errors import UserError
+from personalize.io.json_files import checked
+from personalize.io.plain_files import file_hash
 
-NOT_KEPT = {  # options that do not decide a picture, or name what only this machine has; no picture may set them
+NEVER_FROM_A_PICTURE = {  # neither written into one nor taken from one
     "output_dir", "metadata", "provenance", "c2pa", "keep_exif", "from_", "revision", "variant", "trajectory",
-    "pretrained_model_name_or_path", "allow_download",
+    "pretrained_model_name_or_path", "allow_download", "photo", "adapter", "add", "source_image",
 }  # fmt: skip
-NETWORKS = {"clip_model", "identity_model"}  # may name a place on the hub
-SEEDS = {"seed", "seeds", "num_images"}  # options that take each other's place
+NETWORKS = {"clip_model", "identity_model"}  # hub ids: written, but never taken from a picture
+PLACES = {"mask", "region", "background_mask"}  # a file, or what is none: a box, a word
+EXCLUSIVE = (  # giving one of a group on the command line drops the picture's values of the whole group
+    {"seed", "seeds", "num_images"}, {"alpha", "beta", "gamma", "auto"}, {"target", "swap"},
+)  # fmt: skip
+OF_A_SEARCH = {"forget", "strength", "seed", "seeds", "num_images"}  # what --auto chooses itself
 LORA = "pytorch_lora_weights.safetensors"
 
 
-def file_mark(path: Path) -> dict[str, str]:
-    """Name and SHA-256 of a file; of an adapter folder, that of its LoRA in diffusers' layout."""
+class NameAndHash(msgspec.Struct, frozen=True):
+    """A file or base that a picture was drawn with."""
+
+    name: str
+    sha256: str
+
+
+class Details(msgspec.Struct, frozen=True):
+    """What drawing a picture again needs of the JSON in it."""
+
+    command: str
+    options: dict[str, Any]
+    base: NameAndHash
+    adapters: list[NameAndHash]
+    files: dict[str, NameAndHash] = {}
+    seed: int | None = None
+
+
+def name_and_hash(path: Path) -> dict[str, str]:
+    """Name and SHA-256 of a file; of an adapter folder, its name and the hash of its LoRA in diffusers' layout."""
     file = path / LORA if path.is_dir() else path
-    name = path.resolve().name if path.is_dir() else path.stem
-    return {"name": name, "sha256": sha256(file.read_bytes()).hexdigest()}
+    return {"name": path.resolve().name, "sha256": file_hash(file)}
 
 
-def recorded(path: Path) -> dict[str, Any]:
-    """The details in a picture that `personalize edit` drew; UserError if there are none."""
+def names_a_file(option: str, value: Any) -> bool:
+    """Whether the value of an option is, or may be, a path of somebody's machine."""
+    parts = value if isinstance(value, tuple | list) else (value,)
+    if option in PLACES:
+        places = (str(part).rpartition("=")[2] for part in parts if part is not None)
+        return any(place not in ("auto", "none") and box(place) is None for place in places)
+    return any(isinstance(part, Path) for part in parts)
+
+
+def recorded(path: Path) -> Details:
+    """The details in a picture that `personalize edit` drew; UserError if there are none, or they are damaged."""
     from personalize.io.provenance import read_marks
 
     details = read_marks(path).details
-    if details is None or not isinstance(details.get("options"), dict):
+    if details is None:
         raise UserError(f"{path} does not say how it was drawn: expected a picture of personalize edit with metadata")
     if details.get("command") not in ("edit", "edit PHOTO"):
         raise UserError(f"{path} was made by personalize {details.get('command')}: only edits are drawn again from it")
-    return details
+    found = checked(details, Details, path)
+    if found.command == "edit" and not found.adapters:
+        raise UserError(f"{path} names no adapter: its settings are damaged")
+    return found
 
 
 def redrawn(words: Sequence[str], picture: Path) -> tuple[str, list[str], dict[str, Any]]:
-    """The command that drew `picture`, its words, and the options that the picture gives.
+    """The key of COMMANDS that drew `picture`, the tokens `words` after `edit` with the adapter first, its options.
 
-    An adapter that is not named is looked for by its hash, near the picture and in the current folder.
+    Only the first adapter is looked for, by its hash, as a folder: in the picture's folder, the current one, their
+    parents, and one level below each. Others (`--add`) must be given again.
     """
     details, words = recorded(picture), list(words)
-    options = {name: value for name, value in details["options"].items() if name not in NOT_KEPT | NETWORKS}
-    if {flag_name(word) for word in words} & SEEDS:
-        options = {name: value for name, value in options.items() if name not in SEEDS}
-    named = any(not word.startswith("-") for word in words[:1])
-    if not named and details["command"] == "edit":
-        words.insert(0, str(_find_adapter(picture, details["adapters"][0])))
+    dropped = NEVER_FROM_A_PICTURE | NETWORKS
+    given = {flag_name(word) for word in words}
+    for group in EXCLUSIVE:
+        dropped |= group if group & given else set()
+    dropped |= OF_A_SEARCH if "auto" in given else set()
+    options = {
+        name: value for name, value in details.options.items()
+        if name not in dropped and not (name in PLACES and names_a_file(name, value))
+    }  # fmt: skip
+    before = zip(("", *words), words, strict=False)
+    named = any(not word.startswith("-") for word in words[:1]) or any(
+        not flag.startswith("--") and not word.startswith("-") and os.path.exists(word) for flag, word in before
+    )
+    if not named and details.command == "edit":
+        words.insert(0, str(_find_adapter(picture, details.adapters[0])))
     elif not named:
-        photo = details.get("files", {}).get("photo", {}).get("name", "the photo")
+        photo = details.files["photo"].name if "photo" in details.files else "the photo"
         raise UserError(f"{picture} is an edit of the photo {photo!r}: name its file before --from")
-    return details["command"], words, options
+    return details.command, words, options
 
 
-def _find_adapter(picture: Path, mark: Mapping[str, str]) -> Path:
+def _find_adapter(picture: Path, wanted: NameAndHash) -> Path:
     places = {folder.resolve() for start in (picture.resolve().parent, Path.cwd()) for folder in (start, start.parent)}
     candidates = sorted({found.parent for place in places for found in (*place.glob(LORA), *place.glob(f"*/{LORA}"))})
     for folder in candidates:
-        if file_mark(folder)["sha256"] == mark["sha256"]:
+        if name_and_hash(folder)["sha256"] == wanted.sha256:
             return folder
     raise UserError(
-        f"{picture} was drawn with the adapter {mark['name']}, which is neither near it nor here: name its folder first"
+        f"{picture} was drawn with the adapter {wanted.name}, which is neither near it nor here: name its folder first"
     )
 
 
-def check_same(details: Mapping[str, Any], recorded_details: Mapping[str, Any], picture: Path) -> None:
-    """UserError unless base, adapters and files are those that `picture` was drawn with."""
-    pairs = [("base", details["base"], recorded_details["base"])]
+def check_same(made: Mapping[str, Any], picture: Path) -> None:
+    """UserError unless base, adapters and files of `made` (see `details_of`) are those `picture` was drawn with."""
+    details, then_all = checked(dict(made), Details, picture), recorded(picture)
+    pairs = [("base", details.base, then_all.base)]
     for kind in ("adapters", "files"):
-        now, then = details[kind], recorded_details[kind]
+        now, then = getattr(details, kind), getattr(then_all, kind)
+        if not isinstance(then, list) and now.keys() != then.keys():
+            raise UserError(f"{picture} was drawn with the files {', '.join(then)}; given are {', '.join(now)}")
         if len(now) != len(then):
             raise UserError(f"{picture} was drawn with {len(then)} {kind}, {len(now)} are given: {_names(then)}")
         keys = range(len(then)) if isinstance(then, list) else then
         pairs += [(kind.removesuffix("s"), now[key], then[key]) for key in keys]
     for what, now, then in pairs:
-        if now["sha256"] != then["sha256"]:
+        if now.sha256 != then.sha256:
             raise UserError(
-                f"{picture} was drawn with the {what} {then['name']} ({then['sha256'][:10]}), got {now['name']} "
-                f"({now['sha256'][:10]}): give the same one"
+                f"{picture} was drawn with the {what} {then.name} ({then.sha256[:10]}), got {now.name} "
+                f"({now.sha256[:10]}): give the same one"
             )
 
 
 def _names(marks: Any) -> str:
-    return ", ".join(one["name"] for one in (marks if isinstance(marks, list) else marks.values())) or "none"
+    return ", ".join(one.name for one in (marks if isinstance(marks, list) else marks.values())) or "none"

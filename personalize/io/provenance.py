@@ -1,10 +1,10 @@
-"""What a picture that a model made says of itself: that a model made it, with which settings, and how to draw it again.
+"""What a picture that a model made says of itself: that a model made it, and with which settings.
 
 Three marks, each where other programs look for it:
 
     XMP           Iptc4xmpExt:DigitalSourceType, IPTC's word for how the picture came about
-    parameters    the text of A1111's web UI: prompt, settings, model and LoRA hashes (PNG text; EXIF in JPEG and WebP)
-    personalize   JSON with all that draws the picture again (PNG text; XMP in JPEG and WebP)
+    parameters    the text of A1111's web UI: prompt, settings, model, LoRA hashes (PNG text; EXIF in JPEG and WebP)
+    personalize   JSON with the settings; of edits, all that draws the picture again (PNG text; XMP in JPEG and WebP)
 
 The first is public, the other two are the user's: prompt, names of files and their hashes, never a path.
 
@@ -15,6 +15,8 @@ PNG, JPEG and WebP.
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -26,6 +28,7 @@ from PIL import Image, PngImagePlugin
 
 from personalize.errors import UserError
 from personalize.io.json_files import parse_json
+from personalize.io.plain_files import opened
 
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 NAMESPACES = {
@@ -36,6 +39,8 @@ NAMESPACES = {
     "personalize": "urn:personalize:1.0:",
 }
 XMP_KEY, PARAMETERS, DETAILS = "XML:com.adobe.xmp", "parameters", "personalize"
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # raised by Pillow's decoders
+ABOUT_THE_PHOTO = {0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825}  # make to copyright, EXIF, GPS
 USER_COMMENT, EXIF_IFD, ORIENTATION = 0x9286, 0x8769, 0x0112
 PACKET = ('<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n', '\n<?xpacket end="w"?>')
 MAX_DETAILS = 1 << 20  # bytes of JSON that are read from a picture
@@ -81,8 +86,7 @@ EDITED_PHOTO = Provenance("compositeWithTrainedAlgorithmicMedia")
 def picture_bytes(picture: Image.Image, mark: Provenance | None = None, kind: str = "PNG") -> bytes:
     """The bytes of `picture` as a file of `kind` (PNG, JPEG or WEBP) with the marks of `mark`.
 
-    Nothing else goes in: no colour profile and no EXIF of the picture it was made from. Equal arguments give equal
-    bytes.
+    Of `picture.info` nothing is written, and EXIF only if `mark.exif` holds it. Equal arguments give equal bytes.
     """
     mark, buffer = mark or Provenance(None), BytesIO()
     bare = picture.copy()
@@ -136,9 +140,13 @@ def parameters_text(details: Mapping[str, Any]) -> str:
     settings = {
         "Steps": details.get("steps"), "Sampler": details.get("scheduler"), "CFG scale": details.get("guidance_scale"),
         "Seed": details.get("seed"), "Size": details.get("size"),
-        "Model hash": base.get("sha256", "")[:10], "Model": base.get("name"),
+        "Model": _unquoted(str(base.get("name") or "")),
     }  # fmt: skip
-    hashes = ", ".join(f"{_unquoted(one['name'])}: {one['sha256'][:12]}" for one in details.get("adapters", ()))
+    hashes = ", ".join(
+        f"{_unquoted(one['name'])}: {one['lora_hash'][:12]}"
+        for one in details.get("adapters", ())
+        if one.get("lora_hash")
+    )
     settings |= {"Lora hashes": f'"{hashes}"' if hashes else None, "Version": f"personalize {details.get('version')}"}
     line = ", ".join(f"{name}: {value}" for name, value in settings.items() if value not in (None, ""))
     return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), line])
@@ -167,12 +175,14 @@ def read_marks(path: str | Path) -> Marks:
     Raises:
         UserError: the file is no picture, or its personalize JSON is damaged.
     """
-    try:
-        with Image.open(path) as picture:
-            texts = {key: value for key, value in picture.info.items() if isinstance(value, (str, bytes))}
-            comment = picture.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a picture: {str(error).splitlines()[0]}") from None
+    with opened(path) as stream:
+        try:
+            with Image.open(stream) as picture:
+                texts = {key: value for key, value in picture.info.items() if isinstance(value, (str, bytes))}
+                comment = picture.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+        except (*DAMAGED, Image.DecompressionBombError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} cannot be read as a picture: {reason}") from None
     packet = texts.get(XMP_KEY) or texts.get("xmp") or ""
     words = _packet_words(packet.encode() if isinstance(packet, str) else packet)
     parameters, details = texts.get(PARAMETERS), texts.get(DETAILS) or words.get("personalize:details")
@@ -185,8 +195,11 @@ def photo_exif(path: str | Path) -> bytes | None:
     """The EXIF data of the photo `path` without its orientation, which is applied when it is read; None if none."""
     with Image.open(path) as picture:
         exif = picture.getexif()
-    exif.pop(ORIENTATION, None)
-    return exif.tobytes() if len(exif) else None
+        exif.pop(ORIENTATION, None)
+        if picture.format == "TIFF":  # whose other tags say how its own pixels lie
+            for tag in set(exif) - ABOUT_THE_PHOTO:
+                del exif[tag]
+        return exif.tobytes() if len(exif) else None
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -22,11 +22,14 @@ from personalize.models.config import HUB_ID
 
 def portable_name(name: str) -> str:
     """A base's name without the folders it lies in; a hub id stays as it is."""
-    return Path(name).name if name and Path(name).expanduser().exists() else name
+    return Path(name).expanduser().resolve().name if name and Path(name).expanduser().exists() else name
 
 
 def remember_base(sha256: str, name: str) -> None:
-    """Keep where the base of this hash lies, if `name` is a path; a cache that cannot be written is left alone."""
+    """Keep where the base of this hash lies, if `name` is a path; failures to write are ignored.
+
+    Of two processes that write at the same moment one may lose its entry, which its next run writes again.
+    """
     if not name or not Path(name).expanduser().exists():
         return
     path = str(Path(name).expanduser().resolve())
@@ -40,15 +43,18 @@ def remember_base(sha256: str, name: str) -> None:
 
 
 def find_base(base: Mapping[str, Any], *, allow_download: bool = False) -> str | None:
-    """What loads the base that an adapter records: None for the package's own, a path, or a hub id.
+    """The `source` to give `StableDiffusion.load` for the base that an adapter records.
 
-    An adapter may come from anyone, so the hub is not asked for the base that it names: it must have been downloaded
-    before, unless `allow_download`. Load it with `local_files_only`.
+    None for the package's own, a path, or a hub id. An adapter may come from anyone, so the hub is not asked for the
+    base that it names: it must have been downloaded before, unless `allow_download`; pass `local_files_only` otherwise.
 
     Raises:
         UserError: it lay in a folder that is not known on this machine, or would have to be downloaded.
     """
     name = str(base.get("name") or "")
+    if path := _known().get(str(base.get("sha256"))):  # a folder may be called like the package's own model
+        if Path(path).exists():
+            return path
     if name in ("", "embedded"):
         return None
     if path := base_here(base):

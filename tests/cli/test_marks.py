@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from personalize.cli.main import main
 from personalize.cli.redrawing import redrawn
@@ -19,6 +20,13 @@ from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
 PROMPT = "a dog in the snow"
+
+
+def load_file_metadata(path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
 SECRETS = ("Jane Owner", "SERIAL-4711", "secret-place")
 
 
@@ -76,6 +84,8 @@ def test_an_edit_is_drawn_again_from_its_picture(base, adapter, tmp_path, monkey
     picture = tmp_path / "out" / "edit-003.png"
     marks = read_marks(picture)
     assert marks.source_type.endswith("/trainedAlgorithmicMedia") and "Seed: 4" in marks.parameters
+    twin = load_file_metadata(adapter / "adapter.safetensors")["sshs_model_hash"].removeprefix("0x")
+    assert f'Lora hashes: "adapter: {twin[:12]}"' in marks.parameters, "as A1111 hashes the file that it loads"
     assert read_marks(tmp_path / "out" / "grid.png").source_type == marks.source_type
     monkeypatch.chdir(tmp_path)
     shutil.copy(picture, tmp_path / "copied.png")
@@ -97,6 +107,29 @@ def test_an_edit_is_drawn_again_from_its_picture(base, adapter, tmp_path, monkey
     assert json.loads(capsys.readouterr().out)["details"]["seed"] == 4
 
 
+def test_what_is_given_takes_the_place_of_what_excludes_it(base, adapter, tmp_path):
+    """A picture of one seed, which was recorded twice; alpha and beta give way to gamma; the adapter stands last."""
+    assert run(base, tmp_path / "out", "edit", adapter, "--prompt", PROMPT, "--seed", 5) == 0
+    picture = tmp_path / "out" / "edit-000.png"
+    assert run(base, tmp_path / "again", "edit", "--alpha", 0.8, adapter, "--from", picture) == 0
+    assert (tmp_path / "again" / "edit-000.png").read_bytes() == picture.read_bytes()
+    for words in (["--gamma", 0.7], ["--num_images", 2], ["--beta", 1.0, 1.4]):
+        assert run(base, tmp_path / "more", "edit", adapter, "--from", picture, *words) == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"adapters": []}, {"base": 3}, {"options": []}, {"files": {"a": {}}}, {"seed": "x"}]
+)
+def test_damaged_details_are_one_line(base, adapter, change, tmp_path, capsys):
+    assert run(base, tmp_path / "out", "edit", adapter, "--prompt", PROMPT) == 0
+    marks = read_marks(tmp_path / "out" / "edit-000.png")
+    picture = tmp_path / "damaged.png"
+    picture.write_bytes(picture_bytes(Image.new("RGB", (32, 32)), Provenance(details={**marks.details, **change})))
+    capsys.readouterr()
+    assert run(base, tmp_path / "no", "edit", "--from", picture) == 2
+    assert "damaged" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_another_adapter_or_base_or_picture_is_refused(base, adapter, tmp_path, capsys):
     assert run(base, tmp_path / "out", "edit", adapter, "--prompt", PROMPT) == 0
     picture = tmp_path / "out" / "edit-000.png"
@@ -112,6 +145,7 @@ def test_another_adapter_or_base_or_picture_is_refused(base, adapter, tmp_path, 
 
 
 def test_an_edit_of_a_photo_is_made_again_from_its_picture(base, photo, tmp_path, capsys):
+    (tmp_path / "cat").mkdir()  # a folder called like a word of the prompt is none of its places
     words = ("edit", photo, "--source", "a cat on grass", "--swap", "cat=dog", "--mask", "0,0,48,64")
     assert run(base, tmp_path / "out", *words) == 0
     picture = tmp_path / "out" / "edited.png"
@@ -120,9 +154,9 @@ def test_an_edit_of_a_photo_is_made_again_from_its_picture(base, photo, tmp_path
     assert (tmp_path / "again" / "edited.png").read_bytes() == picture.read_bytes()
     Image.new("RGB", (96, 64)).save(tmp_path / "other.png")
     assert run(base, tmp_path / "no", "edit", tmp_path / "other.png", "--from", picture) == 2
-    assert "drawn with the file photo" in capsys.readouterr().err
+    assert "drawn with the file photo.jpg" in capsys.readouterr().err
     assert run(base, tmp_path / "no", "edit", "--from", picture) == 2
-    assert "an edit of the photo 'photo'" in capsys.readouterr().err
+    assert "an edit of the photo 'photo.jpg'" in capsys.readouterr().err
 
 
 def test_what_is_left_out(base, adapter, tmp_path, capsys):

@@ -36,7 +36,7 @@ def test_names_of_options_get_their_dashes(message, said):
         ("Error parsing --mask_weight: could not convert string to float: 'x'",
          "--mask_weight is 'x', expected a number"),
         ("Error parsing --alpha: Could not find valid parse for arguments: ['0,8']",
-         "--alpha is '0,8', expected numbers with spaces between them, such as 1 2 3"),
+         "--alpha is '0,8', expected numbers with spaces between them, such as 0.8 1"),
         ("Error parsing --adapter: whatever it says", "Error parsing --adapter: whatever it says"),
     ],
 )  # fmt: skip

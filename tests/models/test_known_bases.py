@@ -122,12 +122,13 @@ def test_the_hub_is_asked_if_it_is_allowed_or_the_base_is_named(of_the_hub, netw
 
 def test_a_base_that_was_downloaded_is_used_without_the_network(of_the_hub, network, monkeypatch, tmp_path):
     adapter, download = of_the_hub
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
     download()
     monkeypatch.setattr(_detect_agent, "_registry", None)  # fetched once in a process, for files in the cache too
     monkeypatch.setattr(huggingface_hub.constants, "AGENT_HARNESSES_PATH", str(tmp_path / "none"))
     editor = Editor.load(adapter)
     assert editor.model.name == "owner/name" and network == []
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE, "left as it was"
+    assert huggingface_hub.constants.HF_HUB_OFFLINE == offline, "left as it was"
 
 
 @pytest.mark.parametrize("name", ["//host/share/model", "\\\\host\\share", "../a/b", "owner/name/more", "https://a/b"])

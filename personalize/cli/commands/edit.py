@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from personalize.cli.edit_options import EditConfig
 
 SEARCH = (  # options that one picture does not need, or has values of its own for
-    "auto", "budget", "clip_model", "identity_model", "source_image", "alpha", "beta", "gamma", "seeds", "num_images",
+    "auto", "budget", "clip_model", "identity_model", "source_image", "alpha", "beta", "gamma", "seed", "seeds",
+    "num_images",
 )  # fmt: skip
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
@@ -51,7 +52,7 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     if prompt != config.prompt:
         print(f"Worded like the caption: “{prompt}”")
     if config.from_ is not None:
-        check_same(details_of("edit", config, editor, adapters_of(config)), recorded(config.from_), config.from_)
+        check_same(details_of("edit", config, editor, adapters_of(config)), config.from_)
     size = (config.height or editor.size[0], config.width or editor.size[1])
     sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
     pictures = searched if config.auto else combinations
@@ -81,7 +82,7 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
 
     The pictures are numbered on from those that the output folder holds already.
     """
-    settings, seed = list(edit_strengths(config)), config.seed or 0
+    write, settings, seed = PictureWriter(config), list(edit_strengths(config)), config.seed or 0
     recalled = None
     if not any(getattr(config, name) not in ((), None) for name in STRENGTHS):
         recalled = remembered(editor.adapter.info if editor.adapter else {}, prompt)
@@ -100,7 +101,7 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
     rows = [[row[seeds.index(number)] for number in drawn] for row in rows]
     sheet = grid(rows, columns=[f"seed {seed}" for seed in drawn], labels=[str(s) for s in settings], title=prompt)
     files: dict[str, Content] = {}
-    entries, first, write = [], next_number(config.output_dir, "edit-"), PictureWriter(config)
+    entries, first = [], next_number(config.output_dir, "edit-")
     common = picture_details(config, editor, prompt, sampling, seeds)
     for setting, row in zip(settings, rows, strict=True):
         for number, picture in zip(drawn, row, strict=True):
@@ -115,7 +116,7 @@ def redrawn_seeds(config: EditConfig, seeds: list[int]) -> list[int]:
     if config.from_ is None:
         return seeds
     details = recorded(config.from_)
-    return [details["seed"]] if seeds == details["options"]["seeds"] else seeds
+    return [details.seed] if details.seed is not None and seeds == details.options.get("seeds") else seeds
 
 
 def adapters_of(config: EditConfig) -> tuple[Path, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from personalize.cli.checks import box, pair, weight
 from personalize.cli.commands.marks import PictureWriter, details_of
-from personalize.cli.redrawing import check_same, recorded
+from personalize.cli.redrawing import check_same
 from personalize.editing.config import ControlSettings, DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.leakage import NounRegions
@@ -58,14 +58,14 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     settings = photo_settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings, cache)
+    write = PictureWriter(config, config.photo)
     if config.from_ is not None:
-        check_same(photo_details(config, editor, settings), recorded(config.from_), config.from_)
+        check_same(photo_details(config, editor, settings), config.from_)
     result = editor.photo(
         photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps, cache=cache
     )
     count = len(result.images)
     names = [EDITED] if count == 1 else [f"edited-{number}.png" for number in range(1, count + 1)]
-    write = PictureWriter(config, config.photo)
     details = photo_details(config, editor, settings, result)
     files = {name: write(picture, details) for name, picture in zip(names, result.images, strict=True)}
     files["before-after.png"] = write(result.sheet)
@@ -91,8 +91,10 @@ def photo_details(
 ) -> dict[str, Any]:
     """What makes the edit again; see `details_of`."""
     files = {"photo": config.photo}
-    if config.mask is not None and box(config.mask) is None:
-        files["mask"] = Path(config.mask)
+    regions = {f"region {noun}": where for noun, where in map(pair, config.region)}
+    places = {"mask": config.mask, "background_mask": config.background_mask, **regions}
+    files |= {name: Path(where).expanduser() for name, where in places.items()
+              if where not in (None, "auto", "none") and box(where) is None}  # fmt: skip
     facts: dict[str, Any] = {"prompt": "; ".join(config.target if result is None else result.targets)}
     facts |= {"steps": settings.steps, "scheduler": "ddim", "guidance_scale": settings.guidance(editor.model.name)}
     facts |= {"seed": settings.seed} | ({} if result is None else {"size": "x".join(map(str, result.images[0].size))})

@@ -68,5 +68,6 @@ def picture_marks(config: InspectConfig) -> Marks:
     if marks.details:
         inputs = [*marks.details.get("adapters", []), *marks.details.get("files", {}).values()]
         print(*(f"made with {one['name']}, sha256 {one['sha256']}" for one in inputs), sep="\n")
-        print(f"draw it again: personalize edit --from {config.file}")
+        if marks.details.get("command") in ("edit", "edit PHOTO"):
+            print(f"draw it again: personalize edit --from {config.file}")
     return marks

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 import personalize
-from personalize.cli.redrawing import NOT_KEPT, file_mark
+from personalize.cli.redrawing import LORA, NEVER_FROM_A_PICTURE, name_and_hash, names_a_file
+from personalize.formats.manifest import MANIFEST
 from personalize.io.content_credentials import signed
+from personalize.io.json_files import read_json
+from personalize.io.plain_files import opened
 from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes
 
 if TYPE_CHECKING:
@@ -57,14 +60,29 @@ def details_of(
     """The JSON that draws a picture again.
 
     adapters, files: what the command read, whose names and hashes are kept, and never their paths.
-    facts: prompt, seed, size and the like, as A1111's text has them; `options` replace the command's own.
+    facts: prompt, seed, size and the like, as A1111's text has them; of these, `options` are added to, or override,
+        the options taken from `config`.
     """
     options = kept_options(config) | facts.pop("options", {})
     return {
         **facts, "command": command, "options": options, "version": personalize.__version__,
-        "base": _base(editor), "adapters": [file_mark(path) for path in adapters],
-        "files": {name: file_mark(path) for name, path in (files or {}).items()},
+        "base": _base(editor), "adapters": [_adapter(path) for path in adapters],
+        "files": {name: name_and_hash(path) for name, path in (files or {}).items()},
     }  # fmt: skip
+
+
+def _adapter(path: Path) -> dict[str, str]:
+    """Name and hash of an adapter, and the hash by which A1111 knows the LoRA that it loads: of the tensors alone."""
+    file = path
+    if path.is_dir():
+        manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+        file = path / str(manifest.get("twin") or LORA)
+    about = name_and_hash(path)
+    if file.suffix != ".safetensors" or not file.is_file():
+        return about
+    with opened(file) as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        return {**about, "lora_hash": file_digest(stream, "sha256").hexdigest()}  # pyright: ignore[reportArgumentType]
 
 
 def kept_options(config: Any) -> dict[str, Any]:
@@ -73,15 +91,10 @@ def kept_options(config: Any) -> dict[str, Any]:
     for field in fields(config):
         value = getattr(config, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if field.name in NOT_KEPT or value == default or _names_a_file(value):
+        if field.name in NEVER_FROM_A_PICTURE or value == default or names_a_file(field.name, value):
             continue
         given[field.name] = list(value) if isinstance(value, tuple) else value
     return given
-
-
-def _names_a_file(value: Any) -> bool:
-    parts = value if isinstance(value, tuple) else (value,)
-    return any(isinstance(part, Path) or (isinstance(part, str) and os.path.exists(part)) for part in parts)
 
 
 def _base(editor: Editor) -> dict[str, str]:
