@@ -118,7 +118,7 @@ def test_what_is_given_takes_the_place_of_what_excludes_it(base, adapter, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "change", [{"adapters": []}, {"base": 3}, {"options": []}, {"files": {"a": {}}}, {"seed": "x"}]
+    "change", [{"adapters": []}, {"base": {"name": "x"}}, {"options": []}, {"files": {"a": {}}}, {"seed": "x"}]
 )
 def test_damaged_details_are_one_line(base, adapter, change, tmp_path, capsys):
     assert run(base, tmp_path / "out", "edit", adapter, "--prompt", PROMPT) == 0
