@@ -56,12 +56,17 @@ def changed_files(folder: Path) -> tuple[list[str], int]:
     return problems, len(hashes) + 1
 
 
+def data_hash(path: Path) -> str:
+    """SHA-256 of a safetensors file after its header, in hex digits: by it sd-scripts and A1111 know a LoRA."""
+    with opened(path) as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        return file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+
+
 def header_problems(path: Path, content: TensorFile) -> list[str]:
     """What is wrong with the hashes that a LoRA file's own header has of its data, as sd-scripts writes them."""
     said = {name: content.metadata[name] for name in HEADER_HASHES if name in content.metadata}
-    with opened(path) as stream:
-        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-        data = file_digest(stream, "sha256").hexdigest() if said else ""  # pyright: ignore[reportArgumentType]
+    data = data_hash(path) if said else ""
     return [
         f"the header's {name} is of other data: the file was changed after it was made"
         for name, value in said.items() if value.removeprefix("0x").lower() != data

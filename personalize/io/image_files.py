@@ -24,7 +24,7 @@ from personalize.io.plain_files import MAX_PICTURE_BYTES, opened
 HEIF_HINT = "HEIC needs a package more: pip install 'personalize[heic]', or save it as JPEG or PNG"
 MIN_SIDE = 16  # px
 MAX_PIXELS = 150_000_000  # 450 MB decoded; checked against the file's header before anything is decoded
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # raised by Pillow's decoders
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # raised by Pillow's decoders
 _CHANNELS = {"RGB": "RGB ", "RGBX": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # mode: colour space of a profile that fits
 _png_limit = threading.Lock()
 
@@ -80,7 +80,7 @@ def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:
             return _rgb(_upright(image, path), path)
         except UserError:
             raise
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise UserError(f"{path} is damaged or truncated: {_first_line(error)}; get a complete copy") from None
 
 
@@ -96,7 +96,7 @@ def _opened(source: Path | BinaryIO, path: Path | str) -> Iterator[Image.Image]:
         raise _too_large(path) from None
     except UnidentifiedImageError:
         raise NotAnImage(f"{path} is not a picture Pillow can read: {_hint(path)}") from None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(f"{path} cannot be opened as a picture: {_first_line(error)}") from None
     with image:
         yield image
@@ -150,7 +150,7 @@ def _upright(image: Image.Image, path: Path | str) -> Image.Image:
     """The decoded picture turned as its EXIF says; as it is, with a Notice, if the EXIF cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         warnings.warn(
             f"{path}: its EXIF data cannot be read ({_first_line(error)}), so it is not turned", Notice, stacklevel=2
         )

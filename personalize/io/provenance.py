@@ -15,8 +15,6 @@ PNG, JPEG and WebP.
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -27,10 +25,11 @@ from xml.etree import ElementTree
 from PIL import Image, PngImagePlugin
 
 from personalize.errors import UserError
+from personalize.io.content_credentials import SOURCE_TYPES
+from personalize.io.image_files import DAMAGED
 from personalize.io.json_files import parse_json
 from personalize.io.plain_files import opened
 
-SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 NAMESPACES = {
     "x": "adobe:ns:meta/",
     "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
@@ -39,7 +38,6 @@ NAMESPACES = {
     "personalize": "urn:personalize:1.0:",
 }
 XMP_KEY, PARAMETERS, DETAILS = "XML:com.adobe.xmp", "parameters", "personalize"
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # raised by Pillow's decoders
 ABOUT_THE_PHOTO = {0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825}  # make to copyright, EXIF, GPS
 USER_COMMENT, EXIF_IFD, ORIENTATION = 0x9286, 0x8769, 0x0112
 PACKET = ('<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n', '\n<?xpacket end="w"?>')

@@ -52,11 +52,8 @@ def find_base(base: Mapping[str, Any], *, allow_download: bool = False) -> str |
         UserError: it lay in a folder that is not known on this machine, or would have to be downloaded.
     """
     name = str(base.get("name") or "")
-    if path := _known().get(str(base.get("sha256"))):  # a folder may be called like the package's own model
-        if Path(path).exists():
-            return path
-    if name in ("", "embedded"):
-        return None
+    if name in ("", "embedded"):  # a folder may be called like the package's own model
+        return _by_hash(base)
     if path := base_here(base):
         return path
     if not re.fullmatch(HUB_ID, name):
@@ -81,8 +78,14 @@ def _downloaded(name: str) -> bool:
 
 def base_here(base: Mapping[str, Any]) -> str | None:
     """The path of the base that an adapter records, if it is known on this machine; a hub id counts as not known."""
-    places = (_known().get(str(base.get("sha256"))), str(base.get("name") or ""))
-    return next((place for place in places if place and not _on_a_network(place) and Path(place).exists()), None)
+    name = str(base.get("name") or "")
+    return _by_hash(base) or (name if name and not _on_a_network(name) and Path(name).exists() else None)
+
+
+def _by_hash(base: Mapping[str, Any]) -> str | None:
+    """Where the base of this hash lay when it was last used, if it is still there."""
+    place = _known().get(str(base.get("sha256")))
+    return place if place and not _on_a_network(place) and Path(place).exists() else None
 
 
 def _on_a_network(place: str) -> bool:

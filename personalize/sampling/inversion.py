@@ -21,7 +21,7 @@ Friendly DDPM Noise Space", arXiv 2304.06140; Garibi et al., "ReNoise", arXiv 24
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,18 @@ def invert(
     about = fingerprint(model, pixels, prompt, conditioning, settings)
     place = Path(folder) if folder else Path(cache) / fingerprint_hash(about)[:16] if cache else None
     if place is not None and (place / MANIFEST).is_file():
-        stored = Trajectory.load(place)
-        stored.require({name: value for name, value in about.items() if name != "name"}, place)
-        return stored
+        return _stored(place, about)
     trajectory = _invert_latents(model, model.encode(pixels), conditioning, null, about, null_text, hooks)
     if place is not None:
         trajectory.save(place)
     return trajectory
+
+
+def _stored(place: Path, about: Mapping[str, Any]) -> Trajectory:
+    """The trajectory in the folder `place`; UserError if it has other inputs; the base's name does not count."""
+    stored = Trajectory.load(place)
+    stored.require({name: value for name, value in about.items() if name != "name"}, place)
+    return stored
 
 
 def _method_settings(method: str, seed: int, fixed_point: int, null_text: NullTextSettings) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
-from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,10 @@ from PIL import Image
 
 import personalize
 from personalize.cli.redrawing import LORA, NEVER_FROM_A_PICTURE, name_and_hash, names_a_file
+from personalize.formats.integrity import data_hash
 from personalize.formats.manifest import MANIFEST
 from personalize.io.content_credentials import signed
 from personalize.io.json_files import read_json
-from personalize.io.plain_files import opened
 from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes
 
 if TYPE_CHECKING:
@@ -80,9 +79,7 @@ def _adapter(path: Path) -> dict[str, str]:
     about = name_and_hash(path)
     if file.suffix != ".safetensors" or not file.is_file():
         return about
-    with opened(file) as stream:
-        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-        return {**about, "lora_hash": file_digest(stream, "sha256").hexdigest()}  # pyright: ignore[reportArgumentType]
+    return {**about, "lora_hash": data_hash(file)}
 
 
 def kept_options(config: Any) -> dict[str, Any]:
