@@ -25,7 +25,7 @@ import personalize
 from personalize.cli import launch
 from personalize.cli.faults import described, memory_advised, show_traceback
 from personalize.cli.options import COMMANDS, resolve_command
-from personalize.cli.pages import keep_freed_memory
+from personalize.cli.pages import keep_freed_memory, return_freed_memory
 from personalize.cli.parser import HELP, QUIET, option_types, parse, take_option
 from personalize.cli.processes import end_with_parent, signals_raise
 from personalize.cli.progress import progress
@@ -75,7 +75,7 @@ def dispatch(args: list[str], own_process: bool = False) -> int:
     options = parse(config, rest, prog=f"personalize {command}", description=about, recorded=recorded)
     with worded(option_types(config)), memory_advised(option_types(config)):
         check(options)
-        prepare(own_process and command in TRAINING)
+        prepare(options, trains=own_process and command in TRAINING)
         module, _, function = target.partition(":")
         getattr(importlib.import_module(module), function)(options)
     return 0
@@ -104,7 +104,7 @@ def run_named_script(folder: str, args: list[str], own_process: bool = False) ->
         count = launch.process_count(processes)
         if count > 1:
             return launch.launch(known[name], args, count)
-        prepare(own_process and folder in TRAINING)
+        prepare(config, trains=own_process and folder in TRAINING)
         script.main(config)
     return 0
 
@@ -122,7 +122,7 @@ def run_script(config: type, run: Callable[[Any], object], argv: Sequence[str] |
         options = parse(config, args, prog=path.name, description=description, presets=launch.presets(path.stem))
         if launch.ERROR_FILE not in os.environ:  # otherwise the launching process has done it
             check(options)
-        prepare(argv is None and path.parent.name in TRAINING)
+        prepare(options, trains=argv is None and path.parent.name in TRAINING)
         with worded(option_types(config)), memory_advised(option_types(config)):
             run(options)
         return 0
@@ -170,10 +170,10 @@ def check(options: Any) -> None:
         own()
 
 
-def prepare(keep_memory: bool) -> None:
-    """Settings of this process, made after the options are checked; `keep_memory` if it is ours alone and trains."""
-    if keep_memory:
-        keep_freed_memory()
+def prepare(options: Any, *, trains: bool) -> None:
+    """Settings of this process, made after the `options` are checked; `trains` if it is ours alone and does that."""
+    if trains:
+        (return_freed_memory if getattr(options, "offload", False) else keep_freed_memory)()
 
 
 def commands_help() -> str:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from personalize.models.memory import return_free_blocks
+
 ALIGNMENT = 64  # bytes; where a tensor begins in the file
 
 
@@ -102,6 +104,7 @@ class OffloadedPart:
             weight.data = kept
         if self.file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.file.madvise(mmap.MADV_DONTNEED)
+            return_free_blocks()  # the weights', and those of what was computed with them
 
 
 def _mapped(tensors: list[Tensor]) -> tuple[mmap.mmap, list[Tensor]]:

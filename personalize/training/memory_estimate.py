@@ -1,10 +1,11 @@
 """Estimate how much memory a training run will take, from one sample measured before it starts.
 
-    peak = max(updates, encoding, decoding)                          updates = base + P · (4 + 4 + s) + b · a
-    encoding = base + idle + e                                      decoding = base + P · (4 + s) + idle + d
+    peak = max(updates, encoding, decoding)             updates = base + P · (4 + 4 + s) + b · a
+    encoding = base + max(v + n, v + e)                 decoding = base + P · (4 + s) + max(n, v + d)
 
 base: bytes of the UNet, and of those of autoencoder and text encoders that updates use, without the adapter.
-idle: bytes of the others, which are off the device during updates (`models.idle_parts`).
+v, n: bytes of autoencoder and text encoders if they are off the device during updates (`models.idle_parts`), else 0.
+    Both are there when the base has been loaded; afterwards each comes back by itself, when it is used.
 P: number of trained parameters, in fp32: 4 bytes of weight, 4 of gradient, and s = 8 of AdamW's two moments (8-bit: 2,
     and 8 bytes of scales for every 256 parameters, but still 8 in tensors of fewer than 4,096).
 a: the peak of the bytes that the forward and backward pass of one sample allocate; b: samples in a batch.
@@ -44,9 +45,15 @@ class MemoryEstimate:
     optimizer: int
     sample: int
     batch: int
-    idle: int = 0
+    idle_vae: int = 0
+    idle_encoders: int = 0
     encoding_picture: int = 0
     decoding_picture: int = 0
+
+    @property
+    def idle(self) -> int:
+        """The bytes of what is off the device during the updates."""
+        return self.idle_vae + self.idle_encoders
 
     @property
     def activations(self) -> int:
@@ -58,11 +65,12 @@ class MemoryEstimate:
 
     @property
     def encoding(self) -> int:
-        return self.base + self.idle + self.encoding_picture
+        return self.base + max(self.idle, self.idle_vae + self.encoding_picture)
 
     @property
     def decoding(self) -> int:
-        return self.base + self.adapter + self.optimizer + self.idle + self.decoding_picture
+        used = max(self.idle_encoders, self.idle_vae + self.decoding_picture)
+        return self.base + self.adapter + self.optimizer + used
 
     @property
     def total(self) -> int:
@@ -89,7 +97,9 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
     sizes = [parameter.numel() for parameter in trained]
     adapter = 4 * sum(sizes)
     model, size = run.model, run.size
-    idle = [part for part in (model.vae, *model.text_encoders) if part in model.offload]
+    idle_vae, idle_encoders = (
+        sum(weight_bytes(part) for part in some if part in model.offload) for some in ([model.vae], model.text_encoders)
+    )
     parts = [part for part in (model.unet, model.vae, *model.text_encoders) if part not in model.offload]
     moments = [_eight_bit(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
     trained_in_base = sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
@@ -97,8 +107,8 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
     sample = _measure_sample(run, trained)
     decoded = (min(size[0], TILE), min(size[1], TILE)) if model.offload.tiled else size
     return MemoryEstimate(
-        base, adapter, adapter, sum(moments), sample, run.shard.largest, sum(map(weight_bytes, idle)),
-        encoding_bytes(model.vae, size), decoding_bytes(model.vae, decoded),
+        base, adapter, adapter, sum(moments), sample, run.shard.largest,
+        idle_vae, idle_encoders, encoding_bytes(model.vae, size), decoding_bytes(model.vae, decoded),
     )  # fmt: skip
 
 

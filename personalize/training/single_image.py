@@ -71,8 +71,8 @@ def single_image_run(
         compiled_blocks(model.unet, config.torch_compile), fast_paths(model.unet),
         gradient_checkpointing(model.unet, config.gradient_checkpointing),
     ):  # fmt: skip
-        run = SingleImageRun(model, pixels, caption, config, masks, class_images, accelerator)
-        with model.offload.idle(idle_parts(model, config), sparing=config.offload):
+        with model.offload.idle(idle_parts(model, config), sparing=config.offload):  # each comes back to encode
+            run = SingleImageRun(model, pixels, caption, config, masks, class_images, accelerator)
             run.add_adapter()
             with timestep_mask(model.unet, run.timestep_rank()):
                 yield run

@@ -1,15 +1,15 @@
 """Peak memory of SDXL-shaped updates under `low_memory` on a CPU, with text encoders and VAE kept in memory or not.
 
-    python -m tests.bench.memory                         # 512 px, two updates of one sample; needs 12 GB
-    python -m tests.bench.memory --side 256 --arms offload
+    python -m tests.bench.memory                         # 128, 256 and 512 px, two updates of one sample; needs 12 GB
+    python -m tests.bench.memory --sides 768 --arms offload
 
 Each arm runs in a process of its own, whose resident size is read from Linux; what the process had before the base was
-there is taken off.  Weights are random.  The estimate is that which trainers print.
+there, with all libraries loaded, is taken off.  Freed memory is returned, as by the command line with `--offload`.
+Weights are random.  The estimate is that which trainers print.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 import subprocess
@@ -26,8 +26,8 @@ ARMS = {"in memory": False, "offload": True}
 
 @dataclass(frozen=True)
 class Options:
-    side: int = 512
-    """Side of the picture in pixels."""
+    sides: tuple[int, ...] = (128, 256, 512)
+    """Sides of the picture in pixels, one after the other."""
     updates: int = 2
     """Updates of one sample each."""
     arms: tuple[Literal["in memory", "offload"], ...] = ("in memory", "offload")
@@ -38,17 +38,37 @@ class Options:
 
 def main(options: Options) -> None:
     if options.child:
-        print(json.dumps(measured(options)))
+        measure(options)
         return
     for arm in options.arms:
         command = [sys.executable, "-m", "tests.bench.memory", "--child", "--arms", arm]
-        command += ["--side", str(options.side), "--updates", str(options.updates)]
-        out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        print(arm, out.splitlines()[-1], flush=True)
+        subprocess.run([*command, "--sides", *map(str, options.sides), "--updates", str(options.updates)], check=True)
 
 
-def measured(options: Options) -> dict[str, Any]:
-    """Peaks of resident memory in GB above that of the imports, and the estimates of the same."""
+def measure(options: Options) -> None:
+    """Print, for each side, the peaks of resident memory in GB above that of the libraries, and their estimates."""
+    from personalize.cli.pages import return_freed_memory
+    from personalize.models.memory import return_free_blocks
+    from tests.support.tiny import tiny
+
+    return_freed_memory()
+    (arm,) = options.arms
+    warm = tiny("sdxl")
+    warm.quantize()
+    measured(warm, 64, ARMS[arm], 1, 0)
+    del warm
+    start = resident("VmRSS")
+    model = random_sdxl()
+    model.quantize()
+    return_free_blocks()
+    for side in options.sides:
+        began = time.monotonic()
+        result = measured(model, side, ARMS[arm], options.updates, start)
+        print(json.dumps({"arm": arm, "side": side, "seconds": round(time.monotonic() - began), **result}), flush=True)
+
+
+def measured(model: Any, side: int, offload: bool, updates: int, start: int) -> dict[str, dict[str, float]]:
+    """The peaks of a run on one picture, and the estimates of the same, in GB."""
     import torch
     from accelerate import Accelerator
 
@@ -56,19 +76,13 @@ def measured(options: Options) -> dict[str, Any]:
     from personalize.training.memory_estimate import estimate
     from personalize.training.single_image import idle_parts, single_image_run
 
-    (arm,) = options.arms
     config = SingleImageConfig(
-        gradient_checkpointing=True, use_8bit_adam=True, offload=ARMS[arm], train_batch_size=1, samples_per_update=1,
-        max_train_samples=options.updates,
+        gradient_checkpointing=True, use_8bit_adam=True, offload=offload, train_batch_size=1, samples_per_update=1,
+        max_train_samples=updates,
     )  # fmt: skip
-    pixels = torch.rand(1, 3, options.side, options.side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    start = resident("VmRSS")
-    model = random_sdxl()
-    model.quantize()
-    ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of the full-precision weights is no memory that updates need
-    print("base", resident("VmRSS") - start, file=sys.stderr)
-    _peak(start)
+    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     peaks, accelerator = {}, Accelerator(cpu=True, mixed_precision="bf16")
+    _peak(start)
     with (
         model.offload.idle(idle_parts(model, config), sparing=config.offload),
         single_image_run(model, pixels, "a photo of a cat", config, accelerator=accelerator) as run,
@@ -76,17 +90,15 @@ def measured(options: Options) -> dict[str, Any]:
         peaks["encoding"] = _peak(start)
         expected = estimate(run)
         _peak(start)
-        began = time.monotonic()
-        assert len([*run.steps()]) == options.updates
-        peaks["updates"], seconds = _peak(start), time.monotonic() - began
-        model.decode(torch.zeros(1, 4, options.side // 8, options.side // 8))
+        assert len([*run.steps()]) == updates
+        peaks["updates"] = _peak(start)
+        model.decode(torch.zeros(1, 4, side // 8, side // 8))
         peaks["preview"] = _peak(start)
-    print(expected)
     estimates = {"encoding": expected.encoding, "updates": expected.updates, "preview": expected.decoding}
-    rounded = {"peak": peaks, "estimate": estimates}
-    return {"arm": arm, "side": options.side, "seconds": round(seconds), **{
-        kind: {name: round(value / 1e9, 2) for name, value in values.items()} for kind, values in rounded.items()
-    }}  # fmt: skip
+    return {
+        kind: {name: round(value / 1e9, 2) for name, value in values.items()}
+        for kind, values in {"peak": peaks, "estimate": estimates}.items()
+    }
 
 
 def random_sdxl() -> Any:

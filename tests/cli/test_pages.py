@@ -1,4 +1,6 @@
-"""The command line's own training process keeps freed memory; nothing else changes anybody's allocator."""
+"""The command line's own training process keeps freed memory, or gives all of it back to spare memory; nothing else
+changes anybody's allocator.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +43,8 @@ from personalize.cli.main import run_script
 class Config:
     rank: int = 4
     """Rank."""
+    offload: bool = False
+    """Spare memory."""
 
 def main(config):
     pass
@@ -88,18 +92,22 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["train", "nothing"], True),
         (["--config", "preset.yaml", "train", "nothing", "--rank", "8"], True),
-        (["export", "nothing"], False),
+        (["export", "nothing"], None),
+        (["train", "nothing", "--offload"], False),
+        (["export", "nothing", "--offload"], None),
     ],
 )
 @pytest.mark.usefixtures("trainer")
 def test_speed_only_commands_that_train_keep_memory(
-    words: list[str], kept: bool, options: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    words: list[str], kept: bool | None, options: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """With --offload they give it back: weights that have left would otherwise stay in memory, as free blocks."""
     (tmp_path / "preset.yaml").write_text("rank: 2\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["personalize", *words])
     assert main.main() == 0
-    assert options == (list(pages._KEEP.items()) if kept else [])
+    wanted: dict[bool | None, dict[int, int]] = {True: pages._KEEP, False: pages._RETURN}
+    assert options == list(wanted.get(kept, {}).items())
 
 
 def test_speed_a_script_started_by_itself_keeps_memory(

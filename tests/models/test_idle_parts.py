@@ -52,7 +52,12 @@ from pathlib import Path
 from personalize.models.idle_parts import OffloadedPart
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-layer = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(16))).requires_grad_(False)
+torch.empty(7 * 2**20).fill_(1)  # once it is freed, glibc takes blocks of up to its 28 MiB from the heap
+layers, between = [], []
+for _ in range(16):
+    layers.append(torch.nn.Linear(2048, 2048, bias=False))
+    between.append(torch.ones(100))  # so that freed blocks are not at the heap's end
+layer = torch.nn.Sequential(*layers).requires_grad_(False)
 with torch.no_grad():
     expected = layer(torch.ones(1, 2048))
     inside = resident()

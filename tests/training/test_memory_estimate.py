@@ -93,10 +93,21 @@ def test_parts_that_updates_do_not_use_count_for_encoding_and_previews_alone() -
             found.append(estimate(run))
     plain, offloaded, trained = found
     assert (plain.idle, offloaded.idle) == (0, off) and plain.base - offloaded.base == off
-    assert plain.updates - offloaded.updates == pytest.approx(off, rel=0.01) and plain.decoding == offloaded.decoding
+    assert plain.updates - offloaded.updates == pytest.approx(off, rel=0.01) and plain.decoding > offloaded.decoding
     assert trained.idle == memory_estimate.weight_bytes(model.vae)
     assert offloaded.total == max(offloaded.updates, offloaded.encoding, offloaded.decoding)
-    assert offloaded.decoding > offloaded.base + off + decoding_bytes(model.vae, (64, 64))
+    vae, encoders = (sum(map(memory_estimate.weight_bytes, parts)) for parts in ([model.vae], model.text_encoders))
+    most = encoding_bytes(model.vae, (64, 64)), decoding_bytes(model.vae, (64, 64))
+    assert offloaded.encoding == offloaded.base + max(off, vae + most[0])  # all once, when it is loaded
+    assert offloaded.decoding == offloaded.base + offloaded.adapter + offloaded.optimizer + max(encoders, vae + most[1])
+
+
+def test_parts_that_come_one_after_another_are_not_counted_together() -> None:
+    """Large pictures: the autoencoder's peak counts without the text encoders; small ones: all once, when loaded."""
+    small = MemoryEstimate(100, 0, 0, 0, 10, 1, idle_encoders=50, idle_vae=5, encoding_picture=1, decoding_picture=1)
+    assert (small.idle, small.encoding, small.decoding, small.updates) == (55, 155, 150, 110)
+    large = replace(small, encoding_picture=200, decoding_picture=300)
+    assert (large.encoding, large.decoding) == (305, 405)
 
 
 def test_live_bytes_fall_when_tensors_die() -> None:
