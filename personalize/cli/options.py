@@ -61,6 +61,9 @@ class InspectConfig:
         check_files(self.file)
 
 
+Family = Literal["sd1", "sd2", "sdxl", "flux1", "flux2", "z-image", "qwen-image", "krea2", "anima", "sd3", "chroma"]
+
+
 @dataclass(frozen=True)
 class ConvertConfig:
     """Convert a LoRA or embedding file for other programs, correct its keys, alphas and ranks, and verify the result.
@@ -78,7 +81,7 @@ class ConvertConfig:
     """Replace an output that exists."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the numbers written."""
-    family: Literal["sd1", "sd2", "sdxl"] | None = None
+    family: Family | None = None
     """Family of the base model, if the file does not say it."""
     unet_only: bool = False
     """Leave out the part for the text encoders."""

@@ -4,6 +4,7 @@
     foreign_files             the one list of what an adapter file holds, for every command
     key_parts, lora_keys      keys taken apart; names of modules;  layouts: tensors by module and factor
     peft_settings             alpha / r from wherever a program keeps it
+    algorithms                which algorithm a module's tensors are of;  trainers: which program wrote a file
     weight_changes, changed_layers   ΔW of every algorithm, and the layers it makes;  layer_kinds: of each family
     layer_sizes               what factors may multiply out to, checked before they do
     lora_files, peft_files    LoRA files and PEFT folders
@@ -14,7 +15,8 @@
     training_notes            what to know of an adapter's training
     reader_keys, source_reading, verification   independent readings, and the comparison with them
     compatibility, coverage   who can read a file, and what it changes
-    inspection, folder_inspection, conversion   say what a file is; rewrite it for another program
+    diffusion_transformers/   files for FLUX, Z-Image, Qwen-Image, SD 3 and others
+    inspection, inspection_report, folder_inspection, conversion   say what a file is; rewrite it
 
 Imports: io, models.
 """

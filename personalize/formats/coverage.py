@@ -13,7 +13,8 @@ from torch import Tensor
 
 from personalize.models.empty import adaptable_layers, empty_unet
 
-KINDS = ("self-attention", "cross-attention", "feed-forward", "projection", "resnet", "sampler", "other")
+KINDS = ("attention", "self-attention", "cross-attention", "feed-forward", "modulation", "projection", "resnet",
+         "sampler", "other")  # fmt: skip
 TEXT_LAYERS = {"sd1": (12,), "sd2": (23,), "sdxl": (12, 32)}  # layers of each text encoder
 INK, PAPER, EMPTY, FULL = (32, 32, 36), (255, 255, 255), (238, 240, 243), (47, 111, 171)  # RGB
 CELL, LINE, LEFT = (112, 30), 30, 132  # px: a cell's width and height, a text line, the column of block names
@@ -72,10 +73,11 @@ def block_of(module: str) -> str:
 def kind_of(module: str) -> str:
     """The kind of a module (one of KINDS), by its name."""
     kinds = {
-        ".attn1.": 0, ".self_attn.": 0, ".attn2.": 1, ".ff.": 2, ".mlp.": 2, ".proj_in": 3, ".proj_out": 3,
-        ".resnets.": 4, "samplers.": 5,
+        ".attn1.": "self-attention", ".self_attn.": "self-attention", ".attn2.": "cross-attention",
+        ".ff.": "feed-forward", ".mlp.": "feed-forward", ".proj_in": "projection", ".proj_out": "projection",
+        ".resnets.": "resnet", "samplers.": "sampler",
     }  # fmt: skip
-    return KINDS[next((number for name, number in kinds.items() if name in module), 6)]
+    return next((kind for name, kind in kinds.items() if name in module), "other")
 
 
 def _text_modules(family: str | None) -> list[str]:

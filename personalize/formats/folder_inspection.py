@@ -13,10 +13,14 @@ from pathlib import Path
 from personalize.errors import UserError
 from personalize.formats import compatibility, layouts
 from personalize.formats.adapter_source import INDEX, is_adapter_folder, open_adapter
+from personalize.formats.diffusion_transformers.families import FAMILIES
+from personalize.formats.diffusion_transformers.reading import identify, sort
+from personalize.formats.diffusion_transformers.summary import folder_readings
+from personalize.formats.diffusion_transformers.summary import layout as transformer_layout
 from personalize.formats.foreign_files import require_adapter
 from personalize.formats.inspection import layout, modules_elsewhere
 from personalize.io.pickles import is_pickle
-from personalize.io.tensor_files import PICKLE_SUFFIXES
+from personalize.io.tensor_files import PICKLE_SUFFIXES, TensorFile
 
 SUFFIXES = {".safetensors", *PICKLE_SUFFIXES}
 PEEK = 16  # numbers: tensors of up to so many are read, larger ones have a shape alone
@@ -68,6 +72,8 @@ def _summary(path: Path, allow_pickle: bool) -> FileSummary:
         return FileSummary(path.name, size, "a pickle: --allow_pickle reads its tensors", problems=["it is a pickle"])
     try:
         content = open_adapter(path, allow_pickle=allow_pickle, peek=PEEK)
+        if (found := identify(content)) is not None:
+            return _transformer_summary(path, size, content, found[0])
         contents = layouts.classify_tensors(content.tensors)
         family = layouts.detect_family(contents, content.metadata)[0]
         findings = compatibility.findings(contents, content.metadata, family)
@@ -86,6 +92,17 @@ def _summary(path: Path, allow_pickle: bool) -> FileSummary:
         path.name, size, layout(contents), family or "", len(contents.modules), _span(ranks), len(contents.embeddings),
         {program: verdict for program, (verdict, _) in readers.items()}, problems,
     )  # fmt: skip
+
+
+def _transformer_summary(path: Path, size: int, content: TensorFile, family: str) -> FileSummary:
+    """The line of a LoRA file for a diffusion transformer."""
+    file = sort(content, family)
+    ranks = sorted({len(parts["A"]) for parts in file.parts.values() if "A" in parts and parts["A"].ndim})
+    title = FAMILIES[family].title
+    problems = [f"{len(file.unknown)} key(s) belong to no layer of {title}"] if file.unknown else []
+    readers = {program: verdict for program, (verdict, _) in folder_readings(file).items()}
+    return FileSummary(path.name, size, transformer_layout(file), family, len(file.parts), _span(ranks), 0, readers,
+                       problems)  # fmt: skip
 
 
 def _span(values: list[int]) -> str:

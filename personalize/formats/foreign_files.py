@@ -17,6 +17,9 @@ from personalize.errors import UserError
 from personalize.formats import layouts
 from personalize.formats import textual_inversion_files as token_files
 from personalize.formats.adapter_source import open_adapter
+from personalize.formats.algorithms import NEEDED, algorithm_of
+from personalize.formats.diffusion_transformers.families import FAMILIES as TRANSFORMER_FAMILIES
+from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.layer_kinds import as_layer_wants, fitting_families, kernels
 from personalize.formats.layer_sizes import SMALL, most_numbers, require_fitting
 from personalize.formats.lora_files import factor_pairs
@@ -88,6 +91,11 @@ def read_adapter_file(
     family = family or layouts.detect_family(contents, content.metadata)[0]
     if contents.embeddings and not contents.modules:
         return AdapterFile({}, 1, 1.0, family or _family_of_rows(concepts), "peft", content.metadata, concepts)
+    if contents.unknown_keys and (found := identify(content)) is not None:
+        title = TRANSFORMER_FAMILIES[found[0]].title
+        raise UserError(
+            f"{path} is a LoRA for {title}: inspect, convert and verify take it, all else knows SD 1, 2 and XL alone"
+        )
     require_adapter(contents, path)
     require_fitting(path, contents.modules, family)
     parts = {module: _with_folded_core(module, values, family) for module, values in contents.modules.items()}
@@ -168,27 +176,6 @@ def as_lora(file: AdapterFile, rank: int | None = None) -> tuple[AdapterFile, li
     return replace(file, state=state, rank=rank, alpha=alpha, others={}), lines
 
 
-def algorithm_of(parts: Parts) -> str:
-    """The algorithm of a module that is no plain LoRA, by its tensors' roles."""
-    roles = set(parts) - {"scale", "alpha"}
-    for name, marks in MARKS.items():
-        if roles & marks:
-            return name
-    return "bias difference"
-
-
-MARKS = {
-    "DoRA": {"dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"},
-    "GLoRA": {"a1.weight", "a2.weight", "b1.weight", "b2.weight"},
-    "OFT or BOFT": {"oft_blocks", "oft_diag", "oft_R.weight"},
-    "(IA)3": {"on_input", "weight"},
-    "LoHa": {"hada_w1_a"},
-    "LoKr": {"lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"},
-    "full difference": {"diff"},
-    "LoRA": {"A", "B"},
-}
-
-
 def _require_complete(module: str, parts: Parts) -> None:
     """UserError unless a module of another algorithm than LoRA has all its factors, of finite numbers."""
     name, roles = algorithm_of(parts), set(parts)
@@ -197,18 +184,6 @@ def _require_complete(module: str, parts: Parts) -> None:
         raise UserError(f"module {module} of {name} lacks {' and '.join(sorted(missing[0][0]))}: get the file again")
     if odd := [role for role, tensor in parts.items() if not bool(tensor.float().isfinite().all())]:
         raise UserError(f"module {module} holds a number that is not finite (in {odd[0]}): train the adapter again")
-
-
-NEEDED: dict[
-    str, tuple[tuple[set[str], ...], ...]
-] = {  # for each algorithm: what must be there, each in one of several forms
-    "DoRA": (({"A", "B"},),),
-    "LoRA": (({"A", "B"},),),
-    "GLoRA": (({"a1.weight", "a2.weight", "b1.weight", "b2.weight"},),),
-    "LoHa": (({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),),
-    "LoKr": (({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}), ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})),
-    "(IA)3": (({"weight", "on_input"},),),
-}
 
 
 def _with_folded_core(module: str, parts: Mapping[str, Tensor], family: str | None = None) -> Mapping[str, Tensor]:

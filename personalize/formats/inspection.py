@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +15,19 @@ from torch import Tensor
 from personalize.errors import UserError
 from personalize.formats import compatibility, coverage, layouts, peft_settings
 from personalize.formats.adapter_source import open_adapter
+from personalize.formats.diffusion_transformers.reading import identify
+from personalize.formats.diffusion_transformers.summary import summarized
 from personalize.formats.foreign_files import as_lora, read_adapter_file
+from personalize.formats.inspection_report import Inspection, counts, size_of
 from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
 from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.timestep_rank import HEADER_KEY, KEY, read_rule, warning
+from personalize.formats.trainers import written_by
 from personalize.formats.training_notes import training_notes
 from personalize.io.json_files import read_json
 from personalize.io.pickles import is_pickle
 from personalize.io.tensor_files import TensorFile
-
-FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", None: "unknown"}
-MAX_LINES = 12  # of metadata, and of problems, in the text; --json prints all
-MAX_VALUE_LENGTH = 200  # characters of one metadata value in the text
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Everything that `personalize inspect` reports about a file; `--json` prints these fields under their names."""
-
-    file: str
-    bytes: int
-    layout: str
-    family: str | None
-    family_by: str
-    algorithms: dict[str, int]
-    components: dict[str, int]
-    parameters: int
-    dtypes: dict[str, int]
-    ranks: dict[str, int]
-    strengths: dict[str, int]
-    """Number of modules for each value of alpha / r; `ranks` likewise for r."""
-    rows: list[coverage.BlockCoverage]
-    tokens: list[dict[str, Any]]
-    readers: dict[str, tuple[str, str]]
-    problems: list[str]
-    metadata: dict[str, str]
-    captions: list[str] = field(default_factory=list)
-    """Of the pictures that an adapter folder was trained on; each has a source embedding."""
-    training: list[str] = field(default_factory=list)
-    """What to know of the training of an adapter folder."""
 
 
 def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
@@ -66,6 +38,8 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     """
     path = Path(path)
     content = open_adapter(path, allow_pickle=allow_pickle)
+    if (found := identify(content)) is not None:
+        return summarized(path, content, *found, pickle=is_pickle(path))
     contents = layouts.classify_tensors(content.tensors)
     family, evidence = layouts.detect_family(contents, content.metadata)
     scalings, problems = _scalings(contents, content.metadata)
@@ -80,14 +54,15 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     factors = [tensor for parts in modules.values() for role, tensor in parts.items() if role != "alpha"]
     tensors = [*factors, *contents.embeddings.values()]
     return Inspection(
-        file=str(path), bytes=_size(path), layout=layout(contents), family=family, family_by=evidence,
+        file=str(path), bytes=size_of(path), layout=layout(contents), family=family, family_by=evidence,
         algorithms=dict(contents.algorithm_counts), components=dict(Counter(m.partition(".")[0] for m in modules)),
         parameters=sum(tensor.numel() for tensor in tensors),
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
-        ranks=_counts(parts["A"].shape[0] for parts in modules.values() if "A" in parts and parts["A"].ndim),
-        strengths=_counts(scalings.values()), rows=_coverage(contents, scalings, family),
+        ranks=counts(parts["A"].shape[0] for parts in modules.values() if "A" in parts and parts["A"].ndim),
+        strengths=counts(scalings.values()), rows=_coverage(contents, scalings, family),
         tokens=_tokens(contents, content, path), readers=readers, problems=problems, metadata=dict(content.metadata),
         captions=_captions(about := _manifest(path)), training=training_notes(about),
+        writer=written_by(content.metadata, contents.naming_schemes) if modules else "",
     )  # fmt: skip
 
 
@@ -97,12 +72,6 @@ def layout(contents: FileContents) -> str:
     algorithms = " and ".join(sorted(contents.algorithm_counts))
     phrases = [f"{algorithms} in {names}" if algorithms and names else names, contents.file_kind]
     return ", ".join(phrase for phrase in phrases if phrase) or "nothing known"
-
-
-def _counts(values: Any) -> dict[str, int]:
-    """How often each number occurs, by the number as text, in rising order."""
-    counted = Counter(values)
-    return {f"{value:.6g}": count for value, count in sorted(counted.items())}
 
 
 def _scalings(contents: FileContents, metadata: Mapping[str, str]) -> tuple[dict[str, float], list[str]]:
@@ -182,12 +151,6 @@ def _own_verdict(path: Path, content: TensorFile) -> tuple[str, str]:
     return (compatibility.PARTLY, f"convert: {lines[0]}") if lines else (compatibility.YES, "")
 
 
-def _size(path: Path) -> int:
-    """The size in bytes of a file, or of all files in a folder."""
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
-
-
 def _timestep_rank(path: Path, metadata: Mapping[str, str]) -> list[str]:
     """As a problem: a rank that depends on the timestep, by the file's header or the adapter folder it is part of."""
     try:
@@ -235,47 +198,3 @@ def _tokens(contents: FileContents, content: TensorFile, path: Path) -> list[dic
         vectors, width = (shape[0], shape[-1]) if shape else (0, 0)
         tokens.append({"key": key, "token": token, "vectors": vectors, "width": width})
     return tokens
-
-
-def report(inspection: Inspection) -> str:
-    """The inspection as text for a terminal; characters that are not printable become "?"."""
-    lines = [
-        f"{inspection.file}: {inspection.layout}, {inspection.bytes:,} bytes",
-        f"family      {FAMILIES[inspection.family]} ({inspection.family_by})",
-    ]
-    if inspection.components:
-        parts = ", ".join(f"{count} in {name}" for name, count in inspection.components.items())
-        lines += [f"modules     {sum(inspection.components.values())} ({parts}), {inspection.parameters:,} parameters, "
-                  f"{', '.join(inspection.dtypes)}"]  # fmt: skip
-        lines += [f"rank        {_values_text(inspection.ranks)}", f"alpha/rank  {_values_text(inspection.strengths)}"]
-    for token in inspection.tokens:
-        lines.append(
-            f"token       {token['token']}: {token['vectors']} vector(s) of width {token['width']} ({token['key']})"
-        )
-    lines += [f"caption     {caption}" for caption in inspection.captions[:MAX_LINES]]
-    lines += [f"training    {note}" for note in inspection.training]
-    if inspection.rows:
-        lines += ["", coverage.coverage_text(inspection.rows)]
-    lines += ["", "read by"]
-    lines += [f"  {name:12}{verdict:8}{reason}".rstrip() for name, (verdict, reason) in inspection.readers.items()]
-    if inspection.problems:
-        lines += ["", "problems", *_first_lines([f"  {problem}" for problem in inspection.problems])]
-    if inspection.metadata:
-        values = [(key[:60], " ".join(value.split())) for key, value in sorted(inspection.metadata.items())]
-        lines += ["", "metadata", *_first_lines([f"  {key} = {value[:MAX_VALUE_LENGTH]}" for key, value in values])]
-    return "\n".join("".join(c if c.isprintable() or c == "\n" else "?" for c in line) for line in lines)
-
-
-def _values_text(values: Mapping[str, int]) -> str:
-    """The value that all modules share, or each value with the number of modules that have it."""
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return next(iter(values))
-    return ", ".join(f"{value} ({count} modules)" for value, count in list(values.items())[:MAX_LINES])
-
-
-def _first_lines(lines: list[str]) -> list[str]:
-    """At most `MAX_LINES` lines, and one that says how many are left out."""
-    omitted = len(lines) - MAX_LINES
-    return lines[:MAX_LINES] + ([f"  and {omitted} more (--json has all)"] if omitted > 0 else [])

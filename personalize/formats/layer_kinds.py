@@ -58,10 +58,10 @@ def as_layer_wants(parts: Mapping[str, Tensor], module: str, family: str | None)
     if kernel is None:
         return dict(parts)
     sides = {"A": kernel, "B": tuple(1 for _ in kernel)}
-    return {role: _with_kernel(tensor, sides[role]) if role in sides else tensor for role, tensor in parts.items()}
+    return {role: with_kernel(tensor, sides[role]) if role in sides else tensor for role, tensor in parts.items()}
 
 
-def _with_kernel(tensor: Tensor, kernel: tuple[int, ...]) -> Tensor:
+def with_kernel(tensor: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """A factor (r, in·k·k) as (r, in, k, k), or (r, in, 1, 1) as (r, in); any other is returned as it is."""
     if kernel and tensor.ndim == 2 and tensor.shape[1] % (kernel[0] * kernel[1]) == 0:
         return tensor.reshape(len(tensor), -1, *kernel)
@@ -76,7 +76,7 @@ def fitted(a: Tensor, b: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     A layer that reads more channels than A changes has them behind those of the layer that A was made for, as the
     first convolution of an inpainting UNet has the mask and the masked picture behind the latents: A is 0 there.
     """
-    a, b = _with_kernel(a, tuple(shape[2:])), _with_kernel(b, tuple(1 for _ in shape[2:]))
+    a, b = with_kernel(a, tuple(shape[2:])), with_kernel(b, tuple(1 for _ in shape[2:]))
     if len(shape) == 4 and a.ndim == 4 and a.shape[1] == LATENT_CHANNELS < shape[1]:
         a = torch.cat([a, a.new_zeros(len(a), shape[1] - a.shape[1], *a.shape[2:])], 1)
     return a, b

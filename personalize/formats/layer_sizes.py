@@ -67,7 +67,7 @@ def require_fitting(path: str | Path, modules: Mapping[str, Mapping[str, Tensor]
                 "expected: the file is damaged or made to harm"
             )
         limits = sides_of(module, family)
-        for what, sides in _products(parts):
+        for what, sides in products(parts):
             if any(side > limit for side, limit in zip(sides, limits, strict=True)):
                 raise UserError(
                     f"{path}: module {module} makes a change of {sides[0]}×{sides[1]} of {what}, its layer has at "
@@ -75,7 +75,7 @@ def require_fitting(path: str | Path, modules: Mapping[str, Mapping[str, Tensor]
                 )
 
 
-def _products(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[int, int]]]:
+def products(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[int, int]]]:
     """The sides (out, in·k·k) of what each kind of factors in `parts` multiplies out to."""
     shapes = {role: tuple(tensor.shape) for role, tensor in parts.items() if tensor.ndim > 1}
     for up, down in TWO_SIDED:

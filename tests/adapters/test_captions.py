@@ -17,7 +17,8 @@ from personalize.editing.config import Sampling
 from personalize.editing.drag.reading import conditioning
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
-from personalize.formats.inspection import inspect_file, report
+from personalize.formats.inspection import inspect_file
+from personalize.formats.inspection_report import report
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder, tiny_pipeline

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from personalize.errors import UserError
+from personalize.formats.algorithms import algorithm_of
 from personalize.formats.changed_layers import changed
-from personalize.formats.foreign_files import algorithm_of
 from personalize.formats.weight_changes import NEED_THE_BASE, lora_pair
 
 modules = pytest.importorskip("lycoris.modules")

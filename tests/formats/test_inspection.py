@@ -10,7 +10,8 @@ from PIL import Image
 from personalize.cli.commands import inspect
 from personalize.errors import UserError
 from personalize.formats import coverage, layouts
-from personalize.formats.inspection import inspect_file, report
+from personalize.formats.inspection import inspect_file
+from personalize.formats.inspection_report import report
 from personalize.formats.lora_files import diffusers_file, kohya_file, kohya_metadata
 from tests.support.foreign_files import diffusers, kohya, modules, old_diffusers, save, small_state, with_uneven_ranks
 

@@ -9,7 +9,8 @@ from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
 from personalize.formats.coverage import norm_of
 from personalize.formats.foreign_files import as_lora, read_adapter_file
-from personalize.formats.inspection import inspect_file, report
+from personalize.formats.inspection import inspect_file
+from personalize.formats.inspection_report import report
 from personalize.formats.layer_kinds import known_paths
 from personalize.formats.layer_sizes import FAMILIES, layer_sides, sides_of
 from personalize.formats.verification import verify_file

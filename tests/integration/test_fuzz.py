@@ -17,7 +17,8 @@ from personalize.errors import UserError
 from personalize.formats.adapter_source import open_adapter
 from personalize.formats.changed_layers import changed
 from personalize.formats.folder_inspection import folder_text, inspect_folder
-from personalize.formats.inspection import inspect_file, report
+from personalize.formats.inspection import inspect_file
+from personalize.formats.inspection_report import report
 from personalize.formats.verification import verify_folder
 from personalize.io.json_files import read_json
 from personalize.io.tensor_files import read_tensors, tensor_bytes

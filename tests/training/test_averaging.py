@@ -13,7 +13,8 @@ from torch import nn
 
 from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
-from personalize.formats.inspection import inspect_file, report
+from personalize.formats.inspection import inspect_file
+from personalize.formats.inspection_report import report
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training.averaging import WeightAverage

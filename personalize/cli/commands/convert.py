@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from personalize.cli.commands import convert_transformer
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files
 from personalize.formats.adapter_source import open_adapter
 from personalize.formats.conversion import DTYPES, factors, metadata, require, require_source, require_tokens
+from personalize.formats.diffusion_transformers.families import FAMILIES
+from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.foreign_files import AdapterFile, as_lora, read_adapter_file
 from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, require_peft_files
 from personalize.formats.reader_keys import Factors
@@ -33,6 +36,10 @@ def run(config: ConvertConfig) -> Path:
     """
     _require_free(config.output, config)
     content = open_adapter(config.file, allow_pickle=config.allow_pickle)
+    if (found := identify(content, config.family)) is not None:
+        return convert_transformer.run(config, content, found[0])
+    if config.family in FAMILIES:
+        raise UserError(f"{config.file} has no layer of {FAMILIES[config.family].title}: is --family right?")
     file = read_adapter_file(config.file, content, token=config.token, family=config.family)
     if not file.state and not file.others:
         return _convert_tokens(config, config.output, file.concepts)

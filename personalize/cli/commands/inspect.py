@@ -11,7 +11,8 @@ from personalize.errors import UserError
 from personalize.formats import coverage
 from personalize.formats.adapter_source import is_adapter_folder
 from personalize.formats.folder_inspection import FileSummary, folder_text, inspect_folder
-from personalize.formats.inspection import FAMILIES, Inspection, inspect_file, report
+from personalize.formats.inspection import inspect_file
+from personalize.formats.inspection_report import FAMILIES, Inspection, report
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_metadata import IMAGE_SUFFIXES

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Protocol
 
 from personalize.errors import Mismatch
+from personalize.formats.adapter_source import open_adapter
+from personalize.formats.diffusion_transformers.checking import require_no_base, verify_transformer_file
+from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.verification import VerificationReport, verify_file, verify_folder
 from personalize.io.json_files import read_json
@@ -35,7 +38,11 @@ def run(config: VerifyConfig) -> VerificationReport:
     """
     path = Path(config.path)
     folder = path.parent if path.is_file() else path
-    if path.is_file() and not is_part_of_adapter(path):
+    alone = path.is_file() and not is_part_of_adapter(path)
+    if alone and (found := identify(content := open_adapter(path))) is not None:
+        require_no_base(path, config.base)
+        report, base = verify_transformer_file(path, content, found[0]), True
+    elif alone:
         report = verify_file(path, None if config.base is None else StableDiffusion.load(config.base))
         base = config.base or (True if len(report.files) > 1 else None)
     else:

@@ -1,0 +1,50 @@
+"""`personalize convert` for LoRA files of diffusion transformers; see `formats.diffusion_transformers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from personalize.errors import UserError
+from personalize.formats.conversion import DTYPES
+from personalize.formats.diffusion_transformers.conversion import require_same, transformer_alone
+from personalize.formats.diffusion_transformers.families import FAMILIES
+from personalize.formats.diffusion_transformers.reading import read
+from personalize.formats.diffusion_transformers.writing import diffusers_file, kohya_file, peft_folder
+from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
+from personalize.io.atomic import write_file, write_folder
+from personalize.io.tensor_files import TensorFile
+
+if TYPE_CHECKING:
+    from personalize.cli.options import ConvertConfig
+
+
+def run(config: ConvertConfig, content: TensorFile, family: str) -> Path:
+    """Read the LoRA of a diffusion transformer, write it in another spelling, and read it back before it is saved.
+
+    Raises:
+        UserError: nothing that a LoRA could hold, a --family that the file is not of, or a result that differs.
+    """
+    if config.family not in (None, family):
+        raise UserError(f"{config.file} has layers of {FAMILIES[family].title}: leave --family {config.family} out")
+    lora = read(config.file, content, family)
+    lora = transformer_alone(lora, config.file) if config.unet_only else lora
+    dtype, pairs = DTYPES[config.dtype], lora.pairs
+
+    def check(path: Path) -> None:
+        require_same(path, pairs, family, dtype, asked=config.to == "diffusers")
+
+    if config.to == "peft":
+        folder = config.output
+        if folder.is_dir() and (odd := {one.name for one in folder.iterdir()} - {PEFT_CONFIG, PEFT_WEIGHTS}):
+            raise UserError(f"{folder} already holds {min(odd)}: name another output folder")
+        written = write_folder(folder, peft_folder(pairs, family, dtype), check=check)
+    elif config.to == "diffusers":
+        written = write_file(config.output, diffusers_file(pairs, family, dtype), check=check)
+    else:
+        written = write_file(config.output, kohya_file(pairs, family, dtype, content.metadata), check=check)
+    rank = max(len(a) for a, _ in pairs.values())
+    print(f"{written}: {FAMILIES[family].title}, {len(pairs)} layers, rank {rank}, verified")
+    if lora.left:
+        print(f"{len(lora.left)} changed bias(es) or norm(s) stay behind, first of {lora.left[0]}: no LoRA holds them")
+    return written
