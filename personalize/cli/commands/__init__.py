@@ -4,6 +4,7 @@
     marks                          what the pictures of commands say of themselves
     evaluate_run                   the results that `evaluate --run` makes first
     drag, quickstart, inspect, convert, verify, evaluate, doctor   as the commands are called
+    convert_transformer            `convert` for files of diffusion transformers
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing, training, cli.
 """
