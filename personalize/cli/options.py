@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from personalize.cli.checks import check_files, check_quickstart, check_studio
 from personalize.cli.edit_options import DragConfig, EditConfig, EditTableConfig, PhotoConfig
+from personalize.errors import UserError
 from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.io.numbering import unused_folder
 from personalize.models.config import check_base_name
@@ -105,9 +106,19 @@ class VerifyConfig:
     """Adapter folder, or one LoRA file (.safetensors) of any origin."""
     base: str | None = None
     """Base model to check the names and shapes against; by default the one named in the adapter."""
+    on_base: Literal["fp8", "nf4", "int8"] | None = None
+    """Say how much of each weight change survives being merged into the base in this precision."""
+    picture: Path | None = None
+    """With `--on_base`: a chart of what survives in each block, as a .png file."""
+    json: bool = False
+    """With `--on_base`: print what survives of every module as JSON."""
 
     def check(self) -> None:
         check_files(self.path)
+        if self.on_base is None and (self.picture is not None or self.json):
+            raise UserError(
+                "--picture and --json show what survives on a quantized base: add --on_base fp8, nf4 or int8"
+            )
 
 
 @dataclass(frozen=True)

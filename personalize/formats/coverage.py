@@ -135,23 +135,35 @@ def coverage_text(rows: list[BlockCoverage]) -> str:
 def coverage_picture(rows: list[BlockCoverage], title: str) -> Image.Image:
     """The table as a picture: the darker a cell, the larger the share of changed modules, or the norm of ΔW."""
     kinds = [kind for kind in KINDS if any(kind in row.counts for row in rows)]
+    largest_norm = max((row.norm or 0 for row in rows), default=0) or 1.0
+    cells = {(row.block, kind): (done / there, f"{done} / {there}")
+             for row in rows for kind, (done, there) in row.counts.items()}  # fmt: skip
+    norms = {(row.block, "|dW|"): (row.norm / largest_norm, f"{row.norm:.3g}") for row in rows if row.norm is not None}
+    return table_picture([row.block for row in rows], [*kinds, "|dW|"], cells | norms, title)  # no Greek in the font
+
+
+def table_picture(
+    blocks: list[str], columns: list[str], cells: Mapping[tuple[str, str], tuple[float, str]], title: str
+) -> Image.Image:
+    """A table as a picture: `cells` gives by block and column how dark the cell is, from 0 to 1, and its text."""
     width, height = CELL
-    sheet = Image.new("RGB", (LEFT + (len(kinds) + 1) * width + 8, 2 * LINE + len(rows) * height + 8), PAPER)
+    sheet = Image.new("RGB", (LEFT + len(columns) * width + 8, 2 * LINE + len(blocks) * height + 8), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     pen.text((8, 8), title[:120], INK, font)
-    for column, kind in enumerate([*kinds, "|dW|"]):  # the font that Pillow brings has no Greek
-        pen.text((LEFT + column * width + 6, LINE + 8), kind, INK, font)
-    largest_norm = max((row.norm or 0 for row in rows), default=0) or 1.0
-    for number, row in enumerate(rows):
-        top = 2 * LINE + number * height
-        pen.text((8, top + 7), row.block[:18], INK, font)
-        for column, kind in enumerate(kinds):
-            if kind in row.counts:
-                changed, count = row.counts[kind]
-                _cell(pen, (LEFT + column * width, top), changed / count, f"{changed} / {count}", font)
-        if row.norm is not None:
-            _cell(pen, (LEFT + len(kinds) * width, top), row.norm / largest_norm, f"{row.norm:.3g}", font)
+    for number, column in enumerate(columns):
+        pen.text((LEFT + number * width + 6, LINE + 8), column, INK, font)
+    for row, block in enumerate(blocks):
+        top = 2 * LINE + row * height
+        pen.text((8, top + 7), block[:18], INK, font)
+        for number, column in enumerate(columns):
+            if (block, column) in cells:
+                _cell(pen, (LEFT + number * width, top), *cells[block, column], font)
     return sheet
+
+
+def ordered_blocks(blocks: set[str]) -> list[str]:
+    """Names of blocks in the order of the model."""
+    return sorted(blocks, key=_order)
 
 
 def _cell(pen: ImageDraw.ImageDraw, at: tuple[int, int], share: float, text: str, font: object) -> None:

@@ -13,7 +13,8 @@
     known_bases        where the bases of this machine lie, by their hash;  offline: loading without the network
     fast_paths         the same results in less time;  gradient_checkpointing: in less memory
     empty              a model's shapes without its weights
-    quantization       4-bit base models;  offloading: where layers compute whose weights are moved
+    quantization       4-bit base models;  rounding: the numbers that they can hold
+    offloading         where layers compute whose weights are moved
     idle_parts, memory text encoders and autoencoder off the device while unused; what is free, what is needed
     map_filters        attention maps scaled and smoothed
     lora_modules       which modules are LoRA layers;  quiet: other libraries' messages and bars, hidden while loading

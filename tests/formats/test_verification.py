@@ -3,7 +3,6 @@
 import ast
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from personalize.adapters import adapter as adapter_module
 from personalize.adapters.adapter import Adapter
 from personalize.cli.commands import verify
+from personalize.cli.options import VerifyConfig
 from personalize.errors import UserError
 from personalize.formats import lora_files, verification
 from personalize.formats.reader_keys import ReaderKeys, original_paths
@@ -249,9 +249,9 @@ def test_both_key_maps_agree_on_every_module_of_sdxl():
 
 
 def test_the_command_prints_the_report_and_raises_on_a_mismatch(folder, capsys):
-    report = verify.run(SimpleNamespace(path=folder, base=None))
+    report = verify.run(VerifyConfig(folder))
     assert report.ok and "128 / 128 modules match" in capsys.readouterr().out
     rewrite(folder / KOHYA_FILE, lambda tensors, metadata: tensors[f"{KOHYA}.alpha"].mul_(2))
     with pytest.raises(UserError, match="does not verify"):
-        verify.run(SimpleNamespace(path=folder, base=None))
+        verify.run(VerifyConfig(folder))
     assert "NOT verified" in capsys.readouterr().out

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from personalize.errors import Mismatch
+from personalize.cli.terminal import json_text
+from personalize.errors import Mismatch, UserError
 from personalize.formats.adapter_source import open_adapter
+from personalize.formats.coverage import KINDS, ordered_blocks, table_picture
 from personalize.formats.diffusion_transformers.checking import require_no_base, verify_transformer_file
 from personalize.formats.diffusion_transformers.reading import identify
-from personalize.formats.manifest import MANIFEST, is_part_of_adapter
+from personalize.formats.foreign_files import as_lora, read_adapter_file
+from personalize.formats.lora_files import factor_pairs
+from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, is_part_of_adapter
+from personalize.formats.quantized_merge import base_weights, survival_cells, survival_text, survivals
 from personalize.formats.verification import VerificationReport, verify_file, verify_folder
+from personalize.io.atomic import write_file
+from personalize.io.figures import png
 from personalize.io.json_files import read_json
 from personalize.models.known_bases import base_here
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 
-
-class VerifyConfig(Protocol):
-    """The options of `personalize verify FOLDER [--base MODEL]`."""
-
-    @property
-    def path(self) -> str | Path: ...
-
-    @property
-    def base(self) -> str | Path | None: ...
+if TYPE_CHECKING:
+    from personalize.cli.options import VerifyConfig
 
 
 def run(config: VerifyConfig) -> VerificationReport:
@@ -40,18 +41,49 @@ def run(config: VerifyConfig) -> VerificationReport:
     folder = path.parent if path.is_file() else path
     alone = path.is_file() and not is_part_of_adapter(path)
     if alone and (found := identify(content := open_adapter(path))) is not None:
-        require_no_base(path, config.base)
-        report, base = verify_transformer_file(path, content, found[0]), True
-    elif alone:
-        report = verify_file(path, None if config.base is None else StableDiffusion.load(config.base))
-        base = config.base or (True if len(report.files) > 1 else None)
-    else:
-        recorded = read_json(folder / MANIFEST).get("base") or {}
-        base = config.base or (EMBEDDED if recorded.get("name") == "embedded" else base_here(recorded))
-        report = verify_folder(folder, None if base is None else StableDiffusion.load(base))
+        require_no_base(path, config.base or config.on_base)
+        return _printed(path, verify_transformer_file(path, content, found[0]), checked=True)
+    recorded = {} if alone else read_json(folder / MANIFEST).get("base") or {}
+    base = config.base or (EMBEDDED if recorded.get("name") == "embedded" else base_here(recorded))
+    if config.on_base and base is None:
+        raise UserError(f"--on_base {config.on_base} needs the weights of the base: name it with --base")
+    model = None if base is None else StableDiffusion.load(base)
+    report = verify_file(path, model) if alone else verify_folder(folder, model)
+    if config.on_base and model is not None:
+        _print_survival(config, model, path if alone else folder / DIFFUSERS_FILE)
+    return _printed(path, report, checked=model is not None or (alone and len(report.files) > 1))
+
+
+def _printed(path: Path, report: VerificationReport, *, checked: bool) -> VerificationReport:
+    """Print the report; Mismatch if something in it is wrong.
+
+    `checked` says that the file has been compared with a base model, too.
+    """
     print(report)
-    if base is None:
+    if not checked:
         print("Checked without a base model: give --base to check shapes and loading by diffusers too.")
     if not report.ok:
         raise Mismatch(f"{path} does not verify, {sum(len(file.problems) for file in report.files)} problem(s)")
     return report
+
+
+def _print_survival(config: VerifyConfig, model: StableDiffusion, file: Path) -> None:
+    """Print, and draw, what a merge into the base in `config.on_base` leaves of each weight change.
+
+    Raises:
+        UserError: the file's changes are no LoRA, or not for this base.
+    """
+    lora, weights = as_lora(read_adapter_file(file, family=model.family))[0], base_weights(model)
+    factors = {module: (a, b, lora.alpha / lora.rank) for module, (a, b) in factor_pairs(lora.state).items()}
+    for module, (a, b, _) in factors.items():
+        if module not in weights or weights[module].numel() != len(b) * a[0].numel():
+            raise UserError(f"{file}: module {module} does not fit {model.name}: name the base it is for with --base")
+    found, base = survivals(factors, weights, str(config.on_base)), str(config.on_base)
+    print(json_text([asdict(one) for one in found]) if config.json else survival_text(found, base))
+    if config.picture is not None:
+        cells = survival_cells(found)
+        columns = [kind for kind in KINDS if any(kind == column for _, column in cells)]
+        title = f"{file.name}: share of the weight change kept in a base in {base}"
+        write_file(
+            config.picture, png(table_picture(ordered_blocks({block for block, _ in cells}), columns, cells, title))
+        )

@@ -42,4 +42,6 @@ def verify_transformer_file(path: Path, content: TensorFile, family: str) -> Ver
 def require_no_base(path: Path, base: object) -> None:
     """UserError if a base model is given, for those of these families are not loaded here."""
     if base is not None:
-        raise UserError(f"{path} is for a diffusion transformer, of which no base is loaded: leave --base out")
+        raise UserError(
+            f"{path} is for a diffusion transformer, of which no base is loaded: leave --base and --on_base out"
+        )
