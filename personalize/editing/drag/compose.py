@@ -127,7 +127,7 @@ def _point_layers(
             continue
         ratios = [objects[index].ratio for index in group] if objects else None
         field = _field(source, masks[group], ratios, [starts[i] for i in group], [vectors[i] for i in group], settings)
-        layers.append(_Layer(mask, field_sources(field)))
+        layers.append(_Layer(mask, field_sources(field, mask)))
         for index in group:
             x, y = starts[index]
             dx, dy = field[int(y), int(x)].tolist()

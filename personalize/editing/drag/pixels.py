@@ -4,9 +4,10 @@ A warp is a tensor of sources s (H, W, 2): the place (x, y) in pixels of the sou
 have whole coordinates.  It is the inverse of the map p → p′ that the user asks for:
 
     rigid and affine     p′ = A p + b                        s(q) = A⁻¹ (q − b)
-    field                p′ = p + v(p)                       s(q) = q − v(s(q)), by fixed-point iteration
+    field                p′ = p + v(p)                       s(q) solves s + v(s) = q, by Newton's method
 
-Because every pixel of the result asks for its source, no holes open inside the moved object.
+Because every pixel of the result asks for its source, no holes open inside the moved object.  A field steeper than one
+pixel per pixel folds the picture: several places arrive at one pixel, which then shows the one displaced farthest.
 
 References: Inpaint4Drag, arXiv 2509.04582, for warping pixels backward and filling only what is uncovered; Umeyama,
 IEEE TPAMI 13(4), 1991, for least-squares similarity.
@@ -21,10 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, grid_sample, pad
 
+from personalize.editing.drag.mask import dilated
 from personalize.editing.drag.points import Point
 from personalize.errors import UserError
 
-ITERATIONS = 12  # of the fixed point; it converges where the field is not steeper than one pixel per pixel
+FINE = 4  # places per pixel and side that a field is tried at; a field stretches by less than this, or holes open
+NEWTON = 4  # iterations, from a start that is right to a pixel
+NOWHERE = -1e4  # px, the source of a pixel at which nothing arrives: outside of every picture
 
 
 def least_squares_map(sources: Sequence[Point], targets: Sequence[Point], kind: str) -> Tensor:
@@ -77,13 +81,47 @@ def affine_sources(matrix: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([part.float() for part in parts], -1)
 
 
-def field_sources(field: Tensor) -> Tensor:
-    """The warp s (H, W, 2) of the displacements v (H, W, 2) of the source's pixels, both (x, y)."""
-    grid, displacement = whole_places((field.shape[0], field.shape[1])), field.permute(2, 0, 1)
-    sources = grid.clone()
-    for _ in range(ITERATIONS):
-        sources = grid - _sampled(displacement, sources, "bilinear").permute(1, 2, 0)
+def field_sources(field: Tensor, mask: Tensor) -> Tensor:
+    """The warp s (H, W, 2) of the displacements v (H, W, 2), as (x, y), of the pixels inside `mask` (H, W).
+
+    s(q) + v(s(q)) = q.  Where several places arrive at q, the one with the largest ‖v‖ is taken, so that the part that
+    is dragged lies on top of what it is dragged over.  A pixel at which nothing from within a pixel of the mask arrives
+    has a source outside of the picture.
+    """
+    displacement = field.permute(2, 0, 1)
+    sources = _first_sources(displacement, dilated(mask, 1))
+    arrived = sources[..., 0] != NOWHERE
+    goals, places = whole_places((mask.shape[0], mask.shape[1]))[arrived], sources[arrived]
+    for _ in range(NEWTON):
+        missed = goals - places - _moves(displacement, places)
+        across, down = (_moves(displacement, places + half) - _moves(displacement, places - half)
+                        for half in torch.eye(2) / 2)  # fmt: skip
+        slopes = torch.eye(2) + torch.stack([across, down], -1)  # ∂(s + v)/∂s, (n, 2, 2); singular along a fold
+        steps = torch.linalg.solve_ex(slopes, missed[..., None]).result[..., 0]
+        places = places + steps.nan_to_num(0, 0, 0).clamp(-1, 1)
+    sources[arrived] = places
     return sources
+
+
+def _first_sources(displacement: Tensor, mask: Tensor) -> Tensor:
+    """For each pixel the place in `mask` that arrives within half a pixel, of several the one from farthest, (H, W, 2)."""
+    height, width = mask.shape
+    offsets = (torch.arange(FINE) + 0.5) / FINE - 0.5
+    fine = torch.cartesian_prod(offsets, offsets).flip(-1)
+    places = (mask.nonzero().flip(-1)[:, None] + fine).flatten(0, 1)  # (n, 2), as (x, y)
+    moves = _moves(displacement, places)
+    aims = (places + moves).round().long()
+    inside = ((aims >= 0) & (aims < torch.tensor([width, height]))).all(-1)
+    places, goal, far = places[inside], aims[inside] @ torch.tensor([1, width]), moves[inside].norm(dim=-1)
+    farthest = torch.full((height * width,), -1.0).scatter_reduce(0, goal, far, "amax")
+    wins = far == farthest[goal]
+    first = torch.full((height * width,), len(places)).scatter_reduce(0, goal[wins], wins.nonzero()[:, 0], "amin")
+    return torch.cat([places, torch.full((1, 2), NOWHERE)])[first].view(height, width, 2)
+
+
+def _moves(displacement: Tensor, places: Tensor) -> Tensor:
+    """The displacements (n, 2) of the places (n, 2), both (x, y): `displacement` (2, H, W) between its pixels."""
+    return _sampled(displacement, places[None], "bilinear", "border")[:, 0].T
 
 
 def warped_layer(pixels: Tensor, mask: Tensor, sources: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -103,11 +141,11 @@ def whole_places(size: tuple[int, int]) -> Tensor:
     return torch.stack([columns, rows], -1).float()
 
 
-def _sampled(picture: Tensor, sources: Tensor, mode: str) -> Tensor:
-    """`picture` (c, H, W) at the places `sources` (H, W, 2), 0 outside of it."""
+def _sampled(picture: Tensor, sources: Tensor, mode: str, outside: str = "zeros") -> Tensor:
+    """`picture` (c, H, W) at the places `sources` (H, W, 2); outside of it 0, or with "border" its nearest pixel."""
     height, width = picture.shape[-2:]
     scale = torch.tensor([2 / max(1, width - 1), 2 / max(1, height - 1)])
-    return grid_sample(picture[None], (sources * scale - 1)[None], mode, "zeros", align_corners=True)[0]
+    return grid_sample(picture[None], (sources * scale - 1)[None], mode, outside, align_corners=True)[0]
 
 
 def _blurred(pixels: Tensor, sigma: float) -> Tensor:
