@@ -104,7 +104,7 @@ def field_sources(field: Tensor, mask: Tensor) -> Tensor:
 
 
 def _first_sources(displacement: Tensor, mask: Tensor) -> Tensor:
-    """For each pixel the place in `mask` that arrives within half a pixel, of several the one from farthest, (H, W, 2)."""
+    """For each pixel a place in `mask` that arrives within half a pixel: the one from farthest, (H, W, 2)."""
     height, width = mask.shape
     offsets = (torch.arange(FINE) + 0.5) / FINE - 0.5
     fine = torch.cartesian_prod(offsets, offsets).flip(-1)
