@@ -68,7 +68,7 @@ def test_targets_at_one_place_are_refused():
 
 @pytest.mark.parametrize("steepness", [0.3, 1.0, 2.5])
 def test_a_field_is_inverted_and_where_it_folds_what_comes_from_farthest_is_seen(steepness):
-    """v = peak · (1 − |p − c| / R): a picture stretched behind the handle c and, from a slope of 1 on, folded before it.
+    """v = peak · (1 − |p − c| / R): stretched behind the handle c, folded before it from a slope of 1 on.
 
     The place found for q solves s + v(s) = q to a twentieth of a pixel, but for the kink at the handle, which a
     bilinear field blunts; the handle arrives where it was dragged, and so does everything behind it, without holes.
