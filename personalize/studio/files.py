@@ -103,14 +103,14 @@ def convert_fields() -> tuple[gr.Button, list[Any]]:
 
 
 def bake_fields() -> tuple[gr.Button, list[Any]]:
-    with gr.Accordion("Bake forgetting into a file", open=False):
+    with gr.Accordion("Bake forgetting into a file", open=False, elem_id="files-bake-box"):
         rules = [(f"{name}: {rule.description}", name) for name, rule in RULES.items() if name != "none"]
         rule = gr.Dropdown(rules, value="nodecoder", label="Forget")
         with gr.Row():
             share = gr.Slider(0, 1, 0.5, step=0.05, label="Share forgotten")
             strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength")
-        output = gr.Textbox(label="New file", placeholder="my-cat-free.safetensors")
-        button = gr.Button("Bake")
+        output = gr.Textbox(label="New file", placeholder="my-cat-free.safetensors", elem_id="files-baked")
+        button = gr.Button("Bake", elem_id="files-bake")
     return button, [rule, share, strength, output]
 
 
@@ -123,8 +123,8 @@ def merge_fields(studio: Studio) -> tuple[gr.Button, list[Any]]:
                 choice.value = None
                 fields += [choice, gr.Slider(-1, 2, 1, step=0.05, label="Its weight")]
         fields += [gr.Number(0, label="Rank of the result", info="0: the sum of the ranks, exactly", precision=0),
-                   gr.Textbox(label="New folder", placeholder="both")]  # fmt: skip
-        button = gr.Button("Merge")
+                   gr.Textbox(label="New folder", placeholder="both", elem_id="files-merged")]  # fmt: skip
+        button = gr.Button("Merge", elem_id="files-merge")
     return button, fields
 
 

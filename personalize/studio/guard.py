@@ -6,7 +6,7 @@ It stands before everything else that answers a request.
 from __future__ import annotations
 
 from base64 import b64decode
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from http.cookies import CookieError, SimpleCookie
 from secrets import compare_digest
 from typing import Any
@@ -51,8 +51,20 @@ class Guard:
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             return await answer(send, *refusal)
+        received, refused = 0, False
+
+        async def receive_counted() -> Any:  # a request may come in chunks, without its length
+            nonlocal received, refused
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.largest_upload and not refused:
+                await answer(send, 413, self._too_large())
+                refused = True
+            return {"type": "http.disconnect"} if refused else message
 
         async def send_with_policy(message: dict[str, Any]) -> None:
+            if refused:
+                return
             if message["type"] == "http.response.start":
                 added = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
                 if self.token is not None and self._token_in_address(scope):
@@ -60,7 +72,11 @@ class Guard:
                 message = message | {"headers": [*message.get("headers", []), *added]}
             await send(message)
 
-        await self.application(scope, receive, send_with_policy)
+        try:
+            await self.application(scope, receive_counted, send_with_policy)
+        except Exception:
+            if not refused:  # else it is the application's, to whom the request was cut off
+                raise
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
         """The answer to a request that may not pass: status, text, headers; None for one that may."""
@@ -75,12 +91,11 @@ class Guard:
         if self.token is not None and not (self._token_in_address(scope) or self._token_in_cookie(headers)):
             return 401, "open the address that the terminal shows: it holds the token", []
         if int(headers.get("content-length") or 0) > self.largest_upload:
-            return (
-                413,
-                f"a file may have {self.largest_upload // 10**6} MB, this one has more: make it smaller first",
-                [],
-            )
+            return 413, self._too_large(), []
         return None
+
+    def _too_large(self) -> str:
+        return f"a file may have {self.largest_upload // 10**6} MB, this one has more: make it smaller first"
 
     def _token_in_address(self, scope: Scope) -> bool:
         given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
@@ -105,7 +120,7 @@ def _basic(header: str, password: str) -> bool:
         return False
 
 
-async def answer(send: Channel, status: int, text: str, headers: list[tuple[bytes, bytes]]) -> None:
+async def answer(send: Channel, status: int, text: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
     """Send a short text as the whole answer."""
     plain = [(b"content-type", b"text/plain; charset=utf-8"), *headers]
     await send({"type": "http.response.start", "status": status, "headers": plain})

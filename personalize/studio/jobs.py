@@ -148,6 +148,11 @@ class JobQueue:
                 job.cancelling = True
                 job.version += 1
 
+    def cancel_waiting(self) -> None:
+        """Take every job out of the queue that has not begun."""
+        for job in self.waiting():
+            self.cancel(job)
+
     def waiting(self) -> list[Job]:
         return list(self._waiting)
 

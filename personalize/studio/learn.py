@@ -116,7 +116,9 @@ def more_fields(studio: Studio, fields: dict[str, Any]) -> None:
             fields["rank"] = gr.Number(None, label="Rank", precision=0)
             fields["resolution"] = gr.Number(None, label="Resolution", precision=0)
             fields["seed"] = gr.Number(0, label="Seed", precision=0)
-        fields["class_images"] = gr.Number(None, label="Class pictures (several subjects)", precision=0)
+        fields["class_images"] = gr.Number(
+            None, label="Class pictures (several subjects)", precision=0, elem_id="learn-classes"
+        )
         fields["captioner"] = gr.Textbox(
             label="BLIP model that captions", placeholder="A folder or hub id; may stay empty"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from personalize.io.json_files import read_json
 from personalize.studio.jobs import Job
-from personalize.studio.parts import Markup, facts, links, strip
+from personalize.studio.parts import Markup, address, facts, links, strip
 
 VERDICTS = ("yes", "partly", "no")
 
@@ -69,11 +69,8 @@ def result(job: Job) -> str:
         (adapter / f"{name}.png", name) for name in ("source", "reconstruction") if (adapter / f"{name}.png").exists()
     ]
     maps = adapter / "attention.png"
-    sheet = (
-        f'<p class="quiet">Where each word looks, before and after</p><img src="/file/{maps}" alt="maps">'
-        if maps.exists()
-        else ""
-    )
+    above = '<p class="quiet">Where each word looks, before and after</p>'
+    sheet = f'{above}<img class="maps" src="{address(maps)}" alt="maps">' if maps.exists() else ""
     return facts(rows) + curve(ended["losses"]) * bool(ended["losses"]) + strip([*pictures, *ended["replays"]]) + sheet
 
 

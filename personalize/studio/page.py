@@ -33,13 +33,14 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Row(equal_height=True):
             now = gr.HTML(status(studio), elem_id="now", scale=9, min_width=240)
             cancel = gr.Button("Cancel", scale=1, min_width=100, elem_id="cancel", visible=False)
+            empty = gr.Button("Cancel waiting", scale=1, min_width=100, elem_id="cancel-waiting", visible=False)
         made: list[Tab] = []
         with gr.Tabs(elem_id="tabs"):
             for name, module in TABS.items():
                 with gr.Tab(name, id=name.lower(), render_children=True):
                     made.append(module.build(studio))
         seen = gr.State({})
-        outputs = [seen, now, cancel, *(component for tab in made for component in tab.outputs)]
+        outputs = [seen, now, cancel, empty, *(component for tab in made for component in tab.outputs)]
         look: dict[str, Any] = {"outputs": outputs, "show_progress": "hidden", "queue": False}
         timer = gr.Timer(TICK)
         timer.tick(lambda before: tick(studio, made, before), seen, **look)
@@ -47,6 +48,7 @@ def build(studio: Studio) -> gr.Blocks:
         fields = [component for tab in made for component in tab.fields.values()]
         page.load(lambda: restored(studio, made), None, fields, show_progress="hidden", queue=False)
         cancel.click(lambda: studio.queue.cancel(), None, None, queue=False)
+        empty.click(lambda: studio.queue.cancel_waiting(), None, None, queue=False)
     return page
 
 
@@ -66,10 +68,11 @@ def head(studio: Studio) -> None:
 
 def tick(studio: Studio, tabs: list[Tab], before: dict[str, Any]) -> list[Any]:
     """What has changed since `before`, which maps parts of the page to what they showed."""
-    line, running = status(studio), studio.queue.running is not None
-    now: dict[str, Any] = {"line": line, "running": running}
+    line, running, waiting = status(studio), studio.queue.running is not None, bool(studio.queue.waiting())
+    now: dict[str, Any] = {"line": line, "running": running, "waiting": waiting}
     values: list[Any] = [line if before.get("line") != line else gr.skip()]
     values.append(gr.Button(visible=running) if before.get("running") != running else gr.skip())
+    values.append(gr.Button(visible=waiting) if before.get("waiting") != waiting else gr.skip())
     for tab in tabs:
         job = studio.queue.latest(tab.kind)
         now[tab.kind] = job and (job.number, job.version)

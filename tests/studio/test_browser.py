@@ -8,198 +8,14 @@ Screenshots are written to runs/studio/, or where STUDIO_SCREENSHOTS says.
 from __future__ import annotations
 
 import json
-import os
-import re
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.studio_pages import Page, changes, picture, same_command
+
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "examples" / "pictures"
-SHOTS = Path(os.environ.get("STUDIO_SCREENSHOTS", ROOT / "runs" / "studio"))
-CHROMIUM = os.environ.get("PLAYWRIGHT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-SLOW = 240_000  # ms: an action may wait for the model on a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def environment() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "2"} | os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A start folder with the pictures, and a scene whose object is dragged."""
-    from personalize.embedded.scenes import Scene, SceneObject, render
-
-    place = tmp_path_factory.mktemp("start")
-    for name in ("cat.png", "cat.txt", "beach.png"):
-        shutil.copy(PICTURES / name, place)
-    before = Scene("grass", (SceneObject("apple", "3d", 0.32, 0.5, 0.36),))
-    Image.fromarray(render(before, 128)[0]).save(place / "scene.png")
-    (place / "notes.txt").write_text("no picture")
-    return place
-
-
-@pytest.fixture(scope="module")
-def address(folder):
-    """A running studio; how long it took to answer is in `started`."""
-    pytest.importorskip("gradio")
-    port = free_port()
-    words = [sys.executable, "-m", "personalize", "studio", "--no_open", "--port", str(port)]
-    with open(folder.parent / "studio.log", "w") as log:
-        server = subprocess.Popen(words, cwd=folder, env=environment(), stdout=log, stderr=log)
-        began = time.monotonic()
-        while time.monotonic() - began < 120:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder.parent / "studio.log").read_text()
-                time.sleep(0.05)
-        print(f"\nstart to page: {time.monotonic() - began:.1f} s")
-        yield f"http://127.0.0.1:{port}/"
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-@pytest.fixture(scope="module")
-def browser(address):
-    sync = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
-    with sync.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-class Page:
-    """A page of the studio that records and blocks every request to another host, and every error of its scripts."""
-
-    def __init__(self, browser, address, **settings):
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | settings)
-        self.outside, self.errors = [], []
-        self.context.route("**/*", self._gate(address))
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(SLOW)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda line: "js_on_load" in line.text and self.errors.append(line.text))
-        self.page.goto(address)
-        self.at("#now").wait_for()
-
-    def _gate(self, address):
-        def gate(route):
-            if route.request.url.startswith(address):
-                route.continue_()
-            else:
-                self.outside.append(route.request.url)
-                route.abort()
-
-        return gate
-
-    def at(self, selector):
-        return self.page.locator(selector).first
-
-    def field(self, name):
-        return self.page.locator(f"#{name} textarea, #{name} input").first
-
-    def tab(self, name):
-        """Open a tab; a narrow page has those that do not fit in a menu, once it is laid out."""
-        tab = self.page.get_by_role("tab", name=name, exact=True)
-        menu = self.at("#tabs .overflow-menu > button")
-        tab.or_(menu).locator("visible=true").first.wait_for()
-        self.page.wait_for_timeout(400)
-        if tab.is_visible():
-            tab.click()
-        else:
-            menu.click()
-            self.page.locator("#tabs .overflow-dropdown button", has_text=name).first.click()
-
-    def has(self, name, text):
-        """Wait until a field holds `text`."""
-        for _ in range(200):
-            if self.field(name).input_value() == text:
-                return
-            self.page.wait_for_timeout(100)
-        assert self.field(name).input_value() == text
-
-    def fill(self, name, text):
-        field = self.field(name)
-        field.fill(text)
-        field.press("Tab")
-
-    def choose(self, name, text):
-        field = self.page.locator(f"#{name} input").first
-        field.click()
-        field.fill(text)
-        field.press("Enter")
-
-    def number(self, name, value):
-        field = self.page.locator(f"#{name} input[type=number]").first
-        field.fill(str(value))
-        field.press("Tab")
-
-    def open_more(self):
-        for button in self.page.locator("button.label-wrap").all():
-            if button.is_visible() and "open" not in (button.get_attribute("class") or "").split():
-                button.click()
-
-    def says(self, text):
-        self.page.get_by_text(re.compile(text)).locator("visible=true").first.wait_for()
-
-    def ready(self):
-        self.at("#now").get_by_text("Ready").wait_for()
-
-    def shot(self, name):
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
-
-
-@pytest.fixture(scope="module")
-def page(browser, address):
-    made = Page(browser, address)
-    yield made
-    assert made.outside == [], "requests to another host"
-    assert made.errors == []
-
-
-def picture(page, field, name, board):
-    page.choose(field, name)
-    page.page.locator(f"#{board} canvas[aria-label^='{name}']").wait_for()
-
-
-def same_command(folder, shown, name):
-    """The pixels of the file `name` that the command line `shown` by the page writes, in another process."""
-    words = shlex.split(shown)
-    words = [word for word in words if not word.startswith("--output_dir")]
-    out = folder.parent / f"again-{name}"
-    done = subprocess.run(
-        [sys.executable, "-m", *words, f"--output_dir={out}"],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return np.asarray(Image.open(out / name).convert("RGB"), np.int16)
 
 
 def test_a_drag_moves_the_object_of_a_scene(page, folder):
@@ -269,7 +85,7 @@ def test_learning_can_be_cancelled_reloaded_and_seen_from_a_second_tab(page, bro
     page.says("there is no picture")
     picture(page, "learn-pictures", "cat.png", "learn-board")
     page.open_more()
-    page.fill("learn-samples", "400")
+    page.fill("learn-samples", "4000")  # far more than are learned before it is cancelled
     page.fill("learn-every", "100")
     page.at("#learn-start").click()
     page.at("#learn-progress .curve").wait_for()
@@ -280,6 +96,10 @@ def test_learning_can_be_cancelled_reloaded_and_seen_from_a_second_tab(page, bro
     page.at("#learn-progress .curve").wait_for()
     page.has("learn-caption", "a picture of a cat on a blue background")
     page.shot("learn-running")
+    page.at("#learn-check").click()
+    page.says("1 waiting: Checking what it will take")
+    page.at("#cancel-waiting").click()
+    page.at("#cancel-waiting").wait_for(state="hidden")
     page.at("#cancel").click()
     page.ready()
     page.says("Cancelled; nothing was written")
@@ -325,6 +145,19 @@ def test_it_is_edited_with_two_dials(page, folder):
     assert np.array_equal(own, same_command(folder, shown, "edit-003.png"))
 
 
+def test_a_click_in_the_history_brings_settings_back_and_the_search_ranks_its_pictures(page, folder):
+    page.fill("edit-prompt", "something else")
+    page.page.locator("#edit-history button.thumbnail-item").nth(1).click()  # the second of the four
+    page.has("edit-prompt", "a picture of a cat in the snow")
+    page.has("edit-beta", "1.4")
+    page.number("edit-budget", 4)
+    page.at("#edit-choose").click()
+    page.says("^Best")
+    page.shot("edit-search")
+    found = json.loads((folder / "studio" / "search-001" / "ranking.json").read_text())["pictures"]
+    assert 2 <= len(found) <= 4 and [one["score"] for one in found] == sorted(one["score"] for one in found)[::-1]
+
+
 def test_a_photo_is_edited_by_swapping_a_word(page, folder):
     page.tab("Photo")
     picture(page, "photo-picture", "beach.png", "photo-board")
@@ -360,6 +193,50 @@ def test_a_file_is_inspected_and_converted(page, folder):
     assert (folder / "converted.safetensors").is_file()
     page.at("#files-convert").click()
     page.says("exists already")
+    page.open_more()
+    page.fill("files-baked", "baked.safetensors")
+    page.at("#files-bake").click()
+    page.page.get_by_role("link", name="baked.safetensors").wait_for()
+    page.choose("files-merge-2", "converted.safetensors")
+    page.fill("files-merged", "both")
+    page.at("#files-merge").click()
+    page.page.get_by_role("link", name="both.safetensors").wait_for()
+    cat, baked, both = (changes(folder / name) for name in ("converted.safetensors", "baked.safetensors", "both"))
+    assert any(np.abs(cat[name] - baked.get(name, 0)).max() > 0 for name in cat), "half of the decoder is forgotten"
+    for name, change in cat.items():  # the same twice, but that the converted file is in half precision
+        np.testing.assert_allclose(both[name], 2 * change, atol=4e-3 * np.abs(change).max() + 1e-6)
+
+
+def test_two_subjects_of_one_picture_are_brushed_and_learned(page, folder):
+    page.tab("Learn")
+    page.page.locator("#learn-pictures input").first.click()
+    page.page.keyboard.press("Backspace")
+    picture(page, "learn-pictures", "two.png", "learn-board")
+    page.page.get_by_label("Several subjects of one picture").click()
+    page.fill("learn-concepts", "<cat1> cat, <dog1> dog")
+    page.fill("learn-caption", "a picture of a <cat1> cat and a <dog1> dog on grass")
+    page.fill("learn-name", "two")
+    page.open_more()
+    page.fill("learn-samples", "16")
+    page.number("learn-classes", 2)
+    layers = page.at("#learn-board .pz-layer")
+    for number, x in enumerate((0.27, 0.73)):
+        layers.select_option(str(number))
+        box = page.at("#learn-board canvas").bounding_box()
+        page.page.mouse.move(box["x"] + box["width"] * (x - 0.1), box["y"] + box["height"] * 0.5)
+        page.page.mouse.down()
+        page.page.mouse.move(box["x"] + box["width"] * (x + 0.1), box["y"] + box["height"] * 0.5, steps=4)
+        page.page.mouse.up()
+    page.at("#learn-start").click()
+    page.page.locator("#learn-progress img.maps").wait_for()
+    page.shot("learn-two")
+    masks = [
+        np.asarray(Image.open(path).convert("L")) > 127 for path in sorted(folder.glob("studio/masks-*/mask-*.png"))
+    ]
+    assert [round(float(mask.nonzero()[1].mean()) / 128, 1) for mask in masks[-2:]] == [0.3, 0.7]
+    from personalize.adapters.adapter import Adapter
+
+    assert set(Adapter.load(folder / "two").concepts) == {"<cat1>", "<dog1>"}
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1920, "dark"), (390, "light"), (390, "dark")])

@@ -81,3 +81,35 @@ def test_the_token_opens_the_page_once_and_a_cookie_afterwards():
 def test_an_upload_of_more_than_500_mb_gets_one_line():
     assert asked(guard(), content_length="500000001")[0] == 413
     assert asked(guard(), content_length="499999999")[0] == 200
+
+
+@pytest.mark.parametrize("length", [9, 10, 11, 25])
+def test_an_upload_in_chunks_without_its_length_is_counted(length):
+    """Ten bytes pass; the eleventh ends the request, which the application may not answer any more."""
+
+    async def counting(scope, receive, send):
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                await send({"type": "http.response.start", "status": 500, "headers": []})
+                raise ConnectionError("the client has gone")
+            size, more = size + len(message["body"]), message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(size).encode()})
+
+    parts, sent = [b"x" * min(4, length - at) for at in range(0, length, 4)], []
+
+    async def receive():
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "query_string": b"", "headers": [(b"host", b"127.0.0.1")]}
+    asyncio.run(Guard(counting, hosts=set(LOOPBACK), largest_upload=10)(scope, receive, send))
+    assert [one.get("status", one.get("body")) for one in sent] == (
+        [200, str(length).encode()]
+        if length <= 10
+        else [413, b"a file may have 0 MB, this one has more: make it smaller first"]
+    )

@@ -72,6 +72,17 @@ def test_a_waiting_job_can_be_cancelled_and_is_never_begun(queue):
     assert queue.latest("edit") is first
 
 
+def test_all_that_waits_can_be_cancelled_while_the_running_job_goes_on(queue):
+    first, gate = blocked()
+    queue.submit(first)
+    assert running(queue, first)
+    others = [queue.submit(Job("edit", name, lambda job: pytest.fail("it was cancelled"))) for name in "bc"]
+    queue.cancel_waiting()
+    gate.set()
+    assert first.ended.wait(5) and first.state == "done"
+    assert [one.state for one in others] == ["cancelled"] * 2 and queue.waiting() == []
+
+
 def test_an_error_is_one_line_and_the_queue_goes_on(queue, capsys):
     def mistake(job):
         raise UserError("the prompt is empty")
