@@ -136,15 +136,18 @@ def test_figures_of_a_perfect_drag():
     """Doing everything right gives 100 %, nothing left of the way; the seam and time are as said."""
     row = {"cells": 4, "twin": False, "vector": (16.0, 0.0), "went": (16.0, 0.0), "marker": (16.0, 0.0),
            "centroid": (8.0, 0.0), "background_db": 30.0, "ghost": 0.0, "seam_db": 30.0, "mean_ratio": 0.5,
-           "seconds": 10.0, "edit_seconds": 0.5, "twin_went": (0.0, 1.0)}  # fmt: skip
+           "warped": (8.5, 1.0), "seconds": 10.0, "edit_seconds": 0.5, "twin_went": (0.0, 1.0)}  # fmt: skip
     arms = [("move", False), ("deform", False), ("move", True), (BASE, False), (PASTE, False)]
     rows = [row | {"arm": arm, "twin": twin, "seed": seed} for arm, twin in arms for seed in range(3)]
     found = figures(rows, 4)
     for name in ("D10 moved by 4 cells within tolerance", "D11 centroid as the mean ratio says, 4 cells",
+                 "D11 centroid as the warp says, 4 cells",
                  "D13 ghost of at most 15 %", "D14 twin stays within a cell"):  # fmt: skip
         assert found[name]["value"] == 100 and found[name]["n"] == 3
     assert found["D15 distance left, share of the way"]["value"] == 0
     assert found["D17 latent edit, share of the time"]["value"] == pytest.approx(0.05)
     away = [entry | {"went": (0.0, 16.0)} for entry in rows]
     assert figures(away, 4)["D10 moved by 4 cells within tolerance"]["value"] == 0
+    apart = [entry | {"warped": (4.0, 0.0)} for entry in rows]
+    assert figures(apart, 4)["D11 centroid as the warp says, 4 cells"]["value"] == 0
     assert np.isfinite(found["D12 background below the replay's"]["value"])

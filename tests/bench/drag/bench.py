@@ -45,6 +45,7 @@ from tests.bench.drag.measures import (
     mean_ratio,
     paste_object,
     seam,
+    warped_shift,
 )
 from tests.bench.drag.textures import KNOWN, UNKNOWN, paint_texture
 from tests.bench.drag.turns import TURNS, Turn, turn_figures, turn_row
@@ -237,6 +238,8 @@ class Bench:
             "missed": result.missed[0], "mean_ratio": mean_ratio(result, mask), "notes": len(result.notes),
             "recall": float((found & mask).sum() / mask.sum()), "iou": iou(found, mask),
         }  # fmt: skip
+        if result.preview is not None:
+            facts["warped"] = warped_shift(result.preview)
         return np.asarray(result.image), facts
 
     @torch.no_grad()

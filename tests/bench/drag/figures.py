@@ -37,6 +37,8 @@ def figures(rows: Sequence[dict[str, Any]], cell: int) -> dict[str, Any]:
         put(f"D11 handle's share of the way, {cells} cells", average(shares, ""), "≥ 0.6")
         centroids = proportion([_centroid_as_predicted(row) for row in deforms])
         put(f"D11 centroid as the mean ratio says, {cells} cells", centroids, "high")
+        warps = proportion([_centroid_as_warped(row) for row in deforms if row.get("warped")])
+        put(f"D11 centroid as the warp says, {cells} cells", warps, "high")
     usual, base = groups.get(("move", ABLATED, False), {}), groups.get((BASE, ABLATED, False), {})
     paste = groups.get((PASTE, ABLATED, False), {})
     put("D12 background below the replay's", average(_paired(base, usual, "background_db"), "dB"), "≤ 0.5 dB")
@@ -97,9 +99,22 @@ def arrived(row: dict[str, Any], cell: int) -> bool:
 
 def _centroid_as_predicted(row: dict[str, Any]) -> bool:
     """D11: the centroid moved along the drag d by (mean ratio) · d, within ±25 %, and strictly between 0 and d."""
-    way = _length(row["vector"])
-    along = sum(a * b for a, b in zip(row["vector"], row["centroid"], strict=True)) / way
-    return 0 < along < way and abs(along - row["mean_ratio"] * way) <= 0.25 * row["mean_ratio"] * way
+    return _moved_by(row, row["mean_ratio"] * _length(row["vector"]))
+
+
+def _centroid_as_warped(row: dict[str, Any]) -> bool:
+    """The same with the way of the centroid of the area that the warp covers, in place of (mean ratio) · d."""
+    return _moved_by(row, _along(row["warped"], row))
+
+
+def _moved_by(row: dict[str, Any], way: float) -> bool:
+    along = _along(row["centroid"], row)
+    return 0 < along < _length(row["vector"]) and abs(along - way) <= 0.25 * way
+
+
+def _along(vector: Sequence[float], row: dict[str, Any]) -> float:
+    """How far `vector` goes along the drag."""
+    return sum(a * b for a, b in zip(row["vector"], vector, strict=True)) / _length(row["vector"])
 
 
 def _paired(these: dict[int, Any], those: dict[int, Any], name: str) -> list[float]:

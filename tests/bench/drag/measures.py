@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from personalize.editing.drag.image import DragResult
+from personalize.editing.drag.preview import DragPreview
 from personalize.embedded.scenes import Scene, SceneObject, render
 from tests.bench.attention_auc import coverage
 from tests.bench.contract import Task, psnr
@@ -136,6 +137,12 @@ def mean_ratio(result: DragResult, mask: np.ndarray) -> float:
         return math.nan
     within = torch.from_numpy(coverage(mask, *ratio.shape) > 0.5)
     return float(ratio.clamp(0, 1)[within].mean()) if bool(within.any()) else math.nan
+
+
+def warped_shift(preview: DragPreview) -> Shift:
+    """How far the centroid of the area that an object covers is moved by its warp."""
+    points = [centroid(np.asarray(mask)) for mask in (preview.drag.mask, preview.drag.covered)]
+    return points[1][0] - points[0][0], points[1][1] - points[0][1]
 
 
 def _differs(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
