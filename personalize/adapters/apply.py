@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from personalize.adapters.adapter import Adapter
+from personalize.adapters.lora import PREFIX
 from personalize.adapters.merging import merged, plain
 from personalize.adapters.textual_inversion import installed_tokens
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.transfer import sent
 
 
 @contextmanager
@@ -28,6 +33,20 @@ def applied(
             stack.enter_context(adapter.apply_text(model, text_strength))
             stack.enter_context(installed_tokens(model, adapter.concepts))
         yield
+
+
+class AdapterCopy:
+    """Keeps an adapter's copy on a model's device, so that it is copied once and not each time it is applied."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Adapter, torch.device, Adapter] | None = None
+
+    def of(self, adapter: Adapter, device: torch.device) -> Adapter:
+        """`adapter` with the UNet's LoRA on `device`."""
+        if self._kept is None or self._kept[0] is not adapter or self._kept[1] != device:
+            lora = {key: sent(part, device) if key.startswith(PREFIX) else part for key, part in adapter.lora.items()}
+            self._kept = adapter, device, replace(adapter, lora=lora)
+        return self._kept[2]
 
 
 def load_adapters(folder: str | Path | Sequence[str | Path]) -> Adapter:

@@ -214,7 +214,7 @@ def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor
     """
     state, missed, whole = {}, 0.0, 0.0
     for name, change in ticked(changes.items(), "Decomposing"):
-        u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
+        u, s, v = torch.linalg.svd(change.cpu().double(), full_matrices=False)  # MPS has no float64
         kept = min(rank, len(s))
         a, b = torch.zeros(rank, change.shape[1]), torch.zeros(change.shape[0], rank)
         a[:kept] = (s[:kept, None].sqrt() * v[:kept]).float()

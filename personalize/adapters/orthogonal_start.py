@@ -67,7 +67,8 @@ def start_orthogonal(down: nn.Module, up: nn.Module, rank: int, seed: int, key: 
     p, q = torch.zeros(outer, rank), torch.zeros(rank, columns)
     p[:, :count], q[:count] = _frame(outer, count, rng), _frame(columns, count, rng).T
     scales = torch.zeros(rank)
-    scales[:count] = _scales(outer, columns, rank, seed)[-count:]
+    where = device if device.type == "cuda" else torch.device("cpu")  # in fp64, which MPS has not
+    scales[:count] = _scales(outer, columns, rank, seed, where)[-count:]
     p, q = p.view(outer, rank, *above[2:]).to(device), q.view(rank, *below[1:]).to(device)
     for module, start, stacked in ((down, q, _StackedA(q.clone())), (up, p, _StackedB(scales.to(device), p))):
         module.weight = nn.Parameter(start)
@@ -88,8 +89,7 @@ def _frame(size: int, count: int, rng: torch.Generator) -> Tensor:
 
 
 @cache
-def _scales(outer: int, columns: int, rank: int, seed: int) -> Tensor:
+def _scales(outer: int, columns: int, rank: int, seed: int, device: torch.device) -> Tensor:
     """The singular values of a Gaussian matrix (outer, columns) of standard deviation 1/`rank`, in falling order."""
     matrix = torch.randn(outer, columns, generator=generator(seed, f"orthogonal/{outer}x{columns}"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.linalg.svdvals(matrix.to(device, torch.float64)).float().cpu() / rank

@@ -27,6 +27,7 @@ from torch.nn.functional import embedding
 
 from personalize.adapters.subjects import Subject
 from personalize.errors import UserError
+from personalize.models.offloading import embedding_device
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.token_ids import text_places, written_out
 from personalize.randomness import generator
@@ -90,7 +91,7 @@ def initial_embeddings(model: StableDiffusion, subject: Subject, initializer: st
             raise UserError(f"token {subject.token} cannot start from the word {text!r}, which is empty")
         table = encoder.get_input_embeddings()
         with torch.no_grad():
-            row = table(torch.tensor([ids], device=model.device))[0].float().mean(0)
+            row = table(torch.tensor([ids], device=next(table.parameters()).device))[0].float().mean(0)
         embeddings[name] = row.repeat(subject.vectors, 1)
     return embeddings
 
@@ -148,7 +149,8 @@ def installed_tokens(
             entries = [word for token, tensor in rows.items() for word in vocabulary_entries(token, len(tensor))]
             tokenizer.add_tokens(entries)
             ids = tokenizer.convert_tokens_to_ids(entries)
-            layer = TokenEmbedding(table, ids, torch.cat([*rows.values()]), trainable=trainable).to(model.device)
+            layer = TokenEmbedding(table, ids, torch.cat([*rows.values()]), trainable=trainable)
+            layer.to(embedding_device(encoder), non_blocking=True)
             encoder.set_input_embeddings(layer)
             wrapped.append(layer)
         yield wrapped

@@ -19,6 +19,7 @@ from personalize.adapters.lora import ADAPTER, lora_layers
 from personalize.adapters.rank_mask import RankMask
 from personalize.errors import UserError
 from personalize.formats.timestep_rank import TimestepRank
+from personalize.models.transfer import on_device, sent
 
 
 @contextmanager
@@ -43,8 +44,8 @@ def timestep_mask(unet: nn.Module, rule: TimestepRank | None) -> Iterator[None]:
         nonlocal table
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        table = table.to(sample.device)
-        rows = torch.as_tensor(timestep, device=sample.device).reshape(-1).round().long()
+        table = sent(table, sample.device)
+        rows = on_device(timestep, sample.device).reshape(-1).round().long()
         mask.value = table[rows.clamp(0, len(table) - 1)]
 
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.apply import load_adapters
+from personalize.adapters.apply import AdapterCopy, load_adapters
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora_scales import lora_disabled
 from personalize.adapters.text_encoder_lora import has_text
@@ -59,13 +59,14 @@ class Editor:
         self.model, self.adapter = model, adapter
         self._sources = SourceCache()  # the picture that was dragged last, encoded and read
         self._entered: ExitStack | None = None  # removes the adapter at the end of a `with` block
+        self._copy = AdapterCopy()
 
     def __enter__(self) -> Editor:
         if self._entered is not None:
             raise ValueError("this editor is in a `with` block already: leave that one first")
         with ExitStack() as stack:
             if self.adapter is not None:
-                stack.enter_context(self.adapter.apply(self.model))
+                stack.enter_context(self._copy.of(self.adapter, self.model.device).apply(self.model))
             self._entered = stack.pop_all()
         return self
 
@@ -283,7 +284,7 @@ class Editor:
         if self.adapter is None:
             return nullcontext()
         if self._entered is None:
-            return self.adapter.apply(self.model) if wanted else nullcontext()
+            return self._copy.of(self.adapter, self.model.device).apply(self.model) if wanted else nullcontext()
         return nullcontext() if wanted else lora_disabled(self.model.unet)
 
     @contextmanager

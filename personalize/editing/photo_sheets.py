@@ -47,7 +47,9 @@ def word_sheet(control: Controls, maps: MapSum, pictures: Sequence[Image.Image],
 
 def mask_sheet(frame: PaddedImage, blend: UniformBlend) -> Image.Image:
     """A sheet of the photo in which only what may change is not faded: at each blended step, and at any of them."""
-    masks = {f"t {start:g}": mask[0].any(0) for start, mask in blend.masks.items()} | {"any": blend.edited_region()}
+    masks = {f"t {start:g}": mask[0].any(0).cpu() for start, mask in blend.masks.items()} | {
+        "any": blend.edited_region()
+    }
     faded = Image.blend(frame.picture, Image.new("RGB", frame.picture.size, "white"), 0.85)
     pictures = [Image.composite(frame.picture, faded, frame.mask_to_picture(mask)) for mask in masks.values()]
     return grid([pictures], columns=list(masks), title="Where the photo may change", cell=96)

@@ -28,6 +28,7 @@ from torch.nn.functional import max_pool2d
 from personalize.editing.config import UniformSettings
 from personalize.models.attention import AttentionHook, AttentionSite
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.transfer import sent
 from personalize.sampling.denoise import Edit, LatentEdit, denoise, denoise_with_history
 from personalize.sampling.schedule import Schedule, Step
 
@@ -82,8 +83,8 @@ class UniformBlend(LatentEdit):
             return x0
         source, targets = x0[:1], x0[1:]
         edited = self._edited(source - targets, step)
-        self.masks[step.start] = edited.cpu()
-        auxiliary = self.auxiliary[step.start].to(x0)
+        self.masks[step.start] = edited
+        auxiliary = sent(self.auxiliary[step.start], x0.device).to(x0)
         blended = torch.where(edited, targets, auxiliary)
         if self.settings.blend_source:
             source = torch.where(edited[:1], auxiliary, source)
@@ -91,7 +92,8 @@ class UniformBlend(LatentEdit):
 
     def _edited(self, difference: Tensor, step: Step) -> Tensor:
         if self.mask is not None:
-            return self.mask.to(difference.device).expand_as(difference)
+            self.mask = sent(self.mask, difference.device)
+            return self.mask.expand_as(difference)
         return edit_mask(
             difference, self.settings.quantile_at(step), threshold_scale=self.settings.threshold_scale,
             dilate=self.settings.dilate, reduce=self.settings.reduce,
@@ -101,7 +103,7 @@ class UniformBlend(LatentEdit):
         """Boolean (h, w): where any channel of the first target was edited at any blended step."""
         if not self.masks:
             raise ValueError("no step was blended: raise `until` or the number of steps")
-        return torch.stack([mask[0].any(0) for mask in self.masks.values()]).any(0)
+        return torch.stack([mask[0].any(0) for mask in self.masks.values()]).any(0).cpu()
 
 
 def uniform_edit(model: StableDiffusion, size: tuple[int, int]) -> Edit:

@@ -17,6 +17,7 @@
     offloading         where layers compute whose weights are moved
     idle_parts, memory text encoders and autoencoder off the device while unused; what is free, what is needed
     map_filters        attention maps scaled and smoothed
+    identity           a base's hash;  transfer: copies to a GPU for which the host does not wait
     lora_modules       which modules are LoRA layers;  quiet: other libraries' messages and bars, hidden while loading
 
 Imports: io.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from personalize.models.transfer import sent
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -30,7 +32,10 @@ class Conditioning:
         return self._map(lambda tensor: tensor.repeat_interleave(count, 0))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+        def moved(tensor: Tensor) -> Tensor:
+            return (tensor if device is None else sent(tensor, device)).to(dtype=dtype)
+
+        return self._map(moved)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

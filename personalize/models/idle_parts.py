@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from personalize.models.memory import return_free_blocks
+from personalize.models.offloading import offloaded
 
 ALIGNMENT = 64  # bytes; where a tensor begins in the file
 
@@ -41,12 +42,16 @@ class Offload:
         With `sparing` on a CPU too, and pictures are decoded in tiles.  Contexts may be nested; afterwards the weights
         are back, with the values they had.
         """
-        device, before = self._model[0].device, self.tiled
-        wanted = [part for part in parts if part not in self] if sparing or device.type != "cpu" else []
+        before = self.tiled
+        devices = {id(part): next(part.parameters()).device for part in parts}
+        wanted = [
+            part for part in parts
+            if part not in self and not offloaded(part) and (sparing or devices[id(part)].type != "cpu")
+        ]  # fmt: skip
         self.tiled = self.tiled or sparing
         try:
             for part in wanted:
-                self._parts[id(part)] = OffloadedPart(part, device)
+                self._parts[id(part)] = OffloadedPart(part, devices[id(part)])
             yield
         finally:
             self.tiled = before

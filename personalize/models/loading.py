@@ -234,5 +234,20 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a CUDA device that supports it, else fp32."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    """bf16 on a CUDA device that computes in it, else fp32."""
+    return torch.bfloat16 if device.type == "cuda" and has_bf16(device) else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` computes in bf16; GPUs before Ampere (T4, V100, RTX 20xx) emulate it, slowly."""
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def require_bf16(device: torch.device) -> None:
+    """UserError unless `device` computes in bf16."""
+    if not has_bf16(device):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{name} does not compute in bf16: use --mixed_precision fp16 or no (in Python, another dtype)")

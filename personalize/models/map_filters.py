@@ -5,6 +5,8 @@ Pure: torch alone.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
@@ -28,5 +30,12 @@ def smoothed(maps: Tensor, taps: tuple[float, float, float] = TAPS) -> Tensor:
     The default `taps` are those of the released code, whose kernel is named σ = 0.5 but computes exp(−(x / 2σ)²): the
     neighbours weigh e⁻¹, not e⁻².
     """
-    row = torch.tensor(taps, dtype=maps.dtype, device=maps.device)
-    return conv2d(pad(maps[:, None], (1, 1, 1, 1), mode="reflect"), torch.outer(row, row)[None, None])[:, 0]
+    padded = pad(maps[:, None], (1, 1, 1, 1), mode="reflect")
+    return conv2d(padded, _kernel(taps, maps.dtype, maps.device))[:, 0]
+
+
+@cache
+def _kernel(taps: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """taps ⊗ taps, (1, 1, 3, 3)."""
+    row = torch.tensor(taps, dtype=dtype, device=device)
+    return torch.outer(row, row)[None, None]

@@ -79,4 +79,6 @@ def noised(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
 
 def as_alpha(alpha_bar: Tensor | float, like: Tensor) -> Tensor:
     """ᾱ as a tensor of the device and dtype of `like`."""
-    return torch.as_tensor(alpha_bar, dtype=like.dtype, device=like.device)
+    if isinstance(alpha_bar, Tensor):
+        return alpha_bar.to(like.device, like.dtype)
+    return torch.full((), alpha_bar, dtype=like.dtype, device=like.device)  # no copy from the host

@@ -5,25 +5,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from personalize.errors import UserError
 from personalize.models import parameterization
 from personalize.models.conditioning import Conditioning
 from personalize.models.config import EMBEDDED as EMBEDDED
 from personalize.models.config import INPAINTING, check_channels
+from personalize.models.identity import Hashed, hashed_unet
 from personalize.models.idle_parts import Offload
 from personalize.models.known_bases import portable_name, remember_base
-from personalize.models.loading import default_device, default_dtype, family, read, require_parts
-from personalize.models.offloading import execution_device
+from personalize.models.loading import default_device, default_dtype, family, read, require_bf16, require_parts
+from personalize.models.offloading import embedding_device, execution_device
 from personalize.models.quantization import quantize
 from personalize.models.supported import require_supported
 from personalize.models.token_ids import equal_ids, padded_ids
+from personalize.models.transfer import on_device, sent
 from personalize.models.vae import accurate_vae, decoding_plan, require_finite, tiled_vae
 
 if TYPE_CHECKING:
@@ -59,10 +59,12 @@ class StableDiffusion:
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = self.unet.config.sample_size * self.factor
         schedule: Any = DDIMScheduler.from_config(self.scheduler.config)
-        self.alphas_cumprod: Tensor = schedule.alphas_cumprod.to(self.device)  # ᾱ of t = 0 … 999
+        self._alphas_cumprod: Tensor = schedule.alphas_cumprod
+        self._levels: list[float] = schedule.alphas_cumprod.tolist()
         self.masked_picture: Tensor | None = None  # what an inpainting UNet reads too, see `predict`
         self.offload = Offload(self)
         self._identity: dict[str, str] = {}  # from before `quantize`
+        self._hashed: Hashed | None = None
         self.final_alpha = float(schedule.final_alpha_cumprod)  # ᾱ of clean latents, below t = 0
 
     @staticmethod
@@ -83,6 +85,8 @@ class StableDiffusion:
         """
         device = torch.device(device or default_device())
         source, dtype = EMBEDDED if source is None else source, dtype or default_dtype(device)
+        if dtype == torch.bfloat16:
+            require_bf16(device)
         about: Any = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
         pipe = read(source, dtype, **about, inpainting=inpainting, local_files_only=local_files_only)
         for part in pipe.components.values():
@@ -118,7 +122,19 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return execution_device(self.unet.conv_in)
+        """Where the UNet computes; other parts may be elsewhere, and take and give tensors of this device."""
+        return execution_device(self.unet.conv_in, self.unet)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ of t = 0 … 999, on the model's device."""
+        if self._alphas_cumprod.device != (device := self.device):
+            self._alphas_cumprod = self._alphas_cumprod.to(device)
+        return self._alphas_cumprod
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, values: Tensor) -> None:
+        self._alphas_cumprod, self._levels = values, values.tolist()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,25 +149,11 @@ class StableDiffusion:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Name, family and a quick hash of the UNet: names, shapes and 64 signs of every weight, without adapters.
-
-        Signs survive rounding, so a base has the same hash in fp32, fp16 and bf16.  A base in 4 bits has the hash that
-        it had before `quantize`.
-        """
+        """Name, family and a quick hash of the UNet, see `unet_hash`; in 4 bits the one from before `quantize`."""
         if self._identity:
             return dict(self._identity)
-        weights = self.unet.state_dict().items()
-        named = sorted((key.replace("base_layer.", ""), weight) for key, weight in weights if ".lora_" not in key)
-        if meta := next((key for key, weight in named if weight.device.type == "meta"), None):
-            raise UserError(
-                f"the UNet's weights ({meta}, …) are offloaded layer by layer, so that they have no hash: call "
-                "pipe.remove_all_hooks() first"
-            )
-        named = [(key, weight.float() if weight.dtype.itemsize == 1 else weight) for key, weight in named]
-        signs = [torch.signbit(w.reshape(-1)[:: max(1, w.numel() // 64)][:64]) for _, w in named]
-        unet_hash = sha256(repr([(key, tuple(w.shape)) for key, w in named]).encode())
-        unet_hash.update(torch.cat(signs).cpu().numpy().tobytes())
-        return {"name": portable_name(self.name), "family": self.family, "sha256": unet_hash.hexdigest()}
+        self._hashed = hashed_unet(self.unet, self._hashed)
+        return {"name": portable_name(self.name), "family": self.family, "sha256": self._hashed[1]}
 
     def about(self) -> dict[str, str]:
         """What adapters record of their base: its identity, its prediction type, and whether it was in 4 bits.
@@ -168,10 +170,10 @@ class StableDiffusion:
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of `pixels`, both (b, c, h, w) and both scaled."""
         with self.offload.using(self.vae), accurate_vae(self.vae):
-            weight = self.vae.encoder.conv_in.weight
-            posterior = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
-        scale = self.vae.config.scaling_factor
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+            device = execution_device(self.vae.encoder.conv_in, self.vae)
+            posterior = self.vae.encode(pixels.to(device, self.vae.encoder.conv_in.weight.dtype)).latent_dist
+        scale, device = self.vae.config.scaling_factor, self.device
+        return posterior.mean.to(device).float() * scale, posterior.std.to(device).float() * scale
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents of `pixels`: the posterior's mean, or a sample of it if a (CPU) generator is given."""
@@ -190,8 +192,9 @@ class StableDiffusion:
         require_finite(latents)
         rows, tile = decoding_plan(self.vae, latents, self.device, tiled=self.offload.tiled)
         with self.offload.using(self.vae), accurate_vae(self.vae), tiled_vae(self.vae, tile):
-            weight, scale = self.vae.decoder.conv_in.weight, self.vae.config.scaling_factor
-            scaled = (part.to(weight.device, weight.dtype) / scale for part in latents.split(rows))
+            entry, scale = self.vae.decoder.conv_in, self.vae.config.scaling_factor
+            device, dtype = execution_device(entry, self.vae), entry.weight.dtype
+            scaled = (part.to(device, dtype) / scale for part in latents.split(rows))
             return torch.cat([self.vae.decode(part).sample.float().clamp(-1, 1) for part in scaled])
 
     # -- prompts ---------------------------------------------------------------------------------------------
@@ -205,16 +208,16 @@ class StableDiffusion:
         if isinstance(texts, str):
             raise ValueError(f"prompts takes a list of texts, got the single text {texts!r}: put it in a list")
         two, length = self.family == "sdxl", self.tokenizers[0].model_max_length
-        ids = [part.to(self.device) for part in equal_ids(self.tokenizers, texts)]
+        device, ids = self.device, equal_ids(self.tokenizers, texts)
         with self.offload.using(*self.text_encoders):
             outputs = [
-                encoder(part.view(-1, length), output_hidden_states=two)
+                encoder(sent(part.view(-1, length), embedding_device(encoder)), output_hidden_states=two)
                 for encoder, part in zip(self.text_encoders, ids, strict=True)
             ]
         if not two:
-            return Conditioning(_joined(outputs[0].last_hidden_state, len(texts)))
-        embeds = torch.cat([_joined(output.hidden_states[-2], len(texts)) for output in outputs], -1)
-        first_chunks = outputs[-1].text_embeds.view(len(texts), -1, outputs[-1].text_embeds.shape[-1])[:, 0]
+            return Conditioning(_joined(outputs[0].last_hidden_state, len(texts)).to(device))
+        embeds = torch.cat([_joined(output.hidden_states[-2], len(texts)).to(device) for output in outputs], -1)
+        first_chunks = outputs[-1].text_embeds.to(device).unflatten(0, (len(texts), -1))[:, 0]
         return Conditioning(embeds, first_chunks, self.time_ids(len(texts), size).to(embeds))
 
     def padded(self, conditioning: Conditioning, length: int) -> Conditioning:
@@ -235,7 +238,7 @@ class StableDiffusion:
     def time_ids(self, count: int, size: tuple[int, int] | None = None) -> Tensor:
         """SDXL's micro-conditioning (count, 6): original size, crop corner (0, 0), target size, as (height, width)."""
         height, width = size or (self.resolution,) * 2
-        return torch.tensor([[height, width, 0, 0, height, width]] * count, device=self.device)
+        return sent(torch.tensor([[height, width, 0, 0, height, width]] * count), self.device)
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of `text` by the first tokenizer, with a "-" after those that do not end a word."""
@@ -256,8 +259,7 @@ class StableDiffusion:
         """
         cond = conditioning.to(self.device, self.dtype)
         extra = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-        time = torch.as_tensor(timestep, device=self.device)
-        latents = latents.to(self.device, self.dtype)
+        time, latents = on_device(timestep, cond.embeds.device), latents.to(cond.embeds.device, self.dtype)
         if self.masked_picture is not None:
             latents = torch.cat([latents, self.masked_picture.to(latents).expand(len(latents), -1, -1, -1)], 1)
         elif self.inpainting:
@@ -266,7 +268,7 @@ class StableDiffusion:
 
     def alpha(self, level: int) -> float:
         """ᾱ at timestep `level`; that of clean latents if `level` is negative."""
-        return float(self.alphas_cumprod[level]) if level >= 0 else self.final_alpha
+        return self._levels[level] if level >= 0 else self.final_alpha
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t = √ᾱ x0 + √(1−ᾱ) ε."""
@@ -286,7 +288,7 @@ class StableDiffusion:
 
     def _alphas(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """ᾱ of `timesteps`, (b, 1, 1, 1)."""
-        return self.alphas_cumprod.to(like)[timesteps.to(like.device)].view(-1, 1, 1, 1)
+        return self.alphas_cumprod.to(like)[sent(timesteps, like.device)].view(-1, 1, 1, 1)
 
 
 def _joined(states: Tensor, rows: int) -> Tensor:

@@ -32,6 +32,7 @@ from personalize.models.attention import AttentionHook, hooked
 from personalize.models.conditioning import of_one_length
 from personalize.models.fast_paths import fast_paths, shared_guidance_prefix
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.models.transfer import constant, sent
 from personalize.randomness import generator
 from personalize.sampling.schedule import SCHEDULERS, Schedule, Step, Transition, make_schedule, variance_scale
 
@@ -141,7 +142,8 @@ def initial_latents(model: StableDiffusion, seeds: Sequence[int], size: tuple[in
     if height % model.factor or width % model.factor or min(height, width) < model.factor:
         raise UserError(f"a picture of {width}×{height} px: both sides must be multiples of {model.factor}")
     shape = (model.unet.config.out_channels, height // model.factor, width // model.factor)
-    return torch.stack([torch.randn(shape, generator=generator(seed, "latents")) for seed in seeds]).to(model.device)
+    noise = torch.stack([torch.randn(shape, generator=generator(seed, "latents")) for seed in seeds])
+    return sent(noise, model.device)
 
 
 def sample(
@@ -153,7 +155,7 @@ def sample(
 
 def ddim(x0: Tensor, eps: Tensor, alpha_next: float, sigma: float = 0.0, noise: Tensor | None = None) -> Tensor:
     """Latents at the level ᾱ′ = `alpha_next`:  z′ = √ᾱ′ x0 + √(1 − ᾱ′ − σ²) ε + σ n."""
-    alpha = torch.as_tensor(alpha_next, dtype=x0.dtype, device=x0.device)  # rounded to fp32 first, as diffusers does
+    alpha = constant(alpha_next, x0)  # rounded to fp32 first, as diffusers does
     latents = alpha.sqrt() * x0 + (1 - alpha - sigma**2).clamp(min=0).sqrt() * eps
     return latents if noise is None else latents + sigma * noise
 
@@ -174,7 +176,9 @@ def _guided(model: StableDiffusion, latents: Tensor, edit: Edit, step: Step) -> 
     shared = shared_guidance_prefix(model.unet, wanted=not edit.hooks and not _exact(model))
     with hooked(model.unet, edit.hooks, step=step, branches=("null", "cond")), shared:
         null, conditional = model.predict(torch.cat([latents, latents]), step.timestep, both).chunk(2)
-    scale = torch.as_tensor(edit.guidance_scale, device=latents.device).view(-1, 1, 1, 1)
+    scale = edit.guidance_scale
+    if not isinstance(scale, int | float):
+        scale = constant(scale, latents).view(-1, 1, 1, 1)
     return null + scale * (conditional - null)
 
 
@@ -241,9 +245,10 @@ class _Solver:
 
     def _noise(self, latents: Tensor, step: Step) -> Tensor | None:
         if step.noise is not None or not step.sigma:
-            return None if step.noise is None else step.noise.to(latents)
+            return None if step.noise is None else sent(step.noise, latents.device).to(latents)
         assert self.generators is not None
-        return torch.stack([torch.randn(latents.shape[1:], generator=one) for one in self.generators]).to(latents)
+        drawn = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in self.generators])
+        return sent(drawn, latents.device).to(latents)
 
     def _scheduler_step(self, output: Tensor, latents: Tensor, step: Step) -> Tensor:
         """The diffusers scheduler's own step; it sees the latents in its own scaling."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.models.transfer import sent
 from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Condition, ddim
 from personalize.sampling.schedule import Step
@@ -47,7 +48,7 @@ class NullFit:
 
     def __call__(self, step: Step, latents: Tensor) -> Conditioning:
         initial = self.rows[-1] if self.rows and self.settings.warm_start else self.null.to(latents.device)
-        target = self.pivots[step.count - 1 - step.index].to(latents)
+        target = sent(self.pivots[step.count - 1 - step.index], latents.device).to(latents)
         given = self.conditioning
         conditioning = given if isinstance(given, Conditioning) else given(step, latents)
         e_cond = self.model.predict(latents, step.timestep, conditioning)

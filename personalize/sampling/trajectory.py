@@ -25,6 +25,7 @@ from personalize.io.tensor_files import read_tensors, tensor_bytes
 from personalize.models.attention import AttentionHook
 from personalize.models.known_bases import portable_name
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.models.transfer import sent
 from personalize.sampling.denoise import Edit, LatentEdit, denoise
 from personalize.sampling.schedule import Schedule, Step, make_schedule
 from personalize.sampling.virtual_inversion import ConsistentRows
@@ -166,7 +167,7 @@ class Pinned(LatentEdit):
         self.pivots = trajectory.latents
 
     def latents(self, z: Tensor, step: Step) -> Tensor:
-        return torch.cat([self.pivots[step.count - 1 - step.index].to(z), z[1:]])
+        return torch.cat([sent(self.pivots[step.count - 1 - step.index], z.device).to(z), z[1:]])
 
 
 _WORDS = {  # what error messages call an input

@@ -142,7 +142,7 @@ def _steps(runs: Sequence[SingleImageRun], objective: BatchedAdapters) -> Iterat
     groups = objective.groups(first.config.learning_rate, first.config.text_embedding_lr)
     plain = adamw(groups, first.model.device)
     lr_scheduler = make_lr_scheduler(first.config, plain, first.updates)
-    prepared, optimizer = first.accelerator.prepare(objective, plain)
+    prepared, optimizer = first.accelerator.prepare(objective, plain, device_placement=[False, False])
     updates = _joined_updates(runs, first.shard, first.updates)
     return training_steps(prepared, updates, optimizer, accelerator=first.accelerator, lr_scheduler=lr_scheduler)
 

@@ -3,6 +3,9 @@
 A folder is written whole or not at all.  All randomness is keyed by update and sample, so the state of a run is its
 trained tensors, the optimizer's, and N, the number of finished updates.  Nothing is pickled.
 
+On CUDA "to the bit" holds with `torch.use_deterministic_algorithms(True)`: the ordinary kernels of attention's and of
+convolutions' backward passes add in no fixed order, so that two runs agree by rounding.
+
 Runs with other settings or data may have checkpoints in the same folder: a run takes and removes its own alone, and
 calls them `checkpoint-N-<8 hex digits>` where another run has that N.
 """

@@ -17,7 +17,8 @@ from torch.nn.utils import get_total_norm
 
 from personalize.errors import UserError
 from personalize.training.data.samples import SampleShard
-from personalize.training.loop import ADVICE, NonFiniteError, StepReport
+from personalize.training.finite import ADVICE, NonFiniteError
+from personalize.training.loop import StepReport
 
 WARM = 3  # updates made before the capture, on a stream of their own: libraries allocate and choose kernels in them
 
@@ -116,13 +117,14 @@ def replay_steps(step: GraphedStep, first_update: int = 0) -> Iterator[StepRepor
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
     """
-    update, on_cuda = step, step.count.device.type == "cuda"
+    update, device = step, step.count.device
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     rates = tuple(float(group["lr"]) for group in step.optimizer.param_groups)
     for number in range(len(step)):
-        if number == WARM and on_cuda:
+        if number == WARM and stream is not None:
             update = capture_graph(step)
-        if number < WARM and on_cuda:
-            _call_on_side_stream(step)
+        if number < WARM and stream is not None:
+            _call_on_stream(step, stream)
         else:
             update()
         if bool(step.stopped):  # waits for the update that was just made
@@ -130,21 +132,23 @@ def replay_steps(step: GraphedStep, first_update: int = 0) -> Iterator[StepRepor
         yield StepReport(first_update + number + 1, {"loss": step.losses[number]}, rates)
 
 
-def _call_on_side_stream(step: GraphedStep) -> None:
-    """Make one update on a CUDA stream of its own, which torch asks for in the warm-up before a capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def _call_on_stream(step: GraphedStep, stream: Any) -> None:
+    """Make one update on the CUDA stream of the warm-up, which torch asks for before a capture."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         step()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
 
 
 def capture_graph(step: GraphedStep) -> Any:
     """Record the update as a CUDA graph and return the function that replays it; recording itself trains nothing."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    device = step.count.device
+    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):  # a capture takes a stream of the current device
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
     return graph.replay
 
 

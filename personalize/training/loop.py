@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from personalize.adapters.lora import remove_lora
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.finite import DeviceCheck, check_and_clip
 from personalize.training.losses import LossTerms
 
 
@@ -87,21 +87,35 @@ def set_autocast(accelerator: Accelerator, *, enabled: bool) -> None:
     accelerator.autocast_handler = AutocastKwargs(enabled=enabled)  # pyright: ignore
 
 
-class NonFiniteError(UserError):
-    """A loss or gradient was NaN or infinite; training stopped before it changed the weights."""
-
-
 @dataclass(frozen=True)
 class StepReport:
-    """The result of one optimizer update (counted from 1): detached losses, and the learning rates that were used."""
+    """The result of one optimizer update (counted from 1): detached losses, and the learning rates that were used.
+
+    check: on a GPU, what is known there of losses and gradients that were not finite; see `DeviceCheck`.
+    """
 
     update: int
     losses: dict[str, Tensor]
     learning_rates: tuple[float, ...]
+    check: DeviceCheck | None = None
+
+    def values(self) -> dict[str, float]:
+        """The losses as numbers, in one read of the device.
+
+        Raises:
+            NonFiniteError: this update or one before was not finite, and changed nothing.
+        """
+        numbers = torch.stack([loss.float() for loss in (*self.losses.values(), *self._flag())]).tolist()
+        if self.check is not None and (first := int(numbers.pop())):
+            raise self.check.error(first)
+        return dict(zip(self.losses, numbers, strict=True))
+
+    def _flag(self) -> list[Tensor]:
+        return [] if self.check is None else [self.check.first]
 
     def note(self) -> str:
         """The loss, for a line of progress; read from the device."""
-        return f"loss {float(self.losses['loss']):.3f}" if "loss" in self.losses else ""
+        return f"loss {self.values()['loss']:.3f}" if "loss" in self.losses else ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,8 @@ def training_steps(
 
     There are no callbacks: the body of the caller's `for` loop logs, saves and stops.
 
+    On CUDA the host reads nothing back: an update that is not finite is found by `StepReport.values`, or at the end.
+
     Args:
         objective, optimizer, lr_scheduler: as returned by `accelerator.prepare`.
         updates: for each update this process's batches; in every process as many.
@@ -147,6 +163,8 @@ def training_steps(
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last finished update.
     """
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}  # once: it takes long
+    plain: Any = getattr(optimizer, "optimizer", optimizer)
+    check: DeviceCheck | None = None
     for update, batches in enumerate(updates, first_update + 1):
         rates, skipped = tuple(group["lr"] for group in optimizer.param_groups), True
         while skipped:
@@ -154,14 +172,21 @@ def training_steps(
             if early_stop is not None and early_stop(update - 1, losses["loss"]):
                 optimizer.zero_grad(set_to_none=True)
                 return
-            last = batches[-1]
-            _check_and_clip(objective, trained, last, losses["loss"], optimizer, accelerator, max_grad_norm, update)
-            optimizer.step()
+            last, loss = batches[-1], losses["loss"]
+            if DeviceCheck.possible(plain, accelerator, loss):
+                check = check or DeviceCheck(objective, plain, loss.device)
+                grads = [p.grad for p in trained.values() if p.grad is not None]
+                check.step(update, last, loss, grads, max_grad_norm)
+            else:
+                check_and_clip(objective, trained, last, loss, optimizer, accelerator, max_grad_norm, update)
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             skipped = getattr(optimizer, "step_was_skipped", False)
         if lr_scheduler is not None:
             lr_scheduler.step()
-        yield StepReport(update, losses, rates)  # pyright: ignore[reportPossiblyUnboundVariable]
+        yield StepReport(update, losses, rates, check)  # pyright: ignore[reportPossiblyUnboundVariable]
+    if check is not None and (first := int(check.first)):
+        raise check.error(first)
 
 
 def _backward(
@@ -184,48 +209,3 @@ def _backward(
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         sums[name] = sums[name] + value if name in sums else value
-
-
-def _check_and_clip(
-    objective: nn.Module,
-    trained: dict[str, nn.Parameter],
-    batch: dict[str, Tensor],
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    max_grad_norm: float | None,
-    update: int,
-) -> None:
-    """Unscale and clip the gradients; raise NonFiniteError, naming the first tensor, if one is NaN or infinite.
-
-    An overflow under a loss scaler (fp16) is no error while the scale is above 1: the scaler then skips the update and
-    halves the scale.
-    """
-    if not torch.isfinite(loss):
-        optimizer.zero_grad(set_to_none=True)
-        cause = _nonfinite_cause(objective, batch)
-        raise NonFiniteError(f"update {update}: the loss is {loss.item()}, {cause}; {ADVICE}")
-    named = {name: p.grad for name, p in trained.items() if p.grad is not None}
-    accelerator.unscale_gradients(optimizer)
-    norm = get_total_norm(named.values())
-    if not torch.isfinite(norm):
-        bad = next((name for name, grad in named.items() if not torch.isfinite(grad).all()), None)
-        overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
-        if bad is not None and not overflow:
-            optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"update {update}: the gradient of {bad} is not finite; {ADVICE}")
-    elif max_grad_norm is not None:
-        parameters = [p for p in trained.values() if p.grad is not None]
-        clip_grads_with_norm_(parameters, max_grad_norm, norm)
-
-
-def _nonfinite_cause(objective: nn.Module, batch: dict[str, Tensor]) -> str:
-    """For the message: the first tensor that is not finite among the batch and the parameters."""
-    tensors = {f"the batch's {name}": part for name, part in batch.items() if isinstance(part, Tensor)}
-    tensors |= dict(objective.named_parameters())
-    names = (name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all())
-    name = next(names, None)
-    return f"because {name} is not finite" if name else "from finite inputs and weights: the forward pass overflowed"
-
-
-ADVICE = "this update changed nothing: lower --learning_rate, or use --mixed_precision no"

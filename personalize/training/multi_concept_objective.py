@@ -28,6 +28,7 @@ from personalize.errors import UserError
 from personalize.models.attention import AttentionHook, AttentionSite, attention_sites, hooked
 from personalize.models.attention_maps import CalibrationMaps, calibration_layers
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.transfer import sent
 from personalize.training.config import CALIBRATION_WEIGHT
 from personalize.training.losses import LossTerms, Objective, anchoring, calibration, masked_mse
 
@@ -85,7 +86,7 @@ class MultiConceptObjective(Objective):
         """The loss of a batch: `latents` z₀ and `noise` ε (b, c, h, w) at `timesteps` (b,), with prompts `texts` (b).
 
         canvas: (b, 1, h, w), 1 where the latents count.
-        instance: (b,) bool, False for regularisation samples.
+        instance: (b,) bool, False for regularisation samples; on the CPU, or else it is read from the device.
         nouns, modifiers: (b, s, l), 1 at the text positions of each concept's class phrase and of its token; 0 if the
             prompt does not contain it.  The texts are padded to these l positions.
         masks: (b, s, H, W) in [0, 1], where each concept is; may be absent.
@@ -102,17 +103,18 @@ class MultiConceptObjective(Objective):
         with hooked(model.unet, hooks):
             output = model.predict(noisy, timesteps, conditioning)
         errors = masked_mse(output, target, batch["canvas"])  # (b,)
-        instance = batch["instance"]
-        weights = torch.where(instance, 1.0, self.prior_loss_weight).to(errors)
+        instance, chosen = batch["instance"].cpu(), sent(batch["instance"], errors.device)
+        weights = torch.where(chosen, 1.0, self.prior_loss_weight).to(errors)
         share = batch.get("share", torch.ones_like(errors))
-        instance_share = batch.get("instance_share", instance / instance.sum().clamp(min=1)).to(errors)
+        instance_share = batch.get("instance_share", chosen / chosen.sum().clamp(min=1)).to(errors)
         parts = {"mse": (instance_share * errors).sum().detach()}
         total = (share * weights * errors).mean()
         if store is not None:  # the same names in all processes, also in one that shows a class picture
             parts |= {name: torch.zeros_like(total) for name in self._attention_names(batch)}
         if store is not None and bool(instance.any()):
             with torch.autocast(latents.device.type, enabled=False):  # scaling maps magnifies rounding
-                attention, attention_parts = self._attention_loss(store, batch, instance, instance_share[instance])
+                rows = sent(instance.nonzero().flatten(), errors.device)
+                attention, attention_parts = self._attention_loss(store, batch, rows, instance_share[rows])
             total, parts = total + attention, parts | attention_parts
         return LossTerms(total, parts)
 
@@ -128,19 +130,19 @@ class MultiConceptObjective(Objective):
         return ["calibration", *(["anchoring"] if self.mask_weight and "masks" in batch else [])]
 
     def _attention_loss(
-        self, store: CalibrationMaps, batch: Mapping[str, Any], instance: Tensor, share: Tensor
+        self, store: CalibrationMaps, batch: Mapping[str, Any], rows: Tensor, share: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The attention losses of the samples that `instance` selects, summed with the weights `share`."""
-        nouns = store.of_tokens(batch["nouns"])[instance]
-        modifiers = store.of_tokens(batch["modifiers"])[instance]
+        """The attention losses of the samples `rows`, summed with the weights `share`."""
+        nouns = store.of_tokens(batch["nouns"])[rows]
+        modifiers = store.of_tokens(batch["modifiers"])[rows]
         store.maps.clear()  # otherwise the maps that gradient checkpointing recomputes would stay in memory
         calibrated = (share * torch.stack([calibration(c, m) for c, m in zip(nouns, modifiers, strict=True)])).sum()
         total, parts = self.calibration_weight * calibrated, {"calibration": calibrated.detach()}
         if self.mask_weight and "masks" in batch:
             height, width = nouns.shape[-2:]
-            masks = adaptive_avg_pool2d(batch["masks"][instance].float(), (height, width))
-            rows = zip([*nouns, *modifiers], [*masks, *masks], strict=True)
-            anchored = (share.repeat(2) * torch.stack([anchoring(maps, mask).sum() for maps, mask in rows])).sum()
+            masks = adaptive_avg_pool2d(batch["masks"][rows].float(), (height, width))
+            pairs = zip([*nouns, *modifiers], [*masks, *masks], strict=True)
+            anchored = (share.repeat(2) * torch.stack([anchoring(maps, mask).sum() for maps, mask in pairs])).sum()
             total, parts = total + self.mask_weight * anchored, parts | {"anchoring": anchored.detach()}
         return total, parts
 

@@ -33,6 +33,7 @@ from personalize.training.cuda_graph import graphed_steps
 from personalize.training.data.samples import Dataset, SampleShard
 from personalize.training.loop import EarlyStop, StepReport, adamw, make_lr_scheduler, set_autocast, training_steps
 from personalize.training.losses import Objective
+from personalize.training.own_accelerator import default_accelerator
 
 # settings that may change between a run and its resumption: the samples of an update and their loss stay the same
 MAY_DIFFER = (
@@ -76,7 +77,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
     def __init__(self, model: StableDiffusion, config: ConfigT, accelerator: Accelerator | None) -> None:
         self.model, self.config, self.update = model, config, 0
         self.base = model.about()  # read before anything is trained: a run may train the base's own weights
-        self.accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+        self.accelerator = accelerator or default_accelerator(model.device)
         if self.accelerator.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"the accelerator accumulates {self.accelerator.gradient_accumulation_steps} batches: make it without "
@@ -91,7 +92,8 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         self.objective = objective
         optimizer = adamw(groups, self.model.device, use_8bit=self.config.use_8bit_adam)
         self.lr_scheduler = make_lr_scheduler(self.config, optimizer, self.updates)
-        self._prepared, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        placed = [False, False]  # both are where the model is, which stays there
+        self._prepared, self.optimizer = self.accelerator.prepare(objective, optimizer, device_placement=placed)
         trained, decay = objective.trainable(), self.config.ema_max_decay
         self.average = WeightAverage(trained, decay) if self.config.use_ema else None
         self.best: BestWeights | None = None
@@ -111,6 +113,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         for report in ticked(reports, "Learning", total=self.updates, done=first, note=StepReport.note):
             self.update = report.update
             if self.average is not None:
+                report.values()  # raises before an update that changed nothing is averaged
                 self.average.update(self.update)
             yield report
         if first < self.update and not self._any_weight_changed():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from personalize.adapters.lora import lora_layers, lora_parameters
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.models.transfer import sent
 from personalize.training.losses import LossTerms, Objective, masked_mse, min_snr_weight
 
 
@@ -110,8 +111,9 @@ class SingleImageObjective(Objective):
         if self.texts:
             used, place = rows.unique(return_inverse=True)
             read = self._model[0].prompts([self.texts[row] for row in used.tolist()], self.size)
-            return self._model[0].padded(read, self.embeds.shape[1])[place]  # as many tokens in every batch
-        return Conditioning.cat([self.source_embeddings(), *self._prior])[rows]
+            every = self._model[0].padded(read, self.embeds.shape[1])  # as many tokens in every batch
+            return every[sent(place, every.embeds.device)]
+        return Conditioning.cat([self.source_embeddings(), *self._prior])[sent(rows, self.embeds.device)]
 
     def _without_captions(self, conditioning: Conditioning, dropped: Tensor) -> Conditioning:
         """`conditioning` with that of the empty prompt in the rows that are `dropped` (b,)."""

@@ -18,6 +18,7 @@ from personalize.adapters import hub
 from personalize.adapters.adapter_files import check_target
 from personalize.errors import Notice, Stopped, UserError, said_if_stopped
 from personalize.io.locks import folder_lock
+from personalize.models.loading import require_bf16
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import checkpoints
 from personalize.training.best_weights import Judge
@@ -70,6 +71,8 @@ def _check_precision(accelerator: Accelerator) -> None:
     precision, device = accelerator.mixed_precision, accelerator.device.type
     if precision != "no" and (precision == "fp8" or not accelerator.native_amp):
         raise UserError(f"--mixed_precision {precision} does not work on this {device}: use bf16 or no")
+    if precision == "bf16":
+        require_bf16(accelerator.device)
 
 
 def check_tracker(name: str | None) -> None:
@@ -138,7 +141,7 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
         said_if_stopped(lambda: _unsaved_progress(config, run)),
     ):
         for report in run.steps():
-            losses = {key: float(value) for key, value in report.losses.items()}
+            losses = report.values()
             accelerator.log(losses | {"learning_rate": report.learning_rates[0]}, step=report.update)
             if stop.signal is not None and accelerator.is_main_process:
                 raise Stopped(stop.signal, f"stopped after {_saved_progress(config, run)}")

@@ -15,7 +15,7 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.config import SingleImageConfig
-from personalize.training.loop import NonFiniteError
+from personalize.training.finite import NonFiniteError
 from personalize.training.single_image import learn
 from tests.support.tiny import tiny, tiny_sd1
 

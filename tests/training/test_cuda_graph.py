@@ -17,7 +17,7 @@ from personalize.randomness import generator
 from personalize.training import cuda_graph
 from personalize.training.config import SingleImageConfig
 from personalize.training.cuda_graph import GraphedStep, check_capturable, replay_steps
-from personalize.training.loop import NonFiniteError
+from personalize.training.finite import NonFiniteError
 from personalize.training.single_image import SingleImageRun, single_image_run
 from tests.support.tiny import tiny_sd1
 

@@ -15,7 +15,8 @@ from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.randomness import generator
 from personalize.training import checkpoints
 from personalize.training.data.samples import SampleShard
-from personalize.training.loop import EarlyStop, NonFiniteError, adamw, training_steps
+from personalize.training.finite import NonFiniteError
+from personalize.training.loop import EarlyStop, adamw, training_steps
 from personalize.training.losses import LossTerms
 from personalize.training.single_image import single_image_run
 from tests.support.objectives import objective

@@ -27,8 +27,10 @@ from personalize.editing.dynamic_prompt_learning.stage_maps import stage_attenti
 from personalize.io.progress import ticked
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.map_filters import smoothed
+from personalize.models.offloading import embedding_device
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.models.transfer import sent
 from personalize.sampling.schedule import Schedule, Step
 
 SHARPNESS = 100.0  # factor on the attention before the softmax over words, for the balancing loss
@@ -72,7 +74,8 @@ def sharpened(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
     The softmax is over all positions, padding included, except the first and the last.
     """
     shares = (SHARPNESS * attention[..., 1:-1]).softmax(-1)
-    return torch.stack([shares[..., [p - 1 for p in group.positions]].sum(-1) for group in groups])
+    each = ([shares[..., position - 1] for position in group.positions] for group in groups)  # no indices to copy
+    return torch.stack([torch.stack(own, -1).sum(-1) for own in each])
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ def noun_rows(model: StableDiffusion, groups: Sequence[NounGroup]) -> Iterator[l
         for number, (encoder, table) in enumerate(zip(model.text_encoders, tables, strict=True)):
             ids = list(dict.fromkeys(index for group in groups for index in group.ids[number]))
             with torch.no_grad():
-                rows = table(torch.tensor([ids], device=model.device))[0]
-            layers.append(TokenEmbedding(table, ids, rows, trainable=True).to(model.device))
+                rows = table(sent(torch.tensor([ids]), next(table.parameters()).device))[0]
+            layer = TokenEmbedding(table, ids, rows, trainable=True)
+            layers.append(layer.to(embedding_device(encoder), non_blocking=True))
             encoder.set_input_embeddings(layers[-1])
         yield layers
     finally:
@@ -185,7 +189,8 @@ class DynamicFit:
         settings: DynamicSettings = DYNAMIC, size: tuple[int, int] | None = None, length: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.prompt, self.groups, self.size = model, prompt, tuple(groups), size
-        self.background, self.settings = background, settings
+        self.background = None if background is None else sent(background, model.device)
+        self.settings = settings
         self.length = length
         self.until = tokenize_prompt(model, prompt).places[-1] + 1 if settings.words_only else None
         self.result = DynamicPrompt(prompt, self.groups)
@@ -196,7 +201,7 @@ class DynamicFit:
             anchors = [layer.weight.detach().clone() for layer in layers]
             if self.result.rows:
                 for layer, row in zip(layers, self.result.rows[-1], strict=True):
-                    layer.weight.data.copy_(row)
+                    layer.weight.data.copy_(sent(row, layer.weight.device))
             if not self.settings.idle:
                 self._fit(layers, anchors, step, latents[:1])
             self.result.rows.append(tuple(layer.weight.detach().cpu().clone() for layer in layers))
@@ -223,7 +228,7 @@ class DynamicFit:
                 attention = stage_attention(self.model, latents, step, conditioning)[..., : self.until]
             losses = leakage(attention, self.groups, self.background)
             self.result.forward_passes += 1
-            now = Leakage(*(float(loss.detach()) for loss in losses))
+            now = Leakage(*torch.stack([loss.detach() for loss in losses]).tolist())  # one read of the device
             if number == 0:
                 self.result.first_losses.append(now)
                 self.result.last_losses.append(now)
@@ -258,7 +263,7 @@ def fit_on_trajectory(fit: DynamicFit, latents: Tensor, down: Schedule) -> Dynam
     """
     for index, transition in enumerate(ticked(down)):
         step = Step(**vars(transition), index=index, count=len(down))
-        fit(step, latents[len(down) - index].to(fit.model.device))
+        fit(step, sent(latents[len(down) - index], fit.model.device))
     return fit.result
 
 

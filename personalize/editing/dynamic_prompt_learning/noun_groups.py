@@ -17,6 +17,7 @@ from personalize.editing.dynamic_prompt_learning.nouns import depicted_nouns
 from personalize.errors import UserError
 from personalize.models.prompts import Tokens, tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.token_ids import padded_ids
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def noun_groups(model: StableDiffusion, prompt: str, named: Sequence[str] = ()) 
 
 def group_maps(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
     """Attention maps (k, h, w) of k groups, from `attention` (h, w, l): the mean over each group's tokens."""
-    return torch.stack([attention[..., list(group.positions)].mean(-1) for group in groups])
+    each = ([attention[..., position] for position in group.positions] for group in groups)  # no indices to copy
+    return torch.stack([torch.stack(own, -1).mean(-1) for own in each])
 
 
 def _nouns_of(prompt: str) -> list[tuple[str, ...]]:
@@ -64,7 +66,7 @@ def _nouns_of(prompt: str) -> list[tuple[str, ...]]:
 def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...]) -> NounGroup:
     tokens = tokenize_prompt(model, prompt)
     positions = sorted({position for word in words for position in _positions(tokens, word)})
-    encoded = [model.ids(tokenizer, [prompt])[0].tolist() for tokenizer in model.tokenizers]
+    encoded = [padded_ids(tokenizer, [prompt])[0].tolist() for tokenizer in model.tokenizers]
     ids = tuple(tuple(dict.fromkeys(one[position] for position in positions)) for one in encoded)
     return NounGroup(words, tuple(positions), ids)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ from personalize.models.attention import AttentionHook, AttentionSite, attention
 from personalize.models.attention_maps import MapSum, stage_layers
 from personalize.models.prompts import Span, Tokens, tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.transfer import sent
 from personalize.sampling.denoise import LatentEdit
-from personalize.sampling.schedule import Step
 
 __all__ = [
     "Alignment", "ControlSettings", "Controls", "LocalBlend", "MapSum", "SelfControl", "TextControl",
@@ -118,21 +119,35 @@ class TextControl(AttentionHook):
         self.matrix = torch.stack([one.matrix for one in alignments])[:, None]  # (b, 1, l, l)
         self.own = torch.stack([one.own for one in alignments])[:, None, None]  # (b, 1, 1, l)
         self.weights, self.begin, self.end = (torch.stack(list(rows))[:, None, None] for rows in (weights, begin, end))
+        self._copies: Any = None  # (device and dtype, parts, patterns of steps), see `_placed`
 
     def wants(self, site: AttentionSite) -> bool:
         return site.cross
 
     def active(self, site: AttentionSite) -> bool:
-        return site.branch == "cond" and bool(self._now(site.step).any())
+        return site.branch == "cond" and bool(self._now(site.step.index).any())
 
     def probs(self, p: Tensor, site: AttentionSite) -> Tensor:
         source, target = p[:1], p[1:]
-        matrix, own, weights = (part.to(p) for part in (self.matrix, self.own, self.weights))
+        now, matrix, own, weights = self._placed(site.step.index, p)
         changed = weights * (source @ matrix + target * own)
-        return torch.cat([source, torch.where(self._now(site.step).to(p.device), changed, target)])
+        return torch.cat([source, torch.where(now, changed, target)])
 
-    def _now(self, step: Step) -> Tensor:
-        return (self.begin <= step.index) & (step.index < self.end)
+    def _now(self, index: int) -> Tensor:
+        return (self.begin <= index) & (index < self.end)
+
+    def _placed(self, index: int, like: Tensor) -> tuple[Tensor, ...]:
+        """Which maps are replaced at step `index`, M, own and c, on the device of `like`: copied once, not by layer."""
+        key = (like.device, like.dtype)
+        if self._copies is None or self._copies[0] != key:
+            parts = tuple(sent(part, like.device).to(like) for part in (self.matrix, self.own, self.weights))
+            self._copies = (key, parts, {})
+        _, parts, when = self._copies
+        now = self._now(index)
+        pattern = (bytes(now.flatten().tolist()), now.shape)
+        if pattern not in when:
+            when[pattern] = sent(now, like.device)
+        return when[pattern], *parts
 
 
 class SelfControl(AttentionHook):

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate, max_pool2d
 from personalize.models.attention_maps import MapSum, stage_layers
 from personalize.models.prompts import Tokens
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.transfer import sent
 from personalize.sampling.denoise import LatentEdit
 from personalize.sampling.schedule import Step
 
@@ -43,6 +44,8 @@ class LocalBlend(LatentEdit):
     def mask(self, size: tuple[int, int]) -> Tensor:
         """m: where rows keep their own latents, boolean (b, 1, h, w), for latents of `size` (h, w)."""
         mean = self.maps.mean()
+        if self.words.device != mean.device:
+            self.words = sent(self.words, mean.device)
         heat = (mean * self.words.to(mean)[:, None, None]).sum(-1)[:, None]
         heat = interpolate(max_pool2d(heat, 3, 1, 1), size, mode="nearest")
         most = heat.amax((-2, -1), keepdim=True)

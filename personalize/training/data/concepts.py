@@ -25,6 +25,7 @@ from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.transfer import sent
 from personalize.randomness import generator
 from personalize.training.data.augmentation import (
     FAR,
@@ -166,12 +167,13 @@ class ConceptDataset(Dataset):
         shown = [self.shows_picture(update, index, shard.samples) for index in range(shard.samples)]
         rows = [(self.instance if shown[index] else self.class_image)(update, index) for index in chunk.indices]
         tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "texts"}
-        share = torch.full((len(rows),), chunk.share, device=self.model.device)
-        instance_share = tensors["instance"] * (count * shard.processes / max(1, sum(shown)) if chunk.share else 0.0)
-        return tensors | {
-            "texts": [row["texts"] for row in rows], "size": (self.side, self.side),
-            "share": share, "instance_share": instance_share,
-        }  # fmt: skip
+        instance = tensors.pop("instance")  # stays on the CPU, where it is decided which losses are computed
+        tensors["share"] = torch.full((len(rows),), chunk.share)
+        tensors["instance_share"] = instance * (count * shard.processes / max(1, sum(shown)) if chunk.share else 0.0)
+        sizes = {"texts": [row["texts"] for row in rows], "size": (self.side, self.side), "instance": instance}
+        tensors = {key: sent(part, self.model.device) for key, part in tensors.items()}
+        mean, std, draw = (tensors.pop(key) for key in ("mean", "std", "draw"))
+        return tensors | sizes | {"latents": mean + std * draw}
 
     def shows_picture(self, update: int, index: int, samples: int) -> bool:
         """Does this sample show the picture, and not a class picture?  It depends on the sample's number in the run."""
@@ -188,11 +190,11 @@ class ConceptDataset(Dataset):
         row = {
             "texts": text, "instance": torch.tensor(True), "nouns": nouns, "modifiers": modifiers,
             "canvas": canvas_mask(view, self.side, self.model.factor, picture.shown),
-            **self._noise_sample(self.model.posterior(pixels), update, index),
+            **self._noise_sample(self.model.posterior(sent(pixels, self.model.device)), update, index),
         }  # fmt: skip
         if picture.masks:
             row["masks"] = torch.cat([render_view(mask, view, self.side) for mask in picture.masks])
-        return self._on_device(row)
+        return row
 
     def class_image(self, update: int, index: int) -> dict[str, Any]:
         """A sample that shows a class picture, whole, with its own caption."""
@@ -202,7 +204,7 @@ class ConceptDataset(Dataset):
         image, shown = pad_square(self.class_images[number].open().convert("RGB"))
         if (number, view.flip) not in self._encoded:
             pixels = render_view(image, view, self.side)[None]
-            self._encoded[number, view.flip] = tuple(part.cpu() for part in self.model.posterior(pixels))  # pyright: ignore
+            self._encoded[number, view.flip] = self.model.posterior(pixels)
         blank = torch.zeros(len(self.picture.subjects), self.text_length)
         row = {
             "texts": self.class_images[number].caption, "instance": torch.tensor(False), "nouns": blank,
@@ -211,15 +213,15 @@ class ConceptDataset(Dataset):
         }  # fmt: skip
         if self.picture.masks:
             row["masks"] = torch.zeros(len(blank), self.side, self.side)
-        return self._on_device(row)
+        return row
 
     def _noise_sample(self, posterior: tuple[Tensor, Tensor], update: int, index: int) -> dict[str, Tensor]:
-        """Latents drawn from `posterior` (mean, std), noise and a timestep."""
-        mean, std = (part[0].cpu() for part in posterior)
+        """The `posterior` (mean, std), with a `draw` from it, noise and a timestep, which are on the CPU."""
+        mean, std = (part[0] for part in posterior)
         rng = generator(self.seed, "noise", update, index)
         timestep = torch.randint(len(self.model.alphas_cumprod), (), generator=rng)
         noise, draw = (torch.randn(mean.shape, generator=rng) for _ in range(2))
-        return {"latents": mean + std * draw, "noise": noise, "timesteps": timestep}
+        return {"mean": mean, "std": std, "draw": draw, "noise": noise, "timesteps": timestep}
 
     def _token_positions(self, text: str) -> tuple[Tensor, Tensor]:
         """The text positions of class phrases and of tokens, two (s, l) in {0, 1}, in the order of the subjects."""
@@ -231,9 +233,6 @@ class ConceptDataset(Dataset):
                 modifiers[row, list(place.modifier)] = 1
             self._positions[text] = nouns, modifiers
         return self._positions[text]
-
-    def _on_device(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {key: part.to(self.model.device) if isinstance(part, Tensor) else part for key, part in row.items()}
 
 
 def read_picture(config: Any) -> ConceptPicture:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, groupby, pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.models.transfer import sent
 from personalize.randomness import generator
 
 
@@ -177,22 +179,54 @@ class LatentDataset(Dataset):
         It has `latents` and `noise` (c, h, w), `timesteps` () in [0, train_timesteps), `rows` (), and `weights`
         (1, h, w) and `time_ids` (6) if the data set has them.
         """
-        rng = generator(self.seed, f"{self.purpose}noise", update, index)
-        timestep = torch.randint(self.train_timesteps, (), generator=rng)
-        noise = torch.randn(self.mean[picture].shape, generator=rng)
-        draw = generator(self.seed, f"{self.purpose}posterior", *((update, index) if self.resample else (0, picture)))
-        mean, std = self.mean[picture], self.std[picture]
+        batch = self._stacked([(update, index, picture)])
+        return {name: part[0] for name, part in batch.items()}
+
+    def _drawn(self, update: int, index: int, picture: int) -> dict[str, Tensor]:
+        """What is random in a sample, and the row of its caption, on the CPU."""
+        rng, shape = generator(self.seed, f"{self.purpose}noise", update, index), self.mean[picture].shape
         row = {
-            "latents": mean + std * torch.randn(mean.shape, generator=draw).to(mean),
-            "noise": noise.to(mean),
-            "timesteps": timestep.to(mean.device),
+            "timesteps": torch.randint(self.train_timesteps, (), generator=rng),
+            "noise": torch.randn(shape, generator=rng),
             "rows": torch.tensor(self.rows[picture]),
         }
-        row |= {} if self.weights is None else {"weights": self.weights[picture]}
+        if self.resample:
+            draw = generator(self.seed, f"{self.purpose}posterior", update, index)
+            row["drawn"] = torch.randn(shape, generator=draw)
         if self.empty_prompts is not None:
-            drawn = torch.rand((), generator=generator(self.seed, f"{self.purpose}caption dropout", update, index))
-            row["dropped"] = (drawn < self.empty_prompts).to(mean.device)
-        return row | ({} if self.time_ids is None else {"time_ids": self.time_ids[picture]})
+            chance = torch.rand((), generator=generator(self.seed, f"{self.purpose}caption dropout", update, index))
+            row["dropped"] = chance < self.empty_prompts
+        return row
+
+    @cached_property
+    def _latents(self) -> list[Tensor]:
+        """The latents of each picture, where they are drawn once."""
+        drawn = []
+        for picture, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            draw = generator(self.seed, f"{self.purpose}posterior", 0, picture)
+            drawn.append(mean + std * torch.randn(mean.shape, generator=draw).to(mean))
+        return drawn
+
+    def _stacked(self, samples: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+        """The samples (update, index, picture) along b: drawn on the CPU, and sent to the pictures' device at once.
+
+        `rows` stay on the CPU, where captions are read.
+        """
+        pictures = [picture for _, _, picture in samples]
+        drawn = [self._drawn(*sample) for sample in samples]
+        mean = torch.stack([self.mean[picture] for picture in pictures])
+        batch = {name: torch.stack([row[name] for row in drawn]) for name in drawn[0]}
+        batch = {name: part if name == "rows" else sent(part, mean.device) for name, part in batch.items()}
+        if self.resample:
+            std = torch.stack([self.std[picture] for picture in pictures])
+            latents = mean + std * batch.pop("drawn").to(mean)
+        else:
+            latents = torch.stack([self._latents[picture] for picture in pictures])
+        batch = {"latents": latents, "noise": batch.pop("noise").to(mean), **batch}
+        for name, parts in (("weights", self.weights), ("time_ids", self.time_ids)):
+            if parts is not None:
+                batch[name] = torch.stack([parts[picture] for picture in pictures])
+        return batch
 
     def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Tensor]]]:
         """This process's batches of each of the updates `first` … `last` − 1, stacked along b.
@@ -206,13 +240,15 @@ class LatentDataset(Dataset):
             yield [self._batch(update, chunk, shard.samples) for chunk in chunks]
 
     def _batch(self, update: int, chunk: Chunk, samples: int) -> dict[str, Tensor]:
-        rows = self._samples(update, chunk.indices, samples)
+        batch = self._samples(update, chunk.indices, samples)
         for prior in self.prior:
-            if prior.mean[0].shape == rows[0]["latents"].shape:
-                rows += prior._samples(update, chunk.indices, samples)
-        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        share = {} if chunk.share == 1 else {"share": torch.full((len(rows),), chunk.share).to(batch["latents"])}
-        return batch | share
+            if prior.mean[0].shape == batch["latents"].shape[1:]:
+                more = prior._samples(update, chunk.indices, samples)
+                batch = {name: torch.cat([part, more[name]]) for name, part in batch.items()}
+        if chunk.share == 1:
+            return batch
+        latents = batch["latents"]
+        return batch | {"share": torch.full((len(latents),), chunk.share, dtype=latents.dtype, device=latents.device)}
 
-    def _samples(self, update: int, indices: Sequence[int], samples: int) -> list[dict[str, Tensor]]:
-        return [self.sample(update, index, (update * samples + index) % len(self)) for index in indices]
+    def _samples(self, update: int, indices: Sequence[int], samples: int) -> dict[str, Tensor]:
+        return self._stacked([(update, index, (update * samples + index) % len(self)) for index in indices])
