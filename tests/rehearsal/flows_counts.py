@@ -1,0 +1,185 @@
+"""How often the host waits for the device, held to what reports and decisions need.
+
+Each job is recorded with two numbers of updates or steps: what they differ by is the cost of one more, whatever the
+beginning and the end cost.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from personalize.editing.config import DynamicSettings, UniformSettings
+from personalize.editing.drag.config import DragSettings
+from personalize.editing.drag.image import drag_picture
+from personalize.editing.editor import Editor
+from personalize.editing.photo_settings import PhotoSettings
+from personalize.editing.real_image import edit_photo
+from personalize.editing.real_image_settings import EditRequest
+from personalize.models.stable_diffusion import Conditioning
+from personalize.sampling.config import NullTextSettings
+from personalize.sampling.denoise import Edit, make_schedule, sample
+from personalize.training.batched_adapters import learn_batched
+from personalize.training.config import MultiConceptConfig
+from personalize.training.data.concepts import ConceptPicture
+from personalize.training.multi_concept import multi_concept_run
+from personalize.training.single_image import single_image_run
+from tests.rehearsal.record import blocking, table
+from tests.rehearsal.support import CAPTION, SUBJECTS, base, class_image, learned, photo
+from tests.support.runs import SMALL, pixels
+
+SWAP = EditRequest("a photo of a dog on the beach", local=[("cat", "dog")], weights={"dog": 2.0})
+ON_BEACH = EditRequest("a photo of a dog on the beach")
+
+
+def each(record, job, few=2, many=4):
+    """The events for which the host waits, for each further step of `job(count)`, with their places."""
+    found = []
+    job(few)  # constants are copied to the device once in a process
+    for count in (few, many):
+        with record.of() as events:
+            job(count)
+        found.append(blocking(events))
+    more = (len(found[1]) - len(found[0])) / (many - few)
+    print(f"{more:g} a step: {few} steps\n{table(found[0])}\n{many} steps\n{table(found[1])}")
+    return more
+
+
+def _updates(run):
+    for _ in run.steps():
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_grad_norm": 1.0, "snr_gamma": 5.0}, {"resample_latents": True}, {"proportion_empty_prompts": 0.5},
+     {"min_rank": 1}, {"gradient_checkpointing": True}, {"lr_scheduler": "cosine"}, {"train_text_encoder": True},
+     {"orthogonal_start": True}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def flow_single_image(record, changes, name):
+    def job(updates):
+        config = replace(SMALL, max_train_samples=2 * updates, samples_per_update=2, **changes)
+        with single_image_run(base(name), pixels(), CAPTION, config) as run:
+            _updates(run)
+
+    assert each(record, job) == 0
+
+
+def flow_single_image_with_class_pictures(record):
+    def job(updates):
+        config = replace(SMALL, max_train_samples=updates)
+        with single_image_run(base(), pixels(), CAPTION, config, class_images=(class_image(),)) as run:
+            _updates(run)
+
+    assert each(record, job) == 0
+
+
+def flow_a_shown_loss_is_one_read(record):
+    def job(updates):
+        with single_image_run(base(), pixels(), CAPTION, replace(SMALL, max_train_samples=updates)) as run:
+            for report in run.steps():
+                report.values()
+
+    assert each(record, job) == 1
+
+
+def flow_graph(record):
+    """The flag by which the run stops is read after each update."""
+
+    def job(updates):
+        config = replace(SMALL, max_train_samples=updates, cuda_graph=True)
+        with single_image_run(base(), pixels(), CAPTION, config) as run:
+            _updates(run)
+
+    assert each(record, job, 5, 8) <= 1
+
+
+def flow_several_adapters(record):
+    def job(updates):
+        pair = [(pixels(), CAPTION), (pixels().flip(-1), "a red dog")]
+        learn_batched(base(), pair, replace(SMALL, max_train_samples=updates))
+
+    assert each(record, job) == 0
+
+
+@pytest.mark.parametrize("masks", [(), (photo(7, 72).convert("L"), photo(8, 72).convert("L"))], ids=["plain", "masks"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def flow_several_concepts(record, name, masks):
+    def job(updates):
+        config = MultiConceptConfig(rank=2, max_train_steps=updates, samples_per_update=2)
+        with multi_concept_run(base(name), ConceptPicture(photo(1, 72), SUBJECTS, "", masks), config) as run:
+            _updates(run)
+
+    assert each(record, job) == 0
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc", "dpm++_2m", "euler_a"])
+@pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
+def flow_denoising(record, name, scheduler):
+    model = base(name)
+    prompt: Conditioning = model.prompts(["a dog"])
+
+    def job(steps):
+        sample(model, Edit(prompt, None, 7.5), [0, 1], make_schedule(model, steps, scheduler), (64, 64))
+
+    assert each(record, job) == 0
+
+
+def _photo(record, limit, request=SWAP, name="sd1", **settings):
+    model = base(name)
+
+    def job(steps):
+        chosen = PhotoSettings(steps=steps, **settings)
+        edit_photo(model, photo(), "a photo of a cat on the beach", request, chosen)
+
+    assert each(record, job, 4, 8) <= limit
+
+
+@pytest.mark.parametrize("method", ["direct", "ddim", "negative", "ddpm"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def flow_prompt_to_prompt(record, name, method):
+    _photo(record, 0, name=name, inversion=method)
+
+
+def flow_null_text(record):
+    """A read of the loss for each of at most three losses a step."""
+    _photo(record, 3, inversion="null-text", null_text=NullTextSettings(iterations=2, tolerance=0.0, growth=0.0))
+
+
+def flow_dynamic_prompts(record):
+    """A read of the losses for each of at most two updates, the embeddings of the step and how far they moved."""
+    _photo(record, 2 + 2, dynamic=DynamicSettings(updates=2))
+
+
+def flow_uniform_maps(record):
+    _photo(record, 0, request=ON_BEACH, uniform=UniformSettings(until=1.0))
+
+
+def flow_mutual_self_attention(record):
+    _photo(record, 0, request=ON_BEACH, controller="mutual")
+
+
+@pytest.mark.parametrize("method", ["pixels", "latents"])
+def flow_drag(record, method):
+    model = base()
+
+    def job(steps):
+        settings = DragSettings(method=method, steps=steps, strength=1.0)
+        drag_picture(model, photo(), [(20, 24), (36, 28)], settings=settings, prompt="a cat")
+
+    assert each(record, job, 4, 8) == 0
+
+
+def flow_editor_copies_an_adapter_once(record):
+    """Outside `with Editor` too: no copy for each module, and no hash of the base in each call."""
+    model = base()
+    editor = Editor(model, learned(model)[1])
+    from tests.rehearsal.support import STEPS
+
+    editor.edit("a dog", sampling=STEPS)
+    with record.of() as events:
+        editor.edit("a dog", sampling=STEPS)
+    print(table(blocking(events)))
+    assert len(blocking(events)) < 16  # the prompt's and the picture's own; there are 104 modules
+    assert not [event for event in events if "identity" in event.place]
