@@ -4,7 +4,8 @@
 
 Each kill is a cell: a signal after a random share of the time that the work takes, then the same work again to its end.
 Counted are adapters that are not, byte for byte, those of work that nobody interrupted (of saves: neither the old one
-nor the new one), files of another program that are gone, processes that are left, and hidden files that are left.
+nor the new one), files of another program that are gone, hidden files that are left, and processes of the killed work
+that still live a minute later: whoever loses its parent becomes a child of the bench, so that none is overlooked.
 It resumes where it was interrupted.  The base is a tiny one of random weights: what is tried is not the learning.
 """
 
@@ -33,11 +34,13 @@ from personalize.cli.main import main as personalize
 from personalize.formats.manifest import DIFFUSERS_FILE
 from personalize.formats.verification import verify_folder
 from tests.bench.cells import Cells
+from tests.support.children import adopt_orphans, descendants, living
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
-SHARES = {"training": 6, "saving": 6, "exporting": 3, "catalogue": 2, "processes": 1, "disk": 2}  # of 20 kills
-ROWS, MARK = 20, "PERSONALIZE_TORTURE"
+SHARES = {"training": 5, "saving": 5, "exporting": 3, "catalogue": 1, "processes": 4, "disk": 2}  # of 20 kills
+GRACE = 60.0  # seconds
+ROWS = 20
 LEARNING = ["--targets", "attention", "--rank", "2", "--preview_steps", "0", "--samples_per_update", "1"]
 
 
@@ -108,12 +111,13 @@ def finished(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def killed(work: Callable[[], object], number: int, after: float) -> None:
-    """Start `work`, and send it the signal `number` after some seconds."""
+def killed(work: Callable[[], object], number: int, after: float) -> int:
+    """Start `work`, and send it the signal `number` after some seconds; how many processes of it are left."""
     process = child(work)
     time.sleep(after)
     os.kill(process, number)
     finished(process)
+    return living(GRACE)
 
 
 def hidden(*folders: Path) -> int:
@@ -131,20 +135,20 @@ def theirs(folder: Path, begun: float) -> list[Path]:
     return files
 
 
-def row(equal: bool, files: Iterable[Path], left: int, hidden_files: int, **more: Any) -> dict[str, Any]:
+def row(equal: bool, files: Iterable[Path], alive: int, hidden_files: int, **more: Any) -> dict[str, Any]:
     lost = sum(not file.is_file() for file in files)
-    return {"equal": equal, "lost": lost, "left": left, "hidden": hidden_files, **more}
+    return {"equal": equal, "lost": lost, "left": alive, "hidden": hidden_files, **more}
 
 
 def training(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
     """A training killed at any moment, and resumed."""
     number, output = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), folder / "out"
     files = theirs(output, 0)
-    killed(lambda: personalize(place.training(output)), number, draw.uniform(0, place.seconds["training"]))
+    alive = killed(lambda: personalize(place.training(output)), number, draw.uniform(0, place.seconds["training"]))
     files += theirs(output, 1)
     code = finished(child(lambda: personalize(place.training(output, "--resume_from_checkpoint", "latest"))))
     equal = code == 0 and weights(output) == place.expected["training"]
-    return row(equal, files, 0, hidden(output, folder), signal=number)
+    return row(equal, files, alive, hidden(output, folder), signal=number)
 
 
 def saving(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
@@ -160,10 +164,11 @@ def saving(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
     files += theirs(output, 1)
     os.kill(process, number)
     finished(process)
+    alive = living(GRACE)
     Adapter.load(output)
     equal = weights(output) in hashes
     new.save(output)
-    return row(equal and weights(output) in hashes, files, 0, hidden(output, folder), signal=number)
+    return row(equal and weights(output) in hashes, files, alive, hidden(output, folder), signal=number)
 
 
 def exporting(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
@@ -172,66 +177,58 @@ def exporting(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]
     words = ["export", "lora", str(source), "--output", str(output)]
     number = draw.choice([signal.SIGKILL, signal.SIGTERM])
     files = theirs(output.parent, 0)
-    killed(lambda: personalize(words), number, draw.uniform(0, place.seconds.setdefault("exporting", 1.0)))
+    after = draw.uniform(0, place.seconds.setdefault("exporting", 1.0))
+    alive = killed(lambda: personalize(words), number, after)
     whole = not output.exists() or personalize(["verify", str(output)]) == 0
     output.unlink(missing_ok=True)
     began = time.monotonic()
     again = finished(child(lambda: personalize(words))) == 0
     place.seconds["exporting"] = time.monotonic() - began
     equal = whole and again and weights(source) == place.expected["training"]
-    return row(equal, files, 0, hidden(output.parent), signal=number)
+    return row(equal, files, alive, hidden(output.parent), signal=number)
 
 
 def catalogue(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
     """A catalogue of 20 rows killed at any moment and started again: at most one row is learned twice."""
     number, output = draw.choice([signal.SIGKILL, signal.SIGTERM]), folder / "out"
     files = theirs(output, 0)
-    killed(lambda: personalize(place.catalogue(output)), number, draw.uniform(0, place.seconds["catalogue"]))
+    alive = killed(lambda: personalize(place.catalogue(output)), number, draw.uniform(0, place.seconds["catalogue"]))
     code = finished(child(lambda: personalize(place.catalogue(output))))
     equal = sum(weights(output / f"n{row}") == place.expected[f"n{row}"] for row in range(ROWS))
-    left = hidden(output, output / "results")
-    return row(code == 0 and equal == ROWS, files, 0, left, signal=number, adapters=equal)
+    ours = hidden(output, output / "results")
+    return row(code == 0 and equal == ROWS, files, alive, ours, signal=number, adapters=equal)
 
 
 def processes(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
-    """Two processes: the command, the launcher or one of them is killed; all end, and the run resumes."""
-    output, mark = folder / "out", str(draw.random())
+    """Two processes: at any moment the command, the launcher or one of them is killed; all end, and the run resumes."""
+    output = folder / "out"
     start, two = [sys.executable, "-m", "personalize"], ["--num_processes", "2", "--samples_per_update", "2"]
-    silent: Any = {
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.PIPE,
-        "env": os.environ | {MARK: mark},
-        "text": True,
-    }
+    silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     if "processes" not in place.expected:  # sums in another order than in one process
+        began = time.monotonic()
         subprocess.run([*start, *place.training(place.root / "two", *two)], check=True, **silent)
+        place.seconds["processes"] = time.monotonic() - began
         place.expected["processes"] = weights(place.root / "two")
     words, files = [*start, *place.training(output, *two)], theirs(output, 0)
-    command = subprocess.Popen(words, **silent)
-    while command.poll() is None and not list(output.glob("checkpoint-*")):
-        time.sleep(0.2)
-    victims = marked(mark)  # the command, the launcher, and the two of the launch, in this order
-    victim, number = draw.randrange(len(victims)), draw.choice([signal.SIGKILL, signal.SIGTERM])
-    with suppress(ProcessLookupError):
-        os.kill(victims[victim], number)
-    said = command.communicate()[1]
-    deadline = time.monotonic() + 60
-    while marked(mark) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    left = len(marked(mark))
+    with (folder / "said").open("w") as said:
+        command = subprocess.Popen(words, stdout=said, stderr=said)
+    time.sleep(draw.uniform(0, place.seconds["processes"]))
+    alive = descendants()  # the command, the launcher, and the two of the launch, in this order
+    number, victim = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.randrange(max(1, len(alive)))
+    with suppress(ProcessLookupError, IndexError):  # it was done sooner than usual
+        os.kill(alive[victim], number)
+    command.wait()
+    remaining = living(GRACE)
+    files += theirs(output, 1)
     again = subprocess.run([*words, "--resume_from_checkpoint", "latest"], check=False, **silent)
     equal = again.returncode == 0 and weights(output) == place.expected["processes"]
-    return row(equal, files, left, hidden(output, folder), signal=number, victim=victim, lines=len(said.splitlines()))
-
-
-def marked(mark: str) -> list[int]:
-    """Processes of this machine that were started with this mark in their environment, by age."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if f"{MARK}={mark}".encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return sorted(found)
+    more = {
+        "signal": number,
+        "victim": victim,
+        "of": len(alive),
+        "said": (folder / "said").read_text().splitlines()[-2:],
+    }
+    return row(equal, files, remaining, hidden(output, folder), **more)
 
 
 def disk(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
@@ -245,14 +242,14 @@ def disk(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
         with suppress(OSError), open(output.parent / "filler", "wb", buffering=0) as filler:
             while filler.write(bytes(4096)):
                 pass
-        code = finished(process)
+        code, alive = finished(process), living(GRACE)
         kept = [weights(path) for path in (output, *folder.glob("*-rescued*"))]
         begun = any(output.glob("checkpoint-*"))
     finally:
         subprocess.run(["umount", output.parent], check=True)
     refused = code == 2 and not any(kept)
     equal = place.expected["training"] in kept or (refused and not begun)
-    return row(equal, [], 0, 0, room=room, refused=refused, begun=begun)
+    return row(equal, [], alive, 0, room=room, refused=refused, begun=begun)
 
 
 WORK = {"training": training, "saving": saving, "exporting": exporting, "catalogue": catalogue,
@@ -270,6 +267,7 @@ def main(words: list[str] | None = None) -> dict[str, dict[str, int]]:
     cells = Cells(options.output, {"seed": options.seed, "torch": torch.__version__})
     order = [kind for kind, share in SHARES.items() for _ in range(share)]
     random.Random(options.seed).shuffle(order)
+    adopt_orphans()
     with tempfile.TemporaryDirectory() as root:
         place = prepared(Path(root))
         for number in range(options.kills):

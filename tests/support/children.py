@@ -7,10 +7,16 @@ import os
 import resource
 import signal
 import socket
+import time
 import traceback
+from contextlib import suppress
+from ctypes import CDLL
+from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+
+PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 
 
 def in_child(function, *, seconds=240):
@@ -71,3 +77,30 @@ def run_processes(function, count):
 
     children = [start_child(lambda rank=rank: run(rank)) for rank in range(count)]
     return [child()[0] for child in children]
+
+
+def adopt_orphans():
+    """Become the parent of every process below this one that loses its own, so that `descendants` finds them all."""
+    CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants():
+    """Living processes that this one has started, and those that they have started, by id."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":  # ended, and nobody has asked for its exit code yet
+                parents[int(path.parent.name)] = int(parent)
+    found, level = [], {os.getpid()}
+    while level := {process for process, parent in parents.items() if parent in level}:
+        found += level
+    return sorted(found)
+
+
+def living(seconds):
+    """How many processes below this one still live after so many seconds; it returns as soon as there is none."""
+    deadline = time.monotonic() + seconds
+    while (found := descendants()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return len(found)
