@@ -42,7 +42,7 @@ from personalize.formats.timestep_rank import TimestepRank, rule_of
 from personalize.formats.verification import VerificationReport
 from personalize.io.atomic import folder_path, remove_stale, write_folder
 from personalize.io.figures import png
-from personalize.io.json_files import read_json
+from personalize.io.json_files import read_json, utf8
 from personalize.io.locks import folder_lock
 from personalize.io.provenance import GENERATED
 from personalize.io.tensor_files import read_tensors, tensor_bytes
@@ -262,7 +262,7 @@ class Adapter:
             picture_name(key): png(image, None if key in NOT_DRAWN else GENERATED) for key, image in pictures.items()
         }
         card = model_card(name=name, kohya_file=kohya_file, adapter=self, pictures=list(images))
-        files |= {**images, CARD: card.encode()}
+        files |= {**images, CARD: utf8(card)}
         files[MANIFEST] = self._manifest(kohya_file, files)
         return files
 

@@ -28,6 +28,7 @@ from personalize.formats.layer_kinds import fitted
 from personalize.formats.lora_keys import with_text_model
 from personalize.formats.original_checkpoint import TEXT_ENCODER_PREFIXES, Weights, original_state
 from personalize.io.atomic import Content, write_file, write_folder
+from personalize.io.json_files import utf8
 from personalize.io.progress import ticked
 from personalize.io.tensor_files import tensor_parts
 from personalize.models.lora_modules import is_lora_layer
@@ -184,7 +185,7 @@ def _edit_json(path: Path, **changes: Any) -> None:
     values = json.loads(path.read_text("utf-8"))
     if isinstance(values, dict):
         values = {key: value for key, value in (values | changes).items() if key not in changes or changes[key]}
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        path.write_bytes(utf8(json.dumps(values, indent=2, ensure_ascii=False) + "\n"))
 
 
 def read_single_file(path: Path, model: StableDiffusion) -> dict[str, dict[str, Tensor]]:

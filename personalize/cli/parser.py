@@ -25,8 +25,9 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from personalize.cli.lists import flag_name, gathered, repeated
 from personalize.cli.terminal import unwrapped
-from personalize.cli.wording import of_tyro, worded
+from personalize.cli.wording import as_options, of_tyro, worded
 from personalize.errors import Notice, UserError, nearest
+from personalize.io.json_files import SURROGATE
 from personalize.io.yaml_files import read_options
 from personalize.models.ranges import check_ranges
 
@@ -84,6 +85,7 @@ def parse(
     with worded(hints), _one_line(prog, hints):
         options = tyro.cli(config, args=args, prog=prog, use_underscores=True, registry=_registry())
     check_ranges(options, "--")
+    _check_texts(options)
     return replace(options, **_expanded_homes(options))  # pyright: ignore[reportArgumentType]
 
 
@@ -91,6 +93,18 @@ def _needs_argument(config: type) -> bool:
     """Has the command an argument without a flag that must be given?"""
     required = [f.name.rstrip("_") for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
     return any(_is_positional(config, name) for name in required)
+
+
+def _check_texts(options: Any) -> None:
+    """UserError for words with bytes that are no UTF-8 (halves of surrogate pairs); paths that exist may have them."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and SURROGATE.search(text) and not os.path.lexists(text):
+                name = field.name.rstrip("_")
+                raise UserError(
+                    f"--{name} is {text!r}, which is no UTF-8: set the terminal to UTF-8, and write it anew"
+                )
 
 
 def _expanded_homes(options: Any) -> dict[str, Any]:
@@ -245,13 +259,23 @@ def _one_line(prog: str, hints: Mapping[str, Any]):
     except SystemExit as error:
         if error.code == 0:
             raise
-        raise UserError(_sentence(message.getvalue(), prog, hints)) from None
+        ours = _own_error(error)  # tyro's box breaks its lines anywhere, also within a number or a path
+        text = _sentence(message.getvalue(), hints) if ours is None else as_options(str(ours).rstrip("."), hints)
+        raise UserError(f"{text} (see {prog} --help)") from None
 
 
-def _sentence(box: str, prog: str, hints: Mapping[str, Any]) -> str:
+def _own_error(error: BaseException) -> UserError | None:
+    """The UserError that an option's own check has raised below `error`, if one has."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__context__
+    return cause
+
+
+def _sentence(box: str, hints: Mapping[str, Any]) -> str:
     """The text of tyro's boxed error message, without colours, frame, title, and the hints below its first line."""
     lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
     parts = re.split(r"\n[─-]+(?=\n)", "\n".join(lines[1:]).lstrip("─-"))  # a plain box has a rule under its title
     text = " ".join(re.sub("[╰─╯]+", "", parts[0]).replace("(required)", "").split())
     text = of_tyro(text.rstrip("."), hints)
-    return f"{text or 'the options were not understood'} (see {prog} --help)"
+    return text or "the options were not understood"

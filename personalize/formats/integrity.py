@@ -12,7 +12,7 @@ from torch import Tensor
 
 from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import plain_name
-from personalize.io.json_files import read_json
+from personalize.io.json_files import parse_json, read_json, utf8
 from personalize.io.plain_files import file_hash, opened
 from personalize.io.tensor_files import TensorFile
 
@@ -26,13 +26,13 @@ def sealed(values: Mapping[str, Any]) -> bytes:
     """The bytes of `adapter.json`: `values`, and the SHA-256 of all of them, so that a changed manifest shows."""
     values = {key: value for key, value in values.items() if key != OWN_HASH}
     whole = {**values, OWN_HASH: _own_hash(values)}
-    return (json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return utf8(json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _own_hash(values: Mapping[str, Any]) -> str:
     """SHA-256 of the values as JSON, without the entry that holds it; equal after they were written and read."""
     rest = {key: value for key, value in values.items() if key != OWN_HASH}
-    return sha256(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(parse_json(json.dumps(rest), MANIFEST), sort_keys=True).encode()).hexdigest()
 
 
 def changed_files(folder: Path) -> tuple[list[str], int]:

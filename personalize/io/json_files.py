@@ -23,6 +23,11 @@ MAY_HOLD_SURROGATES = re.compile(rb"\\u[dD]")
 Kind = TypeVar("Kind")
 
 
+def utf8(text: str) -> bytes:
+    """`text` in UTF-8; halves of surrogate pairs, which stand for bytes of names that are no text, become U+FFFD."""
+    return SURROGATE.sub("\ufffd", text).encode()
+
+
 def parse_json(text: bytes | str, source: object, hint: str = "is damaged: its JSON cannot be read") -> Any:
     """The value of a JSON text; halves of surrogate pairs become U+FFFD.
 

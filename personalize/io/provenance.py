@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 from personalize.errors import UserError
 from personalize.io.content_credentials import SOURCE_TYPES
 from personalize.io.image_files import DAMAGED
-from personalize.io.json_files import parse_json
+from personalize.io.json_files import SURROGATE, parse_json
 from personalize.io.plain_files import opened
 
 NAMESPACES = {
@@ -64,7 +64,7 @@ class Provenance:
     @property
     def parameters(self) -> str:
         """The text of A1111's web UI, "" without details."""
-        return "" if self.details is None else parameters_text(self.details)
+        return "" if self.details is None else SURROGATE.sub("\ufffd", parameters_text(self.details))
 
     def xmp(self, *, with_details: bool) -> bytes:
         """The XMP packet; with the JSON in it for files that have no place of their own for it. b"" if it is empty."""

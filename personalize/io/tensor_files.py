@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.io.json_files import checked, parse_object
+from personalize.io.json_files import checked, parse_object, utf8
 from personalize.io.plain_files import opened
 
 DTYPES = {
@@ -75,7 +75,7 @@ def tensor_parts(
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         offsets = [end, end := end + tensor.numel() * kind.itemsize]
         header[name] = {"dtype": names[kind], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = utf8(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in sorted(tensors):

@@ -61,11 +61,11 @@ def check_ranges(options: Any, prefix: str = "") -> None:
             if not math.isfinite(number):
                 raise UserError(f"{prefix}{name} is {number}, expected a number: give a finite one")
             if not low <= number <= high:
-                raise UserError(f"{prefix}{name} is {number:g}: give a number from {low:g} to {_number(high)}")
+                raise UserError(f"{prefix}{name} is {_number(number)}: give a number from {low:g} to {_number(high)}")
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) and value >= 10**5 else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and 10**5 <= abs(value) < 10**20 else f"{value:g}"
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personalize.errors import Notice
+from personalize.errors import Notice, UserError
+from personalize.io.json_files import SURROGATE
 
 TOKEN = re.compile(r"<[^<>\s|]+>")  # a learned token as it is written; CLIP's own marks have bars: <|endoftext|>
 VECTOR = re.compile(r"(.+)_\d+")  # a further vector of a learned token, as diffusers names them: <cat1>_1
@@ -28,7 +29,12 @@ def padded_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
     Learned tokens of several vectors are written out, as stock pipelines do.  Tokens that nothing has taught the
     tokenizer are said in a Notice.
+
+    Raises:
+        UserError: a text with halves of surrogate pairs, as Python reads bytes that are no UTF-8.
     """
+    for text in filter(SURROGATE.search, texts):
+        raise UserError(f"{text!r} holds bytes that are no UTF-8: write the text again, in UTF-8")
     texts = [written_out(tokenizer, text) for text in texts]
     for token in (token for text in texts for token in TOKEN.findall(text)):
         if tokenizer.convert_tokens_to_ids(token) == tokenizer.unk_token_id:

@@ -17,7 +17,7 @@ from typing import Any
 
 from personalize.errors import Notice
 from personalize.io.atomic import write_file
-from personalize.io.json_files import parse_json
+from personalize.io.json_files import parse_json, utf8
 from personalize.io.locks import Locked, folder_lock
 from personalize.io.plain_files import opened, read_bytes
 
@@ -127,7 +127,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     writer.writerow(COLUMNS)
     ordered = sorted(rows, key=lambda row: row["line"])
     writer.writerows([_cell(row.get(column, "")) for column in COLUMNS] for row in ordered)
-    return write_file(path, text.getvalue().encode())
+    return write_file(path, utf8(text.getvalue()))
 
 
 def _cell(value: Any) -> Any:

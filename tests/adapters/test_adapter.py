@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.adapter_files import check_target, kohya_file_name, picture_name
 from personalize.errors import UserError
+from personalize.formats.integrity import changed_files
+from personalize.formats.verification import verify_folder
 from personalize.io import atomic
 from personalize.io.tensor_files import read_tensors, tensor_bytes
 from tests.support.lora_states import paths, predict, random_lora
@@ -248,6 +251,14 @@ def test_names():
     assert picture_name("before") == picture_name("before.png") == "before.png"
     with pytest.raises(UserError):
         picture_name("../before")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_no_utf_8_are_saved_with_a_replacement_character(tmp_path, sd1):
+    """As of a folder that another system has made: the training was done and then could not be saved."""
+    folder = make(sd1, picture="p\udcff.png").save(os.fsdecode(bytes(tmp_path) + b"/m\xe9"), pictures=pictures())
+    assert verify_folder(folder).ok and changed_files(folder)[0] == []
+    assert Adapter.load(folder).info["picture"] == "p\ufffd.png"
 
 
 def test_half_precision_twin(tmp_path, sd1):

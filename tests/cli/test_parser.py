@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -205,6 +207,23 @@ def test_an_options_own_check_is_its_sentence():
 
     with pytest.raises(UserError, match=r"^--rank must be above 0, got 0 \(see train --help\)$"):
         parse(Checked, ["--rank", "0"], prog="train")
+
+
+def test_an_options_own_check_is_not_broken_into_lines():
+    with pytest.raises(UserError, match=r"^--lr_warmup_steps is -1: give a number from 0 to 1,000,000 \(see train --h"):
+        parse(SingleImageConfig, ["--lr_warmup_steps", "-1"], prog="train")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_words_that_are_no_utf_8_are_refused_and_paths_are_not(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^--prompt is 'caf\\udce9', which is no UTF-8: set the terminal to UTF-8"):
+        parse(EditConfig, ["mine", "--prompt", "caf\udce9"], prog="edit")
+    with pytest.raises(UserError, match=r"^--swap is 'cat=\\udce9'"):
+        parse(PhotoConfig, ["a.png", "--source", "a cat", "--swap", "cat=\udce9"], prog="edit")
+    base = os.fsdecode(bytes(tmp_path) + b"/b\xe9")
+    os.mkdir(base)
+    words = ["mine\udce9", "--prompt", "a cat", "--pretrained_model_name_or_path", base]
+    assert parse(EditConfig, words, prog="edit").adapter == Path("mine\udce9")
 
 
 @pytest.mark.parametrize("flag", ["--use_dora", "--use-dora", "--use_dora=true", "--dora_wd", "--weight_decompose"])

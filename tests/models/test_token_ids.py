@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalize.errors import Notice
+from personalize.errors import Notice, UserError
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.token_ids import padded_ids, text_places
@@ -90,3 +90,8 @@ def test_tokens_that_nobody_taught_the_base_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
         assert not torch.equal(padded_ids(tokenizer, ["a <my-cat> cat"]), before)
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'caf\\udce9' holds bytes that are no UTF-8"):
+        padded_ids(tiny("sd1").tokenizers[0], ["a cat", "caf\udce9"])

@@ -27,6 +27,7 @@ from personalize.evaluation.scoring import Request
 from personalize.io.atomic import Content
 from personalize.io.figures import grid
 from personalize.io.image_files import load_image
+from personalize.io.json_files import utf8
 from personalize.io.numbering import add_files, next_number
 from personalize.io.progress import ticked
 
@@ -191,7 +192,7 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
     }
     report = ranking(trials, names, request, scorer.name)
     sheet = write(ranked_sheet(trials, request))
-    return files | {"grid.png": sheet, "ranking.json": json.dumps(report, indent=1, ensure_ascii=False).encode()}
+    return files | {"grid.png": sheet, "ranking.json": utf8(json.dumps(report, indent=1, ensure_ascii=False))}
 
 
 _STATES = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "it has neither"}

@@ -24,6 +24,7 @@ from personalize.evaluation.networks import Unavailable
 from personalize.evaluation.point_matching import PointMatching
 from personalize.evaluation.report import format_table, measure_item, summarize
 from personalize.io.atomic import write_file
+from personalize.io.json_files import utf8
 from personalize.io.progress import ticked
 from personalize.models.loading import default_device
 from personalize.models.stable_diffusion import StableDiffusion
@@ -67,7 +68,7 @@ def run(config: EvaluateConfig) -> Path:
         "summary": table,
         "rows": rows,
     }
-    write_file(config.output, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=True).encode())
+    write_file(config.output, utf8(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=True)))
     if warning := size_warning(name, items):
         print(warning)
     print(f"{name}: {len(rows)} of {len(items)} results\n\n{format_table(table)}\n\nevery value in {config.output}")
