@@ -22,8 +22,8 @@ from personalize.io.image_metadata import (
     metadata_file,
     read_rows,
 )  # fmt: skip
+from personalize.io.plain_files import is_hidden
 
-SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}  # what systems put into folders, hidden there
 OUTPUT_NAMES = ("adapter.json", "edits.json", "ranking.json", "edit.json", "drag.json")  # in folders written by us
 FILE_NAME = "file_name"  # the metadata column of the picture; others, such as mask_file_name, end like it
 
@@ -118,9 +118,9 @@ def _files(top: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
             folders.clear()
             _leave_out(left_out, f"written by this program ({ours[0]})", here, top)
             continue
-        folders[:] = [name for name in folders if not _hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for name in names:
-            if _hidden(name):
+            if is_hidden(name):
                 continue
             if not (here / name).exists():
                 _leave_out(left_out, "a link to nothing", here / name, top)
@@ -128,11 +128,6 @@ def _files(top: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
                 _leave_out(left_out, "a pipe or a device", here / name, top)
             else:
                 yield here / name
-
-
-def _hidden(name: str) -> bool:
-    """Is the name hidden by its dot (as macOS' `._1.png`), or one that a system puts into folders?"""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def _leave_out(left_out: dict[str, list[str]], reason: str, path: Path, top: Path) -> None:

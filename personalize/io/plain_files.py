@@ -10,7 +10,7 @@ import codecs
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -81,10 +81,10 @@ def read_text(path: str | Path, most: int = MAX_TEXT_BYTES) -> str:
     """
     content = read_bytes(path, most)
     encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    with suppress(UnicodeDecodeError):
+        if "\0" not in (text := content.decode(encoding)):  # as of UTF-16 without a mark
+            return text
+    raise UserError(f"{path} is not UTF-8 text: save it as UTF-8")
 
 
 def file_hash(path: str | Path) -> str:

@@ -209,7 +209,9 @@ def load(folder: str | Path) -> Checkpoint:
         optimizer = _unflattened(tensors, state["optimizer"])
         trainable = read_tensors(folder / TRAINABLE).tensors
         return Checkpoint(state["update"], trainable, optimizer, state["about"], state["scaler"], folder.name)
-    except (KeyError, TypeError, AttributeError, OSError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise UserError(f"checkpoint {folder} is incomplete ({error}): use an older one") from None
 
 
@@ -245,7 +247,7 @@ def restore(checkpoint: Checkpoint, trainable: Mapping[str, Tensor], optimizer: 
             parameter.copy_(checkpoint.trainable[name])
     try:
         optimizer.load_state_dict(checkpoint.optimizer)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the checkpoint's optimizer does not fit this run ({error}): use another checkpoint") from None
 
 

@@ -13,7 +13,6 @@ from personalize.adapters.adapter import Adapter
 from personalize.cli.commands import convert
 from personalize.cli.edit_options import EditConfig
 from personalize.cli.parser import read_yaml
-from personalize.errors import UserError
 from personalize.formats.adapter_source import open_adapter
 from personalize.formats.changed_layers import changed
 from personalize.formats.folder_inspection import folder_text, inspect_folder
@@ -22,25 +21,14 @@ from personalize.formats.inspection_report import report
 from personalize.formats.verification import verify_folder
 from personalize.io.json_files import read_json
 from personalize.io.tensor_files import read_tensors, tensor_bytes
-from tests.support.children import in_child
 from tests.support.foreign_files import kohya, modules, small_state
+from tests.support.fuzz import BYTES, MEMORY, PLACES, VALUES, attempt, dumped, fuzzed, replanted, spliced
 from tests.support.lora_states import paths, random_lora
 from tests.support.tiny import tiny
 
-hypothesis = pytest.importorskip("hypothesis")
-st = hypothesis.strategies
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-MEMORY = 256  # MiB: hypothesis' own records of thousands of examples, and files of a few KiB
 EXAMPLES = 500
 KINDS = ("header", "body", "manifest", "settings", "yaml", "algorithms", "config", "index")
-ODD = ["", "a", "../../x", "unet", "lora_unet_", ".", "unet..lora_A.weight", "text_encoder.lora_B.weight", "\u2028",
-       "lora_unet_input_blocks_" + "9" * 300, "bundle_emb.", "string_to_param.*", "emb_params", "clip_g"]  # fmt: skip
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.sampled_from(ODD),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
-BYTES = st.lists(st.tuples(st.integers(0, 10_000), st.binary(max_size=6), st.integers(0, 8)), min_size=1, max_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -83,40 +71,6 @@ def algorithms():
                 f"{PLACE}out_0.a2.weight": ones(2, 4), f"{PLACE}out_0.b1.weight": ones(4, 2),
                 f"{PLACE}out_0.b2.weight": ones(2, 4)}  # fmt: skip
     return held, applied
-
-
-def attempt(*calls):
-    """Run each call; a UserError of one line is fine, anything else is not."""
-    for call in calls:
-        try:
-            call()
-        except UserError as error:
-            assert str(error).strip() and "Traceback" not in str(error)
-
-
-def spliced(content, changes):
-    """`content` with bytes replaced, inserted and cut out."""
-    for place, new, cut in changes:
-        at = place % (len(content) + 1)
-        content = content[:at] + new + content[at + cut :]
-    return content
-
-
-def replanted(value, place, new):
-    """A JSON value with one of its parts, at any depth, exchanged for `new`."""
-    if isinstance(value, dict) and value and place:
-        key = sorted(value)[place % len(value)]
-        if place % 7 == 0:
-            return {**{k: v for k, v in value.items() if k != key}, str(new)[:40]: value[key]}
-        return {**value, key: replanted(value[key], place // max(1, len(value)), new)}
-    if isinstance(value, list) and value and place:
-        at = place % len(value)
-        return [*value[:at], replanted(value[at], place // len(value), new), *value[at + 1 :]]
-    return new
-
-
-def dumped(value):
-    return json.dumps(value).encode()
 
 
 def try_file(path, content, folder):
@@ -212,23 +166,9 @@ def test_what_is_mutated_is_read_before(seeds, tmp_path):
 def test_mutated_files_are_read_or_refused_in_one_line(kind, examples, seeds, tmp_path, capfd):
     (tmp_path / "mine").mkdir()
 
-    def fuzz():
-        quick = hypothesis.settings(
-            max_examples=examples, deadline=None, database=None, derandomize=True,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )  # fmt: skip
-
-        @quick
-        @hypothesis.given(BYTES, st.integers(0, 10**6), VALUES)
-        def run(changes, place, value):
-            done.append(None)
-            one(kind, seeds, folder, changes, place, value)
-
-        folder, done = tmp_path / "mine", []
-        run()
-        return len(done)
-
-    count, grown = in_child(fuzz, seconds=max(240, examples))
+    count, grown = fuzzed(
+        lambda *drawn: one(kind, seeds, tmp_path / "mine", *drawn), BYTES, PLACES, VALUES, examples=examples
+    )
     assert count >= examples and grown < MEMORY
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}  # names in files never became paths
     assert not any(Path(path).suffix == ".partial" for path in os.listdir(tmp_path / "mine"))

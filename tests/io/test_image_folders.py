@@ -183,9 +183,10 @@ def test_captions_beside_the_picture(tmp_path: Path, name: str, content: bytes) 
 
 def test_captions_that_cannot_be_read(tmp_path: Path) -> None:
     put(tmp_path / "1.png")
-    (tmp_path / "1.txt").write_bytes("Käfer".encode("latin-1"))
-    with pytest.raises(UserError, match="1.txt is not UTF-8"):
-        sidecar_caption(tmp_path / "1.png")
+    for content in ("Käfer".encode("latin-1"), "a cat".encode("utf-16-le"), "a cat".encode("utf-32-be")):
+        (tmp_path / "1.txt").write_bytes(content)
+        with pytest.raises(UserError, match="1.txt is not UTF-8"):
+            sidecar_caption(tmp_path / "1.png")
     (tmp_path / "1.txt").write_text(" \n")
     with pytest.raises(UserError, match="1.txt is empty"):
         sidecar_caption(tmp_path / "1.png")

@@ -125,6 +125,16 @@ def test_a_state_of_another_shape_is_passed_over_and_named(tmp_path: Path, key: 
         checkpoints.find(tmp_path, "checkpoint-2")
 
 
+def test_a_sealed_state_with_entries_of_another_form_is_refused(tmp_path: Path) -> None:
+    folder = checkpoints.save(tmp_path, checkpoint(1))
+    state = json.loads((folder / checkpoints.STATE).read_text())
+    state["optimizer"]["values"] = {"no_slash": 1}
+    state["checksum"] = checkpoints._hash({key: value for key, value in state.items() if key != "checksum"})
+    (folder / checkpoints.STATE).write_text(json.dumps(state))
+    with pytest.raises(UserError, match="checkpoint-1 is incomplete"):
+        checkpoints.load(folder)
+
+
 def test_missing_ones(tmp_path: Path) -> None:
     assert checkpoints.find(tmp_path, None) is None
     assert checkpoints.find(tmp_path / "nowhere", "latest") is None
