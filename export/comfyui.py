@@ -14,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from personalize.errors import UserError
+from personalize.io.plain_files import visible
 
 NODES = Path(__file__).with_name("comfyui")
 
@@ -27,7 +28,7 @@ class Config:
         """UserError if the folder holds anything else than an older copy of the nodes."""
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"{self.output} is a file: name a folder for the nodes")
-        strange = {path.name for path in self.output.glob("*")} - {*_files(), "__pycache__"}
+        strange = {path.name for path in visible(self.output)} - {*_files(), "__pycache__"}
         if strange:
             raise UserError(f"{self.output} holds {min(strange)}, which is none of the nodes: name a folder of its own")
 

@@ -20,6 +20,7 @@ from personalize.formats.manifest import DIFFUSERS_FILE
 from personalize.formats.peft_settings import ADAPTER_CONFIG
 from personalize.io.json_files import checked, read_json
 from personalize.io.pickles import read_any
+from personalize.io.plain_files import visible
 from personalize.io.tensor_files import TensorFile
 from personalize.models.config import HUB_FILE
 
@@ -91,12 +92,12 @@ def fetched(path: str | Path) -> Path:
 
 def is_adapter_folder(path: Path) -> bool:
     """True if `path` is a folder that `open_adapter` reads."""
-    return path.is_dir() and bool(_peft_folders(path) or list(path.glob(f"*{INDEX}")))
+    return path.is_dir() and bool(_peft_folders(path) or visible(path, f"*{INDEX}"))
 
 
 def _open_folder(folder: Path, allow_pickle: bool, peek: int | None) -> TensorFile:
     """The tensors of PEFT's folder, of one such folder for each part of the model, or of a file in shards."""
-    indices = sorted(folder.glob(f"*{INDEX}"))
+    indices = visible(folder, f"*{INDEX}")
     folders = _peft_folders(folder)
     if not folders and (folder / DIFFUSERS_FILE).is_file():  # a folder of ours, or of diffusers' own scripts
         return open_adapter(folder / DIFFUSERS_FILE, allow_pickle=allow_pickle, peek=peek)

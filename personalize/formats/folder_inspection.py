@@ -20,6 +20,7 @@ from personalize.formats.diffusion_transformers.summary import layout as transfo
 from personalize.formats.foreign_files import require_adapter
 from personalize.formats.inspection import layout, modules_elsewhere
 from personalize.io.pickles import is_pickle
+from personalize.io.plain_files import visible
 from personalize.io.tensor_files import PICKLE_SUFFIXES, TensorFile
 
 SUFFIXES = {".safetensors", *PICKLE_SUFFIXES}
@@ -52,8 +53,8 @@ def inspect_folder(folder: Path, *, allow_pickle: bool = False) -> list[FileSumm
     Raises:
         UserError: the folder holds none.
     """
-    shards = {name for index in folder.glob(f"*{INDEX}") for name in folder.glob(f"{index.name[: -len(INDEX)]}-*")}
-    entries = [entry for entry in sorted(folder.iterdir()) if _is_adapter(entry) and entry not in shards]
+    shards = {name for index in visible(folder, f"*{INDEX}") for name in folder.glob(f"{index.name[: -len(INDEX)]}-*")}
+    entries = [entry for entry in visible(folder) if _is_adapter(entry) and entry not in shards]
     if not entries:
         raise UserError(f"{folder} holds no file that could be an adapter: name another folder, or a file")
     return [_summary(entry, allow_pickle) for entry in entries]

@@ -20,6 +20,7 @@ from personalize.errors import UserError
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_PICTURE_BYTES = 4 * 2**30  # 150 million pixels of four 64-bit numbers
 CHUNK = 2**20
+SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}  # what systems put into folders, hidden there
 _ENCODINGS = {  # by the mark at the beginning; the four bytes of UTF-32's first, because they begin with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -62,6 +63,19 @@ def kind(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "no file but a folder"
     return "a plain file" if stat.S_ISREG(mode) else "a pipe or a device"
+
+
+def is_hidden(name: str) -> bool:
+    """Is the name hidden by its dot (as macOS' `._1.png`), or one that a system puts into folders?"""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """The files and folders in `folder` that fit the pattern and are not hidden, by name.
+
+    On disks of other systems macOS puts `._model.safetensors` beside every model.safetensors, which is none.
+    """
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
 
 
 def read_bytes(path: str | Path, most: int = MAX_TEXT_BYTES) -> bytes:

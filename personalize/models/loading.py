@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from personalize.errors import UserError
 from personalize.io.json_files import read_json
-from personalize.io.plain_files import require_plain_tree
+from personalize.io.plain_files import require_plain_tree, visible
 from personalize.models.config import INPAINTING, TEXT_TO_IMAGE, check_base_name, check_channels, stated_channels
 from personalize.models.offline import without_network
 from personalize.models.quiet import quiet_loading
@@ -85,7 +85,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def _require_no_lora_layers(folder: Path) -> None:
     """Raises UserError if a part was saved with LoRA layers in it: then diffusers would leave its weights at random."""
     for part in ("unet", "text_encoder", "text_encoder_2"):
-        for file in sorted((folder / part).glob("*.safetensors")):
+        for file in visible(folder / part, "*.safetensors"):
             try:
                 with safe_open(file, "pt") as tensors:
                     odd = next((key for key in tensors.keys() if ".base_layer." in key or ".lora_A." in key), None)

@@ -11,6 +11,7 @@ import gradio as gr
 
 from personalize.adapters.forgetting import RULES
 from personalize.errors import UserError
+from personalize.io.plain_files import visible
 from personalize.studio.actions import command_line, option, read
 from personalize.studio.jobs import Job
 from personalize.studio.learn_result import reader_table
@@ -191,7 +192,7 @@ def inspected(studio: Studio, path: str | None) -> Iterator[tuple[Any, ...]]:
         words = ["inspect", chosen(studio, path)]
         target = words[1]
         if Path(target).is_dir():  # an adapter's own folder holds the same LoRA in two layouts
-            inner = sorted(Path(target).glob("*.safetensors"), key=lambda one: one.name.startswith("source"))
+            inner = sorted(visible(Path(target), "*.safetensors"), key=lambda one: one.name.startswith("source"))
             words[1] = str(inner[0]) if inner else target
         options, function = read(words)
     except UserError as error:

@@ -20,6 +20,7 @@ from personalize.formats.inspection import inspect_file
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.images import psnr, to_pixels
+from personalize.io.plain_files import visible
 from personalize.io.progress import listening
 from personalize.studio.actions import Workbench, read
 from personalize.studio.jobs import Job
@@ -144,7 +145,7 @@ def readers(adapter: Path) -> dict[str, tuple[str, str]]:
     """Who can read the files of an adapter folder, and by which of them: program → verdict, file or reason."""
     order = ("yes", "partly", "no")
     best: dict[str, tuple[str, str]] = {}
-    for path in sorted(adapter.glob("*.safetensors")):
+    for path in visible(adapter, "*.safetensors"):
         if path.name.startswith("source"):
             continue
         for program, (verdict, reason) in inspect_file(path).readers.items():

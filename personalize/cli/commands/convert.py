@@ -20,6 +20,7 @@ from personalize.formats.foreign_files import AdapterFile, as_lora, read_adapter
 from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, require_peft_files
 from personalize.formats.reader_keys import Factors
 from personalize.io.atomic import plain_name, write_file, write_folder
+from personalize.io.plain_files import is_hidden, visible
 
 if TYPE_CHECKING:
     from personalize.cli.options import ConvertConfig
@@ -129,7 +130,7 @@ def _files_beside(config: ConvertConfig, concepts: Concepts) -> dict[Path, bytes
 
 def _write_diffusers_folder(config: ConvertConfig, folder: Path, concepts: Concepts) -> Path:
     """Write a token of two text encoders as diffusers' two files into a new folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or visible(folder)):
         raise UserError(f"{folder} exists: rows for two text encoders make two files, name a new folder for them")
     dtype = DTYPES[config.dtype]
     files = textual_inversion_files.token_file_contents(concepts, layout="diffusers", dtype=dtype)
@@ -146,6 +147,7 @@ def _write_diffusers_folder(config: ConvertConfig, folder: Path, concepts: Conce
 def _write_peft(config: ConvertConfig, files: Mapping[str, bytes], expected: Factors, family: str | None) -> Path:
     """Write PEFT's files, also in the place of older ones; UserError if the folder holds anything else."""
     folder, ours = config.output, {PEFT_CONFIG, PEFT_WEIGHTS}
-    if folder.is_dir() and (others := {path.name for path in folder.rglob("*") if path.is_file()} - ours):
+    names = {path.name for path in folder.rglob("*") if path.is_file() and not is_hidden(path.name)}
+    if others := names - ours:
         raise UserError(f"{folder} already holds {min(others)}: name another output folder")
     return write_folder(folder, files, check=lambda written: require_peft_files(written, expected, family))
