@@ -22,6 +22,7 @@ from personalize.training.run_options import PriorPreservationOptions, RunOption
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from personalize.models.stable_diffusion import StableDiffusion
     from personalize.training.data.buckets import FittedImage
     from personalize.training.data.images import TrainingImage
     from personalize.training.single_image import SingleImageRun
@@ -78,10 +79,11 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     accelerator = trainer.make_accelerator(config)
     settings = training_config(config, accelerator.num_processes)
     model = trainer.load_base(config, accelerator)
+    tokens = learned_tokens(config, model, [image.caption for image in images])
     with model.offload.idle(idle_parts(model, settings), sparing=settings.offload):
         resolution = config.resolution or model.resolution
         pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
-        judge = find_judge(config, model, to_image(pictures[0].pixels), images[0].caption)
+        judge = find_judge(config, model, to_image(pictures[0].pixels), images[0].caption, tokens)
         classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
         captions = [image.caption for image in images]
         with single_image_run(
@@ -111,6 +113,16 @@ def class_prompt(config: Config) -> str:
     if config.with_prior_preservation and not config.class_prompt:
         raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
     return config.class_prompt or ""
+
+
+def learned_tokens(config: Config, model: StableDiffusion, captions: Sequence[str]) -> list[str]:
+    """The token that is to be learned, if there is one; UserError unless it is new to the base, and in the captions."""
+    from personalize.adapters.subjects import read_trigger
+    from personalize.adapters.textual_inversion import check_new_tokens
+
+    tokens = [] if config.instance_token is None else [read_trigger(config.instance_token, captions).token]
+    check_new_tokens(model, tokens)
+    return tokens
 
 
 def describe(

@@ -71,6 +71,25 @@ def read_subjects(
     return tuple(subjects)
 
 
+def read_trigger(option: str, captions: Sequence[str]) -> Subject:
+    """The subject of "<rex> dog", or of "<rex>" and the word after it in the first of `captions` that says it.
+
+    Raises:
+        UserError: no token, no word that says what it is, or a caption that does not say the token.
+    """
+    token, _, noun = " ".join(option.split()).partition(" ")
+    for caption in captions:
+        if token not in caption:
+            raise UserError(
+                f"the caption {caption!r} does not say {token}: write it where it names the subject, e.g. "
+                f"'a photo of a {token} {noun or 'dog'}'"
+            )
+    following = [after for caption in captions for after in re.findall(rf"{re.escape(token)}\s+(\w[\w-]*)", caption)]
+    if not noun and not following and TOKEN.fullmatch(token):
+        raise UserError(f"say what {token} is: --instance_token '{token} dog', or the word after it in a caption")
+    return Subject(token, noun or (following or [""])[0])
+
+
 def check_named(prompt: str, subjects: Sequence[Subject]) -> None:
     """UserError unless the words of `prompt` name each subject once, and no two subjects share a token.
 

@@ -11,7 +11,7 @@ def training_notes(info: Mapping[str, Any]) -> list[str]:
     config, kept = info.get("config"), info.get("kept_best")
     if not isinstance(config, Mapping):
         return []
-    share = config.get("proportion_empty_prompts")
+    share, token = config.get("proportion_empty_prompts"), str(config.get("instance_token") or "").partition(" ")[0]
     notes = {
         f"The weights are those with the best score of the training's validation pictures, {_kept(kept)}": kept,
         "The weights are the moving average of the training, not those after its last update": config.get("use_ema"),
@@ -20,6 +20,7 @@ def training_notes(info: Mapping[str, Any]) -> list[str]:
             config.get("use_rslora"),
         "The text encoders were trained instead of a source embedding; the one saved is their output for the caption":
             config.get("train_text_encoder"),
+        f"Prompts name the subject by a learned token, {token}, whose embedding is in files beside the LoRA": token,
     }  # fmt: skip
     return [note for note, holds in notes.items() if holds]
 

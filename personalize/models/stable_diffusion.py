@@ -242,8 +242,9 @@ class StableDiffusion:
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of `text` by the first tokenizer, with a "-" after those that do not end a word."""
-        pieces = self.tokenizers[0].tokenize(text, verbose=False)
-        return [piece.removesuffix("</w>") + ("" if piece.endswith("</w>") else "-") for piece in pieces]
+        pieces, learned = self.tokenizers[0].tokenize(text, verbose=False), self.tokenizers[0].get_added_vocab()
+        whole = [piece.endswith("</w>") or piece in learned for piece in pieces]
+        return [piece.removesuffix("</w>") + "-" * (not ends) for piece, ends in zip(pieces, whole, strict=True)]
 
     def ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
         """Token ids (b, l) by one of `tokenizers`, padded; see `padded_ids`."""

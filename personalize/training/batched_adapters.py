@@ -64,6 +64,7 @@ def check_batchable(config: SingleImageConfig) -> None:
     """UserError, in one line, if several adapters cannot be trained in one batch under `config`."""
     obstacles = (
         (config.train_text_encoder, "train_text_encoder, whose encoders would need several LoRAs"),
+        (config.instance_token is not None, "instance_token, whose embeddings would share an entry of the vocabulary"),
         (config.early_stop_loss is not None, "early_stop_loss, which ends each at another update"),
         (config.max_grad_norm is not None, "max_grad_norm, which is of one adapter"),
         (config.use_8bit_adam, "use_8bit_adam, whose scales would be shared"),

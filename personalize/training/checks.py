@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from personalize.adapters.subjects import check_named, default_prompt, read_subjects
+from personalize.adapters.subjects import check_named, default_prompt, read_subjects, read_trigger
 from personalize.errors import Notice, UserError
 from personalize.io.image_files import check_image, check_image_path
 from personalize.io.image_folders import ImageFolder, only_picture, read_folder
@@ -34,13 +34,24 @@ def check_single_image(config: Any) -> None:
     folders = instance_folders(places, captioned=captioned)
     if config.instance_mask is not None:
         _check_masks(config, places)
+    captions: list[str] = []
     for place, folder in zip(places, folders, strict=True):
         if not place.is_dir():
             check_image(place)
-            find_caption(place, config.caption, config.caption_model, generate=False)
+            captions.append(find_caption(place, config.caption, config.caption_model, generate=False))
             continue
         _report(folder)
-        _check_captions(folder, config, captioned)
+        captions += _check_captions(folder, config, captioned)
+    if config.instance_token is not None and captions:
+        _check_trigger(config, captions)
+
+
+def _check_trigger(config: Any, captions: list[str]) -> None:
+    """Check --instance_token against the captions that are known; the "" of others are generated later."""
+    known = [caption for caption in captions if caption]
+    if len(known) < len(captions):
+        raise UserError("instance_token must be in every caption, and --caption_model does not know it: use --caption")
+    read_trigger(config.instance_token, known)
 
 
 def _check_masks(config: Any, places: list[Path]) -> None:
@@ -127,8 +138,11 @@ def _report(folder: ImageFolder) -> None:
         print(f"{count} picture{'s' * (count != 1)} in {folder.path}", *folder.remarks(), sep="\n", flush=True)
 
 
-def _check_captions(folder: ImageFolder, config: Any, captioned: bool) -> None:
-    """Check that each picture has a caption, and say for how many --caption is not used."""
+def _check_captions(folder: ImageFolder, config: Any, captioned: bool) -> list[str]:
+    """The captions of a folder, "" if they are generated later; says for how many --caption is not used.
+
+    UserError unless each picture has one.
+    """
     own = {image.path: folder_caption(image, config.caption_column) for image in folder.images}
     missing = [path for path, caption in own.items() if not caption]
     if missing and not captioned:
@@ -145,3 +159,4 @@ def _check_captions(folder: ImageFolder, config: Any, captioned: bool) -> None:
     for image in folder.images:
         for mask in image.files.values():
             check_image(mask)
+    return [caption or config.caption or "" for caption in own.values()]

@@ -124,7 +124,7 @@ class SingleImageConfig(LoraTrainingConfig):
     learning_rate: float = 1e-3
     """Learning rate of the LoRA."""
     text_embedding_lr: float = 1e-3
-    """Learning rate of the source embedding."""
+    """Learning rate of the source embedding, or of the instance_token's."""
     standalone: bool = False
     """Train no source embedding, for programs that cannot load one; reconstructs less exactly."""
     train_text_encoder: bool = False
@@ -132,6 +132,9 @@ class SingleImageConfig(LoraTrainingConfig):
     would take the place of their output, so that they would learn nothing: only one of the two is trained."""
     text_encoder_lr: float = 1e-4
     """Learning rate of the text encoders' LoRA."""
+    instance_token: str | None = None
+    """A new word for the subject, in every caption: "<rex>", or "<rex> dog" to say what its embedding starts from.  The
+    embedding is learned in the place of a source embedding, at text_embedding_lr, and saved in files of its own."""
     max_train_samples: int | None = None
     """Samples (noisy copies of the pictures) to train on, over all processes; by the next two if not given."""
     min_train_samples: int = 400
@@ -162,20 +165,27 @@ class SingleImageConfig(LoraTrainingConfig):
         _not_negative(self, "text_embedding_lr")
         _fraction(self, "mask_weight")
         _fraction(self, "proportion_empty_prompts")
+        if self.instance_token is not None and not self.text_embedding_lr:
+            raise UserError("instance_token is learned at text_embedding_lr, which is 0: give a rate, or no token")
 
     def train_samples(self, pictures: int = 1) -> int:
         """The number of samples that a run on so many pictures trains on."""
         return self.max_train_samples or max(self.min_train_samples, pictures * self.samples_per_picture)
 
     @property
+    def encodes_captions(self) -> bool:
+        """Do the text encoders run in every update, because something in them learns?"""
+        return self.train_text_encoder or self.instance_token is not None
+
+    @property
     def source_embedding_frozen(self) -> bool:
         """Is the source embedding left at the text encoder's output?"""
-        return self.without_source_embedding or self.train_text_encoder
+        return self.without_source_embedding or self.encodes_captions
 
     @property
     def without_source_embedding(self) -> bool:
-        """Has the adapter no source embedding?  If text encoders are trained, it has their output for the caption."""
-        return self.standalone or (self.text_embedding_lr == 0 and not self.train_text_encoder)
+        """Has the adapter no source embedding?  If the encoders run in updates, it has their output for the caption."""
+        return self.standalone or (self.text_embedding_lr == 0 and not self.encodes_captions)
 
 
 CALIBRATION_WEIGHT = 0.0025

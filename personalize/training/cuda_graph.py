@@ -167,6 +167,10 @@ def check_capturable(config: Any, device: torch.device, processes: int, *, autoc
         ),
         (config.use_8bit_adam, "does not go with use_8bit_adam, which counts its steps on the host"),
         (config.train_text_encoder, "does not go with train_text_encoder, which tokenizes captions on the host"),
+        (
+            getattr(config, "instance_token", None) is not None,
+            "does not go with instance_token, whose captions are tokenized on the host",
+        ),
         (config.early_stop_loss is not None, "does not go with early_stop_loss, which decides on the host"),
         (config.torch_compile, "does not go with torch_compile: recording compiled blocks has not been tried on a GPU"),
         (config.gradient_checkpointing, "does not go with gradient_checkpointing, which saves random states"),

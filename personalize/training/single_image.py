@@ -22,7 +22,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import add_lora, lora_state, module_names
+from personalize.adapters.subjects import Subject, read_trigger
 from personalize.adapters.text_encoder_lora import add_text_lora, text_lora_state
+from personalize.adapters.textual_inversion import TokenEmbedding, initial_embeddings, installed_tokens, token_state
 from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precision
@@ -66,21 +68,28 @@ def single_image_run(
         UserError: settings that cannot work, or a model that already carries an adapter.
     """
     config = config or SingleImageConfig()
+    trigger = None if config.instance_token is None else read_trigger(config.instance_token, _texts(caption))
+    start = {} if trigger is None else {trigger.token: initial_embeddings(model, trigger)}
     with (
         restored(model), in_precision(model.unet, training_dtype(model, accelerator)),
         compiled_blocks(model.unet, config.torch_compile), fast_paths(model.unet),
         gradient_checkpointing(model.unet, config.gradient_checkpointing),
+        installed_tokens(model, start, trainable=True) as token_embeddings,
     ):  # fmt: skip
         with model.offload.idle(idle_parts(model, config), sparing=config.offload):  # each comes back to encode
             run = SingleImageRun(model, pixels, caption, config, masks, class_images, accelerator)
-            run.add_adapter()
+            run.add_adapter(trigger, token_embeddings)
             with timestep_mask(model.unet, run.timestep_rank()):
                 yield run
 
 
 def idle_parts(model: StableDiffusion, config: SingleImageConfig) -> list[Any]:
     """The parts of the base that a run uses before its first update and for previews alone."""
-    return [model.vae, *(() if config.train_text_encoder else model.text_encoders)]
+    return [model.vae, *(() if config.encodes_captions else model.text_encoders)]
+
+
+def _texts(caption: Captions) -> Sequence[str]:
+    return [caption] if isinstance(caption, str) else caption
 
 
 def learn(
@@ -108,7 +117,12 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         class_captions: the different captions of the class pictures.
         conditioning: the text encoders' output for all of these, in this order.
         null: that of the empty prompt; None if no sample is learned without its caption.
+        trigger: the subject with its learned token; None without `instance_token`.
+        token_embeddings: the text encoders' embedding layers, which hold the token's trained rows.
     """
+
+    trigger: Subject | None = None
+    token_embeddings: Sequence[TokenEmbedding] = ()
 
     def __init__(
         self,
@@ -169,8 +183,12 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         own_captions = None if prior.empty_prompts is None else 0.0
         return replace(prior, purpose="class ", resample=True, empty_prompts=own_captions)
 
-    def add_adapter(self) -> None:
-        """Add a new adapter to the model, and make the objective and its optimizer."""
+    def add_adapter(self, trigger: Subject | None = None, token_embeddings: Sequence[TokenEmbedding] = ()) -> None:
+        """Add a new adapter to the model, and make the objective and its optimizer.
+
+        `token_embeddings` are installed in the model and hold the rows of the `trigger`'s token.
+        """
+        self.trigger, self.token_embeddings = trigger, token_embeddings
         model, config, conditioning, own = self.model, self.config, self.conditioning, len(self.captions)
         names = module_names(model.unet, model.family, config.targets)
         settings, orthogonal = (config.rank, config.alpha, config.seed), config.orthogonal_start
@@ -180,10 +198,17 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         objective = SingleImageObjective(
             model, conditioning[:own], standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
             prior=conditioning[own:] if self.class_captions else None, prior_loss_weight=config.prior_loss_weight,
-            texts=self.texts if config.train_text_encoder else (), size=self.size, null=self.null,
+            texts=self.texts if config.encodes_captions else (), size=self.size, null=self.null,
+            rows=token_embeddings,
         )  # fmt: skip
         rates = config.learning_rate, config.text_embedding_lr, config.text_encoder_lr
         self.prepare(objective, objective.groups(*rates))
+
+    @contextmanager
+    def adapter_removed(self) -> Iterator[Adapter]:
+        """As in `TrainingRun`; a learned token stays in the model, and the yielded adapter has none."""
+        with super().adapter_removed() as adapter:
+            yield replace(adapter, concepts={})
 
     def _adapter(self, **info: Any) -> Adapter:
         """What has been learned so far; `info` is added to the adapter's metadata."""
@@ -202,6 +227,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
             alpha=self.config.file_alpha,
             source=None if self.config.without_source_embedding else embedding,
             info={**self.metadata(), "updates": updates, "versions": versions(), **info},
+            concepts={} if self.trigger is None else token_state(self.token_embeddings, [self.trigger]),
         )
 
     def lora(self) -> dict[str, Tensor]:

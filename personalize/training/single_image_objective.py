@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from personalize.adapters.lora import lora_layers, lora_parameters
+from personalize.adapters.textual_inversion import TokenEmbedding
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
 from personalize.training.losses import LossTerms, Objective, masked_mse, min_snr_weight
@@ -23,8 +24,8 @@ class SingleImageObjective(Objective):
 
     The source embedding has one row (l, d) for each caption.  A row starts as the text encoder's output, bit for bit
     (SDXL: with its pooled vector), and is kept in fp32.  With `standalone` it is not trained, so that the caption alone
-    recalls the picture.  With `texts` there is no source embedding: text encoders that carry an adapter encode the
-    captions again for each batch (DreamBooth).  Everything but the adapters and e is frozen.
+    recalls the picture.  With `texts` there is no source embedding: text encoders that carry an adapter (DreamBooth) or
+    learned tokens (textual inversion) encode the captions again for each batch.  All else is frozen.
 
     References: Zhang et al., "Forgedit", arXiv 2309.10556 (joint vision-language learning); Ruiz et al., "DreamBooth",
     arXiv 2208.12242, eq. 2 (class pictures); min-SNR: Hang et al., arXiv 2303.09556, eq. 7.
@@ -44,6 +45,7 @@ class SingleImageObjective(Objective):
         texts: Sequence[str] = (),
         size: tuple[int, int] | None = None,
         null: Conditioning | None = None,
+        rows: Sequence[TokenEmbedding] = (),
     ) -> None:
         """Freeze the base and start the source embedding; `model.unet` must carry a trainable adapter.
 
@@ -51,12 +53,15 @@ class SingleImageObjective(Objective):
             source: conditioning of the captions, p rows.
             prior: conditioning of the class pictures' captions, a row each.
             null: conditioning of the empty prompt, one row, for samples that are `dropped`.
-            texts: all these captions in this order, if the text encoders are trained; `size` (H, W) goes with them.
+            texts: all these captions in this order, if something in the text encoders is trained; `size` (H, W) goes
+                with them.
+            rows: the text encoders' layers that hold learned tokens, whose embeddings are trained.
         """
         super().__init__()
         if not lora_layers(model.unet):
             raise ValueError("the UNet carries no adapter to train: call add_lora first")
         self.unet: nn.Module = model.unet
+        self.rows = nn.ParameterList(layer.weight for layer in rows)
         self.text_encoders = nn.ModuleList(model.text_encoders if texts else ())
         self._model = (model,)  # in a tuple, so that torch does not count it among this module's parts
         self._prior = () if prior is None else (prior,)
@@ -68,10 +73,10 @@ class SingleImageObjective(Objective):
         pooled = None if source.pooled is None else source.pooled.detach().float().clone()  # (p, e)
         self.pooled = None if pooled is None else nn.Parameter(pooled, requires_grad=trained)
         self.register_buffer("time_ids", None if source.time_ids is None else source.time_ids.clone())  # (p, 6)
-        adapter = {id(parameter) for parameter in (*lora_parameters(self.unet), *self.text_parameters())}
+        learned = {id(p) for p in (*lora_parameters(self.unet), *self.text_parameters(), *self.rows)}
         for part in (self.unet, *self.text_encoders):
             for parameter in part.parameters():
-                parameter.requires_grad_(id(parameter) in adapter)
+                parameter.requires_grad_(id(parameter) in learned)
 
     def forward(self, batch: dict[str, Tensor]) -> LossTerms:
         """The loss of a batch: `latents` z₀ and `noise` ε (b, c, h, w), `timesteps` t and caption `rows` (b,).
@@ -147,9 +152,9 @@ class SingleImageObjective(Objective):
         return [parameter for encoder in self.text_encoders for parameter in lora_parameters(encoder)]
 
     def groups(self, learning_rate: float, text_embedding_lr: float, text_encoder_lr: float = 0.0) -> list[dict]:
-        """The optimizer's groups: the adapter; then the source embedding, or the text encoders, if they are trained."""
+        """The optimizer's groups: the adapter; source embedding or learned tokens; the text encoders; as trained."""
         groups = [{"params": self.adapter_parameters(), "lr": learning_rate}]
-        text = [p for p in (self.embeds, self.pooled) if p is not None and p.requires_grad]
+        text = [p for p in (self.embeds, self.pooled, *self.rows) if p is not None and p.requires_grad]
         groups += [{"params": text, "lr": text_embedding_lr}] if text else []
         encoders = self.text_parameters()
         return [*groups, {"params": encoders, "lr": text_encoder_lr}] if encoders else groups

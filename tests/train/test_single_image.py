@@ -42,6 +42,24 @@ def small(base: Path, photo: Path, output: Path) -> list[str]:
     return ["train", "single_image", str(photo), *(f"--{name}={value}" for name, value in options.items())]
 
 
+def test_the_command_line_learns_a_token_that_edits_know(
+    base: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The caption beside the picture must say it, before anything is loaded; the card and the files have it."""
+    line = [*small(base, photo, tmp_path / "out"), "--instance_token", "<rex>"]
+    assert main(line) == 2 and "does not say <rex>" in capsys.readouterr().err
+    assert main([*line, "--caption", "a photo of a <rat> cat"]) == 2 and not (tmp_path / "out").exists()
+    photo.with_suffix(".txt").write_text("a photo of a <rex> cat")
+    assert main(line) == 0
+    assert set(Adapter.load(tmp_path / "out").concepts) == {"<rex>"}
+    assert "a · <rex> · cat" in capsys.readouterr().out
+    edit = ["edit", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(base), "--num_inference_steps", "1"]
+    assert main([*edit, "--output_dir", str(tmp_path / "a"), "--prompt", "a <rex> cat on a beach"]) == 0
+    assert main([*edit, "--output_dir", str(tmp_path / "b"), "--prompt", "a <rat> cat on a beach"]) == 2
+    assert "it has <rex>" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "out")]) == 0 and "<rex>" in capsys.readouterr().out
+
+
 def test_command_line_trains_saves_and_resumes(
     base: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
