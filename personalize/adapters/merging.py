@@ -1,13 +1,10 @@
 """Sums of LoRAs and LoRAs of lower rank: several become one exactly, or one becomes a smaller one by SVD.
 
     Σ wᵢ ΔWᵢ = [w₁s₁B₁ … wₙsₙBₙ] [A₁; …; Aₙ]        s = alpha / rank; the rank is the sum of the ranks; exact
-    ΔW = B A ≈ U_k S_k V_kᵀ                            the nearest matrix of rank k (Eckart–Young)
 
 A LoRA is in PEFT's names ("<component>.<path>.lora_A.weight" …) with one rank, as `formats.factor_pairs` reads it.
 Convolutions count as matrices (out, in·k·k).  Results have alpha = rank, so that alpha / rank is 1: strengths are
 multiplied into the factors.
-
-Reference: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
 from personalize.formats.foreign_files import AdapterFile, as_lora
 from personalize.formats.lora_files import factor_pairs
+from personalize.formats.rank_reduction import RankReduction, peft_state, reduced_pairs, zero_padded
 from personalize.io.progress import ticked
 
 State = Mapping[str, Tensor]
@@ -35,26 +33,6 @@ class WeightedLora:
     state: State
     strength: float
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class RankReduction:
-    """A LoRA of lower rank and its relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm).
-
-    state, rank: the LoRA, with alpha = rank.  error: over all modules together.  errors: of each module.
-    """
-
-    state: dict[str, Tensor]
-    rank: int
-    error: float
-    errors: dict[str, float]
-
-    def __str__(self) -> str:
-        worst = max(self.errors, key=self.errors.__getitem__)
-        return (
-            f"rank {self.rank}: relative error of the weight change {self.error:.2%}, "
-            f"largest {self.errors[worst]:.2%} in {worst}"
-        )
 
 
 def concatenated(parts: Sequence[WeightedLora]) -> tuple[dict[str, Tensor], int]:
@@ -79,7 +57,7 @@ def concatenated(parts: Sequence[WeightedLora]) -> tuple[dict[str, Tensor], int]
         raise UserError("the adapters hold no LoRA module: there is nothing to add up")
     joined = {m: (torch.cat([a for a, _ in f]), torch.cat([b for _, b in f], 1)) for m, f in factors_of.items()}
     rank = max(len(a) for a, _ in joined.values())
-    return _state({module: _zero_padded(a, b, rank) for module, (a, b) in joined.items()}), rank
+    return peft_state({module: zero_padded(a, b, rank) for module, (a, b) in joined.items()}), rank
 
 
 def reduced(state: State, strength: float, rank: int) -> RankReduction:
@@ -88,52 +66,7 @@ def reduced(state: State, strength: float, rank: int) -> RankReduction:
     Raises:
         UserError: `rank` is below 1, or the LoRA has no module.
     """
-    if rank < 1:
-        raise UserError(f"the rank must be a whole number from 1, got {rank}")
-    modules = factor_pairs(state)
-    if not modules:
-        raise UserError("the adapter holds no LoRA module: there is nothing to reduce")
-    nearest, errors, lost, whole = {}, {}, 0.0, 0.0
-    for module, (a, b) in ticked(modules.items(), "Reducing the rank"):
-        nearest[module], values = _nearest(a, b, strength, rank)
-        tail, total = float(values[rank:].square().sum()), float(values.square().sum())
-        errors[module] = math.sqrt(tail / total) if total else 0.0
-        lost, whole = lost + tail, whole + total
-    return RankReduction(_state(nearest), rank, math.sqrt(lost / whole) if whole else 0.0, errors)
-
-
-def _nearest(a: Tensor, b: Tensor, strength: float, rank: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Factors (A, B) of the nearest matrix of `rank`, each multiplied by √S, and all singular values S.
-
-    With the QR decompositions B = Q_b R_b and Aᵀ = Q_a R_a, only the small matrix R_b R_aᵀ needs an SVD.
-    """
-    q_b, r_b = torch.linalg.qr(b.flatten(1).double() * strength)
-    q_a, r_a = torch.linalg.qr(a.flatten(1).double().T)
-    u, values, v = torch.linalg.svd(r_b @ r_a.T)
-    count = min(rank, len(values))
-    root = values[:count].sqrt()
-    up, down = (q_b @ u[:, :count]) * root, (q_a @ v[:count].T * root).T
-    ones = (1,) * (b.ndim - 2)
-    return _zero_padded(
-        down.float().reshape(count, *a.shape[1:]), up.float().reshape(len(b), count, *ones), rank
-    ), values
-
-
-def _zero_padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A and B padded with zeros to `rank`, which leaves ΔW as it is."""
-    missing = rank - len(a)
-    return torch.cat([a, a.new_zeros(missing, *a.shape[1:])]), torch.cat(
-        [b, b.new_zeros(len(b), missing, *b.shape[2:])], 1
-    )
-
-
-def _state(modules: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Tensors in PEFT's names of the pairs (A, B) by module."""
-    return {
-        f"{module}.lora_{side}.weight": tensor.contiguous()
-        for module, pair in modules.items()
-        for side, tensor in zip("AB", pair, strict=True)
-    }
+    return reduced_pairs(factor_pairs(state), strength, rank)
 
 
 def plain(adapter: Adapter) -> tuple[Adapter, list[str]]:

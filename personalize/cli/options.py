@@ -84,6 +84,8 @@ class ConvertConfig:
     """Precision of the numbers written."""
     family: Family | None = None
     """Family of the base model, if the file does not say it."""
+    rank: int | None = None
+    """A lower rank, reached by SVD; the relative error is printed."""
     unet_only: bool = False
     """Leave out the part for the text encoders."""
     token: str | None = None

@@ -7,7 +7,7 @@
     algorithms                which algorithm a module's tensors are of;  trainers: which program wrote a file
     weight_changes, changed_layers   ΔW of every algorithm, and the layers it makes;  layer_kinds: of each family
     layer_sizes               what factors may multiply out to, checked before they do
-    lora_files, peft_files    LoRA files and PEFT folders
+    lora_files, peft_files    LoRA files and PEFT folders;  rank_reduction: the nearest LoRA of lower rank
     textual_inversion_files   learned tokens
     original_checkpoint       single-file base models
     timestep_rank             the rule of adapters with fewer components at high noise

@@ -81,6 +81,8 @@ class Finding:
 
     text: str
     programs: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    """The modules that those programs drop, if it is about modules."""
 
 
 def readers(
@@ -113,6 +115,21 @@ def _verdict(
     if worst == (UNKNOWN, ""):
         return UNKNOWN, "whether it takes this algorithm was not read"
     return (YES, TRIGGER if embedding else "") if worst[0] == YES else worst
+
+
+def dropped(found: Sequence[Finding], elsewhere: Sequence[str], count: int) -> dict[str, list[str]]:
+    """By program, the modules that it drops: those of findings, and those that are in no model of the family.
+
+    Args:
+        found: what is wrong with the file.
+        elsewhere: its modules that no model of its family has.
+        count: how many modules it has; if all are elsewhere, the model is of another kind, and nothing is said.
+    """
+    lost = {program: set(elsewhere) if len(elsewhere) < count else set() for program in PROGRAMS}
+    for finding in found:
+        for program in finding.programs:
+            lost[program] |= set(finding.modules)
+    return {program: sorted(modules) for program, modules in lost.items() if modules}
 
 
 def findings(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
@@ -186,6 +203,7 @@ def _mixed_naming_schemes(contents: FileContents, metadata: Mapping[str, str], f
             f"PEFT's and diffusers' names are mixed: diffusers drops {len(old)} of {len(unet)} UNet modules, silently; "
             "convert --to diffusers repairs it",
             {"diffusers": PARTLY},
+            tuple(old),
         )
     ]
 
@@ -197,7 +215,7 @@ def _missing_text_model(contents: FileContents, metadata: Mapping[str, str], fam
     if not lacking:
         return []
     text = f"{len(lacking)} text-encoder module(s) lack 'text_model' and are dropped; convert puts it back"
-    return [Finding(text, dict.fromkeys(OTHERS, PARTLY))]
+    return [Finding(text, dict.fromkeys(OTHERS, PARTLY), tuple(lacking))]
 
 
 def _uneven_alpha_or_rank(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
@@ -245,7 +263,7 @@ def _diffusers_block_names(contents: FileContents, metadata: Mapping[str, str], 
     if family != "sdxl" or not modules:
         return []
     text = f"{len(modules)} SDXL module(s) have diffusers' block names, which tools that know the original ones reject"
-    return [Finding(f"{text}; convert --to kohya renames them", {"sd-scripts": NO, "InvokeAI": PARTLY})]
+    return [Finding(f"{text}; convert --to kohya renames them", {"sd-scripts": NO, "InvokeAI": PARTLY}, tuple(modules))]
 
 
 def _family_in_metadata(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:

@@ -62,6 +62,7 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
         strengths=counts(scalings.values()), rows=_coverage(contents, scalings, family),
         tokens=_tokens(contents, content, path), readers=readers, problems=problems, metadata=dict(content.metadata),
         captions=_captions(about := _manifest(path)), training=training_notes(about),
+        dropped=compatibility.dropped(findings, unknown, len(modules)),
         writer=written_by(content.metadata, contents.naming_schemes) if modules else "",
     )  # fmt: skip
 

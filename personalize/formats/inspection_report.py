@@ -83,6 +83,8 @@ def report(inspection: Inspection) -> str:
         lines += ["", coverage.coverage_text(inspection.rows)]
     lines += ["", "read by"]
     lines += [f"  {name:12}{verdict:8}{reason}".rstrip() for name, (verdict, reason) in inspection.readers.items()]
+    for program, modules in inspection.dropped.items():
+        lines += ["", f"dropped by {program}, or changed", *_first_lines([f"  {module}" for module in modules])]
     if inspection.problems:
         lines += ["", "problems", *_first_lines([f"  {problem}" for problem in inspection.problems])]
     if inspection.metadata:

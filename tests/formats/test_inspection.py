@@ -79,6 +79,8 @@ def test_mixed_names_are_reported_with_the_number_of_modules_diffusers_drops(tmp
     found = inspected(tmp_path, diffusers(state, attention_only=True))
     assert any("drops 128 of 129 UNet modules" in problem for problem in found.problems)
     assert verdicts(found)["diffusers"] == "partly" and verdicts(found)["ComfyUI"] == "no"
+    assert len(found.dropped["diffusers"]) == 128 and "unet.conv_in" not in found.dropped["diffusers"]
+    assert "dropped by diffusers" in report(found)
     alone = inspected(tmp_path, diffusers(small_state("sd1")))
     assert not any("mixed" in problem for problem in alone.problems)
 
@@ -87,6 +89,7 @@ def test_missing_text_model_is_reported(tmp_path, state):
     for tensors in (kohya(state, "sd1", 4.0, nested=False), diffusers(state, nested=False)):
         found = inspected(tmp_path, tensors)
         assert any("3 text-encoder module(s) lack 'text_model'" in problem for problem in found.problems)
+        assert found.dropped["ComfyUI"] == sorted(module for module in modules(state) if module.startswith("text_"))
     assert verdicts(inspected(tmp_path, kohya(state, "sd1", 4.0, nested=False)))["ComfyUI"] == "partly"
 
 

@@ -11,7 +11,9 @@ import torch
 
 from personalize.adapters.adapter import Adapter
 from personalize.cli.commands import convert
+from personalize.cli.commands.verify import run as verify_run
 from personalize.cli.edit_options import EditConfig
+from personalize.cli.options import VerifyConfig
 from personalize.cli.parser import read_yaml
 from personalize.formats.adapter_source import open_adapter
 from personalize.formats.changed_layers import changed
@@ -28,7 +30,7 @@ from tests.support.tiny import tiny
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 EXAMPLES = 500
-KINDS = ("header", "body", "manifest", "settings", "yaml", "algorithms", "config", "index")
+KINDS = ("header", "body", "manifest", "settings", "yaml", "algorithms", "config", "index", "transformer")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def seeds(tmp_path_factory):
     return {
         "kohya": tensor_bytes(kohya(small, "sd1", 1.0), {"ss_v2": "False"}),
         "mine": {path.name: path.read_bytes() for path in (folder / "mine").iterdir()},
+        "transformers": [tensor_bytes(tensors, {"ss_base_model_version": "flux1"}) for tensors in transformers()],
         "algorithms": [tensor_bytes(tensors, {"ss_base_model_version": "sd_v1"}) for tensors in algorithms()],
         "peft": (tensor_bytes({key.replace("unet.", "base_model.model."): t for key, t in small.items()}), CONFIG),
         "yaml": b"prompt: a cat\nalpha: [0.8, 1.0]\nseed: 3\nforget: [none]\n",
@@ -73,10 +76,38 @@ def algorithms():
     return held, applied
 
 
-def try_file(path, content, folder):
+def transformers():
+    """Small files for FLUX.1, Z-Image and SD 3: fused projections, swapped halves, other algorithms, a text encoder."""
+    ones = torch.ones
+    flux = {}
+    for stem, out in (("single_blocks_0_linear1", 28), ("double_blocks_1_img_attn_qkv", 12),
+                      ("final_layer_adaLN_modulation_1", 8)):  # fmt: skip
+        flux |= {f"lora_unet_{stem}.lora_down.weight": ones(2, 4), f"lora_unet_{stem}.lora_up.weight": ones(out, 2),
+                 f"lora_unet_{stem}.alpha": torch.tensor(1.0)}  # fmt: skip
+    place, joint = "diffusion_model.layers.0.", "transformer.transformer_blocks.0."
+    image = {f"{place}attention.qkv.lora_A.weight": ones(1, 4), f"{place}attention.qkv.lora_B.weight": ones(12, 1),
+             f"{place}feed_forward.w1.diff": ones(4, 4), f"{place}feed_forward.w1.diff_b": ones(4),
+             f"{place}feed_forward.w2.lokr_w1": ones(2, 2), f"{place}feed_forward.w2.lokr_w2": ones(2, 2)}  # fmt: skip
+    three = {f"{joint}attn.to_q.lora_A.weight": ones(1, 4), f"{joint}attn.to_q.lora_B.weight": ones(4, 1),
+             "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": ones(1, 4),
+             "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight": ones(8, 1),
+             "transformer.pos_embed.proj.lora_A.weight": ones(1, 2, 2, 2),
+             "transformer.pos_embed.proj.lora_B.weight": ones(4, 1, 1, 1)}  # fmt: skip
+    return flux, image, three
+
+
+def try_file(path, content, folder, family: str | None = "sd1"):
     path.write_bytes(content)
     out = folder / "out.safetensors"
-    options = {"file": path, "to": "kohya", "output": out, "dtype": "float32", "family": "sd1", "unet_only": False}
+    options = {
+        "file": path,
+        "to": "kohya",
+        "output": out,
+        "dtype": "float32",
+        "family": family,
+        "unet_only": False,
+        "rank": None,
+    }
     options |= {"token": None, "allow_pickle": False, "overwrite": True}
     attempt(
         lambda: read_tensors(path), lambda: report(inspect_file(path)),
@@ -132,6 +163,11 @@ def one(kind, seeds, folder, changes, place, value):
         header, data = header_of(seeds["algorithms"][place % 2])
         content = with_header(replanted(header, place // 2, value), data)
         try_file(folder / "x.safetensors", content if place % 3 else spliced(content, changes), folder)
+    elif kind == "transformer":
+        header, data = header_of(seeds["transformers"][place % 3])
+        content = with_header(replanted(header, place // 3, value), data)
+        try_file(folder / "x.safetensors", content if place % 4 else spliced(content, changes), folder, None)
+        attempt(lambda: verify_run(VerifyConfig(folder / "x.safetensors")))
     elif kind == "config":
         weights, config = seeds["peft"]
         (folder / "adapter_config.json").write_bytes(dumped(replanted(config, place, value)))
@@ -154,6 +190,9 @@ def test_what_is_mutated_is_read_before(seeds, tmp_path):
         (tmp_path / "x.safetensors").write_bytes(content)
         assert len(Adapter.load(tmp_path / "x.safetensors").others) == count
         applied(tmp_path / "x.safetensors")
+    for content, layers in zip(seeds["transformers"], (3, 3, 3), strict=True):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        assert sum(inspect_file(tmp_path / "x.safetensors").components.values()) == layers
     (tmp_path / "adapter_model.safetensors").write_bytes(seeds["peft"][0])
     (tmp_path / "adapter_config.json").write_text(json.dumps(seeds["peft"][1]))
     assert Adapter.load(tmp_path).lora

@@ -17,7 +17,9 @@ from personalize.formats.conversion import DTYPES, factors, metadata, require, r
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.foreign_files import AdapterFile, as_lora, read_adapter_file
+from personalize.formats.lora_files import factor_pairs
 from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, require_peft_files
+from personalize.formats.rank_reduction import reduced_pairs, require_lower
 from personalize.formats.reader_keys import Factors
 from personalize.io.atomic import plain_name, write_file, write_folder
 from personalize.io.plain_files import is_hidden, visible
@@ -42,6 +44,8 @@ def run(config: ConvertConfig) -> Path:
     if config.family in FAMILIES:
         raise UserError(f"{config.file} has no layer of {FAMILIES[config.family].title}: is --family right?")
     file = read_adapter_file(config.file, content, token=config.token, family=config.family)
+    if config.rank is not None and not file.state and not file.others:
+        raise UserError(f"{config.file} holds learned tokens alone, which have no rank: leave --rank out")
     if not file.state and not file.others:
         return _convert_tokens(config, config.output, file.concepts)
     file, left = as_lora(file)
@@ -49,6 +53,8 @@ def run(config: ConvertConfig) -> Path:
     lora, family = replace(file, state=state), file.family
     expected = factors(state, lora.alpha / lora.rank)
     require_source(content, expected, family, config.file)
+    if config.rank is not None:
+        lora, expected = _with_lower_rank(config.rank, lora)
     beside = _files_beside(config, file.concepts)
     written = _write(config, lora, expected, family)
     print(f"{written}: {len(expected)} modules, rank {lora.rank}, verified")
@@ -57,6 +63,14 @@ def run(config: ConvertConfig) -> Path:
     for line in left:
         print(line)
     return written
+
+
+def _with_lower_rank(rank: int, lora: AdapterFile) -> tuple[AdapterFile, Factors]:
+    """The nearest LoRA of a lower rank, and its factors; its error is printed."""
+    require_lower(rank, lora.rank)
+    reduction = reduced_pairs(factor_pairs(lora.state), lora.alpha / lora.rank, rank)
+    print(reduction)
+    return replace(lora, state=reduction.state, rank=rank, alpha=float(rank)), factors(reduction.state, 1.0)
 
 
 def _selected(config: ConvertConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personalize.errors import UserError
 from personalize.formats.conversion import DTYPES
 from personalize.formats.diffusion_transformers.conversion import require_same, transformer_alone
+from personalize.formats.diffusion_transformers.factors import Pair
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.reading import read
 from personalize.formats.diffusion_transformers.writing import diffusers_file, kohya_file, peft_folder
 from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
+from personalize.formats.rank_reduction import reduced_pairs, require_lower
 from personalize.io.atomic import write_file, write_folder
 from personalize.io.tensor_files import TensorFile
 
 if TYPE_CHECKING:
     from personalize.cli.options import ConvertConfig
+
+
+def _of_rank(rank: int | None, pairs: Mapping[str, Pair]) -> Mapping[str, Pair]:
+    """The nearest LoRA of a lower `rank`, whose error is printed; the same LoRA if None."""
+    if rank is None:
+        return pairs
+    require_lower(rank, max(len(a) for a, _ in pairs.values()))
+    reduction = reduced_pairs(pairs, 1.0, rank)
+    print(reduction)
+    return reduction.pairs
 
 
 def run(config: ConvertConfig, content: TensorFile, family: str) -> Path:
@@ -29,7 +42,7 @@ def run(config: ConvertConfig, content: TensorFile, family: str) -> Path:
         raise UserError(f"{config.file} has layers of {FAMILIES[family].title}: leave --family {config.family} out")
     lora = read(config.file, content, family)
     lora = transformer_alone(lora, config.file) if config.unet_only else lora
-    dtype, pairs = DTYPES[config.dtype], lora.pairs
+    dtype, pairs = DTYPES[config.dtype], _of_rank(config.rank, lora.pairs)
 
     def check(path: Path) -> None:
         require_same(path, pairs, family, dtype, asked=config.to == "diffusers")

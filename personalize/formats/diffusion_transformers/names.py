@@ -63,7 +63,7 @@ def _from_rows(family: str, rows: Rows) -> Iterator[Layer]:
             patterns = [f"transformer.{_joined(ours, name)}" for name in names.split("+")]
             for number in _numbers(family, patterns[0]):
                 layers = tuple(pattern.replace("{n}", number) for pattern in patterns)
-                if any(layer in known for layer in layers):
+                if all(layer in known for layer in layers):
                     yield Layer(_joined(theirs, original).replace("{n}", number), layers, sign == "~")
 
 

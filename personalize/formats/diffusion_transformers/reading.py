@@ -178,13 +178,12 @@ def layer_pairs(
     if not set(matrices) - {"alpha"} or algorithm in NOT_A_MATRIX:
         return {}
     _require_readable(layer, family, matrices, algorithm)
-    plain = "A" in matrices
-    a, b = lora_pair(layer.path, matrices, (), largest(layer, family))
-    b = b * scaling(layer.layers[0], matrices, settings) if plain else b
     kernel = shapes_of(family, layer.layers[0])[0][2:]
+    a, b = lora_pair(layer.path, matrices, (), largest(layer, family))
     a, b = with_kernel(a.float(), kernel), with_kernel(b.float(), tuple(1 for _ in kernel))
-    if a.ndim != b.ndim or a.ndim not in (2, 4) or len(a) != b.shape[1]:
+    if not a.ndim == b.ndim == 2 + len(kernel) or len(a) != b.shape[1]:
         raise UserError(f"layer {layer.path}: A {tuple(a.shape)} and B {tuple(b.shape)} make no pair")
+    b = b * scaling(layer.layers[0], matrices, settings) if "A" in matrices else b
     pair = halves_swapped((a, b)) if layer.swapped else (a, b)
     if len(layer.layers) == 1:
         return {layer.layers[0]: pair}

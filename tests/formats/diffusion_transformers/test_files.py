@@ -191,6 +191,22 @@ def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path, capsys, chang
     assert inspect_file(tmp_path / "a.safetensors").problems
 
 
+def test_convert_to_a_lower_rank_is_the_nearest_and_says_its_error(tmp_path, capsys):
+    """Of two components of sizes 3 and 4 on one layer, the smaller is lost: 3 / 5 of the size."""
+    a = torch.eye(2, WIDTH)
+    b = torch.zeros(WIDTH, 2)
+    b[0, 0], b[1, 1] = 3.0, 4.0
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, tmp_path / "a.safetensors")
+    words = ("convert", tmp_path / "a.safetensors", "--to", "diffusers", "--output", tmp_path / "b.safetensors")
+    code, text = run(capsys, *words, "--rank", 1)
+    assert code == 0 and "60.00%" in text and "rank 1, verified" in text
+    pair = read("b", open_adapter(tmp_path / "b.safetensors"), "flux1").pairs[name]
+    torch.testing.assert_close(update(pair)[:2, :2], torch.tensor([[0.0, 0.0], [0.0, 4.0]]), atol=1e-5, rtol=1e-5)
+    code, text = run(capsys, *words, "--rank", 2, "--overwrite")
+    assert code == 2 and "--rank must be lower" in text
+
+
 def test_other_commands_say_whose_file_it_is_and_a_wrong_family_is_refused(tmp_path, capsys):
     file, _ = write(tmp_path / "a.safetensors")
     code, text = run(capsys, "edit", file, "--prompt", "a cat")
