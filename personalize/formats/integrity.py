@@ -8,6 +8,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from personalize.formats.manifest import MANIFEST
@@ -80,3 +81,10 @@ def absurd_weight(factors: tuple[Tensor, Tensor, float]) -> str:
     values = [*largest, abs(scaling), largest[0] * largest[1] * abs(scaling)]
     wrong = [value for value in values if not value <= LARGEST_WEIGHT]
     return f"a weight of {wrong[0]:.1e}, which no training leaves" if wrong else ""
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """True if both tensors hold the same numbers; float8, which torch does not compare, as float32."""
+    if one.dtype == other.dtype and one.dtype.itemsize == 1:
+        one, other = one.float(), other.float()
+    return torch.equal(one, other)

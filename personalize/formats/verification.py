@@ -17,7 +17,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import textual_inversion_files
-from personalize.formats.integrity import NO_HASHES, absurd_weight, changed_files, header_problems
+from personalize.formats.integrity import NO_HASHES, absurd_weight, changed_files, header_problems, same_numbers
 from personalize.formats.layer_sizes import require_fitting
 from personalize.formats.manifest import (
     DIFFUSERS_FILE,
@@ -107,12 +107,13 @@ def verify_file(path: Path, model: StableDiffusion | None = None) -> Verificatio
     stems = {key.removesuffix(ending) for ending in _ENDINGS for key in content.tensors if key.endswith(ending)}
     reports = [replace(report, total=max(len(stems), len(factors)))]
     if not factors:
-        reports = [replace(report, problems=(*report.problems[:1], "it has no LoRA module that any program reads"))]
+        reports = [replace(report, problems=(*report.problems[:1], NOTHING))]
     elif base is not None:
         reports.append(compare_through_diffusers(path, base, factors))
     return VerificationReport(tuple(reports))
 
 
+NOTHING = "it has no LoRA module that any program reads: convert it"
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha")
 
 
@@ -269,8 +270,8 @@ def compare(
 def deviation(found: tuple[Tensor, Tensor, float], expected: tuple[Tensor, Tensor, float]) -> float:
     """max |ΔW_found − ΔW| / max |ΔW|, the absolute deviation where ΔW is zero, ∞ for numbers that are not finite."""
     (a, b, scaling), (expected_a, expected_b, expected_scaling) = found, expected
-    if scaling == expected_scaling and torch.equal(a, expected_a) and torch.equal(b, expected_b):
-        return 0.0 if all(bool(tensor.isfinite().all()) for tensor in (a, b)) else float("inf")
+    if scaling == expected_scaling and same_numbers(a, expected_a) and same_numbers(b, expected_b):
+        return 0.0 if all(bool(tensor.float().isfinite().all()) for tensor in (a, b)) else float("inf")
     reference = _weight_update(*expected)
     largest = float((_weight_update(*found) - reference).abs().max())
     value = largest / (float(reference.abs().max()) or 1.0)

@@ -26,6 +26,7 @@ from personalize.formats.changed_layers import changed
 from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.inspection import inspect_file
 from personalize.formats.reader_keys import ReaderKeys
+from personalize.formats.verification import verify_file
 from personalize.io.tensor_files import read_tensors
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.adapter_kinds import KINDS
@@ -35,7 +36,17 @@ README = Path(__file__).parents[2] / "examples" / "README.md"
 FP32 = 1e-5
 """Rounding of single precision, of the largest entry of ΔW: factors are multiplied out in another order."""
 FAMILY = {"sd1": "sd1", "sd2v": "sd2", "sdxl": "sdxl"}
-COMMANDS = ("inspect", "convert", "export lora", "export merge", "export checkpoint", "export tokens", "attach", "edit")
+COMMANDS = (
+    "inspect",
+    "verify",
+    "convert",
+    "export lora",
+    "export merge",
+    "export checkpoint",
+    "export tokens",
+    "attach",
+    "edit",
+)
 PURE_TOKENS = {"embedding", "two embeddings"}
 NEED_BASE = {"DoRA", "(IA)3"}
 REFUSALS = {  # kind or kinds: commands that refuse it, and the reason
@@ -44,8 +55,14 @@ REFUSALS = {  # kind or kinds: commands that refuse it, and the reason
     **{(kind, "export checkpoint"): "learned tokens but no LoRA" for kind in PURE_TOKENS},
     **{(kind, command): "change the base's own weights" for kind in NEED_BASE
        for command in ("convert", "export lora", "export merge")},
-    **{("Custom Diffusion", command): "Custom Diffusion" for command in COMMANDS if command != "inspect"},
+    **{("Custom Diffusion", command): "Custom Diffusion" for command in COMMANDS[2:]},
 }  # fmt: skip
+VERIFIED = {  # LoRA under the names of diffusers or of kohya, with alpha where these look for it
+    "LoRA, PEFT's names", "LoRA, kohya's names", "factors as 1×1 convolutions", "float8", "text encoder alone",
+    "text projection", "self-attention alone", "convolutions alone",
+}  # fmt: skip
+REFUSALS |= {(kind, "verify"): "no reader knows the key" for kind in KINDS if kind not in VERIFIED}
+REFUSALS |= {("alpha in the header", "verify"): "strength 1 is assumed"}
 TOKENS = {*PURE_TOKENS, "LoRA and embeddings"}
 REFUSALS |= {
     (kind, "export tokens"): "no learned tokens" for kind in KINDS if kind not in {*TOKENS, "Custom Diffusion"}
@@ -192,6 +209,10 @@ def edited(file, made, tmp_path):
     assert image.size == (64, 64)
 
 
+def verified(file, made, tmp_path):
+    verify_file(file).require()
+
+
 def inspected(file, made, tmp_path):
     found = inspect_file(file)
     takes = found.readers["personalize"][0]
@@ -200,7 +221,7 @@ def inspected(file, made, tmp_path):
 
 
 ACTIONS = dict(
-    zip(COMMANDS, (inspected, converted, exported, merged, checkpoint, tokens, attached, edited), strict=True)
+    zip(COMMANDS, (inspected, verified, converted, exported, merged, checkpoint, tokens, attached, edited), strict=True)
 )
 
 
