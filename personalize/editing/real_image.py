@@ -207,6 +207,10 @@ def _controls(
     if not request.local:
         return Controls((MutualAttention(model),), (), (), source, tokens)
     # the source row has the empty prompt, so that the targets' words alone say where
+    for word in (old for old, new in request.local if old == new and source.has(old)):
+        if not any(one.has(word) for one in tokens):
+            raise UserError(f"{word!r} is no word of the target, whose words alone the controller mutual can look for: "
+                            f"say which has taken its place, such as {word}={tokens[0].words[-1].text}")  # fmt: skip
     threshold, begin = settings.control.blend_threshold, round(settings.control.blend_start * steps)
     store, blend = word_blend(model, None, tokens, request.local, threshold, begin)
     return Controls((MutualAttention(model), store), (blend,), (), source, tokens, store)

@@ -46,14 +46,22 @@ class Tokens:
 
     def find(self, phrase: str) -> list[Span]:
         """Positions of every occurrence of a word or phrase, ignoring case; UserError if there is none."""
-        wanted = list(words_of(phrase))
-        spelled = [word.text for word in self.words]
-        starts = [at for at in range(len(spelled)) if wanted and spelled[at : at + len(wanted)] == wanted]
+        starts, wanted = self._starts(phrase), words_of(phrase)
         if not starts:
-            near = get_close_matches(phrase.lower(), spelled, 1, 0.5)
+            spelled = [word.text for word in self.words]
+            near = get_close_matches(phrase.lower(), spelled, 1, 0.6)
             hint = f"did you mean {near[0]}?" if near else f"its words are {', '.join(dict.fromkeys(spelled))}"
             raise UserError(f"the word {phrase!r} is not in the prompt {self.text!r}: {hint}")
         return [self.positions_of(at, len(wanted)) for at in starts]
+
+    def has(self, phrase: str) -> bool:
+        """Whether a word or phrase occurs in it, ignoring case."""
+        return bool(self._starts(phrase))
+
+    def _starts(self, phrase: str) -> list[int]:
+        """The numbers of the words at which `phrase` begins."""
+        wanted, spelled = list(words_of(phrase)), [word.text for word in self.words]
+        return [at for at in range(len(spelled)) if wanted and spelled[at : at + len(wanted)] == wanted]
 
     def positions_of(self, first: int, count: int) -> Span:
         """Positions of the tokens of `count` words, the first of which is number `first`."""

@@ -119,6 +119,13 @@ def test_mistakes_are_found_before_anything_is_inverted(monkeypatch, edit_reques
     assert "\n" not in str(caught.value)
 
 
+def test_mutual_control_looks_for_words_of_the_target_alone(monkeypatch):
+    """The source row has the empty prompt there: `--local cat` of "cat" → "dog" says what to write instead."""
+    monkeypatch.setattr("personalize.editing.prepared_photo.invert", lambda *_, **__: pytest.fail("it was inverted"))
+    with pytest.raises(UserError, match="'cat' is no word of the target, .* such as cat=beach"):
+        edited(EditRequest(TARGET, local=[("cat", "cat")]), replace(SHORT, controller="mutual"))
+
+
 def test_a_small_photo_is_edited_at_the_bases_own_size():
     found = edited(EditRequest(TARGET), replace(SHORT, resolution=None), photo(40, 30))
     assert found.latents.shape[-2:] == (16, 24)  # 74×55 px, padded to 96×64

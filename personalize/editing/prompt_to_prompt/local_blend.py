@@ -61,15 +61,24 @@ def word_blend(
 
     Args:
         source: the source prompt, or None if the source row has none; then the targets' words alone count.
-        words: (word of the source, word of the targets).
+        words: (word of the source, word of the targets); the same word twice counts in those prompts that have it.
 
     Raises:
-        UserError: a word is not in its prompt.
+        UserError: a word is not in its prompt, or in none if it is given twice.
     """
-    maps, length = MapSum(stage_layers(model)), max(one.length for one in (*targets, *([source] if source else [])))
-    first = torch.zeros(length) if source is None else _marked(source, [old for old, _ in words], length)
-    marked = [first, *(_marked(one, [new for _, new in words], length) for one in targets)]
+    prompts = [*([] if source is None else [source]), *targets]
+    for word in (old for old, new in words if old == new):
+        if not any(one.has(word) for one in prompts):
+            prompts[0].find(word)
+    maps, length = MapSum(stage_layers(model)), max(one.length for one in prompts)
+    first = torch.zeros(length) if source is None else _marked(source, _of_prompt(source, words, 0), length)
+    marked = [first, *(_marked(one, _of_prompt(one, words, 1), length) for one in targets)]
     return maps, LocalBlend(maps, torch.stack(marked), threshold, begin)
+
+
+def _of_prompt(tokens: Tokens, words: Sequence[tuple[str, str]], side: int) -> list[str]:
+    """The words of one side of the pairs `words`, without those that are the same on both and not in this prompt."""
+    return [pair[side] for pair in words if pair[0] != pair[1] or tokens.has(pair[0])]
 
 
 def per_word(tokens: Tokens, values: Mapping[str, float], default: float, length: int) -> Tensor:

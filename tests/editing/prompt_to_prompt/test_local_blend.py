@@ -1,0 +1,24 @@
+"""Local blend: which words say where a photo may change."""
+
+from __future__ import annotations
+
+import pytest
+
+from personalize.editing.prompt_to_prompt.local_blend import word_blend
+from personalize.errors import UserError
+from personalize.models.prompts import tokenize_prompt
+from tests.support.photos import shared
+
+
+def test_a_word_alone_counts_in_those_prompts_that_have_it():
+    """`--local cat` of "a cat …" → "a dog …": where the source has the cat; `--local hat`: where the target has it."""
+    source, target = (
+        tokenize_prompt(shared(), "a cat on the beach"),
+        tokenize_prompt(shared(), "a dog on the beach with a hat"),
+    )
+    for word, rows in (("cat", [True, False]), ("hat", [False, True]), ("beach", [True, True])):
+        _, blend = word_blend(shared(), source, [target], [(word, word)], 0.3, 0)
+        assert [bool(row.any()) for row in blend.words] == rows
+    for words in ([("fox", "fox")], [("cat", "fox")], [("hat", "dog")]):
+        with pytest.raises(UserError, match="is not in the prompt"):
+            word_blend(shared(), source, [target], words, 0.3, 0)
