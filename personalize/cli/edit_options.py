@@ -37,7 +37,7 @@ class PhotoConfig(InferenceOptions):
     weight: tuple[str, ...] = ()
     """word=factor: factor on the attention to a word of the target; 0 leaves what other tokens say of it."""
     local: tuple[str, ...] = ()
-    """old=new: change the photo only where these words of source and target have attention; or one word, where it is said."""
+    """old=new: change the photo only where these words of source and target attend; or one word, where it is said."""
     mask: str | None = None
     """The photo may change only here: a picture, white where it may, or left,top,right,bottom in pixels."""
     inversion: Literal["direct", "ddim", "negative", "null-text", "ddpm", "none"] = PHOTO.inversion
