@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from personalize import Editor, Sampling, SingleImageConfig, StableDiffusion, bundled, fitted_pixels, learn, load_image
+from personalize import Editor, Sampling, SingleImageConfig, StableDiffusion, bundled, fit, learn, load_image
 
 
 def main(
@@ -20,8 +20,8 @@ def main(
 ) -> Image.Image:
     model = StableDiffusion.load(base)
     picture = load_image(photo) if photo else bundled(0).picture
-    pixels, _ = fitted_pixels(picture, model.resolution, 8 * model.factor)
-    adapter = learn(model, pixels, caption, config)
+    whole = fit(picture, None, model.resolution, 8 * model.factor)  # padded where its shape is not the bucket's
+    adapter = learn(model, [whole], caption, config)
     adapter.save(output_dir)
     edited = Editor(model, adapter).edit(prompt, beta=1.2, forget="decoder=0.5", sampling=Sampling(steps=steps))[0]
     edited.save(Path(output_dir) / "edited.png")

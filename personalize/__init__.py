@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from personalize.training.catalogue_table import read_items as read_items
     from personalize.training.config import MultiConceptConfig as MultiConceptConfig
     from personalize.training.config import SingleImageConfig as SingleImageConfig
+    from personalize.training.data.buckets import fit as fit
     from personalize.training.data.concepts import ConceptPicture as ConceptPicture
     from personalize.training.distributed import ProcessGroup as ProcessGroup
     from personalize.training.multi_concept import multi_concept_run as multi_concept_run
@@ -72,6 +73,7 @@ _MODULES = {  # the module of each public name; a module of the same name would 
     "UserError": "personalize.errors",
     "attach": "personalize.editing.attach",
     "bundled": "personalize.embedded.samples",
+    "fit": "personalize.training.data.buckets",
     "fitted_pixels": "personalize.io.images",
     "grid": "personalize.io.figures",
     "learn": "personalize.training.single_image",

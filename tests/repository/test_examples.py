@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+from PIL import Image
 
 from personalize.cli.launch import load_script, scripts_home
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
@@ -55,6 +56,26 @@ def test_it_runs(path, tmp_path, monkeypatch):
     shown = main(**arguments(path.stem, tmp_path))
     assert shown.size == (64, 64)
     assert list(tmp_path.rglob("*.png")), "an example leaves a picture behind"
+
+
+def test_the_first_example_learns_all_of_a_photo(tmp_path, monkeypatch):
+    """80×64 px in a bucket of 64×64 or 64×96: neither the red column at the left nor the blue at the right is cut."""
+    photo = Image.new("RGB", (80, 64), "gray")
+    photo.paste("red", (0, 0, 4, 64))
+    photo.paste("blue", (76, 0, 80, 64))
+    photo.save(tmp_path / "photo.png")
+    script = load_script(scripts_home() / "examples" / "train_and_edit.py")
+    seen = []
+
+    def learned(model, pixels, *arguments):
+        seen.extend(pixels)
+        return random_adapter(model)
+
+    monkeypatch.setattr(script, "learn", learned)
+    script.main(str(tmp_path / "photo.png"), "a cat", **arguments("train_and_edit", tmp_path))
+    (image,) = seen
+    own = image.own_part(image.pixels)[0]
+    assert own[0, :, 0].min() > 0.5 > own[2, :, 0].max() and own[2, :, -1].min() > 0.5 > own[0, :, -1].max()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from personalize.training import trainer, validation
 from personalize.training.best_weights import BestWeights, Judge, find_judge
 from personalize.training.checkpoints import numbered
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
+from tests.support.children import run_processes
 from tests.support.runs import SMALL, pixels
 from tests.support.tiny import tiny, tiny_folder
 from tests.support.tiny_scorers import clip_folder, dino_folder
@@ -117,6 +119,19 @@ def test_the_adapter_with_the_best_score_is_saved(kind: str, tmp_path: Path) -> 
     if kind == "source":
         said = "best score of the training's validation pictures, 0.949 after update 2 of 4"
         assert said in (kept.save(tmp_path / "cat") / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", ["source", "text_encoders", "concepts"])
+def test_of_two_processes_the_main_one_scores_and_keeps_the_best(kind: str, tmp_path: Path) -> None:
+    """The other one waits at the next update, draws nothing, and learns the same."""
+
+    def learned(rank: int) -> list[Any]:
+        kept, states, judged = trained(kind, options(tmp_path, checkpointing_steps=None))
+        return [same_all(kept, states[2]), same_all(kept, states[4]), judged]
+
+    assert run_processes(learned, 2) == [[True, False, [1, 2, 3, 4]], [False, True, []]]
 
 
 STARTS = [(kind, start) for kind in ("source", "average", "concepts") for start in (1, 2, 3, 4)]

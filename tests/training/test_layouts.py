@@ -104,6 +104,7 @@ def test_a_sample_is_instance_or_class_by_its_number_in_the_run(model: StableDif
 
 
 CAPTIONS = [CAPTION, "a dog", CAPTION]
+WITH_TOKEN = ["a photo of a <rex> dog", "a <rex> dog", "a photo of a <rex> dog"]
 
 
 def three_shapes() -> list[FittedImage]:
@@ -114,7 +115,8 @@ def three_shapes() -> list[FittedImage]:
 
 
 def single(model: StableDiffusion, config: SingleImageConfig, **more: Any) -> tuple[Adapter, list[float]]:
-    with single_image_run(model, three_shapes(), CAPTIONS, config, **more) as run:
+    captions = WITH_TOKEN if config.instance_token else CAPTIONS
+    with single_image_run(model, three_shapes(), captions, config, **more) as run:
         losses = [float(report.losses["loss"]) for report in run.steps()]
         return run.adapter(), losses
 
@@ -127,7 +129,15 @@ def multi(model: StableDiffusion, config: MultiConceptConfig) -> tuple[Adapter, 
         return run.adapter(), losses
 
 
-TRAINERS = {"single_image": (single, SINGLE), "multi_concept": (multi, MULTI)}
+TEXT = replace(SINGLE, train_text_encoder=True, proportion_empty_prompts=0.5)
+TRAINERS: dict[str, tuple[Any, Any]] = {
+    "single_image": (single, SINGLE), "multi_concept": (multi, MULTI),
+    "text encoders, dropout": (single, TEXT), "token": (single, replace(SINGLE, instance_token="<rex>")),
+}  # fmt: skip
+KINDS = [
+    pytest.param(name, marks=pytest.mark.slow if name not in ("single_image", "multi_concept") else ())
+    for name in TRAINERS
+]
 
 
 def tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -140,7 +150,7 @@ def furthest(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
     return max(float((one[key] - two[key]).abs().max()) for key in one)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 def test_four_micro_batches_learn_the_same(trainer: str, model: StableDiffusion) -> None:
     learn, config = TRAINERS[trainer]
     start, _ = learn(
@@ -166,7 +176,7 @@ def test_a_run_may_be_resumed_in_another_layout(model: StableDiffusion, tmp_path
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 @pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_does(trainer: str, batch: int, model: StableDiffusion, tmp_path: Path) -> None:
     learn, config = TRAINERS[trainer]

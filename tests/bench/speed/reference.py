@@ -26,9 +26,9 @@ from PIL import Image
 from personalize.adapters.lora import module_names
 from personalize.embedded import samples
 from personalize.io.image_files import load_image
-from personalize.io.images import fitted_pixels
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.training.config import SingleImageConfig
+from personalize.training.data.buckets import fit
 from personalize.training.single_image import single_image_run
 from tests.bench.speed.arms import facts, ratio, spread
 from tests.bench.speed.setup import accelerated, freed_memory, model_of
@@ -144,7 +144,7 @@ def _theirs(bench: SpeedBench, script: Path, folder: Path, side: int, work: Path
 
 def _ours(bench: SpeedBench, model: StableDiffusion, picture: Path, side: int, work: Path) -> Run:
     began = time.perf_counter()
-    pixels, _ = fitted_pixels(load_image(picture), side, 8 * model.factor)
+    pixels = [fit(load_image(picture), None, side, 8 * model.factor)]
     samples = bench.steps * bench.batch
     config = SingleImageConfig(
         rank=bench.rank, samples_per_update=bench.batch, train_batch_size=bench.batch, max_train_samples=samples
