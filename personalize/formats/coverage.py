@@ -17,7 +17,7 @@ KINDS = ("attention", "self-attention", "cross-attention", "feed-forward", "modu
          "sampler", "other")  # fmt: skip
 TEXT_LAYERS = {"sd1": (12,), "sd2": (23,), "sdxl": (12, 32)}  # layers of each text encoder
 INK, PAPER, EMPTY, FULL = (32, 32, 36), (255, 255, 255), (238, 240, 243), (47, 111, 171)  # RGB
-CELL, LINE, LEFT = (112, 30), 30, 132  # px: a cell's width and height, a text line, the column of block names
+CELL, LINE, LEFT = (112, 30), 30, 132  # px: a cell's width and height, a text line, the column of block names at least
 
 
 @dataclass(frozen=True)
@@ -146,18 +146,19 @@ def table_picture(
     blocks: list[str], columns: list[str], cells: Mapping[tuple[str, str], tuple[float, str]], title: str
 ) -> Image.Image:
     """A table as a picture: `cells` gives by block and column how dark the cell is, from 0 to 1, and its text."""
-    width, height = CELL
-    sheet = Image.new("RGB", (LEFT + len(columns) * width + 8, 2 * LINE + len(blocks) * height + 8), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    (width, height), font = CELL, ImageFont.load_default(13)
+    left = max([LEFT, *(round(font.getlength(block)) + 16 for block in blocks)])
+    sheet = Image.new("RGB", (left + len(columns) * width + 8, 2 * LINE + len(blocks) * height + 8), PAPER)
+    pen = ImageDraw.Draw(sheet)
     pen.text((8, 8), title[:120], INK, font)
     for number, column in enumerate(columns):
-        pen.text((LEFT + number * width + 6, LINE + 8), column, INK, font)
+        pen.text((left + number * width + 6, LINE + 8), column, INK, font)
     for row, block in enumerate(blocks):
         top = 2 * LINE + row * height
-        pen.text((8, top + 7), block[:18], INK, font)
+        pen.text((8, top + 7), block, INK, font)
         for number, column in enumerate(columns):
             if (block, column) in cells:
-                _cell(pen, (LEFT + number * width, top), *cells[block, column], font)
+                _cell(pen, (left + number * width, top), *cells[block, column], font)
     return sheet
 
 

@@ -51,7 +51,14 @@ FEED_FORWARD = """
     img_mlp.0=ff.net.0.proj img_mlp.2=ff.net.2 txt_mlp.0=ff_context.net.0.proj txt_mlp.2=ff_context.net.2
 """
 SINGLE = "linear1=attn.to_q+attn.to_k+attn.to_v+proj_mlp linear2=proj_out"
-SINGLE_QKV = (("single_blocks.{n}", "single_transformer_blocks.{n}", "linear1_qkv=attn.to_q+attn.to_k+attn.to_v"),)
+FUSED = "attn.qkv=attn.to_q+attn.to_k+attn.to_v attn.added_qkv=attn.add_q_proj+attn.add_k_proj+attn.add_v_proj"
+FUSED_BLOCKS = (("transformer_blocks.{n}", "transformer_blocks.{n}", FUSED),)  # OneTrainer trains them as one
+SINGLE_QKV = (
+    ("single_blocks.{n}", "single_transformer_blocks.{n}", "linear1_qkv=attn.to_q+attn.to_k+attn.to_v"),
+    ("single_transformer_blocks.{n}", "single_transformer_blocks.{n}",
+     "qkv_mlp=attn.to_q+attn.to_k+attn.to_v+proj_mlp"),
+    *FUSED_BLOCKS,
+)  # fmt: skip
 Z_ATTENTION = "attention.qkv=attention.to_q+attention.to_k+attention.to_v attention.out=attention.to_out.0"
 KREA_BLOCK = """
     attn.wq=attn.to_q attn.wk=attn.to_k attn.wv=attn.to_v attn.wo=attn.to_out.0 attn.gate=attn.to_gate
@@ -102,6 +109,7 @@ FAMILIES: dict[str, Family] = {
              "img_mlp.2=ff.linear_out txt_mlp.0=ff_context.linear_in txt_mlp.2=ff_context.linear_out"),
             ("single_blocks.{n}", "single_transformer_blocks.{n}", "linear1=attn.to_qkv_mlp_proj linear2=attn.to_out"),
         ),
+        also=FUSED_BLOCKS,
         stated=("flux2", "flux-2", "flux.2", "flux_2"),
     ),
     "z-image": Family(
@@ -149,6 +157,7 @@ FAMILIES: dict[str, Family] = {
             ("y_embedder.mlp", "time_text_embed.text_embedder", "0=linear_1 2=linear_2"),
             ("joint_blocks.{n}", "transformer_blocks.{n}", JOINT_BLOCK),
         ),
+        also=FUSED_BLOCKS,
         encoders=(CLIP_L, CLIP_G, ("text_encoder_3", ("lora_te3",), T5)),
         stated=("sd3", "stable-diffusion-3", "stable-diffusion-v3"),
     ),

@@ -1,4 +1,8 @@
-"""A LoRA file for a diffusion transformer, of any program, as one LoRA by diffusers' names of layers."""
+"""A LoRA file for a diffusion transformer, of any program, as one LoRA by diffusers' names of layers.
+
+A stem is the part of a key that names the layer: "lora_unet_double_blocks_0_img_attn_qkv" of
+"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight".
+"""
 
 from __future__ import annotations
 
@@ -18,17 +22,17 @@ from personalize.formats.diffusion_transformers.names import Layer, spellings, s
 from personalize.formats.diffusion_transformers.skeletons import models, shapes_of
 from personalize.formats.layer_kinds import with_kernel
 from personalize.formats.layer_sizes import SMALL, products
+from personalize.formats.layouts import MAX_KEY_LENGTH
 from personalize.formats.peft_settings import PeftSettings, scaling, settings_of
 from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, lora_pair
 from personalize.io.tensor_files import TensorFile
 
 BIASES = {"diff_b", "b_norm", "lora_B.bias"}
-MAX_KEY_LENGTH = 500
 
 
 @dataclass(frozen=True)
 class SortedFile:
-    """The tensors of a file by what names their layer, without a look at their numbers.
+    """The tensors of a file by the stem of their key, without a look at their numbers.
 
     parts: by stem, the tensors by role.  schemes: by stem, the naming scheme.  unknown: keys of no layer.  twice: keys
     of a tensor that another key has given already.
@@ -41,6 +45,7 @@ class SortedFile:
     twice: list[str] = field(default_factory=list)
 
     def layer(self, stem: str) -> Layer:
+        """The layer that a stem of this file names."""
         return spellings(self.family)[stem][0]
 
     @property
@@ -70,8 +75,7 @@ def identify(content: TensorFile, family: str | None = None) -> tuple[str, str] 
     """
     found = [stem_of(key) for key in content.tensors if len(key) <= MAX_KEY_LENGTH]
     stems = {one[0] for one in found if one is not None}
-    hits = {name: {s for s in stems & spellings(name).keys() if spellings(name)[s][0].layers[0].startswith("transf")}
-            for name in FAMILIES}  # fmt: skip
+    hits = {name: _known_layers(stems, name) for name in FAMILIES}
     candidates = [name for name in FAMILIES if hits[name]]
     if family in candidates:
         return family, "it was said"
@@ -79,13 +83,19 @@ def identify(content: TensorFile, family: str | None = None) -> tuple[str, str] 
         return None
     stated = " ".join(content.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture",
                                                                  "ss_network_module")).lower()  # fmt: skip
-    fits = {name: (len(hits[name]), _fitting(content, name), any(word in stated for word in FAMILIES[name].stated))
+    fits = {name: (hits[name], _fitting(content, name), any(word in stated for word in FAMILIES[name].stated))
             for name in candidates}  # fmt: skip
     best = max(candidates, key=fits.__getitem__)
     others = [FAMILIES[name].title for name in candidates if name != best and fits[name] == fits[best]]
     if others:
-        return best, f"its names and shapes, which {' and '.join(others)} has too: --family says which"
+        return best, f"its names and shapes, which {' and '.join(others)} has too (convert --family says which)"
     return best, "its metadata say so" if fits[best][2] else "the names and shapes of its layers"
+
+
+def _known_layers(stems: set[str], family: str) -> int:
+    """How many of the stems name a layer of the family's transformer; text encoders are those of other families too."""
+    known = spellings(family)
+    return sum(known[stem][0].layers[0].startswith("transformer.") for stem in stems if stem in known)
 
 
 def _fitting(content: TensorFile, family: str) -> int:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from personalize.cli.main import main
@@ -189,6 +190,23 @@ def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path, capsys, chang
         code == 2 and said in text and len(text.strip().splitlines()) == 1 and not (tmp_path / "o.safetensors").exists()
     )
     assert inspect_file(tmp_path / "a.safetensors").problems
+
+
+def test_projections_that_onetrainer_trained_as_one_are_split(tmp_path):
+    a, b = torch.randn(2, 8), torch.randn(56, 2)  # three projections of 8 outputs, and 4 · 8 of the feed-forward
+    stem = "transformer.single_transformer_blocks.0.qkv_mlp"
+    save_file({f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b}, tmp_path / "a.safetensors")
+    found = read("a", open_adapter(tmp_path / "a.safetensors"), "flux1").pairs
+    names = [f"transformer.single_transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v")]
+    parts = [update(found[name]) for name in [*names, "transformer.single_transformer_blocks.0.proj_mlp"]]
+    torch.testing.assert_close(torch.cat(parts), b @ a)
+
+
+def test_the_picture_has_room_for_the_names_of_its_blocks(tmp_path, capsys):
+    file, _ = write(tmp_path / "a.safetensors")
+    code, _ = run(capsys, "inspect", file, "--picture", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert code == 0 and image.width > 190 + 5 * 112  # five columns; "single_transformer_blocks.4–37" takes 190
 
 
 def test_convert_to_a_lower_rank_is_the_nearest_and_says_its_error(tmp_path, capsys):
