@@ -192,8 +192,8 @@ def networks(folder: Path | None = None, grounding_weight: float = 0.0) -> TextT
 
     unet, text_encoder = build_unet(), build_text_encoder(build_tokenizer(vocabulary()))
     if folder is not None:
-        unet = type(unet).from_pretrained(folder / "unet")
-        text_encoder = type(text_encoder).from_pretrained(folder / "text_encoder")
+        unet = type(unet).from_pretrained(folder / "unet", use_safetensors=True)
+        text_encoder = type(text_encoder).from_pretrained(folder / "text_encoder", use_safetensors=True)
     return TextToImageObjective(unet, text_encoder, build_scheduler(), grounding_weight)
 
 
@@ -242,7 +242,7 @@ def one_pool(
     shares = [f"{share:g}" for share in (config.pairs, config.variety)]
     path = config.output_dir / f"{'_'.join(['pool', name, str(len(scene_list)), *shares, *config.hard_nouns])}.pt"
     if accelerator.is_main_process and not path.is_file():
-        vae = AutoencoderKL.from_pretrained(vae_folder(config)).to(accelerator.device)
+        vae = AutoencoderKL.from_pretrained(vae_folder(config), use_safetensors=True).to(accelerator.device)
         with accelerator.autocast():
             latents, masks = encode_scenes(scene_list, shape, vae, workers=config.dataloader_num_workers)
         if name == "diffusion_64_0" and config.init_from is None:
@@ -280,7 +280,7 @@ def export(config: Config, accelerator: Accelerator, stage: str) -> None:
     state = torch.load(last, map_location="cpu", weights_only=True)
     for parameter, average in zip(objective.parameters(), state["ema"]["shadow_params"], strict=True):
         parameter.data.copy_(average)
-    vae = AutoencoderKL.from_pretrained(vae_folder(config))
+    vae = AutoencoderKL.from_pretrained(vae_folder(config), use_safetensors=True)
     folder, tokenizer = config.output_dir / "pipeline", build_tokenizer(vocabulary())
     save_pipeline(folder, unet=objective.unet, text_encoder=objective.text_encoder, tokenizer=tokenizer, vae=vae)
     world = {"nouns": config.nouns, "styles": config.styles, "backgrounds": BACKGROUNDS}

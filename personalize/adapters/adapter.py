@@ -46,6 +46,7 @@ from personalize.io.json_files import read_json, utf8
 from personalize.io.locks import folder_lock
 from personalize.io.provenance import GENERATED
 from personalize.io.tensor_files import read_tensors, tensor_bytes
+from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import StableDiffusion
 
 NOT_DRAWN = {"source", "attention"}  # pictures of a folder that no model made: a photo, maps over it
@@ -192,8 +193,9 @@ class Adapter:
 
         Raises:
             UserError: `model` is of another family, is another base of the family (`any_base` allows that), or already
-                has an adapter.
+                has an adapter; or `strength` is out of its range.
         """
+        check_number("strength", strength)
         if self.lora or self.others:  # the base of tokens alone is checked when they are added to the tokenizer
             self.check_base(model, any_base=any_base)
         with other_changes(model, _of_part(self.others, "unet"), strength):
@@ -210,6 +212,7 @@ class Adapter:
     @contextmanager
     def apply_text(self, model: StableDiffusion, strength: float = 1.0) -> Iterator[None]:
         """Run the body with the adapter's part for the text encoders in them, if it has one; removed as by `apply`."""
+        check_number("strength", strength)
         with other_changes(model, _of_part(self.others, "text_encoder"), strength):
             with text_lora(model, self.lora, strength * self.alpha / self.rank):
                 yield

@@ -33,6 +33,7 @@ from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.atomic import write_file, write_folder
 from personalize.io.tensor_files import read_tensors
 from personalize.models.empty import empty_unet
+from personalize.models.ranges import check_number
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("kohya", "diffusers", "peft")
@@ -49,8 +50,7 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
         UserError: a rule is unknown or selects nothing, the strength is no number, the adapter holds no LoRA, or
             nothing of it would be left.
     """
-    if not math.isfinite(strength):
-        raise UserError(f"the strength must be a number, got {strength}")
+    check_number("strength", strength)
     if not adapter.lora and not adapter.others:
         raise UserError("the adapter has learned tokens but no LoRA: use `personalize export tokens`")
     if adapter.others and (forget or strength != 1):

@@ -11,6 +11,7 @@ from personalize.adapters.forgetting import ForgettingRule, degrees
 from personalize.adapters.lora import ADAPTER, PREFIX, factor_parameters, lora_layers
 from personalize.errors import UserError
 from personalize.models.blocks import module_roles
+from personalize.models.ranges import check_number
 
 Rules = ForgettingRule | Iterable[ForgettingRule] | Mapping[str, float] | None
 
@@ -27,6 +28,7 @@ def scaled(unet: nn.Module, rules: Rules = None, strength: float = 1.0) -> Itera
     Raises:
         UserError: the UNet has no adapter, or a rule selects none of its modules.
     """
+    check_number("strength", strength)
     layers = lora_layers(unet)
     if not layers:
         raise UserError("there is no adapter to scale in this UNet: load one first")

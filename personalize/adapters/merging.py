@@ -22,6 +22,7 @@ from personalize.formats.foreign_files import AdapterFile, as_lora
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.rank_reduction import RankReduction, peft_state, reduced_pairs, zero_padded
 from personalize.io.progress import ticked
+from personalize.models.ranges import check_number
 
 State = Mapping[str, Tensor]
 
@@ -88,13 +89,15 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
     messages and for the record in `info["merged_from"]`.
 
     Raises:
-        UserError: fewer than two adapters, another number of weights, different families or base models, or a token
-            that two of them have learned.
+        UserError: fewer than two adapters, another number of weights, weights out of their range, different families
+            or base models, or a token that two of them have learned.
     """
     if len(adapters) < 2 or len(weights) != len(adapters):
         raise UserError(
             f"merging takes two adapters or more and a weight for each, got {len(adapters)}, {len(weights)}"
         )
+    for weight in weights:
+        check_number("weights", weight)
     first = next((adapter for adapter in adapters if adapter.known_family), adapters[0])
     for name, adapter in zip(names, adapters, strict=True):
         if adapter.others:

@@ -43,6 +43,7 @@ from personalize.io.images import to_image
 from personalize.models.image_processor import Picture, Point
 from personalize.models.known_bases import find_base
 from personalize.models.prompts import align_prompt
+from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.schedule import make_schedule
@@ -243,14 +244,12 @@ class Editor:
                 return self.model.prompts([prompt], size)
 
     def _sample(
-        self,
-        conditioning: Conditioning,
-        strengths: EditStrengths | None,
-        seeds: Sequence[int],
-        negative_prompt: str,
+        self, conditioning: Conditioning, strengths: EditStrengths | None, seeds: Sequence[int], negative_prompt: str,
         sampling: Sampling,
-    ) -> list[Image.Image]:
+    ) -> list[Image.Image]:  # fmt: skip
         """Sample images of `conditioning`; without `strengths`, by the base model alone."""
+        for seed in seeds:
+            check_number("seed", seed)
         size = sampling.size or self.size
         strength = strengths.strength if strengths else 0.0
         changed = {**self.adapter.lora, **self.adapter.others} if self.adapter is not None else {}

@@ -13,6 +13,7 @@ import torch
 from personalize.errors import UserError
 from personalize.io.pickles import read_any
 from personalize.io.plain_files import require_plain_tree
+from personalize.models.config import safetensors_alone
 
 
 class Unavailable(UserError):
@@ -97,7 +98,8 @@ def _given(option: str, network: str | Path | None, example: str) -> str:
 
 
 def _load_network(option: str, kind: Any, place: str, device: Any) -> Any:
-    return _load(option, kind, place, dtype=torch.float32).eval().requires_grad_(False).to(device)
+    safe = safetensors_alone(place)
+    return _load(option, kind, place, dtype=torch.float32, use_safetensors=safe).eval().requires_grad_(False).to(device)
 
 
 def _load(option: str, kind: Any, place: str, **settings: Any) -> Any:

@@ -17,6 +17,11 @@ HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 HUB_FILE = re.compile(rf"({HUB_ID}):((?:[\w-][\w. -]*/)*[\w-][\w. -]*)")  # one file of a repository
 
 
+def safetensors_alone(place: str | Path) -> bool | None:
+    """`use_safetensors` for transformers and diffusers: nothing pickled comes from the hub; a folder may hold it."""
+    return None if Path(place).is_dir() else True
+
+
 def check_base_name(source: str | Path) -> None:
     """UserError unless `source` is a diffusers folder, a single-file checkpoint, or has the form of a hub id."""
     path = Path(source)

@@ -12,7 +12,14 @@ from safetensors import SafetensorError, safe_open
 from personalize.errors import UserError
 from personalize.io.json_files import read_json
 from personalize.io.plain_files import require_plain_tree, visible
-from personalize.models.config import INPAINTING, TEXT_TO_IMAGE, check_base_name, check_channels, stated_channels
+from personalize.models.config import (
+    INPAINTING,
+    TEXT_TO_IMAGE,
+    check_base_name,
+    check_channels,
+    safetensors_alone,
+    stated_channels,
+)
 from personalize.models.offline import without_network
 from personalize.models.quiet import quiet_loading
 from personalize.models.supported import predicted_quantity
@@ -64,7 +71,7 @@ def read(
         with without_network(local_files_only):
             pipe = DiffusionPipeline.from_pretrained(
                 str(source), dtype={"unet": dtype, "default": torch.float32}, revision=revision, variant=variant,
-                local_files_only=local_files_only, use_safetensors=None if path.is_dir() else True, **extra,
+                local_files_only=local_files_only, use_safetensors=safetensors_alone(path), **extra,
             )  # fmt: skip
     except Exception as error:
         raise _unreadable(source, error) from error

@@ -13,6 +13,7 @@ from typing import Any
 
 from personalize.errors import UserError
 
+NUMBERS = ("int", "float", "int | None", "float | None")  # types of fields, as they are written
 LARGEST_WORD_WEIGHT = 100  # factor on the attention to a word
 MIX, FACTOR = (-20, 20), (0, 10**4)  # weights of embeddings and adapters; weights of losses
 RATE, FRACTION = (0, 10), (0, 1)
@@ -55,13 +56,26 @@ RANGES = {name: limits for limits, names in _NAMES.items() for name in names.spl
 def check_ranges(options: Any, prefix: str = "") -> None:
     """UserError, naming the field, unless every number in the dataclass `options` is finite and in its range."""
     for field in fields(options):
-        name = field.name.rstrip("_")
+        name, value = field.name.rstrip("_"), getattr(options, field.name, None)
+        if str(field.type) in NUMBERS and isinstance(value, str | bytes):
+            raise UserError(f"{prefix}{name} is {value!r}, expected a number")
         low, high = RANGES.get(name, (-math.inf, math.inf))
-        for number in _numbers(getattr(options, field.name, None)):
+        for number in _numbers(value):
             if not math.isfinite(number):
                 raise UserError(f"{prefix}{name} is {number}, expected a number: give a finite one")
             if not low <= number <= high:
                 raise UserError(f"{prefix}{name} is {_number(number)}: give a number from {low:g} to {_number(high)}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """UserError unless `value`, an argument that is called `name`, is a finite number in the range of that name."""
+    if not hasattr(value, "__float__") or isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}, expected a number")
+    low, high = RANGES[name]
+    if not math.isfinite(value):
+        raise UserError(f"{name} is {value}, expected a number: give a finite one")
+    if not low <= value <= high:
+        raise UserError(f"{name} is {_number(value)}: give a number from {low:g} to {_number(high)}")
 
 
 def _number(value: float) -> str:

@@ -119,7 +119,7 @@ def test_training_resumes_exactly_and_leaves_a_pipeline(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LeakyPool, "batch", interrupted)
         train.main(parts)
-    assert torch.load(parts.output_dir / "leaky.pt")["update"] == 1
+    assert torch.load(parts.output_dir / "leaky.pt", weights_only=True)["update"] == 1
     again = StableDiffusion.load(train.main(parts)).unet.state_dict()
     model = StableDiffusion.load(folder)
     assert all(torch.equal(value, again[name]) for name, value in model.unet.state_dict().items())

@@ -9,15 +9,21 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from personalize.adapters.export import baked
+from personalize.adapters.lora_scales import scaled
+from personalize.adapters.merging import merged
 from personalize.cli import launch
 from personalize.editing.config import DynamicSettings, EditStrengths, Sampling
 from personalize.editing.drag.config import DragSettings
+from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image_settings import EditRequest
 from personalize.errors import UserError
-from personalize.models.ranges import RANGES, check_ranges
+from personalize.models.ranges import RANGES, check_number, check_ranges
 from personalize.sampling.config import NullTextSettings
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
+from tests.support.lora_states import random_adapter
+from tests.support.tiny import tiny
 
 MODULES = ("models.config", "training.config", "editing.config", "editing.photo_settings", "editing.drag.config",
            "sampling.config", "cli.options", "cli.edit_options")  # fmt: skip
@@ -69,6 +75,43 @@ def test_what_arrived_and_what_was_expected() -> None:
         for field in fields(EditStrengths):
             object.__setattr__(strengths, field.name, 1e6 if field.name == "strength" else field.default)
         check_ranges(strengths, "--")
+
+
+@pytest.mark.parametrize("value", ["0.8", b"1", "nan"])
+def test_text_is_no_number_in_python(value: Any) -> None:
+    with pytest.raises(UserError, match="alpha is .*, expected a number"):
+        EditStrengths(alpha=value)
+
+
+WRONG = [float("nan"), float("inf"), 1e6, "1", None, True]
+
+
+@pytest.mark.parametrize("value", WRONG)
+@pytest.mark.parametrize("name", ["strength", "weights", "seed"])
+def test_an_argument_is_checked_as_an_option_is(name: str, value: Any) -> None:
+    if (name, value) == ("seed", 1e6):
+        value = -1
+    with pytest.raises(UserError, match=f"^{name} is "):
+        check_number(name, value)
+    check_number(name, 1)
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_arguments_of_adapters_are_checked_before_a_model_is_changed(value: Any) -> None:
+    model = tiny("sd1")
+    adapter = random_adapter(model)
+    names = list(model.unet.state_dict())
+    for attempt in (
+        lambda: adapter.apply(model, strength=value).__enter__(),
+        lambda: adapter.apply_text(model, value).__enter__(),
+        lambda: scaled(model.unet, strength=value).__enter__(),
+        lambda: baked(adapter, strength=value),
+        lambda: merged([adapter, adapter], [1.0, value], ["a", "b"]),
+        lambda: Editor(model, adapter).edit("a cat", seeds=[-1 if value == 1e6 else value]),
+    ):
+        with pytest.raises(UserError, match="(strength|weights|seed) is "):
+            attempt()
+    assert list(model.unet.state_dict()) == names
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e9, -1e9])

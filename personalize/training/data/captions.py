@@ -13,6 +13,7 @@ from personalize.io.image_files import load_image
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
 from personalize.io.plain_files import require_plain_tree
+from personalize.models.config import safetensors_alone
 
 
 def find_caption(
@@ -83,7 +84,9 @@ def _captioner(model: str) -> tuple[Any, Any]:
 
     require_plain_tree(model)
     try:
-        captioner = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+        captioner = AutoModelForImageTextToText.from_pretrained(
+            model, dtype=torch.float32, use_safetensors=safetensors_alone(model)
+        ).eval()
         return AutoProcessor.from_pretrained(model), captioner
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

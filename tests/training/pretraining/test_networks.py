@@ -106,9 +106,9 @@ def test_training_resumes_exactly(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(dataset.Crops, "batch", interrupted(dataset.Crops.batch, at=2))
         module.main(parts)
-    assert torch.load(parts.output_dir / "autoencoder.pt")["update"] == 2
+    assert torch.load(parts.output_dir / "autoencoder.pt", weights_only=True)["update"] == 2
     module.main(parts)
-    states = [torch.load(run.output_dir / "autoencoder.pt")["objective"] for run in (whole, parts)]
+    states = [torch.load(run.output_dir / "autoencoder.pt", weights_only=True)["objective"] for run in (whole, parts)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -311,7 +311,7 @@ def test_a_frozen_text_encoder_stays_to_the_bit_while_the_unet_learns(tmp_path):
         tmp_path, stages=("diffusion_64",), init_from=EMBEDDED, steps=(0, 1, 0), batch_sizes=(1, 1, 1),
         scene_pools=(2, 2), lr_warmup_steps=0, freeze_text_encoder=True, torch_compile=False, mixed_precision="no",
     ))  # fmt: skip
-    learned = torch.load(tmp_path / "diffusion_64.pt")["objective"]
+    learned = torch.load(tmp_path / "diffusion_64.pt", weights_only=True)["objective"]
     before = module.networks(EMBEDDED).state_dict()
     changed = {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, learned[name])}
     assert changed == {"unet"}
