@@ -86,10 +86,10 @@ def identify(content: TensorFile, family: str | None = None) -> tuple[str, str] 
     fits = {name: (hits[name], _fitting(content, name), any(word in stated for word in FAMILIES[name].stated))
             for name in candidates}  # fmt: skip
     best = max(candidates, key=fits.__getitem__)
-    others = [FAMILIES[name].title for name in candidates if name != best and fits[name] == fits[best]]
-    if others:
-        return best, f"its names and shapes, which {' and '.join(others)} has too (convert --family says which)"
-    return best, "its metadata say so" if fits[best][2] else "the names and shapes of its layers"
+    rivals = [name for name in candidates if name != best and fits[name][:2] == fits[best][:2]]
+    if equal := [FAMILIES[name].title for name in rivals if fits[name] == fits[best]]:
+        return best, f"its names and shapes, which {' and '.join(equal)} has too (convert --family says which)"
+    return best, "its metadata say so" if rivals else "the names and shapes of its layers"
 
 
 def _known_layers(stems: set[str], family: str) -> int:

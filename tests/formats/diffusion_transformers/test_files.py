@@ -192,6 +192,15 @@ def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path, capsys, chang
     assert inspect_file(tmp_path / "a.safetensors").problems
 
 
+def test_what_two_families_have_in_common_is_told_apart_by_the_metadata(tmp_path):
+    """FLUX.1 and Chroma share the attention of their first blocks, by name and by shape."""
+    shared = dict(list(BLOCK.items())[:3])
+    assert "Chroma has too" in inspect_file(write(tmp_path / "a.safetensors", shared)[0]).family_by
+    stated = {"modelspec.architecture": "chroma/lora"}
+    found = inspect_file(write(tmp_path / "b.safetensors", shared, metadata=stated)[0])
+    assert found.family == "chroma" and found.family_by.startswith("its metadata")
+
+
 def test_projections_that_onetrainer_trained_as_one_are_split(tmp_path):
     a, b = torch.randn(2, 8), torch.randn(56, 2)  # three projections of 8 outputs, and 4 · 8 of the feed-forward
     stem = "transformer.single_transformer_blocks.0.qkv_mlp"
