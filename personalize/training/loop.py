@@ -167,6 +167,7 @@ def training_steps(
     check: DeviceCheck | None = None
     for update, batches in enumerate(updates, first_update + 1):
         rates, skipped = tuple(group["lr"] for group in optimizer.param_groups), True
+        scale = _loss_scale(accelerator)
         while skipped:
             losses = _backward(objective, batches, accelerator)
             if early_stop is not None and early_stop(update - 1, losses["loss"]):
@@ -181,12 +182,19 @@ def training_steps(
                 check_and_clip(objective, trained, last, loss, optimizer, accelerator, max_grad_norm, update)
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            skipped = getattr(optimizer, "step_was_skipped", False)
+            before, scale = scale, _loss_scale(accelerator)
+            # Accelerate alone does not notice that fused AdamW skips by itself
+            skipped = getattr(optimizer, "step_was_skipped", False) or scale < before
         if lr_scheduler is not None:
             lr_scheduler.step()
         yield StepReport(update, losses, rates, check)  # pyright: ignore[reportPossiblyUnboundVariable]
     if check is not None and (first := int(check.first)):
         raise check.error(first)
+
+
+def _loss_scale(accelerator: Accelerator) -> float:
+    """The scale of fp16's losses, which is halved by an overflow; read from the device.  1 where nothing is scaled."""
+    return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
 
 
 def _backward(

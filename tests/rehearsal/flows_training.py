@@ -53,7 +53,9 @@ def flow_precisions(name, dtype, precision):
 
 
 def flow_early_stop():
-    assert len(learned(base(), replace(SMALL, early_stop_loss=100.0, max_train_samples=360))[0]) == 350
+    assert (
+        len(learned(base(), replace(SMALL, early_stop_loss=100.0, max_train_samples=360))[0]) == 351
+    )  # after 350 samples
 
 
 def flow_masks_and_class_pictures():
@@ -76,14 +78,14 @@ def flow_graph(name, dtype, changes):
 def flow_graph_stops_at_nan():
     config, good = replace(MORE, cuda_graph=True), replace(MORE, max_train_samples=5)
     with single_image_run(base(), pixels(), CAPTION, config) as run:
-        sample = type(run.dataset).sample
+        drawn = type(run.dataset)._drawn
 
-        def poisoned(data, update, index, picture=0):
-            row = sample(data, update, index, picture)
+        def poisoned(data, update, index, picture):
+            row = drawn(data, update, index, picture)
             return row | {"noise": row["noise"] * float("nan")} if update == 5 else row
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(run.dataset), "sample", poisoned)
+            patch.setattr(type(run.dataset), "_drawn", poisoned)
             with pytest.raises(NonFiniteError, match="update 6"):
                 list(run.steps())
         assert difference(run.adapter(), learned(base(), good)[1]) < 1e-6
@@ -157,10 +159,11 @@ def flow_memory_kept_by_the_allocator_is_free(room, fits, held, monkeypatch):
     with single_image_run(base(), pixels(), CAPTION, SMALL) as run:
         torch.cuda.reset_peak_memory_stats()
         expected, here = estimate(run), held(0)
-        kept, needed = torch.cuda.max_memory_allocated(), expected.updates - expected.base - expected.adapter
+        most = max(expected.updates, expected.decoding)
+        kept, needed = torch.cuda.max_memory_allocated(), most - expected.base - expected.adapter
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: kept)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int(room * needed) - (kept - here), 0))
-        assert (check_fits(replace(expected, decoding_picture=0, idle=0), run) is None) == fits
+        assert (check_fits(expected, run) is None) == fits
 
 
 @pytest.mark.parametrize("dtype, precision", [(BF16, "bf16"), (BF16, "fp16")])
@@ -187,4 +190,6 @@ def flow_overflow_of_fp16_makes_the_update_again():
     config: SingleImageConfig = replace(SMALL, max_train_samples=6, max_grad_norm=1.0)
     with single_image_run(base(), pixels(), CAPTION, config, accelerator=accelerator) as run:
         losses = [float(report.losses["loss"]) for report in run.steps()]
-    assert len(losses) == 6 and accelerator.scaler.get_scale() < 2.0**40
+        assert any(bool(tensor.any()) for key, tensor in run.adapter().lora.items() if ".lora_B." in key)
+    assert accelerator.scaler.get_scale() < 2.0**40
+    assert losses == pytest.approx(on_cpu(learned, "sd1", config)[0], rel=3e-2)
