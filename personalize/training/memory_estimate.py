@@ -1,7 +1,7 @@
 """Estimate how much memory a training run will take, from one sample measured before it starts.
 
     peak = max(updates, encoding, decoding)             updates = base + P · (4 + 4 + s) + b · a
-    encoding = base + max(v + n, v + e)                 decoding = base + P · (4 + s) + max(n, v + d)
+    encoding = base + v + max(n, e)                     decoding = base + P · (4 + s) + max(n, v + d)
 
 base: bytes of the UNet, and of those of autoencoder and text encoders that updates use, without the adapter.
 v, n: bytes of autoencoder and text encoders if they are off the device during updates (`models.idle_parts`), else 0.
@@ -65,7 +65,7 @@ class MemoryEstimate:
 
     @property
     def encoding(self) -> int:
-        return self.base + max(self.idle, self.idle_vae + self.encoding_picture)
+        return self.base + self.idle_vae + max(self.idle_encoders, self.encoding_picture)
 
     @property
     def decoding(self) -> int:
