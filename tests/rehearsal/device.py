@@ -21,6 +21,7 @@ SYNCHRONIZING = (
     "repeat_interleave", "is_nonzero", "_linalg_check_errors",
 )  # fmt: skip
 TOTAL = 80 << 30
+MPS_KERNELS: list[Any] = []  # kept, for a library's kernels go with it
 
 
 def begin(kind: str, count: int = 1) -> Any:
@@ -130,6 +131,15 @@ def _mps(library: Any) -> None:
         current_allocated_memory=lambda: library.pretended_bytes(0),
         driver_allocated_memory=lambda: library.pretended_bytes(0), _get_default_mps_generator=lambda: generator,
     )  # fmt: skip
+
+    def attention(
+        q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, causal: bool = False, **how: Any
+    ) -> Any:
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, causal, None, **how)[0]
+
+    MPS_KERNELS.append(torch.library.Library("aten", "IMPL"))
+    for key in ("MPS", "AutogradMPS"):  # torch chooses a kernel by a table in which the CPU's build has no MPS
+        MPS_KERNELS[-1].impl("scaled_dot_product_attention", attention, key)
 
 
 def _replace(module: Any, **attributes: Any) -> None:

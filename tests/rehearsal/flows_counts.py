@@ -24,7 +24,7 @@ from personalize.training.data.concepts import ConceptPicture
 from personalize.training.multi_concept import multi_concept_run
 from personalize.training.single_image import single_image_run
 from tests.rehearsal.record import blocking, table
-from tests.rehearsal.support import CAPTION, SUBJECTS, base, class_image, learned, photo
+from tests.rehearsal.support import CAPTION, SUBJECTS, base, class_image, learned, mask, photo
 from tests.support.runs import SMALL, pixels
 
 SWAP = EditRequest("a photo of a dog on the beach", local=[("cat", "dog")], weights={"dog": 2.0})
@@ -166,7 +166,7 @@ def flow_drag(record, method):
 
     def job(steps):
         settings = DragSettings(method=method, steps=steps, strength=1.0)
-        drag_picture(model, photo(), [(20, 24), (36, 28)], settings=settings, prompt="a cat")
+        drag_picture(model, photo(), [(20, 24), (36, 28)], mask=mask(), settings=settings, prompt="a cat")
 
     assert each(record, job, 4, 8) == 0
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from PIL import Image
 
 from personalize.editing.config import DynamicSettings, Sampling, UniformSettings
 from personalize.editing.drag.config import DragSettings
@@ -15,7 +14,7 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.config import SCHEDULERS
 from personalize.sampling.inversion import METHODS
 from personalize.training.single_image import learn
-from tests.rehearsal.support import STEPS, SUBJECTS, apart, base, concepts, edited, learned, on_cpu, photo
+from tests.rehearsal.support import STEPS, SUBJECTS, apart, base, concepts, edited, learned, mask, on_cpu, photo
 from tests.support.runs import SMALL, pixels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -96,17 +95,18 @@ def flow_photo_inside_a_mask():
 @pytest.mark.parametrize("name, dtype", [("sd1", FP32), ("sdxl", BF16)])
 @pytest.mark.parametrize("method", ["pixels", "latents"])
 def flow_drag(name, dtype, method):
-    mask = Image.new("L", (64, 64))
-    mask.paste(255, (12, 16, 36, 40))
     settings = DragSettings(method=method, steps=4, strength=1.0)
     results = [drag_picture(base(name, device, dtype if device == "cuda" else FP32), photo(), [(20, 24), (36, 28)],
-                            mask=mask, settings=settings, prompt="a cat") for device in ("cuda", "cpu")]  # fmt: skip
+                            mask=mask(), settings=settings, prompt="a cat") for device in ("cuda", "cpu")]  # fmt: skip
     assert apart(results[0].image, results[1].image) < (LEVEL if dtype == FP32 else 40)
 
 
 def flow_drag_with_adapter(adapters):
     editor = Editor(base(device="cuda:1"), adapters["sd1"])
-    assert editor.drag([(20, 24), (36, 28)], photo(), settings=DragSettings(steps=4)).image.size == (64, 64)
+    assert editor.drag([(20, 24), (36, 28)], photo(), mask=mask(), settings=DragSettings(steps=4)).image.size == (
+        64,
+        64,
+    )
 
 
 def flow_concepts():

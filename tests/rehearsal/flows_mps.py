@@ -13,7 +13,7 @@ from personalize.sampling.config import SCHEDULERS
 from personalize.sampling.inversion import METHODS
 from tests.rehearsal.flows_editing import ON_BEACH
 from tests.rehearsal.flows_training import KINDS
-from tests.rehearsal.support import apart, base, concepts, edited, learned, on_cpu, photo
+from tests.rehearsal.support import apart, base, concepts, edited, learned, mask, on_cpu, photo
 from tests.support.runs import SMALL
 
 
@@ -65,4 +65,4 @@ def flow_photo_methods(settings):
 @pytest.mark.parametrize("method", ["pixels", "latents"])
 def flow_drag(method):
     settings = DragSettings(method=method, steps=4)
-    assert drag_picture(base(), photo(), [(20, 24), (36, 28)], settings=settings).image.size == (64, 64)
+    assert drag_picture(base(), photo(), [(20, 24), (36, 28)], mask=mask(), settings=settings).image.size == (64, 64)

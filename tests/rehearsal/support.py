@@ -54,6 +54,13 @@ def photo(seed: int = 0, side: int = SIDE) -> Image.Image:
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
 
+def mask() -> Image.Image:
+    """White where the dragged thing is: the attention of a random model sets nothing apart."""
+    white = Image.new("L", (SIDE, SIDE))
+    white.paste(255, (12, 16, 36, 40))
+    return white
+
+
 def class_image() -> ClassImage:
     return ClassImage("a photo of a dog", photo(3))
 
