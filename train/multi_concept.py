@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
     picture: tyro.conf.Positional[Path | None] = None
-    """The picture that shows the concepts, of any shape; all of it is used, in the middle of a square."""
+    """The picture that shows the concepts, of any shape: it is learned in its own, whole."""
     instance_data_dir: Path | None = None
     """A folder that holds the picture and no other."""
     concepts: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
     masks: tuple[Path, ...] = ()
     """A picture for each concept, white where it is; draws the concept's attention there."""
     resolution: int | None = None
-    """Side of the square in pixels; the base's own if not given."""
+    """Side of a square picture in pixels, others have as many; the base's own if not given."""
     with_prior_preservation: bool = True
     """Fill half of every batch with class pictures: from class_data_dir, class_dataset_name, or drawn by the base."""
     class_prompt: str | None = None
@@ -71,7 +71,7 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     from personalize.training.concept_maps import MapSnapshots
     from personalize.training.data.class_images import class_images
     from personalize.training.data.concepts import check_prompt, read_picture
-    from personalize.training.multi_concept import multi_concept_run, training_side
+    from personalize.training.multi_concept import fitted_picture, multi_concept_run
     from personalize.training.saving import save_trained
 
     picture = read_picture(config)
@@ -79,13 +79,13 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     model = trainer.load_base(config, accelerator, full_weights=config.full_kv)
     check_prompt(model, picture)  # what cannot work is said before class pictures are drawn, which takes long
     judge = find_judge(config, model, picture.image, picture.prompt, [subject.token for subject in picture.subjects])
-    side = training_side(model, config.resolution)
-    classes = class_images(config, model, config.class_prompt or picture.class_prompt, (side, side), accelerator)
+    size = fitted_picture(model, picture, config.resolution).size
+    classes = class_images(config, model, config.class_prompt or picture.class_prompt, size, accelerator)
     with multi_concept_run(
         model, picture, extract_config(config, MultiConceptConfig), class_images=classes, resolution=config.resolution,
         accelerator=accelerator,
     ) as run:  # fmt: skip
-        maps = MapSnapshots(run, picture, enabled=config.attention_maps)
+        maps = MapSnapshots(run, enabled=config.attention_maps)
         describe(run, accelerator)
         maps.record("before")
         trainer.train(config, run, "multi_concept", watch, judge)
@@ -102,8 +102,9 @@ def _train(config: Config, watch: Watcher | None) -> Path:
 
 def describe(run: MultiConceptRun, accelerator: Accelerator) -> None:
     """Print the prompt, the picture's size, and the attention maps that the loss reads."""
-    count = len(run.class_images)
-    accelerator.print(f"“{run.caption}” at {run.size[1]}×{run.size[0]} px, {count} regularisation pictures")
+    notes = [f"{run.size[1]}×{run.size[0]} px", run.fitted.cut, run.fitted.padding]
+    count = f"{len(run.class_images)} regularisation pictures"
+    accelerator.print(f"“{run.caption}” at {', '.join(filter(None, [*notes, count]))}")
     for name, size in run.map_layers.items():
         accelerator.print(f"calibrating {size} maps of {name}")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from personalize.errors import Notice, UserError
 from personalize.io.image_metadata import HEIF_SUFFIXES
@@ -66,6 +66,18 @@ def check_image(path: str | Path) -> None:
     path = check_image_path(path)
     with opened(path, MAX_PICTURE_BYTES) as stream, _large_png_chunks(), _opened(stream, path) as image:
         _check_size(path, image)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of the picture that `load_image` reads from `path`, by the file's header; UserError if none."""
+    path = check_image_path(path)
+    with opened(path, MAX_PICTURE_BYTES) as stream, _large_png_chunks(), _opened(stream, path) as image:
+        _check_size(path, image)
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        except DAMAGED:
+            turned = False
+        return (image.height, image.width) if turned else image.size
 
 
 def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:

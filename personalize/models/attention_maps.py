@@ -181,7 +181,7 @@ class MapSum(AttentionHook):
         return self.sum / self.count
 
 
-SIDE = 16  # cells along a side of a map: maps of the stage nearest to it are read, and pooled if they are larger
+SIDE = 16  # cells along the shorter side of a map: larger maps are pooled, in their own shape
 
 
 class CalibrationMaps(MapStore):
@@ -195,7 +195,9 @@ class CalibrationMaps(MapStore):
         return site.name in self.names
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
-        """Maps of sets of tokens, averaged over layers and heads: (b, s, h, w), pooled to 16 cells a side, in fp32.
+        """Maps of sets of tokens, averaged over layers and heads: (b, s, h, w) in fp32, of at most 16 cells.
+
+        16 is the limit of the shorter side; the longer one keeps its proportion to it.
 
         tokens: (b, s, l), 1 for the text positions of each set and 0 elsewhere.  The maps of a set's positions (the
             vectors of a token, the pieces of a class phrase) add up.
@@ -203,15 +205,16 @@ class CalibrationMaps(MapStore):
         maps = self.mean().float()  # (b, h, w, l)
         summed = torch.stack([(maps * chosen[:, None, None]).sum(-1) for chosen in tokens.to(maps).unbind(1)], 1)
         height, width = summed.shape[-2:]
-        return adaptive_avg_pool2d(summed, (min(SIDE, height), min(SIDE, width)))
+        scale = min(1, SIDE / min(height, width))
+        return adaptive_avg_pool2d(summed, (round(height * scale), round(width * scale)))
 
 
 def calibration_layers(unet: UNet2DConditionModel, size: tuple[int, int]) -> list[str]:
     """The cross-attention layers whose maps are calibrated, for latents of `size` (h, w): five on SD 1.x.
 
-    They belong to the stage whose maps are nearest to 16×16, among the stages that have cross-attention both in the
-    down and in the up blocks; the middle block does not count.  Of several transformer blocks in a row (SDXL: ten),
-    only the middle one is calibrated.
+    They belong to the stage whose maps have the area nearest to 16×16, among the stages that have cross-attention both
+    in the down and in the up blocks; the middle block does not count.  Of several transformer blocks in a row (SDXL:
+    ten), only the middle one is calibrated.
 
     Raises:
         UserError: this UNet has no such stage, or its maps have fewer than 4 cells a side.
@@ -223,9 +226,10 @@ def calibration_layers(unet: UNet2DConditionModel, size: tuple[int, int]) -> lis
         raise UserError("this UNet has no stage with text attention on both paths, so no maps to read")
     side = {site.level: site.side for site in sites.values()}
     level = min(common, key=lambda level: (abs(side[level] - SIDE), side[level]))
-    if side[level] < 4:
+    shortest = min(min(site.height, site.width) for site in sites.values() if site.level == level)
+    if shortest < 4:
         raise UserError(
-            f"the attention maps nearest 16×16 have {side[level]} cells a side, at least 4 are needed: "
+            f"the attention maps nearest 16×16 have {shortest} cells a side, at least 4 are needed: "
             "raise the resolution, or do without (calibration_weight 0)"
         )
     rows: dict[str, list[str]] = {}

@@ -30,7 +30,7 @@ from personalize.training.data.concepts import check_prompt, read_picture
 from personalize.training.data.images import read_training_images
 from personalize.training.loop import StepReport
 from personalize.training.memory_estimate import check_fits, estimate
-from personalize.training.multi_concept import multi_concept_run, training_side
+from personalize.training.multi_concept import multi_concept_run
 from personalize.training.run import TrainingRun
 from personalize.training.single_image import single_image_run
 
@@ -110,23 +110,16 @@ def check_run(words: list[str], bench: Workbench) -> dict[str, str]:
             side = options.resolution or model.resolution
             pictures = [fit(image.image, image.mask, side, 8 * model.factor) for image in images]
             for image, picture in zip(images, pictures, strict=True):
-                notes = [
-                    f"{picture.size[1]}×{picture.size[0]} px",
-                    picture.cut,
-                    picture.padding,
-                    "masked" * bool(image.mask),
-                ]
-                rows[Path(image.name).name] = ", ".join(filter(None, notes))
+                rows[Path(image.name).name] = _size_note(picture, *["masked"] * bool(image.mask))
                 rows["Caption, as the base reads it"] = " · ".join(model.tokens(image.caption))
             settings = sys.modules[main.__module__].training_config(options)
             run: Any = stack.enter_context(single_image_run(model, pictures, [one.caption for one in images], settings))
         else:
             picture = read_picture(options)
             check_prompt(model, picture)
-            side = training_side(model, options.resolution)
-            rows[Path(str(options.picture)).name] = f"{side}×{side} px, all of it"
             settings = extract_config(options, MultiConceptConfig)
             run = stack.enter_context(multi_concept_run(model, picture, settings, resolution=options.resolution))
+            rows[Path(str(options.picture)).name] = _size_note(run.fitted)
             rows["Prompt, as the base reads it"] = " · ".join(model.tokens(run.caption))
             rows["Class pictures"] = f"{options.num_class_images}, drawn once and kept"
         began = time.perf_counter()
@@ -139,6 +132,12 @@ def check_run(words: list[str], bench: Workbench) -> dict[str, str]:
             rows["Too little memory"] = advice
     AcceleratorState._reset_state(reset_partial_state=True)
     return rows
+
+
+def _size_note(picture: FittedImage, *more: str) -> str:
+    """The size in which a picture is learned, and what is cut of it or padded."""
+    notes = (f"{picture.size[1]}×{picture.size[0]} px", picture.cut, picture.padding, *more)
+    return ", ".join(filter(None, notes))
 
 
 def readers(adapter: Path) -> dict[str, tuple[str, str]]:

@@ -12,13 +12,12 @@ from torch import Tensor
 from personalize.adapters.subjects import Subject
 from personalize.adapters.textual_inversion import locate_subjects
 from personalize.io.figures import grid, overlay
-from personalize.io.images import to_pixels
+from personalize.io.images import to_image
 from personalize.models.attention import hooked
 from personalize.models.attention_maps import CalibrationMaps, calibration_layers
 from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
-from personalize.training.data.concepts import ConceptPicture
 from personalize.training.multi_concept import MultiConceptRun
 
 TIMESTEPS = (100, 300, 500, 700)
@@ -26,7 +25,7 @@ TIMESTEPS = (100, 300, 500, 700)
 
 @dataclass(frozen=True)
 class ConceptMaps:
-    """Mean attention maps (s, h, w) of the s class phrases and of the learned tokens, at most 16 cells a side."""
+    """Mean attention maps (s, h, w) of the s class phrases and of the learned tokens; see `CalibrationMaps`."""
 
     nouns: Tensor
     modifiers: Tensor
@@ -79,15 +78,15 @@ def map_sheet(image: Image.Image, subjects: Sequence[Subject], stages: dict[str,
 class MapSnapshots:
     """Records a run's attention maps before and after training, if `enabled`, and draws them for the model card."""
 
-    def __init__(self, run: MultiConceptRun, picture: ConceptPicture, *, enabled: bool) -> None:
+    def __init__(self, run: MultiConceptRun, *, enabled: bool) -> None:
         self.run, self.enabled = run, enabled
-        self.image: Image.Image = picture.image.resize(run.size, Image.Resampling.LANCZOS)
-        self.subjects, self.maps = picture.subjects, dict[str, ConceptMaps]()
+        self.image: Image.Image = to_image(run.fitted.pixels)
+        self.subjects, self.maps = run.subjects, dict[str, ConceptMaps]()
 
     def record(self, name: str) -> None:
         """Record the maps as they are now under `name`; on the main process only."""
         if self.enabled and self.run.accelerator.is_main_process:
-            pixels = to_pixels(self.image)
+            pixels = self.run.fitted.pixels
             self.maps[name] = concept_maps(self.run.model, pixels, self.run.caption, self.subjects)
 
     def pictures(self) -> dict[str, Image.Image]:

@@ -36,6 +36,7 @@ from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precis
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import MultiConceptConfig
+from personalize.training.data.buckets import FittedImage
 from personalize.training.data.concepts import ClassImage, ConceptDataset, ConceptPicture, check_prompt, content_hash
 from personalize.training.loop import restored, training_dtype
 from personalize.training.multi_concept_objective import MultiConceptObjective, full_weights, text_projections
@@ -57,7 +58,8 @@ def multi_concept_run(
     On leaving the context, `model` is as it was before.
 
     Args:
-        resolution: side of the training square in pixels, rounded down to what the base can take; by default its own.
+        resolution: side of a square picture in pixels, rounded down to what the base can take; by default its own.
+            Pictures of other shapes have about as many pixels.
 
     Raises:
         UserError: settings that cannot work, a prompt that does not name every subject once, or tokens that the
@@ -88,7 +90,7 @@ def multi_concept_run(
 
 
 def training_side(model: StableDiffusion, resolution: int | None) -> int:
-    """Side of the training square in pixels: `resolution`, by default the base's own, rounded down to what it takes.
+    """Side of a square picture in pixels: `resolution`, by default the base's own, rounded down to what it takes.
 
     Raises:
         UserError: it is too small for the base.
@@ -100,10 +102,16 @@ def training_side(model: StableDiffusion, resolution: int | None) -> int:
     return side
 
 
+def fitted_picture(model: StableDiffusion, picture: ConceptPicture, resolution: int | None) -> FittedImage:
+    """`picture` as it is trained, in its bucket; see `training_side` for `resolution` and errors."""
+    return picture.fitted(training_side(model, resolution), 8 * model.factor)
+
+
 class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
     """A run that trains on several concepts; make it with `multi_concept_run`, which restores the model afterwards.
 
     Attributes:
+        fitted: the picture in its bucket, which is the run's size.
         subjects: the concepts, each with its token and class phrase.
         token_embeddings: the text encoders' embedding layers, which hold the trained rows of the tokens.
         weights_before: with `full_kv`, copies of the base's weights that are trained; otherwise empty.
@@ -125,13 +133,13 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         self.caption, self.updates, self.subjects = picture.prompt, config.max_train_steps, picture.subjects
         self.token_embeddings, self.weights_before = token_embeddings, weights_before
         self.anchoring_weight = config.anchoring_weight if picture.masks else 0.0
-        side = training_side(model, resolution)
-        self.size = (side, side)
         self.class_images = class_images
-        self.dataset = ConceptDataset(
-            model, picture, side, config.seed, class_images, config.augment, config.swap_subjects, config.random_flip
-        )
-        self.data_sha256 = _data_hash(picture, class_images)
+        self.dataset = data = ConceptDataset(
+            model, picture, training_side(model, resolution), config.seed, class_images, config.augment,
+            config.swap_subjects, config.random_flip,
+        )  # fmt: skip
+        self.fitted, self.size = data.fitted, data.fitted.size
+        self.data_sha256 = _data_hash(data)
         self.map_layers = self._map_layers()
         objective = MultiConceptObjective(
             model, token_embeddings, calibration_weight=config.calibration_weight,
@@ -202,8 +210,15 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         return {"subjects": subjects, "calibrated": self.map_layers, **kind}
 
 
-def _data_hash(picture: ConceptPicture, class_images: Sequence[ClassImage]) -> str:
-    """One hash of the picture, its masks, and the class pictures with their captions."""
-    images = (picture.image, *picture.masks)
+def _data_hash(data: ConceptDataset) -> str:
+    """One hash of the picture, its masks, the class pictures with their captions, and shapes that are not square.
+
+    Squares, which earlier versions trained alike, have the hash that they had there.
+    """
+    square = (data.side, data.side)
+    images = (data.picture.image, *data.picture.masks)
     own = [part for image in images for part in (f"{image.size}".encode(), image.tobytes())]
-    return content_hash(*own, *(part for image in class_images for part in image.content()))
+    shapes = [f"{size}".encode() for size in data.class_sizes if size != square]
+    if data.model.family == "sdxl" and data.fitted.time_ids != (*square, 0, 0, *square):
+        shapes.append(f"{data.fitted.time_ids}".encode())
+    return content_hash(*own, *(part for image in data.class_images for part in image.content()), *shapes)

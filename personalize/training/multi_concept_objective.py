@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,13 +94,15 @@ class MultiConceptObjective(Objective):
         share: (b,), how much a sample counts in the mean over this batch, see `Chunk`; 1 if absent.
         instance_share: (b,), how much an instance sample counts in the sum over this batch of the attention losses; if
             absent, the mean over its instance samples is taken.
-        size: (H, W) in pixels, for SDXL.
+        time_ids: (b, 6), SDXL's size conditioning of each sample; absent for other bases.
         """
         model, latents, noise, timesteps = self._model[0], batch["latents"], batch["noise"], batch["timesteps"]
         noisy, target = model.noised(latents, noise, timesteps), model.target(latents, noise, timesteps)
         store = self._map_store(latents)
         hooks = [DetachedStart(), *([] if store is None else [store])]
-        conditioning = model.padded(model.prompts(batch["texts"], batch.get("size")), batch["nouns"].shape[-1])
+        conditioning = model.padded(model.prompts(batch["texts"]), batch["nouns"].shape[-1])
+        if "time_ids" in batch:
+            conditioning = replace(conditioning, time_ids=batch["time_ids"].to(conditioning.embeds))
         with hooked(model.unet, hooks):
             output = model.predict(noisy, timesteps, conditioning)
         errors = masked_mse(output, target, batch["canvas"])  # (b,)

@@ -51,8 +51,8 @@ def test_command_line_trains_saves_and_resumes(
     line = [*small(base, photo, tmp_path / "out"), *WORDS, "--masks", *masks]
     assert main([*line, "--attention_maps", "--gradient_checkpointing"]) == 0
     said = capsys.readouterr().out
-    assert "“photo of a <cat1> cat and <dog1> dog” at 64×64 px, 2 regularisation" in said
-    assert len(re.findall(r"calibrating 16×16 maps", said)) == 5 and "Words: <cat1>, <dog1>" in said
+    assert "“photo of a <cat1> cat and <dog1> dog” at 96×64 px, 2 regularisation" in said  # the picture is 3:2
+    assert len(re.findall(r"calibrating 16×24 maps", said)) == 5 and "Words: <cat1>, <dog1>" in said
     adapter = Adapter.load(tmp_path / "out")
     assert set(adapter.concepts) == {"<cat1>", "<dog1>"} and adapter.info["regularisation"] == 2
     names = {path.name for path in (tmp_path / "out").iterdir()}

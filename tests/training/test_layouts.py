@@ -22,7 +22,7 @@ from personalize.training import checkpoints
 from personalize.training import single_image as single_image_module
 from personalize.training.config import MultiConceptConfig, SingleImageConfig
 from personalize.training.data.buckets import FittedImage
-from personalize.training.data.concepts import ConceptDataset
+from personalize.training.data.concepts import ClassImage, ConceptDataset
 from personalize.training.data.samples import SampleShard
 from personalize.training.multi_concept import multi_concept_run
 from personalize.training.single_image import single_image_run
@@ -129,9 +129,20 @@ def multi(model: StableDiffusion, config: MultiConceptConfig) -> tuple[Adapter, 
         return run.adapter(), losses
 
 
+def multi_shapes(model: StableDiffusion, config: MultiConceptConfig, **more: Any) -> tuple[Adapter, list[float]]:
+    """Two concepts of a 3:2 picture, with class pictures of three other shapes."""
+    shapes = ((64, 64), (128, 40), (40, 70))
+    classes = [ClassImage("photo of a cat", PICTURE.image.rotate(90).resize(size)) for size in shapes]
+    picture = replace(PICTURE, image=PICTURE.image.resize((96, 64)))
+    with multi_concept_run(model, picture, config, class_images=classes, **more) as run:
+        losses = [float(report.losses["loss"]) for report in run.steps()]
+        return run.adapter(), losses
+
+
 TEXT = replace(SINGLE, train_text_encoder=True, proportion_empty_prompts=0.5)
 TRAINERS: dict[str, tuple[Any, Any]] = {
     "single_image": (single, SINGLE), "multi_concept": (multi, MULTI),
+    "multi_concept, shapes": (multi_shapes, MULTI),
     "text encoders, dropout": (single, TEXT), "token": (single, replace(SINGLE, instance_token="<rex>")),
 }  # fmt: skip
 KINDS = [
@@ -154,7 +165,10 @@ def furthest(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
 def test_four_micro_batches_learn_the_same(trainer: str, model: StableDiffusion) -> None:
     learn, config = TRAINERS[trainer]
     start, _ = learn(
-        model, replace(config, **({"max_train_samples": 4} if learn is single else {"max_train_steps": 1}))
+        model,
+        replace(
+            config, **({"max_train_steps": 1} if isinstance(config, MultiConceptConfig) else {"max_train_samples": 4})
+        ),
     )
     whole, losses = learn(model, replace(config, train_batch_size=4))
     assert furthest(tensors(whole), tensors(start)) > 20 * CLOSE  # something was learned

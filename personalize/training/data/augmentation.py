@@ -1,10 +1,11 @@
-"""Data augmentation of one square picture: mirrored, shrunk onto a grey canvas, or zoomed in, with a matching prompt.
+"""Data augmentation of one picture: mirrored, shrunk onto a grey canvas, or zoomed in, with a matching prompt.
 
-For a canvas of R px a size s is drawn, with probability ⅔ uniformly from [R/3, R], with ⅓ from [1.2 R, 1.4 R).
+The canvas is the picture's bucket of H×W px (see `buckets`).  For its longer side R = max(H, W) a length s is drawn,
+with probability ⅔ uniformly from [R/3, R], with ⅓ from [1.2 R, 1.4 R]; the picture is shown at s/R times the canvas.
 
-    s < 0.6 R   26.6 %   "a far away", "very small"    the picture at s×s px, anywhere on mid grey
-    s > R       33.3 %   "zoomed in", "close up"       R×R px cut out of the picture at s×s px
-    otherwise   40.0 %   no prefix                     the picture at R×R px
+    s < 0.6 R   26.6 %   "a far away", "very small"    the whole picture, anywhere on mid grey
+    s > R       33.3 %   "zoomed in", "close up"       H×W px cut out of it
+    otherwise   40.0 %   no prefix                     the whole picture at H×W px
 
 References: Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", arXiv 2212.04488, §4 and code.
 """
@@ -19,96 +20,110 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from personalize.training.data.buckets import FittedImage, padded
+
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 
 @dataclass(frozen=True)
 class View:
-    """One way to show the picture: at `size` px, mirrored if `flip`, its corner at (`top`, `left`) of the canvas.
+    """One way to show the picture: (h, w) px large, its corner at (`top`, `left`) of the canvas, mirrored if `flip`.
 
+    size: of the picture without its bucket's padding.
     prefix: what the prompt has to begin with, e.g. "zoomed in ".
     """
 
-    size: int
+    size: tuple[int, int]
     top: int = 0
     left: int = 0
     flip: bool = False
     prefix: str = ""
 
+    def fills(self, canvas: tuple[int, int]) -> bool:
+        """Is the `canvas` (H, W) full, but for the padding of its bucket?  If not, the picture lies on mid grey."""
+        return any(own >= whole for own, whole in zip(self.size, canvas, strict=True))
 
-def draw_view(side: int, rng: torch.Generator, *, augment: bool = True, random_flip: bool = True) -> View:
-    """A random view for a canvas of `side` px.
+
+def draw_flip(rng: torch.Generator) -> bool:
+    """Heads or tails."""
+    return bool(torch.rand((), generator=rng) < 0.5)
+
+
+def draw_view(fitted: FittedImage, rng: torch.Generator, *, augment: bool = True, random_flip: bool = True) -> View:
+    """A random view of a picture in its bucket.
 
     augment: shrink or zoom in; random_flip: mirror every second one.
     """
-    flip = bool(torch.rand((), generator=rng) < 0.5) and random_flip
+    flip = draw_flip(rng) and random_flip
+    shown = fitted.shown or fitted.size
     if not augment:
-        return View(side, flip=flip)
+        return View(shown, flip=flip)
+    side = max(fitted.size)
     near = bool(torch.rand((), generator=rng) < 1 / 3)
-    size = _integer(round(1.2 * side), round(1.4 * side), rng) if near else _integer(side // 3, side + 1, rng)
-    size += size % 2
-    top, left = (_integer(0, abs(side - size) + 1, rng) for _ in range(2))
+    length = _integer(round(1.2 * side), round(1.4 * side), rng) if near else _integer(side // 3, side + 1, rng)
+    length += length % 2
+    height, width = (max(1, round(length * own / side)) for own in shown)
+    room = (fitted.size[0] - height, fitted.size[1] - width)
+    top, left = (_integer(0, (max(0, -free) if near else free) + 1, rng) for free in room)
     word = _integer(0, 2, rng)
-    if size > side:
-        return View(size, -top, -left, flip, NEAR[word])
-    if size < 0.6 * side:
-        return View(size, top, left, flip, FAR[word])
-    return View(side, flip=flip)
+    if near:
+        return View((height, width), -top, -left, flip, NEAR[word])
+    if length < 0.6 * side:
+        return View((height, width), top, left, flip, FAR[word])
+    return View(shown, flip=flip)
 
 
-def render_view(image: Image.Image, view: View, side: int) -> Tensor:
-    """Draw the square `image` as `view` says on a canvas of R = `side` px, which is 0 where nothing is shown.
+def render_view(image: Image.Image, view: View, fitted: FittedImage) -> Tensor:
+    """Draw `image` as `view` says on the canvas of its bucket, which is 0 where nothing is shown.
 
-    Returns (3, R, R) in [−1, 1], or for a grey `image` (mode L, a mask) (1, R, R) in [0, 1].
+    fitted: the same picture in its bucket of H×W px, which says what part of it is shown.
+
+    Returns (3, H, W) in [−1, 1], or for a grey `image` (mode L, a mask) (1, H, W) in [0, 1].
     """
-    if view.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    how = Image.Resampling.BOX if image.mode == "L" else Image.Resampling.BICUBIC
-    array = np.asarray(image.resize((view.size, view.size), how), np.float32)
-    pixels = torch.from_numpy(array[..., None] / 255 if image.mode == "L" else array / 127.5 - 1).permute(2, 0, 1)
-    canvas = torch.zeros(len(pixels), side, side)
-    if view.size > side:
-        return pixels[:, -view.top : side - view.top, -view.left : side - view.left].contiguous()
-    canvas[:, view.top : view.top + view.size, view.left : view.left + view.size] = pixels
+    pixels, (height, width) = _resized(image, view, fitted), fitted.size
+    if view.fills(fitted.size):
+        pixels = padded(pixels, (max(height, view.size[0]), max(width, view.size[1])), mask=image.mode == "L")
+        return pixels[:, -view.top : height - view.top, -view.left : width - view.left].contiguous()
+    canvas = torch.zeros(len(pixels), height, width)
+    canvas[:, view.top : view.top + view.size[0], view.left : view.left + view.size[1]] = pixels
     return canvas
 
 
-def canvas_mask(view: View, side: int, factor: int, shown: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Which latents count in the loss, (1, h, w) in {0, 1}: those that show the picture.
+def _resized(image: Image.Image, view: View, fitted: FittedImage) -> Tensor:
+    """The part of `image` that its bucket shows, at the size of the view, (c, h, w)."""
+    left, top, right, bottom = fitted.box or (0, 0, *image.size)
+    if view.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        left, right = max(0, image.width - right), image.width - left
+    how = Image.Resampling.BOX if image.mode == "L" else Image.Resampling.BICUBIC
+    height, width = view.size
+    array = np.asarray(image.resize((width, height), how, (left, top, right, bottom)), np.float32)
+    return torch.from_numpy(array[..., None] / 255 if image.mode == "L" else array / 127.5 - 1).permute(2, 0, 1)
 
-    Where the picture ends within the canvas, the cells at its border do not count.
 
-    shown: the part of the square's height and width that the picture takes, in its middle; see `pad_square`.
+def canvas_mask(view: View, fitted: FittedImage, factor: int) -> Tensor:
+    """Which latents count in the loss, (1, h, w) in {0, 1}: those that show the picture, and no padding.
+
+    Where the picture lies on grey, the cells at its border do not count.
     """
-    cells = side // factor
-    mask = torch.zeros(1, cells, cells)
-    parts = zip((view.top, view.left), shown, strict=True)
-    rows, columns = (_counting(at, view.size, part, side, factor) for at, part in parts)
+    fills, parts = view.fills(fitted.size), zip((view.top, view.left), view.size, fitted.size, strict=True)
+    rows, columns = (_counting(*part, factor, fills) for part in parts)
+    mask = torch.zeros(1, *(side // factor for side in fitted.size))
     mask[:, rows, columns] = 1
     return mask
 
 
-def _counting(at: int, size: int, part: float, side: int, factor: int) -> slice:
-    """The cells along one axis that show the middle `part` of a square of `size` px, which begins at pixel `at`."""
-    if size >= side and part == 1:
-        return slice(None)
-    margin = size * (1 - part) / 2
-    low, high = at + margin, at + size - margin
-    ends = size < side  # then also a picture that touches the canvas's border ends there
-    first = int(low // factor) + 1 if low > 0 or ends else 0
-    last = int(high // factor) - 1 if high < side or ends else side // factor
-    return slice(first, last)
+def _counting(low: int, shown: int, side: int, factor: int, fills: bool) -> slice:
+    """The cells along an axis of `side` px that show the picture, which takes `shown` px from pixel `low` on.
 
-
-def pad_square(image: Image.Image) -> tuple[Image.Image, tuple[float, float]]:
-    """The whole `image` in the middle of a square, and the parts of the square's height and width that it takes.
-
-    The rest is mid grey, as the canvas is, and in a mask (mode L) black.
+    At least one, also where the picture is smaller than a cell.
     """
-    side = max(image.size)
-    square = Image.new(image.mode, (side, side), 0 if image.mode == "L" else (128, 128, 128))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square, (image.height / side, image.width / side)
+    high = min(low + shown, side)
+    first, last = (0, high // factor) if fills else (low // factor + 1, high // factor - 1)
+    if first < last:
+        return slice(first, last)
+    middle = (low + high) // 2 // factor
+    return slice(middle, middle + 1)
 
 
 def reorder_phrases(prompt: str, phrases: Sequence[str], order: Sequence[int]) -> str:

@@ -32,6 +32,7 @@ class FittedImage:
         original: height and width of the picture file.
         corner: top and left of the part that is shown, in pixels of the scaled picture.
         cut: what is missing of the picture, in words; empty if it is whole.
+        box: the part of the picture file that is shown, in its pixels: left, top, right, bottom; None: all of it.
         mirrored: `pixels` are mirrored; `mask` and `shown` are not.
     """
 
@@ -42,6 +43,7 @@ class FittedImage:
     corner: tuple[int, int] = (0, 0)
     cut: str = ""
     mirrored: bool = False
+    box: Box | None = None
 
     def mirror(self) -> FittedImage:
         """The picture mirrored from left to right."""
@@ -139,7 +141,7 @@ def _cropped(image: Image.Image, mask: Image.Image | None, size: tuple[int, int]
     corner = (round(box[1] * scale), round(box[0] * scale))
     return FittedImage(
         to_pixels(_resized(image, size, box)), _mask_pixels(mask, size, box), size, (image.height, image.width), corner,
-        f"cut by {cut}, where no mask is" if cut else "",
+        f"cut by {cut}, where no mask is" if cut else "", box=box,
     )  # fmt: skip
 
 
@@ -148,12 +150,18 @@ def _padded(image: Image.Image, mask: Image.Image | None, size: tuple[int, int])
     shown = (min(size[0], max(1, round(image.height * scale))), min(size[1], max(1, round(image.width * scale))))
     box = (0.0, 0.0, float(image.width), float(image.height))
     pixels, white = to_pixels(_resized(image, shown, box)), _mask_pixels(mask, shown, box)
-    extra = ((0, 0), (0, 0), (0, size[0] - shown[0]), (0, size[1] - shown[1]))
-    if shown != size:
-        mode = "reflect" if min(shown) > 1 else "edge"
-        pixels = torch.from_numpy(np.pad(pixels.numpy(), extra, mode))
-        white = None if white is None else torch.from_numpy(np.pad(white.numpy(), extra))
-    return FittedImage(pixels, white, shown, (image.height, image.width))
+    white = None if white is None else padded(white, size, mask=True)
+    return FittedImage(padded(pixels, size), white, shown, (image.height, image.width))
+
+
+def padded(pixels: Tensor, size: tuple[int, int], *, mask: bool = False) -> Tensor:
+    """`pixels` (…, h, w) padded at the bottom and at the right to (H, W) = `size`: by reflection, a mask by zeros."""
+    (h, w), (height, width) = pixels.shape[-2:], size
+    if (h, w) == size:
+        return pixels
+    extra = (*[(0, 0)] * (pixels.ndim - 2), (0, height - h), (0, width - w))
+    mode = "constant" if mask else "reflect" if min(h, w) > 1 else "edge"
+    return torch.from_numpy(np.pad(pixels.numpy(), extra, mode))
 
 
 def _resized(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:

@@ -1,5 +1,7 @@
 """Training samples of multi-concept training: views of the picture, and class pictures for regularisation.
 
+The picture and each class picture have the shape of their own buckets (see `buckets`); a batch is of one shape.
+
 If there are class pictures, every second sample of the run shows one: sample number update · samples + index, if that
 is odd.  As in `personalize.training.data.samples`, a sample depends on the seed, its update and its index alone.
 """
@@ -9,20 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from personalize.adapters.subjects import Subject, default_prompt, read_subjects
 from personalize.adapters.textual_inversion import check_new_tokens, installed_tokens, locate_subjects
 from personalize.errors import UserError
-from personalize.io.image_files import load_image
+from personalize.io.image_files import image_size, load_image
 from personalize.io.image_folders import only_picture
+from personalize.io.images import fitted_size
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.transfer import sent
@@ -30,31 +33,31 @@ from personalize.randomness import generator
 from personalize.training.data.augmentation import (
     FAR,
     NEAR,
+    View,
     canvas_mask,
+    draw_flip,
     draw_order,
     draw_view,
-    pad_square,
     render_view,
     reorder_phrases,
 )
+from personalize.training.data.buckets import FittedImage, fit, fit_into
 from personalize.training.data.samples import Chunk, Dataset, SampleShard
+
+EncodedImage = tuple[tuple[Tensor, Tensor], dict[str, Tensor]]  # posterior (mean, std), and `canvas` and `time_ids`
 
 
 @dataclass(frozen=True)
 class ConceptPicture:
     """A picture, the subjects in it, and a prompt that contains the phrase of each subject once.
 
-    Making one puts picture and masks, whole, in the middle of a square.
-
     masks: for each subject a grey picture of the same size, white where it is; or none at all.
-    shown: the parts of the square's height and width that the picture takes.
     """
 
     image: Image.Image
     subjects: tuple[Subject, ...]
     prompt: str = ""
     masks: tuple[Image.Image, ...] = ()
-    shown: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         if not self.subjects:
@@ -68,10 +71,8 @@ class ConceptPicture:
         for mask, subject in zip(self.masks, self.subjects, strict=False):
             if mask.convert("L").getextrema()[1] == 0:
                 raise UserError(f"the mask of {subject.phrase} is all black: paint white where it is in the picture")
-        image, shown = pad_square(self.image.convert("RGB"))
-        object.__setattr__(self, "shown", shown if self.shown == (0.0, 0.0) else self.shown)
-        object.__setattr__(self, "image", image)
-        object.__setattr__(self, "masks", tuple(pad_square(mask.convert("L"))[0] for mask in self.masks))
+        object.__setattr__(self, "image", self.image.convert("RGB"))
+        object.__setattr__(self, "masks", tuple(mask.convert("L") for mask in self.masks))
         object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or default_prompt(self.subjects))
 
     @property
@@ -81,6 +82,11 @@ class ConceptPicture:
         for subject in self.subjects:
             text = text.replace(f"{subject.token} ", "")
         return text
+
+    def fitted(self, resolution: int, multiple: int) -> FittedImage:
+        """The picture in its bucket of about `resolution`² px, cut at most where no subject's mask is; see `fit`."""
+        anywhere = reduce(ImageChops.lighter, self.masks) if self.masks else None
+        return fit(self.image, anywhere, resolution, multiple)
 
 
 def check_prompt(model: StableDiffusion, picture: ConceptPicture) -> None:
@@ -105,6 +111,11 @@ class ClassImage:
     def open(self) -> Image.Image:
         return load_image(self.picture) if isinstance(self.picture, Path) else self.picture
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture."""
+        return image_size(self.picture) if isinstance(self.picture, Path) else self.picture.size
+
     def content(self) -> tuple[bytes, bytes]:
         """The caption, and the picture's file or pixels, as bytes to hash."""
         picture = self.picture.tobytes() if isinstance(self.picture, Image.Image) else self.picture.read_bytes()
@@ -125,7 +136,7 @@ def content_hash(*parts: Tensor | bytes | None) -> str:
 class ConceptDataset(Dataset):
     """Training batches for `MultiConceptObjective`; the subjects' tokens must be in `model` while they are made.
 
-    side: of the training square, in pixels.
+    side: of a square picture in pixels; pictures of other shapes have about as many pixels.
     augment: show the picture also shrunk and zoomed in (see `views`).
     swap: probability that a prompt names the subjects in another order.
     random_flip: mirror every second sample.
@@ -140,7 +151,20 @@ class ConceptDataset(Dataset):
     swap: float = 0.5
     random_flip: bool = False
     _positions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
-    _encoded: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _encoded: dict[tuple[int, bool], EncodedImage] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def fitted(self) -> FittedImage:
+        """The picture in its bucket."""
+        return self.picture.fitted(self.side, 8 * self.model.factor)
+
+    @cached_property
+    def class_sizes(self) -> list[tuple[int, int]]:
+        """The bucket (H, W) of each class picture."""
+        sizes = [image.size for image in self.class_images]
+        multiple = 8 * self.model.factor
+        buckets = {(w, h): fitted_size(h, w, self.side, multiple) for w, h in dict.fromkeys(sizes)}
+        return [buckets[size] for size in sizes]
 
     @cached_property
     def text_length(self) -> int:
@@ -159,61 +183,81 @@ class ConceptDataset(Dataset):
     def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Any]]]:
         """This process's batches of each of the updates `first` … `last` − 1."""
         for update in range(first, last):
-            chunks = shard.chunks()
+            chunks = shard.chunks([self._size(update, index, shard.samples) for index in range(shard.samples)])
             yield [self.batch(update, chunk, shard, len(chunks)) for chunk in chunks]
 
     def batch(self, update: int, chunk: Chunk, shard: SampleShard, count: int) -> dict[str, Any]:
-        """The samples of `chunk`, stacked along b; the update has `count` batches in every process."""
+        """The samples of `chunk`, all of one size, stacked along b; the update has `count` batches in every process."""
         shown = [self.shows_picture(update, index, shard.samples) for index in range(shard.samples)]
         rows = [(self.instance if shown[index] else self.class_image)(update, index) for index in chunk.indices]
         tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "texts"}
         instance = tensors.pop("instance")  # stays on the CPU, where it is decided which losses are computed
         tensors["share"] = torch.full((len(rows),), chunk.share)
         tensors["instance_share"] = instance * (count * shard.processes / max(1, sum(shown)) if chunk.share else 0.0)
-        sizes = {"texts": [row["texts"] for row in rows], "size": (self.side, self.side), "instance": instance}
+        kept = {"texts": [row["texts"] for row in rows], "instance": instance}
         tensors = {key: sent(part, self.model.device) for key, part in tensors.items()}
         mean, std, draw = (tensors.pop(key) for key in ("mean", "std", "draw"))
-        return tensors | sizes | {"latents": mean + std * draw}
+        return tensors | kept | {"latents": mean + std * draw}
 
     def shows_picture(self, update: int, index: int, samples: int) -> bool:
         """Does this sample show the picture, and not a class picture?  It depends on the sample's number in the run."""
         return not self.class_images or (update * samples + index) % 2 == 0
 
+    def _size(self, update: int, index: int, samples: int) -> tuple[int, int]:
+        """The size (H, W) of a sample."""
+        if self.shows_picture(update, index, samples):
+            return self.fitted.size
+        return self.class_sizes[self._class_number(update, index)[0]]
+
+    def _class_number(self, update: int, index: int) -> tuple[int, torch.Generator]:
+        """The number of the class picture that a sample shows, and the generator that goes on from there."""
+        rng = generator(self.seed, "regularisation", update, index)
+        return int(torch.randint(len(self.class_images), (), generator=rng)), rng
+
     def instance(self, update: int, index: int) -> dict[str, Any]:
         """A sample that shows the picture: a view of it, its prompt, and where the prompt names the subjects."""
-        rng, picture = generator(self.seed, "view", update, index), self.picture
-        view = draw_view(self.side, rng, augment=self.augment, random_flip=self.random_flip)
+        rng, picture, fitted = generator(self.seed, "view", update, index), self.picture, self.fitted
+        view = draw_view(fitted, rng, augment=self.augment, random_flip=self.random_flip)
         order = draw_order(len(picture.subjects), self.swap, rng)
         text = view.prefix + reorder_phrases(picture.prompt, [subject.phrase for subject in picture.subjects], order)
-        pixels = render_view(picture.image, view, self.side)[None]
+        pixels = render_view(picture.image, view, fitted)[None]
         nouns, modifiers = self._token_positions(text)
         row = {
             "texts": text, "instance": torch.tensor(True), "nouns": nouns, "modifiers": modifiers,
-            "canvas": canvas_mask(view, self.side, self.model.factor, picture.shown),
+            **self._shape(view, fitted),
             **self._noise_sample(self.model.posterior(sent(pixels, self.model.device)), update, index),
         }  # fmt: skip
         if picture.masks:
-            row["masks"] = torch.cat([render_view(mask, view, self.side) for mask in picture.masks])
+            row["masks"] = torch.cat([render_view(mask, view, fitted) for mask in picture.masks])
         return row
 
     def class_image(self, update: int, index: int) -> dict[str, Any]:
         """A sample that shows a class picture, whole, with its own caption."""
-        rng = generator(self.seed, "regularisation", update, index)
-        number = int(torch.randint(len(self.class_images), (), generator=rng))
-        view = draw_view(self.side, rng, augment=False, random_flip=self.random_flip)
-        image, shown = pad_square(self.class_images[number].open().convert("RGB"))
-        if (number, view.flip) not in self._encoded:
-            pixels = render_view(image, view, self.side)[None]
-            self._encoded[number, view.flip] = self.model.posterior(pixels)
+        number, rng = self._class_number(update, index)
+        flip = draw_flip(rng) and self.random_flip
+        if (number, flip) not in self._encoded:
+            self._encoded[number, flip] = self._encoded_class_image(number, flip)
+        posterior, shape = self._encoded[number, flip]
         blank = torch.zeros(len(self.picture.subjects), self.text_length)
         row = {
             "texts": self.class_images[number].caption, "instance": torch.tensor(False), "nouns": blank,
-            "modifiers": blank, "canvas": canvas_mask(view, self.side, self.model.factor, shown),
-            **self._noise_sample(self._encoded[number, view.flip], update, index),
+            "modifiers": blank, **shape, **self._noise_sample(posterior, update, index),
         }  # fmt: skip
         if self.picture.masks:
-            row["masks"] = torch.zeros(len(blank), self.side, self.side)
+            row["masks"] = torch.zeros(len(blank), *self.class_sizes[number])
         return row
+
+    def _encoded_class_image(self, number: int, flip: bool) -> EncodedImage:
+        """The posterior (mean, std) of a class picture in its bucket, and what a sample says of its shape."""
+        image = self.class_images[number].open().convert("RGB")
+        fitted = fit_into(self.class_sizes[number], image)
+        view = View(fitted.shown or fitted.size, flip=flip)
+        return self.model.posterior(render_view(image, view, fitted)[None]), self._shape(view, fitted)
+
+    def _shape(self, view: View, fitted: FittedImage) -> dict[str, Tensor]:
+        """`canvas` (1, h, w), see `canvas_mask`, and on SDXL `time_ids` (6), the size conditioning."""
+        sizes = {"time_ids": torch.tensor(fitted.time_ids)} if self.model.family == "sdxl" else {}
+        return {"canvas": canvas_mask(view, fitted, self.model.factor), **sizes}
 
     def _noise_sample(self, posterior: tuple[Tensor, Tensor], update: int, index: int) -> dict[str, Tensor]:
         """The `posterior` (mean, std), with a `draw` from it, noise and a timestep, which are on the CPU."""
