@@ -153,8 +153,8 @@ def _reported(call: Callable[[], int], quiet: bool) -> int:
                 sys.stdout.flush()
             return code
     except KeyboardInterrupt as stop:
-        if str(stop):
-            launch.report_error(str(stop))
+        if str(stop) or launch.ERROR_FILE not in os.environ:  # a launched process leaves that to its parent
+            launch.report_error(str(stop) or "stopped: no file is half-written; the same command begins anew")
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         raise

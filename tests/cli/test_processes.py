@@ -17,7 +17,7 @@ from personalize.cli import launch
 from personalize.cli.main import main, to_exit_code
 from personalize.cli.processes import end_with_parent, signals_raise
 from personalize.errors import Stopped
-from tests.bench.torture import MARK, marked
+from tests.support.children import adopt_orphans, descendants
 from tests.support.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -147,23 +147,22 @@ time.sleep(30)
 @pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGTERM), (0, signal.SIGKILL), (3, signal.SIGKILL)])
 def test_all_processes_end_and_a_checkpoint_is_there(tmp_path, victim, number) -> None:
     tiny_folder("sd1", tmp_path)
-    mark, output = f"{tmp_path.name}-{victim}-{number}", tmp_path / "out"
+    adopt_orphans()
+    before, output = set(descendants()), tmp_path / "out"
     words = ["train", "single_image", str(ROOT / "examples" / "quickstart.png"), "--caption", "a cat", "--rank", "2",
              "--targets", "attention", "--pretrained_model_name_or_path", str(tmp_path / "tiny-sd1"), "--preview_steps",
              "0", "--max_train_steps", "2000", "--samples_per_update", "2", "--checkpointing_steps", "1000",
              "--validation_steps", "9999", "--num_processes", "2", "--output_dir", str(output)]  # fmt: skip
-    command = subprocess.Popen(
-        [sys.executable, "-m", "personalize", *words], env=os.environ | {MARK: mark}, stderr=subprocess.PIPE, text=True
-    )
+    command = subprocess.Popen([sys.executable, "-m", "personalize", *words], stderr=subprocess.PIPE, text=True)
     while not (output / ".training.lock").exists():
         time.sleep(0.2)
     time.sleep(20)
-    os.kill(marked(mark)[victim], number)
+    os.kill(sorted(set(descendants()) - before)[victim], number)
     said = command.communicate()[1].splitlines()
     deadline = time.monotonic() + 60
-    while marked(mark) and time.monotonic() < deadline:
+    while (remaining := set(descendants()) - before) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert not marked(mark) and list(output.glob("checkpoint-*"))
+    assert not remaining and list(output.glob("checkpoint-*"))
     assert number == signal.SIGKILL and victim == 0 or sum("is saved, go on with" in line for line in said) == 1
 
 
@@ -179,6 +178,11 @@ def interrupted(*_: object, **__: object) -> None:
         ("drag p.png --from 1,2 --to 9,9", "drag.Editor.configured", "when the drag is finished; the same command"),
         ("edit t.csv --output_dir o", "edit_table.edit_one", "stopped in line 2: o has the finished rows; the same"),
         ("quickstart", "quickstart.StableDiffusion.load", "the same command begins anew"),
+        ("inspect x.safetensors", "inspect.inspect_file", "no file is half-written; the same command begins anew"),
+        ("verify adapter", "verify.verify_folder", "no file is half-written; the same command begins anew"),
+        ("convert x.safetensors --to peft --output y", "convert.open_adapter", "no file is half-written; the same"),
+        ("evaluate o --results o", "evaluate.read_benchmark", "no file is half-written; the same command begins anew"),
+        ("export lora adapter --output y", "personalize.adapters.adapter.Adapter.load", "no file is half-written; the"),
     ],
 )
 def test_an_interrupt_says_what_is_kept(command, replaced, says, tmp_path, monkeypatch, capsys) -> None:
@@ -186,11 +190,13 @@ def test_an_interrupt_says_what_is_kept(command, replaced, says, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64)).save("p.png")
     Path("t.csv").write_text("file,source,target\np.png,cat,dog\n")
+    Path("x.safetensors").write_bytes(b"")
+    Path("o").mkdir()
     Path("adapter").mkdir()
     Path("adapter", "adapter.json").write_text('{"concepts": {}}')
     commands = "personalize.cli.commands"
     monkeypatch.setattr(f"{commands}.edit_table.Editor.configured", lambda *_, **__: object())
-    monkeypatch.setattr(f"{commands}.{replaced}", interrupted)
+    monkeypatch.setattr(replaced if replaced.startswith("personalize.") else f"{commands}.{replaced}", interrupted)
     assert main([*command.split(), "--quiet"]) == 130
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("personalize: stopped") and says in line, line
