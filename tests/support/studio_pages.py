@@ -93,6 +93,11 @@ class Page:
         field.fill(text)
         field.press("Enter")
 
+    def pick(self, name, text):
+        """Choose an entry of a closed list by a click on it: a key may come before the list has filtered."""
+        self.page.locator(f"#{name} input").first.click()
+        self.page.locator(f"#{name}").get_by_role("option", name=text, exact=True).click()
+
     def number(self, name, value):
         field = self.page.locator(f"#{name} input[type=number]").first
         field.fill(str(value))
