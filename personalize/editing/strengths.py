@@ -49,7 +49,7 @@ def remembered(info: Mapping[str, Any], prompt: str) -> tuple[EditStrengths, int
             raise TypeError
         parse_rule_sum(strengths.forget)
         return strengths, int(entry["seed"])
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, UserError):
         raise UserError(
             f"{MANIFEST} is damaged: the remembered strengths of {prompt!r} is {entry!r}; give --alpha and --beta"
         ) from None

@@ -96,9 +96,17 @@ def read_text(path: str | Path, most: int = MAX_TEXT_BYTES) -> str:
     content = read_bytes(path, most)
     encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
     with suppress(UnicodeDecodeError):
-        if "\0" not in (text := content.decode(encoding)):  # as of UTF-16 without a mark
+        text = content.decode(encoding)
+        if encoding != "utf-8" or not _like_wide_text(content):
             return text
     raise UserError(f"{path} is not UTF-8 text: save it as UTF-8")
+
+
+def _like_wide_text(content: bytes) -> bool:
+    """Whether these bytes may be UTF-16 or UTF-32 without a mark: zeros at every second place alone, or in half."""
+    first, second = content[::2].count(0), content[1::2].count(0)
+    by_turns = min(first, second) == 0 and max(first, second) > 1
+    return len(content) % 2 == 0 and (by_turns or 0 < len(content) <= 2 * (first + second))
 
 
 def file_hash(path: str | Path) -> str:

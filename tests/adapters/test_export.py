@@ -232,7 +232,7 @@ def test_mistakes(tmp_path):
     adapter = make(tiny("sd1"), ATTENTION, False)
     for attempt, message in (
         (lambda: baked(adapter, strength=0.0), "nothing of the adapter is left"),
-        (lambda: baked(adapter, strength=float("nan")), "must be a number"),
+        (lambda: baked(adapter, strength=float("nan")), "expected a number"),
         (lambda: baked(replace(adapter, lora={})), "learned tokens but no LoRA"),
         (lambda: baked(adapter, ["decodr"]), "unknown forgetting rule"),
         (lambda: baked(adapter, ["encoderattn"]), "forgets nothing here"),

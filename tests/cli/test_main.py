@@ -133,7 +133,7 @@ def test_a_script_runs_in_process_with_its_preset(capsys: pytest.CaptureFixture[
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "no space left on device: a/b"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.png"), 2, "no such file or directory: x.png"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "permission denied: x"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "stopped: no file is half-written; the same command begins anew"),
     ],
 )
 def test_what_a_user_can_mend_has_no_traceback(capsys: pytest.CaptureFixture[str], error, code: int, says: str):

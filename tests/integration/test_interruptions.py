@@ -87,9 +87,9 @@ def test_two_processes_learn_what_one_learns_learns_alone(model, tmp_path: Path)
     config = replace(SMALL, samples_per_update=4, max_train_samples=8)
 
     def learned(name: str, config: SingleImageConfig) -> list:
-        drawn, original = [], LatentDataset.sample
+        drawn, original = [], LatentDataset._drawn
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LatentDataset, "sample", lambda s, *key: drawn.append(key) or original(s, *key))
+            patch.setattr(LatentDataset, "_drawn", lambda s, *key: drawn.append(key) or original(s, *key))
             with single_image_run(model, small_pixels(), CAPTION, config) as run:
                 losses = [float(report.losses["loss"]) for report in run.steps()]
                 written(run, tmp_path / name)

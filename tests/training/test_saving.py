@@ -15,6 +15,7 @@ import torch
 from personalize.errors import Notice, Stopped, UserError
 from personalize.io.locks import Locked
 from personalize.training import saving, trainer
+from personalize.training.loop import StepReport
 from personalize.training.saving import check_space_for, save_trained
 from personalize.training.stopping import stop_requests
 
@@ -105,7 +106,7 @@ class Run(SimpleNamespace):
         for self.update in range(1, 5):
             if self.update == self.signal_at:
                 os.kill(os.getpid(), self.signal)
-            yield SimpleNamespace(update=self.update, losses={"loss": 0.0}, learning_rates=[0.0])
+            yield StepReport(self.update, {"loss": torch.tensor(0.0)}, (0.0,))
 
     def save_checkpoint(self, folder, limit=None, *, wait=True):
         if self.update in self.failing:
@@ -160,7 +161,7 @@ def test_when_another_process_ends_the_main_one_saves_what_there_is(run) -> None
 
     def steps():
         run.update = 1
-        yield SimpleNamespace(update=1, losses={"loss": 0.0}, learning_rates=[0.0])
+        yield StepReport(1, {"loss": torch.tensor(0.0)}, (0.0,))
         raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:123")
 
     run.steps = steps

@@ -266,7 +266,7 @@ def test_layers_are_left_as_they_were_when_the_body_raises(ddim):
     ("more", "says"),
     [
         ({"weights": {"dogg": 2.0}}, "the word 'dogg' is not in the prompt 'a red dog on the beach': did you mean dog"),
-        ({"blend": [("dog", "dog")]}, "the word 'dog' is not in the prompt 'a red cat on the beach'"),
+        ({"blend": [("dog", "beach")]}, "the word 'dog' is not in the prompt 'a red cat on the beach'"),
         ({"swaps": [("red", "the")]}, "replacing red by the in .* does not give 'a red dog on the beach': swap all"),
         ({"swaps": [("cat", "xylophone")]}, "the word 'xylophone' is not in the prompt 'a red dog"),
     ],
