@@ -67,10 +67,12 @@ def reduced_pairs(modules: Pairs, strength: float, rank: int) -> RankReduction:
     return RankReduction(nearest, rank, math.sqrt(lost / whole) if whole else 0.0, errors)
 
 
-def require_lower(rank: int, present: int) -> None:
-    """UserError unless `rank` is below the rank that the LoRA has."""
-    if rank >= present:
+def lowered_pairs(modules: Pairs, strength: float, rank: int) -> RankReduction:
+    """`reduced_pairs`; also UserError unless `rank` is below the rank that the LoRA has."""
+    present = max((len(a) for a, _ in modules.values()), default=0)
+    if modules and rank >= present:
         raise UserError(f"the adapter has rank {present}: --rank must be lower, got {rank}")
+    return reduced_pairs(modules, strength, rank)
 
 
 def _nearest(a: Tensor, b: Tensor, strength: float, rank: int) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -22,7 +22,7 @@ from personalize.models.loading import default_device, default_dtype, family, re
 from personalize.models.offloading import embedding_device, execution_device
 from personalize.models.quantization import quantize
 from personalize.models.supported import require_supported
-from personalize.models.token_ids import equal_ids, padded_ids
+from personalize.models.token_ids import equal_ids
 from personalize.models.transfer import on_device, sent
 from personalize.models.vae import accurate_vae, decoding_plan, require_finite, tiled_vae
 
@@ -245,10 +245,6 @@ class StableDiffusion:
         pieces, learned = self.tokenizers[0].tokenize(text, verbose=False), self.tokenizers[0].get_added_vocab()
         whole = [piece.endswith("</w>") or piece in learned for piece in pieces]
         return [piece.removesuffix("</w>") + "-" * (not ends) for piece, ends in zip(pieces, whole, strict=True)]
-
-    def ids(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-        """Token ids (b, l) by one of `tokenizers`, padded; see `padded_ids`."""
-        return padded_ids(tokenizer, texts).to(self.device)
 
     # -- the diffusion ---------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from personalize.errors import UserError
 from personalize.training.data.samples import SampleShard
-from personalize.training.finite import ADVICE, NonFiniteError
+from personalize.training.finite import ADVICE, NonFiniteError, step_on_device
 from personalize.training.loop import StepReport
 
 WARM = 3  # updates made before the capture, on a stream of their own: libraries allocate and choose kernels in them
@@ -75,11 +75,7 @@ class GraphedStep:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(grads)
         self.stopped.logical_or_(~(norm.isfinite() & loss.isfinite()))
-        if self.max_grad_norm is not None:
-            torch._foreach_mul_(grads, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        self.optimizer.found_inf = self.stopped  # pyright: ignore
-        self.optimizer.step()
-        del self.optimizer.found_inf  # pyright: ignore
+        step_on_device(self.optimizer, grads, norm, self.max_grad_norm, self.stopped)
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.index_copy_(0, self.count, loss[None])
         self.count += 1

@@ -42,11 +42,7 @@ class DeviceCheck:
         norm = get_total_norm(grads)
         bad = ~(norm.isfinite() & loss.isfinite())
         self.first = torch.where((self.first == 0) & bad, float(update), self.first)
-        if clip is not None:
-            torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
-        self.optimizer.found_inf = (self.first > 0).float()  # pyright: ignore
-        self.optimizer.step()
-        del self.optimizer.found_inf  # pyright: ignore
+        step_on_device(self.optimizer, grads, norm, clip, (self.first > 0).float())
         self._last = update, batch, loss
 
     def error(self, first: int) -> NonFiniteError:
@@ -58,6 +54,15 @@ class DeviceCheck:
             return NonFiniteError(f"update {first}: a gradient is not finite; {ADVICE}")
         cause = _nonfinite_cause(self.objective, batch)
         return NonFiniteError(f"update {first}: the loss is {loss.item()}, {cause}; {ADVICE}")
+
+
+def step_on_device(optimizer: Any, grads: list[Tensor], norm: Tensor, clip: float | None, stopped: Tensor) -> None:
+    """An update of fused AdamW, clipped from `norm` to `clip`, that changes nothing where `stopped` (), fp32, is 1."""
+    if clip is not None:
+        torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.found_inf = stopped
+    optimizer.step()
+    del optimizer.found_inf
 
 
 def check_and_clip(

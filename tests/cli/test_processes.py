@@ -46,12 +46,14 @@ def test_a_signal_runs_what_tidies_up(number) -> None:
 
 
 def test_handlers_of_a_program_that_calls_us_stay() -> None:
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
         with signals_raise():
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
 
 
 def test_why_it_was_stopped_is_one_line(capsys) -> None:

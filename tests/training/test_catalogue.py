@@ -18,11 +18,9 @@ from personalize.training import catalogue
 from personalize.training.catalogue import Catalogue, is_finished, learn_catalogue
 from personalize.training.catalogue_results import Results, write_table
 from personalize.training.catalogue_table import read_items
-from personalize.training.config import SingleImageConfig
 from personalize.training.distributed import ProcessGroup
+from tests.support.catalogues import SHORT, learned, table
 from tests.support.tiny import tiny
-
-SHORT = SingleImageConfig(rank=2, targets="attention", max_train_samples=2, samples_per_update=1)
 
 
 @pytest.fixture
@@ -33,33 +31,6 @@ def shop(tmp_path):
     (tmp_path / "broken.png").write_bytes((tmp_path / "cat.png").read_bytes()[:60])
     (tmp_path / "empty.txt").write_text("")
     return tmp_path
-
-
-@pytest.fixture
-def pretended(monkeypatch):
-    """Rows are learned in no time, and leave but a manifest with their caption; for what is about the rows alone."""
-
-    def train_row(model, item, shared, mixed_precision):
-        folder = shared.output_dir / item.name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).write_text(json.dumps({"caption": item.sources.caption}))
-        return {"adapter": str(folder), "caption": item.sources.caption, "updates": 1, "loss": 0.0}
-
-    monkeypatch.setattr(catalogue, "_train_row", train_row)
-
-
-def table(shop, *lines, header="image,caption,name"):
-    path = shop / "items.csv"
-    path.write_text("\n".join([header, *lines]), encoding="utf-8")
-    return path
-
-
-def learned(shop, path, model=None, load=None):
-    """Every row's status by name, after a run."""
-    items, refused = read_items(path, SHORT)
-    shared = Catalogue(shop / "out", SHORT)
-    rows = learn_catalogue(items, refused, shared, load or (lambda: model or tiny("sd1")), ProcessGroup())
-    return {row["name"]: row for row in rows}
 
 
 def test_rows_have_names_captions_and_options(shop):
@@ -259,94 +230,3 @@ def test_speed_rows_that_fail_together_are_tried_alone(shop, capsys, monkeypatch
     rows = learn_catalogue(items, refused, shared, lambda: tiny("sd1"), ProcessGroup())
     assert [row["status"] for row in rows] == ["done", "done"]
     assert "lines 2 to 3 are learned one at a time: too large" in capsys.readouterr().out
-
-
-@pytest.fixture
-def studio(tmp_path):
-    """Three views of one product, in two shapes, with masks, class pictures, and a caption beside the third."""
-    for name, size in (("front", (64, 64)), ("side", (64, 96)), ("back", (64, 64))):
-        for folder, mode, colour in (("mug", "RGB", "orange"), ("masks", "L", 255)):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            Image.new(mode, size, colour).save(tmp_path / folder / f"{name}.png")
-    (tmp_path / "mug" / "side.txt").write_text("a photo of a red cat")
-    (tmp_path / "cats").mkdir()
-    Image.new("RGB", (64, 64), "grey").save(tmp_path / "cats" / "any.png")
-    return tmp_path
-
-
-HEADER = "image,mask,caption,name,class_data_dir,class_prompt"
-
-
-def test_a_row_names_a_folder_masks_class_pictures_and_captions(studio):
-    """A row took one picture only: a product with five photos could not be in a catalogue."""
-    path = table(studio, "mug,masks,a cat,,cats,a photo of a cat", "mug/front.png|mug/back.png,,a cat|a fox,two,,",
-                 "mug/front.png,masks/front.png,a cat | fox,one,,", header=HEADER)  # fmt: skip
-    items, refused = read_items(path, SHORT)
-    assert not refused and [item.name for item in items] == ["mug", "two", "one"]
-    shared = Catalogue(studio / "out", SHORT)
-    folder, two, one = (catalogue.row_pictures(shared.sources_of(item)) for item in items)
-    assert [image.path.name for image in folder] == ["back.png", "front.png", "side.png"]
-    assert [image.files["mask_file_name"].parent.name for image in folder] == ["masks"] * 3
-    assert [image.columns["text"] for image in two] == ["a cat", "a fox"]
-    assert [image.columns["text"] for image in one] == ["a cat | fox"], "one picture has one caption, bar and all"
-    assert items[0].sources.with_prior_preservation and not items[1].sources.with_prior_preservation
-    rows = learned(studio, path)
-    assert {row["status"] for row in rows.values()} == {"done"}, rows
-    info = Adapter.load(studio / "out" / "mug").info
-    assert info["captions"] == ["a cat", "a photo of a red cat"] and info["pictures"] == 3
-    assert info["regularisation"] == 1 and rows["two"]["pictures"] == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("mug,masks/front.png,a cat,x,,", "1 mask, 3 pictures"),
-        ("mug,,a cat|a dog,x,,", "2 captions for 3 pictures"),
-        ("mug,,a cat||a dog,x,,", "is empty"),
-        ("mug|gone.png,,a cat,x,,", "gone.png: no such file"),
-        ("mug,gone,a cat,x,,", "gone: no such file"),
-        ("out,,a cat,x,,", "no picture"),
-        ("mug,,a cat,x,gone,a cat", "gone: no such folder"),
-        ("mug,,a cat,x,cats,", "need a class_prompt"),
-        ("mug,cats,a cat,x,,", "holds no mask of back.png"),
-    ],
-)
-def test_a_row_whose_pictures_do_not_fit_together_is_refused(studio, line, message):
-    (studio / "out").mkdir()
-    _, (row,) = read_items(table(studio, line, header=HEADER), SHORT)
-    assert message in row["reason"] and "\n" not in row["reason"]
-
-
-@pytest.mark.parametrize("file", ["mug/side.png", "masks/side.png", "mug/side.txt", "cats/any.png"])
-def test_a_row_is_trained_again_if_any_of_its_files_changes(studio, pretended, file):
-    path = table(studio, "mug,masks,a cat,mug,cats,a cat", header=HEADER)
-    first = learned(studio, path, load=object)["mug"]
-    assert learned(studio, path, load=lambda: pytest.fail("loaded for nothing"))["mug"] == first
-    if file.endswith("txt"):
-        (studio / file).write_text("a photo of a fox")
-    else:
-        Image.new("RGB", (64, 96), "navy").save(studio / file)
-    assert learned(studio, path, load=object)["mug"]["digest"] != first["digest"]
-
-
-def test_masks_within_the_folder_are_not_pictures_to_learn(studio, capsys):
-    (studio / "masks").rename(studio / "mug" / "masks")
-    (studio / "mug" / "notes.md").write_text("not a picture")
-    items, refused = read_items(table(studio, "mug,mug/masks,a cat,,,", header=HEADER), SHORT)
-    assert not refused and len(catalogue.row_pictures(items[0].sources)) == 3
-    assert items[0].remarks == (f"left out of {studio / 'mug'}, no picture: notes.md",)
-
-
-def test_rows_of_several_pictures_are_learned_together_if_they_are_alike(studio):
-    """Equal to rows learned alone; 1e-5 is what AdamW makes of the rounding of another batch size."""
-    both = "mug/front.png|mug/back.png,masks/front.png|masks/back.png,a cat"
-    lines = [f"{both},a,,", f"{both},b,,", "mug,,a cat,shapes,,", "mug/front.png|mug/back.png,,a cat|a dog,words,,"]
-    items, _ = read_items(table(studio, *lines, header=HEADER), SHORT)
-    shared = Catalogue(studio / "together", SHORT, adapters_per_batch=4)
-    groups = catalogue.group_rows(items, shared, 64, 32)
-    assert [[item.name for item in group] for group in groups] == [["a", "b"], ["shapes"], ["words"]]
-    outcomes = list(catalogue.learn_rows(tiny("sd1"), groups[0], shared))
-    alone = catalogue.learn_row(tiny("sd1"), items[0], Catalogue(studio / "alone", SHORT))
-    assert [row["status"] for row in [*outcomes, alone]] == ["done"] * 3
-    one, other = (Adapter.load(studio / way / "a").lora for way in ("together", "alone"))
-    assert max(float((one[key] - other[key]).abs().max()) for key in one) <= 1e-5

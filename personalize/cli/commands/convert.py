@@ -19,7 +19,7 @@ from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.foreign_files import AdapterFile, as_lora, read_adapter_file
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, require_peft_files
-from personalize.formats.rank_reduction import reduced_pairs, require_lower
+from personalize.formats.rank_reduction import lowered_pairs
 from personalize.formats.reader_keys import Factors
 from personalize.io.atomic import plain_name, write_file, write_folder
 from personalize.io.plain_files import is_hidden, visible
@@ -67,8 +67,7 @@ def run(config: ConvertConfig) -> Path:
 
 def _with_lower_rank(rank: int, lora: AdapterFile) -> tuple[AdapterFile, Factors]:
     """The nearest LoRA of a lower rank, and its factors; its error is printed."""
-    require_lower(rank, lora.rank)
-    reduction = reduced_pairs(factor_pairs(lora.state), lora.alpha / lora.rank, rank)
+    reduction = lowered_pairs(factor_pairs(lora.state), lora.alpha / lora.rank, rank)
     print(reduction)
     return replace(lora, state=reduction.state, rank=rank, alpha=float(rank)), factors(reduction.state, 1.0)
 

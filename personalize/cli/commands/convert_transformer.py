@@ -14,7 +14,7 @@ from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.reading import read
 from personalize.formats.diffusion_transformers.writing import diffusers_file, kohya_file, peft_folder
 from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
-from personalize.formats.rank_reduction import reduced_pairs, require_lower
+from personalize.formats.rank_reduction import lowered_pairs
 from personalize.io.atomic import write_file, write_folder
 from personalize.io.tensor_files import TensorFile
 
@@ -26,8 +26,7 @@ def _of_rank(rank: int | None, pairs: Mapping[str, Pair]) -> Mapping[str, Pair]:
     """The nearest LoRA of a lower `rank`, whose error is printed; the same LoRA if None."""
     if rank is None:
         return pairs
-    require_lower(rank, max(len(a) for a, _ in pairs.values()))
-    reduction = reduced_pairs(pairs, 1.0, rank)
+    reduction = lowered_pairs(pairs, 1.0, rank)
     print(reduction)
     return reduction.pairs
 

@@ -78,12 +78,12 @@ def _print_survival(config: VerifyConfig, model: StableDiffusion, file: Path) ->
     for module, (a, b, _) in factors.items():
         if module not in weights or weights[module].numel() != len(b) * a[0].numel():
             raise UserError(f"{file}: module {module} does not fit {model.name}: name the base it is for with --base")
-    found, base = survivals(factors, weights, str(config.on_base)), str(config.on_base)
+    base = str(config.on_base)
+    found = survivals(factors, weights, base)
     print(json_text([asdict(one) for one in found]) if config.json else survival_text(found, base))
     if config.picture is not None:
         cells = survival_cells(found)
         columns = [kind for kind in KINDS if any(kind == column for _, column in cells)]
         title = f"{file.name}: share of the weight change kept in a base in {base}"
-        write_file(
-            config.picture, png(table_picture(ordered_blocks({block for block, _ in cells}), columns, cells, title))
-        )
+        blocks = ordered_blocks({block for block, _ in cells})
+        write_file(config.picture, png(table_picture(blocks, columns, cells, title)))

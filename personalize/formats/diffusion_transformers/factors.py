@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.rank_reduction import zero_padded
 
 Pair = tuple[Tensor, Tensor]
 """A (r, in[, k, k]) and B (out, r[, 1, 1]) with ΔW = B A."""
@@ -46,17 +47,9 @@ def fuse(pairs: Sequence[Pair | None], outputs: Sequence[int]) -> Pair:
     if len(given) == len(pairs) and all(torch.equal(a, first) for a, _ in given):
         return first, torch.cat([b for _, b in given])
     rank = max(len(a) for a, _ in given)
-    blocks = [padded(pair, rank) if pair else (first.new_zeros(rank, first.shape[1]), first.new_zeros(out, rank))
+    blocks = [zero_padded(*pair, rank) if pair else (first.new_zeros(rank, first.shape[1]), first.new_zeros(out, rank))
               for pair, out in zip(pairs, outputs, strict=True)]  # fmt: skip
     return torch.cat([a for a, _ in blocks]), torch.block_diag(*(b for _, b in blocks))
-
-
-def padded(pair: Pair, rank: int) -> Pair:
-    """The same ΔW with zeros up to `rank`."""
-    a, b = pair
-    missing = rank - len(a)
-    return (torch.cat([a, a.new_zeros(missing, *a.shape[1:])]),
-            torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], 1))  # fmt: skip
 
 
 def halves_swapped(pair: Pair) -> Pair:
@@ -89,4 +82,4 @@ def outputs_of(shapes: Sequence[tuple[int, ...]], inputs: int, total: int | None
 def one_rank(pairs: Mapping[str, Pair]) -> tuple[dict[str, Pair], int]:
     """All layers with the largest rank, for diffusers and PEFT take one for all; and that rank."""
     rank = max(len(a) for a, _ in pairs.values())
-    return {name: padded(pair, rank) for name, pair in pairs.items()}, rank
+    return {name: zero_padded(*pair, rank) for name, pair in pairs.items()}, rank

@@ -37,8 +37,10 @@ class Family:
 CLIP_L = ("text_encoder", ("lora_te1", "lora_te"), "text_encoders.clip_l.transformer")
 CLIP_G = ("text_encoder_2", ("lora_te2",), "text_encoders.clip_g.transformer")
 T5 = "text_encoders.t5xxl.transformer"
+ENDS = ("", "", "img_in=x_embedder txt_in=context_embedder final_layer.linear=proj_out")
+OUTPUT_NORM = ("", "", "final_layer.adaLN_modulation.1~norm_out.linear")
 EMBEDDERS = (
-    ("", "", "img_in=x_embedder txt_in=context_embedder final_layer.linear=proj_out"),
+    ENDS,
     ("time_in", "time_text_embed.timestep_embedder", "in_layer=linear_1 out_layer=linear_2"),
     ("vector_in", "time_text_embed.text_embedder", "in_layer=linear_1 out_layer=linear_2"),
     ("guidance_in", "time_text_embed.guidance_embedder", "in_layer=linear_1 out_layer=linear_2"),
@@ -86,7 +88,7 @@ FAMILIES: dict[str, Family] = {
         "FLUX.1", "FluxLoraLoaderMixin",
         (
             *EMBEDDERS,
-            ("", "", "final_layer.adaLN_modulation.1~norm_out.linear"),
+            OUTPUT_NORM,
             ("double_blocks.{n}", "transformer_blocks.{n}",
              DOUBLE_ATTENTION + FEED_FORWARD + "img_mod.lin=norm1.linear txt_mod.lin=norm1_context.linear"),
             ("single_blocks.{n}", "single_transformer_blocks.{n}", f"{SINGLE} modulation.lin=norm.linear"),
@@ -98,8 +100,8 @@ FAMILIES: dict[str, Family] = {
     "flux2": Family(
         "FLUX.2", "Flux2LoraLoaderMixin",
         (
-            ("", "", "img_in=x_embedder txt_in=context_embedder final_layer.linear=proj_out"),
-            ("", "", "final_layer.adaLN_modulation.1~norm_out.linear"),
+            ENDS,
+            OUTPUT_NORM,
             ("time_in", "time_guidance_embed.timestep_embedder", "in_layer=linear_1 out_layer=linear_2"),
             ("guidance_in", "time_guidance_embed.guidance_embedder", "in_layer=linear_1 out_layer=linear_2"),
             ("", "", "double_stream_modulation_img.lin=double_stream_modulation_img.linear"),
@@ -152,7 +154,7 @@ FAMILIES: dict[str, Family] = {
         "Stable Diffusion 3", "SD3LoraLoaderMixin",
         (
             ("", "", "x_embedder.proj=pos_embed.proj context_embedder=context_embedder final_layer.linear=proj_out"),
-            ("", "", "final_layer.adaLN_modulation.1~norm_out.linear"),
+            OUTPUT_NORM,
             ("t_embedder.mlp", "time_text_embed.timestep_embedder", "0=linear_1 2=linear_2"),
             ("y_embedder.mlp", "time_text_embed.text_embedder", "0=linear_1 2=linear_2"),
             ("joint_blocks.{n}", "transformer_blocks.{n}", JOINT_BLOCK),
@@ -164,7 +166,7 @@ FAMILIES: dict[str, Family] = {
     "chroma": Family(
         "Chroma", "FluxLoraLoaderMixin",
         (
-            *EMBEDDERS[:1],
+            ENDS,
             ("distilled_guidance_layer.layers.{n}", "distilled_guidance_layer.layers.{n}",
              "in_layer=linear_1 out_layer=linear_2"),
             ("double_blocks.{n}", "transformer_blocks.{n}", DOUBLE_ATTENTION + FEED_FORWARD),

@@ -45,14 +45,18 @@ class Layer:
     layers: tuple[str, ...]
     swapped: bool = False
 
+    @staticmethod
+    def of(name: str) -> Layer:
+        """A layer that is the same in the original code and in diffusers, whose `name` begins with the model's part."""
+        return Layer(name.partition(".")[2], (name,))
+
 
 @cache
 def original_layers(family: str) -> tuple[Layer, ...]:
     """Every layer of the family's original code."""
     made = tuple(_from_rows(family, FAMILIES[family].rows))
     covered = {name for layer in made for name in layer.layers}
-    same = (name for name in sorted(layer_names(family) - covered))
-    return made + tuple(Layer(name.partition(".")[2], (name,)) for name in same)
+    return made + tuple(map(Layer.of, sorted(layer_names(family) - covered)))
 
 
 def _from_rows(family: str, rows: Rows) -> Iterator[Layer]:
@@ -85,7 +89,7 @@ def _numbers(family: str, pattern: str) -> tuple[str, ...]:
 def spellings(family: str) -> dict[str, tuple[Layer, str]]:
     """By the part of a key that names a layer: the layer, and which naming scheme this is."""
     found: dict[str, tuple[Layer, str]] = {}
-    singles = [Layer(name.partition(".")[2], (name,)) for name in sorted(layer_names(family))]
+    singles = [Layer.of(name) for name in sorted(layer_names(family))]
     ours = [layer for layer in singles if _part(layer.layers[0]) == "transformer"]
     fused = [*original_layers(family), *_from_rows(family, FAMILIES[family].also)]
     theirs = [layer for layer in fused if _part(layer.layers[0]) == "transformer"]

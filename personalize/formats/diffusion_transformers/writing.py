@@ -29,7 +29,7 @@ def tensors_in(pairs: Mapping[str, Pair], family: str, scheme: str, dtype: torch
     Raises:
         UserError: a number too large for `dtype`.
     """
-    layers = fused(pairs, family) if scheme in ORIGINAL else [(_single(name), pair) for name, pair in pairs.items()]
+    layers = fused(pairs, family) if scheme in ORIGINAL else [(Layer.of(name), pair) for name, pair in pairs.items()]
     tensors: dict[str, Tensor] = {}
     for layer, (a, b) in layers:
         name = spelled(layer, family, scheme)
@@ -55,10 +55,6 @@ def fused(pairs: Mapping[str, Pair], family: str) -> list[tuple[Layer, Pair]]:
         pair = fuse(own, sizes)
         made.append((layer, halves_swapped(pair) if layer.swapped else pair))
     return made
-
-
-def _single(name: str) -> Layer:
-    return Layer(name.partition(".")[2], (name,))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

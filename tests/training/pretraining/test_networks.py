@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,7 @@ from personalize.cli.launch import load_script, scripts_home
 from personalize.embedded import scenes
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import EMBEDDED
-from personalize.training.losses import grounding
 from personalize.training.pretraining import dataset, networks, objectives, stages
-from tests.support.tiny import tiny
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +185,6 @@ def test_scenes_for_the_autoencoder_are_pixels():
     assert np.unique(pixels.numpy()).size > 100
 
 
-def test_grounding_is_the_share_of_attention_off_the_thing_squared():
-    masks = torch.zeros(1, 2, 2, 2)
-    masks[0, 0, 0] = 1.0  # the upper half
-    maps = torch.tensor([[[[3.0, 3.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
-    assert torch.allclose(grounding(maps, masks), torch.tensor([[0.0625, 1.0]]))  # a quarter is off; nothing is on
-    assert torch.allclose(grounding(7 * maps, masks), grounding(maps, masks)), "how much attention does not count"
-
-
 def test_a_pool_says_where_the_nouns_of_a_caption_are(tokenizer):
     things = [scenes.SceneObject(noun, "3d", x, 0.5, 0.3) for noun, x in (("owl", 0.7), ("coffee_cup", 0.2))]
     scene = scenes.Scene("snow", tuple(things))
@@ -204,36 +193,6 @@ def test_a_pool_says_where_the_nouns_of_a_caption_are(tokenizer):
     pieces = ["<start>", *text.split()]
     assert [pieces[position] for position in pool.noun_positions(text, scene)] == ["owl", "cup"]
     assert pool.noun_positions("", scene) == [0, 0] and pool.noun_positions("an owl", scene) == [2, 0]
-
-
-class ConstantTextEncoder(nn.Module):
-    """A text encoder that gives every text the same embedding."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.states = nn.Parameter(torch.randn(1, 77, width))
-
-    def forward(self, ids):
-        return SimpleNamespace(last_hidden_state=self.states.expand(len(ids), -1, -1))
-
-
-def test_grounding_reaches_text_attention_and_ignores_nouns_that_are_not_named():
-    unet = tiny("sd1").unet.requires_grad_(True)
-    text: Any = ConstantTextEncoder(unet.config["cross_attention_dim"])
-    objective = objectives.TextToImageObjective(unet, text, networks.build_scheduler(), grounding_weight=0.5)
-    query = next(p for name, p in unet.named_parameters() if "up_blocks" in name and "attn2.to_q.weight" in name)
-    batch = {name: torch.randn(2, 4, 16, 16) for name in ("latents", "noise")} | {
-        "timesteps": torch.tensor([10, 900]), "input_ids": torch.zeros(2, 77, dtype=torch.long),
-        "masks": torch.rand(2, 2, 16, 16), "nouns": torch.tensor([[2, 5], [0, 0]]),
-    }  # fmt: skip
-
-    def gradient(nouns):
-        terms = objective(batch | {"nouns": nouns})
-        return terms.parts["grounding"].item(), torch.autograd.grad(terms.total, query)[0]
-
-    (named, with_grounding), (unnamed, without) = gradient(batch["nouns"]), gradient(torch.zeros_like(batch["nouns"]))
-    assert 0 < named <= 1 and unnamed == 0
-    assert not torch.allclose(with_grounding, without), "the loss reaches the queries of cross-attention"
 
 
 def test_samples_depend_on_their_number_alone(tokenizer):
