@@ -47,14 +47,13 @@ class Config(SingleImageConfig, PriorPreservationOptions, BaseModelOptions):
 
     def check(self) -> None:
         from personalize.cli.checks import check_writable
-        from personalize.models.config import check_base_name
+        from personalize.models.config import check_base_name, check_resolution
 
         if not self.items.is_file():
             raise UserError(f"{self.items}: no such file; name a CSV table with the columns image, caption, name")
-        if self.adapters_per_batch < 1:
-            raise UserError(f"adapters_per_batch must be 1 or more, got {self.adapters_per_batch}")
         if self.pretrained_model_name_or_path is not None:
             check_base_name(self.pretrained_model_name_or_path)
+        check_resolution(self.resolution, self.pretrained_model_name_or_path)
         check_writable(self.output_dir)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.errors import UserError
 from personalize.io.json_files import read_json
-from personalize.models.config import EMBEDDED, HUB_FILE
+from personalize.models.config import HUB_FILE, cell_pixels, check_resolution
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
 from personalize.sampling.config import SCHEDULERS
 
@@ -51,7 +51,7 @@ def check_forget(rules: Iterable[str]) -> None:
 
 def _check_sides(config: Any) -> None:
     """UserError unless --height and --width are whole numbers of the base's latent cells."""
-    cell = _cell(config.pretrained_model_name_or_path)
+    cell = cell_pixels(config.pretrained_model_name_or_path)
     for name in ("height", "width"):
         side = getattr(config, name)
         if side is not None and (side < cell or side % cell):
@@ -59,21 +59,10 @@ def _check_sides(config: Any) -> None:
             raise UserError(f"--{name} is {side}: both sides must be multiples of {cell} px, such as {near}")
 
 
-def _cell(base: str | Path | None) -> int:
-    """Pixels on a side of one latent cell, as the autoencoder's folder says; 8, as of every SD, where none does."""
-    folder = EMBEDDED if base is None else Path(base)
-    try:
-        return 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-    except (UserError, KeyError, TypeError):
-        return 8
-
-
 def _check_auto(config: Any) -> None:
     given = [name for name in STRENGTHS if getattr(config, name) not in ((), None)]
     if config.auto and given:
         raise UserError(f"--auto chooses the strengths itself: leave out --{given[0]}, or --auto")
-    if config.auto and config.budget < 1:
-        raise UserError(f"--budget must be at least 1 picture, got {config.budget}")
     extra = [name for name in ("clip_model", "identity_model", "source_image") if getattr(config, name) is not None]
     if extra and not config.auto:
         raise UserError(f"--{extra[0]} belongs to --auto: add --auto, or leave --{extra[0]} out")
@@ -83,8 +72,6 @@ def _check_auto(config: Any) -> None:
         raise UserError("--seeds lists every seed: leave out --seed and --num_images")
     if config.gamma and (config.alpha or config.beta):
         raise UserError("--gamma is vector subtraction, --alpha and --beta are vector projection: give one of the two")
-    if not config.auto and config.num_images < 1:
-        raise UserError(f"--num_images must be at least 1, got {config.num_images}")
 
 
 def check_photo(config: Any) -> None:
@@ -93,6 +80,7 @@ def check_photo(config: Any) -> None:
 
     check_image(config.photo)
     check_writable(config.output_dir)
+    check_resolution(config.resolution, config.pretrained_model_name_or_path)
     if not config.source.strip():
         raise UserError("--source is empty: say what the photo shows, e.g. 'a cat on the beach'")
     for text in (*config.swap, *(text for text in config.local if "=" in text)):
@@ -139,6 +127,7 @@ def check_drag(config: Any) -> None:
 
     interleaved_points(config.from_, config.to)
     check_writable(config.output_dir)
+    check_resolution(config.resolution, config.pretrained_model_name_or_path)
     for picture in filter(None, (config.photo, config.mask)):
         check_image(picture)
     check_adapters([config.adapter] if config.adapter is not None else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -120,6 +120,12 @@ class PhotoConfig(InferenceOptions):
         check_photo(self)
 
 
+_OF_THE_TABLE = {"photo", "output_dir", "trajectory", "report", "adapter", "add"} | {
+    field.name for field in fields(InferenceOptions)
+}  # options of `edit PHOTO` that no row sets
+ROW_OPTIONS = tuple(field.name.rstrip("_") for field in fields(PhotoConfig) if field.name not in _OF_THE_TABLE)
+
+
 @dataclass(frozen=True)
 class EditTableConfig(InferenceOptions):
     """Edit the photos of a CSV table, one row each, on one base model; run it again to go on where it stopped.
@@ -128,6 +134,9 @@ class EditTableConfig(InferenceOptions):
     personalize edit PHOTO; ";" separates the values of options that may be repeated.  A bad row costs one line.
     """
 
+    refused: ClassVar[dict[str, str]] = {
+        name: f"each row of the table has its own, in a column {name}" for name in ROW_OPTIONS
+    }
     table: Positional[Path]
     """The table, a UTF-8 CSV file."""
     adapter: tuple[Path, ...] = ()

@@ -192,9 +192,9 @@ def _check_names(names: Iterable[str], config: type, what: str, prefix: str = ""
     switches = {f"no_{name}" for name in known if hints[name] is bool} if prefix else set()
     refused = getattr(config, "refused", {})
     for name in names:
-        if name in refused:
+        if reason := refused.get(name) or refused.get(name.removeprefix("no_")):
             where = "" if prefix else f"{what.partition(' in ')[2]} "
-            raise UserError(f"{where}{prefix}{name} is refused: {refused[name]}")
+            raise UserError(f"{where}{prefix}{name} is refused: {reason}")
         if name not in known | switches:
             also = {"config"} if prefix else set()
             raise UserError(f"unknown {what} {prefix}{name}: {nearest(name, known | also, prefix)}")

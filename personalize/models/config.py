@@ -59,6 +59,22 @@ def check_channels(channels: int, name: object, *, inpainting: bool = False) -> 
     )
 
 
+def cell_pixels(base: str | Path | None) -> int:
+    """Pixels on a side of one latent cell, as the autoencoder's folder says; 8, as of every SD, where none does."""
+    folder = EMBEDDED if base is None else Path(base)
+    try:
+        return 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+    except (UserError, KeyError, TypeError):
+        return 8
+
+
+def check_resolution(resolution: int | None, base: str | Path | None) -> None:
+    """UserError if `resolution` is below 8 latent cells of the base, which its UNet needs on each side."""
+    least = 8 * cell_pixels(base)
+    if resolution is not None and resolution < least:
+        raise UserError(f"--resolution is {resolution}: this base needs at least {least} px on a side")
+
+
 def stated_channels(folder: Path) -> int | None:
     """The input channels of the UNet that a diffusers folder states; None if it states none that can be read."""
     try:

@@ -40,14 +40,17 @@ _NAMES: dict[tuple[float, float], str] = {
     ),
     STEPS: (
         "class_image_steps preview_steps iterations null_text_iterations updates dpl_updates "
-        "fixed_point fixed_point_iterations lr_warmup_steps samples_per_update train_batch_size batch_sizes budget "
-        "gradient_accumulation_steps num_class_images num_images num_validation_images adapters_per_batch scene scenes "
-        "scene_pools autoencoded test_scenes dataloader_num_workers rank min_rank num_vectors widths top_k mask_fewest "
+        "fixed_point fixed_point_iterations lr_warmup_steps "
+        "num_class_images num_validation_images scene scenes "
+        "scene_pools autoencoded test_scenes dataloader_num_workers min_rank widths top_k mask_fewest "
         "steps kv_start kv_levels map_levels map_timesteps"
     ),
     PIXELS: "height width size resolution dilate shrink margin window self_max_side",
     SEED: "seed seeds",
-    (1, 10**6): "max_train_steps num_inference_steps",
+    (1, 10**6): (
+        "max_train_steps num_inference_steps samples_per_update train_batch_size batch_sizes budget num_images rank "
+        "gradient_accumulation_steps adapters_per_batch num_vectors"
+    ),
     (0, 100): "guidance_scale", (0, 2**16 - 1): "port", (-(2**14), 2**14): "grow",  # a mask that shrinks grows by less
 }  # fmt: skip
 RANGES = {name: limits for limits, names in _NAMES.items() for name in names.split()}

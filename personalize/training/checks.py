@@ -12,7 +12,7 @@ from personalize.errors import Notice, UserError
 from personalize.io.image_files import check_image, check_image_path
 from personalize.io.image_folders import ImageFolder, only_picture, read_folder
 from personalize.io.output_folder import check_output_folder
-from personalize.models.config import check_base_name
+from personalize.models.config import check_base_name, check_resolution
 from personalize.training.data.captions import find_caption, folder_caption
 from personalize.training.data.sources import MASK_FILE, instance_folders, instance_places, named_pictures
 
@@ -89,6 +89,7 @@ def check_run(config: Any) -> None:
     """Check the base model, the output folder and the checkpoint that a trainer's options name."""
     if config.pretrained_model_name_or_path is not None:
         check_base_name(config.pretrained_model_name_or_path)
+    check_resolution(config.resolution, config.pretrained_model_name_or_path)
     start, output = config.resume_from_checkpoint, config.output_dir
     check_output_folder(output)
     _check_judging(config)

@@ -71,12 +71,9 @@ class LoraTrainingConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        _positive(self, "samples_per_update", "train_batch_size", "gradient_accumulation_steps")
-        _positive(self, "rank", "lora_alpha", "max_grad_norm", "alpha_rank_scale")
-        _not_negative(self, "prior_loss_weight", "lr_warmup_steps")
+        _positive(self, "lora_alpha", "max_grad_norm", "alpha_rank_scale")
         if self.min_rank is not None and not 1 <= self.min_rank <= self.rank:
             raise UserError(f"min_rank must be from 1 to the rank, {self.rank}, got {self.min_rank}")
-        _fraction(self, "ema_max_decay")
 
     refused = dict.fromkeys(("use_dora", "dora_wd", "weight_decompose"), NO_DORA)  # diffusers', LyCORIS's names for it
     replaces = {"gradient_accumulation_steps": "samples_per_update"}  # an option given: what a file says of the other
@@ -162,9 +159,7 @@ class SingleImageConfig(LoraTrainingConfig):
         super().__post_init__()
         _positive(self, "max_train_samples", "min_train_samples", "samples_per_picture")
         _positive(self, "learning_rate", "text_encoder_lr", "snr_gamma", "early_stop_loss")
-        _not_negative(self, "text_embedding_lr")
         _fraction(self, "mask_weight")
-        _fraction(self, "proportion_empty_prompts")
         if self.instance_token is not None and not self.text_embedding_lr:
             raise UserError("instance_token is learned at text_embedding_lr, which is 0: give a rate, or no token")
 
@@ -227,9 +222,7 @@ class MultiConceptConfig(LoraTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "max_train_steps", "learning_rate")
-        _not_negative(self, "token_learning_rate", "adam_weight_decay", "calibration_weight", "mask_weight")
-        _fraction(self, "swap_subjects")
+        _positive(self, "learning_rate")
         if self.full_kv and (self.min_rank is not None or self.orthogonal_start or self.use_rslora):
             raise UserError(
                 "full_kv trains no LoRA, so that min_rank, orthogonal_start and use_rslora mean nothing: leave one out"
@@ -280,12 +273,6 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and not value > 0:
             raise UserError(f"{name} must be above 0, got {value}")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        if (value := getattr(config, name)) is not None and not value >= 0:
-            raise UserError(f"{name} must be 0 or more, got {value}")
 
 
 def _fraction(config: Any, name: str) -> None:

@@ -122,7 +122,7 @@ def test_standalone(base: Path, photo: Path, tmp_path: Path) -> None:
     ("extra", "message"),
     [
         (["--caption", " "], "caption from --caption is empty"),
-        (["--rank", "0"], "rank must be above 0"),
+        (["--rank", "0"], "rank is 0: give a number from 1"),
         (["--instance_data_dir", "."], "name the pictures in one way"),
         (["--resume_from_checkpoint", "nowhere"], "no checkpoint at"),
         (["--with_prior_preservation"], "needs --class_prompt"),

@@ -135,7 +135,7 @@ def test_sdxl_learns_tokens_and_pooled_vector() -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(UserError, match="rank must be above 0"):
+    with pytest.raises(UserError, match="rank is 0: give a number from 1"):
         SingleImageConfig(rank=0)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from personalize.cli.commands.edit_image import INVERSIONS, edit_one
-from personalize.cli.edit_options import PhotoConfig
+from personalize.cli.edit_options import ROW_OPTIONS, PhotoConfig
 from personalize.cli.parser import nearest, parse
 from personalize.editing.editor import Editor
 from personalize.errors import UserError, said_if_stopped
@@ -28,17 +28,13 @@ from personalize.io.numbering import folded, windows_refuses
 from personalize.io.plain_files import file_hash, read_bytes, read_text
 from personalize.io.progress import ticked
 from personalize.io.tables import read_table
-from personalize.models.config import InferenceOptions
 
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditTableConfig
 
 RESULTS = "results.jsonl"
-OF_THE_TABLE = {"photo", "output_dir", "trajectory", "report", "adapter", "add"} | {
-    field.name for field in fields(InferenceOptions)
-}  # options that no row sets
 REPEATED = {field.name for field in fields(PhotoConfig) if field.type.startswith(("Annotated[tuple", "tuple"))}  # pyright: ignore
-COLUMNS = ("file", "name", *(field.name for field in fields(PhotoConfig) if field.name not in OF_THE_TABLE))
+COLUMNS = ("file", "name", *ROW_OPTIONS)
 
 
 @dataclass(frozen=True)

@@ -92,4 +92,4 @@ def test_mistakes_are_one_line(places, capsys, words, message):
 
 def test_a_budget_of_nothing_is_refused(places, capsys):
     assert edit(places, "--prompt", PROMPT, "--auto", "--budget", "0", *places[3]) == 2
-    assert "at least 1 picture" in capsys.readouterr().err
+    assert "--budget is 0: give a number from 1" in capsys.readouterr().err
