@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
+import torch
 from PIL import Image
 
 from personalize.editing.prompt_to_prompt.alignment import FUNCTION_WORDS
@@ -47,9 +48,8 @@ def word_sheet(control: Controls, maps: MapSum, pictures: Sequence[Image.Image],
 
 def mask_sheet(frame: PaddedImage, blend: UniformBlend) -> Image.Image:
     """A sheet of the photo in which only what may change is not faded: at each blended step, and at any of them."""
-    masks = {f"t {start:g}": mask[0].any(0).cpu() for start, mask in blend.masks.items()} | {
-        "any": blend.edited_region()
-    }
+    steps = torch.stack([mask[0].any(0) for mask in blend.masks.values()]).cpu()  # one read of the device
+    masks = {f"t {start:g}": mask for start, mask in zip(blend.masks, steps, strict=True)} | {"any": steps.any(0)}
     faded = Image.blend(frame.picture, Image.new("RGB", frame.picture.size, "white"), 0.85)
     pictures = [Image.composite(frame.picture, faded, frame.mask_to_picture(mask)) for mask in masks.values()]
     return grid([pictures], columns=list(masks), title="Where the photo may change", cell=96)

@@ -17,6 +17,7 @@ from torch.nn.functional import max_pool2d
 from personalize.errors import UserError
 from personalize.io.images import to_pixels
 from personalize.models.image_processor import PaddedImage, Picture, as_image
+from personalize.models.transfer import sent
 from personalize.sampling.denoise import LatentEdit
 from personalize.sampling.schedule import Step
 
@@ -65,7 +66,8 @@ class PinnedOutside(LatentEdit):
         self.cells = cells
 
     def latents(self, z: Tensor, step: Step) -> Tensor:
-        return torch.where(self.cells.to(z.device), z, z[:1])
+        self.cells = sent(self.cells, z.device)
+        return torch.where(self.cells, z, z[:1])
 
 
 def keep_photo(edited: Image.Image, frame: PaddedImage, region: EditRegion) -> tuple[Image.Image, int]:

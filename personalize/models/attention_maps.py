@@ -64,8 +64,8 @@ class InversionMaps(AttentionHook):
 
     def cross_attention(self) -> Tensor:
         """The cross-attention map of every step, (t, h, w, l), in the order of the steps, on the CPU."""
-        steps = [self._text[index].cpu() / self._counts[index] for index in sorted(self._text)]
-        return torch.stack(steps).unflatten(1, (self.grid.height, self.grid.width))
+        steps = [self._text[index] / self._counts[index] for index in sorted(self._text)]
+        return torch.stack(steps).cpu().unflatten(1, (self.grid.height, self.grid.width))
 
     def self_attention(self) -> Tensor:
         """The self-attention map, averaged over steps: (h, w, h·w), from each position to all, on the CPU."""

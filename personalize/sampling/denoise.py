@@ -32,7 +32,7 @@ from personalize.models.attention import AttentionHook, hooked
 from personalize.models.conditioning import of_one_length
 from personalize.models.fast_paths import fast_paths, shared_guidance_prefix
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
-from personalize.models.transfer import constant, sent
+from personalize.models.transfer import HostNumbers, constant, sent
 from personalize.randomness import generator
 from personalize.sampling.schedule import SCHEDULERS, Schedule, Step, Transition, make_schedule, variance_scale
 
@@ -258,7 +258,8 @@ class _Solver:
         self.scheduler.scale_model_input(scaled_latents, timestep)  # some schedulers raise without this call
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {"generator": self.generators} if "generator" in accepted and self.generators is not None else {}
-        after = self.scheduler.step(output, timestep, scaled_latents, **extra).prev_sample
+        with nullcontext() if latents.device.type == "cpu" else HostNumbers():
+            after = self.scheduler.step(output, timestep, scaled_latents, **extra).prev_sample
         return after / variance_scale(self.scheduler, index + 1)
 
 

@@ -34,6 +34,7 @@ from personalize.io.progress import part
 from personalize.models.attention import AttentionHook
 from personalize.models.image_processor import PaddedImage, Picture, as_image
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.models.transfer import sent
 from personalize.randomness import generator
 from personalize.sampling.config import NULL_TEXT, STRENGTH, NullTextSettings
 from personalize.sampling.denoise import Edit, LatentEdit, ddim, denoise, denoise_with_history
@@ -207,7 +208,8 @@ def ddpm_noise(model: StableDiffusion, clean: Tensor, edit: Edit, down: Schedule
     """
     noisy = [clean]
     for number, transition in enumerate(reversed(down.steps)):
-        noise = torch.randn(clean.shape, generator=generator(seed, "inversion/ddpm", number)).to(clean)
+        noise = torch.randn(clean.shape, generator=generator(seed, "inversion/ddpm", number))
+        noise = sent(noise, clean.device).to(clean)
         noisy.append(transition.alpha**0.5 * clean + (1 - transition.alpha) ** 0.5 * noise)
     solver = NoiseSolver(noisy)
     no_noise = with_noise(down, torch.zeros(len(down), *clean.shape))

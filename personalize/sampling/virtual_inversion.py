@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from personalize.models.transfer import sent
 from personalize.randomness import generator
 from personalize.sampling.denoise import LatentEdit
 from personalize.sampling.schedule import Schedule, Step
@@ -37,7 +38,8 @@ def noisy_versions(clean: Tensor, down: Schedule, seed: int) -> Tensor:
     """`clean` (1, c, h, w) with independent noise at every level of schedule `down`: (t+1, 1, c, h, w), clean first."""
     noisy = [clean]
     for number, transition in enumerate(reversed(down.steps)):
-        noise = torch.randn(clean.shape, generator=generator(seed, "inversion/none", number)).to(clean)
+        noise = torch.randn(clean.shape, generator=generator(seed, "inversion/none", number))
+        noise = sent(noise, clean.device).to(clean)
         noisy.append(transition.alpha**0.5 * clean + (1 - transition.alpha) ** 0.5 * noise)
     return torch.stack(noisy)
 
@@ -56,13 +58,13 @@ class ConsistentRows(LatentEdit):
         self.change: Tensor | None = None  # x̂0_tgt − z_0 of the current step, (b − 1, c, h, w)
 
     def clean(self, x0: Tensor, step: Step) -> Tensor:
-        photo = self.versions[0].to(x0)
+        photo = sent(self.versions[0], x0.device).to(x0)
         self.change = x0[1:] - x0[:1]
         return torch.cat([photo, photo + self.change])
 
     def latents(self, z: Tensor, step: Step) -> Tensor:
         assert self.change is not None
-        source = self.versions[step.count - 1 - step.index].to(z)
+        source = sent(self.versions[step.count - 1 - step.index], z.device).to(z)
         last = step.index == step.count - 1
         signal = 1.0 if last else step.alpha_next**0.5  # the last level is the photo itself
         return torch.cat([source, source + signal * self.change])

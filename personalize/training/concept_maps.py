@@ -17,6 +17,7 @@ from personalize.models.attention import hooked
 from personalize.models.attention_maps import CalibrationMaps, calibration_layers
 from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.models.transfer import sent
 from personalize.randomness import generator
 from personalize.training.multi_concept import MultiConceptRun
 
@@ -58,8 +59,8 @@ def concept_maps(
     maps = []
     for number in range(noises):
         for timestep in timesteps:
-            noise = torch.randn(latents.shape, generator=generator(seed, "maps", timestep, number)).to(latents)
-            noisy = model.noised(latents, noise, torch.tensor([timestep]))
+            noise = torch.randn(latents.shape, generator=generator(seed, "maps", timestep, number))
+            noisy = model.noised(latents, sent(noise, latents.device).to(latents), torch.tensor([timestep]))
             with hooked(model.unet, [store]):
                 model.predict(noisy, timestep, conditioning)
             maps.append(store.of_tokens(tokens)[0])

@@ -7,16 +7,18 @@ beginning and the end cost.
 from dataclasses import replace
 
 import pytest
+import torch
 
 from personalize.editing.config import DynamicSettings, UniformSettings
+from personalize.editing.drag.attention import QKVRecorder
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import drag_picture
 from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo
 from personalize.editing.real_image_settings import EditRequest
-from personalize.models.stable_diffusion import Conditioning
-from personalize.sampling.config import NullTextSettings
+from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.sampling.config import SCHEDULERS, NullTextSettings
 from personalize.sampling.denoise import Edit, make_schedule, sample
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.config import MultiConceptConfig
@@ -29,6 +31,11 @@ from tests.support.runs import SMALL, pixels
 
 SWAP = EditRequest("a photo of a dog on the beach", local=[("cat", "dog")], weights={"dog": 2.0})
 ON_BEACH = EditRequest("a photo of a dog on the beach")
+OTHER_SCHEDULERS = {  # which are not offered
+    "lcm": ("LCMScheduler", {}), "tcd": ("TCDScheduler", {}), "deis": ("DEISMultistepScheduler", {}),
+    "dpm++_s": ("DPMSolverSinglestepScheduler", {}), "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "unipc_3": ("UniPCMultistepScheduler", {"solver_order": 3}), "sa": ("SASolverScheduler", {}),
+}  # fmt: skip
 
 
 def each(record, job, few=2, many=4):
@@ -114,16 +121,26 @@ def flow_several_concepts(record, name, masks):
     assert each(record, job) == 0
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc", "dpm++_2m", "euler_a"])
-@pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
-def flow_denoising(record, name, scheduler):
-    model = base(name)
+def drawn_latents(model, scheduler, steps):
     prompt: Conditioning = model.prompts(["a dog"])
+    return sample(model, Edit(prompt, None, 7.5), [0, 1], make_schedule(model, steps, scheduler), (64, 64)).cpu()
 
-    def job(steps):
-        sample(model, Edit(prompt, None, 7.5), [0, 1], make_schedule(model, steps, scheduler), (64, 64))
 
-    assert each(record, job) == 0
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, *OTHER_SCHEDULERS])
+@pytest.mark.parametrize("name", ["sd1", "sd2v", "sdxl"])
+def flow_denoising(record, name, scheduler, monkeypatch):
+    """With any scheduler of diffusers."""
+    monkeypatch.setitem(SCHEDULERS, scheduler, (SCHEDULERS | OTHER_SCHEDULERS)[scheduler])
+    model = base(name)
+    assert each(record, lambda steps: drawn_latents(model, scheduler, steps)) == 0
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", ["sd1", "sd2v"])
+def flow_schedulers_compute_the_same(name, scheduler, monkeypatch):
+    """From equal predictions, the latents of the CPU bit for bit, though single numbers stay on the host."""
+    monkeypatch.setattr(StableDiffusion, "predict", lambda self, latents, timestep, conditioning: 0.3 * latents.sin())
+    assert torch.equal(drawn_latents(base(name), scheduler, 5), drawn_latents(base(name, "cpu"), scheduler, 5))
 
 
 def _photo(record, limit, request=SWAP, name="sd1", **settings):
@@ -136,7 +153,7 @@ def _photo(record, limit, request=SWAP, name="sd1", **settings):
     assert each(record, job, 4, 8) <= limit
 
 
-@pytest.mark.parametrize("method", ["direct", "ddim", "negative", "ddpm"])
+@pytest.mark.parametrize("method", ["direct", "ddim", "negative", "ddpm", "none"])
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def flow_prompt_to_prompt(record, name, method):
     _photo(record, 0, name=name, inversion=method)
@@ -148,27 +165,49 @@ def flow_null_text(record):
 
 
 def flow_dynamic_prompts(record):
-    """A read of the losses for each of at most two updates, the embeddings of the step and how far they moved."""
-    _photo(record, 2 + 2, dynamic=DynamicSettings(updates=2))
+    """A read of the losses before each of at most two updates, which decides whether it is made."""
+    _photo(record, 2, dynamic=DynamicSettings(updates=2))
 
 
 def flow_uniform_maps(record):
     _photo(record, 0, request=ON_BEACH, uniform=UniformSettings(until=1.0))
 
 
+def flow_a_region_of_the_user(record):
+    _photo(record, 0, request=replace(SWAP, mask=(8, 8, 40, 40)))
+
+
 def flow_mutual_self_attention(record):
     _photo(record, 0, request=ON_BEACH, controller="mutual")
 
 
-@pytest.mark.parametrize("method", ["pixels", "latents"])
-def flow_drag(record, method):
+def _dragged(model, steps=4, **settings):
+    chosen = DragSettings(steps=steps, strength=1.0, **settings)
+    return drag_picture(model, photo(), [(20, 24), (36, 28)], mask=mask(), settings=chosen, prompt="a cat").image
+
+
+DRAGS = [
+    {"method": "pixels"}, {"method": "pixels", "fill": "attention", "fill_keys": "all"}, {"method": "latents"},
+    {"method": "latents", "mode": "deform", "fill": "attention", "kv": "concat", "user_mask": "intersect"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", DRAGS, ids=lambda one: "-".join(one.values()))
+def flow_drag(record, settings):
     model = base()
+    assert each(record, lambda steps: _dragged(model, steps, **settings), 4, 8) == 0
 
-    def job(steps):
-        settings = DragSettings(method=method, steps=steps, strength=1.0)
-        drag_picture(model, photo(), [(20, 24), (36, 28)], mask=mask(), settings=settings, prompt="a cat")
 
-    assert each(record, job, 4, 8) == 0
+@pytest.mark.parametrize("settings", DRAGS[2:], ids=lambda one: "-".join(one.values()))
+def flow_drag_where_the_device_has_no_room(monkeypatch, settings):
+    """What is recorded during the inversion then is on the CPU; the picture is the same."""
+    model, kept = base(), []
+    roomy = _dragged(model, **settings)
+    recorded = QKVRecorder._copied
+    monkeypatch.setattr(QKVRecorder, "_copied", lambda self, part: kept.append(recorded(self, part)) or kept[-1])
+    monkeypatch.setattr("personalize.editing.drag.attention.free_bytes", lambda device: 1000)
+    assert roomy.tobytes() == _dragged(model, **settings).tobytes()
+    assert {part.device.type for part in kept} == {"cpu"}
 
 
 def flow_editor_copies_an_adapter_once(record):

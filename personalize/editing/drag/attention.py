@@ -5,13 +5,15 @@
     A[p0, p] = softmax_p(q[p0] · k[p] / √d),
 
 `KeyValueInjection` gives the recorded k and v to sampling, and `PointTracker` finds where the handles went.  One row of
-A costs O(q) memory; the whole q × q map is never computed.  Recordings are on the CPU, keyed by (site name, timestep).
+A costs O(q) memory; the whole q × q map is never computed.  Recordings are keyed by (site name, timestep); they stay
+on the device where it has room for them, so that no step waits for a copy, and are on the CPU otherwise.
 
 References: AttentionDrag, arXiv 2506.13301; FastDrag, arXiv 2405.15769, for keys and values from inversion.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -20,7 +22,10 @@ from torch.nn.functional import interpolate
 
 from personalize.editing.drag.mask import Cell
 from personalize.models.attention import AttentionHook, AttentionSite
+from personalize.models.memory import free_bytes
+from personalize.models.transfer import sent
 
+SHARE = 4  # a recorder keeps at most this part of the device's free memory, as 1/SHARE: there are two in a drag
 Recording = dict[tuple[str, float], tuple[Tensor, ...]]
 
 
@@ -54,6 +59,7 @@ class QKVRecorder(AttentionHook):
         self.names, self.which, self.band = frozenset(names), which, band
         self.shared = {} if shared is None else shared
         self.kept: Recording = {}
+        self.room: int | None = None  # bytes that may still be kept on the device
 
     def wants(self, site: AttentionSite) -> bool:
         return site.name in self.names
@@ -64,8 +70,17 @@ class QKVRecorder(AttentionHook):
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
         parts, place = {"q": q, "k": k, "v": v}, (site.name, site.step.timestep)
         there = {"k": self.shared[place][1]} if place in self.shared else {}
-        self.kept[place] = tuple(there[name] if name in there else parts[name].detach().cpu() for name in self.which)
+        self.kept[place] = tuple(there[name] if name in there else self._copied(parts[name]) for name in self.which)
         return q, k, v
+
+    def _copied(self, part: Tensor) -> Tensor:
+        if self.room is None:
+            free = free_bytes(part.device)
+            self.room = sys.maxsize if free is None else free // SHARE  # MPS: the device's memory is the CPU's
+        if part.device.type == "cpu" or part.nbytes > self.room:
+            return part.detach().cpu()
+        self.room -= part.nbytes
+        return part.detach().clone()
 
 
 class KeyValueInjection(AttentionHook):
@@ -88,7 +103,7 @@ class KeyValueInjection(AttentionHook):
         return site.step.index >= self.start
 
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = (tensor.to(k) for tensor in self.kept[site.name, site.step.timestep])
+        keys, values = (sent(tensor, k.device).to(k) for tensor in self.kept[site.name, site.step.timestep])
         if self.mode == "concat":
             return q, torch.cat([k, keys], 2), torch.cat([v, values], 2)
         return q, keys, values
@@ -117,12 +132,12 @@ class AttentionRows:
 
     def mass(self, cells: Tensor, mask: Tensor) -> Tensor:
         """The attention (m,) that `cells` (m, 2) give to the cells of `mask` (h, w), summed at each site's own size."""
-        total = torch.zeros(len(cells))
+        total = torch.zeros(len(cells), device=self.device)
         for (name, _), (q, k) in self.kept.items():
             site = self.sites[name]
             share = interpolate(mask[None, None].float(), (site.height, site.width), mode="area").flatten()
-            total += (self._weights(q, k, site, cells) @ share.to(self.device)).mean(0).cpu()
-        return total / len(self.kept)
+            total += (self._weights(q, k, site, cells) @ sent(share, self.device)).mean(0)
+        return (total / len(self.kept)).cpu()
 
     def around(self, handle: Cell, window: int) -> Tensor:
         """Mean attention (h, w) of the `window` × `window` cells around `handle` that lie on the grid."""
@@ -141,8 +156,9 @@ class AttentionRows:
 
     def _weights(self, q: Tensor, k: Tensor, site: AttentionSite, cells: Tensor) -> Tensor:
         """The softmax (n, m, q) of the rows of `cells` at one site."""
-        queries = q[0, :, site_positions(cells, site, self.size)].to(self.device, torch.float32)
-        return ((queries * q.shape[-1] ** -0.5) @ k[0].to(self.device, torch.float32).transpose(-1, -2)).softmax(-1)
+        queries = sent(q[0, :, sent(site_positions(cells, site, self.size), q.device)], self.device).float()
+        keys = sent(k[0], self.device).float()
+        return ((queries * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)).softmax(-1)
 
 
 class PointTracker(AttentionHook):
@@ -170,9 +186,10 @@ class PointTracker(AttentionHook):
         return (site.name, site.step.timestep) in self.kept
 
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
-        source = self.kept[site.name, site.step.timestep][0].to(q.device, torch.float32)[0]
-        means = [source[:, site_positions(cells, site, self.size)].mean(1).flatten() for cells in self.windows]
-        handles, queries = torch.stack(means), q[0].float().transpose(0, 1).flatten(1)
+        source = self.kept[site.name, site.step.timestep][0][0]
+        places = [sent(site_positions(cells, site, self.size), source.device) for cells in self.windows]
+        means = torch.stack([source[:, place].float().mean(1).flatten() for place in places])
+        handles, queries = sent(means, q.device), q[0].float().transpose(0, 1).flatten(1)
         cosine = torch.nn.functional.normalize(handles, dim=-1) @ torch.nn.functional.normalize(queries, dim=-1).T
         grid = (site.height, site.width)
         self.sums[grid] = self.sums.get(grid, 0) + cosine.unflatten(-1, grid)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -168,14 +168,15 @@ class DynamicPrompt:
         size: tuple[int, int] | None,
     ) -> Conditioning:  # fmt: skip
         for layer, row in zip(layers, rows, strict=True):
-            layer.weight.copy_(row)
+            layer.weight.copy_(sent(row, layer.weight.device))
         return model.prompts(prompts, size)
 
 
 class DynamicFit:
     """Fits the embeddings of nouns while `denoise` samples: it is given to `Edit` as `conditioning`.
 
-    `result` collects the fitted embeddings.
+    `result` is what was fitted; until it is read, embeddings stay on their device, so that a step waits for it only
+    where its losses decide whether it is over.
 
     Args:
         background: boolean (h, w), where no noun belongs, or (k, h, w), where each noun does not belong; None leaves
@@ -193,22 +194,30 @@ class DynamicFit:
         self.settings = settings
         self.length = length
         self.until = tokenize_prompt(model, prompt).places[-1] + 1 if settings.words_only else None
-        self.result = DynamicPrompt(prompt, self.groups)
+        self.log = DynamicPrompt(prompt, self.groups)  # its rows and drift are kept below
+        self.rows: list[tuple[Tensor, ...]] = []
+        self.drift: list[tuple[Tensor, ...]] = []
         self.conditioning: Conditioning | None = None
 
     def __call__(self, step: Step, latents: Tensor) -> Conditioning:
         with noun_rows(self.model, self.groups) as layers:
             anchors = [layer.weight.detach().clone() for layer in layers]
-            if self.result.rows:
-                for layer, row in zip(layers, self.result.rows[-1], strict=True):
-                    layer.weight.data.copy_(sent(row, layer.weight.device))
+            if self.rows:
+                for layer, row in zip(layers, self.rows[-1], strict=True):
+                    layer.weight.data.copy_(row)
             if not self.settings.idle:
                 self._fit(layers, anchors, step, latents[:1])
-            self.result.rows.append(tuple(layer.weight.detach().cpu().clone() for layer in layers))
-            self.result.drift.append(max(_drift(*pair) for pair in zip(layers, anchors, strict=True)))
+            self.rows.append(tuple(layer.weight.detach().clone() for layer in layers))
+            self.drift.append(tuple(_drift(*pair) for pair in zip(layers, anchors, strict=True)))
             with torch.no_grad():
                 self.conditioning = self._encoded()
         return self.conditioning
+
+    @property
+    def result(self) -> DynamicPrompt:
+        """What was fitted at the steps so far."""
+        drift = [max(map(float, step)) for step in _on_host(self.drift)]
+        return replace(self.log, rows=_on_host(self.rows), drift=drift)
 
     def latest(self, step: Step, latents: Tensor) -> Conditioning:
         """The conditioning of the current step, for what is fitted after it at the same step (null embeddings)."""
@@ -227,12 +236,12 @@ class DynamicFit:
             with gradient_checkpointing(self.model.unet, self.settings.gradient_checkpointing):
                 attention = stage_attention(self.model, latents, step, conditioning)[..., : self.until]
             losses = leakage(attention, self.groups, self.background)
-            self.result.forward_passes += 1
+            self.log.forward_passes += 1
             now = Leakage(*torch.stack([loss.detach() for loss in losses]).tolist())  # one read of the device
             if number == 0:
-                self.result.first_losses.append(now)
-                self.result.last_losses.append(now)
-            self.result.last_losses[-1] = now
+                self.log.first_losses.append(now)
+                self.log.last_losses.append(now)
+            self.log.last_losses[-1] = now
             if now.within(step, self.settings.balancing_limit):
                 return
             balancing, disjoint, outside = losses
@@ -241,7 +250,7 @@ class DynamicFit:
             scale = HALF_SCALE if self.model.dtype == torch.float16 else 1.0
             for weight, gradient in zip(weights, torch.autograd.grad(total * scale, weights), strict=True):
                 weight.grad = gradient / scale
-            self.result.backward_passes += 1
+            self.log.backward_passes += 1
             adam.step()
             self._limit(layers, anchors)
 
@@ -267,5 +276,10 @@ def fit_on_trajectory(fit: DynamicFit, latents: Tensor, down: Schedule) -> Dynam
     return fit.result
 
 
-def _drift(layer: TokenEmbedding, anchor: Tensor) -> float:
-    return float(((layer.weight.detach() - anchor).norm(dim=-1) / anchor.norm(dim=-1).clamp(min=1e-12)).max())
+def _drift(layer: TokenEmbedding, anchor: Tensor) -> Tensor:
+    return ((layer.weight.detach() - anchor).norm(dim=-1) / anchor.norm(dim=-1).clamp(min=1e-12)).max()
+
+
+def _on_host(steps: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """A tuple of tensors for each step, one for each text encoder, on the CPU: one read for each encoder."""
+    return list(zip(*(torch.stack(encoder).cpu() for encoder in zip(*steps, strict=True)), strict=True))

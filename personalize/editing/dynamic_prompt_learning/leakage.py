@@ -31,6 +31,7 @@ from personalize.models.attention_maps import InversionMaps
 from personalize.models.image_processor import PaddedImage, Picture, as_image
 from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
+from personalize.models.transfer import sent
 from personalize.sampling.schedule import Step
 from personalize.sampling.trajectory import Trajectory
 
@@ -154,7 +155,7 @@ def record_maps(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps
     for index, transition in enumerate(ticked(up)):
         step = Step(**vars(replace(transition, noise=None)), index=index, count=len(up))
         with hooked(model.unet, [maps], step=step):
-            model.predict(latents[index + 1].to(model.device), transition.timestep, trajectory.conditioning)
+            model.predict(sent(latents[index + 1], model.device), transition.timestep, trajectory.conditioning)
     return maps
 
 
@@ -172,9 +173,9 @@ def mean_noun_maps(
     maps, down = [], trajectory.schedule(model)
     for index, transition in enumerate(ticked(down)):
         step = Step(**vars(transition), index=index, count=len(down))
-        latents = trajectory.latents[len(down) - index].to(model.device)
-        maps.append(group_maps(stage_attention(model, latents, step, conditionings[index]), groups).cpu())
-    return torch.stack(maps).mean(0)
+        latents = sent(trajectory.latents[len(down) - index], model.device)
+        maps.append(group_maps(stage_attention(model, latents, step, conditionings[index]), groups))
+    return torch.stack(maps).mean(0).cpu()
 
 
 def noun_map_sheet(frame: PaddedImage, groups: Sequence[NounGroup], stages: Mapping[str, Tensor]) -> Image.Image:
