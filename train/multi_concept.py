@@ -71,7 +71,7 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     from personalize.training.concept_maps import MapSnapshots
     from personalize.training.data.class_images import class_images
     from personalize.training.data.concepts import check_prompt, read_picture
-    from personalize.training.multi_concept import fitted_picture, multi_concept_run
+    from personalize.training.multi_concept import multi_concept_run, training_size
     from personalize.training.saving import save_trained
 
     picture = read_picture(config)
@@ -79,7 +79,7 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     model = trainer.load_base(config, accelerator, full_weights=config.full_kv)
     check_prompt(model, picture)  # what cannot work is said before class pictures are drawn, which takes long
     judge = find_judge(config, model, picture.image, picture.prompt, [subject.token for subject in picture.subjects])
-    size = fitted_picture(model, picture, config.resolution).size
+    size = training_size(model, picture, config.resolution)
     classes = class_images(config, model, config.class_prompt or picture.class_prompt, size, accelerator)
     with multi_concept_run(
         model, picture, extract_config(config, MultiConceptConfig), class_images=classes, resolution=config.resolution,

@@ -17,6 +17,7 @@ from personalize.formats.key_parts import CUSTOM_DIFFUSION, split_ending, take_a
 
 CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(up|down)")
 TEXT_WIDTHS = (768, 1024, 1280)
+TOKEN = re.compile(r"<[^<>\s]+>")  # a word that a file in diffusers' form has rows for, whatever the base's text width
 MAX_KEY_LENGTH = 500  # characters; no module's name comes near
 FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by d, the width of the text that the cross-attention reads
 
@@ -98,8 +99,9 @@ def _textual_inversion_form(tensors: Mapping[str, Tensor]) -> str:
     if all(key.startswith(("string_to_param.", "string_to_token.")) for key in keys):
         return "textual inversion, A1111 pickle"
     if all(
-        t.ndim in (1, 2) and t.shape[-1] in TEXT_WIDTHS and t.numel() <= 256 * t.shape[-1] for t in tensors.values()
-    ):
+        tensor.ndim in (1, 2) and tensor.numel() <= 256 * tensor.shape[-1]
+        and (tensor.shape[-1] in TEXT_WIDTHS or TOKEN.fullmatch(key)) for key, tensor in tensors.items()
+    ):  # fmt: skip
         return "textual inversion, diffusers form"
     return ""
 

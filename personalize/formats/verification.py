@@ -32,6 +32,7 @@ from personalize.io.progress import ticked
 from personalize.io.tensor_files import TensorFile, read_tensors
 from personalize.models.empty import EmptyModel, adaptable_layers, empty_model
 from personalize.models.lora_modules import is_lora_layer
+from personalize.models.quiet import hidden_messages
 from personalize.models.stable_diffusion import StableDiffusion
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -201,7 +202,8 @@ def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, e
     loaded: Factors = {}
     pipe = model.pipeline()
     try:
-        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="verify", local_files_only=True)
+        with hidden_messages():
+            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="verify", local_files_only=True)
         for component, part in parts.items():
             for name, layer in part.named_modules():
                 if is_lora_layer(layer):

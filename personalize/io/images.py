@@ -64,6 +64,8 @@ def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tupl
 
         |log (W / H) − log (width / height)| + ½ |log (A / resolution²)|
 
+    and of two as good the larger.
+
     Raises:
         UserError: `resolution` is smaller than `multiple`.
     """
@@ -74,9 +76,9 @@ def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tupl
     sizes = [(h, w) for h in sides for w in sides if area <= 2 * h * w <= 4 * area]
     side = resolution // multiple * multiple
 
-    def error(size: tuple[int, int]) -> float:
+    def error(size: tuple[int, int]) -> tuple[float, int]:
         h, w = size
-        return abs(math.log(w / h) - aspect) + 0.5 * abs(math.log(h * w / area))
+        return round(abs(math.log(w / h) - aspect) + 0.5 * abs(math.log(h * w / area)), 9), -h * w
 
     return min(sizes or [(side, side)], key=error)
 

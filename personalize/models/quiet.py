@@ -10,6 +10,8 @@ from importlib import import_module
 UNWANTED = {  # by logger: how a message begins or goes on that is about an optional part
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "transformers.utils.import_utils": "requires torchvision (not installed)",
+    "diffusers.loaders.lora_base": "No LoRA keys associated to",
+    "diffusers.loaders.peft": "No LoRA keys associated to",
 }
 
 

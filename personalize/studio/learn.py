@@ -96,6 +96,10 @@ def more_fields(studio: Studio, fields: dict[str, Any]) -> None:
         label="Subjects", placeholder="<cat1> cat, <dog1> dog", visible=False, elem_id="learn-concepts",
         info="For each its new word and what it is; the words above name them",
     )  # fmt: skip
+    fields["token"] = gr.Textbox(
+        label="New word", placeholder="<rex> dog", elem_id="learn-token",
+        info="May stay empty. A word that is learned for the subject; what it shows must say it",
+    )  # fmt: skip
     with gr.Row():
         fields["base"] = gr.Dropdown(bases(studio), value=bases(studio)[0], label="Base model", elem_id="learn-base")
         presets = [name for name in launch.presets("single_image") if name not in ON_TOP]
@@ -156,9 +160,10 @@ def wire_fields(studio: Studio, fields: dict[str, Any], board: Any, message: Any
         words = sidecar_caption(path) or caption
         return gr.HTML(picture=shown(path)), words, name or unused(studio, f"my-{path.stem}"), ""
 
-    def subjects(mode: str, concepts: str) -> tuple[Any, Any]:
+    def subjects(mode: str, concepts: str) -> tuple[Any, Any, Any]:
         layers = phrases(concepts) if mode == SEVERAL else []
-        return gr.Textbox(visible=mode == SEVERAL), gr.HTML(layers=layers or ["mask"])
+        visible = gr.Textbox(visible=mode == SEVERAL), gr.Textbox(visible=mode == ONE)
+        return *visible, gr.HTML(layers=layers or ["mask"])
 
     board.upload(take, [board, pictures], [pictures, message], **QUIET)
     gr.on(
@@ -173,7 +178,7 @@ def wire_fields(studio: Studio, fields: dict[str, Any], board: Any, message: Any
     )
     gr.on(
         [fields["mode"].change, fields["concepts"].change], subjects, [fields["mode"], fields["concepts"]],
-        [fields["concepts"], board], **QUIET,
+        [fields["concepts"], fields["token"], board], **QUIET,
     )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ def single_words(given: Mapping[str, Any], masks: list[Any], pictures: list[str]
     if not words and not given["captioner"]:
         words = ["--caption="]  # which the command refuses, in its own words
     words += option("caption_model", given["captioner"] or None) + option("instance_mask", masks[0] if masks else None)
+    words += option("instance_token", (given["token"] or "").strip() or None)
     return words + option("max_train_samples", int(given["samples"]) if given["samples"] else None)
 
 

@@ -30,13 +30,13 @@ from personalize.adapters.textual_inversion import (
 )
 from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
+from personalize.io.images import fitted_size
 from personalize.models.attention import attention_sites
 from personalize.models.attention_maps import calibration_layers
 from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precision
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import MultiConceptConfig
-from personalize.training.data.buckets import FittedImage
 from personalize.training.data.concepts import ClassImage, ConceptDataset, ConceptPicture, check_prompt, content_hash
 from personalize.training.loop import restored, training_dtype
 from personalize.training.multi_concept_objective import MultiConceptObjective, full_weights, text_projections
@@ -102,9 +102,10 @@ def training_side(model: StableDiffusion, resolution: int | None) -> int:
     return side
 
 
-def fitted_picture(model: StableDiffusion, picture: ConceptPicture, resolution: int | None) -> FittedImage:
-    """`picture` as it is trained, in its bucket; see `training_side` for `resolution` and errors."""
-    return picture.fitted(training_side(model, resolution), 8 * model.factor)
+def training_size(model: StableDiffusion, picture: ConceptPicture, resolution: int | None) -> tuple[int, int]:
+    """(H, W) of the bucket in which `picture` is trained; see `training_side` for `resolution` and errors."""
+    side = training_side(model, resolution)
+    return fitted_size(picture.image.height, picture.image.width, side, 8 * model.factor)
 
 
 class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):

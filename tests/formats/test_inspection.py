@@ -168,6 +168,13 @@ def test_learned_tokens_are_recognised(tmp_path, form):
     assert verdicts(found)["diffusers"] == verdict and f"token       {token}: {count} vector(s)" in report(found)
 
 
+def test_a_token_of_a_base_of_other_text_widths_is_recognised_by_its_name(tmp_path):
+    found = inspected(tmp_path, {"<cat>": torch.ones(1, 128)}, name="learned_embeds.safetensors")
+    assert (found.layout, found.family) == ("textual inversion, diffusers form", None) and not found.problems
+    assert verdicts(found)["personalize"] == "yes"
+    assert inspected(tmp_path, {"cat": torch.ones(1, 128)}, name="cat.safetensors").layout == "nothing known"
+
+
 def test_bundles_flat_lists_checkpoints_and_source_embeddings_are_named(tmp_path, state):
     tensors = kohya(state, "sd1", 4.0) | {"bundle_emb.cat.string_to_param.*": torch.ones(1, 768)}
     found = inspected(tmp_path, tensors)

@@ -27,6 +27,12 @@ def test_fitted_size_keeps_the_aspect_ratio(size: tuple[int, int], resolution: i
     assert abs(math.log(w / h) - math.log(width / height)) <= math.log(1 + step)
 
 
+@pytest.mark.parametrize(("size", "fitted"), [((200, 100), (64, 128)), ((100, 200), (128, 64)), ((9, 9), (64, 64))])
+def test_of_two_sizes_as_good_the_larger_is_taken(size: tuple[int, int], fitted: tuple[int, int]) -> None:
+    """32 × 64 and 64 × 128 px have the shape 2 : 1, and are half and twice 64² pixels."""
+    assert fitted_size(size[1], size[0], 64, 32) == fitted
+
+
 def test_fitting_crops_instead_of_distorting() -> None:
     disc = Image.new("L", (330, 330), 0)
     disc.paste(255, (115, 115, 215, 215))
