@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
+from personalize.errors import UserError
 from personalize.formats import lora_files, verification
 from personalize.formats.lora_keys import COMPONENTS
 from personalize.formats.manifest import FAMILIES
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.io.json_files import read_json
+from personalize.io.plain_files import is_hidden
 from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
 PEFT_PREFIX = "base_model.model."
 
 
@@ -59,6 +59,13 @@ def peft_files(
         files[f"{folder}{PEFT_CONFIG}"] = (json.dumps(settings, indent=2) + "\n").encode()
         files[f"{folder}{PEFT_WEIGHTS}"] = tensor_bytes(tensors, {"format": "pt"})
     return files
+
+
+def require_no_other_files(folder: Path) -> None:
+    """UserError if `folder` holds files other than PEFT's, here or below; hidden ones, such as .DS_Store, may stay."""
+    names = {path.name for path in folder.rglob("*") if path.is_file() and not is_hidden(path.name)}
+    if others := names - {PEFT_CONFIG, PEFT_WEIGHTS}:
+        raise UserError(f"{folder} already holds {min(others)}: name another output folder")
 
 
 def require_peft_files(folder: Path, expected: Factors, family: str | None) -> None:

@@ -18,11 +18,11 @@ from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.foreign_files import AdapterFile, as_lora, read_adapter_file
 from personalize.formats.lora_files import factor_pairs
-from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, require_peft_files
+from personalize.formats.peft_files import peft_files, require_no_other_files, require_peft_files
 from personalize.formats.rank_reduction import lowered_pairs
 from personalize.formats.reader_keys import Factors
 from personalize.io.atomic import plain_name, write_file, write_folder
-from personalize.io.plain_files import is_hidden, visible
+from personalize.io.plain_files import visible
 
 if TYPE_CHECKING:
     from personalize.cli.options import ConvertConfig
@@ -159,8 +159,5 @@ def _write_diffusers_folder(config: ConvertConfig, folder: Path, concepts: Conce
 
 def _write_peft(config: ConvertConfig, files: Mapping[str, bytes], expected: Factors, family: str | None) -> Path:
     """Write PEFT's files, also in the place of older ones; UserError if the folder holds anything else."""
-    folder, ours = config.output, {PEFT_CONFIG, PEFT_WEIGHTS}
-    names = {path.name for path in folder.rglob("*") if path.is_file() and not is_hidden(path.name)}
-    if others := names - ours:
-        raise UserError(f"{folder} already holds {min(others)}: name another output folder")
-    return write_folder(folder, files, check=lambda written: require_peft_files(written, expected, family))
+    require_no_other_files(config.output)
+    return write_folder(config.output, files, check=lambda written: require_peft_files(written, expected, family))

@@ -13,7 +13,7 @@ from personalize.formats.diffusion_transformers.factors import Pair
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.reading import read
 from personalize.formats.diffusion_transformers.writing import diffusers_file, kohya_file, peft_folder
-from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
+from personalize.formats.peft_files import require_no_other_files
 from personalize.formats.rank_reduction import lowered_pairs
 from personalize.io.atomic import write_file, write_folder
 from personalize.io.tensor_files import TensorFile
@@ -47,10 +47,8 @@ def run(config: ConvertConfig, content: TensorFile, family: str) -> Path:
         require_same(path, pairs, family, dtype, asked=config.to == "diffusers")
 
     if config.to == "peft":
-        folder = config.output
-        if folder.is_dir() and (odd := {one.name for one in folder.iterdir()} - {PEFT_CONFIG, PEFT_WEIGHTS}):
-            raise UserError(f"{folder} already holds {min(odd)}: name another output folder")
-        written = write_folder(folder, peft_folder(pairs, family, dtype), check=check)
+        require_no_other_files(config.output)
+        written = write_folder(config.output, peft_folder(pairs, family, dtype), check=check)
     elif config.to == "diffusers":
         written = write_file(config.output, diffusers_file(pairs, family, dtype), check=check)
     else:

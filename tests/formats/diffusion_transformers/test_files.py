@@ -104,6 +104,18 @@ def test_convert_gives_every_change_back(tmp_path, capsys, scheme, to):
         assert inspect_file(output).readers["ComfyUI"][0] == "yes"
 
 
+def test_a_peft_folder_may_hold_hidden_files_and_no_others(tmp_path, capsys):
+    file, _ = write(tmp_path / "a.safetensors")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".DS_Store").write_text("of macOS")
+    command = ["convert", file, "--to", "peft", "--output", folder, "--overwrite"]
+    assert run(capsys, *command)[0] == 0 and (folder / ".DS_Store").is_file()
+    (folder / "notes.txt").write_text("mine")
+    code, said = run(capsys, *command)
+    assert code == 2 and "already holds notes.txt" in said
+
+
 def test_alphas_ranks_and_algorithms_of_others_become_one_lora(tmp_path, capsys):
     """alpha 1 at rank 2, a LoHa, a LoKr, a full difference and a changed bias, under LyCORIS' names."""
     noise = torch.Generator().manual_seed(0)
