@@ -9,6 +9,9 @@ style: all objects in another style.  Identity is measured outside the objects' 
 move: one object at another position.  Identity is measured in the whole frame.
     Success: the judge sees the noun nearer to its new position than to its old one.
 
+Likeness, where objects are to stay what they are (background, move, an object's neighbours): the least cosine, over
+those objects, between a network's embeddings of the object before and of what the edit shows in its place.
+
 Every bench has two controls: doing nothing, and the base model without adapter.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -36,6 +40,7 @@ from personalize.embedded.scenes import (
 )
 from tests.bench.cells import Cells
 from tests.bench.judge.judge import Judge, Verdict
+from tests.bench.judge.likeness import Likeness
 
 KINDS = ("background", "object", "style", "move")
 DO_NOTHING, BASE = "do nothing", "base without adapter"
@@ -159,6 +164,7 @@ class Score:
     psnr: dB, at most 60.
     colour: earth mover's distance of the L*, a* and b* distributions, averaged over the three, in ΔE.
     structure: relative difference of the gradients, from 0 (the same) to 1 (nothing in common).
+    likeness: cosine in [−1, 1], above 0.8 for 95 % of views of one thing; None if nothing is to stay what it is.
     """
 
     success: bool
@@ -166,6 +172,7 @@ class Score:
     psnr: float
     colour: float
     structure: float
+    likeness: float | None
 
 
 def score(task: Task, picture: np.ndarray | Image.Image, judge: Judge) -> Score:
@@ -176,7 +183,23 @@ def score(task: Task, picture: np.ndarray | Image.Image, judge: Judge) -> Score:
     styles = [judge.style_inside(picture, mask) for mask in masks] if task.kind == "style" else []
     nouns = {thing.noun for thing in task.after.objects}
     whole = verdict.nouns == nouns and verdict.background == task.after.background
-    return Score(success(task, verdict, styles), whole, **identity(picture, truth, region(task, len(picture))))
+    figures = identity(picture, truth, region(task, len(picture)))
+    return Score(success(task, verdict, styles), whole, **figures, likeness=likeness(task, picture))
+
+
+def likeness(task: Task, picture: np.ndarray) -> float | None:
+    """The least likeness of an object that is to stay what it is, before the edit and at its true place after it."""
+    stays = [
+        i for i in range(len(task.before.objects)) if task.kind != "style" and (task.kind, i) != ("object", task.index)
+    ]
+    (before, masks), places = render(task.before, len(picture)), render(task.after, len(picture))[1]
+    compared = [_likeness()(before, masks[i], picture, places[i]) for i in stays if masks[i].any() and places[i].any()]
+    return min(compared, default=None)
+
+
+@cache
+def _likeness() -> Likeness:
+    return Likeness.load()
 
 
 def identity(picture: np.ndarray, truth: np.ndarray, where: np.ndarray) -> dict[str, float]:

@@ -17,6 +17,8 @@ from tests.bench.cells import Cells
 from tests.bench.contract import BASE, KINDS, Task, picture_file
 from tests.bench.intervals import mean_interval, paired_interval, wilson
 
+ALIKE = 0.7  # cosine: 95 % of pairs of one thing are above 0.82, 95 % of pairs of two things below 0.60
+
 
 @dataclass(frozen=True)
 class BenchOptions:
@@ -33,22 +35,29 @@ class BenchOptions:
 def table(rows: Sequence[dict[str, Any]], *, reference: str = BASE) -> str:
     """A Markdown table with a line for each kind of edit and arm, and a 95 % interval for each figure.
 
-    Percentages have Wilson intervals, means have bootstrap intervals.  The last column is the paired difference in
-    success from the arm `reference` on the same tasks, in percentage points.
+    Percentages have Wilson intervals, means have bootstrap intervals.  "alike" is the share of rows whose likeness is
+    at least `ALIKE`, among those that have one.  The last column is the paired difference in success from the arm
+    `reference` on the same tasks, in percentage points.
     """
     lines = [
-        "| edit | arm | n | success % | whole scene % | PSNR dB | colour ΔE | structure | success − reference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| edit | arm | n | success % | scene % | alike % | PSNR dB | colour ΔE | structure | success − reference |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in KINDS:
         ours = [row for row in rows if row["kind"] == kind]
         for arm in dict.fromkeys(row["arm"] for row in ours):
             mine = [row for row in ours if row["arm"] == arm]
-            cells = [share(mine, "success"), share(mine, "whole_scene")]
+            cells = [share(mine, "success"), share(mine, "whole_scene"), _alike(mine)]
             cells += [mean(mine, key, digits) for key, digits in (("psnr", 1), ("colour", 2), ("structure", 3))]
             theirs = {row["task"]: row for row in ours if row["arm"] == reference}
             lines.append(f"| {kind} | {arm} | {len(mine)} | {' | '.join(cells)} | {_difference(mine, theirs)} |")
     return "\n".join(lines) + "\n"
+
+
+def _alike(rows: Sequence[dict[str, Any]]) -> str:
+    """The share of the rows with a likeness whose subject is still the same thing."""
+    known = [{"alike": row["likeness"] >= ALIKE} for row in rows if row["likeness"] is not None]
+    return share(known, "alike") if known else "–"
 
 
 def share(rows: Sequence[dict[str, Any]], key: str) -> str:

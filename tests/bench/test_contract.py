@@ -49,6 +49,22 @@ def test_region_of_each_edit():
     assert found("move", scene.with_object_shifted(0, 0.1, 0.1)).all()
 
 
+def test_likeness_is_of_the_objects_that_stay_and_falls_when_one_is_another():
+    cat, dog = SceneObject("cat", "3d", 0.3, 0.5, 0.4), SceneObject("dog", "3d", 0.7, 0.5, 0.4)
+    scene = Scene("grass", (cat, dog))
+
+    def of(kind: str, after: Scene, shown: Scene) -> float:
+        found = contract.likeness(Task(kind, "", scene, after, 0), render(shown, SIZE)[0])
+        return -2 if found is None else found
+
+    snow, pig = scene.with_background("snow"), scene.with_object(0, noun="pig")
+    assert of("background", snow, snow) > report.ALIKE > of("background", snow, pig.with_background("snow"))
+    assert of("object", pig, pig) > report.ALIKE > of("object", pig, pig.with_object(1, noun="frog")), "the dog stays"
+    assert of("style", scene.with_style("drawing"), scene) == -2
+    moved = scene.with_object_shifted(0, 0.1, 0.2)
+    assert of("move", moved, moved) > report.ALIKE
+
+
 def test_random_tasks_change_one_thing_and_are_reproducible():
     for kind in KINDS:
         for seed in range(20):
