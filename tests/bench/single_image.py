@@ -3,16 +3,17 @@
     python -m tests.bench.single_image --scenes 4 --budget 8         # on two CPU cores: some hours
     python -m tests.bench.single_image --scenes 20 --budget 16       # with an accelerator
 
-Each scene has one object in the style that the embedded model was not trained on.  It is learned by LoRA, and by full
-weights at each of the paper's rates; then its background, its object and its style are edited.  Every arm samples the
-same number of pictures, of which the same scorer keeps one; the scorer shares no data and no weights with the judge.
+Each scene has one object in the style that the embedded model was not trained on.  It is learned by LoRA, by LoRA with
+timestep-dependent rank, with an orthogonal start and with both, and by full weights at some of the paper's rates; then
+its background, its object and its style are edited.  Every arm samples the same number of pictures, of which the same
+scorer keeps one; the scorer shares no data and no weights with the judge.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
@@ -42,8 +43,9 @@ from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.schedule import make_schedule
 from personalize.training.config import SingleImageConfig
 from personalize.training.single_image import learn
+from tests.bench import frontier
 from tests.bench.cells import Cells
-from tests.bench.contract import BASE, DO_NOTHING, Arm, Task, do_nothing, evaluate, random_task
+from tests.bench.contract import BASE, CONTROLS, DO_NOTHING, Arm, Task, do_nothing, evaluate, random_task
 from tests.bench.full_weights import FullWeights, full_weights_applied, learn_full
 from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import Judge
@@ -58,6 +60,9 @@ RULES = {
     DECODER: ("decoderattn", "nodecoder=0.5", "decoderkv", "nodecoder"),
     ENCODER: ("encoderattn", "noencoder=0.5", "encoderkv", "noencoder"),
 }
+LORA, RANK, START, BOTH = "LoRA", "timestep rank", "orthogonal start", "timestep rank and orthogonal start"
+VARIANTS = (LORA, RANK, START, BOTH)
+VARIANT_RULES = (NONE, DECODER)  # the arms of every variant but LoRA, which has all
 PAPER_RULES = ("none", "encoderattn", "none", "decoderattn")  # in the proportions of the published results
 PAPER_ALPHAS, PAPER_BETAS = (0.7, 0.9), (1.2, 0.8, 1.4, 1.0)
 FIGURES = {"success": 100.0, "psnr": 1.0, "colour": 1.0, "structure": 1.0}  # figure: the factor it is reported with
@@ -77,8 +82,10 @@ class SingleImageBench(BenchOptions):
     """Denoising steps."""
     samples: int = 400
     """Training samples for each picture, by LoRA and by full weights."""
-    paper_rates: tuple[float, ...] = (2e-5, 6e-5, 2e-4, 1e-3)
+    paper_rates: tuple[float, ...] = (2e-4, 1e-3)
     """Learning rates of the full weights; the paper's is 6e-5, for a model fifty times as large as the embedded one."""
+    variants: tuple[str, ...] = VARIANTS[1:]
+    """Ways to train that are compared with plain LoRA."""
     nouns: tuple[str, ...] = ()
     """Nouns of the scenes, instead of those of world.json."""
     threads: int = 2
@@ -111,12 +118,13 @@ class Bench:
     def source(self, index: int) -> Image.Image:
         return Image.fromarray(render(self.task(KINDS[0], index).before, self.model.resolution)[0])
 
-    def _editor(self, index: int) -> Editor:
-        """An editor with the LoRA of scene `index`, which is trained unless an earlier run has saved it."""
-        folder = self.options.output_dir / "adapters" / f"scene-{index}"
+    def _editor(self, index: int, variant: str = LORA) -> Editor:
+        """An editor with the adapter of scene `index`, which is trained unless an earlier run has saved it."""
+        name = f"scene-{index}" if variant == LORA else f"scene-{index}-{variant.replace(' ', '-')}"
+        folder = self.options.output_dir / "adapters" / name
         if not (folder / MANIFEST).is_file():
-            caption = self.task(KINDS[0], index).source_prompt
-            learn(self.model, to_pixels(self.source(index)), caption, self.config).save(folder)
+            caption, config = self.task(KINDS[0], index).source_prompt, variant_config(self.config, variant)
+            learn(self.model, to_pixels(self.source(index)), caption, config).save(folder)
         return Editor(self.model, Adapter.load(folder))
 
     def _full(self, index: int, rate: float) -> FullWeights:
@@ -135,15 +143,16 @@ class Bench:
     def arms(self) -> dict[str, Arm]:
         arms: dict[str, Arm] = {DO_NOTHING: do_nothing, BASE: self._base}
         arms |= {name: self._grid(name) for name in RULES}
+        arms |= {f"{one}, {rule}": self._grid(rule, one) for one in self.options.variants for rule in VARIANT_RULES}
         arms[AUTO] = self._auto
         return arms | {paper(rate): self._paper(rate) for rate in self.options.paper_rates}
 
     def _base(self, task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
         return arrays(Editor(self.model).base(task.target_prompt, seeds=range(budget), sampling=self.sampling))
 
-    def _grid(self, name: str) -> Arm:
+    def _grid(self, name: str, variant: str = LORA) -> Arm:
         def arm(task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
-            with self.editor(number(task)) as editor:
+            with self.editor(number(task), variant) as editor:
                 drawn = [
                     editor.edit(task.target_prompt, setting, seeds=[seed], sampling=self.sampling)[0]
                     for setting, seed in spread(grid_of(name), budget)
@@ -153,7 +162,7 @@ class Bench:
         return arm
 
     def _auto(self, task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
-        editor = self.editor(number(task))
+        editor = self.editor(number(task), LORA)
         found = search(editor, self.request(task), self.scorer, budget=budget, sampling=self.sampling)
         return arrays([trial.picture for trial in found])
 
@@ -182,10 +191,17 @@ class Bench:
         pixels, caption = to_pixels(self.source(index)), self.task(KINDS[0], index).source_prompt
         replay = EditStrengths(alpha=1.0, beta=0.0)
         replays = {"autoencoder": self.model.decode(self.model.encode(pixels)).cpu()}
-        replays["LoRA"] = to_pixels(self.editor(index).reconstruct(sampling=self.sampling)[0])
+        for variant in (LORA, *self.options.variants):
+            replays[variant] = to_pixels(self.editor(index, variant).reconstruct(sampling=self.sampling)[0])
         for rate in self.options.paper_rates:
             replays[paper(rate)] = to_pixels(self.sample_full(self.full(index, rate), caption, replay, 0))
         return {name: round(psnr(one, pixels), 3) for name, one in replays.items()}
+
+
+def variant_config(config: SingleImageConfig, variant: str) -> SingleImageConfig:
+    """`config` with timestep-dependent rank, from half of the rank on, an orthogonal start, or both."""
+    least = config.rank // 2 if variant in (RANK, BOTH) else None
+    return replace(config, min_rank=least, orthogonal_start=variant in (START, BOTH))
 
 
 def paper(rate: float) -> str:
@@ -222,19 +238,27 @@ def spread(settings: Sequence[EditStrengths], budget: int) -> list[tuple[EditStr
     return [(setting, seed) for seed, setting in enumerate(islice(cycle(settings), budget))]
 
 
-def versus(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
-    """A Markdown table of the paired differences of `--auto` from every other arm, with 95 % intervals."""
-    lines = ["| --auto minus | success (points) | PSNR dB | colour ΔE | structure |", "|---|---|---|---|---|"]
-    mine = {row["task"]: row for row in rows if row["arm"] == AUTO}
-    for arm in arms:
-        pairs = [(mine[row["task"]], row) for row in rows if row["arm"] == arm]
+def versus(rows: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]], kind: str = "") -> str:
+    """A Markdown table of paired differences between two arms with 95 % intervals, of one `kind` of edit or of all."""
+    lines = [
+        "| arm | minus | n | success (points) | PSNR dB | colour ΔE | structure |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found = {(row["arm"], row["task"]): row for row in rows if row["kind"] == kind or not kind}
+    for arm, other in pairs:
+        both = [(row, found[other, task]) for (name, task), row in found.items() if name == arm]
         cells = []
-        for name, factor in FIGURES.items():
-            values = [[factor * float(row[name]) for row in column] for column in zip(*pairs, strict=True)]
+        for figure, factor in FIGURES.items():
+            values = [[factor * float(row[figure]) for row in column] for column in zip(*both, strict=True)]
             difference, low, high = paired_interval(*values)
             cells.append(f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+        lines.append(f"| {arm} | {other} | {len(both)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def variant_pairs(variants: Sequence[str]) -> list[tuple[str, str]]:
+    """Each variant's arms with LoRA's of the same forgetting."""
+    return [(f"{variant}, {rule}", rule) for variant in variants for rule in VARIANT_RULES]
 
 
 def run(options: SingleImageBench, model: StableDiffusion | None = None, scorer: Scorer | None = None) -> str:
@@ -249,11 +273,17 @@ def run(options: SingleImageBench, model: StableDiffusion | None = None, scorer:
         print(f"scene {index} of {options.scenes}: done", flush=True)
     replays = [bench.cells.rows[f"reconstruction/{index}"] for index in range(options.scenes)]
     names = [name for name in replays[0] if name != "key"]
-    text = table(rows, reference=NONE) + "\n" + versus(rows, [arm for arm in arms if arm != AUTO])
+    measured, changes = [arm for arm in arms if arm not in CONTROLS], variant_pairs(options.variants)
+    text = table(rows, reference=NONE) + "\n" + versus(rows, [(AUTO, arm) for arm in arms if arm != AUTO])
+    if changes:
+        text += f"\nBackgrounds alone:\n\n{versus(rows, changes, 'background')}\nAll edits:\n\n{versus(rows, changes)}"
+    places = frontier.points(rows, measured)
+    text += "\n" + frontier.summary(places)
     text += "\nReconstruction, PSNR dB: " + ", ".join(f"{name} {mean(replays, name, 2)}" for name in names) + "\n"
     folder = options.output_dir
     (folder / "table.md").write_text(text, encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps({"edits": rows, "replays": replays}, indent=1), encoding="utf-8")
+    frontier.plot(places, folder / "frontier.png")
     contact_sheet(tasks, list(arms), bench.cells, size=min(128, side)).save(folder / "sheet.png")
     return text
 

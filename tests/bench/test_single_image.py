@@ -7,15 +7,28 @@ import json
 import pytest
 import torch
 
+from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora import module_names
 from personalize.evaluation.scene_scorer import SceneScorer, ScorerNet
 from personalize.models.stable_diffusion import Conditioning
 from personalize.randomness import generator
-from tests.bench import single_image
+from tests.bench import frontier, single_image
 from tests.bench.full_weights import full_weights_applied, learn_full, trained_names
 from tests.bench.judge import judge
-from tests.bench.single_image import AUTO, DECODER, ENCODER, KINDS, NONE, RULES, SingleImageBench, grid_of, run, spread
+from tests.bench.single_image import (
+    AUTO,
+    BOTH,
+    DECODER,
+    ENCODER,
+    KINDS,
+    NONE,
+    RULES,
+    SingleImageBench,
+    grid_of,
+    run,
+    spread,
+)  # fmt: skip
 from tests.support.tiny import tiny
 
 BATCH = generator(0, "test/pixels")
@@ -45,18 +58,28 @@ def test_a_scene_is_measured_resumed_and_tabled(tmp_path, monkeypatch, model):
     scorer = SceneScorer(ScorerNet((8, 8, 8)), {})
     options = SingleImageBench(
         model=tmp_path, output_dir=tmp_path / "out", scenes=1, budget=1, steps=1, samples=10, paper_rates=(1e-4,),
-        nouns=("cat", "dog"),
+        nouns=("cat", "dog"), variants=(BOTH,),
     )  # fmt: skip
     text = run(options, model, scorer)
     for arm in (NONE, DECODER, ENCODER, AUTO, "paper, rate 0.0001", "do nothing", "base without adapter"):
         assert f"| background | {arm} | 1 |" in text
-    assert "| --auto minus |" in text and "Reconstruction, PSNR dB: autoencoder" in text
-    assert (tmp_path / "out" / "sheet.png").is_file()
+    assert "| --auto | no forgetting | 3 |" in text and "Reconstruction, PSNR dB: autoencoder" in text
+    assert f"| {BOTH}, {DECODER} | {DECODER} | 1 |" in text and "On the frontier of success and identity: " in text
+    assert all((tmp_path / "out" / name).is_file() for name in ("sheet.png", "frontier.png"))
+    assert Adapter.load(tmp_path / "out/adapters/scene-0-timestep-rank-and-orthogonal-start").timestep_rank is not None
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert len(found["edits"]) == 7 * 3 and {"LoRA", "paper, rate 0.0001"} <= set(found["replays"][0])
+    assert len(found["edits"]) == 9 * 3 and {"LoRA", "paper, rate 0.0001"} <= set(found["replays"][0])
     monkeypatch.setattr(single_image, "learn", lambda *_: pytest.fail("learned again"))
     monkeypatch.setattr(single_image, "learn_full", lambda *_: pytest.fail("learned again"))
     assert run(options, model, scorer) == text
+
+
+def test_an_arm_is_dominated_by_one_that_is_no_worse_in_both():
+    arms = {"a": (50.0, 20.0), "b": (70.0, 18.0), "c": (50.0, 19.0), "d": (70.0, 18.0)}
+    assert frontier.dominated(arms) == {"c": "a"}, "b and d are equal: neither is better"
+    text = frontier.summary(arms)
+    assert "On the frontier of success and identity: b (70 %, 18.0 dB), d (70 %, 18.0 dB), a" in text
+    assert "Dominated: c (by a)." in text
 
 
 def test_every_kind_of_edit_has_the_same_scene_before(tmp_path, model):
