@@ -111,17 +111,21 @@ def more_fields(studio: Studio, fields: dict[str, Any]) -> None:
         fields["extra"] = gr.CheckboxGroup(list(ON_TOP), label="Presets on top")
         with gr.Row():
             fields["samples"] = gr.Number(
-                None, label="Samples", precision=0, info="Empty: the preset's", elem_id="learn-samples"
+                None, label="Samples", precision=0, info="0: the preset's", elem_id="learn-samples"
             )
             fields["every"] = gr.Number(
                 10, label="Updates between replays", precision=0, minimum=1, elem_id="learn-every"
             )
         with gr.Row():
-            fields["rank"] = gr.Number(None, label="Rank", precision=0)
-            fields["resolution"] = gr.Number(None, label="Resolution", precision=0)
+            fields["rank"] = gr.Number(None, label="Rank", precision=0, info="0: the preset's")
+            fields["resolution"] = gr.Number(None, label="Resolution", precision=0, info="0: the base's")
             fields["seed"] = gr.Number(0, label="Seed", precision=0)
         fields["class_images"] = gr.Number(
-            None, label="Class pictures (several subjects)", precision=0, elem_id="learn-classes"
+            None,
+            label="Class pictures",
+            precision=0,
+            elem_id="learn-classes",
+            info="Of several subjects. 0: the preset's",
         )
         fields["captioner"] = gr.Textbox(
             label="BLIP model that captions", placeholder="A folder or hub id; may stay empty"

@@ -55,8 +55,8 @@ def result(job: Job) -> str:
     adapter = Path(ended["adapter"])
     info = read_json(adapter / "adapter.json")
     names = {
-        "reconstruction_db": "Its replay comes to the picture as near as",
-        "autoencoder_db": "The autoencoder's limit",
+        "reconstruction_db": "PSNR of the replay",
+        "autoencoder_db": "PSNR of the autoencoder, its limit",
     }
     rows: dict[str, Any] = {"Adapter": f"{adapter}, saved and verified"}
     if ended["stopped"]:
