@@ -29,6 +29,11 @@ PACKAGE = Path(__file__).parents[1]
 ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment variable: file for the one-line error of a launched process
 REPORT = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic", re.MULTILINE)  # the launcher's, about failed processes
 KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
+ENDED = re.compile(  # the launcher itself was ended by a signal, or a process by one before it could say so
+    r"SignalException: Process \d+ got signal: (\d+)|failed \(exitcode: (129|130|143)\)"
+)
+PROGRESS = re.compile(r"after \d+ of .*")
+NOTHING_KEPT = "no file is half-written; the same command begins anew"
 
 
 def scripts_home() -> Path:
@@ -95,23 +100,38 @@ def launch(script: Path, args: Sequence[str], processes: int) -> int:
         lines = errors.read_text(encoding="utf-8").splitlines() if errors.exists() else []
         first, failed = checked(parse_json(lines[0], errors), tuple[str, int], errors) if lines else ("", 0)
         if received:
-            report_error(first or "stopped")
-            return 128 + received[0]
+            return report_error(first or f"stopped by {_name(received[0])}: {NOTHING_KEPT}", 128 + received[0])
         if killed := KILLED.search(report):
             return report_error(_about_killed(int(killed[2]), int(killed[1]), processes, first))
+        if number := _ended_by(code, report):
+            return report_error(first or f"stopped by {_name(number)}: {NOTHING_KEPT}", 128 + number)
         if code and (not first or traceback_wanted()):
             sys.stderr.write(report)
         if code and first:
             return report_error(first, failed)
-        return code if code >= 0 else 128 - code
+        return code
 
 
 def _about_killed(rank: int, number: int, processes: int, said: str) -> str:
     """For the message: the process `rank` was ended by the signal `number`, and what another said before it ended."""
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    name = _name(number)
     cause = ", as the system does when memory is short" if name == "SIGKILL" else ""
-    _, after, progress = said.partition(" after ")  # of the main process, which has saved a checkpoint
-    return f"process {rank} of {processes} was ended by {name}{cause}; all have stopped{after}{progress}"
+    progress = PROGRESS.search(said)  # of the main process, which may have saved a checkpoint
+    stopped = (
+        said if said.startswith("stopped") else f"stopped {progress[0]}" if progress else f"stopped: {NOTHING_KEPT}"
+    )
+    return f"process {rank} of {processes} was ended by {name}{cause}; all have {stopped}"
+
+
+def _ended_by(code: int, report: str) -> int:
+    """The signal that ended the launcher, before it listened to signals or after, or a process of it; 0 if none did."""
+    found = ENDED.search(report)
+    return -code if code < 0 else int(found[1] or int(found[2]) - 128) if found else 0
+
+
+def _name(number: int) -> str:
+    """ "SIGTERM" for 15."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def _reported(call: Callable[[], int], quiet: bool) -> int:
             return code
     except KeyboardInterrupt as stop:
         if str(stop) or launch.ERROR_FILE not in os.environ:  # a launched process leaves that to its parent
-            launch.report_error(str(stop) or "stopped: no file is half-written; the same command begins anew")
+            launch.report_error(str(stop) or f"stopped: {launch.NOTHING_KEPT}", getattr(stop, "exit_code", 130))
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         raise

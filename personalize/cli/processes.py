@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from ctypes import CDLL
 from types import FrameType
 
-from personalize.errors import Stopped
+from personalize.errors import Stopped, UserError
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PAUSE = 1.0  # seconds between two looks at the parent, where the system does not tell
@@ -20,26 +20,36 @@ PAUSE = 1.0  # seconds between two looks at the parent, where the system does no
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Run the body so that SIGTERM and SIGHUP raise Stopped, as SIGINT raises KeyboardInterrupt: files are tidied up.
+    """Run the body so that SIGINT, SIGTERM and SIGHUP raise Stopped, a KeyboardInterrupt: files are tidied up.
 
-    Signals that are ignored or have a handler stay as they are.
+    Signals that are ignored or have a handler stay as they are.  A library whose import is broken off may go on and
+    fail in a way of its own: an exception that is not ours and leaves the body after a signal becomes Stopped.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, _raise_stopped)
+    received: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
+    except UserError:
+        raise
+    except Exception as error:
+        if received:
+            raise Stopped(received[0]) from error
+        raise
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _raise_stopped(number: int, _: FrameType | None) -> None:
-    raise Stopped(number)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def end_with_parent() -> None:

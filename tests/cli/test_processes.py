@@ -112,6 +112,36 @@ sys.exit(1)
     assert set(lines[:-1]) <= {"a warning"}
 
 
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ("os.kill(os.getpid(), 15)", 143),  # before torch's launcher listens to signals
+        ("sys.stderr.write('torch…SignalException: Process 9 got signal: 15\\n'); sys.exit(1)", 143),
+        ("sys.stderr.write('failed (exitcode: 130) local_rank: 0 (pid: 9)\\n'); sys.exit(1)", 130),
+    ],
+)
+def test_a_launcher_that_ends_by_a_signal_is_one_line(monkeypatch, capfd, ends: str, code: int) -> None:
+    report = "W1127 13:17:53.115000 13696 torch/distributed/elastic/agent/server/api.py:753] Received 15 death signal"
+    script = f"import os, sys; sys.stderr.write({report!r} + chr(10)); sys.stderr.flush(); {ends}"
+    assert launched(monkeypatch, script) == code
+    name = signal.Signals(code - 128).name
+    said = f"personalize: stopped by {name}: no file is half-written; the same command begins anew"
+    assert capfd.readouterr().err.splitlines() == [said]
+
+
+def test_what_a_broken_off_import_raises_is_the_stop(capsys) -> None:
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException:
+            raise RecursionError("of a lazy module") from None
+        return 0
+
+    assert to_exit_code(work) == 143
+    assert capsys.readouterr().err == "personalize: stopped: no file is half-written; the same command begins anew\n"
+
+
 @pytest.mark.parametrize("wanted", ["", "1"])
 def test_a_fault_in_a_process_is_one_line_of_its_launch(monkeypatch, capfd, wanted: str) -> None:
     monkeypatch.setenv("PERSONALIZE_TRACEBACK", wanted)
