@@ -3,9 +3,13 @@
     python -m tests.bench.torture --kills 200 --output tests/bench/results/torture.jsonl
 
 Each kill is a cell: a signal after a random share of the time that the work takes, then the same work again to its end.
+A signal that comes after the end is no kill: the work is begun anew, and taken to be shorter; how long it takes is
+measured again after every 20 kills.
+
 Counted are adapters that are not, byte for byte, those of work that nobody interrupted (of saves: neither the old one
-nor the new one), files of another program that are gone, hidden files that are left, and processes of the killed work
-that still live a minute later: whoever loses its parent becomes a child of the bench, so that none is overlooked.
+nor the new one); files of another program that are gone; hidden files that are left; processes of the killed work that
+still live a minute later (whoever loses its parent becomes a child of the bench, so that none is overlooked); and kills
+after which more was said than one line.
 It resumes where it was interrupted.  The base is a tiny one of random weights: what is tried is not the learning.
 """
 
@@ -14,12 +18,12 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -34,13 +38,15 @@ from personalize.cli.main import main as personalize
 from personalize.formats.manifest import DIFFUSERS_FILE
 from personalize.formats.verification import verify_folder
 from tests.bench.cells import Cells
+from tests.bench.kills import GRACE, TooLate, child, finished, hidden, killed, row, theirs
 from tests.support.children import adopt_orphans, descendants, living
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
 SHARES = {"training": 5, "saving": 5, "exporting": 3, "catalogue": 1, "processes": 4, "disk": 2}  # of 20 kills
-GRACE = 60.0  # seconds
 ROWS = 20
+TRIES = 8  # of one kill, if it comes too late
+AGAIN = 20  # kills after which durations are measured again
 LEARNING = ["--targets", "attention", "--rank", "2", "--preview_steps", "0", "--samples_per_update", "1"]
 
 
@@ -73,13 +79,21 @@ def prepared(root: Path) -> Place:
     rows = [f"{number}.png,a cat,n{number}" for number in range(ROWS)]
     (root / "items.csv").write_text("\n".join(["image,caption,name", *rows]))
     place = Place(root, {}, {})
-    for kind, words in (("training", place.training(root / "whole")), ("catalogue", place.catalogue(root / "rows"))):
-        began = time.monotonic()
-        assert finished(child(lambda words=words: personalize(words))) == 0, kind
-        place.seconds[kind] = time.monotonic() - began
+    measure(place)
     place.expected = {"training": weights(root / "whole")}
     place.expected |= {f"n{number}": weights(root / "rows" / f"n{number}") for number in range(ROWS)}
     return place
+
+
+def measure(place: Place) -> None:
+    """Do each work of one process once, and remember how long it took."""
+    for folder in ("whole", "rows"):
+        shutil.rmtree(place.root / folder, ignore_errors=True)
+    whole, rows = place.root / "whole", place.root / "rows"
+    for kind, words in (("training", place.training(whole)), ("catalogue", place.catalogue(rows))):
+        began = time.monotonic()
+        assert finished(child(lambda words=words: personalize(words))) == 0, kind
+        place.seconds[kind] = time.monotonic() - began
 
 
 def weights(folder: Path) -> str:
@@ -90,65 +104,16 @@ def weights(folder: Path) -> str:
     return ""
 
 
-def child(work: Callable[[], object]) -> int:
-    """Start `work` in a fork with a process group of its own, silent; returns its id."""
-    process = os.fork()
-    if process:
-        return process
-    os.setpgid(0, 0)
-    torch.set_num_threads(1)
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    code: Any = 1
-    try:
-        code = work()
-    finally:
-        os._exit(code if isinstance(code, int) else 0)
-
-
-def finished(process: int) -> int:
-    """Wait for a child; its exit code."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def killed(work: Callable[[], object], number: int, after: float) -> int:
-    """Start `work`, and send it the signal `number` after some seconds; how many processes of it are left."""
-    process = child(work)
-    time.sleep(after)
-    os.kill(process, number)
-    finished(process)
-    return living(GRACE)
-
-
-def hidden(*folders: Path) -> int:
-    """Hidden files and folders that our program has left in these folders."""
-    return sum(len(list(folder.glob(".*"))) for folder in folders if folder.is_dir())
-
-
-def theirs(folder: Path, begun: float) -> list[Path]:
-    """Files that another program puts into the folder, named by a moment."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"theirs-{begun}", folder / "logs" / f"theirs-{begun}"]
-    for file in files:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("theirs")
-    return files
-
-
-def row(equal: bool, files: Iterable[Path], alive: int, hidden_files: int, **more: Any) -> dict[str, Any]:
-    lost = sum(not file.is_file() for file in files)
-    return {"equal": equal, "lost": lost, "left": alive, "hidden": hidden_files, **more}
-
-
 def training(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
     """A training killed at any moment, and resumed."""
     number, output = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), folder / "out"
     files = theirs(output, 0)
-    alive = killed(lambda: personalize(place.training(output)), number, draw.uniform(0, place.seconds["training"]))
+    after, said = draw.uniform(0, place.seconds["training"]), folder / "said"
+    alive = killed(lambda: personalize(place.training(output)), number, after, said)
     files += theirs(output, 1)
     code = finished(child(lambda: personalize(place.training(output, "--resume_from_checkpoint", "latest"))))
     equal = code == 0 and weights(output) == place.expected["training"]
-    return row(equal, files, alive, hidden(output, folder), signal=number)
+    return row(equal, files, alive, hidden(output, folder), said, signal=number)
 
 
 def saving(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
@@ -162,6 +127,8 @@ def saving(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
     process = child(lambda: new.save(output))
     time.sleep(draw.uniform(0, length))
     files += theirs(output, 1)
+    if os.waitpid(process, os.WNOHANG)[0]:
+        raise TooLate
     os.kill(process, number)
     finished(process)
     alive = living(GRACE)
@@ -177,26 +144,26 @@ def exporting(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]
     words = ["export", "lora", str(source), "--output", str(output)]
     number = draw.choice([signal.SIGKILL, signal.SIGTERM])
     files = theirs(output.parent, 0)
-    after = draw.uniform(0, place.seconds.setdefault("exporting", 1.0))
-    alive = killed(lambda: personalize(words), number, after)
+    after, said = draw.uniform(0, place.seconds.setdefault("exporting", 1.0)), folder / "said"
+    alive = killed(lambda: personalize(words), number, after, said)
     whole = not output.exists() or personalize(["verify", str(output)]) == 0
     output.unlink(missing_ok=True)
     began = time.monotonic()
     again = finished(child(lambda: personalize(words))) == 0
     place.seconds["exporting"] = time.monotonic() - began
     equal = whole and again and weights(source) == place.expected["training"]
-    return row(equal, files, alive, hidden(output.parent), signal=number)
+    return row(equal, files, alive, hidden(output.parent), said, signal=number)
 
 
 def catalogue(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
     """A catalogue of 20 rows killed at any moment and started again: at most one row is learned twice."""
     number, output = draw.choice([signal.SIGKILL, signal.SIGTERM]), folder / "out"
-    files = theirs(output, 0)
-    alive = killed(lambda: personalize(place.catalogue(output)), number, draw.uniform(0, place.seconds["catalogue"]))
+    files, after, said = theirs(output, 0), draw.uniform(0, place.seconds["catalogue"]), folder / "said"
+    alive = killed(lambda: personalize(place.catalogue(output)), number, after, said)
     code = finished(child(lambda: personalize(place.catalogue(output))))
     equal = sum(weights(output / f"n{row}") == place.expected[f"n{row}"] for row in range(ROWS))
     ours = hidden(output, output / "results")
-    return row(code == 0 and equal == ROWS, files, alive, ours, signal=number, adapters=equal)
+    return row(code == 0 and equal == ROWS, files, alive, ours, said, signal=number, adapters=equal)
 
 
 def processes(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
@@ -214,21 +181,18 @@ def processes(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]
         command = subprocess.Popen(words, stdout=said, stderr=said)
     time.sleep(draw.uniform(0, place.seconds["processes"]))
     alive = descendants()  # the command, the launcher, and the two of the launch, in this order
-    number, victim = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.randrange(max(1, len(alive)))
-    with suppress(ProcessLookupError, IndexError):  # it was done sooner than usual
-        os.kill(alive[victim], number)
+    if not alive:
+        command.wait()
+        raise TooLate
+    number, victim = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.randrange(len(alive))
+    os.kill(alive[victim], number)
     command.wait()
     remaining = living(GRACE)
     files += theirs(output, 1)
     again = subprocess.run([*words, "--resume_from_checkpoint", "latest"], check=False, **silent)
     equal = again.returncode == 0 and weights(output) == place.expected["processes"]
-    more = {
-        "signal": number,
-        "victim": victim,
-        "of": len(alive),
-        "said": (folder / "said").read_text().splitlines()[-2:],
-    }
-    return row(equal, files, remaining, hidden(output, folder), **more)
+    more = {"signal": number, "victim": victim, "of": len(alive)}
+    return row(equal, files, remaining, hidden(output, folder), folder / "said", **more)
 
 
 def disk(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
@@ -274,20 +238,35 @@ def main(words: list[str] | None = None) -> dict[str, dict[str, int]]:
             kind = order[number % len(order)]
             key = f"{kind}-{number}"
             if kind in options.only and key not in cells:
-                folder = Path(root, key)
-                folder.mkdir()
-                draw = random.Random(f"{options.seed} {key}")
-                print(key, cells.add(key, WORK[kind](place, folder, draw)), flush=True)
+                if number % AGAIN == AGAIN - 1:
+                    measure(place)
+                print(key, cells.add(key, one_kill(kind, place, Path(root, key), f"{options.seed} {key}")), flush=True)
     return summary(cells)
 
 
+def one_kill(kind: str, place: Place, folder: Path, seed: str) -> dict[str, Any]:
+    """One cell; a kill that comes too late is tried again, on work that is taken to be shorter.
+
+    Raises:
+        TooLate: so were all.
+    """
+    for attempt in range(TRIES):
+        with suppress(TooLate):
+            place_of_try = folder.with_name(f"{folder.name}-{attempt}")
+            place_of_try.mkdir()
+            return WORK[kind](place, place_of_try, random.Random(f"{seed} {attempt}"))
+        if kind in place.seconds:
+            place.seconds[kind] *= 0.8
+    raise TooLate
+
+
 def summary(cells: Cells) -> dict[str, dict[str, int]]:
-    """Counts by kind: kills, adapters that are as they should be, files lost, processes and hidden files left."""
+    """Counts by kind: kills, adapters as they should be, files lost, processes and hidden files left, noisy ends."""
     counts: dict[str, dict[str, int]] = {}
     for key, values in cells.rows.items():
         of_kind = counts.setdefault(key.partition("-")[0], {"kills": 0})
         of_kind["kills"] += 1
-        for name in ("equal", "lost", "left", "hidden"):
+        for name in ("equal", "lost", "left", "hidden", "noisy"):
             of_kind[name] = of_kind.get(name, 0) + int(values[name])
     print(*counts.items(), sep="\n")
     return counts
