@@ -29,7 +29,8 @@ from personalize.training.data.buckets import FittedImage, fit
 from personalize.training.data.concepts import check_prompt, read_picture
 from personalize.training.data.images import read_training_images
 from personalize.training.loop import StepReport
-from personalize.training.memory_estimate import check_fits, estimate
+from personalize.training.memory_advice import check_fits
+from personalize.training.memory_estimate import estimate
 from personalize.training.multi_concept import multi_concept_run
 from personalize.training.run import TrainingRun
 from personalize.training.single_image import single_image_run

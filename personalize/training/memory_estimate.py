@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from personalize.errors import UserError
-from personalize.models.memory import LiveBytes, decoding_bytes, encoding_bytes, free_bytes
+from personalize.models.memory import LiveBytes, decoding_bytes, encoding_bytes
 from personalize.models.quantization import weight_bytes
 from personalize.models.vae import TILE
 from personalize.training.data.samples import SampleShard
@@ -79,11 +79,11 @@ class MemoryEstimate:
     def __str__(self) -> str:
         phases = {"the updates": self.updates, "encoding": self.encoding, "previews": self.decoding}
         return (
-            f"Memory, about {_readable(self.total)}: base {_readable(self.base)}, adapter with gradients "
-            f"{_readable(self.adapter + self.gradients)}, optimizer {_readable(self.optimizer)}, "
-            f"activations of {self.batch} sample{'s' * (self.batch > 1)} {_readable(self.activations)}; "
+            f"Memory, about {readable(self.total)}: base {readable(self.base)}, adapter with gradients "
+            f"{readable(self.adapter + self.gradients)}, optimizer {readable(self.optimizer)}, "
+            f"activations of {self.batch} sample{'s' * (self.batch > 1)} {readable(self.activations)}; "
             f"most in {max(phases, key=phases.__getitem__)}: "
-            + ", ".join(f"{name} {_readable(count)}" for name, count in phases.items())
+            + ", ".join(f"{name} {readable(count)}" for name, count in phases.items())
         )
 
 
@@ -101,10 +101,10 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
         sum(weight_bytes(part) for part in some if part in model.offload) for some in ([model.vae], model.text_encoders)
     )
     parts = [part for part in (model.unet, model.vae, *model.text_encoders) if part not in model.offload]
-    moments = [_eight_bit(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
+    moments = [eight_bit(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
     trained_in_base = sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
     base = sum(map(weight_bytes, parts)) - trained_in_base
-    sample = _measure_sample(run, trained)
+    sample = sample_bytes(run)
     decoded = (min(size[0], TILE), min(size[1], TILE)) if model.offload.tiled else size
     return MemoryEstimate(
         base, adapter, adapter, sum(moments), sample, run.shard.largest,
@@ -112,41 +112,37 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
     )  # fmt: skip
 
 
-def check_fits(expected: MemoryEstimate, run: TrainingRun) -> str | None:
-    """A sentence of advice if `expected` exceeds the free memory; None if it fits."""
-    free = free_bytes(run.model.device)
-    most = max(expected.updates, expected.decoding)  # encoding is over
-    wanted = most - expected.base - expected.adapter  # these two are allocated already
-    if free is None or wanted <= free:
-        return None
-    advice = _advice(run, previews=most > expected.updates)
-    return f"only {_readable(free)} of memory are free, about {_readable(wanted)} more will be needed: {advice}"
+def unturned(run: TrainingRun) -> list[str]:
+    """The options that need less memory and are not given yet; `memory_advice` says what each costs."""
+    config, model = run.config, run.model
+    halves = model.device.type != "cpu" and model.dtype == torch.float32 and not getattr(config, "full_kv", False)
+    options = {
+        "--mixed_precision bf16": halves,
+        "--offload": hasattr(config, "offload") and not model.offload.tiled,
+        "--train_batch_size 1": run.shard.largest > 1,
+        "--use_8bit_adam": not config.use_8bit_adam,
+        "--gradient_checkpointing": not config.gradient_checkpointing,
+        "--load_in_4bit": "quantisation" not in run.base and not getattr(config, "full_kv", False),
+    }
+    return [option for option, free in options.items() if free]
 
 
-def _advice(run: TrainingRun, *, previews: bool = False) -> str:
-    """What takes less memory; `previews`: they take the most, not the updates."""
-    config, quantised = run.config, "quantisation" in run.base
-    options = [
-        (previews and not run.model.offload.tiled, "--offload"),
-        (run.shard.largest > 1, "--train_batch_size 1"),
-        (not config.gradient_checkpointing, "--gradient_checkpointing"),
-        (not quantised, "--load_in_4bit"),
-        (True, "a lower --resolution"),
-    ]
-    return f"use {next(text for possible, text in options if possible)}"
-
-
-def _eight_bit(size: int) -> int:
+def eight_bit(size: int) -> int:
     """Bytes of both moments of a tensor of `size` parameters in 8-bit AdamW."""
     return 8 * size if size < SMALL_TENSOR else 2 * size + 8 * -(-size // BLOCK)
 
 
-def _readable(count: int) -> str:
+def readable(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _measure_sample(run: TrainingRun, trained: list[nn.Parameter]) -> int:
-    """The peak of the bytes allocated by one sample's forward and backward pass."""
+def sample_bytes(run: TrainingRun) -> int:
+    """The peak of the bytes allocated by one sample's forward and backward pass.
+
+    Raises:
+        UserError: not even one sample fits.
+    """
+    trained = list(run.objective.trainable().values())
     batch: Any = next(run.dataset.updates(SampleShard(1), 0, 1))[0]
     inputs = (value for value in batch.values() if isinstance(value, Tensor))
     existing = [*_tensors(run.objective), *_tensors(run.model.unet), *inputs]
@@ -154,7 +150,8 @@ def _measure_sample(run: TrainingRun, trained: list[nn.Parameter]) -> int:
         with LiveBytes(existing) as live, run.accelerator.autocast():
             torch.autograd.grad(run.objective(batch).total, trained, allow_unused=True)
     except torch.OutOfMemoryError:
-        raise UserError(f"not even one sample fits into memory: {_advice(run)}") from None
+        options = [one for one in unturned(run) if one != "--train_batch_size 1"] + ["a lower --resolution"]
+        raise UserError(f"not even one sample fits into memory: add {', then '.join(options)}") from None
     return live.peak
 
 

@@ -26,7 +26,8 @@ from personalize.training.cuda_graph import check_capturable
 from personalize.training.data.samples import SampleShard
 from personalize.training.distributed import TIMEOUT
 from personalize.training.loop import StepReport
-from personalize.training.memory_estimate import check_fits, estimate
+from personalize.training.memory_advice import check_fits
+from personalize.training.memory_estimate import estimate
 from personalize.training.run import TrainingRun
 from personalize.training.saving import check_space_for
 from personalize.training.stopping import PATIENCE, StopRequest, stop_requests

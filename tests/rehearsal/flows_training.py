@@ -9,7 +9,8 @@ from personalize.training import checkpoints
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.config import SingleImageConfig
 from personalize.training.finite import NonFiniteError
-from personalize.training.memory_estimate import check_fits, estimate
+from personalize.training.memory_advice import check_fits
+from personalize.training.memory_estimate import estimate
 from personalize.training.single_image import single_image_run
 from tests.rehearsal import support
 from tests.rehearsal.support import CAPTION, MORE, base, class_image, concepts, difference, learned, on_cpu

@@ -14,7 +14,7 @@ from personalize.models.memory import decoding_bytes, encoding_bytes
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import memory_estimate
 from personalize.training.config import SingleImageConfig
-from personalize.training.memory_estimate import LiveBytes, MemoryEstimate, check_fits, estimate
+from personalize.training.memory_estimate import LiveBytes, MemoryEstimate, estimate
 from personalize.training.single_image import SingleImageRun, single_image_run
 from tests.support.runs import CAPTION, pixels
 from tests.support.tiny import tiny_sd1
@@ -122,16 +122,3 @@ def test_live_bytes_fall_when_tensors_die() -> None:
         assert (live.now, live.peak) == (4000, 8000)
         del b
     assert live.now == 0
-
-
-def test_too_much_is_said_with_the_cheapest_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_estimate, "free_bytes", lambda device: 10**9)
-    with single_image_run(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
-        assert check_fits(MemoryEstimate(9 * 10**9, 0, 0, 0, 10**8, 2), run) is None  # the base is there already
-        advice = check_fits(MemoryEstimate(0, 0, 0, 0, 10**9, 2), run)
-        assert advice is not None and "1.0 GB of memory are free" in advice and "--train_batch_size 1" in advice
-    one = replace(SMALL, samples_per_update=1, gradient_checkpointing=True)
-    with single_image_run(tiny_sd1(), pixels(), CAPTION, one) as run:
-        much = MemoryEstimate(0, 0, 0, 0, 10**8, 1, decoding_picture=2 * 10**9)
-        assert str(check_fits(much, run)).endswith("2.0 GB more will be needed: use --offload")
-        assert "--load_in_4bit" in str(check_fits(MemoryEstimate(0, 0, 0, 0, 2 * 10**9, 1), run))
