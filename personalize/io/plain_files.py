@@ -65,6 +65,14 @@ def kind(mode: int) -> str:
     return "a plain file" if stat.S_ISREG(mode) else "a pipe or a device"
 
 
+def is_plain(path: Path) -> bool:
+    """Is there a plain file?  Not at a path that the system cannot look up, such as one too long or with a NUL."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def is_hidden(name: str) -> bool:
     """Is the name hidden by its dot (as macOS' `._1.png`), or one that a system puts into folders?"""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES

@@ -25,7 +25,7 @@ from personalize.errors import UserError, said_if_stopped
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, parse_json
 from personalize.io.numbering import folded, windows_refuses
-from personalize.io.plain_files import file_hash, read_bytes, read_text
+from personalize.io.plain_files import file_hash, is_plain, read_bytes, read_text
 from personalize.io.progress import ticked
 from personalize.io.tables import read_table
 
@@ -122,7 +122,7 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
         values = [part.strip() for part in cell.split(";")] if name in REPEATED else [cell]
         for value in values:
             beside = config.table.parent / value
-            words += [f"--{name}", str(beside) if name == "mask" and beside.is_file() else value]
+            words += [f"--{name}", str(beside) if name == "mask" and is_plain(beside) else value]
     options = parse(PhotoConfig, _as_flags(words), prog=f"line {row.line}")
     return replace(options, output_dir=config.output_dir / row.name, adapter=config.adapter, add=config.add)
 
@@ -143,12 +143,12 @@ def _as_flags(words: list[str]) -> list[str]:
 
 def row_hash(row: Row, config: EditTableConfig) -> str:
     """A hash of everything that decides the row's pictures."""
-    if not row.file.is_file():
-        raise UserError(f"{row.file}: no such file")
+    if not is_plain(row.file):
+        raise UserError(f"{str(row.file)[:200]}: no such file")
     masks = [config.table.parent / row.cells[name] for name in ("mask",) if name in row.cells]
     inputs = {
         "cells": dict(row.cells), "photo": file_hash(row.file),
-        "masks": [file_hash(mask) for mask in masks if mask.is_file()],
+        "masks": [file_hash(mask) for mask in masks if is_plain(mask)],
         "base": str(config.pretrained_model_name_or_path), "revision": config.revision,
         "adapters": [str(path) for path in (*config.adapter, *config.add)],
     }  # fmt: skip

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from personalize.cli import options
-from personalize.cli.commands.edit_table import read_rows
+from personalize.cli.commands.edit_table import read_rows, row_hash, row_options
+from personalize.cli.edit_options import EditTableConfig
 from personalize.cli.main import main
+from personalize.errors import UserError
 from tests.support.photos import photo
 from tests.support.tiny import tiny_folder
 
@@ -62,6 +64,17 @@ def test_a_table_that_cannot_be_read_is_one_line(base, tmp_path, capsys, text, s
     assert run(base, tmp_path / "t.csv", tmp_path / "out") == 2
     line = capsys.readouterr().err.strip()
     assert says in line and "\n" not in line and not (tmp_path / "out").exists()
+
+
+def test_a_path_that_the_system_cannot_look_up_costs_its_row_alone(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text(f"file,source,mask\n{'9' * 5000}.png,a cat,\nb.png,a cat,{'9' * 5000}\n")
+    (tmp_path / "b.png").write_bytes(b"")
+    long, masked = read_rows(table)
+    config = EditTableConfig(table)
+    with pytest.raises(UserError, match="no such file"):
+        row_hash(long, config)
+    assert row_options(masked, config).mask == "9" * 5000 and len(row_hash(masked, config)) == 16
 
 
 def test_edit_means_a_table_when_it_is_given_one():
