@@ -28,7 +28,8 @@ class NullFit:
     """Fits the null embedding of each step while `denoise` samples: it is given to `Edit` as `negative`.
 
     The result of a step is the embedding with the smallest loss, so that no step ends worse than it began. The weights
-    of the model are not changed. `rows` collects the fitted conditionings, `losses` the losses of each step's updates.
+    of the model are not changed. `rows` collects the fitted conditionings. The device is read before each update whose
+    loss can end the step, and nowhere else.
 
     Args:
         pivots: latents of the inversion (t+1, 1, c, h, w), clean ones first.
@@ -44,7 +45,12 @@ class NullFit:
         self.model, self.pivots, self.conditioning, self.null = model, pivots, conditioning, null
         self.guidance_scale, self.settings = guidance_scale, settings
         self.rows: list[Conditioning] = []
-        self.losses: list[list[float]] = []
+        self._losses: list[list[Tensor]] = []
+
+    @property
+    def losses(self) -> list[list[float]]:
+        """The losses of each step: before each of its updates, and after the last unless one ended the step."""
+        return [torch.stack(step).tolist() for step in self._losses]
 
     def __call__(self, step: Step, latents: Tensor) -> Conditioning:
         initial = self.rows[-1] if self.rows and self.settings.warm_start else self.null.to(latents.device)
@@ -52,8 +58,9 @@ class NullFit:
         given = self.conditioning
         conditioning = given if isinstance(given, Conditioning) else given(step, latents)
         e_cond = self.model.predict(latents, step.timestep, conditioning)
-        embeds = initial.embeds.float().clone()
-        best, losses = embeds, []
+        best = initial.embeds.float()
+        embeds, least, losses = best.clone(), torch.full((), torch.inf, device=latents.device), list[Tensor]()
+        limit = self._tolerance(step)
         checkpointing = gradient_checkpointing(self.model.unet, self.settings.gradient_checkpointing)
         with torch.enable_grad(), checkpointing:
             embeds.requires_grad_(True)
@@ -61,16 +68,16 @@ class NullFit:
             adam = torch.optim.Adam([embeds], lr=rate)
             for number in range(self.settings.iterations + 1):
                 loss = self._loss(latents, e_cond, replace(initial, embeds=embeds), target, step)
-                losses.append(float(loss.detach()))
-                if losses[-1] <= min(losses):
-                    best = embeds.detach().clone()
-                if losses[-1] < self._tolerance(step) or number == self.settings.iterations:
+                losses.append(loss.detach().float())
+                better = losses[-1] <= least
+                best, least = torch.where(better, embeds.detach(), best), torch.where(better, losses[-1], least)
+                if number == self.settings.iterations or limit > 0 and float(losses[-1]) < limit:
                     break
                 scale = HALF_SCALE if self.model.dtype == torch.float16 else 1.0
                 embeds.grad = torch.autograd.grad(loss * scale, embeds)[0] / scale
                 adam.step()
         self.rows.append(replace(initial, embeds=best))
-        self.losses.append(losses)
+        self._losses.append(losses)
         return self.rows[-1]
 
     def _tolerance(self, step: Step) -> float:

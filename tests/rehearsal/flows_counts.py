@@ -11,8 +11,6 @@ import torch
 
 from personalize.editing.config import DynamicSettings, UniformSettings
 from personalize.editing.drag.attention import QKVRecorder
-from personalize.editing.drag.config import DragSettings
-from personalize.editing.drag.image import drag_picture
 from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo
@@ -26,7 +24,7 @@ from personalize.training.data.concepts import ConceptPicture
 from personalize.training.multi_concept import multi_concept_run
 from personalize.training.single_image import single_image_run
 from tests.rehearsal.record import blocking, table
-from tests.rehearsal.support import CAPTION, SUBJECTS, base, class_image, learned, mask, photo
+from tests.rehearsal.support import CAPTION, SUBJECTS, base, class_image, dragged, learned, photo
 from tests.support.runs import SMALL, pixels
 
 SWAP = EditRequest("a photo of a dog on the beach", local=[("cat", "dog")], weights={"dog": 2.0})
@@ -46,7 +44,7 @@ def each(record, job, few=2, many=4):
         with record.of() as events:
             job(count)
         found.append(blocking(events))
-    more = (len(found[1]) - len(found[0])) / (many - few)
+    more = record.counts[record.flow] = (len(found[1]) - len(found[0])) / (many - few)
     print(f"{more:g} a step: {few} steps\n{table(found[0])}\n{many} steps\n{table(found[1])}")
     return more
 
@@ -159,9 +157,11 @@ def flow_prompt_to_prompt(record, name, method):
     _photo(record, 0, name=name, inversion=method)
 
 
-def flow_null_text(record):
-    """A read of the loss for each of at most three losses a step."""
-    _photo(record, 3, inversion="null-text", null_text=NullTextSettings(iterations=2, tolerance=0.0, growth=0.0))
+@pytest.mark.parametrize("tolerance, reads", [(1e-12, 2), (0.0, 0)])
+def flow_null_text(record, tolerance, reads):
+    """A read of the loss before each of two updates, if it can decide that the update is not made."""
+    fitted = NullTextSettings(iterations=2, tolerance=tolerance, growth=0.0)
+    _photo(record, reads, inversion="null-text", null_text=fitted)
 
 
 def flow_dynamic_prompts(record):
@@ -181,11 +181,6 @@ def flow_mutual_self_attention(record):
     _photo(record, 0, request=ON_BEACH, controller="mutual")
 
 
-def _dragged(model, steps=4, **settings):
-    chosen = DragSettings(steps=steps, strength=1.0, **settings)
-    return drag_picture(model, photo(), [(20, 24), (36, 28)], mask=mask(), settings=chosen, prompt="a cat").image
-
-
 DRAGS = [
     {"method": "pixels"}, {"method": "pixels", "fill": "attention", "fill_keys": "all"}, {"method": "latents"},
     {"method": "latents", "mode": "deform", "fill": "attention", "kv": "concat", "user_mask": "intersect"},
@@ -195,18 +190,18 @@ DRAGS = [
 @pytest.mark.parametrize("settings", DRAGS, ids=lambda one: "-".join(one.values()))
 def flow_drag(record, settings):
     model = base()
-    assert each(record, lambda steps: _dragged(model, steps, **settings), 4, 8) == 0
+    assert each(record, lambda steps: dragged(model, steps, **settings), 4, 8) == 0
 
 
 @pytest.mark.parametrize("settings", DRAGS[2:], ids=lambda one: "-".join(one.values()))
 def flow_drag_where_the_device_has_no_room(monkeypatch, settings):
     """What is recorded during the inversion then is on the CPU; the picture is the same."""
     model, kept = base(), []
-    roomy = _dragged(model, **settings)
+    roomy = dragged(model, **settings)
     recorded = QKVRecorder._copied
     monkeypatch.setattr(QKVRecorder, "_copied", lambda self, part: kept.append(recorded(self, part)) or kept[-1])
     monkeypatch.setattr("personalize.editing.drag.attention.free_bytes", lambda device: 1000)
-    assert roomy.tobytes() == _dragged(model, **settings).tobytes()
+    assert roomy.tobytes() == dragged(model, **settings).tobytes()
     assert {part.device.type for part in kept} == {"cpu"}
 
 

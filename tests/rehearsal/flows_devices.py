@@ -18,6 +18,7 @@ from tests.rehearsal.support import (
     base,
     concepts,
     devices,
+    dragged,
     drawn,
     edited,
     learned,
@@ -36,6 +37,7 @@ ON_SECOND = {
     "learn": lambda model: learned(model), "graph": lambda model: learned(model, replace(MORE, cuda_graph=True)),
     "several concepts": lambda model: concepts(model), "estimate": lambda model: _estimated(model),
     "photo": lambda model: edited(model), "null-text": lambda model: edited(model, "null-text"),
+    "drag": lambda model: dragged(model),
     "edit": lambda model: Editor(model, learned(model)[1]).edit("a dog", sampling=STEPS),
 }  # fmt: skip
 

@@ -5,7 +5,6 @@ import torch
 
 from personalize.editing.config import DynamicSettings, Sampling, UniformSettings
 from personalize.editing.drag.config import DragSettings
-from personalize.editing.drag.image import drag_picture
 from personalize.editing.editor import Editor
 from personalize.editing.real_image_settings import EditRequest
 from personalize.evaluation.scoring import Scores
@@ -14,7 +13,19 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.config import SCHEDULERS
 from personalize.sampling.inversion import METHODS
 from personalize.training.single_image import learn
-from tests.rehearsal.support import STEPS, SUBJECTS, apart, base, concepts, edited, learned, mask, on_cpu, photo
+from tests.rehearsal.support import (
+    STEPS,
+    SUBJECTS,
+    apart,
+    base,
+    concepts,
+    dragged,
+    edited,
+    learned,
+    mask,
+    on_cpu,
+    photo,
+)
 from tests.support.runs import SMALL, pixels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -95,10 +106,8 @@ def flow_photo_inside_a_mask():
 @pytest.mark.parametrize("name, dtype", [("sd1", FP32), ("sdxl", BF16)])
 @pytest.mark.parametrize("method", ["pixels", "latents"])
 def flow_drag(name, dtype, method):
-    settings = DragSettings(method=method, steps=4, strength=1.0)
-    results = [drag_picture(base(name, device, dtype if device == "cuda" else FP32), photo(), [(20, 24), (36, 28)],
-                            mask=mask(), settings=settings, prompt="a cat") for device in ("cuda", "cpu")]  # fmt: skip
-    assert apart(results[0].image, results[1].image) < (LEVEL if dtype == FP32 else 40)
+    ours, theirs = dragged(base(name, dtype=dtype), method=method), dragged(base(name, "cpu"), method=method)
+    assert apart(ours, theirs) < (LEVEL if dtype == FP32 else 40)
 
 
 def flow_drag_with_adapter(adapters):

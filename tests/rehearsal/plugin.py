@@ -31,8 +31,17 @@ def fresh_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def record() -> Record:
+def record(request: pytest.FixtureRequest) -> Record:
+    RECORD.flow = request.node.name.removeprefix("flow_")
     return RECORD
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How often the host waited for the device in each further update or step, flow by flow."""
+    if RECORD.counts:
+        terminalreporter.section("waits for the device, for each further update or step")
+    for flow, count in RECORD.counts.items():
+        terminalreporter.write_line(f"{count:5g}  {flow}")
 
 
 @pytest.fixture

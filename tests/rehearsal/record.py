@@ -38,6 +38,8 @@ class Record:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.counts: dict[str, float] = {}  # waits for each further step, by flow
+        self.flow = ""
         self._listener = LISTENER(lambda kind, what, size: self.add(kind.decode(), what.decode(), size))
 
     def listen(self, library: Any) -> None:

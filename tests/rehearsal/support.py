@@ -14,6 +14,8 @@ from PIL import Image
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.subjects import Subject
 from personalize.editing.config import Sampling
+from personalize.editing.drag.config import DragSettings
+from personalize.editing.drag.image import drag_picture
 from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo
@@ -102,6 +104,12 @@ def edited(
 def drawn(model: StableDiffusion, adapter: Adapter, sampling: Sampling = STEPS) -> Image.Image:
     """A picture of an edit with `adapter`."""
     return Editor(model, adapter).edit("a dog", sampling=sampling)[0]
+
+
+def dragged(model: StableDiffusion, steps: int = 4, **settings: Any) -> Image.Image:
+    """A picture whose thing, inside `mask`, is dragged."""
+    chosen = DragSettings(steps=steps, **{"strength": 1.0, **settings})
+    return drag_picture(model, photo(), [(20, 24), (36, 28)], mask=mask(), settings=chosen, prompt="a cat").image
 
 
 def devices(model: StableDiffusion) -> dict[str, str]:
