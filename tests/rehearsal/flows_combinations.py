@@ -8,6 +8,7 @@ import torch
 from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image_settings import EditRequest
+from personalize.errors import UserError
 from personalize.training.single_image import single_image_run
 from tests.rehearsal.support import (
     CAPTION,
@@ -35,8 +36,9 @@ KINDS = {  # changes of the settings, and what the run is given besides
     "clipped, two batches": ({"max_grad_norm": 1.0, "samples_per_update": 2, "train_batch_size": 1}, {}),
     "all layers": ({"targets": "full", "max_train_samples": 2}, {}), "eight bits": ({"use_8bit_adam": True}, {}),
     "text encoder": ({"train_text_encoder": True, "gradient_checkpointing": True}, {}),
-    "trigger word": ({"instance_token": "<it>"}, {}), "offload": ({"offload": True}, {}),
-    "rank by timestep": ({"min_rank": 1, "orthogonal_start": True}, {}), "standalone": ({"standalone": True}, {}),
+    "trigger word": ({"instance_token": "<it>"}, {"caption": "a photo of a <it> cat"}),
+    "offload": ({"offload": True}, {}), "rank by timestep": ({"min_rank": 1, "orthogonal_start": True}, {}),
+    "standalone": ({"standalone": True}, {}),
 }  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def flow_learn(kind, name, dtype, precision):
     assert losses == pytest.approx(on_cpu(learned, name, config, **given)[0], rel=3e-2)  # bf16 has 8 bits
 
 
-@pytest.mark.parametrize("kind", ["class picture", "mask", "all layers", "trigger word", "standalone"])
+@pytest.mark.parametrize("kind", ["class picture", "mask", "all layers", "standalone"])
 def flow_graph(kind):
     """A captured update equals the loop's."""
     changes, given = KINDS[kind]
@@ -83,6 +85,10 @@ CONCEPTS = {
 @pytest.mark.parametrize("dtype, precision", [(FP32, "fp16"), (FP32, "bf16"), (BF16, "no")], ids=str)
 @pytest.mark.parametrize("kind", CONCEPTS)
 def flow_concepts(kind, dtype, precision):
+    if kind == "full" and dtype == BF16:
+        with pytest.raises(UserError, match="must be fp32"):
+            concepts(base(dtype=dtype), precision, **CONCEPTS[kind])
+        return
     losses, _ = concepts(base(dtype=dtype), precision, **CONCEPTS[kind])
     assert losses == pytest.approx(on_cpu(concepts, "sd1", **CONCEPTS[kind])[0], rel=3e-2)
 

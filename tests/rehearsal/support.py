@@ -68,11 +68,15 @@ def class_image() -> ClassImage:
 
 
 def learned(
-    model: StableDiffusion, config: SingleImageConfig = SMALL, precision: str = "no", **more: Any
+    model: StableDiffusion,
+    config: SingleImageConfig = SMALL,
+    precision: str = "no",
+    caption: str = CAPTION,
+    **more: Any,
 ) -> tuple[list[float], Adapter]:
     """The losses of all updates, and the adapter; with Accelerate's own device only if a precision is asked for."""
     accelerator = None if precision == "no" else Accelerator(cpu=model.device.type == "cpu", mixed_precision=precision)
-    with single_image_run(model, pixels(), CAPTION, config, accelerator=accelerator, **more) as run:
+    with single_image_run(model, pixels(), caption, config, accelerator=accelerator, **more) as run:
         losses = [report.losses["loss"] for report in run.steps()]
         return [float(loss) for loss in losses], run.adapter()
 
