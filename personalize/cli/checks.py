@@ -35,6 +35,8 @@ def check_edit(config: Any) -> None:
     check_forget(config.forget)
     if config.scheduler not in SCHEDULERS:
         raise UserError(f"unknown --scheduler {config.scheduler}: choose one of {', '.join(SCHEDULERS)}")
+    if config.cuda_graph and (config.cpu or config.torch_compile):
+        raise UserError(f"--cuda_graph does not go with {'--cpu' if config.cpu else '--torch_compile'}: leave one out")
     _check_sides(config)
     check_tokens([config.prompt, config.negative_prompt], [config.adapter, *config.add])
     if config.auto:

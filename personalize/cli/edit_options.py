@@ -206,6 +206,10 @@ class EditConfig(InferenceOptions):
     """Height in pixels; by default that of the picture the adapter was trained on."""
     width: int | None = None
     """Width in pixels; by default that of the picture the adapter was trained on."""
+    torch_compile: bool = DEFAULT_SAMPLING.torch_compile
+    """Compile the UNet, which takes a minute and pays for many pictures; these differ by rounding."""
+    cuda_graph: bool = DEFAULT_SAMPLING.cuda_graph
+    """On CUDA: replay the steps from one graph: the same picture in less time; not with --torch_compile."""
     from_: Annotated[Path | None, arg(name="from")] = None
     """Picture that an earlier edit wrote: it is drawn again; options that are given here take the place of its own."""
     output_dir: Path = Path("personalize-edit")
@@ -268,9 +272,8 @@ class DragConfig(InferenceOptions):
     displacement: Literal["attention", "stretch"] = DRAG_DEFAULTS.displacement
     """How far parts move in `deform`: by their attention, or by their distance as in FastDrag."""
     fill: Literal["clone", "smooth", "bnni", "attention", "attention_raw"] | None = DRAG_DEFAULTS.fill
-    """What the place it left holds when sampling begins: the most similar part of the picture; the colours around it;
-    FastDrag's neighbours; attention with corrected noise, or as published (`latents` alone).  By default clone for
-    pixels, bnni for latents."""
+    """What its old place holds when sampling begins: the most similar part of the picture; colours around; FastDrag's
+    neighbours; attention, corrected or as published (`latents` alone).  By default clone, bnni for latents."""
     clearance: float = DRAG_DEFAULTS.clearance
     """Width in latent cells of the band around the thing's old place that is filled too, for edges and shadows."""
     fill_keys: Literal["background", "all"] = DRAG_DEFAULTS.fill_keys

@@ -40,6 +40,7 @@ from personalize.errors import NonFiniteLatents, UserError
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request, Scorer
 from personalize.io.images import to_image
+from personalize.models.fast_paths import compiled_blocks
 from personalize.models.image_processor import Picture, Point
 from personalize.models.known_bases import find_base
 from personalize.models.prompts import align_prompt
@@ -266,8 +267,8 @@ class Editor:
         if strengths is not None and self._adapter.changes_unet:
             edit = replace(edit, rule=parse_rule_sum(strengths.forget), strength=strengths.strength)
         schedule = make_schedule(self.model, sampling.steps, sampling.scheduler)
-        with self._applied(strengths is not None):
-            latents = sample(self.model, edit, seeds, schedule, size)
+        with self._applied(strengths is not None), compiled_blocks(self.model.unet, sampling.torch_compile):
+            latents = sample(self.model, edit, seeds, schedule, size, sampling.cuda_graph)
         try:
             return [to_image(row) for row in self.model.decode(latents)]
         except NonFiniteLatents as error:

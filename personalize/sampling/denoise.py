@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ from personalize.io.progress import ticked
 from personalize.models.attention import AttentionHook, hooked
 from personalize.models.conditioning import of_one_length
 from personalize.models.fast_paths import fast_paths, shared_guidance_prefix
+from personalize.models.parameterization import as_alpha
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import HostNumbers, constant, sent
 from personalize.randomness import generator
+from personalize.sampling.graphed_steps import graphed
 from personalize.sampling.schedule import SCHEDULERS, Schedule, Step, Transition, make_schedule, variance_scale
 
 __all__ = [
@@ -97,16 +100,19 @@ class DenoisingHistory:
 
 @torch.no_grad()
 def denoise(
-    model: StableDiffusion, latents: Tensor, edit: Edit, schedule: Schedule, *, seeds: Sequence[int] | None = None
-) -> Tensor:
+    model: StableDiffusion, latents: Tensor, edit: Edit, schedule: Schedule, *, seeds: Sequence[int] | None = None,
+    cuda_graph: bool = False,
+) -> Tensor:  # fmt: skip
     """Carry out `schedule` on `latents` (b, c, h, w) under `edit`; returns the latents at the last level in fp32.
 
-    `seeds`, one per row, are needed where noise is drawn; rows of equal seed draw equal noise.
+    `seeds`, one per row, are needed where noise is drawn; rows of equal seed draw equal noise.  With `cuda_graph` the
+    steps replay one CUDA graph, or a warning says why they do not, see `graphed_steps`.
 
     Raises:
         ValueError: the schedule is empty; latents, conditionings and seeds differ in their number of rows; or noise is
             to be drawn and there are no seeds.
-        UserError: an attention hook matches no attention layer, or a forgetting rule matches no LoRA layer.
+        UserError: an attention hook matches no attention layer, a forgetting rule matches no LoRA layer, or
+            `cuda_graph` is given and the model is on no CUDA device.
     """
     if not len(schedule):
         raise ValueError("the schedule is empty: call `make_schedule` with at least one step")
@@ -114,10 +120,12 @@ def denoise(
     edit = _with_null(model, latents, edit)
     solver = _Solver(model, schedule, _generators(schedule, seeds, len(latents)))
     with fast_paths(model.unet, exact=_exact(model)), _scaled(model.unet, edit):
+        predict, move = partial(_guided, model), solver.step
+        if cuda_graph:
+            predict, move = graphed(model, latents, edit, schedule, predict, move)
         for index, transition in enumerate(ticked(schedule)):
             step = Step(**vars(transition), index=index, count=len(schedule))
-            output = _guided(model, latents, edit, step)
-            latents = solver.step(output, latents, edit, step)
+            latents = move(predict(latents, edit, step), latents, edit, step)
             for change in edit.latent_edits:
                 latents = change.latents(latents, step)
     return latents
@@ -147,15 +155,19 @@ def initial_latents(model: StableDiffusion, seeds: Sequence[int], size: tuple[in
 
 
 def sample(
-    model: StableDiffusion, edit: Edit, seeds: Sequence[int], schedule: Schedule, size: tuple[int, int] | None = None
+    model: StableDiffusion, edit: Edit, seeds: Sequence[int], schedule: Schedule, size: tuple[int, int] | None = None,
+    cuda_graph: bool = False,
+) -> Tensor:  # fmt: skip
+    """Sample clean latents (b, c, h, w) from noise, one row for each seed; `cuda_graph` as for `denoise`."""
+    noise = schedule.begin(initial_latents(model, seeds, size))
+    return denoise(model, noise, edit, schedule, seeds=seeds, cuda_graph=cuda_graph)
+
+
+def ddim(
+    x0: Tensor, eps: Tensor, alpha_next: float | Tensor, sigma: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
-    """Sample clean latents (b, c, h, w) from noise, one row for each seed."""
-    return denoise(model, schedule.begin(initial_latents(model, seeds, size)), edit, schedule, seeds=seeds)
-
-
-def ddim(x0: Tensor, eps: Tensor, alpha_next: float, sigma: float = 0.0, noise: Tensor | None = None) -> Tensor:
     """Latents at the level ᾱ′ = `alpha_next`:  z′ = √ᾱ′ x0 + √(1 − ᾱ′ − σ²) ε + σ n."""
-    alpha = constant(alpha_next, x0)  # rounded to fp32 first, as diffusers does
+    alpha = as_alpha(alpha_next, x0)  # rounded to fp32 first, as diffusers does
     latents = alpha.sqrt() * x0 + (1 - alpha - sigma**2).clamp(min=0).sqrt() * eps
     return latents if noise is None else latents + sigma * noise
 

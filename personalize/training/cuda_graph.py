@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from personalize.errors import UserError
+from personalize.models.cuda_graphs import WARM, called_on, recorded
 from personalize.training.data.samples import SampleShard
 from personalize.training.finite import ADVICE, NonFiniteError, step_on_device
 from personalize.training.loop import StepReport
-
-WARM = 3  # updates made before the capture, on a stream of their own: libraries allocate and choose kernels in them
 
 
 class GraphedStep:
@@ -118,34 +117,14 @@ def replay_steps(step: GraphedStep, first_update: int = 0) -> Iterator[StepRepor
     rates = tuple(float(group["lr"]) for group in step.optimizer.param_groups)
     for number in range(len(step)):
         if number == WARM and stream is not None:
-            update = capture_graph(step)
+            update = recorded(step, device)
         if number < WARM and stream is not None:
-            _call_on_stream(step, stream)
+            called_on(stream, step)
         else:
             update()
         if bool(step.stopped):  # waits for the update that was just made
             raise NonFiniteError(f"update {first_update + number + 1}: its loss or a gradient is not finite; {ADVICE}")
         yield StepReport(first_update + number + 1, {"loss": step.losses[number]}, rates)
-
-
-def _call_on_stream(step: GraphedStep, stream: Any) -> None:
-    """Make one update on the CUDA stream of the warm-up, which torch asks for before a capture."""
-    current = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        step()
-    current.wait_stream(stream)
-
-
-def capture_graph(step: GraphedStep) -> Any:
-    """Record the update as a CUDA graph and return the function that replays it; recording itself trains nothing."""
-    device = step.count.device
-    torch.cuda.synchronize(device)
-    with torch.cuda.device(device):  # a capture takes a stream of the current device
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    return graph.replay
 
 
 def check_capturable(config: Any, device: torch.device, processes: int, *, autocast: bool) -> None:

@@ -64,6 +64,7 @@ SETTINGS: dict[type, dict[str, tuple[type, str]]] = {  # command's options: opti
     EditConfig: {
         "num_inference_steps": (Sampling, "steps"), "scheduler": (Sampling, "scheduler"),
         "guidance_scale": (Sampling, "guidance_scale"),
+        "torch_compile": (Sampling, "torch_compile"), "cuda_graph": (Sampling, "cuda_graph"),
     },
 }  # fmt: skip
 BY_BASE: dict[type, dict[str, tuple[type, str]]] = {  # None on the command line: the default depends on the base model

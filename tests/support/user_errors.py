@@ -101,6 +101,8 @@ MISTAKES = (
     Mistake("edit plain", "personalize edit needs --prompt"),
     Mistake("edit plain --prompt ' '", "the prompt is empty"),
     Mistake("edit pets --prompt 'a <cat2> cat'", "which the adapter has not learned: it has <cat1>, <dog1>"),
+    Mistake("edit plain --prompt cat --cuda_graph --cpu", "--cuda_graph does not go with --cpu"),
+    Mistake("edit plain --prompt cat --cuda_graph --torch_compile", "--cuda_graph does not go with --torch_compile"),
     Mistake("edit plain --prompt cat --num_images 0", "--num_images is 0: give a number from 1"),
     Mistake("edit plain --prompt cat --num_images -1", "--num_images is -1: give a number from 1"),
     Mistake("edit plain --prompt cat --alpha", "--alpha needs a value, got nothing"),

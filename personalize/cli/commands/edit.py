@@ -34,10 +34,12 @@ from personalize.io.progress import ticked
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditConfig
 
+FASTER = ("torch_compile", "cuda_graph")  # options of a machine, not of a picture
 SEARCH = (  # options that one picture does not need, or has values of its own for
     "auto", "budget", "clip_model", "identity_model", "source_image", "alpha", "beta", "gamma", "seed", "seeds",
-    "num_images",
+    "num_images", *FASTER,
 )  # fmt: skip
+
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
 
@@ -55,7 +57,8 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     if config.from_ is not None:
         check_same(details_of("edit", config, editor, adapters_of(config)), config.from_)
     size = (config.height or editor.size[0], config.width or editor.size[1])
-    sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size)
+    faster = {name: getattr(config, name) for name in FASTER}
+    sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size, **faster)
     pictures = searched if config.auto else combinations
     files = pictures(config, editor, prompt, sampling)
     drawn = [name for name in files if name.startswith("edit-")]  # numbered on, so that these names are not taken

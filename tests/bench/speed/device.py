@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from personalize.models.cuda_graphs import recorded
 from personalize.training.config import SingleImageConfig
-from personalize.training.cuda_graph import GraphedStep, capture_graph
+from personalize.training.cuda_graph import GraphedStep
 from personalize.training.memory_estimate import estimate
 from personalize.training.single_image import SingleImageRun, single_image_run
 from tests.bench.speed.arms import Arm, facts, measure
@@ -79,7 +80,7 @@ def graph(bench: SpeedBench) -> Rows:
             with torch.cuda.stream(stream):
                 for _ in range(3):
                     step()
-            replay = capture_graph(step)
+            replay = recorded(step, step.count.device)
 
             def again(run: Callable[[], None] = replay, step: GraphedStep = step) -> None:
                 step.count.zero_()
