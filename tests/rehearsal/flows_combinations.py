@@ -1,6 +1,7 @@
 """Options of training together with precisions, with CUDA graphs and with pictures drawn in between."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def flow_device_map_balanced(tmp_path):
     adapter.save(tmp_path / "adapter")
     pipeline(device="cpu").save_pretrained(tmp_path / "base")
     room = {0: "3MB", 1: "30MB", "cpu": "1GB"}
-    pipe = DiffusionPipeline.from_pretrained(
+    pipe: Any = DiffusionPipeline.from_pretrained(
         tmp_path / "base", device_map="balanced", max_memory=room, safety_checker=None
     )
     assert len(set(pipe.hf_device_map.values())) == 2
