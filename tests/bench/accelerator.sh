@@ -10,7 +10,7 @@ out="${OUT:-runs/bench/accelerator}" page=tests/bench/results/accelerator.md
 sd15=sd15 sdxl=sdxl slower=1 small=() training=(--updates 20)
 if [ -n "$MINIATURE" ]; then  # tiny bases, two groups of one call
     out="${OUT:-runs/bench/miniature}" page="$out/accelerator.md" sd15="$out/tiny-sd1" sdxl="$out/tiny-sdxl" slower=10
-    small=(--groups 2 --calls 1 --steps 3 --force) training=(--updates 1 --batch 2 --arms eager)
+    small=(--groups 2 --calls 1 --steps 3 --batch 1 --force) training=(--updates 1 --batch 2 --arms eager)
     mkdir -p "$out"
     "${python[0]}" -c "from tests.support.tiny import tiny_folder as f; f('sd1', '$out'); f('sdxl', '$out')" || exit 2
 fi
