@@ -12,5 +12,6 @@ Not seen: speed, memory that runs out, kernels that only CUDA has or lacks, its 
     flows_*.py  what is rehearsed; `pytest -m rehearsal` runs each file in such a process
 
 One file, with what is printed:
-    pytest -n 0 -s -p tests.rehearsal.plugin -o addopts= -o python_files='flows_*.py' tests/rehearsal/flows_editing.py
+    pytest -n 0 -s -p tests.rehearsal.plugin -o addopts= -o python_files='flows_*.py' -o python_functions='flow_*' \\
+        tests/rehearsal/flows_editing.py
 """
