@@ -24,8 +24,6 @@ from personalize.models.transfer import sent
 from personalize.sampling.schedule import Schedule, Step, Transition
 
 LEVELS = ("timestep", "alpha", "alpha_next")  # the numbers of a transition that a recorded step reads on the device
-
-
 Predict = Callable[..., Tensor]  # of latents, edit and step: the UNet's output after guidance
 Move = Callable[..., Tensor]  # of that output, latents, edit and step: the next latents
 

@@ -48,9 +48,7 @@ def pair(model, adapter, sampling=STEPS, **settings):
 
 
 @pytest.mark.parametrize("name, dtype", [("sd1", FP32), ("sd2v", FP32), ("sdxl", FP32), ("sd1", BF16), ("sdxl", FP16)])
-@pytest.mark.parametrize(
-    "more", [{}, {"forget": "decoder=0.5", "negative_prompt": "blue", "seeds": (0, 1, 2)}], ids=str
-)
+@pytest.mark.parametrize("more", [{}, MORE], ids=["one", "several"])
 def flow_graphed_edit(adapters, replays, name, dtype, more):
     plain, graph = pair(base(name, dtype=dtype), adapters[name], **more)
     assert max(map(apart, plain, graph)) == 0 and len(plain) == len(graph) == len(more.get("seeds", (0,)))
