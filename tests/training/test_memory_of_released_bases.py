@@ -27,7 +27,8 @@ def released(name: str) -> tuple[Any, Any]:
     from peft import LoraConfig
 
     unet, vae = (json.loads((CONFIGS / name / part / "config.json").read_text()) for part in ("unet", "vae"))
-    model = UNet2DConditionModel.from_config(unet).to(torch.bfloat16).requires_grad_(False)
+    model: Any = UNet2DConditionModel.from_config(unet)
+    model.to(torch.bfloat16).requires_grad_(False)
     model.add_adapter(LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for parameter in model.parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
