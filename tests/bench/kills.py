@@ -58,7 +58,7 @@ def killed(work: Callable[[], object], number: int, after: float, said: Path) ->
 
 def noisy(said: Path) -> bool:
     """Has the killed work said more than one line about its end, or a traceback?"""
-    lines = said.read_text(errors="replace").splitlines()
+    lines = said.read_text(errors="replace").splitlines() if said.exists() else []  # killed before it could open it
     foreign = any("Traceback" in line or "torch/distributed/elastic" in line for line in lines)
     return foreign or sum(line.startswith("personalize: ") for line in lines) > 1
 
