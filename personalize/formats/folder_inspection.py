@@ -18,7 +18,7 @@ from personalize.formats.diffusion_transformers.reading import identify, sort
 from personalize.formats.diffusion_transformers.summary import folder_readings
 from personalize.formats.diffusion_transformers.summary import layout as transformer_layout
 from personalize.formats.foreign_files import require_adapter
-from personalize.formats.inspection import layout, modules_elsewhere
+from personalize.formats.inspection import layout, learned_tokens, modules_elsewhere
 from personalize.io.pickles import is_pickle
 from personalize.io.plain_files import visible
 from personalize.io.tensor_files import PICKLE_SUFFIXES, TensorFile
@@ -42,7 +42,7 @@ class FileSummary:
     family: str = ""
     modules: int = 0
     ranks: str = ""
-    tokens: int = 0
+    tokens: tuple[str, ...] = ()
     readers: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -89,8 +89,9 @@ def _summary(path: Path, allow_pickle: bool) -> FileSummary:
         reason = str(error).removeprefix(str(path)).lstrip(" :")
         readers, problems = readers | {"personalize": (compatibility.NO, reason)}, [reason, *problems]
     ranks = sorted({parts["A"].shape[0] for parts in contents.modules.values() if "A" in parts and parts["A"].ndim})
+    tokens = tuple(dict.fromkeys(one["token"] for one in learned_tokens(contents, content, path)))
     return FileSummary(
-        path.name, size, layout(contents), family or "", len(contents.modules), _span(ranks), len(contents.embeddings),
+        path.name, size, layout(contents), family or "", len(contents.modules), _span(ranks), tokens,
         {program: verdict for program, (verdict, _) in readers.items()}, problems,
     )  # fmt: skip
 
@@ -102,7 +103,7 @@ def _transformer_summary(path: Path, size: int, content: TensorFile, family: str
     title = FAMILIES[family].title
     problems = [f"{len(file.unknown)} key(s) belong to no layer of {title}"] if file.unknown else []
     readers = {program: verdict for program, (verdict, _) in folder_readings(file).items()}
-    return FileSummary(path.name, size, transformer_layout(file), family, len(file.parts), _span(ranks), 0, readers,
+    return FileSummary(path.name, size, transformer_layout(file), family, len(file.parts), _span(ranks), (), readers,
                        problems)  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def folder_text(rows: Iterable[FileSummary]) -> str:
             row.family,
             row.modules or "",
             row.ranks,
-            row.tokens or "",
+            ", ".join(row.tokens),
         ]
         lines.append([_cell(str(cell)) for cell in [*cells, read_by if row.readers else "", first]])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

@@ -60,7 +60,8 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
         ranks=counts(parts["A"].shape[0] for parts in modules.values() if "A" in parts and parts["A"].ndim),
         strengths=counts(scalings.values()), rows=_coverage(contents, scalings, family),
-        tokens=_tokens(contents, content, path), readers=readers, problems=problems, metadata=dict(content.metadata),
+        tokens=learned_tokens(contents, content, path), readers=readers, problems=problems,
+        metadata=dict(content.metadata),
         captions=_captions(about := _manifest(path)), training=training_notes(about),
         dropped=compatibility.dropped(findings, unknown, len(modules)),
         writer=written_by(content.metadata, contents.naming_schemes) if modules else "",
@@ -186,7 +187,7 @@ def _coverage(
     return coverage.coverage_table(norms, family) if norms else []
 
 
-def _tokens(contents: FileContents, content: TensorFile, path: Path) -> list[dict[str, Any]]:
+def learned_tokens(contents: FileContents, content: TensorFile, path: Path) -> list[dict[str, Any]]:
     """The learned tokens of a file: key, token (or trigger), number of vectors, width."""
     tokens = []
     for key, tensor in contents.embeddings.items():

@@ -59,7 +59,7 @@ def test_every_file_has_one_line_and_hostile_ones_cost_no_more(folder, capsys):
     assert len(kinds) == 42 - len(HOSTILE)
     assert [row.what for row in kinds if row.readers["personalize"] == "no"] == ["Custom Diffusion in no prefix names"]
     assert by_name["04 folder"].modules == 8 and by_name["04 folder"].ranks == "4"
-    assert by_name["22.safetensors"].tokens == 2 and by_name["22.safetensors"].family == "sdxl"
+    assert by_name["22.safetensors"].tokens == ("mycat",) and by_name["22.safetensors"].family == "sdxl"
 
 
 def test_only_headers_and_alphas_are_read(folder, monkeypatch):
