@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 
 TINY = 1e-12  # least ‖s_i‖ in the division: where the source row is zero, the edit is the whole target row
@@ -113,8 +114,11 @@ def edit_conditioning(
     adapter without a source embedding (trained with `--standalone`) the result is `target`.
 
     Raises:
-        UserError: the source embedding has another shape than this base model's prompts.
+        UserError: a strength that is no finite number in its range, or a source embedding of another shape than this
+            base model's prompts.
     """
+    for name, strength in {"alpha": alpha, "beta": beta, "gamma": 0.0 if gamma is None else gamma}.items():
+        check_number(name, strength)
     if source is None:
         return target
     learned = {key: tensor.to(target.embeds) for key, tensor in source.items()}

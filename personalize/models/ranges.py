@@ -75,14 +75,16 @@ def check_number(name: str, value: Any) -> None:
     if not hasattr(value, "__float__") or isinstance(value, bool):
         raise UserError(f"{name} is {value!r}, expected a number")
     low, high = RANGES[name]
-    if not math.isfinite(value):
+    if not isinstance(value, int) and not math.isfinite(value):
         raise UserError(f"{name} is {value}, expected a number: give a finite one")
     if not low <= value <= high:
         raise UserError(f"{name} is {_number(value)}: give a number from {low:g} to {_number(high)}")
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) and 10**5 <= abs(value) < 10**20 else f"{value:g}"
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number of more than 20 digits"  # which may be too large for a float
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10**5 else f"{value:g}"
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalize.editing.vector_projection import edit_direction, project, subtract
+from personalize.editing.vector_projection import edit_conditioning, edit_direction, project, subtract
+from personalize.errors import UserError
+from personalize.models.stable_diffusion import Conditioning
 from personalize.randomness import generator
+from tests.support.tiny import tiny
 
 ROUNDING = 1e-5  # fp32: a few thousand times 2⁻²⁴, for sums of 48 products
 
@@ -108,3 +111,11 @@ def test_wrong_shapes_are_refused(s: Tensor, p: Tensor) -> None:
         subtract(s.expand(2, -1, -1), p.expand(3, -1, -1))
     with pytest.raises(ValueError, match="add up to 47"):
         project(s, p, widths=(20, 27))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 10**400, "1", "nan"])
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
+def test_a_strength_that_is_no_number_in_its_range_is_named(name, value) -> None:
+    """NaN gave an embedding of NaN; a text a TypeError without a name."""
+    with pytest.raises(UserError, match=f"^{name} is "):
+        edit_conditioning(tiny("sd1"), None, Conditioning(torch.zeros(1, 77, 32)), **{name: value})

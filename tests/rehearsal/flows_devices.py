@@ -18,6 +18,7 @@ from tests.rehearsal.support import (
     base,
     concepts,
     devices,
+    difference,
     dragged,
     drawn,
     edited,
@@ -64,9 +65,10 @@ def flow_one_device_after_another(job, order):
     for device in order:
         model = base(device=device)
         before = devices(model)
-        losses, _ = job(model)
+        losses, adapter = job(model)
         assert devices(model) == before
         assert losses == pytest.approx(on_cpu(job)[0], rel=1e-5)
+        assert difference(adapter, on_cpu(job)[1]) < 1e-5
 
 
 def flow_accelerator_of_another_device():

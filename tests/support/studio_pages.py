@@ -91,6 +91,7 @@ class Page:
         field = self.page.locator(f"#{name} input").first
         field.click()
         field.fill(text)
+        self.page.wait_for_timeout(300)  # until the list has filtered: a key that comes before takes another entry
         field.press("Enter")
 
     def pick(self, name, text):
