@@ -68,7 +68,8 @@ def flow_one_device_after_another(job, order):
         losses, adapter = job(model)
         assert devices(model) == before
         assert losses == pytest.approx(on_cpu(job)[0], rel=1e-5)
-        assert difference(adapter, on_cpu(job)[1]) < 1e-5
+        # Adam makes a whole step of a gradient that is nothing but rounding, which is another one on another device
+        assert difference(adapter, on_cpu(job)[1]) < (1e-7 if device == "cpu" else 5e-4)
 
 
 def flow_accelerator_of_another_device():
