@@ -39,7 +39,7 @@ from personalize.formats.integrity import FILE_HASHES, OWN_HASH, sealed
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
 from personalize.formats.timestep_rank import TimestepRank, rule_of
-from personalize.formats.verification import VerificationReport
+from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import folder_path, remove_stale, write_folder
 from personalize.io.figures import png
 from personalize.io.json_files import read_json, utf8

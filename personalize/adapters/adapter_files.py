@@ -14,7 +14,7 @@ from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
 from personalize.formats.foreign_files import AdapterFile
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, Manifest, listed_files
-from personalize.formats.verification import VerificationReport
+from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import folder_path, plain_name, remove_stale
 from personalize.io.json_files import checked
 from personalize.io.output_folder import check_output_folder

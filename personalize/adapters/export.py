@@ -30,6 +30,7 @@ from personalize.errors import UserError
 from personalize.formats import lora_files, timestep_rank, verification
 from personalize.formats.peft_files import peft_files, require_peft_files
 from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import write_file, write_folder
 from personalize.io.tensor_files import read_tensors
 from personalize.models.empty import empty_unet
@@ -189,4 +190,4 @@ def _content(adapter: Adapter, title: str, layout: str, dtype: torch.dtype) -> b
 def _require(path: Path, name: str, live: Factors, family: str, layout: str) -> None:
     names = ReaderKeys(family)
     read = names.kohya if layout == "kohya" else names.peft
-    verification.VerificationReport((verification.compare(name, *read(read_tensors(path)), live),)).require()
+    VerificationReport((verification.compare(name, *read(read_tensors(path)), live),)).require()

@@ -13,13 +13,13 @@ from typing import Any
 
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.errors import UserError
+from personalize.formats.key_parts import TOKEN
 from personalize.io.json_files import read_json
 from personalize.models.config import HUB_FILE, cell_pixels, check_resolution
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
 from personalize.sampling.config import SCHEDULERS
 
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-TOKEN = re.compile(r"<[^<>\s]+>")
 GRADIO = (6, 7)  # the oldest version with the security fixes that the studio relies on
 ADAPTER_FOLDERS = ("adapter.json", "adapter_config.json", "*/adapter_config.json", "*.safetensors.index.json")
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")

@@ -41,10 +41,8 @@ def signals_raise() -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        if received:
+        if received and not isinstance(error, UserError):
             raise Stopped(received[0]) from error
         raise
     finally:

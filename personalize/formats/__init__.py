@@ -14,6 +14,7 @@
     manifest                  adapter.json;  integrity: bytes that changed, absurd weights
     training_notes            what to know of an adapter's training
     reader_keys, source_reading, verification   independent readings, and the comparison with them
+    verification_report       what it found
     quantized_merge           what a merge into a quantized base leaves of a LoRA
     compatibility, coverage   who can read a file, and what it changes
     diffusion_transformers/   files for FLUX, Z-Image, Qwen-Image, SD 3 and others

@@ -27,6 +27,7 @@ from personalize.formats.layer_kinds import known_paths
 from personalize.formats.peft_files import read_peft_keys
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.source_reading import deviations
+from personalize.formats.verification_report import VerificationReport
 from personalize.io.tensor_files import TensorFile, read_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,7 +43,7 @@ def require(path: Path, expected: Factors, family: str | None, *, kohya: bool) -
     """UserError unless the file, read with the keys of `reader_names`, gives every ΔW of `expected`."""
     content = read_tensors(path)
     found = ReaderKeys(family).kohya(content) if kohya and family else read_peft_keys(content, family)
-    verification.VerificationReport((verification.compare("the result", *found, expected),)).require()
+    VerificationReport((verification.compare("the result", *found, expected),)).require()
 
 
 def metadata(lora: AdapterFile, family: str, title: str) -> dict[str, str]:

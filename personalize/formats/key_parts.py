@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from personalize.formats.lora_keys import COMPONENTS, KOHYA_PREFIXES, diffusers_name, module_name, with_text_model
 
+TOKEN = re.compile(r"<[^<>\s]+>")  # a learned token: in a prompt, and the key of its rows in diffusers' form
 LORA_ENDINGS = {
     ".lora_A.weight": "A", ".lora.down.weight": "A", ".lora_linear_layer.down.weight": "A", ".lora_down.weight": "A",
     ".lora_B.weight": "B", ".lora.up.weight": "B", ".lora_linear_layer.up.weight": "B", ".lora_up.weight": "B",

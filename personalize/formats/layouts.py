@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from personalize.formats.key_parts import CUSTOM_DIFFUSION, split_ending, take_apart
+from personalize.formats.key_parts import CUSTOM_DIFFUSION, TOKEN, split_ending, take_apart
 
 CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(up|down)")
 TEXT_WIDTHS = (768, 1024, 1280)
-TOKEN = re.compile(r"<[^<>\s]+>")  # a word that a file in diffusers' form has rows for, whatever the base's text width
 MAX_KEY_LENGTH = 500  # characters; no module's name comes near
 FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by d, the width of the text that the cross-attention reads
 

@@ -13,6 +13,7 @@ from personalize.formats import lora_files, verification
 from personalize.formats.lora_keys import COMPONENTS
 from personalize.formats.manifest import FAMILIES
 from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.formats.verification_report import VerificationReport
 from personalize.io.json_files import read_json
 from personalize.io.plain_files import is_hidden
 from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
@@ -79,4 +80,4 @@ def require_peft_files(folder: Path, expected: Factors, family: str | None) -> N
         settings |= {f"{part}.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
     content = TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
     factors, problems = read_peft_keys(content, family)
-    verification.VerificationReport((verification.compare(PEFT_WEIGHTS, factors, problems, expected),)).require()
+    VerificationReport((verification.compare(PEFT_WEIGHTS, factors, problems, expected),)).require()

@@ -8,7 +8,7 @@ Keys are mapped to modules by `reader_names`, which shares no code with `formats
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from personalize.formats.manifest import (
     tensor_digest,
 )
 from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.formats.verification_report import FileReport, VerificationReport
 from personalize.io.progress import ticked
 from personalize.io.tensor_files import TensorFile, read_tensors
 from personalize.models.empty import EmptyModel, adaptable_layers, empty_model
@@ -37,53 +38,6 @@ from personalize.models.stable_diffusion import StableDiffusion
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest allowed |ΔW in the file − ΔW| / max |ΔW|, by the file's dtype: rounding of A, B and their product."""
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """The result of comparing one file: how many modules (or tensors) match, the largest deviation, the problems.
-
-    note: said in place of these, if there was nothing to compare with.
-    """
-
-    file: str
-    matched: int
-    total: int
-    deviation: float
-    worst: str
-    problems: tuple[str, ...]
-    unit: str = "modules"
-    note: str = ""
-
-    def __str__(self) -> str:
-        if self.note:
-            return f"note: {self.note}"
-        text = f"{self.file}: {self.matched} / {self.total} {self.unit} match, largest deviation {self.deviation:.1e}"
-        lines = [text + (f" ({self.worst})" if self.deviation else "")]
-        listed, omitted = [f"  {problem}" for problem in self.problems[:20]], len(self.problems) - 20
-        return "\n".join([*lines, *listed, *([f"  and {omitted} more"] if omitted > 0 else [])])
-
-
-@dataclass(frozen=True)
-class VerificationReport:
-    """The results of verifying an adapter, file by file."""
-
-    files: tuple[FileReport, ...]
-
-    @property
-    def ok(self) -> bool:
-        """True if no file has a problem."""
-        return not any(file.problems for file in self.files)
-
-    def __str__(self) -> str:
-        return "\n".join([*map(str, self.files), "verified" if self.ok else "NOT verified"])
-
-    def require(self) -> VerificationReport:
-        """This report if it has no problem; otherwise UserError with the first problem and their number."""
-        problems = [f"{file.file}: {problem}" for file in self.files for problem in file.problems]
-        if problems:
-            raise UserError(f"the adapter does not verify, {len(problems)} problem(s); first: {problems[0]}")
-        return self
 
 
 def verify_file(path: Path, model: StableDiffusion | None = None) -> VerificationReport:

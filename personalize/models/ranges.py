@@ -40,10 +40,9 @@ _NAMES: dict[tuple[float, float], str] = {
     ),
     STEPS: (
         "class_image_steps preview_steps iterations null_text_iterations updates dpl_updates "
-        "fixed_point fixed_point_iterations lr_warmup_steps "
-        "num_class_images num_validation_images scene scenes "
-        "scene_pools autoencoded test_scenes dataloader_num_workers min_rank widths top_k mask_fewest "
-        "steps kv_start kv_levels map_levels map_timesteps"
+        "fixed_point fixed_point_iterations lr_warmup_steps num_class_images num_validation_images scene scenes "
+        "scene_pools autoencoded test_scenes dataloader_num_workers min_rank widths top_k mask_fewest steps kv_start "
+        "kv_levels map_levels map_timesteps"
     ),
     PIXELS: "height width size resolution dilate shrink margin window self_max_side",
     SEED: "seed seeds",
@@ -62,19 +61,20 @@ def check_ranges(options: Any, prefix: str = "") -> None:
         name, value = field.name.rstrip("_"), getattr(options, field.name, None)
         if str(field.type) in NUMBERS and isinstance(value, str | bytes):
             raise UserError(f"{prefix}{name} is {value!r}, expected a number")
-        low, high = RANGES.get(name, (-math.inf, math.inf))
         for number in _numbers(value):
-            if not math.isfinite(number):
-                raise UserError(f"{prefix}{name} is {number}, expected a number: give a finite one")
-            if not low <= number <= high:
-                raise UserError(f"{prefix}{name} is {_number(number)}: give a number from {low:g} to {_number(high)}")
+            _check_limits(f"{prefix}{name}", number, RANGES.get(name, (-math.inf, math.inf)))
 
 
 def check_number(name: str, value: Any) -> None:
     """UserError unless `value`, an argument that is called `name`, is a finite number in the range of that name."""
     if not hasattr(value, "__float__") or isinstance(value, bool):
         raise UserError(f"{name} is {value!r}, expected a number")
-    low, high = RANGES[name]
+    _check_limits(name, value, RANGES[name])
+
+
+def _check_limits(name: str, value: float, limits: tuple[float, float]) -> None:
+    """UserError, which says `name`, unless `value` is finite and within `limits`."""
+    low, high = limits
     if not isinstance(value, int) and not math.isfinite(value):
         raise UserError(f"{name} is {value}, expected a number: give a finite one")
     if not low <= value <= high:

@@ -34,8 +34,6 @@ from personalize.io.progress import part
 from personalize.models.attention import AttentionHook
 from personalize.models.image_processor import PaddedImage, Picture, as_image
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
-from personalize.models.transfer import sent
-from personalize.randomness import generator
 from personalize.sampling.config import NULL_TEXT, STRENGTH, NullTextSettings
 from personalize.sampling.denoise import Edit, LatentEdit, ddim, denoise, denoise_with_history
 from personalize.sampling.null_text import NullFit
@@ -206,11 +204,7 @@ def ddpm_noise(model: StableDiffusion, clean: Tensor, edit: Edit, down: Schedule
     Returns:
         The latents (t+1, 1, c, h, w), clean first, and the noise (t, 1, c, h, w) in the order of sampling.
     """
-    noisy = [clean]
-    for number, transition in enumerate(reversed(down.steps)):
-        noise = torch.randn(clean.shape, generator=generator(seed, "inversion/ddpm", number))
-        noise = sent(noise, clean.device).to(clean)
-        noisy.append(transition.alpha**0.5 * clean + (1 - transition.alpha) ** 0.5 * noise)
+    noisy = noisy_versions(clean, down, seed, "ddpm")
     solver = NoiseSolver(noisy)
     no_noise = with_noise(down, torch.zeros(len(down), *clean.shape))
     denoise(model, noisy[-1], replace(edit, latent_edits=(solver,)), no_noise)
@@ -224,7 +218,7 @@ class NoiseSolver(LatentEdit):
     leads to, which differ from the given ones by rounding.
     """
 
-    def __init__(self, noisy: list[Tensor]) -> None:
+    def __init__(self, noisy: Tensor) -> None:
         self.noisy = noisy
         self.noise: list[Tensor] = []
         self.reached: list[Tensor] = []

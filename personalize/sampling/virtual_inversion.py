@@ -34,11 +34,14 @@ from personalize.sampling.denoise import LatentEdit
 from personalize.sampling.schedule import Schedule, Step
 
 
-def noisy_versions(clean: Tensor, down: Schedule, seed: int) -> Tensor:
-    """`clean` (1, c, h, w) with independent noise at every level of schedule `down`: (t+1, 1, c, h, w), clean first."""
+def noisy_versions(clean: Tensor, down: Schedule, seed: int, method: str = "none") -> Tensor:
+    """`clean` (1, c, h, w) with independent noise at every level of schedule `down`: (t+1, 1, c, h, w), clean first.
+
+    The noise of equal `seed` and inversion `method` is equal.
+    """
     noisy = [clean]
     for number, transition in enumerate(reversed(down.steps)):
-        noise = torch.randn(clean.shape, generator=generator(seed, "inversion/none", number))
+        noise = torch.randn(clean.shape, generator=generator(seed, f"inversion/{method}", number))
         noise = sent(noise, clean.device).to(clean)
         noisy.append(transition.alpha**0.5 * clean + (1 - transition.alpha) ** 0.5 * noise)
     return torch.stack(noisy)

@@ -1,27 +1,37 @@
 """What to change if a training needs more memory than is free: the options that are enough, the cheapest ones first.
 
-option                      takes less of                                 costs
---mixed_precision bf16      the base and activations, half                rounding
---offload                   text encoders, autoencoder, its pictures      seconds for each preview
---train_batch_size 1        activations of all samples but one            time on a GPU
---use_8bit_adam             the optimizer's moments, three quarters       hardly anything
---gradient_checkpointing    activations, most of them                     a third more time
---load_in_4bit              the UNet's linear layers, three quarters      a coarser base under the adapter
---resolution N              activations, by the pixels                    detail
+    option                      takes less of                                 costs
+    --mixed_precision bf16      the base and activations, half                rounding
+    --offload                   text encoders, autoencoder, its pictures      seconds for each preview
+    --train_batch_size 1        activations of all samples but one            time on a GPU
+    --use_8bit_adam             the optimizer's moments, three quarters       hardly anything
+    --gradient_checkpointing    activations, most of them                     a third more time
+    --load_in_4bit              the UNet's linear layers, three quarters      a coarser base under the adapter
+    --resolution N              activations, by the pixels                    detail
+
+Only options that are not given yet are advised, and none that it fits without.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from personalize.models.gradient_checkpointing import gradient_checkpointing
-from personalize.models.memory import decoding_bytes, free_bytes
+from personalize.models.memory import free_bytes
 from personalize.models.quantization import saved_by_quantizing, weight_bytes
-from personalize.models.vae import TILE
-from personalize.training.memory_estimate import MemoryEstimate, eight_bit, readable, sample_bytes, unturned
+from personalize.training.memory_estimate import (
+    MemoryEstimate,
+    decoded_bytes,
+    eight_bit,
+    parts_of_updates,
+    readable,
+    sample_bytes,
+    unturned,
+)
+from personalize.training.single_image import idle_parts
 
 if TYPE_CHECKING:
     from personalize.training.run import TrainingRun
@@ -37,17 +47,18 @@ def check_fits(expected: MemoryEstimate, run: TrainingRun) -> str | None:
     room = free + expected.base + expected.adapter  # these two are allocated already
     if _most(expected) <= room:
         return None
-    need = f"about {readable(_most(expected))} are needed and {readable(room)} are there"
-    changes = {option: make(run) for option, make in _MAKERS.items() if option in unturned(run)}
-    chosen = _enough(expected, changes, room)
-    least = _most(_with(expected, changes.values()))
-    if chosen is None and (side := _resolution(_with(expected, changes.values()), run, room)):
+    need, changes = f"about {readable(_most(expected))} are needed and {readable(room)} are there", dict[str, Change]()
+    for option in unturned(run):
+        changes[option] = _MAKERS[option](run)
+        if _most(_with(expected, changes.values())) <= room:
+            changes = _needed(expected, changes, room)
+            kept = readable(_most(_with(expected, changes.values())))
+            return f"{need}: add {' '.join(changes)}, with which {kept} are needed"
+    least = _with(expected, changes.values())
+    if side := _resolution(least, run, room):
         return f"{need}: add {' '.join([*changes, f'--resolution {side}'])}"
-    if chosen is None:
-        return f"{need}, and still {readable(least)} with {' '.join(changes) or 'all that saves memory'}: " \
-               "it takes a device with more memory"  # fmt: skip
-    kept = _most(_with(expected, [changes[option] for option in chosen]))
-    return f"{need}: add {' '.join(chosen)}, with which {readable(kept)} are needed"
+    options = " ".join(changes) or "all that saves memory"
+    return f"{need}, and still {readable(_most(least))} with {options}: it takes a device with more memory"
 
 
 def _most(expected: MemoryEstimate) -> int:
@@ -61,26 +72,18 @@ def _with(expected: MemoryEstimate, changes: Iterable[Change]) -> MemoryEstimate
     return expected
 
 
-def _enough(expected: MemoryEstimate, changes: Mapping[str, Change], room: int) -> list[str] | None:
-    """The options that make the estimate fit: from the cheapest on, without those that it fits without; None if none.
-
-    Those are looked for from the costliest on, so that a costly option goes before a cheap one does.
-    """
-    names = list(changes)
-    for count in range(1, len(names) + 1):
-        if _most(_with(expected, [changes[name] for name in names[:count]])) <= room:
-            chosen = names[:count]
-            for name in reversed(names[:count]):
-                others = [one for one in chosen if one != name]
-                if _most(_with(expected, [changes[one] for one in others])) <= room:
-                    chosen = others
-            return chosen
-    return None
+def _needed(expected: MemoryEstimate, changes: dict[str, Change], room: int) -> dict[str, Change]:
+    """`changes` without those that the estimate fits without, of which the costliest are left out first."""
+    for option in reversed(list(changes)):
+        others = {name: change for name, change in changes.items() if name != option}
+        if _most(_with(expected, others.values())) <= room:
+            changes = others
+    return changes
 
 
 def _halved(run: TrainingRun) -> Change:
-    parts = [p for p in (run.model.unet, run.model.vae, *run.model.text_encoders) if p not in run.model.offload]
-    frozen = sum(p.numel() * p.element_size() for part in parts for p in part.parameters() if not p.requires_grad)
+    weights = (weight for part in parts_of_updates(run.model) for weight in part.parameters())
+    frozen = sum(weight.numel() * weight.element_size() for weight in weights if not weight.requires_grad)
 
     def change(found: MemoryEstimate) -> MemoryEstimate:
         halves = {name: getattr(found, name) // 2 for name in ("sample", "idle_vae", "idle_encoders")}
@@ -90,11 +93,12 @@ def _halved(run: TrainingRun) -> Change:
 
 
 def _offloaded(run: TrainingRun) -> Change:
-    model, encodes = run.model, getattr(run.config, "encodes_captions", False)
-    vae = 0 if model.vae in model.offload else weight_bytes(model.vae)
-    encoders = [one for one in model.text_encoders if not encodes and one not in model.offload]
-    texts = sum(map(weight_bytes, encoders))
-    tiled = decoding_bytes(model.vae, (min(run.size[0], TILE), min(run.size[1], TILE)))
+    model = run.model
+    leaving = [part for part in idle_parts(model, run.config) if part not in model.offload]
+    vae, texts = (
+        sum(weight_bytes(part) for part in some if part in leaving) for some in ([model.vae], model.text_encoders)
+    )
+    tiled = decoded_bytes(run, tiled=True)
     return lambda found: replace(
         found, base=found.base - vae - texts, idle_vae=found.idle_vae + vae, idle_encoders=found.idle_encoders + texts,
         decoding_picture=min(found.decoding_picture, tiled),
@@ -112,7 +116,7 @@ def _checkpointed(run: TrainingRun) -> Change:
     return lambda found: replace(found, sample=min(found.sample, least))
 
 
-_MAKERS: dict[str, Callable[[TrainingRun], Change]] = {  # in order of what they cost
+_MAKERS: dict[str, Callable[[TrainingRun], Change]] = {
     "--mixed_precision bf16": _halved,
     "--offload": _offloaded,
     "--train_batch_size 1": lambda run: lambda found: replace(found, batch=1),

@@ -30,6 +30,7 @@ from personalize.models.vae import TILE
 from personalize.training.data.samples import SampleShard
 
 if TYPE_CHECKING:
+    from personalize.models.stable_diffusion import StableDiffusion
     from personalize.training.run import TrainingRun
 
 SMALL_TENSOR, BLOCK = 4096, 256  # parameters: see bitsandbytes' 8-bit optimizers in the docstring
@@ -100,20 +101,30 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
     idle_vae, idle_encoders = (
         sum(weight_bytes(part) for part in some if part in model.offload) for some in ([model.vae], model.text_encoders)
     )
-    parts = [part for part in (model.unet, model.vae, *model.text_encoders) if part not in model.offload]
+    parts = parts_of_updates(model)
     moments = [eight_bit(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
     trained_in_base = sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
     base = sum(map(weight_bytes, parts)) - trained_in_base
     sample = sample_bytes(run)
-    decoded = (min(size[0], TILE), min(size[1], TILE)) if model.offload.tiled else size
     return MemoryEstimate(
         base, adapter, adapter, sum(moments), sample, run.shard.largest,
-        idle_vae, idle_encoders, encoding_bytes(model.vae, size), decoding_bytes(model.vae, decoded),
+        idle_vae, idle_encoders, encoding_bytes(model.vae, size), decoded_bytes(run, tiled=model.offload.tiled),
     )  # fmt: skip
 
 
+def parts_of_updates(model: StableDiffusion) -> list[nn.Module]:
+    """The parts of the base that are on the device during updates."""
+    return [part for part in (model.unet, model.vae, *model.text_encoders) if part not in model.offload]
+
+
+def decoded_bytes(run: TrainingRun, *, tiled: bool) -> int:
+    """The most bytes that the autoencoder allocates to decode the run's picture, at once or in tiles."""
+    height, width = run.size
+    return decoding_bytes(run.model.vae, (min(height, TILE), min(width, TILE)) if tiled else (height, width))
+
+
 def unturned(run: TrainingRun) -> list[str]:
-    """The options that need less memory and are not given yet; `memory_advice` says what each costs."""
+    """The options that need less memory and are not given yet, the cheapest first: `memory_advice` says their costs."""
     config, model = run.config, run.model
     halves = model.device.type != "cpu" and model.dtype == torch.float32 and not getattr(config, "full_kv", False)
     options = {

@@ -44,10 +44,11 @@ from personalize.sampling.denoise import Edit, denoise, denoise_with_history
 from personalize.sampling.inversion import invert
 from personalize.sampling.schedule import Schedule, make_schedule
 from tests.bench.cells import Cells
-from tests.bench.contract import caption, iou, psnr, random_task
+from tests.bench.contract import caption, random_task
 from tests.bench.intervals import mean_interval, paired_interval, wilson
 from tests.bench.judge.judge import as_bytes, as_pixels
 from tests.bench.map_measures import background_iou, map_measures
+from tests.bench.picture_measures import iou, psnr
 from tests.bench.world import weights_of, world_of
 
 TARGETS = {  # figure: (target, whether the value or the interval's lower end must reach it)

@@ -41,9 +41,9 @@ from personalize.sampling.denoise import Edit, denoise, sample
 from personalize.sampling.schedule import make_schedule
 from tests.bench.attention_auc import attention_aucs
 from tests.bench.cells import Cells
-from tests.bench.contract import psnr
 from tests.bench.figure_tables import figures, markdown
 from tests.bench.judge.judge import Judge, as_bytes, as_pixels
+from tests.bench.picture_measures import psnr
 from tests.bench.world import weights_of, world_of
 
 INVERSION_STEPS = 50

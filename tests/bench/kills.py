@@ -42,13 +42,18 @@ class TooLate(Exception):
 
 
 def killed(work: Callable[[], object], number: int, after: float, said: Path) -> int:
-    """Start `work`, and send it the signal `number` after some seconds; how many processes of it are left.
-
-    Raises:
-        TooLate: it had ended by then.
-    """
+    """Start `work`, and `hit` it with the signal `number` after some seconds; how many processes of it are left."""
     process = child(work, said)
     time.sleep(after)
+    return hit(process, number)
+
+
+def hit(process: int, number: int) -> int:
+    """Send the signal `number` to a child, and wait for its end; how many processes of it are left.
+
+    Raises:
+        TooLate: it had ended before.
+    """
     if os.waitpid(process, os.WNOHANG)[0]:
         raise TooLate
     os.kill(process, number)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from personalize.editing.dynamic_prompt_learning.fit import disjoint_loss
-from tests.bench.contract import iou
+from tests.bench.picture_measures import iou
 
 THETAS = [round(0.05 * step, 2) for step in range(1, 20)]
 

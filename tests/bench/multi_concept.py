@@ -52,9 +52,10 @@ from personalize.training.losses import separation
 from personalize.training.multi_concept import multi_concept_run
 from tests.bench.attention_auc import coverage
 from tests.bench.cells import Cells
-from tests.bench.contract import BASE, DO_NOTHING, iou, picture_file
+from tests.bench.contract import BASE, DO_NOTHING, picture_file
 from tests.bench.intervals import mean_interval, paired_interval
 from tests.bench.judge.judge import Judge, as_bytes
+from tests.bench.picture_measures import iou
 from tests.bench.world import weights_of, world_of
 
 SPLIT = "bench-multi-concept"

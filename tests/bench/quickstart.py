@@ -33,8 +33,9 @@ from personalize.editing.editor import Editor
 from personalize.embedded.samples import bundled
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.bench.cells import Cells
-from tests.bench.contract import Task, psnr, score
+from tests.bench.contract import Task, score
 from tests.bench.judge.judge import Judge
+from tests.bench.picture_measures import psnr
 
 REPLAY_GAIN, IDENTITY_GAIN, EDITS_RIGHT = 6.0, 3.0, 3  # dB, dB, of four
 

@@ -39,9 +39,10 @@ from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.sampling.config import NullTextSettings
 from personalize.sampling.inversion import METHODS
 from tests.bench.cells import Cells
-from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, psnr, random_task
+from tests.bench.contract import BASE, DO_NOTHING, Task, picture_file, random_task
 from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import Judge
+from tests.bench.picture_measures import psnr
 from tests.bench.report import BenchOptions, contact_sheet, mean, share
 from tests.bench.shapes import in_band, score_band
 from tests.bench.world import weights_of, world_of

@@ -11,8 +11,9 @@ import numpy as np
 
 from personalize.embedded.frames import Shape, band, scene_in_band
 from personalize.embedded.scenes import render
-from tests.bench.contract import Score, Task, identity, region, score
+from tests.bench.contract import Score, Task, region, score
 from tests.bench.judge.judge import Judge
+from tests.bench.picture_measures import identity
 
 
 def in_band(task: Task, shape: Shape) -> Task:

@@ -14,6 +14,7 @@ from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, KINDS, Task, evaluate, random_task, region, score
 from tests.bench.intervals import paired_interval, wilson
 from tests.bench.judge.judge import Judge
+from tests.bench.picture_measures import PSNR_CAP, colour_distance, iou, lab, psnr, structure_distance
 
 SIZE = 128
 
@@ -29,7 +30,7 @@ def test_the_truth_succeeds_and_doing_nothing_does_not(kind, judge):
     truths = [score(task, render(task.after, SIZE)[0], judge) for task in tasks]
     idle = [score(task, render(task.before, SIZE)[0], judge) for task in tasks]
     assert sum(one.success for one in truths) >= 11  # the judge is right in 99 % of scenes
-    assert all((one.psnr, one.colour, one.structure) == (contract.PSNR_CAP, 0, 0) for one in truths)
+    assert all((one.psnr, one.colour, one.structure) == (PSNR_CAP, 0, 0) for one in truths)
     assert sum(one.success for one in idle) == 0
 
 
@@ -91,25 +92,25 @@ def test_unknown_kinds_and_empty_choices_are_refused():
 
 def test_psnr_of_a_known_error():
     black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 51, np.uint8)
-    assert contract.psnr(grey, black) == pytest.approx(-20 * math.log10(0.2))
+    assert psnr(grey, black) == pytest.approx(-20 * math.log10(0.2))
     half = np.zeros((4, 4), bool)
     half[:2] = True
     mixed = np.where(half[..., None], black, grey).astype(np.uint8)
-    assert contract.psnr(mixed, black, half) == contract.PSNR_CAP
-    assert contract.psnr(mixed, black) == pytest.approx(-10 * math.log10(0.02))
+    assert psnr(mixed, black, half) == PSNR_CAP
+    assert psnr(mixed, black) == pytest.approx(-10 * math.log10(0.02))
 
 
 def test_dpl_c08_iou():
     half = np.zeros((4, 4), bool)
     half[:2] = True
-    assert contract.iou(half, half) == 1 and contract.iou(half, ~half) == 0 and contract.iou(half, half | ~half) == 0.5
-    assert contract.iou(half & ~half, half & ~half) == 1
+    assert iou(half, half) == 1 and iou(half, ~half) == 0 and iou(half, half | ~half) == 0.5
+    assert iou(half & ~half, half & ~half) == 1
 
 
 def test_lab_of_known_colours():
     rgb = np.array([[255, 255, 255], [255, 0, 0], [0, 0, 0]], np.uint8)
     known = [[100, 0, 0], [53.24, 80.09, 67.20], [0, 0, 0]]  # published values for sRGB under D65
-    np.testing.assert_allclose(contract.lab(rgb), known, atol=0.05)  # the matrix has five digits
+    np.testing.assert_allclose(lab(rgb), known, atol=0.05)  # the matrix has five digits
 
 
 def test_colour_distance_ignores_places_and_measures_shifts():
@@ -117,18 +118,18 @@ def test_colour_distance_ignores_places_and_measures_shifts():
     image = rng.integers(0, 200, (16, 16, 3)).astype(np.uint8)
     shuffled = rng.permutation(image.reshape(-1, 3)).reshape(image.shape)
     everywhere = np.ones((16, 16), bool)
-    assert contract.colour_distance(shuffled, image, everywhere) == 0
-    assert contract.colour_distance(image + 30, image, everywhere) > 2
-    assert contract.structure_distance(shuffled, image, everywhere) > 0.4
+    assert colour_distance(shuffled, image, everywhere) == 0
+    assert colour_distance(image + 30, image, everywhere) > 2
+    assert structure_distance(shuffled, image, everywhere) > 0.4
 
 
 def test_structure_distance_ignores_brightness_and_notices_missing_objects():
     scene = Scene("blue", (SceneObject("cat", "3d"),))
     image, masks = render(scene, 64)
     empty = render(Scene("blue", ()), 64)[0]
-    assert contract.structure_distance(image, image, masks[0]) == 0
-    assert contract.structure_distance((image * 0.95).astype(np.uint8), image, masks[0]) < 0.15
-    assert contract.structure_distance(empty, image, masks[0]) > 0.7
+    assert structure_distance(image, image, masks[0]) == 0
+    assert structure_distance((image * 0.95).astype(np.uint8), image, masks[0]) < 0.15
+    assert structure_distance(empty, image, masks[0]) > 0.7
 
 
 def test_wilson_interval_of_a_textbook_case():

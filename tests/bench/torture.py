@@ -38,7 +38,7 @@ from personalize.cli.main import main as personalize
 from personalize.formats.manifest import DIFFUSERS_FILE
 from personalize.formats.verification import verify_folder
 from tests.bench.cells import Cells
-from tests.bench.kills import GRACE, TooLate, child, finished, hidden, killed, row, theirs
+from tests.bench.kills import GRACE, TooLate, child, finished, hidden, hit, killed, row, theirs
 from tests.support.children import adopt_orphans, descendants, living
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
@@ -127,11 +127,7 @@ def saving(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
     process = child(lambda: new.save(output))
     time.sleep(draw.uniform(0, length))
     files += theirs(output, 1)
-    if os.waitpid(process, os.WNOHANG)[0]:
-        raise TooLate
-    os.kill(process, number)
-    finished(process)
-    alive = living(GRACE)
+    alive = hit(process, number)
     Adapter.load(output)
     equal = weights(output) in hashes
     new.save(output)

@@ -39,7 +39,6 @@ SEARCH = (  # options that one picture does not need, or has values of its own f
     "auto", "budget", "clip_model", "identity_model", "source_image", "alpha", "beta", "gamma", "seed", "seeds",
     "num_images", *FASTER,
 )  # fmt: skip
-
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
 

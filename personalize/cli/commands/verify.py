@@ -16,7 +16,8 @@ from personalize.formats.foreign_files import as_lora, read_adapter_file
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, is_part_of_adapter
 from personalize.formats.quantized_merge import base_weights, survival_cells, survival_text, survivals
-from personalize.formats.verification import VerificationReport, verify_file, verify_folder
+from personalize.formats.verification import verify_file, verify_folder
+from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.json_files import read_json

@@ -9,7 +9,7 @@ from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.readers import through_diffusers
 from personalize.formats.diffusion_transformers.reading import model_of, read, sort
 from personalize.formats.integrity import header_problems
-from personalize.formats.verification import FileReport, VerificationReport
+from personalize.formats.verification_report import FileReport, VerificationReport
 from personalize.io.tensor_files import TensorFile
 
 

@@ -29,7 +29,7 @@ from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.sampling.denoise import Edit, denoise
 from personalize.sampling.schedule import make_schedule
 from tests.bench.cells import Cells
-from tests.bench.contract import BASE, DO_NOTHING, Task, iou, psnr, structure_distance
+from tests.bench.contract import BASE, DO_NOTHING, Task
 from tests.bench.drag.calibration import best_reader, calibration_row, default_ious, table
 from tests.bench.drag.figures import ABLATED, DISTANCES, PASTE, TRUTH, ablations, distance_figures, figures
 from tests.bench.drag.mean_distance import dift_features, distance_left
@@ -52,6 +52,7 @@ from tests.bench.drag.turns import TURNS, Turn, turn_figures, turn_row
 from tests.bench.figure_tables import average
 from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import as_bytes, as_pixels
+from tests.bench.picture_measures import iou, psnr, structure_distance
 from tests.bench.world import weights_of, world_of
 
 # each arm differs from `move` in one setting; "mask" and "paste" are arguments of the bench, no settings

@@ -23,9 +23,10 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, denoise
 from personalize.sampling.schedule import make_schedule
 from tests.bench.attention_auc import auc, coverage, site_label
-from tests.bench.contract import Task, iou
+from tests.bench.contract import Task
 from tests.bench.drag.measures import handle_point
 from tests.bench.judge.judge import as_pixels
+from tests.bench.picture_measures import iou
 
 # bands of timesteps (from, to), and sets of layers: (places in the UNet, levels counted from the finest)
 BANDS = ((0, 150), (0, 300), (150, 300), (0, 500), (300, 500), (500, 700))

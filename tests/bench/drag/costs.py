@@ -30,8 +30,8 @@ from personalize.io.images import to_pixels
 from personalize.models.attention import AttentionSite, attention_sites
 from personalize.models.empty import empty_model
 from personalize.models.image_processor import PaddedImage
-from tests.bench.contract import iou
 from tests.bench.drag.measures import drag_task, handle_point
+from tests.bench.picture_measures import iou
 
 FACTOR, WIDE = 8, 20  # pixels per latent cell; latent cells of the drag
 

@@ -14,7 +14,8 @@ from personalize.editing.drag.image import DragResult
 from personalize.editing.drag.preview import DragPreview
 from personalize.embedded.scenes import Scene, SceneObject, render
 from tests.bench.attention_auc import coverage
-from tests.bench.contract import Task, psnr
+from tests.bench.contract import Task
+from tests.bench.picture_measures import psnr
 
 Shift = tuple[float, float]
 VISIBLE = 30.0  # grey levels, root mean square over the channels: a pixel that differs by more is not background

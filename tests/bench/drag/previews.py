@@ -23,12 +23,12 @@ from personalize.editing.drag.reading import DragSource
 from personalize.embedded.scenes import render
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import EMBEDDED
-from tests.bench.contract import iou, psnr
 from tests.bench.drag.bench import Bench, DragBench
 from tests.bench.drag.figures import DISTANCES, arrived
 from tests.bench.drag.measures import away_from, background_only, find_shift, ghost, handle_point
 from tests.bench.drag.turns import TURNS
 from tests.bench.figure_tables import average, proportion
+from tests.bench.picture_measures import iou, psnr
 
 TURNED = TURNS[-1]  # by 30°, scaled by 1.4
 

@@ -19,9 +19,9 @@ from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import drag_picture
 from personalize.embedded.scenes import Scene, SceneObject, render
 from personalize.models.stable_diffusion import StableDiffusion
-from tests.bench.contract import iou, psnr
 from tests.bench.drag.measures import away_from, centroid, handle_point
 from tests.bench.figure_tables import average, proportion
+from tests.bench.picture_measures import iou, psnr
 
 REACH = 0.05  # of the frame: distance of the further points from the handle
 ANGLES = tuple(range(-20, 55, 5))  # degrees, among which the drawn angle is searched
