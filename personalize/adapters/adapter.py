@@ -49,6 +49,7 @@ from personalize.io.tensor_files import read_tensors, tensor_bytes
 from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import StableDiffusion
 
+ALPHAS = (-(10**6), 10**6)  # LoRA files have alphas of 1 to some thousands, rarely a negative one
 NOT_DRAWN = {"source", "attention"}  # pictures of a folder that no model made: a photo, maps over it
 
 
@@ -77,6 +78,12 @@ class Adapter:
     info: Mapping[str, Any] = field(default_factory=dict)
     concepts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     others: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """UserError unless `rank` is a whole number of at least 1 and `alpha` a finite number."""
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise UserError(f"rank is {self.rank!r}, expected a whole number of at least 1")
+        check_number("alpha", self.alpha, ALPHAS)
 
     @property
     def base(self) -> dict[str, Any]:

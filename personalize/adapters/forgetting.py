@@ -17,12 +17,13 @@ References: Zhang et al., "Forgedit", arXiv 2309.10556.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from personalize.errors import UserError
+from personalize.models.ranges import FRACTION, check_number
 
 if TYPE_CHECKING:  # the studio shows the rules before torch is imported
     from personalize.models.blocks import Role
@@ -44,6 +45,10 @@ class ForgettingRule:
     keep_level: int | None = None
     level: int | None = None
     degree: float = 0.0
+
+    def __post_init__(self) -> None:
+        """UserError unless `degree` is a number in [0, 1]."""
+        check_number(f"the share kept by the forgetting rule {self.name!r}", self.degree, FRACTION)
 
     def __str__(self) -> str:
         return f"{self.name}={self.degree:g}" if self.degree else self.name
@@ -95,6 +100,7 @@ ALIASES = {
     "orig": "none",
     "dreambooth-encoderkv": "noencoderkv",
 }
+_EXPECTED = 'a rule such as "decoder=0.5", or a list of rules'
 
 
 def parse_rule(text: str) -> ForgettingRule:
@@ -171,10 +177,19 @@ def _no_match(rule: ForgettingRule, roles: Mapping[str, Role]) -> str:
     return f"rule {rule.name!r} ({rule.description}) forgets nothing here: {reason}; rules that do: {others}"
 
 
-def parse_rules(forget: str | ForgettingRule | Sequence[str | ForgettingRule] | None) -> list[ForgettingRule]:
-    """Forgetting rules from one rule or several, as text or parsed; None is no rule."""
+def parse_rules(forget: str | ForgettingRule | Iterable[str | ForgettingRule] | None) -> list[ForgettingRule]:
+    """Forgetting rules from one rule or several, as text or parsed; None is no rule.
+
+    Raises:
+        UserError: `forget` is, or contains, something else.
+    """
     given = [] if forget is None else [forget] if isinstance(forget, str | ForgettingRule) else forget
-    return [rule if isinstance(rule, ForgettingRule) else parse_rule(rule) for rule in given]
+    if isinstance(given, bytes | Mapping) or not isinstance(given, Iterable):
+        raise UserError(f"forget is {given!r}, expected {_EXPECTED}")
+    rules = list(given)
+    if wrong := [rule for rule in rules if not isinstance(rule, str | ForgettingRule)]:
+        raise UserError(f"forget contains {wrong[0]!r}, expected {_EXPECTED}")
+    return [rule if isinstance(rule, ForgettingRule) else parse_rule(rule) for rule in rules]
 
 
 def parse_rule_sum(text: str) -> list[Any]:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from personalize.adapters.forgetting import ForgettingRule, degrees
+from personalize.adapters.forgetting import ForgettingRule, degrees, parse_rules
 from personalize.adapters.lora import ADAPTER, PREFIX, factor_parameters, lora_layers
 from personalize.errors import UserError
 from personalize.models.blocks import module_roles
-from personalize.models.ranges import check_number
+from personalize.models.ranges import MIX, check_number
 
 Rules = ForgettingRule | Iterable[ForgettingRule] | Mapping[str, float] | None
 
@@ -52,12 +52,14 @@ def multipliers(unet: nn.Module, names: Iterable[str], rules: Rules, strength: f
     """
     names = list(names)
     if isinstance(rules, Mapping):
+        for name, factor in rules.items():
+            check_number(f"the factor of module {name!r}", factor, MIX)
         factors = {str(name): float(factor) for name, factor in rules.items()}
         if unknown := sorted(set(factors) - set(names)):
             raise UserError(f"no module {unknown[0]!r} in the adapter, which has {len(names)}, e.g. {names[:1]}")
         return {name: strength * factors.get(name, 1.0) for name in names}
-    chosen = () if rules is None else (rules,) if isinstance(rules, ForgettingRule) else tuple(rules)
-    return {name: strength * kept for name, kept in degrees(module_roles(unet, names), chosen).items()}
+    chosen = degrees(module_roles(unet, names), parse_rules(rules))
+    return {name: strength * kept for name, kept in chosen.items()}
 
 
 def scaled_state(

@@ -65,11 +65,11 @@ def check_ranges(options: Any, prefix: str = "") -> None:
             _check_limits(f"{prefix}{name}", number, RANGES.get(name, (-math.inf, math.inf)))
 
 
-def check_number(name: str, value: Any) -> None:
-    """UserError unless `value`, an argument that is called `name`, is a finite number in the range of that name."""
+def check_number(name: str, value: Any, limits: tuple[float, float] | None = None) -> None:
+    """UserError unless `value`, an argument called `name`, is a finite number in `limits`, or in those of its name."""
     if not hasattr(value, "__float__") or isinstance(value, bool):
         raise UserError(f"{name} is {value!r}, expected a number")
-    _check_limits(name, value, RANGES[name])
+    _check_limits(name, value, RANGES[name] if limits is None else limits)
 
 
 def _check_limits(name: str, value: float, limits: tuple[float, float]) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -238,6 +239,18 @@ def test_an_adapter_that_contradicts_itself_is_not_saved(tmp_path, sd1, changes,
     with pytest.raises(UserError, match=message):
         replace(make(sd1), **changes).save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 1e30, "1", None, True])
+def test_an_alpha_that_is_no_finite_number_is_refused_where_an_adapter_is_made(sd1, alpha):
+    with pytest.raises(UserError, match="alpha is"):
+        replace(make(sd1), alpha=alpha)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, math.nan, "4", None, True])
+def test_a_rank_that_is_no_count_is_refused_where_an_adapter_is_made(sd1, rank):
+    with pytest.raises(UserError, match="rank is .*, expected a whole number of at least 1"):
+        replace(make(sd1), rank=rank)
 
 
 def test_names():

@@ -1,8 +1,13 @@
 """The rules of forgetting as data: names, degrees, and what they select by path and role."""
 
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
-from personalize.adapters.forgetting import RULES, degrees, parse_rule, selects
+from personalize.adapters.forgetting import RULES, degrees, parse_rule, parse_rules, selects
 from personalize.errors import UserError
 from personalize.models.blocks import Role
 
@@ -22,6 +27,22 @@ def test_names_degrees_and_friendly_names() -> None:
 def test_degrees_outside_0_to_1_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="between 0"):
         parse_rule(text)
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [(5, "forget is 5"), (b"decoder", "forget is b'decoder'"), (["decoder=0.5", 3], "forget contains 3"),
+     ([None], "forget contains None"), ({"decoder": 0.5}, "forget is {'decoder': 0.5}")],
+)  # fmt: skip
+def test_what_is_no_rule_is_named(rules: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"{re.escape(said)}, expected a rule such as"):
+        parse_rules(rules)
+
+
+@pytest.mark.parametrize("degree", [math.nan, math.inf, -0.1, 1.5, "1", None, True])
+def test_rules_made_in_python_keep_a_share(degree: Any) -> None:
+    with pytest.raises(UserError, match="the share kept by the forgetting rule 'nodecoder' is"):
+        replace(RULES["nodecoder"], degree=degree)
 
 
 def test_forgedit_c04_unknown_rule_names_the_nearest() -> None:

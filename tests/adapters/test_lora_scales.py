@@ -1,5 +1,8 @@
 """LoRA scaled at run time: what forgetting resets and what it leaves, without a trace."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -149,3 +152,11 @@ def test_forgedit_c30_baked_is_scaled() -> None:
     lora.load_lora(model.unet, state, rank=2, alpha=3.0)
     assert len(lora.lora_layers(model.unet)) == 216 - 62
     assert (answer(model) - expected).abs().max() <= 1e-5 * expected.abs().max()  # s·(Bx) against (sB)x
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e30, "1"])
+def test_factors_of_modules_are_numbers(adapted: StableDiffusion, factor: Any) -> None:
+    name = lora.module_names(adapted.unet)[0]
+    with pytest.raises(UserError, match=f"the factor of module '{name}' is"):
+        with lora_scales.scaled(adapted.unet, {name: factor}):
+            raise AssertionError("the body ran")

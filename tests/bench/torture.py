@@ -18,90 +18,30 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from personalize.adapters.adapter import Adapter
 from personalize.cli.main import main as personalize
-from personalize.formats.manifest import DIFFUSERS_FILE
-from personalize.formats.verification import verify_folder
 from tests.bench.cells import Cells
+from tests.bench.full_disks import full_disk
+from tests.bench.kill_place import ROWS, Place, measure, prepared, weights
 from tests.bench.kills import GRACE, TooLate, child, finished, hidden, hit, killed, row, theirs
 from tests.support.children import adopt_orphans, descendants, living
 from tests.support.lora_states import random_adapter
-from tests.support.tiny import tiny, tiny_folder
+from tests.support.tiny import tiny
 
 SHARES = {"training": 5, "saving": 5, "exporting": 3, "catalogue": 1, "processes": 4, "disk": 2}  # of 20 kills
-ROWS = 20
 TRIES = 8  # of one kill, if it comes too late
 AGAIN = 20  # kills after which durations are measured again
-LEARNING = ["--targets", "attention", "--rank", "2", "--preview_steps", "0", "--samples_per_update", "1"]
-
-
-@dataclass
-class Place:
-    """A folder with a tiny base, pictures, a table, and the results of work that nobody interrupted."""
-
-    root: Path
-    seconds: dict[str, float]
-    expected: dict[str, str]
-
-    def training(self, output: Path, *more: str) -> list[str]:
-        words = ["train", "single_image", str(self.root / "0.png"), "--caption", "a cat", *self._base(output)]
-        return [*words, "--max_train_samples", "8", "--checkpointing_steps", "1", *more]
-
-    def catalogue(self, output: Path) -> list[str]:
-        words = ["train", "catalogue", str(self.root / "items.csv"), *self._base(output)]
-        return [*words, "--max_train_samples", "1"]
-
-    def _base(self, output: Path) -> list[str]:
-        base = ["--pretrained_model_name_or_path", str(self.root / "tiny-sd1"), "--output_dir", str(output)]
-        return [*base, *LEARNING]
-
-
-def prepared(root: Path) -> Place:
-    """Make the place, and do each work once."""
-    tiny_folder("sd1", root)
-    for number in range(ROWS):
-        Image.new("RGB", (64, 64), (10 * number, 80, 60)).save(root / f"{number}.png")
-    rows = [f"{number}.png,a cat,n{number}" for number in range(ROWS)]
-    (root / "items.csv").write_text("\n".join(["image,caption,name", *rows]))
-    place = Place(root, {}, {})
-    measure(place)
-    place.expected = {"training": weights(root / "whole")}
-    place.expected |= {f"n{number}": weights(root / "rows" / f"n{number}") for number in range(ROWS)}
-    return place
-
-
-def measure(place: Place) -> None:
-    """Do each work of one process once, and remember how long it took."""
-    for folder in ("whole", "rows"):
-        shutil.rmtree(place.root / folder, ignore_errors=True)
-    whole, rows = place.root / "whole", place.root / "rows"
-    for kind, words in (("training", place.training(whole)), ("catalogue", place.catalogue(rows))):
-        began = time.monotonic()
-        assert finished(child(lambda words=words: personalize(words))) == 0, kind
-        place.seconds[kind] = time.monotonic() - began
-
-
-def weights(folder: Path) -> str:
-    """A hash of the adapter's weights; "" if there is no whole adapter."""
-    with suppress(Exception):
-        if verify_folder(folder).ok:
-            return sha256((folder / DIFFUSERS_FILE).read_bytes()).hexdigest()
-    return ""
 
 
 def training(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
@@ -191,29 +131,8 @@ def processes(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]
     return row(equal, files, remaining, hidden(output, folder), folder / "said", **more)
 
 
-def disk(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
-    """A disk that is too small, or that another program fills while it trains: refused before, or saved elsewhere."""
-    output, room = folder / "disk" / "out", draw.choice([1, 2, 4, 8])  # MB
-    output.parent.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}m", "none", output.parent], check=True)
-    try:
-        process = child(lambda: (os.chdir(folder), personalize(place.training(output)))[1])
-        time.sleep(draw.uniform(0, place.seconds["training"]))
-        with suppress(OSError), open(output.parent / "filler", "wb", buffering=0) as filler:
-            while filler.write(bytes(4096)):
-                pass
-        code, alive = finished(process), living(GRACE)
-        kept = [weights(path) for path in (output, *folder.glob("*-rescued*"))]
-        begun = any(output.glob("checkpoint-*"))
-    finally:
-        subprocess.run(["umount", output.parent], check=True)
-    refused = code == 2 and not any(kept)
-    equal = place.expected["training"] in kept or (refused and not begun)
-    return row(equal, [], alive, 0, room=room, refused=refused, begun=begun)
-
-
 WORK = {"training": training, "saving": saving, "exporting": exporting, "catalogue": catalogue,
-        "processes": processes, "disk": disk}  # fmt: skip
+        "processes": processes, "disk": full_disk}  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> dict[str, dict[str, int]]:
