@@ -65,7 +65,7 @@ class EditResult:
     nouns: a sheet with the attention map of each noun before and after dynamic prompts fitted it.
     masks: a sheet with the regions that uniform maps allowed to change, by step.
     region: where the first edit was allowed to change the photo, boolean latent cells (h, w); None if everywhere.
-    untouched: for each edit the number of pixels that are the photo's own, if there is such a region.
+    untouched: for each edit the number of pixels that are the photo's own, if they were put back outside of a region.
     """
 
     images: tuple[Image.Image, ...]
@@ -144,10 +144,12 @@ def edit_photo(
     if control is not None and attention and control.maps is not None:
         maps = word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
     masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend)
+    blended = None if prepared.blend is None or not prepared.blend.masks else prepared.blend.edited_region()
+    allowed = regions[0].cells if regions else blended
     return EditResult(
         tuple(edits), reconstruction, edit_sheet(frame.picture, reconstruction, edits, source, targets), maps,
         tuple(targets), latents, prepared.trajectory, time.perf_counter() - began,
-        _notes(frame, prepared, control, settings, request), nouns, masks, regions[0].cells if regions else None,
+        _notes(frame, prepared, control, settings, request), nouns, masks, allowed,
         tuple(count for _, count in kept),
     )  # fmt: skip
 
@@ -174,9 +176,9 @@ def _regions(
     frame: PaddedImage, request: EditRequest, prepared: PreparedImage, control: Controls | None,
     region: EditRegion | None, latents: Tensor,
 ) -> list[EditRegion]:  # fmt: skip
-    """For each target where it may differ from the photo: the user's mask, the words' maps, or uniform maps' region.
+    """For each target the region outside of which the photo's own pixels come back.
 
-    An empty list if everywhere.
+    It is the user's mask, the words' maps, or, if asked for, uniform maps' region.  An empty list if there is none.
     """
     rows = max(1, len(latents) - 1)
     if region is not None:

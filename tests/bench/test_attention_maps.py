@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.bench import attention_maps as bench
-from tests.bench.attention_maps import MapsBench, compare_with_target, figures
+from tests.bench.attention_figures import TARGETS, compare_with_target, figures
+from tests.bench.attention_maps import MapsBench
 from tests.bench.map_measures import background_iou, map_measures
 from tests.support.tiny import tiny
 
@@ -22,10 +23,12 @@ def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     (tmp_path / "world.json").write_text(json.dumps(world))
     options = MapsBench(scenes=1, model=tmp_path, steps=(2,), updates=1, output_dir=tmp_path / "out")
     found = bench.run(options, tiny("sd1"))
-    assert {"iou gain, direct", "U9 win rate, 2 steps", "U10 background gain", "U11 iou"} <= set(found)
+    names = {"iou gain, direct", "U9 win rate, 2 steps", "U10 background gain", "U11 iou", "swaps, other gain"}
+    assert names <= set(found)
     assert found["units, direct"]["value"] <= 2 + 2 * 3 and found["U9 win rate, 2 steps"]["asked"] == 0.65
     monkeypatch.setattr(bench.Bench, "maps", None)
     monkeypatch.setattr(bench.Bench, "masks", None)
+    monkeypatch.setattr(bench.Bench, "swaps", None)
     assert bench.run(options, tiny("sd1")) == found
 
 
@@ -80,8 +83,8 @@ def claim(figure: str, number: str) -> Any:
     [
         claim("iou gain, direct", "dpl_c06"),
         *(claim(f"{name}, {steps} steps", f"uniform_u09-{name[3:]}-{steps}")
-          for name in bench.TARGETS if name.startswith("U9") for steps in (10, 20, 50)),
-        *(claim(name, f"uniform_{name[:3].lower()}-{name[4:]}") for name in bench.TARGETS if name[:2] == "U1"),
+          for name in TARGETS if name.startswith("U9") for steps in (10, 20, 50)),
+        *(claim(name, f"uniform_{name[:3].lower()}-{name[4:]}") for name in TARGETS if name[:2] == "U1"),
     ],
 )  # fmt: skip
 def test_the_embedded_model_bears_the_claims_out(embedded: dict, figure: str):

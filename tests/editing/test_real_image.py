@@ -149,6 +149,13 @@ def test_outside_the_mask_every_method_returns_the_photos_own_pixels(choice):
     assert not torch.equal(found.latents[0], found.latents[1])
 
 
+def test_an_edit_with_uniform_maps_has_their_region_also_where_the_photos_pixels_do_not_come_back():
+    settings = replace(SHORT, steps=4, uniform=UniformSettings())
+    free, strict = (edited(EditRequest(TARGET, strict=choice), settings) for choice in (False, True))
+    assert free.region is not None and torch.equal(free.region, strict.region)
+    assert free.untouched == () and len(strict.untouched) == 1
+
+
 @pytest.mark.parametrize("controller", ["p2p", "mutual"])
 def test_local_words_keep_the_photos_own_pixels_too(controller):
     control = replace(SHORT.control, blend_start=0.0, blend_threshold=0.95)
