@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from functools import cache
+from numbers import Real
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from personalize.errors import UserError
 
-NUMBERS = ("int", "float", "int | None", "float | None")  # types of fields, as they are written
 LARGEST_WORD_WEIGHT = 100  # factor on the attention to a word
 MIX, FACTOR = (-20, 20), (0, 10**4)  # weights of embeddings and adapters; weights of losses
 RATE, FRACTION = (0, 10), (0, 1)
@@ -52,15 +56,20 @@ _NAMES: dict[tuple[float, float], str] = {
     ),
     (0, 100): "guidance_scale", (0, 2**16 - 1): "port", (-(2**14), 2**14): "grow",  # a mask that shrinks grows by less
 }  # fmt: skip
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", NoneType: "None"}
 RANGES = {name: limits for limits, names in _NAMES.items() for name in names.split()}
 
 
 def check_ranges(options: Any, prefix: str = "") -> None:
-    """UserError, naming the field, unless every number in the dataclass `options` is finite and in its range."""
+    """UserError, naming the field, unless every number in the dataclass `options` is finite and in its range.
+
+    Fields of numbers, of truth values and of a choice of words must also be of their type: a count is whole.
+    """
+    types = _checked_types(type(options))
     for field in fields(options):
         name, value = field.name.rstrip("_"), getattr(options, field.name, None)
-        if str(field.type) in NUMBERS and isinstance(value, str | bytes):
-            raise UserError(f"{prefix}{name} is {value!r}, expected a number")
+        if field.name in types:
+            _check_type(f"{prefix}{name}", value, types[field.name])
         for number in _numbers(value):
             _check_limits(f"{prefix}{name}", number, RANGES.get(name, (-math.inf, math.inf)))
 
@@ -81,6 +90,37 @@ def _check_limits(name: str, value: float, limits: tuple[float, float]) -> None:
         raise UserError(f"{name} is {_number(value)}: give a number from {low:g} to {_number(high)}")
 
 
+@cache
+def _checked_types(options: type) -> dict[str, Any]:
+    """The types of those fields of a dataclass that hold numbers, truth values or one of some words, or several."""
+    hints = get_type_hints(options)
+    return {name: hint for name, hint in hints.items() if all(map(_is_checked, _leaves(hint)))}
+
+
+def _is_checked(leaf: Any) -> bool:
+    return leaf in _KINDS or get_origin(leaf) is Literal
+
+
+def _leaves(hint: Any) -> list[Any]:
+    """The types out of which `hint` is made: int and NoneType for `tuple[int, ...] | None`."""
+    parts = [] if get_origin(hint) is Literal else [part for part in get_args(hint) if part is not ...]
+    return [leaf for part in parts for leaf in _leaves(part)] if parts else [hint]
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """UserError, which says `name`, unless `value` is of the type `hint`; a number of NumPy or torch counts as one."""
+    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+    try:
+        msgspec.convert(plain, hint)
+    except (msgspec.ValidationError, TypeError):
+        words = [str(word) for leaf in _leaves(hint) for word in get_args(leaf)]
+        if words:
+            raise UserError(f"{name} is {value!r}: choose one of {', '.join(words)}") from None
+        several = "several, each " if any(get_origin(part) is tuple for part in (hint, *get_args(hint))) else ""
+        expected = " or ".join(dict.fromkeys(_KINDS[leaf] for leaf in _leaves(hint)))
+        raise UserError(f"{name} is {value!r}, expected {several}{expected}") from None
+
+
 def _number(value: float) -> str:
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"  # which may be too large for a float
@@ -89,8 +129,8 @@ def _number(value: float) -> str:
 
 def _numbers(value: Any) -> Iterator[float]:
     """The numbers that a field holds: itself, or those of a tuple."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
+    if isinstance(value, Real) and not isinstance(value, bool):
+        yield value  # pyright: ignore[reportReturnType]
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _numbers(part)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 
 from personalize.adapters.export import baked
 from personalize.adapters.lora_scales import scaled
@@ -81,6 +84,44 @@ def test_what_arrived_and_what_was_expected() -> None:
 def test_text_is_no_number_in_python(value: Any) -> None:
     with pytest.raises(UserError, match="alpha is .*, expected a number"):
         EditStrengths(alpha=value)
+
+
+NOT_WHOLE = [1.5, "1", None, True, [1], {"a": 1}, (1, 2, 3)]
+
+
+@pytest.mark.parametrize("value", NOT_WHOLE)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(Sampling, "steps"), (DragSettings, "steps"), (DragSettings, "window"), (PhotoSettings, "seed"),
+     (SingleImageConfig, "rank"), (MultiConceptConfig, "max_train_steps")],
+)  # fmt: skip
+def test_a_count_is_whole(kind: Any, name: str, value: Any) -> None:
+    """A rank of 1.5, True or [1] went as far as torch."""
+    with pytest.raises(UserError, match=rf"^{name} is {re.escape(repr(value))}, expected a whole number$"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "said"),
+    [
+        (DragSettings, "strength", [0.5], "strength is [0.5], expected a number or None"),
+        (Sampling, "size", 64, "size is 64, expected several, each a whole number or None"),
+        (Sampling, "size", (64, 64, 64), "size is (64, 64, 64), expected several, each a whole number or None"),
+        (SingleImageConfig, "random_flip", "no", "random_flip is 'no', expected True or False"),
+        (PhotoSettings, "inversion", "dirct", "inversion is 'dirct': choose one of direct, ddim, negative, null-text"),
+        (PhotoSettings, "controller", None, "controller is None: choose one of p2p, mutual"),
+    ],
+)
+def test_a_setting_is_of_its_type(kind: Any, name: str, value: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        kind(**{name: value})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    assert Sampling(steps=np.int64(5), guidance_scale=np.float32(2)).steps == 5
+    assert SingleImageConfig(learning_rate=torch.tensor(1e-4)).learning_rate == pytest.approx(1e-4)
+    with pytest.raises(UserError, match="steps is"):
+        Sampling(steps=np.int64(-1))
 
 
 WRONG = [float("nan"), float("inf"), 1e6, "1", None, True]

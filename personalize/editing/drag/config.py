@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 from personalize.errors import UserError
 from personalize.models.ranges import check_ranges
@@ -107,10 +106,6 @@ class DragSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name, known in _known_words().items():
-            value = getattr(self, name)
-            if isinstance(value, str) and value not in known:
-                raise UserError(f"{name} is {value!r}: choose one of {', '.join(known)}")
         limits = {
             "strength": 0 < self.sampled_share <= 1, "mask_threshold": 0 <= self.mask_threshold <= 1,
             "mask_most": 0 < self.mask_most <= 1, "mask_fewest": self.mask_fewest >= 1, "top_k": self.top_k >= 1,
@@ -124,18 +119,6 @@ class DragSettings:
             raise UserError(f"fill {self.fill} does not belong to the method {self.method}: choose bnni or attention")
         if (self.mode, self.method) == ("region", "latents"):
             raise UserError("mode region needs the method pixels: latents can only be moved by whole cells")
-
-
-@cache
-def _known_words() -> dict[str, tuple[str, ...]]:
-    """The strings that each setting may have."""
-    return {name: _choices(hint) for name, hint in get_type_hints(DragSettings).items()}
-
-
-def _choices(hint: object) -> tuple[str, ...]:
-    """The strings that a field of this type may have: Literal["a", "b"] or Literal["a", "b"] | None."""
-    parts = get_args(hint)
-    return tuple(choice for part in parts for choice in (get_args(part) or (part,)) if isinstance(choice, str))
 
 
 DEFAULTS = DragSettings()
