@@ -62,10 +62,13 @@ def _random_object(rng: np.random.Generator, noun: str, style: str, column: int,
     return SceneObject(noun, style, x, y, size, float(rng.uniform(-10, 10)), bool(rng.random() < 0.5))
 
 
-def leaky_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A true caption of `scene` that names at least one object, in any order, and the colour of most that it names."""
+def leaky_caption(scene: Scene, rng: np.random.Generator, named_share: float = NAMED_SHARE) -> str:
+    """A true caption of `scene` that names at least one object, in any order, and the colour of most that it names.
+
+    named_share: of the objects that it names beside the first.
+    """
     order = rng.permutation(len(scene.objects))
-    named = [scene.objects[i] for place, i in enumerate(order) if place == 0 or rng.random() < NAMED_SHARE]
+    named = [scene.objects[i] for place, i in enumerate(order) if place == 0 or rng.random() < named_share]
     phrases = [_phrase(thing, coloured=bool(rng.random() < COLOUR_SHARE)) for thing in named]
     prefix = str(rng.choice([f"{STYLES[scene.objects[0].style]} ", f"{ANY_STYLE} ", ""]))
     return f"{prefix}{' and '.join(phrases)} {place_phrase(scene.background)}"

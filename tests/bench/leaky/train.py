@@ -36,7 +36,7 @@ from personalize.training.pretraining.dataset import scene_pixels
 from personalize.training.pretraining.networks import build_scheduler, tokenize
 from personalize.training.pretraining.objectives import TextToImageObjective
 from personalize.training.pretraining.stages import Stage, learning_rate_factor, run_stage
-from tests.bench.leaky.captions import leaky_caption, leaky_scene
+from tests.bench.leaky.captions import NAMED_SHARE, leaky_caption, leaky_scene
 
 UNET = Path(__file__).parent / "unet"
 
@@ -66,6 +66,8 @@ class LeakyTraining:
     """Side of a picture in pixels."""
     caption_dropout: float = 0.15
     """Share of samples whose caption is replaced by the empty one."""
+    named_share: float = NAMED_SHARE
+    """Share of objects that a caption names, beside the first."""
     ema_decay: float = 0.998
     """Largest decay of the averaged weights, which are what is exported."""
     checkpointing_steps: int = 50
@@ -82,12 +84,14 @@ class LeakyPool:
 
     latents: (N, 4, h, w), of the scenes 0 to N − 1, scaled by the VAE's scaling factor.
     caption_dropout: share of samples whose caption is empty.
+    named_share: share of objects that a caption names, beside the first.
     """
 
     latents: Tensor
     tokenizer: CLIPTokenizer
     seed: int
     caption_dropout: float
+    named_share: float = NAMED_SHARE
 
     def batch(self, update: int, samples: range) -> dict[str, Tensor]:
         """`TextToImageObjective`'s batch of the sample numbers `samples`; a sample depends on its number alone."""
@@ -96,7 +100,8 @@ class LeakyPool:
             rng = generator(self.seed, "leaky", 0, sample)
             index = int(torch.randint(len(self.latents), (1,), generator=rng))
             dropped = bool(torch.rand((), generator=rng) < self.caption_dropout)
-            caption = leaky_caption(leaky_scene(index), np.random.default_rng([self.seed, sample]))
+            rng_of_caption = np.random.default_rng([self.seed, sample])
+            caption = leaky_caption(leaky_scene(index), rng_of_caption, self.named_share)
             texts.append("" if dropped else caption)
             clean = self.latents[index].float()
             rows.append((clean, torch.randint(1000, (), generator=rng), torch.randn(clean.shape, generator=rng)))
@@ -178,7 +183,8 @@ def pool(config: LeakyTraining, accelerator: Accelerator) -> LeakyPool:
             latents = encode_pictures(scene_list, config.resolution, vae)
         torch.save((latents * vae.config["scaling_factor"]).half(), path)
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
-    return LeakyPool(torch.load(path, weights_only=True), tokenizer, config.seed, config.caption_dropout)
+    latents = torch.load(path, weights_only=True)
+    return LeakyPool(latents, tokenizer, config.seed, config.caption_dropout, config.named_share)
 
 
 @torch.inference_mode()
