@@ -1,0 +1,53 @@
+"""The runs of benches on which the page of claims rests, by name: module, base model and options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A run of a bench: the module, the base model it measures, and its options beside those."""
+
+    module: str
+    base: Literal["embedded", "leaky"]
+    options: str = ""
+
+    def command(self) -> str:
+        """The command line, without the folders of the model and of the results."""
+        return f"python -m {self.module} {self.options}".strip()
+
+
+_MAPS = "--scenes 24 --steps 20 --guidance_scale 4"
+_FITTED = "--updates 4 --balancing 0.05 --disjoint 1 --background 1 --cap 0.5"
+BENCHES = {
+    "pictures": Bench(
+        "tests.bench.embedded_model",
+        "embedded",
+        "--only nouns background pairs --scheduler dpm++_2m --steps 15 --mixed_precision bf16",
+    ),
+    "inversion": Bench("tests.bench.embedded_model", "embedded", "--only inversion uncaptioned_inversion"),
+    "quickstart": Bench("tests.bench.quickstart", "embedded"),
+    "single image": Bench("tests.bench.single_image", "embedded", "--scenes 20"),
+    "several pictures": Bench("tests.bench.several_pictures", "embedded", "--scenes 2"),
+    "photos": Bench(
+        "tests.bench.real_image_editing",
+        "embedded",
+        '--scenes 12 --steps 20 --arms "P2P + direct" "P2P + none, 8 steps" "UAM + P2P + direct"',
+    ),
+    "photo shapes": Bench(
+        "tests.bench.real_image_editing",
+        "embedded",
+        '--scenes 12 --steps 10 --arms "P2P + direct" --shapes 128x128 160x120',
+    ),
+    "uniform maps": Bench(
+        "tests.bench.attention_maps", "embedded", "--only reconstruction masks --scenes 24 --steps 20"
+    ),
+    "drags": Bench("tests.bench.drag", "embedded", "--only drags --arms move deform"),
+    "leaky": Bench("tests.bench.leaky.measure", "leaky", "--scenes 24 --inversion_steps 20 --prompts 48"),
+    "dynamic prompts": Bench("tests.bench.attention_maps", "leaky", f"--only maps swaps {_MAPS}"),
+    "dynamic prompts, calibrated": Bench("tests.bench.attention_maps", "leaky", f"--only maps swaps {_MAPS} {_FITTED}"),
+    "calibration": Bench("tests.bench.multi_concept", "leaky", "--scenes 12"),
+    "uniform maps, leaky": Bench("tests.bench.attention_maps", "leaky", f"--only reconstruction masks {_MAPS}"),
+}

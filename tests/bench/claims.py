@@ -1,0 +1,260 @@
+"""What is claimed of the methods, the benches that measure it, and what makes a claim true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tests.bench.lookups import Lookup, calibration, edits, figure, on_frontier, quickstart, squares
+from tests.bench.quickstart import EDITS_RIGHT, IDENTITY_GAIN, REPLAY_GAIN, goals_reached
+from tests.bench.single_image import AUTO, DECODER, ENCODER, NONE, paper
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, the name of the bench that measures it, the figure in its results, and what makes it true.
+
+    goal: None for a figure that only describes.  better: on which side of the goal the figure must be.
+    by: whether the whole interval must be there, or the value.
+    """
+
+    text: str
+    bench: str
+    lookup: Lookup
+    unit: str = ""
+    goal: float | None = None
+    better: Literal["above", "below"] = "above"
+    by: Literal["interval", "value"] = "interval"
+
+    def verdict(self, value: float, low: float | None, high: float | None) -> str:
+        """Whether a figure bears the claim out: "yes", "by the value alone", "no", or "–" for one without a goal."""
+        if self.goal is None:
+            return "–"
+        sign = 1 if self.better == "above" else -1
+        worst = low if self.better == "above" else high
+        by_value = sign * (value - self.goal) >= 0
+        by_interval = worst is not None and sign * (worst - self.goal) > 0
+        if by_interval or (self.by == "value" and by_value):
+            return "yes"
+        return "by the value alone" if by_value else "no"
+
+
+_DYNAMIC = tuple(
+    claim
+    for name, which in (("dynamic prompts", "published weights"), ("dynamic prompts, calibrated", "calibrated weights"))
+    for claim in (
+        Claim(f"Dynamic prompts ({which}): IoU of noun maps rises", name, figure("iou gain, direct"), goal=0),
+        Claim(
+            f"Dynamic prompts ({which}): less of a noun's attention lies off its object",
+            name,
+            figure("off gain, direct"),
+            goal=0,
+            better="below",
+        ),
+        Claim(
+            f"Dynamic prompts ({which}): noun maps overlap less",
+            name,
+            figure("overlap gain, direct"),
+            goal=0,
+            better="below",
+        ),
+        Claim(
+            f"Dynamic prompts ({which}): an edit of one of two objects leaves the other one nearer the photo",
+            name,
+            figure("swaps, other gain"),
+            "dB",
+            1,
+        ),
+        Claim(
+            f"Dynamic prompts ({which}): such an edit comes true as often",
+            name,
+            figure("swapped, difference", 100),
+            "points",
+            -2,
+            by="value",
+        ),
+    )
+)
+_UNIFORM = tuple(
+    claim
+    for name, base in (("uniform maps", "embedded model"), ("uniform maps, leaky", "leaky twin"))
+    for claim in (
+        Claim(
+            f"Uniform maps ({base}): replay nearer the photo than with the caption, w = 1",
+            name,
+            figure("U9 gain over the caption, 20 steps"),
+            "dB",
+            0,
+        ),
+        Claim(f"Uniform maps ({base}): the same, w = 7.5", name, figure("U9 gain over w = 7.5, 20 steps"), "dB", 3),
+        Claim(
+            f"Uniform maps ({base}): background of an edit kept better", name, figure("U10 background gain"), "dB", 0.5
+        ),
+        Claim(
+            f"Uniform maps ({base}): change inside the edited object kept",
+            name,
+            figure("U10 change kept", 100),
+            "%",
+            90,
+        ),
+    )
+)
+_LEAKY = (
+    Claim("The leaky twin: overlap of two noun maps", "leaky", figure("overlap"), goal=0.3),
+    Claim("The leaky twin: IoU of noun maps with their objects", "leaky", figure("iou"), goal=0.45, better="below"),
+    Claim(
+        "The leaky twin: prompts for one object that show another",
+        "leaky",
+        figure("wrong_object_of_one", 100),
+        "%",
+        15,
+        by="value",
+    ),
+    Claim(
+        "The leaky twin: prompts for two objects that show a third",
+        "leaky",
+        figure("wrong_object_of_two", 100),
+        "%",
+        15,
+        by="value",
+    ),
+)
+_CALIBRATION = (
+    Claim(
+        "Calibrated attention: class maps of two concepts overlap less",
+        "calibration",
+        calibration("overlap"),
+        goal=0,
+        better="below",
+    ),
+    Claim(
+        "Calibrated attention: fewer prompts for one concept show the other",
+        "calibration",
+        calibration("wrong_object", 100),
+        "points",
+        0,
+        "below",
+    ),
+    Claim(
+        "Calibrated attention: prompts for one come true as often",
+        "calibration",
+        calibration("single_success", 100),
+        "points",
+        -2,
+        by="value",
+    ),
+    Claim(
+        "Calibrated attention: prompts for both come true as often",
+        "calibration",
+        calibration("both_success", 100),
+        "points",
+        -2,
+        by="value",
+    ),
+)
+_AUTO = tuple(
+    claim
+    for arm in (NONE, DECODER, ENCODER, paper(2e-4), paper(1e-3))
+    for claim in (
+        Claim(
+            f"--auto against {arm}: edits that come true", "single image", edits(AUTO, arm, "success", 100), "points", 0
+        ),
+        Claim(f"--auto against {arm}: identity", "single image", edits(AUTO, arm, "psnr"), "dB", 0),
+    )
+)
+
+CLAIMS: Sequence[Claim] = (
+    Claim("One object: it is in the picture", "pictures", figure("right_object"), "%", 97, by="value"),
+    Claim("Two objects: both are in the picture", "pictures", figure("both_present"), "%", 75, by="value"),
+    Claim("The style that was asked for", "pictures", figure("right_style_when_asked"), "%", 92, by="value"),
+    Claim(
+        "Inversion and replay: lost of the autoencoder's own",
+        "inversion",
+        figure("inversion_below_ceiling"),
+        "dB",
+        1.5,
+        "below",
+        "value",
+    ),
+    Claim(
+        "What a replay loses without a caption",
+        "inversion",
+        figure("lost_without_a_caption"),
+        "dB",
+        1,
+        "below",
+        "value",
+    ),
+    Claim(
+        f"quickstart: the replay is {REPLAY_GAIN:g} dB nearer the picture than the base's own",
+        "quickstart",
+        quickstart(lambda scene: scene["replay"] - scene["base"] >= REPLAY_GAIN),
+        "% of scenes",
+        100,
+        by="value",
+    ),
+    Claim(
+        f"quickstart: a row with {EDITS_RIGHT} of 4 edits right and identity {IDENTITY_GAIN:g} dB above the base's",
+        "quickstart",
+        quickstart(lambda scene: any(map(goals_reached, scene["rows"].values()))),
+        "% of scenes",
+        100,
+        by="value",
+    ),
+    *_AUTO,
+    Claim("--auto is on the frontier of success and identity", "single image", on_frontier(AUTO), "%", 100, by="value"),
+    Claim(
+        "The preset's own setting (no forgetting) is on the frontier",
+        "single image",
+        on_frontier(NONE),
+        "%",
+        100,
+        by="value",
+    ),
+    Claim(
+        "Photos that are not square: background against square ones",
+        "photo shapes",
+        squares("psnr"),
+        "dB",
+        -1,
+        by="value",
+    ),
+    Claim(
+        "Photos that are not square: success against square ones",
+        "photo shapes",
+        squares("success", 100),
+        "points",
+        -2,
+        by="value",
+    ),
+    Claim(
+        "Photo edits without inversion, 8 steps: background against direct inversion",
+        "photos",
+        edits("P2P + none, 8 steps", "P2P + direct", "psnr"),
+        "dB",
+        0,
+        by="value",
+    ),
+    Claim(
+        "Photo edits without inversion, 8 steps: success against direct inversion",
+        "photos",
+        edits("P2P + none, 8 steps", "P2P + direct", "success", 100),
+        "points",
+        0,
+        by="value",
+    ),
+    *_UNIFORM,
+    *(
+        Claim(f"Drags by {n} cells arrive", "drags", figure(f"D10 moved by {n} cells within tolerance"), "%", 80)
+        for n in (2, 4, 8)
+    ),
+    Claim(
+        "Drags: what remains of the object at its old place", "drags", figure("D13 ghost"), goal=0.08, better="below"
+    ),
+    Claim("Drags: recall of the mask that is found", "drags", figure("mask recall"), goal=0.97),
+    Claim("Drags: a twin beside it stays", "drags", figure("D14 twin stays within a cell"), "%", 90),
+    *_LEAKY,
+    *_DYNAMIC,
+    *_CALIBRATION,
+)

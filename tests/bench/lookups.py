@@ -1,0 +1,99 @@
+"""Reading figures out of the folder of a finished run of a bench.
+
+Each function here returns a lookup: from the folder of a run to a figure, its value with the two ends of its 95 %
+interval and n.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.bench import frontier, multi_concept
+from tests.bench.contract import CONTROLS
+from tests.bench.intervals import paired_interval, wilson
+
+Figure = tuple[float, float | None, float | None, int]  # value, low and high end of the 95 % interval, n
+Lookup = Callable[[Path], Figure]
+
+
+def figure(name: str, factor: float = 1.0) -> Lookup:
+    """The figure `name` of a figures.json that holds value, low, high and n; also below "figures"."""
+
+    def lookup(folder: Path) -> Figure:
+        content = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        found = content.get("figures", content)[name]
+        low, high = (None if found[end] is None else factor * found[end] for end in ("low", "high"))
+        return factor * found["value"], low, high, found["n"]
+
+    return lookup
+
+
+def cells(folder: Path) -> dict[str, dict[str, Any]]:
+    """The finished cells of a run, by key."""
+    rows = [json.loads(line) for line in (folder / "cells.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    return {row["key"]: row for row in rows}
+
+
+def calibration(name: str, factor: float = 1.0) -> Lookup:
+    """The paired difference of the figure `name` between two concepts learned with calibration and without."""
+
+    def lookup(folder: Path) -> Figure:
+        rows = cells(folder)
+        arms = (multi_concept.CALIBRATED, multi_concept.PLAIN)
+        count = sum(key.startswith(f"{multi_concept.CALIBRATED}/") for key in rows)
+        values = [[factor * rows[f"{arm}/{index}"][name] for index in range(count)] for arm in arms]
+        return *paired_interval(*values), count
+
+    return lookup
+
+
+def quickstart(reached: Callable[[dict[str, Any]], bool]) -> Lookup:
+    """The share of the bundled scenes in %, of which `reached` is true."""
+
+    def lookup(folder: Path) -> Figure:
+        scenes = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        right = sum(map(reached, scenes))
+        low, high = wilson(right, len(scenes))
+        return 100 * right / len(scenes), 100 * low, 100 * high, len(scenes)
+
+    return lookup
+
+
+def edits(arm: str, other: str, name: str, factor: float = 1.0) -> Lookup:
+    """The paired difference of the figure `name` between two arms of a bench of edits, over all of its edits."""
+
+    def lookup(folder: Path) -> Figure:
+        rows = [row for row in cells(folder).values() if "arm" in row]
+        values = {(row["arm"], row["task"]): factor * float(row[name]) for row in rows}
+        both = [task for one, task in values if one == arm and (other, task) in values]
+        return *paired_interval(*([values[one, task] for task in both] for one in (arm, other))), len(both)
+
+    return lookup
+
+
+def squares(name: str, factor: float = 1.0, arm: str = "P2P + direct") -> Lookup:
+    """The paired difference of the figure `name` between photos that are not square and square ones of their scenes."""
+
+    def lookup(folder: Path) -> Figure:
+        rows = [row for row in cells(folder).values() if row.get("arm") == arm]
+        square = {row["task"]: row for row in rows if len(set(row["shape"].split("x"))) == 1}
+        pairs = [(factor * float(row[name]), factor * float(square[row["task"]][name]))
+                 for row in rows if row is not square[row["task"]]]  # fmt: skip
+        return *paired_interval(*zip(*pairs, strict=True)), len(pairs)
+
+    return lookup
+
+
+def on_frontier(arm: str) -> Lookup:
+    """100 if no other arm of the bench of single images is better in success and identity than `arm`, else 0."""
+
+    def lookup(folder: Path) -> Figure:
+        rows = [row for row in cells(folder).values() if "arm" in row]
+        arms = [name for name in dict.fromkeys(row["arm"] for row in rows) if name not in CONTROLS]
+        worse = frontier.dominated(frontier.points(rows, arms))
+        return 0.0 if arm in worse else 100.0, None, None, sum(row["arm"] == arm for row in rows)
+
+    return lookup

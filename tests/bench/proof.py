@@ -1,0 +1,166 @@
+"""Run the benches whose results are not of today's weights, and write one page of claims.
+
+    python -m tests.bench.proof                       # which benches are out of date, and their commands
+    python -m tests.bench.proof --run                 # run them one after the other; goes on where it was interrupted
+    python -m tests.bench.proof --run "dynamic prompts" leaky
+    python -m tests.bench.proof --take drags=runs/bench/drag     # take in the results of a run made by hand
+
+A bench's results belong to weights if its first cells' stamp says so.  results/figures.json keeps the figures of each
+claim with the weights and the command of its bench, results/README.md shows those of today's weights, and
+results/tables/ the benches' own tables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
+from tests.bench.benches import BENCHES, Bench
+from tests.bench.claims import CLAIMS, Claim
+from tests.bench.leaky.train import UNET, assemble
+from tests.bench.world import weights_of
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES, PAGE = RESULTS / "figures.json", RESULTS / "README.md"
+TABLES = ("table.md", "figures.md", "drag.md")  # of the folder of a run
+HEAD = """# What is claimed, and what was measured
+
+Written by `python -m tests.bench.proof` from [figures.json](figures.json); every figure is of the weights that ship
+(fingerprint of the UNet `{embedded}`, of the leaky twin's `{leaky}`). Intervals are of 95 %. "yes": the whole
+interval is on the right side of the goal, or, where "value" is said, the value is. Tables: [tables](tables).
+
+| claim | figure | interval | n | goal | of | borne out |
+|---|---|---|---|---|---|---|
+"""
+MISSING = "\nNot measured on these weights, so that nothing is claimed: "
+
+
+@dataclass(frozen=True)
+class Options:
+    run: tuple[str, ...] | None = None
+    """Benches to run; all that are out of date if none is named."""
+    take: tuple[str, ...] = ()
+    """Folders of finished runs, as NAME=FOLDER."""
+    folder: Path = Path("runs/proof")
+    """Where runs keep their cells and pictures, in a folder for each bench and weights."""
+
+
+def fingerprints(folder: Path) -> dict[str, list[str]]:
+    """The fingerprints of each network of both base models; `folder` gets the leaky twin as a pipeline."""
+    models = {"embedded": EMBEDDED, "leaky": assemble(UNET, folder / "leaky-pipeline")}
+    return {name: weights_of(StableDiffusion.load(path)) for name, path in models.items()}
+
+
+def out_of_date(record: dict[str, Any], weights: dict[str, list[str]]) -> list[str]:
+    """The names of the benches of which `record` has no figures of these `weights` and of today's command."""
+    known = record.get("benches", {})
+    wanted = {name: {"weights": weights[bench.base], "command": bench.command()} for name, bench in BENCHES.items()}
+    return [name for name, row in wanted.items() if known.get(name) != row]
+
+
+def command_of(bench: Bench, folder: Path, leaky: Path) -> list[str]:
+    """The words of the command line that runs `bench` into `folder`."""
+    model = ["--unet", str(UNET)] if bench.module.endswith("leaky.measure") else ["--model", str(leaky)]
+    own = model if bench.base == "leaky" else []
+    return [sys.executable, "-m", bench.module, *shlex.split(bench.options), *own, "--output_dir", str(folder)]
+
+
+def take(record: dict[str, Any], name: str, folder: Path, weights: dict[str, list[str]]) -> dict[str, Any]:
+    """`record` with the figures of the finished run in `folder`, whose table goes into results/tables.
+
+    Raises:
+        ValueError: the run is of other weights.
+    """
+    bench = BENCHES[name]
+    stamp = json.loads((folder / "cells.jsonl").read_text(encoding="utf-8").partition("\n")[0])["stamp"]
+    if stamp["weights"] != weights[bench.base]:
+        raise ValueError(f"{folder} is of the weights {stamp['weights']}, not of {weights[bench.base]}")
+    figures = {claim.text: _rounded(claim.lookup(folder)) for claim in CLAIMS if claim.bench == name}
+    for table in (folder / one for one in TABLES if (folder / one).is_file()):
+        (RESULTS / "tables").mkdir(exist_ok=True)
+        shutil.copy(table, RESULTS / "tables" / f"{file_name(name)}.md")
+    benches = record.get("benches", {}) | {name: {"weights": weights[bench.base], "command": bench.command()}}
+    return {"benches": benches, "figures": record.get("figures", {}) | figures}
+
+
+def file_name(name: str) -> str:
+    """The name of a bench as part of a file's."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def _rounded(figure: Sequence[float | None]) -> list[float | None]:
+    """Four digits after the point; ends that are not finite, of one value, are None."""
+    return [None if value is None or not math.isfinite(value) else round(value, 4) for value in figure]
+
+
+def page(record: dict[str, Any], weights: dict[str, list[str]]) -> str:
+    """The page of claims, in Markdown, of those benches of `record` that are of these `weights`."""
+    stale = out_of_date(record, weights)
+    text = HEAD.format(**{name: every[0] for name, every in weights.items()})
+    text += "".join(_line(claim, record["figures"][claim.text]) for claim in CLAIMS if claim.bench not in stale)
+    text += MISSING + "; ".join(stale) + " (`python -m tests.bench.proof --run`).\n" if stale else ""
+    return (
+        text
+        + "\n"
+        + "".join(
+            f"* {name}: `{row['command']}`\n" for name, row in record.get("benches", {}).items() if name not in stale
+        )
+    )
+
+
+def _line(claim: Claim, figure: Sequence[float | None]) -> str:
+    """One row of the page."""
+    value, low, high, n = figure
+    assert value is not None
+    digits = 3 if not claim.unit else 1
+    unit = f" {claim.unit}" if claim.unit else ""
+    interval = "–" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
+    relation = {"above": "≥" if claim.by == "value" else ">", "below": "≤" if claim.by == "value" else "<"}[
+        claim.better
+    ]
+    goal = "–" if claim.goal is None else f"{relation} {claim.goal:g}{', value' if claim.by == 'value' else ''}"
+    verdict = claim.verdict(value, low, high)
+    cells = [claim.text, f"{value:.{digits}f}{unit}", interval, f"{n:.0f}", goal, claim.bench]
+    return f"| {' | '.join(cells)} | {verdict if verdict in ('yes', '–') else f'**{verdict}**'} |\n"
+
+
+def main(options: Options) -> None:
+    """Run or take in what is asked for; write figures.json and the page after each bench."""
+    options.folder.mkdir(parents=True, exist_ok=True)
+    weights = fingerprints(options.folder)
+    record = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
+    folders = {name: Path(folder) for name, _, folder in (one.partition("=") for one in options.take)}
+    for name in [] if options.run is None else options.run or out_of_date(record, weights):
+        folders[name] = (
+            options.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{weights[BENCHES[name].base][0][:8]}"
+        )
+        words = command_of(BENCHES[name], folders[name], options.folder / "leaky-pipeline")
+        print(shlex.join(words), flush=True)
+        subprocess.run(words, check=True)
+        record = _write(take(record, name, folders[name], weights), weights)
+    for name, folder in folders.items():
+        record = _write(take(record, name, folder, weights), weights)
+    for name in out_of_date(record, weights):
+        print(f"out of date: {name}: {BENCHES[name].command()}")
+    _write(record, weights)
+
+
+def _write(record: dict[str, Any], weights: dict[str, list[str]]) -> dict[str, Any]:
+    FIGURES.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(page(record, weights), encoding="utf-8")
+    return record
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,)))
