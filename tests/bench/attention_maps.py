@@ -94,7 +94,9 @@ class Bench:
         self.world, self.judge = world_of(options.model), Judge.load()
         stamp = {"weights": weights_of(self.model), **self.world, "split": options.split, "first": options.steps[0]}
         stamp |= {"dynamic": asdict(self.dynamic), "null_text": asdict(self.null_text)}
-        stamp |= {"guidance_scale": PhotoSettings(guidance_scale=options.guidance_scale).guidance(self.model.name)}
+        self.guidance = PhotoSettings(guidance_scale=options.guidance_scale).guidance(self.model.name)
+        stamp |= {"guidance_scale": self.guidance}
+        self.cache = options.output_dir / "cache"  # a scene's maps and its swap share a fit
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, seed: int, objects: int) -> Scene:
@@ -107,14 +109,16 @@ class Bench:
         picture, masks = render(scene, model.resolution)
         prompt, frame = caption(scene), PaddedImage.of(model, Image.fromarray(picture))
         size = (model.resolution,) * 2
-        inverted = invert(model, frame.pixels, prompt, "direct", steps=steps)
-        things = NounRegions([thing.noun.replace("_", " ") for thing in scene.objects])
-        report = report_attention(model, frame, inverted, prompt, things)
+        inverted = invert(model, frame.pixels, prompt, "direct", steps=steps, cache=self.cache)
+        report = report_attention(model, frame, inverted, prompt, nouns_of(scene), self.dynamic)
         plain = mean_noun_maps(model, inverted, report.groups, [inverted.conditioning] * steps)
         row: dict[str, Any] = {"plain": map_measures(plain, masks)}
         row["background"] = background_iou(report.background, masks)
         for name, null in {"direct": None, **({"null-text": self.null_text} if self.options.null_text else {})}.items():
-            rows, after = fit_dynamic_prompt(model, inverted, prompt, report, self.dynamic, size=size, null_text=null)
+            rows, after = fit_dynamic_prompt(
+                model, inverted, prompt, report, self.dynamic, size=size, guidance_scale=self.guidance, null_text=null,
+                cache=self.cache,
+            )  # fmt: skip
             conditionings = rows.conditionings(model, [prompt], size)
             row[name] = map_measures(mean_noun_maps(model, after, report.groups, conditionings), masks)
             row[name] |= {"units": steps + rows.forward_passes + 2 * rows.backward_passes, "drift": max(rows.drift)}
@@ -160,7 +164,7 @@ class Bench:
         for name, choice in (("plain", None), ("uniform", UniformSettings())):
             edited = edit_photo(
                 model, Image.fromarray(before), task.source_prompt, EditRequest(task.target_prompt),
-                PhotoSettings("direct", steps, guidance_scale=self.options.guidance_scale, uniform=choice),
+                PhotoSettings("direct", steps, guidance_scale=self.guidance, uniform=choice),
             )  # fmt: skip
             pictures[name], region = np.asarray(edited.image), edited.region
         assert region is not None
@@ -192,10 +196,10 @@ class Bench:
         row: dict[str, Any] = {}
         for name, choice in (("plain", None), ("dynamic", self.dynamic)):
             edited = edit_photo(
-                self.model, Image.fromarray(before), task.source_prompt, EditRequest(task.target_prompt),
-                PhotoSettings(
-                    "direct", self.options.steps[0], guidance_scale=self.options.guidance_scale, dynamic=choice
-                ),
+                self.model, Image.fromarray(before), task.source_prompt,
+                EditRequest(task.target_prompt, regions=nouns_of(task.before)),
+                PhotoSettings("direct", self.options.steps[0], guidance_scale=self.guidance, dynamic=choice),
+                cache=self.cache,
             )  # fmt: skip
             picture = np.asarray(edited.image)
             (seen,) = self.judge(picture[None])
@@ -205,6 +209,11 @@ class Bench:
                 "swapped": new in seen.nouns and old not in seen.nouns,
             }  # fmt: skip
         return {"part": "swaps", "seed": seed, **row}
+
+
+def nouns_of(scene: Scene) -> NounRegions:
+    """The nouns that dynamic prompts fit: those of the scene's objects."""
+    return NounRegions([thing.noun.replace("_", " ") for thing in scene.objects])
 
 
 def prediction_drift(model: StableDiffusion, clean: Tensor, edit: Edit, up: Schedule) -> list[float]:

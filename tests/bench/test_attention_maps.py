@@ -26,6 +26,7 @@ def test_it_measures_resumes_and_writes(tmp_path, monkeypatch):
     names = {"iou gain, direct", "U9 win rate, 2 steps", "U10 background gain", "U11 iou", "swaps, other gain"}
     assert names <= set(found)
     assert found["units, direct"]["value"] <= 2 + 2 * 3 and found["U9 win rate, 2 steps"]["asked"] == 0.65
+    assert len([*(tmp_path / "out" / "cache").glob("dynamic-*")]) == 1  # of the maps and the swap
     monkeypatch.setattr(bench.Bench, "maps", None)
     monkeypatch.setattr(bench.Bench, "masks", None)
     monkeypatch.setattr(bench.Bench, "swaps", None)
