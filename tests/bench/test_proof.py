@@ -76,7 +76,7 @@ def test_a_run_is_taken_in_with_its_table_if_it_is_of_these_weights(tmp_path, mo
     monkeypatch.setattr(proof, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
     values = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 3}
-    names = ("overlap", "iou", "wrong_object_of_one", "wrong_object_of_two")
+    names = ("overlap", "iou", "wrong_object")
     folder = run_folder(tmp_path / "run", [], dict.fromkeys(names, values))
     (folder / "table.md").write_text("a table")
     record = proof.take({}, "leaky", folder, WEIGHTS)
