@@ -159,14 +159,16 @@ def take_option(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 
 
 def read_yaml(path: Path, config: type) -> dict[str, Any]:
-    """The keys and values of the YAML file `path`; UserError for a key that is no option of `config`."""
+    """The keys and values of the YAML file `path`; UserError for an unknown key or a switch that is no truth value."""
     content = {_field_name(key, config): value for key, value in read_options(path).items()}
     if "config" in content and "config" not in option_types(config):
         raise UserError(f"{path}: a file cannot name other files: write --config several times on the command line")
     _check_names(content, config, f"key in {path}:")
-    for key in content:
+    for key, value in content.items():
         if _is_positional(config, key):
             raise UserError(f"{path}: {key} is given on the command line itself, not in a file")
+        if option_types(config)[key] is bool and not isinstance(value, bool):
+            raise UserError(f"{path}: {key} is {value!r}, expected true or false")
     return content
 
 
@@ -221,8 +223,9 @@ def _tokens(key: str, value: Any, config: type) -> list[str]:
     hint = option_types(config)[key]
     if isinstance(value, bool) and hint is bool:
         return [f"--{key}" if value else f"--no_{key}"]
-    if isinstance(value, bool) and bool not in get_args(hint):  # YAML reads an unquoted `no` as false
-        value = "yes" if value else "no"
+    if isinstance(value, bool) and bool not in get_args(hint):
+        number = {int, float} & {hint, *get_args(hint)}  # of words: YAML reads an unquoted `no` as false
+        value = str(value).lower() if number else "yes" if value else "no"
     if value is None and type(None) in get_args(hint):
         return []  # left out
     if isinstance(value, list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,22 @@ def test_mistakes_on_the_line_are_one_sentence(args: list[str], says: str):
     with pytest.raises(UserError) as caught:
         read(*args)
     assert says in str(caught.value) and "\n" not in str(caught.value) and "│" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('random_flip: "no"', "bad.yaml: random_flip is 'no', expected true or false"),
+        ("random_flip: 1", "bad.yaml: random_flip is 1, expected true or false"),
+        ("random_flip:", "bad.yaml: random_flip is None, expected true or false"),
+        ("seed: true", "--seed is 'true', expected a whole number"),
+        ("rank: 1.5", "--rank is '1.5', expected a whole number"),
+    ],
+)
+def test_yaml_of_another_type_is_named(tmp_path: Path, text: str, said: str):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse(SingleImageConfig, ["--config", str(tmp_path / "bad.yaml")], prog="train")
 
 
 def test_yaml_gives_defaults_and_flags_win_wherever_it_stands(tmp_path: Path):
