@@ -39,7 +39,7 @@ BENCHES = {
     "photo shapes": Bench(
         "tests.bench.real_image_editing",
         "embedded",
-        '--scenes 12 --steps 10 --arms "P2P + direct" --shapes 128x128 160x120',
+        '--scenes 12 --steps 10 --arms "P2P + direct" --shapes 128x128 128x96 96x128 160x120',
     ),
     "uniform maps": Bench(
         "tests.bench.attention_maps", "embedded", "--only reconstruction masks --scenes 24 --steps 20"
@@ -48,6 +48,8 @@ BENCHES = {
     "leaky": Bench("tests.bench.leaky.measure", "leaky", "--scenes 24 --inversion_steps 20 --prompts 48"),
     "dynamic prompts": Bench("tests.bench.attention_maps", "leaky", f"--only maps swaps {_MAPS}"),
     "dynamic prompts, calibrated": Bench("tests.bench.attention_maps", "leaky", f"--only maps swaps {_MAPS} {_FITTED}"),
-    "calibration": Bench("tests.bench.multi_concept", "leaky", "--scenes 12"),
+    "calibration": Bench(
+        "tests.bench.multi_concept", "leaky", "--scenes 12 --steps 20 --updates 120 --class_images 24 --timed_updates 0"
+    ),
     "uniform maps, leaky": Bench("tests.bench.attention_maps", "leaky", f"--only reconstruction masks {_MAPS}"),
 }
