@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,11 @@ class MapsBench:
     only: tuple[str, ...] = ()
     """Parts to run: maps, reconstruction, masks, swaps; all when empty."""
     null_text: bool = False
-    """Also fit dynamic prompts together with null-text inversion, which takes ten times as long."""
+    """Maps: also fit dynamic prompts together with null-text inversion, which takes ten times as long."""
+    inversion: Literal["direct", "null-text"] = "direct"
+    """Swaps: the inversion before Prompt-to-Prompt; with null-text, null embeddings and nouns are fitted together."""
+    null_text_rate: float | None = None
+    """Learning rate of null-text inversion, where the model has no calibrated one; 0.1 suits the leaky twin."""
     steps: tuple[int, ...] = (50,)
     """Denoising steps; the reconstruction is measured with each number, the other parts with the first."""
     split: str = "bench/attention-maps"
@@ -90,10 +94,11 @@ class Bench:
         names = ("updates", "balancing", "disjoint", "background", "cap", "words_only")
         given = {name: getattr(options, name) for name in names}
         self.dynamic = settings_for(DynamicSettings, self.model.name, **given)
-        self.null_text = settings_for(NullTextSettings, self.model.name)
+        self.null_text = settings_for(NullTextSettings, self.model.name, rate=options.null_text_rate)
         self.world, self.judge = world_of(options.model), Judge.load()
         stamp = {"weights": weights_of(self.model), **self.world, "split": options.split, "first": options.steps[0]}
         stamp |= {"dynamic": asdict(self.dynamic), "null_text": asdict(self.null_text)}
+        stamp |= {"inversion": options.inversion}
         self.guidance = PhotoSettings(guidance_scale=options.guidance_scale).guidance(self.model.name)
         stamp |= {"guidance_scale": self.guidance}
         self.cache = options.output_dir / "cache"  # a scene's maps and its swap share a fit
@@ -183,7 +188,7 @@ class Bench:
 
     @torch.no_grad()
     def swaps(self, seed: int) -> dict[str, Any]:
-        """One of two objects is replaced by Prompt-to-Prompt after direct inversion, with dynamic prompts or without.
+        """One of two objects is replaced by Prompt-to-Prompt, with dynamic prompts or without.
 
         other_db, background_db: PSNR with the photo inside the other object's true mask, and outside of both objects.
         swapped: whether the judge sees the new object and not the old one.
@@ -198,7 +203,10 @@ class Bench:
             edited = edit_photo(
                 self.model, Image.fromarray(before), task.source_prompt,
                 EditRequest(task.target_prompt, regions=nouns_of(task.before)),
-                PhotoSettings("direct", self.options.steps[0], guidance_scale=self.guidance, dynamic=choice),
+                PhotoSettings(
+                    self.options.inversion, self.options.steps[0], guidance_scale=self.guidance, dynamic=choice,
+                    null_text=self.null_text,
+                ),
                 cache=self.cache,
             )  # fmt: skip
             picture = np.asarray(edited.image)

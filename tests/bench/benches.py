@@ -48,6 +48,11 @@ BENCHES = {
     "leaky": Bench("tests.bench.leaky.measure", "leaky", "--scenes 24 --inversion_steps 20 --prompts 48"),
     "dynamic prompts": Bench("tests.bench.attention_maps", "leaky", f"--only maps swaps {_MAPS}"),
     "dynamic prompts, calibrated": Bench("tests.bench.attention_maps", "leaky", f"--only maps swaps {_MAPS} {_FITTED}"),
+    "dynamic prompts, null-text": Bench(
+        "tests.bench.attention_maps",
+        "leaky",
+        f"--only swaps {_MAPS} --inversion null-text --null_text_rate 0.1",
+    ),
     "calibration": Bench(
         "tests.bench.multi_concept", "leaky", "--scenes 12 --steps 20 --updates 120 --class_images 24 --timed_updates 0"
     ),

@@ -40,7 +40,7 @@ class Claim:
         return "by the value alone" if by_value else "no"
 
 
-_DYNAMIC = tuple(
+_DYNAMIC_MAPS = tuple(
     claim
     for name, which in (("dynamic prompts", "published weights"), ("dynamic prompts, calibrated", "calibrated weights"))
     for claim in (
@@ -59,6 +59,16 @@ _DYNAMIC = tuple(
             goal=0,
             better="below",
         ),
+    )
+)
+_DYNAMIC_SWAPS = tuple(
+    claim
+    for name, which in (
+        ("dynamic prompts, null-text", "published weights, null-text"),
+        ("dynamic prompts", "published weights, direct inversion"),
+        ("dynamic prompts, calibrated", "calibrated weights, direct inversion"),
+    )
+    for claim in (
         Claim(
             f"Dynamic prompts ({which}): an edit of one of two objects leaves the other one nearer the photo",
             name,
@@ -248,6 +258,7 @@ CLAIMS: Sequence[Claim] = (
     Claim("Drags: recall of the mask that is found", "drags", figure("mask recall"), goal=0.97),
     Claim("Drags: a twin beside it stays", "drags", figure("D14 twin stays within a cell"), "%", 90),
     *_LEAKY,
-    *_DYNAMIC,
+    *_DYNAMIC_MAPS,
+    *_DYNAMIC_SWAPS,
     *_CALIBRATION,
 )
