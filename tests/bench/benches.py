@@ -30,11 +30,11 @@ BENCHES = {
     "inversion": Bench("tests.bench.embedded_model", "embedded", "--only inversion uncaptioned_inversion"),
     "quickstart": Bench("tests.bench.quickstart", "embedded"),
     "single image": Bench("tests.bench.single_image", "embedded", "--scenes 20"),
-    "several pictures": Bench("tests.bench.several_pictures", "embedded", "--scenes 2"),
     "photos": Bench(
         "tests.bench.real_image_editing",
         "embedded",
-        '--scenes 12 --steps 20 --arms "P2P + direct" "P2P + none, 8 steps" "UAM + P2P + direct"',
+        '--scenes 12 --steps 20 --arms "P2P + direct" "P2P + none, 8 steps" "P2P + none, 12 steps" '
+        '"mutual + direct" "mutual + none, 12 steps"',
     ),
     "photo shapes": Bench(
         "tests.bench.real_image_editing",
