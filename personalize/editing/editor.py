@@ -250,7 +250,7 @@ class Editor:
     ) -> list[Image.Image]:  # fmt: skip
         """Sample images of `conditioning`; without `strengths`, by the base model alone."""
         for seed in seeds:
-            check_number("seed", seed)
+            check_number("seed", seed, kind=int)
         size = sampling.size or self.size
         strength = strengths.strength if strengths else 0.0
         changed = {**self.adapter.lora, **self.adapter.others} if self.adapter is not None else {}

@@ -1,7 +1,7 @@
 """The range of every number among the options, by name: read where a command line is parsed, and by the settings.
 
-A number outside its range gives no picture and no adapter that anybody wants: mostly a black one.  Where more is known
-of a setting than its name tells, its class checks that too.
+A number outside its range gives no picture and no adapter that anybody wants.  Where more is known of a setting than
+its name tells, its class checks that too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
-from numbers import Real
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -54,7 +53,7 @@ _NAMES: dict[tuple[float, float], str] = {
         "max_train_steps num_inference_steps samples_per_update train_batch_size batch_sizes budget num_images rank "
         "gradient_accumulation_steps adapters_per_batch num_vectors"
     ),
-    (0, 100): "guidance_scale", (0, 2**16 - 1): "port", (-(2**14), 2**14): "grow",  # a mask that shrinks grows by less
+    (0, 100): "guidance_scale", (0, 2**16 - 1): "port", (-(2**14), 2**14): "grow",  # below 0 the mask shrinks
 }  # fmt: skip
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", NoneType: "None"}
 RANGES = {name: limits for limits, names in _NAMES.items() for name in names.split()}
@@ -74,11 +73,13 @@ def check_ranges(options: Any, prefix: str = "") -> None:
             _check_limits(f"{prefix}{name}", number, RANGES.get(name, (-math.inf, math.inf)))
 
 
-def check_number(name: str, value: Any, limits: tuple[float, float] | None = None) -> None:
-    """UserError unless `value`, an argument called `name`, is a finite number in `limits`, or in those of its name."""
-    if not hasattr(value, "__float__") or isinstance(value, bool):
-        raise UserError(f"{name} is {value!r}, expected a number")
-    _check_limits(name, value, RANGES[name] if limits is None else limits)
+def check_number(name: str, value: Any, limits: tuple[float, float] | None = None, kind: type = float) -> None:
+    """UserError unless `value`, an argument called `name`, is a finite number in `limits`, or in those of its name.
+
+    kind: float, or int for a whole number.
+    """
+    _check_type(name, value, kind)
+    _check_limits(name, _plain(value), RANGES[name] if limits is None else limits)
 
 
 def _check_limits(name: str, value: float, limits: tuple[float, float]) -> None:
@@ -87,7 +88,9 @@ def _check_limits(name: str, value: float, limits: tuple[float, float]) -> None:
     if not isinstance(value, int) and not math.isfinite(value):
         raise UserError(f"{name} is {value}, expected a number: give a finite one")
     if not low <= value <= high:
-        raise UserError(f"{name} is {_number(value)}: give a number from {low:g} to {_number(high)}")
+        text = _number(value)
+        text = repr(value) if text in (_number(low), _number(high)) else text  # 20.0000001 reads as 20
+        raise UserError(f"{name} is {text}: give a number from {low:g} to {_number(high)}")
 
 
 @cache
@@ -109,9 +112,8 @@ def _leaves(hint: Any) -> list[Any]:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     """UserError, which says `name`, unless `value` is of the type `hint`; a number of NumPy or torch counts as one."""
-    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
     try:
-        msgspec.convert(plain, hint)
+        msgspec.convert(_plain(value), hint)
     except (msgspec.ValidationError, TypeError):
         words = [str(word) for leaf in _leaves(hint) for word in get_args(leaf)]
         if words:
@@ -119,6 +121,11 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         several = "several, each " if any(get_origin(part) is tuple for part in (hint, *get_args(hint))) else ""
         expected = " or ".join(dict.fromkeys(_KINDS[leaf] for leaf in _leaves(hint)))
         raise UserError(f"{name} is {value!r}, expected {several}{expected}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number in place of a single one of NumPy's or torch's."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def _number(value: float) -> str:
@@ -129,8 +136,9 @@ def _number(value: float) -> str:
 
 def _numbers(value: Any) -> Iterator[float]:
     """The numbers that a field holds: itself, or those of a tuple."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        yield value  # pyright: ignore[reportReturnType]
+    value = _plain(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _numbers(part)

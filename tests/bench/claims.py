@@ -33,7 +33,7 @@ class Claim:
             return "–"
         sign = 1 if self.better == "above" else -1
         worst = low if self.better == "above" else high
-        by_value = sign * (value - self.goal) >= 0
+        by_value = sign * (value - self.goal) >= 0 if self.by == "value" else sign * (value - self.goal) > 0
         by_interval = worst is not None and sign * (worst - self.goal) > 0
         if by_interval or (self.by == "value" and by_value):
             return "yes"

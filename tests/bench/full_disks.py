@@ -43,7 +43,8 @@ def training(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
     room = draw.choice([1, 2, 4, 8])  # MB
     with small_disk(folder / "disk", room * 2**20) as disk:
         output = disk / "out"
-        process = child(lambda: (os.chdir(folder), personalize(place.training(output)))[1])
+        said = folder / "said"
+        process = child(lambda: (os.chdir(folder), personalize(place.training(output)))[1], said)
         time.sleep(draw.uniform(0, place.seconds["training"]))
         with suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
             while filler.write(bytes(PAGE)):
@@ -53,7 +54,7 @@ def training(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:
         begun = any(output.glob("checkpoint-*"))
     refused = code == 2 and not any(kept)
     equal = place.expected["training"] in kept or (refused and not begun)
-    return row(equal, [], alive, 0, work="training", room=room, refused=refused, begun=begun)
+    return row(equal, [], alive, 0, said, work="training", room=room, refused=refused, begun=begun)
 
 
 def saving(place: Place, folder: Path, draw: random.Random) -> dict[str, Any]:

@@ -88,10 +88,12 @@ def squares(name: str, factor: float = 1.0, arm: str = "P2P + direct") -> Lookup
 
 
 def on_frontier(arm: str) -> Lookup:
-    """100 if no other arm of the bench of single images is better in success and identity than `arm`, else 0."""
+    """100 unless another arm of single images is at least as good in both figures and better in one; then 0."""
 
     def lookup(folder: Path) -> Figure:
         rows = [row for row in cells(folder).values() if "arm" in row]
+        if not any(row["arm"] == arm for row in rows):
+            raise ValueError(f"{folder} has no edits by {arm}")
         arms = [name for name in dict.fromkeys(row["arm"] for row in rows) if name not in CONTROLS]
         worse = frontier.dominated(frontier.points(rows, arms))
         return 0.0 if arm in worse else 100.0, None, None, sum(row["arm"] == arm for row in rows)

@@ -5,7 +5,8 @@
     python -m tests.bench.proof --run "dynamic prompts" leaky
     python -m tests.bench.proof --take drags=runs/bench/drag     # take in the results of a run made by hand
 
-A bench's results belong to weights if its first cells' stamp says so.  results/figures.json keeps the figures of each
+A run belongs to the weights that the first line of its cells.jsonl names; that a folder given to --take is of the
+bench's command is taken on trust.  results/figures.json keeps the figures of each
 claim with the weights and the command of its bench, results/README.md shows those of today's weights, and
 results/tables/ the benches' own tables.
 """
@@ -38,12 +39,13 @@ HEAD = """# What is claimed, and what was measured
 
 Written by `python -m tests.bench.proof` from [figures.json](figures.json); every figure is of the weights that ship
 (fingerprint of the UNet `{embedded}`, of the leaky twin's `{leaky}`). Intervals are of 95 %. "yes": the whole
-interval is on the right side of the goal, or, where "value" is said, the value is. Tables: [tables](tables).
+interval is on the right side of the goal, or, where "value" is said, the value is; "by the value
+alone": the value is, the interval is not. Tables: [tables](tables).
 
 | claim | figure | interval | n | goal | of | borne out |
 |---|---|---|---|---|---|---|
 """
-MISSING = "\nNot measured on these weights, so that nothing is claimed: "
+MISSING = "\nNot measured on these weights with today's command; nothing is claimed: "
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ def fingerprints(folder: Path) -> dict[str, list[str]]:
 
 
 def out_of_date(record: dict[str, Any], weights: dict[str, list[str]]) -> list[str]:
-    """The names of the benches of which `record` has no figures of these `weights` and of today's command."""
-    known = record.get("benches", {})
+    """The names of the benches of which `record` lacks a claim's figure of these `weights` and of today's command."""
+    known, figures = record.get("benches", {}), record.get("figures", {})
+    lacking = {claim.bench for claim in CLAIMS if claim.text not in figures}
     wanted = {name: {"weights": weights[bench.base], "command": bench.command()} for name, bench in BENCHES.items()}
-    return [name for name, row in wanted.items() if known.get(name) != row]
+    return [name for name, row in wanted.items() if known.get(name) != row or name in lacking]
 
 
 def command_of(bench: Bench, folder: Path, leaky: Path) -> list[str]:
@@ -80,18 +83,22 @@ def take(record: dict[str, Any], name: str, folder: Path, weights: dict[str, lis
     """`record` with the figures of the finished run in `folder`, whose table goes into results/tables.
 
     Raises:
-        ValueError: the run is of other weights.
+        ValueError: the run is of other weights, or has not all figures.
     """
     bench = BENCHES[name]
     stamp = json.loads((folder / "cells.jsonl").read_text(encoding="utf-8").partition("\n")[0])["stamp"]
     if stamp["weights"] != weights[bench.base]:
         raise ValueError(f"{folder} is of the weights {stamp['weights']}, not of {weights[bench.base]}")
     figures = {claim.text: _rounded(claim.lookup(folder)) for claim in CLAIMS if claim.bench == name}
-    for table in (folder / one for one in TABLES if (folder / one).is_file()):
+    if wrong := [text for text, (value, *_) in figures.items() if value is None]:
+        raise ValueError(f"{folder} has no figure of {wrong[0]!r}: is the run finished?")
+    table = next((folder / one for one in TABLES if (folder / one).is_file()), None)
+    if table is not None:
         (RESULTS / "tables").mkdir(exist_ok=True)
         shutil.copy(table, RESULTS / "tables" / f"{file_name(name)}.md")
     benches = record.get("benches", {}) | {name: {"weights": weights[bench.base], "command": bench.command()}}
-    return {"benches": benches, "figures": record.get("figures", {}) | figures}
+    figures = record.get("figures", {}) | figures
+    return {"benches": benches, "figures": {one.text: figures[one.text] for one in CLAIMS if one.text in figures}}
 
 
 def file_name(name: str) -> str:
@@ -100,7 +107,7 @@ def file_name(name: str) -> str:
 
 
 def _rounded(figure: Sequence[float | None]) -> list[float | None]:
-    """Four digits after the point; ends that are not finite, of one value, are None."""
+    """Rounded to four decimals; numbers that are not finite become None."""
     return [None if value is None or not math.isfinite(value) else round(value, 4) for value in figure]
 
 
@@ -110,13 +117,8 @@ def page(record: dict[str, Any], weights: dict[str, list[str]]) -> str:
     text = HEAD.format(**{name: every[0] for name, every in weights.items()})
     text += "".join(_line(claim, record["figures"][claim.text]) for claim in CLAIMS if claim.bench not in stale)
     text += MISSING + "; ".join(stale) + " (`python -m tests.bench.proof --run`).\n" if stale else ""
-    return (
-        text
-        + "\n"
-        + "".join(
-            f"* {name}: `{row['command']}`\n" for name, row in record.get("benches", {}).items() if name not in stale
-        )
-    )
+    rows = [(name, row) for name, row in record.get("benches", {}).items() if name not in stale]
+    return text + "\n" + "".join(f"* {name}: `{row['command']}`\n" for name, row in rows)
 
 
 def _line(claim: Claim, figure: Sequence[float | None]) -> str:
@@ -126,10 +128,8 @@ def _line(claim: Claim, figure: Sequence[float | None]) -> str:
     digits = 3 if not claim.unit else 1
     unit = f" {claim.unit}" if claim.unit else ""
     interval = "–" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
-    relation = {"above": "≥" if claim.by == "value" else ">", "below": "≤" if claim.by == "value" else "<"}[
-        claim.better
-    ]
-    goal = "–" if claim.goal is None else f"{relation} {claim.goal:g}{', value' if claim.by == 'value' else ''}"
+    sign = {"above": ">≥", "below": "<≤"}[claim.better][claim.by == "value"]
+    goal = "–" if claim.goal is None else f"{sign} {claim.goal:g}{', value' if claim.by == 'value' else ''}"
     verdict = claim.verdict(value, low, high)
     cells = [claim.text, f"{value:.{digits}f}{unit}", interval, f"{n:.0f}", goal, claim.bench]
     return f"| {' | '.join(cells)} | {verdict if verdict in ('yes', '–') else f'**{verdict}**'} |\n"
@@ -140,16 +140,13 @@ def main(options: Options) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     weights = fingerprints(options.folder)
     record = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
-    folders = {name: Path(folder) for name, _, folder in (one.partition("=") for one in options.take)}
+    for name, _, given in (one.partition("=") for one in options.take):
+        record = _write(take(record, name, Path(given), weights), weights)
     for name in [] if options.run is None else options.run or out_of_date(record, weights):
-        folders[name] = (
-            options.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{weights[BENCHES[name].base][0][:8]}"
-        )
-        words = command_of(BENCHES[name], folders[name], options.folder / "leaky-pipeline")
+        folder = options.folder / f"{file_name(name)}-{weights[BENCHES[name].base][0][:8]}"
+        words = command_of(BENCHES[name], folder, options.folder / "leaky-pipeline")
         print(shlex.join(words), flush=True)
         subprocess.run(words, check=True)
-        record = _write(take(record, name, folders[name], weights), weights)
-    for name, folder in folders.items():
         record = _write(take(record, name, folder, weights), weights)
     for name in out_of_date(record, weights):
         print(f"out of date: {name}: {BENCHES[name].command()}")

@@ -40,6 +40,7 @@ def run_folder(folder: Path, rows: list[dict[str, Any]], figures: Any = None, we
         ("below", "interval", -1, 0, 0.9, "yes"),
         ("below", "interval", -1, 0, 1.1, "by the value alone"),
         ("below", "value", 1, 1.1, 2, "no"),
+        ("above", "interval", 0.5, 1, 2, "no"),
         ("above", "interval", None, 2, None, "by the value alone"),
     ],
 )
@@ -67,6 +68,8 @@ def test_figures_of_other_weights_or_of_another_command_are_not_on_the_page(tmp_
     record["figures"] = {one.text: [0.5, 0.4, 0.6, 24] for one in CLAIMS if one.bench == "leaky"}
     assert f"| {claim.text} | 0.500 | [0.400, 0.600] | 24 | > 0.3 | leaky | yes |" in proof.page(record, WEIGHTS)
     assert "calibration" in proof.page(record, WEIGHTS).partition(proof.MISSING)[2]
+    without = record | {"figures": {text: row for text, row in record["figures"].items() if text != claim.text}}
+    assert "leaky" in proof.out_of_date(without, WEIGHTS)
     for stale in ({"weights": ["d", "b"]}, {"command": "another"}):
         other = record | {"benches": {"leaky": record["benches"]["leaky"] | stale}}
         assert claim.text not in proof.page(other, WEIGHTS) and "leaky" in proof.out_of_date(other, WEIGHTS)
@@ -95,6 +98,8 @@ def test_lookups_pair_what_belongs_together(tmp_path):
     assert edits("--auto", "no forgetting", "success", 100)(folder) == (100, 100, 100, 4)
     assert edits("--auto", "no forgetting", "psnr")(folder)[0] == -2
     assert on_frontier("--auto")(folder)[0] == 100 and on_frontier("decoder side")(folder)[0] == 0
+    with pytest.raises(ValueError, match="no edits by another"):
+        on_frontier("another")(folder)
     wide = [row | {"key": row["key"] + "/w", "shape": "2x1", "psnr": row["psnr"] - 1} for row in rows]
     assert squares("psnr", arm="--auto")(run_folder(tmp_path / "wide", rows + wide)) == (-1, -1, -1, 4)
     two = [{"key": f"{arm}/{i}", "overlap": value} for arm, value in (("calibrated", 0.25), ("weight 0", 0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from dataclasses import fields, is_dataclass
 from itertools import chain
@@ -120,8 +121,19 @@ def test_a_setting_is_of_its_type(kind: Any, name: str, value: Any, said: str) -
 def test_numbers_of_numpy_and_torch_are_numbers() -> None:
     assert Sampling(steps=np.int64(5), guidance_scale=np.float32(2)).steps == 5
     assert SingleImageConfig(learning_rate=torch.tensor(1e-4)).learning_rate == pytest.approx(1e-4)
-    with pytest.raises(UserError, match="steps is"):
-        Sampling(steps=np.int64(-1))
+    for wrong in (np.int64(-1), torch.tensor(-1), np.ones(2)):
+        with pytest.raises(UserError, match="steps is"):
+            Sampling(steps=wrong)
+    for wrong in (torch.tensor(math.nan), np.float32("inf"), np.ones(2), np.True_, torch.tensor(True)):
+        with pytest.raises(UserError, match="strength is"):
+            check_number("strength", wrong)
+        with pytest.raises(UserError, match="gamma is"):
+            EditStrengths(gamma=wrong)
+    check_number("strength", torch.tensor(0.5))
+    with pytest.raises(UserError, match="^seed is 1.5, expected a whole number$"):
+        check_number("seed", 1.5, kind=int)
+    with pytest.raises(UserError, match="^strength is 20.0000001: give a number from -20 to 20$"):
+        check_number("strength", 20.0000001)
 
 
 WRONG = [float("nan"), float("inf"), 1e6, "1", None, True]
