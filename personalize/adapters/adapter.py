@@ -49,7 +49,6 @@ from personalize.io.tensor_files import read_tensors, tensor_bytes
 from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import StableDiffusion
 
-ALPHAS = (-(10**6), 10**6)  # LoRA files have alphas of 1 to some thousands, rarely a negative one
 NOT_DRAWN = {"source", "attention"}  # pictures of a folder that no model made: a photo, maps over it
 
 
@@ -80,10 +79,9 @@ class Adapter:
     others: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """UserError unless `rank` is a whole number of at least 1 and `alpha` a finite number."""
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise UserError(f"rank is {self.rank!r}, expected a whole number of at least 1")
-        check_number("alpha", self.alpha, ALPHAS)
+        """UserError unless `rank` is a whole number from 1 and `alpha` a finite number."""
+        check_number("rank", self.rank, kind=int)
+        check_number("alpha", self.alpha, (-(10**6), 10**6))  # of LoRA files: 1 to some thousands, rarely below 0
 
     @property
     def base(self) -> dict[str, Any]:

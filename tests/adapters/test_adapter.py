@@ -249,7 +249,7 @@ def test_an_alpha_that_is_no_finite_number_is_refused_where_an_adapter_is_made(s
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, math.nan, "4", None, True])
 def test_a_rank_that_is_no_count_is_refused_where_an_adapter_is_made(sd1, rank):
-    with pytest.raises(UserError, match="rank is .*, expected a whole number of at least 1"):
+    with pytest.raises(UserError, match="^rank is "):
         replace(make(sd1), rank=rank)
 
 
