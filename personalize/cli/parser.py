@@ -164,10 +164,11 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
     if "config" in content and "config" not in option_types(config):
         raise UserError(f"{path}: a file cannot name other files: write --config several times on the command line")
     _check_names(content, config, f"key in {path}:")
+    types = option_types(config)
     for key, value in content.items():
         if _is_positional(config, key):
             raise UserError(f"{path}: {key} is given on the command line itself, not in a file")
-        if option_types(config)[key] is bool and not isinstance(value, bool):
+        if types[key] is bool and not isinstance(value, bool):
             raise UserError(f"{path}: {key} is {value!r}, expected true or false")
     return content
 

@@ -144,8 +144,9 @@ def edit_photo(
     if control is not None and attention and control.maps is not None:
         maps = word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
     masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend)
-    blended = None if prepared.blend is None or not prepared.blend.masks else prepared.blend.edited_region()
-    allowed = regions[0].cells if regions else blended
+    allowed = regions[0].cells if regions else None
+    if not regions and prepared.blend is not None and prepared.blend.masks:
+        allowed = prepared.blend.edited_region()
     return EditResult(
         tuple(edits), reconstruction, edit_sheet(frame.picture, reconstruction, edits, source, targets), maps,
         tuple(targets), latents, prepared.trajectory, time.perf_counter() - began,

@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import Any
 
 
+def read_cells(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The stamp and the finished cells, by key, of the file `path`; an incomplete last line is left out."""
+    content = path.read_bytes()
+    first, *rows = map(json.loads, content[: content.rfind(b"\n") + 1].splitlines())
+    return first["stamp"], {row["key"]: row for row in rows}
+
+
 class Cells:
     """The finished cells in the file `path`, by key.
 
@@ -25,12 +32,13 @@ class Cells:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         stamp = json.loads(json.dumps(stamp))
-        lines = self._whole_lines() if self.path.is_file() else []
-        if not lines:
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path.is_file() and self._cut_incomplete_line():
+            known, self.rows = read_cells(self.path)
+            if known != stamp:
+                raise ValueError(f"{path} holds results of {known}, not of {stamp}: give another file")
+        else:
             self._append({"stamp": stamp})
-        elif lines[0]["stamp"] != stamp:
-            raise ValueError(f"{path} holds results of {lines[0]['stamp']}, not of {stamp}: give another file")
-        self.rows: dict[str, dict[str, Any]] = {line["key"]: line for line in lines[1:]}
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
@@ -51,10 +59,10 @@ class Cells:
             file.flush()
             os.fsync(file.fileno())
 
-    def _whole_lines(self) -> list[dict[str, Any]]:
-        """All complete lines; an incomplete last one, left by an interrupted run, is removed from the file."""
+    def _cut_incomplete_line(self) -> int:
+        """Remove an incomplete last line, left by an interrupted run, from the file; returns the bytes left."""
         text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            os.truncate(self.path, len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            os.truncate(self.path, whole)
+        return whole

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import frontier, multi_concept
+from tests.bench.cells import read_cells
 from tests.bench.contract import CONTROLS
-from tests.bench.intervals import paired_interval, wilson
+from tests.bench.figure_tables import proportion
+from tests.bench.intervals import paired_interval
 
 Figure = tuple[float, float | None, float | None, int]  # value, low and high end of the 95 % interval, n
 Lookup = Callable[[Path], Figure]
@@ -33,8 +35,7 @@ def figure(name: str, factor: float = 1.0) -> Lookup:
 
 def cells(folder: Path) -> dict[str, dict[str, Any]]:
     """The finished cells of a run, by key."""
-    rows = [json.loads(line) for line in (folder / "cells.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
-    return {row["key"]: row for row in rows}
+    return read_cells(folder / "cells.jsonl")[1]
 
 
 def calibration(name: str, factor: float = 1.0) -> Lookup:
@@ -55,9 +56,8 @@ def quickstart(reached: Callable[[dict[str, Any]], bool]) -> Lookup:
 
     def lookup(folder: Path) -> Figure:
         scenes = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-        right = sum(map(reached, scenes))
-        low, high = wilson(right, len(scenes))
-        return 100 * right / len(scenes), 100 * low, 100 * high, len(scenes)
+        share = proportion(list(map(reached, scenes)))
+        return share["value"], share["low"], share["high"], share["n"]
 
     return lookup
 

@@ -28,6 +28,7 @@ import tyro
 
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from tests.bench.benches import BENCHES, Bench
+from tests.bench.cells import read_cells
 from tests.bench.claims import CLAIMS, Claim
 from tests.bench.leaky.train import UNET, assemble
 from tests.bench.world import weights_of
@@ -86,7 +87,7 @@ def take(record: dict[str, Any], name: str, folder: Path, weights: dict[str, lis
         ValueError: the run is of other weights, or has not all figures.
     """
     bench = BENCHES[name]
-    stamp = json.loads((folder / "cells.jsonl").read_text(encoding="utf-8").partition("\n")[0])["stamp"]
+    stamp, _ = read_cells(folder / "cells.jsonl")
     if stamp["weights"] != weights[bench.base]:
         raise ValueError(f"{folder} is of the weights {stamp['weights']}, not of {weights[bench.base]}")
     figures = {claim.text: _rounded(claim.lookup(folder)) for claim in CLAIMS if claim.bench == name}

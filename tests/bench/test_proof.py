@@ -24,7 +24,7 @@ WEIGHTS = {"embedded": ["a", "b"], "leaky": ["c", "b"]}
 def run_folder(folder: Path, rows: list[dict[str, Any]], figures: Any = None, weights: Any = WEIGHTS["leaky"]) -> Path:
     folder.mkdir(exist_ok=True)
     lines = [{"stamp": {"weights": weights}}, *rows]
-    (folder / "cells.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "figures.json").write_text(json.dumps(figures))
     return folder
 
