@@ -75,10 +75,14 @@ class SingleImageBench(BenchOptions):
     output_dir: Path = Path("runs/single_image")
     """Where cells.jsonl, adapters, table.md, figures.json and the sheet go; finished cells are not run again."""
     scenes: int = 4
-    """Number of scenes to learn; each is edited in three ways."""
+    """Number of scenes, the first ones included; each is learned and edited in three ways."""
+    first_scene: int = 0
+    """Scenes below it are left out: two processes can each take a part in one folder, before a run over all."""
     budget: int = 8
     """Pictures that every arm may sample for one edit."""
-    steps: int = 30
+    scheduler: str = "dpm++_2m"
+    """Sampler of every arm."""
+    steps: int = 15
     """Denoising steps."""
     samples: int = 400
     """Training samples for each picture, by LoRA and by full weights."""
@@ -103,10 +107,10 @@ class Bench:
         self.world = world_of(options.model, nouns=options.nouns)
         preset = read_yaml(presets("single_image")["embedded"], SingleImageConfig) if options.model == EMBEDDED else {}
         self.config = SingleImageConfig(**{**preset, "max_train_samples": options.samples})
-        settings = {name: getattr(options, name) for name in ("budget", "steps", "samples")}
+        settings = {name: getattr(options, name) for name in ("budget", "scheduler", "steps", "samples")}
         stamp = {"weights": weights_of(self.model), "split": SPLIT, **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
-        self.sampling = Sampling(options.steps)
+        self.sampling = Sampling(options.steps, options.scheduler)
         self.full = lru_cache(maxsize=len(options.paper_rates))(self._full)
         self.editor = lru_cache(maxsize=1)(self._editor)
 
@@ -183,7 +187,7 @@ class Bench:
             )  # fmt: skip
         with full_weights_applied(model, learned, parse_rule_sum(setting.forget)):
             edit = Edit(conditioning, guidance_scale=text_to_image_guidance(model.name))
-            latents = sample(model, edit, [seed], make_schedule(model, self.options.steps))
+            latents = sample(model, edit, [seed], make_schedule(model, self.sampling.steps, self.sampling.scheduler))
         return to_image(model.decode(latents))
 
     def reconstruction(self, index: int) -> dict[str, float]:
@@ -265,13 +269,14 @@ def run(options: SingleImageBench, model: StableDiffusion | None = None, scorer:
     """Measure the cells that are not finished, write table.md, figures.json and sheet.png, and return the table."""
     bench = Bench(options, model, scorer)
     arms, rows, tasks, side = bench.arms(), [], [], bench.model.resolution
-    for index in range(options.scenes):
+    numbers = range(options.first_scene, options.scenes)
+    for index in numbers:
         ours = [bench.task(kind, index) for kind in KINDS]
         rows += evaluate(ours, arms, bench.cells, bench.judge, budget=options.budget, size=side, select=bench.select)
         bench.cells.once(f"reconstruction/{index}", lambda index=index: bench.reconstruction(index))
         tasks += ours
         print(f"scene {index} of {options.scenes}: done", flush=True)
-    replays = [bench.cells.rows[f"reconstruction/{index}"] for index in range(options.scenes)]
+    replays = [bench.cells.rows[f"reconstruction/{index}"] for index in numbers]
     names = [name for name in replays[0] if name != "key"]
     measured, changes = [arm for arm in arms if arm not in CONTROLS], variant_pairs(options.variants)
     text = table(rows, reference=NONE) + "\n" + versus(rows, [(AUTO, arm) for arm in arms if arm != AUTO])
