@@ -100,6 +100,8 @@ def other_changes(
 ) -> Iterator[None]:
     """Run the body with changes of other algorithms than LoRA in UNet and text encoders; then all is as before.
 
+    The changes are listed in `model.changes` meanwhile, and `model.identity` stays that of the base.
+
     Raises:
         UserError: a module that the base does not have, one of another shape, or a part that has an adapter.
     """
@@ -114,8 +116,15 @@ def other_changes(
             if bias is not None and new_bias is not None:
                 yield bias, new_bias
 
-    with _replaced(values()):
-        yield
+    before = model.changes
+    if others:
+        _ = model.identity  # computed before the weights change
+    try:
+        with _replaced(values()):
+            model.changes = (*before, (others, strength)) if others else before
+            yield
+    finally:
+        model.changes = before
 
 
 def parameters_of(model: StableDiffusion, wanted: Iterable[str]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ class UniformSettings:
         quantile: q, in [0, 1], reached at the last step; a smaller value keeps less of the photo.
         threshold_scale: a difference is an edit if it exceeds `threshold_scale` · λ; with 1 nearly everything would be.
         dilate: radius by which the edited region is dilated, in latent cells.
-        blend_source: also give the source's x̂0 the auxiliary estimate where the target is edited, as the paper does
+        blend_source: also give the source's x̂0 the auxiliary estimate where a target is edited, as the paper does
             with mutual self-attention.
         auxiliary: how x̂0_u is computed. "u": sampled from the uniform inversion; "stored": sampled only below T_mask,
             from the inverted latents there; "z0": the encoded photo (blended latent diffusion, the control).

@@ -11,11 +11,12 @@ from PIL import Image
 from personalize.editing.prompt_to_prompt.alignment import FUNCTION_WORDS
 from personalize.editing.prompt_to_prompt.control import Controls
 from personalize.editing.uniform_attention import UniformBlend
-from personalize.io.figures import grid, overlay
+from personalize.io.figures import grid, overlay, scaled_to_side
 from personalize.models.attention_maps import MapSum
 from personalize.models.image_processor import PaddedImage
 from personalize.models.map_filters import normalised
 
+_CELL = 96  # px, side of a picture in the sheet of masks
 PUNCTUATION = ".,;:!?'’-()"  # left out of the sheet of attention maps
 
 
@@ -46,10 +47,20 @@ def word_sheet(control: Controls, maps: MapSum, pictures: Sequence[Image.Image],
     return grid(rows, columns=columns, labels=labels, title="Where each word looks")
 
 
-def mask_sheet(frame: PaddedImage, blend: UniformBlend) -> Image.Image:
-    """A sheet of the photo in which only what may change is not faded: at each blended step, and at any of them."""
-    steps = torch.stack([mask[0].any(0) for mask in blend.masks.values()]).cpu()  # one read of the device
-    masks = {f"t {start:g}": mask for start, mask in zip(blend.masks, steps, strict=True)} | {"any": steps.any(0)}
-    faded = Image.blend(frame.picture, Image.new("RGB", frame.picture.size, "white"), 0.85)
-    pictures = [Image.composite(frame.picture, faded, frame.mask_to_picture(mask)) for mask in masks.values()]
-    return grid([pictures], columns=list(masks), title="Where the photo may change", cell=96)
+def mask_sheet(frame: PaddedImage, blend: UniformBlend, targets: Sequence[str]) -> Image.Image:
+    """A sheet of the photo in which only what may change is not faded: at each blended step, and at any of them.
+
+    There is a row for each of the `targets`.
+    """
+    steps = torch.stack(
+        [mask.any(1) for mask in blend.masks.values()]
+    ).cpu()  # one read of the device: (steps, rows, …)
+    small = scaled_to_side(frame.picture, _CELL)
+    faded = Image.blend(small, Image.new("RGB", small.size, "white"), 0.85)
+    rows = [
+        [Image.composite(small, faded, frame.mask_to_picture(mask, small.size)) for mask in (*masks, masks.any(0))]
+        for masks in steps.transpose(0, 1)
+    ]
+    labels = list(targets) if len(rows) > 1 else [""]
+    columns = [*(f"t {start:g}" for start in blend.masks), "any"]
+    return grid(rows, columns=columns, labels=labels, title="Where the photo may change", cell=_CELL)

@@ -137,16 +137,16 @@ def edit_photo(
     pixels = torch.cat([model.decode(row).cpu() for row in latents.split(1)])
     reconstruction, *edits = [frame.to_picture(row[None]) for row in pixels]
     edits = edits or [reconstruction] * len(targets)
-    regions = _regions(frame, request, prepared, control, region, latents)
+    regions = _regions(frame, request, prepared, control, region, latents, len(edits))
     kept = [keep_photo(*pair) for pair in zip(edits, [frame] * len(edits), regions, strict=True)] if regions else []
     edits = [image for image, _ in kept] or edits
     maps = None
     if control is not None and attention and control.maps is not None:
         maps = word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
-    masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend)
+    masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend, targets)
     allowed = regions[0].cells if regions else None
     if not regions and prepared.blend is not None and prepared.blend.masks:
-        allowed = prepared.blend.edited_region()
+        allowed = prepared.blend.edited_regions()[0]
     return EditResult(
         tuple(edits), reconstruction, edit_sheet(frame.picture, reconstruction, edits, source, targets), maps,
         tuple(targets), latents, prepared.trajectory, time.perf_counter() - began,
@@ -175,21 +175,20 @@ def _notes(
 
 def _regions(
     frame: PaddedImage, request: EditRequest, prepared: PreparedImage, control: Controls | None,
-    region: EditRegion | None, latents: Tensor,
+    region: EditRegion | None, latents: Tensor, count: int,
 ) -> list[EditRegion]:  # fmt: skip
-    """For each target the region outside of which the photo's own pixels come back.
+    """For each of the `count` targets the region outside of which the photo's own pixels come back.
 
     It is the user's mask, the words' maps, or, if asked for, uniform maps' region.  An empty list if there is none.
     """
-    rows = max(1, len(latents) - 1)
     if region is not None:
-        return [region] * rows
+        return [region] * count
     blends = [edit for edit in control.latent_edits if isinstance(edit, LocalBlend)] if control is not None else []
     if blends:
         masks = blends[0].mask((int(latents.shape[-2]), int(latents.shape[-1])))[1:, 0].cpu()
         return [EditRegion.of_cells(frame, mask) for mask in masks]
     if request.strict and prepared.blend is not None:
-        return [EditRegion.of_cells(frame, prepared.blend.edited_region())] * rows
+        return [EditRegion.of_cells(frame, cells) for cells in prepared.blend.edited_regions()]
     return []
 
 

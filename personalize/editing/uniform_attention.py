@@ -87,7 +87,7 @@ class UniformBlend(LatentEdit):
         auxiliary = sent(self.auxiliary[step.start], x0.device).to(x0)
         blended = torch.where(edited, targets, auxiliary)
         if self.settings.blend_source:
-            source = torch.where(edited[:1], auxiliary, source)
+            source = torch.where(edited.any(0, keepdim=True), auxiliary, source)
         return torch.cat([source, blended])
 
     def _edited(self, difference: Tensor, step: Step) -> Tensor:
@@ -99,11 +99,11 @@ class UniformBlend(LatentEdit):
             dilate=self.settings.dilate, reduce=self.settings.reduce,
         )  # fmt: skip
 
-    def edited_region(self) -> Tensor:
-        """Boolean (h, w): where any channel of the first target was edited at any blended step."""
+    def edited_regions(self) -> Tensor:
+        """Boolean (targets, h, w): where any channel of each target was edited at any blended step."""
         if not self.masks:
             raise ValueError("no step was blended: raise `until` or the number of steps")
-        return torch.stack([mask[0].any(0) for mask in self.masks.values()]).any(0).cpu()
+        return torch.stack([mask.any(1) for mask in self.masks.values()]).any(0).cpu()
 
 
 def uniform_edit(model: StableDiffusion, size: tuple[int, int]) -> Edit:

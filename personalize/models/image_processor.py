@@ -87,11 +87,11 @@ class PaddedImage:
         full[:height, :width] = grey
         return avg_pool2d(torch.from_numpy(full)[None, None], self.factor)[0, 0] >= 0.5
 
-    def mask_to_picture(self, mask: Tensor) -> Image.Image:
-        """A boolean mask (h, w) of latent cells as a picture of the original's size, white where it is True."""
+    def mask_to_picture(self, mask: Tensor, size: tuple[int, int] | None = None) -> Image.Image:
+        """A boolean mask (h, w) of latent cells as a picture, white where True; `size` is by default the original's."""
         whole = np.kron(mask.numpy().astype(np.uint8) * 255, np.ones((self.factor, self.factor), np.uint8))
         height, width = self.size
-        return Image.fromarray(whole[:height, :width]).resize(self.picture.size, Image.Resampling.NEAREST)
+        return Image.fromarray(whole[:height, :width]).resize(size or self.picture.size, Image.Resampling.NEAREST)
 
     def to_picture(self, pixels: Tensor) -> Image.Image:
         """Pixels (1, 3, H′, W′) without the padding, as a picture of the original's size."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ class StableDiffusion:
         self.offload = Offload(self)
         self._identity: dict[str, str] = {}  # from before `quantize`
         self._hashed: Hashed | None = None
+        self.changes: tuple[tuple[Mapping[str, Mapping[str, Tensor]], float], ...] = ()  # applied now, not as LoRA
         self.final_alpha = float(schedule.final_alpha_cumprod)  # ᾱ of clean latents, below t = 0
 
     @staticmethod
@@ -149,10 +150,11 @@ class StableDiffusion:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Name, family and a quick hash of the UNet, see `unet_hash`; in 4 bits the one from before `quantize`."""
+        """Name, family and a quick hash of the UNet without adapters, see `unet_hash`; of 4 bits the one before."""
         if self._identity:
             return dict(self._identity)
-        self._hashed = hashed_unet(self.unet, self._hashed)
+        if self._hashed is None or not self.changes:
+            self._hashed = hashed_unet(self.unet, self._hashed)
         return {"name": portable_name(self.name), "family": self.family, "sha256": self._hashed[1]}
 
     def about(self) -> dict[str, str]:

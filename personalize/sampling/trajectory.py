@@ -184,8 +184,14 @@ def with_noise(schedule: Schedule, noise: Tensor) -> Schedule:
 
 
 def model_fingerprint(model: StableDiffusion) -> dict[str, Any]:
-    """SHA-256 hashes of what a trajectory depends on in `model`: base, noise schedule and the adapter in its UNet."""
-    schedule = tensor_hash([model.alphas_cumprod, torch.tensor(model.final_alpha)], model.prediction_type)
+    """SHA-256 hashes of what a trajectory depends on in `model`: base, autoencoder, noise schedule, the UNet's adapter.
+
+    The schedule's hash is of its noise levels and of what the timesteps of a number of steps depend on.
+    """
+    config = model.scheduler.config
+    timesteps = f"{config.get('timestep_spacing')} {config.get('steps_offset')}"
+    levels = [model.alphas_cumprod, torch.tensor(model.final_alpha)]
+    schedule = tensor_hash(levels, f"{model.prediction_type} {timesteps}")
     layers = lora_layers(model.unet)
     adapter = None
     if layers:
@@ -193,7 +199,20 @@ def model_fingerprint(model: StableDiffusion) -> dict[str, Any]:
         masks = {mask.name for layer in layers.values() if (mask := getattr(layer, "_mask", None)) is not None}
         settings = repr([(name, layer.scaling) for name, layer in layers.items()]) + "".join(sorted(masks))
         adapter = tensor_hash(state.values(), settings)
-    return {"base": model.identity["sha256"], "schedule": schedule, "adapter": adapter}
+    for others, strength in model.changes:
+        unet = {module: parts for module, parts in others.items() if module.startswith("unet.")}
+        named = {f"{module} {role}": tensor for module, parts in unet.items() for role, tensor in parts.items()}
+        adapter = tensor_hash(named.values(), f"{adapter} {list(named)} {strength}")
+    base = {"base": model.identity["sha256"], "autoencoder": _autoencoder_hash(model)}
+    return {**base, "schedule": schedule, "adapter": adapter}
+
+
+def _autoencoder_hash(model: StableDiffusion) -> str:
+    """SHA-256 of the autoencoder's scaling, names, shapes and 64 values of every weight, in hex digits."""
+    weights = model.vae.state_dict()
+    values = [weight.reshape(-1)[:: max(1, weight.numel() // 64)][:64].float() for weight in weights.values()]
+    shapes = [(name, tuple(weight.shape)) for name, weight in weights.items()]
+    return tensor_hash([torch.cat(values)], f"{model.vae.config.scaling_factor} {shapes}")
 
 
 def fingerprint(

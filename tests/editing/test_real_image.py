@@ -156,6 +156,21 @@ def test_an_edit_with_uniform_maps_has_their_region_also_where_the_photos_pixels
     assert free.untouched == () and len(strict.untouched) == 1
 
 
+def test_each_target_has_its_own_region_of_uniform_maps():
+    """Both targets' regions were the first one's: the second edit was undone where the first had changed nothing."""
+    settings, other = replace(SHORT, steps=4, uniform=UniformSettings()), "two cats under a tree"
+    alone = [edited(EditRequest(target, strict=True), settings) for target in (TARGET, other)]
+    both = edited(EditRequest((TARGET, other), strict=True), settings)
+    assert both.untouched == (alone[0].untouched[0], alone[1].untouched[0]) and len(set(both.untouched)) == 2
+    assert all(np.abs(array(one) - array(by.image)).max() <= 1 for one, by in zip(both.images, alone, strict=True))
+    assert both.masks is not None and alone[0].masks is not None and both.masks.height > alone[0].masks.height
+
+
+def test_several_targets_that_change_nothing_stay_within_the_mask():
+    found = edited(EditRequest((SOURCE, SOURCE.upper()), mask=(8, 8, 16, 16)))
+    assert len(found.images) == len(found.untouched) == 2
+
+
 @pytest.mark.parametrize("controller", ["p2p", "mutual"])
 def test_local_words_keep_the_photos_own_pixels_too(controller):
     control = replace(SHORT.control, blend_start=0.0, blend_threshold=0.95)

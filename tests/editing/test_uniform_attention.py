@@ -213,7 +213,7 @@ def test_uniform_u7_an_identity_edit_is_the_auxiliary_where_it_is_blended():
     conditioning = model.prompts(["a cat"] * 2)
     start = denoise(model, latents(), Edit(conditioning[:1], guidance_scale=1), up).repeat(2, 1, 1, 1)
     run = denoise_with_history(model, start, Edit(conditioning, latent_edits=(blend,)), down)
-    assert [*blend.masks] == [*clean] == [1] and not blend.edited_region().any()
+    assert [*blend.masks] == [*clean] == [1] and not blend.edited_regions().any()
     assert torch.equal(run.clean[-1][1], clean[1][0]) and not torch.equal(run.clean[-1][0], clean[1][0])
 
 

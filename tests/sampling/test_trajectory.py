@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.inversion import invert
 from personalize.sampling.trajectory import MANIFEST, TENSORS, Trajectory, fingerprint_hash, model_fingerprint
+from tests.support.adapter_kinds import loha
 from tests.support.lora_states import random_adapter
 from tests.support.photos import SOURCE, gentle, shared, smooth
 
@@ -75,6 +78,36 @@ def test_an_adapter_makes_another_trajectory(tmp_path):
         learned.check(model)
 
 
+def test_changes_that_are_no_lora_make_another_trajectory_and_leave_the_base_what_it_is(tmp_path):
+    """LoHa is written into the weights: its trajectory was taken for that of the plain base, and the reverse."""
+    model = gentle()
+    base = model.identity
+    save_file(loha().tensors, tmp_path / "loha.safetensors")
+    adapter = Adapter.load(tmp_path / "loha.safetensors")
+    plain = made(model)
+    with adapter.apply(model, any_base=True):
+        assert model.identity == base and model_fingerprint(model)["adapter"] is not None
+        with pytest.raises(UserError, match="made with another adapter"):
+            plain.check(model)
+    other = gentle()
+    with adapter.apply(other, any_base=True):  # the first hash is asked for while the weights are changed
+        assert other.identity == base
+    assert made(model).key == plain.key and other.identity == model.identity == base
+
+
+def another_spacing():
+    model = gentle()
+    model.scheduler = type(model.scheduler).from_config(model.scheduler.config, timestep_spacing="trailing")
+    return model
+
+
+def another_autoencoder():
+    model = gentle()
+    with torch.no_grad():
+        model.vae.encoder.conv_in.weight.mul_(1.1)
+    return model
+
+
 def another_schedule():
     model = gentle()
     model.alphas_cumprod = model.alphas_cumprod**2
@@ -86,6 +119,8 @@ def another_schedule():
     [
         (lambda: shared("sd2v"), {}, "made with another base model"),
         (another_schedule, {}, "made with another noise schedule"),
+        (another_spacing, {}, "made with another noise schedule"),
+        (another_autoencoder, {}, "made with another autoencoder"),
         (shared, {"prompt": "a dog"}, r'another prompt \("a red cat on the beach", now "a dog"\)'),
         (shared, {"image": smooth() * 0.5}, "another image"),
         (shared, {"steps": 3}, r"another steps \(2, now 3\)"),
