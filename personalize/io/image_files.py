@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import stat
 import struct
 import threading
 import warnings
@@ -52,11 +53,16 @@ def load_image(path: str | Path) -> Image.Image:
 def check_image_path(path: str | Path) -> Path:
     """`path`, if it is a file; UserError otherwise."""
     path = Path(path)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; check the path of the picture") from None
+    except (OSError, ValueError) as error:  # a name too long, links in a circle, a NUL
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)[:200]!r}: {why}; check the path of the picture") from None
+    if stat.S_ISDIR(mode):
         raise UserError(f"{path} is a folder, expected a picture file: name the file inside it")
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check the path of the picture")
-    if not path.is_file():
+    if not stat.S_ISREG(mode):
         raise UserError(f"{path} is a pipe or a device, expected a picture file: save the picture to a file first")
     return path
 

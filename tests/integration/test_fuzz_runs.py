@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from personalize.cli.commands import edit_table
+from personalize.cli.edit_options import EditTableConfig
 from personalize.errors import UserError
 from personalize.io.image_folders import read_folder
 from personalize.io.numbering import folded
@@ -183,10 +184,7 @@ def rows_of_photos(place):
     rows = edit_table.read_rows(place.shop / "items.csv")
     names = [folded(row.name) for row in rows]
     assert len(set(names)) == len(names) and all(os.path.basename(name) == name != ".." for name in names)
-    config = SimpleNamespace(
-        table=place.shop / "items.csv", output_dir=place.shop, adapter=(), add=(), revision=None,
-        pretrained_model_name_or_path=None,
-    )  # fmt: skip
+    config = EditTableConfig(place.shop / "items.csv", output_dir=place.shop)
     for row in rows:
         attempt(lambda row=row: edit_table.row_options(row, config), lambda row=row: edit_table.row_hash(row, config))
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 RESULTS = "results.jsonl"
 REPEATED = {field.name for field in fields(PhotoConfig) if field.type.startswith(("Annotated[tuple", "tuple"))}  # pyright: ignore
+MASKS = ("mask", "background_mask", "region")  # columns that may name files
+BASE = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision")
 COLUMNS = ("file", "name", *ROW_OPTIONS)
 
 
@@ -121,10 +123,20 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
     for name, cell in row.cells.items():
         values = [part.strip() for part in cell.split(";")] if name in REPEATED else [cell]
         for value in values:
-            beside = config.table.parent / value
-            words += [f"--{name}", str(beside) if name == "mask" and is_plain(beside) else value]
+            words += [f"--{name}", _beside_the_table(name, value, config.table)]
     options = parse(PhotoConfig, _as_flags(words), prog=f"line {row.line}")
-    return replace(options, output_dir=config.output_dir / row.name, adapter=config.adapter, add=config.add)
+    options = replace(options, output_dir=config.output_dir / row.name, adapter=config.adapter, add=config.add)
+    options.check()
+    return options
+
+
+def _beside_the_table(name: str, value: str, table: Path) -> str:
+    """The `value` of a column of masks, `noun=file` in that of regions, with a file's place relative to `table`'s."""
+    if name not in MASKS:
+        return value
+    noun, equals, where = value.partition("=") if name == "region" else ("", "", value)
+    beside = table.parent / where
+    return f"{noun}{equals}{beside if is_plain(beside) else where}"
 
 
 def _as_flags(words: list[str]) -> list[str]:
@@ -145,12 +157,16 @@ def row_hash(row: Row, config: EditTableConfig) -> str:
     """A hash of everything that decides the row's pictures."""
     if not is_plain(row.file):
         raise UserError(f"{str(row.file)[:200]}: no such file")
-    masks = [config.table.parent / row.cells[name] for name in ("mask",) if name in row.cells]
+    cells = ((name, part.strip()) for name in MASKS if name in row.cells for part in row.cells[name].split(";"))
+    named = (Path(_beside_the_table(*cell, config.table).rpartition("=")[2]).expanduser() for cell in cells)
     inputs = {
         "cells": dict(row.cells), "photo": file_hash(row.file),
-        "masks": [file_hash(mask) for mask in masks if is_plain(mask)],
-        "base": str(config.pretrained_model_name_or_path), "revision": config.revision,
-        "adapters": [str(path) for path in (*config.adapter, *config.add)],
+        "masks": [file_hash(mask) for mask in named if is_plain(mask)],
+        "base": [str(getattr(config, name)) for name in BASE],
+        "adapters": [
+            [file_hash(file) for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
+            for path in (*config.adapter, *config.add)
+        ],
     }  # fmt: skip
     return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 

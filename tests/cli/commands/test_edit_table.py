@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -68,13 +69,53 @@ def test_a_table_that_cannot_be_read_is_one_line(base, tmp_path, capsys, text, s
 
 def test_a_path_that_the_system_cannot_look_up_costs_its_row_alone(tmp_path):
     table = tmp_path / "t.csv"
-    table.write_text(f"file,source,mask\n{'9' * 5000}.png,a cat,\nb.png,a cat,{'9' * 5000}\n")
-    (tmp_path / "b.png").write_bytes(b"")
+    table.write_text(f"file,source,target,mask\n{'9' * 5000}.png,a cat,a dog,\nb.png,a cat,a dog,{'9' * 5000}\n")
+    photo(32, 32).save(tmp_path / "b.png")
     long, masked = read_rows(table)
     config = EditTableConfig(table)
     with pytest.raises(UserError, match="no such file"):
         row_hash(long, config)
-    assert row_options(masked, config).mask == "9" * 5000 and len(row_hash(masked, config)) == 16
+    assert len(row_hash(masked, config)) == 16
+    with pytest.raises(UserError, match="File name too long; check the path"):
+        row_options(masked, config)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "says"),
+    [("strict_background", "yes", "belongs to --uniform"), ("region", "cat=gone.png", "gone.png: no such file"),
+     ("controller", "mutual", "so that --dpl has no noun")],
+)  # fmt: skip
+def test_rows_are_checked_as_options_are(tmp_path, column, cell, says):
+    """They were parsed alone: options of a method that is not used were accepted, and files missed after inverting."""
+    photo(32, 32).save(tmp_path / "a.png")
+    table = tmp_path / "t.csv"
+    table.write_text(f"file,source,target,dpl,{column}\na.png,a cat,a dog,yes,{cell}\n")
+    with pytest.raises(UserError, match=says):
+        row_options(read_rows(table)[0], EditTableConfig(table, output_dir=tmp_path / "out"))
+
+
+def test_masks_of_every_column_lie_beside_the_table_and_count_as_inputs(tmp_path, monkeypatch):
+    (tmp_path / "shop").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "m", "b", "r"):
+        photo(32, 32).save(tmp_path / "shop" / f"{name}.png")
+    table = tmp_path / "shop" / "t.csv"
+    table.write_text("file,source,target,mask,background_mask,region\na.png,a cat,a dog,m.png,b.png,cat=r.png\n")
+    config = EditTableConfig(table, output_dir=tmp_path / "out")
+    row = read_rows(table)[0]
+    options, hashes = row_options(row, config), [row_hash(row, config)]
+    assert (options.mask, options.background_mask) == tuple(str(table.parent / name) for name in ("m.png", "b.png"))
+    assert options.region == (f"cat={table.parent / 'r.png'}",)
+    for name in ("a", "m", "b", "r"):
+        photo(40, 32).save(tmp_path / "shop" / f"{name}.png")
+        hashes.append(row_hash(row, config))
+    (tmp_path / "adapter").mkdir()
+    for words in ({"prediction_type": "v_prediction"}, {"variant": "fp16"}, {"mixed_precision": "bf16"}):
+        hashes.append(row_hash(row, replace(config, **words)))
+    for content in (b"one", b"two"):
+        (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(content)
+        hashes.append(row_hash(row, replace(config, adapter=(tmp_path / "adapter",))))
+    assert len(set(hashes)) == len(hashes) == 10
 
 
 def test_edit_means_a_table_when_it_is_given_one():
