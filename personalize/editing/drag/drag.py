@@ -136,7 +136,7 @@ def warp(
     elif settings.displacement == "stretch":
         pairs = zip(masks, handles, strict=True)
         factors = torch.stack([stretch_factors(mask, handle) if mask.any() else mask.float() for mask, handle in pairs])
-    field = displacement_field(factors, masks, handles, vectors.float(), settings.weights)
+    field = displacement_field(factors, masks, handles, vectors.float(), settings.weights, ratios.clamp(0, 1))
     if settings.mapping == "backward":
         return backward_warp(field, masks.any(0))
     claims = ratios if settings.mode == "move" else factors

@@ -22,7 +22,7 @@ from personalize.editing.drag.drag import LatentDrag, drag, rounded_length
 from personalize.editing.drag.inpaint import fill_void
 from personalize.editing.drag.mask import dilated
 from personalize.editing.drag.overlay import overlay
-from personalize.editing.drag.points import handles_and_targets, middle
+from personalize.editing.drag.points import check_inside, handles_and_targets, middle
 from personalize.editing.drag.preview import DragPreview, composed, preview_drag
 from personalize.editing.drag.reading import DragSource, SourceCache, conditioning
 from personalize.errors import UserError
@@ -99,7 +99,7 @@ def drag_picture(
         return _drag_latents(
             model, as_image(picture), points, mask, prompt, adapter, settings, resolution, paste, began
         )
-    source = _source(model, picture, points, prompt, adapter, settings, resolution, sources)
+    source = _source(model, picture, points, (*add, *remove), prompt, adapter, settings, resolution, sources)
     preview = preview_drag(source, points, settings, mask=mask, add=add, remove=remove)
     drawn = preview.warped
     if bool(preview.drag.void.any()):
@@ -122,17 +122,19 @@ def preview_picture(
     """What `drag_picture` with the same arguments would move and fill, without sampling."""
     if settings.method == "latents":
         raise UserError("a drag of latents has no preview: leave the method at pixels")
-    source = _source(model, picture, points, prompt, adapter, settings, resolution, sources)
+    source = _source(model, picture, points, (*add, *remove), prompt, adapter, settings, resolution, sources)
     return preview_drag(source, points, settings, mask=mask, add=add, remove=remove)
 
 
 def _source(
-    model: StableDiffusion, picture: Picture, points: Sequence[Any], prompt: str | None, adapter: Adapter | None,
-    settings: DragSettings, resolution: int | None, sources: SourceCache | None,
+    model: StableDiffusion, picture: Picture, points: Sequence[Any], more: Sequence[Point], prompt: str | None,
+    adapter: Adapter | None, settings: DragSettings, resolution: int | None, sources: SourceCache | None,
 ) -> DragSource:  # fmt: skip
     """The prepared picture; the points are checked before anything is computed."""
     image = as_image(picture)
     handles_and_targets(points, image.size, regions=settings.mode == "region")
+    for point in more:
+        check_inside((point,), "point of the mask", image.size)
     return (sources or SourceCache()).get(model, image, prompt, adapter, resolution, settings)
 
 
@@ -166,6 +168,8 @@ def preview_notes(source: DragSource, preview: DragPreview) -> tuple[str, ...]:
     if not bool(drag.void.any()):
         sentences.append("nothing is uncovered, so nothing was sampled")
     height, width = source.frame.size
+    if bool(drag.void.any()) and (width, height) != (full := source.frame.picture.size):
+        sentences.append(f"what it uncovers is drawn at {width}×{height} px and scaled to {full[0]}×{full[1]}")
     if int(drag.covered[:height, :width].sum()) < 0.5 * int(drag.mask.sum()):
         sentences.append("more than half of what moves leaves the picture")
     return tuple(sentences)

@@ -121,18 +121,22 @@ def _first_sources(displacement: Tensor, mask: Tensor) -> Tensor:
 
 def _moves(displacement: Tensor, places: Tensor) -> Tensor:
     """The displacements (n, 2) of the places (n, 2), both (x, y): `displacement` (2, H, W) between its pixels."""
-    return _sampled(displacement, places[None], "bilinear", "border")[:, 0].T
+    return sampled(displacement, places[None], "bilinear", "border")[:, 0].T
 
 
 def warped_layer(pixels: Tensor, mask: Tensor, sources: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """What is inside `mask` (H, W) of `pixels` (c, H, W), warped: its pixels, and its opacity (H, W) in [0, 1].
 
     Args:
-        scale: the map's linear scale; below 1 the picture is blurred first, so that fine detail does not alias.
+        scale: the map's linear scale, see `scaled_down`.
     """
-    sharp = pixels if scale >= 1 else _blurred(pixels, 0.5 * math.sqrt(scale**-2 - 1))
-    opacity = _sampled(mask[None].float(), sources, "bilinear")[0]
-    return _sampled(sharp, sources, "bicubic").clamp(-1, 1), opacity
+    opacity = sampled(mask[None].float(), sources, "bilinear")[0]
+    return sampled(scaled_down(pixels, scale), sources, "bicubic").clamp(-1, 1), opacity
+
+
+def scaled_down(pixels: Tensor, scale: float) -> Tensor:
+    """`pixels` (c, H, W) blurred so that a map with this linear `scale` below 1 does not alias."""
+    return pixels if scale >= 1 else _blurred(pixels, 0.5 * math.sqrt(scale**-2 - 1))
 
 
 def whole_places(size: tuple[int, int]) -> Tensor:
@@ -141,7 +145,7 @@ def whole_places(size: tuple[int, int]) -> Tensor:
     return torch.stack([columns, rows], -1).float()
 
 
-def _sampled(picture: Tensor, sources: Tensor, mode: str, outside: str = "zeros") -> Tensor:
+def sampled(picture: Tensor, sources: Tensor, mode: str, outside: str = "zeros") -> Tensor:
     """`picture` (c, H, W) at the places `sources` (H, W, 2); outside of it 0, or with "border" its nearest pixel."""
     height, width = picture.shape[-2:]
     scale = torch.tensor([2 / max(1, width - 1), 2 / max(1, height - 1)])

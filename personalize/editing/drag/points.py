@@ -30,7 +30,7 @@ def handles_and_targets(
         raise UserError(f"{len(points)} points: every handle needs a target, so give an even number")
     shapes = [_corners(point, regions) for point in points]
     for index, shape in enumerate(shapes):
-        _check_inside(shape, ("handle", "target")[index % 2], size)
+        check_inside(shape, ("handle", "target")[index % 2], size)
     return shapes[::2], shapes[1::2]
 
 
@@ -51,7 +51,8 @@ def _corners(point: Any, regions: bool) -> Shape:
     return tuple((float(x), float(y)) for x, y in numbers)
 
 
-def _check_inside(shape: Shape, name: str, size: tuple[int, int]) -> None:
+def check_inside(shape: Shape, name: str, size: tuple[int, int]) -> None:
+    """UserError unless every corner of `shape`, which the message calls `name`, is in a picture of `size` (W, H)."""
     width, height = size
     for x, y in shape:
         slack = 0 if len(shape) == 1 else 1  # a box may end at the picture's border

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from personalize.editing.drag.compose import MaskEdits, WarpedPicture, warp_picture
+from personalize.editing.drag.compose import WarpedPicture, warp_picture
 from personalize.editing.drag.config import DEFAULTS, DragSettings
+from personalize.editing.drag.detail import with_detail
 from personalize.editing.drag.overlay import overlay
 from personalize.editing.drag.points import handles_and_targets, middle
 from personalize.editing.drag.reading import DragSource
+from personalize.editing.drag.selection import MaskEdits
 from personalize.errors import UserError
 from personalize.models.image_processor import PaddedImage, Picture, Point, as_image
 
@@ -64,7 +66,11 @@ def preview_drag(
 
 def composed(frame: PaddedImage, pixels: Tensor, drag: WarpedPicture) -> Image.Image:
     """`pixels` (3, H, W) where something has changed, in the source's size; elsewhere the source's own pixels."""
+    if not drag.layers:
+        return frame.picture
     picture = frame.to_picture(pixels[None])
+    if frame.size != (frame.picture.height, frame.picture.width):
+        picture = with_detail(frame, picture, drag.layers)
     changed = to_mask_picture(frame, drag.mask | drag.covered | drag.void)
     return Image.composite(picture, frame.picture, changed)
 

@@ -64,26 +64,29 @@ def stretch_factors(mask: Tensor, handle: Cell) -> Tensor:
     return stretched
 
 
-def displacement_field(ratios: Tensor, masks: Tensor, handles: Sequence[Cell], vectors: Tensor, weights: str) -> Tensor:
-    """How far each cell is displaced:  v[p] = Σ_k w_k[p] r_k[p] V_k, (h, w, 2); zero outside all `masks` (k, h, w).
+def displacement_field(
+    factors: Tensor, masks: Tensor, handles: Sequence[Cell], vectors: Tensor, weights: str, ratios: Tensor | None = None
+) -> Tensor:
+    """How far each cell is displaced:  v[p] = Σ_k w_k[p] f_k[p] V_k, (h, w, 2); zero outside all `masks` (k, h, w).
 
     Args:
-        ratios: r_k (k, h, w) in [0, 1].
+        factors: f_k (k, h, w) in [0, 1].
         vectors: V_k (k, 2).
         weights: "distance" makes w_k proportional to 1 / ‖p − A_k‖, "ratio" proportional to r_k, and "winner" gives the
             nearest handle the whole weight.  Vectors with a negative scalar product would cancel one another, so if any
             two have one, the largest weight of a cell becomes 1 and its other weights 0, whatever was chosen.
+        ratios: r_k (k, h, w), the attention to each handle in [0, 1]; by default `factors`.
     """
     _, height, width = masks.shape
     grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), -1).float()
     centres = torch.tensor(handles, dtype=torch.float32)
     near = 1 / ((grid[None] - centres[:, None, None]).norm(dim=-1) + EPSILON)
-    share = (ratios if weights == "ratio" else near) * masks
+    share = (near if weights != "ratio" else factors if ratios is None else ratios) * masks
     if weights == "winner" or bool((vectors @ vectors.T < 0).any()):
         share = (share == share.amax(0)) & masks
         share = (share & (share.cumsum(0) == 1)).float()  # among equal weights the first handle wins
     share = share / share.sum(0).clamp(min=1e-12)
-    return torch.einsum("khw,kc->hwc", share * ratios, vectors)
+    return torch.einsum("khw,kc->hwc", share * factors, vectors)
 
 
 def forward_warp(field: Tensor, mask: Tensor, claim: Tensor) -> Tensor:

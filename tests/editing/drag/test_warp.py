@@ -160,6 +160,8 @@ def test_several_pairs_mix_by_distance_ratio_or_the_nearest():
     ratios[1] = 0.5  # weights 2/3 and 1/3, times the ratios
     by_ratio = displacement_field(ratios, masks, handles, vectors, "ratio")
     torch.testing.assert_close(by_ratio[0, 3], torch.tensor([1 / 3, 4 / 3]))
+    rigid = displacement_field(torch.ones(2, 1, 5), masks, handles, vectors, "ratio", ratios)  # as in the mode move
+    torch.testing.assert_close(rigid[0, 3], torch.tensor([2 / 3, 4 / 3]))
 
 
 def test_opposite_drags_do_not_cancel():
