@@ -13,11 +13,11 @@ from personalize.editing.config import UniformSettings
 from personalize.editing.dynamic_prompt_learning.fit import DynamicPrompt
 from personalize.editing.dynamic_prompt_learning.leakage import (
     AttentionReport,
+    check_regions,
     mean_noun_maps,
     noun_map_sheet,
     report_attention,
 )
-from personalize.editing.dynamic_prompt_learning.noun_groups import noun_groups
 from personalize.editing.dynamic_prompt_learning.stored_fit import fit_dynamic_prompt
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image_settings import EditRequest
@@ -55,7 +55,7 @@ def prepare_image(
     dynamic, uniform = (None, None) if plain else (settings.dynamic, settings.uniform)
     mask = None if region is None else region.cells
     if dynamic is not None:
-        noun_groups(model, source, request.regions.nouns)  # raises before anything is inverted
+        check_regions(model, frame, source, request.regions)
     scale, null_text = settings.guidance(model.name), settings.null_text_settings(model.name)
     joint = dynamic is not None and settings.inversion == "null-text"  # null embeddings are fitted with the nouns
     trajectory = invert(

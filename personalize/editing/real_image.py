@@ -27,6 +27,7 @@ from personalize.adapters.apply import applied
 from personalize.editing.dynamic_prompt_learning.leakage import (
     AttentionReport,
     NounRegions,
+    check_regions,
     noun_map_sheet,
     report_attention,
 )
@@ -248,6 +249,7 @@ def report_photo(
     """Report whether a photo needs dynamic prompts, with a sheet of its nouns' attention maps; nothing is edited."""
     frame = PaddedImage.of(model, as_image(picture), settings.resolution, enlarge=True)
     with applied(model, adapter):
+        check_regions(model, frame, source, regions)
         trajectory = invert(model, frame.pixels, source, steps=settings.steps, cache=cache)
         report = report_attention(model, frame, trajectory, source, regions)
     return report, noun_map_sheet(frame, report.groups, {"": report.maps})

@@ -33,6 +33,7 @@ from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
 from personalize.sampling.schedule import Schedule, Step
 
+CHUNK = 77  # text positions of a chunk, with its start and end mark
 SHARPNESS = 100.0  # factor on the attention before the softmax over words, for the balancing loss
 HALF_SCALE = 2.0**12  # loss scale in fp16, in which the gradients would underflow
 STEPS = 50  # number of steps for which the thresholds were published
@@ -68,14 +69,23 @@ def balancing_loss(maps: Tensor) -> Tensor:
     return (1 - peaks).clamp(min=0).amax()
 
 
-def sharpened(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
+def sharpened(attention: Tensor, groups: Sequence[NounGroup], until: int | None = None) -> Tensor:
     """S (k, h, w): softmax over the words of 100 · `attention` (h, w, l), summed over each noun's positions.
 
-    The softmax is over all positions, padding included, except the first and the last.
+    The softmax is over all positions, padding included, except the first and the last of each chunk of 77, see
+    `personalize.models.token_ids`: a start mark gets more of the attention than all words. `until` leaves out the
+    positions from there on, such as the padding.
     """
-    shares = (SHARPNESS * attention[..., 1:-1]).softmax(-1)
-    each = ([shares[..., position - 1] for position in group.positions] for group in groups)  # no indices to copy
+    words = attention.unflatten(-1, (-1, CHUNK))[..., 1:-1].flatten(-2)
+    shares = (SHARPNESS * words[..., : None if until is None else _words_before(until)]).softmax(-1)
+    each = ([shares[..., _words_before(place)] for place in group.positions] for group in groups)  # no indices to copy
     return torch.stack([torch.stack(own, -1).sum(-1) for own in each])
+
+
+def _words_before(position: int) -> int:
+    """The number of positions before `position` that are no first or last one of a chunk."""
+    chunk, inside = divmod(position, CHUNK)
+    return chunk * (CHUNK - 2) + max(0, inside - 1)
 
 
 @dataclass(frozen=True)
@@ -102,11 +112,16 @@ def thresholds(index: int, count: int = STEPS, balancing_limit: float | None = N
     return Leakage(balancing, 0.9 * math.exp(-i / 25), 0.7 * math.exp(-i / 50))
 
 
-def leakage(attention: Tensor, groups: Sequence[NounGroup], background: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The balancing, disjoint and background losses of `attention` (h, w, l); the last is 0 without a background."""
+def leakage(
+    attention: Tensor, groups: Sequence[NounGroup], background: Tensor | None, until: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The balancing, disjoint and background losses of `attention` (h, w, l); the last is 0 without a background.
+
+    `until`: as of `sharpened`.
+    """
     maps = group_maps(attention, groups)
     outside = maps.sum() * 0 if background is None else background_loss(maps, background)
-    return balancing_loss(sharpened(attention, groups)), disjoint_loss(maps), outside
+    return balancing_loss(sharpened(attention, groups, until)), disjoint_loss(maps), outside
 
 
 @contextmanager
@@ -193,7 +208,7 @@ class DynamicFit:
         self.background = None if background is None else sent(background, model.device)
         self.settings = settings
         self.length = length
-        self.until = tokenize_prompt(model, prompt).places[-1] + 1 if settings.words_only else None
+        self.until = tokenize_prompt(model, prompt).places[-1] if settings.words_only else None
         self.log = DynamicPrompt(prompt, self.groups)  # its rows and drift are kept below
         self.rows: list[tuple[Tensor, ...]] = []
         self.drift: list[tuple[Tensor, ...]] = []
@@ -234,8 +249,8 @@ class DynamicFit:
         for number in range(self.settings.updates):
             conditioning = self._encoded()
             with gradient_checkpointing(self.model.unet, self.settings.gradient_checkpointing):
-                attention = stage_attention(self.model, latents, step, conditioning)[..., : self.until]
-            losses = leakage(attention, self.groups, self.background)
+                attention = stage_attention(self.model, latents, step, conditioning)
+            losses = leakage(attention, self.groups, self.background, self.until)
             self.log.forward_passes += 1
             now = Leakage(*torch.stack([loss.detach() for loss in losses]).tolist())  # one read of the device
             if number == 0:

@@ -129,6 +129,15 @@ def report_attention(
     return AttentionReport(groups, attention, background, notes, limit)
 
 
+def check_regions(model: StableDiffusion, frame: PaddedImage, prompt: str, regions: NounRegions) -> None:
+    """UserError, before anything is computed, for nouns, masks and boxes that `report_attention` would refuse."""
+    groups, size = noun_groups(model, prompt, regions.nouns), (1, 1)
+    if regions.regions:
+        _outside_regions(frame, groups, regions.regions, size)
+    elif not (isinstance(regions.background, str) and regions.background in ("auto", "none")):
+        _cells(frame, as_image(regions.background), size)
+
+
 def _background(
     frame: PaddedImage, groups: Sequence[NounGroup], mean: Tensor, regions: NounRegions, maps: InversionMaps
 ) -> tuple[Tensor | None, tuple[str, ...]]:

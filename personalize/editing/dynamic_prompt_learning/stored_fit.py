@@ -66,10 +66,11 @@ def _inputs(
     trajectory: Trajectory, prompt: str, report: AttentionReport, settings: DynamicSettings, scale: float,
     null: NullTextSettings | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that a fitted dynamic prompt depends on, as JSON values."""
+    """Everything that a fitted dynamic prompt depends on, as JSON values; guidance not on a direct trajectory."""
+    on_trajectory = null is None and trajectory.method == "direct"
     background = None if report.background is None else tensor_hash([report.background])
     return {"trajectory": trajectory.key, "prompt": prompt, "groups": [asdict(group) for group in report.groups],
-            "background": background, "settings": settings.inputs, "guidance_scale": scale,
+            "background": background, "settings": settings.inputs, "guidance_scale": None if on_trajectory else scale,
             "null_text": None if null is None else null.inputs}  # fmt: skip
 
 

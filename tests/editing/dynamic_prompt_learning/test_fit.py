@@ -121,6 +121,18 @@ def test_dpl_c05_one_tenth_of_attention_wins_the_balancing_softmax():
     assert sharpened(attention, two)[0, 1, 1] > 0.99  # pieces share the prize
 
 
+def test_the_marks_of_every_chunk_are_left_out_of_the_balancing_softmax():
+    """The second chunk's start mark took all of it: the loss of any noun was 1, and its gradient 0."""
+    attention = torch.zeros(4, 4, 3 * 77)
+    attention[..., [0, 77, 154]] = 0.3
+    attention[1, 1, 2] = attention[2, 2, 77 + 5] = 0.1
+    groups = [NounGroup(("cat",), (2,), ((1,),)), NounGroup(("dog",), (77 + 5,), ((2,),))]
+    found = sharpened(attention, groups)
+    assert found[0, 1, 1] > 0.98 and found[1, 2, 2] > 0.98 and found[0, 2, 2] < 0.01  # e¹⁰ against 224 others
+    words = sharpened(attention, groups, until=77 + 6)  # 75 of the first chunk and 5 of the second compete
+    assert abs(float(words[1, 0, 0]) - 1 / 80) < 1e-6
+
+
 def test_dpl_c05_padding_can_be_kept_from_competing():
     """Where padding takes what a word would need, no word wins among 75 tokens, and one does among its own."""
     model = attentive()

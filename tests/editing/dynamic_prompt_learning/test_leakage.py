@@ -184,6 +184,14 @@ def test_what_was_found_is_kept_and_read_back(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_fit_on_the_direct_trajectory_serves_every_guidance(tmp_path):
+    model = tiny_sd1()
+    _, trajectory, found = surveyed(model)
+    for scale in (7.5, 5.0):
+        fit_dynamic_prompt(model, trajectory, SOURCE, found, FEW, guidance_scale=scale, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_uniform_u12_outside_the_region_strict_is_the_photo_to_the_bit():
     """With quantile 1 at the last step, the only one blended, nothing counts as edited.
 
@@ -241,6 +249,17 @@ def test_wrong_nouns_and_masks_are_found_before_anything_is_inverted(monkeypatch
     monkeypatch.setattr("personalize.editing.prepared_photo.invert", None)
     with pytest.raises(UserError, match="did you mean dog"):
         edit_photo(model, photo(), SOURCE, EditRequest(TARGET, regions=NounRegions(("dogg",))), settings(dynamic=FEW))
+    monkeypatch.setattr("personalize.editing.real_image.invert", None)
+    for regions, says in (
+        (NounRegions(regions={"cat": (50, 50, 90, 60)}), "does not lie in the picture"),
+        (NounRegions(regions={"fish": half()}), "a region for 'fish', which is none of the nouns"),
+        (NounRegions(regions={"cat": Image.new("L", (32, 32), 255)}), "32×32"),
+        (NounRegions(background=Image.new("L", (32, 32), 255)), "32×32"),
+    ):
+        with pytest.raises(UserError, match=says):
+            edit_photo(model, photo(), SOURCE, EditRequest(TARGET, regions=regions), settings(dynamic=FEW))
+        with pytest.raises(UserError, match=says):
+            report_photo(model, photo(), SOURCE, regions, settings())
     with pytest.raises(UserError, match="the mask is 32×32 px"):
         request = EditRequest(TARGET, mask=Image.new("L", (32, 32)))
         edit_photo(model, photo(), SOURCE, request, settings(uniform=UniformSettings()))
