@@ -13,6 +13,7 @@ from personalize.io.plain_files import read_text
 MAX_ROWS = 100_000
 MAX_COLUMNS = 1000  # every row becomes a dictionary of all columns
 SURPLUS = ""  # the key of cells beyond the header's columns
+MORE = "the row has more cells than the header has columns: put quotes around cells with commas"
 
 
 def read_table(
@@ -24,7 +25,8 @@ def read_table(
     after a comma do not count.
 
     Raises:
-        UserError: as `read_text`; no CSV, more than `MAX_COLUMNS` columns or, when it comes to it, `MAX_ROWS` rows.
+        UserError: as `read_text`; no CSV, a column twice, more than `MAX_COLUMNS` columns or, when it comes to it,
+            `MAX_ROWS` rows.
     """
     reader = csv.DictReader(StringIO(read_text(path), newline=""), restkey=SURPLUS, skipinitialspace=skip_spaces)
     try:
@@ -33,6 +35,8 @@ def read_table(
         raise UserError(f"{path}, line 1 is no CSV: {error}") from None
     if len(columns) > MAX_COLUMNS:
         raise UserError(f"{path} has {len(columns):,} columns, at most {MAX_COLUMNS:,} were expected: is it a table?")
+    if twice := next((name for name in columns if name and columns.count(name) > 1), None):
+        raise UserError(f"{path} has the column {twice!r} twice: only one can count, rename or remove the other")
     return columns, _rows(reader, path)
 
 

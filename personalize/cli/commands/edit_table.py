@@ -27,7 +27,8 @@ from personalize.io.json_files import checked, parse_json
 from personalize.io.numbering import folded, windows_refuses
 from personalize.io.plain_files import file_hash, is_plain, read_bytes, read_text
 from personalize.io.progress import ticked
-from personalize.io.tables import read_table
+from personalize.io.tables import MORE, SURPLUS, read_table
+from personalize.models.config import InferenceOptions
 
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditTableConfig
@@ -35,18 +36,22 @@ if TYPE_CHECKING:
 RESULTS = "results.jsonl"
 REPEATED = {field.name for field in fields(PhotoConfig) if field.type.startswith(("Annotated[tuple", "tuple"))}  # pyright: ignore
 MASKS = ("mask", "background_mask", "region")  # columns that may name files
-BASE = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision")
+NEUTRAL = ("allow_download", "cpu")  # options of the table that do not decide its pictures
 COLUMNS = ("file", "name", *ROW_OPTIONS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: its line, the name of its folder, and its cells by option, empty ones left out."""
+    """A row of the table: its line, the name of its folder, and its cells by option, empty ones left out.
+
+    problem: why it cannot be edited, if that is known.
+    """
 
     line: int
     name: str
     file: Path
     cells: Mapping[str, str]
+    problem: str | None = None
 
 
 def run(config: EditTableConfig) -> Path:
@@ -97,9 +102,13 @@ def read_rows(table: Path) -> list[Row]:
         given = {name: value.strip() for name, value in cells.items() if isinstance(value, str) and value.strip()}
         if not given:
             continue
-        file = table.parent / given.pop("file", "")
-        name = plain_name(given.pop("name", "") or file.stem)
-        rows.append(Row(line, _unused_name(name, line, rows), file, given))
+        file, problem = table.parent / given.pop("file", ""), MORE if cells.get(SURPLUS) else None
+        name = given.pop("name", "") or file.stem
+        try:
+            plain_name(name)
+        except UserError as error:
+            name, problem = f"row-{line}", str(error)
+        rows.append(Row(line, _unused_name(name, line, rows), file, given, problem))
     if not rows:
         raise UserError(f"{table} has no row below its header")
     return rows
@@ -119,13 +128,17 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
 
     Cells of options that may be given several times are split at ";". Masks are relative to the table.
     """
+    if row.problem is not None:
+        raise UserError(row.problem)
     words = [str(row.file)]
     for name, cell in row.cells.items():
         values = [part.strip() for part in cell.split(";")] if name in REPEATED else [cell]
         for value in values:
             words += [f"--{name}", _beside_the_table(name, value, config.table)]
     options = parse(PhotoConfig, _as_flags(words), prog=f"line {row.line}")
-    options = replace(options, output_dir=config.output_dir / row.name, adapter=config.adapter, add=config.add)
+    shared = {field.name: getattr(config, field.name) for field in fields(InferenceOptions)}
+    shared |= {"adapter": config.adapter, "add": config.add}
+    options = replace(options, output_dir=config.output_dir / row.name, **shared)
     options.check()
     return options
 
@@ -162,7 +175,7 @@ def row_hash(row: Row, config: EditTableConfig) -> str:
     inputs = {
         "cells": dict(row.cells), "photo": file_hash(row.file),
         "masks": [file_hash(mask) for mask in named if is_plain(mask)],
-        "base": [str(getattr(config, name)) for name in BASE],
+        "shared": [str(getattr(config, field.name)) for field in fields(InferenceOptions) if field.name not in NEUTRAL],
         "adapters": [
             [file_hash(file) for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
             for path in (*config.adapter, *config.add)

@@ -13,6 +13,7 @@ from personalize.cli.commands.edit_table import read_rows, row_hash, row_options
 from personalize.cli.edit_options import EditTableConfig
 from personalize.cli.main import main
 from personalize.errors import UserError
+from personalize.io.provenance import read_marks
 from tests.support.photos import photo
 from tests.support.tiny import tiny_folder
 
@@ -110,12 +111,37 @@ def test_masks_of_every_column_lie_beside_the_table_and_count_as_inputs(tmp_path
         photo(40, 32).save(tmp_path / "shop" / f"{name}.png")
         hashes.append(row_hash(row, config))
     (tmp_path / "adapter").mkdir()
-    for words in ({"prediction_type": "v_prediction"}, {"variant": "fp16"}, {"mixed_precision": "bf16"}):
+    for words in ({"prediction_type": "v_prediction"}, {"variant": "fp16"}, {"metadata": False}):
         hashes.append(row_hash(row, replace(config, **words)))
     for content in (b"one", b"two"):
         (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(content)
         hashes.append(row_hash(row, replace(config, adapter=(tmp_path / "adapter",))))
     assert len(set(hashes)) == len(hashes) == 10
+
+
+def test_cells_too_many_and_names_that_no_folder_has_cost_their_row_alone(base, tmp_path, capsys):
+    """A cell moved by a comma in another one was taken for an option of the next column."""
+    rows = ("p1.png,a cat, on a beach,cat=dog,a,,2,,", "p1.png,a cat,a dog,,what: now,,2,", "p2.png,a cat,a dog,,b,,2,")
+    assert run(base, write(tmp_path, *rows), tmp_path / "out") == 2
+    said = capsys.readouterr().out
+    assert "line 2, a: not edited: the row has more cells than the header" in said
+    assert "line 3, row-3: not edited: 'what: now' is no plain file name" in said
+    assert (tmp_path / "out" / "b" / "edited.png").is_file() and "line 4, b:" in said
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("file,source,source\na.png,a cat,a dog\n")
+    with pytest.raises(UserError, match="has the column 'source' twice"):
+        read_rows(tmp_path / "t.csv")
+
+
+def test_rows_have_the_marks_that_the_table_was_asked_for(base, tmp_path):
+    """Rows took their own defaults: --no_metadata and --no_provenance did nothing."""
+    table = write(tmp_path, "p1.png,a cat,a dog,,,,2,")
+    for out, words in (("plain", ()), ("bare", ("--no_metadata", "--no_provenance"))):
+        assert run(base, table, tmp_path / out, *words) == 0
+        marks = read_marks(tmp_path / out / "p1" / "edited.png")
+        assert (marks.details is None, marks.source_type is None) == ((out == "bare",) * 2)
 
 
 def test_edit_means_a_table_when_it_is_given_one():
