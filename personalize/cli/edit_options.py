@@ -189,7 +189,7 @@ class EditConfig(InferenceOptions):
     forget: tuple[str, ...] = ()
     """Forgetting rules, e.g. `decoder=0.5` (half of what the decoder learned) or `encoderattn`; `none` keeps all."""
     strength: tuple[float, ...] = ()
-    """Strength of the whole adapter: 0 is the base model, 1 as trained."""
+    """Strength of the LoRA: 0 leaves it out, 1 is as trained; a source embedding is weighed by the options above."""
     seed: int | None = None
     """Seed of the first picture, the next ones have the next numbers; by default 0, or the seed that --auto stored."""
     seeds: tuple[int, ...] = ()

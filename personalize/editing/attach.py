@@ -94,7 +94,7 @@ def attach(
 
     Args:
         forget: forgetting rules, e.g. "decoder=0.5" or "encoderattn".
-        strength: factor on the whole adapter: 0 is the base model, 1 the adapter as trained.
+        strength: factor on the LoRA: 0 leaves it out, 1 is as trained; `embeds` does not depend on it.
 
     Raises:
         UserError: `folder` is no adapter, it is of another family, or a rule matches no layer of it.
