@@ -39,7 +39,7 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
     num_vectors: int = 1
     """Vectors (tokens) per concept."""
     masks: tuple[Path, ...] = ()
-    """A picture for each concept, white where it is; draws the concept's attention there."""
+    """A picture for each concept, white where it is, black or transparent elsewhere; draws its attention there."""
     resolution: int | None = None
     """Side of a square picture in pixels, others have as many; the base's own if not given."""
     with_prior_preservation: bool = True

@@ -40,8 +40,8 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     dataset_name: str | None = None
     """A data set of pictures: a hub id or a local folder."""
     instance_mask: Path | None = None
-    """A picture of the same size, white where the subject is: the loss counts less elsewhere.  For several pictures a
-    folder with a mask of each one's name."""
+    """A picture of the same size, white where the subject is, black or transparent elsewhere: there the loss counts
+    less.  For several pictures a folder with a mask of each one's name."""
     caption: str | None = None
     """What the picture shows; of several, those without a caption of their own.  If not given, read from .txt files."""
     caption_model: str | None = None

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from personalize.errors import Notice, UserError
-from personalize.io.image_files import MIN_SIDE, NotAnImage, check_image, load_image
+from personalize.io.image_files import MIN_SIDE, NotAnImage, as_mask, check_image, load_image, load_mask
 from personalize.io.images import psnr, to_pixels
 
 
@@ -49,6 +49,51 @@ def test_exif_orientation_is_applied(tmp_path: Path, turn: int) -> None:
     loaded = load_image(saved(stored, tmp_path / "a.png", exif=exif))
     assert loaded.size == upright.size
     assert psnr(to_pixels(loaded), to_pixels(upright)) == math.inf
+
+
+def cut_out(mode: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> Image.Image:
+    """A picture of 64 px with a square of 32 px in the corner, of another colour."""
+    image = Image.new(mode, (64, 64), outside)
+    ImageDraw.Draw(image).rectangle((0, 0, 31, 31), fill=inside)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("mode", "inside", "outside"),
+    [
+        ("RGBA", (255, 255, 255, 255), (0, 0, 0, 0)),
+        ("RGBA", (255, 255, 255, 255), (255, 255, 255, 0)),
+        ("LA", (255, 255), (255, 0)),
+        ("LA", (255, 255), (0, 255)),
+        ("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)),  # painted in any one colour on nothing
+        ("RGBA", (200, 30, 30, 255), (255, 255, 255, 0)),
+        ("RGB", (255, 255, 255), (0, 0, 0)),
+    ],
+)
+def test_what_a_mask_leaves_out_is_black(
+    tmp_path: Path, mode: str, inside: tuple[int, ...], outside: tuple[int, ...]
+) -> None:
+    image, expected = cut_out(mode, inside, outside), np.zeros((64, 64))
+    expected[:32, :32] = 255
+    for mask in (load_mask(saved(image, tmp_path / "m.png")), as_mask(image)):
+        assert mask.mode == "L" and np.array_equal(np.asarray(mask), expected)
+
+
+def test_colours_of_a_mask_count_where_they_say_something(tmp_path: Path) -> None:
+    image = cut_out("RGBA", (255, 255, 255, 255), (0, 0, 0, 255))
+    ImageDraw.Draw(image).rectangle((48, 48, 63, 63), fill=(255, 255, 255, 0))
+    mask = load_mask(saved(image, tmp_path / "m.png"))
+    assert [mask.getpixel(place) for place in ((5, 5), (40, 5), (60, 60))] == [255, 0, 0]
+    opaque = cut_out("RGBA", (128, 128, 128, 255), (128, 128, 128, 255))  # no transparency: a grey mask
+    assert as_mask(opaque).getextrema() == (128, 128)
+
+
+def test_a_mask_of_one_colour(tmp_path: Path) -> None:
+    for blank in (Image.new("L", (32, 32)), Image.new("RGBA", (32, 32), (255, 255, 255, 0))):
+        with pytest.raises(UserError, match=r"m\.png is black everywhere: paint white"):
+            load_mask(saved(blank, tmp_path / "m.png"))
+    with pytest.warns(Notice, match="white everywhere"):
+        load_mask(saved(Image.new("L", (32, 32), 255), tmp_path / "m.png"))
 
 
 def test_alpha_is_composited_on_white(tmp_path: Path) -> None:

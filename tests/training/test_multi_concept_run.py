@@ -178,7 +178,10 @@ def test_maps_are_pictures_before_and_after(model: StableDiffusion) -> None:
         (lambda: ConceptPicture(photo(), ()), "at least one concept"),
         (lambda: ConceptPicture(photo(), (CAT, DOG), masks=(Image.new("L", (90, 72)),)), "as many masks"),
         (lambda: ConceptPicture(photo(), (CAT,), masks=(Image.new("L", (9, 72)),)), "masks are 9×72 px"),
-        (lambda: ConceptPicture(photo(), (CAT,), masks=(Image.new("L", (90, 72)),)), "mask of <cat1> cat is all black"),
+        (
+            lambda: ConceptPicture(photo(), (CAT,), masks=(Image.new("L", (90, 72)),)),
+            "mask of <cat1> cat is black everywhere",
+        ),
         (lambda: MultiConceptConfig(rank=0), "rank is 0: give a number from 1"),
         (lambda: MultiConceptConfig(swap_subjects=2), "swap_subjects is 2: give a number from 0 to 1"),
         (lambda: MultiConceptConfig(calibration_weight=-1), "calibration_weight is -1: give a number from 0"),

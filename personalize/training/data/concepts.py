@@ -23,7 +23,7 @@ from torch import Tensor
 from personalize.adapters.subjects import Subject, default_prompt, read_subjects
 from personalize.adapters.textual_inversion import check_new_tokens, installed_tokens, locate_subjects
 from personalize.errors import UserError
-from personalize.io.image_files import image_size, load_image
+from personalize.io.image_files import as_mask, check_mask, image_size, load_image, load_mask
 from personalize.io.image_folders import only_picture
 from personalize.io.images import fitted_size
 from personalize.models.prompts import tokenize_prompt
@@ -68,11 +68,11 @@ class ConceptPicture:
             sizes = ", ".join(f"{mask.width}×{mask.height}" for mask in self.masks)
             picture = f"{self.image.width}×{self.image.height}"
             raise UserError(f"masks are {sizes} px, the picture {picture}: make them the same size")
-        for mask, subject in zip(self.masks, self.subjects, strict=False):
-            if mask.convert("L").getextrema()[1] == 0:
-                raise UserError(f"the mask of {subject.phrase} is all black: paint white where it is in the picture")
+        masks = tuple(map(as_mask, self.masks))
+        for mask, subject in zip(masks, self.subjects, strict=False):
+            check_mask(mask, f"the mask of {subject.phrase}")
         object.__setattr__(self, "image", self.image.convert("RGB"))
-        object.__setattr__(self, "masks", tuple(mask.convert("L") for mask in self.masks))
+        object.__setattr__(self, "masks", masks)
         object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or default_prompt(self.subjects))
 
     @property
@@ -289,5 +289,5 @@ def read_picture(config: Any) -> ConceptPicture:
     if len(given) != 1:
         raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")
     subjects = read_subjects(config.concepts, config.modifier_token, config.instance_prompt, config.num_vectors)
-    masks = tuple(load_image(path) for path in config.masks)
+    masks = tuple(load_mask(path) for path in config.masks)
     return ConceptPicture(load_image(only_picture(given[0])), subjects, config.instance_prompt or "", masks)

@@ -18,7 +18,7 @@ from unittest.mock import patch
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.io.image_files import load_image, read_image
+from personalize.io.image_files import as_mask, check_mask, load_image, load_mask, read_image, read_mask
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
 from personalize.io.plain_files import require_plain_tree
@@ -43,8 +43,9 @@ class TrainingImage:
         if mask is not None and mask.size != self.image.size:
             sizes = f"{mask.width}×{mask.height} px, the picture {self.image.width}×{self.image.height}"
             raise UserError(f"the mask of {self.name} is {sizes}: give it the same size")
-        if mask is not None and mask.convert("L").getextrema()[1] == 0:
-            raise UserError(f"the mask of {self.name} is all black: paint white where the subject is")
+        if mask is not None:
+            object.__setattr__(self, "mask", as_mask(mask))
+            check_mask(as_mask(mask), f"the mask of {self.name}")
 
 
 def read_training_images(config: Any) -> list[TrainingImage]:
@@ -77,7 +78,7 @@ def _from_folder(named: FolderImage, config: Any) -> TrainingImage:
     image, mask = load_image(named.path), named.files.get(MASK_FILE)
     words = folder_caption(named, config.caption_column)
     return TrainingImage(
-        str(named.path), image, _caption(words, image, str(named.path), config), load_image(mask) if mask else None
+        str(named.path), image, _caption(words, image, str(named.path), config), load_mask(mask) if mask else None
     )
 
 
@@ -125,11 +126,11 @@ def _uncounted(path: Path) -> Iterator[None]:
         yield
 
 
-def decode_cell(cell: Mapping[str, Any], name: str) -> Image.Image:
-    """The picture in a cell of `load_rows`, upright and in RGB as from `load_image`."""
+def decode_cell(cell: Mapping[str, Any], name: str, *, mask: bool = False) -> Image.Image:
+    """The picture in a cell of `load_rows`, upright and in RGB as from `load_image`; a `mask` as from `load_mask`."""
     if cell.get("bytes") is not None:
-        return read_image(BytesIO(cell["bytes"]), name)
-    return load_image(cell["path"])
+        return (read_mask if mask else read_image)(BytesIO(cell["bytes"]), name)
+    return (load_mask if mask else load_image)(cell["path"])
 
 
 def _from_row(row: Mapping[str, Any], name: str, config: Any) -> TrainingImage:
@@ -138,7 +139,7 @@ def _from_row(row: Mapping[str, Any], name: str, config: Any) -> TrainingImage:
     image = decode_cell(cell, name)
     path = Path(cell["path"]) if cell.get("path") and cell.get("bytes") is None else None
     words = " ".join(str(row.get(config.caption_column) or "").split()) or (sidecar_caption(path) if path else None)
-    decoded = None if mask is None else decode_cell(mask, f"the mask of {path or name}")
+    decoded = None if mask is None else decode_cell(mask, f"the mask of {path or name}", mask=True)
     return TrainingImage(str(path or name), image, _caption(words, image, str(path or name), config), decoded)
 
 

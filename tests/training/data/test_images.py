@@ -24,7 +24,9 @@ def folder(tmp_path: Path) -> Path:
     place.mkdir()
     Image.new("RGBA", (90, 60), (255, 0, 0, 0)).save(place / "a.png")  # transparent: white once it is read
     Image.linear_gradient("L").resize((64, 96)).convert("RGB").save(place / "b.jpg")
-    Image.new("L", (64, 96), 255).save(tmp_path / "mask.png")
+    mask = Image.new("L", (64, 96), 255)
+    mask.paste(0, (0, 0, 64, 8))
+    mask.save(tmp_path / "mask.png")
     return place
 
 
@@ -43,8 +45,19 @@ def test_one_file_with_a_mask(folder: Path) -> None:
     with pytest.raises(UserError, match="is 64×96 px, the picture 90×60"):
         read(picture=(folder / "a.png",), caption="a dog", instance_mask=mask)
     Image.new("L", (64, 96)).save(mask)
-    with pytest.raises(UserError, match="all black"):
+    with pytest.raises(UserError, match="black everywhere"):
         read(picture=(folder / "b.jpg",), caption="a dog", instance_mask=mask)
+
+
+@pytest.mark.parametrize("how", ["picture", "dataset_name"])
+def test_the_mask_of_a_cut_out_is_what_is_opaque(folder: Path, how: str) -> None:
+    """It was composited on white, and so white everywhere."""
+    image = Image.new("RGBA", (64, 96), (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (16, 16, 48, 48))
+    image.save(folder / "m.png")
+    tell(folder, {"file_name": "b.jpg", "text": "a dog", "mask_file_name": "m.png"})
+    (one,) = read(**({"picture": (folder,)} if how == "picture" else {"dataset_name": str(folder)}))
+    assert one.mask is not None and one.mask.getbbox() == (16, 16, 48, 48) and one.mask.mode == "L"
 
 
 @pytest.mark.parametrize("how", ["picture", "instance_data_dir", "dataset_name"])
