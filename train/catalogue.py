@@ -64,6 +64,7 @@ def main(config: Config) -> Path:
         UserError: some rows failed; raised when all the others are finished.
     """
     from accelerate import Accelerator
+    from accelerate.utils import parse_choice_from_env
 
     from personalize.training import distributed
     from personalize.training.batched_adapters import check_batchable
@@ -77,18 +78,19 @@ def main(config: Config) -> Path:
         check_batchable(settings)
     items, refused = read_items(config.items, settings, config)
     base = "@".join(filter(None, [config.pretrained_model_name_or_path or "embedded", config.revision]))
+    precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     catalogue = Catalogue(
         config.output_dir, settings, base, config.resolution, config.caption_model, config.preview_steps,
-        config.adapters_per_batch,
+        config.adapters_per_batch, config.variant, config.prediction_type, config.load_in_4bit, precision,
     )  # fmt: skip
     processes = distributed.join_process_group()
 
     def load() -> StableDiffusion:
-        return load_base(config, Accelerator(mixed_precision=config.mixed_precision))
+        return load_base(config, Accelerator(mixed_precision=precision))
 
     stopped = f"stopped: finished adapters are in {config.output_dir}, the same command learns the other rows"
     with said_if_stopped(stopped):
-        rows = learn_catalogue(items, refused, catalogue, load, processes, config.mixed_precision)
+        rows = learn_catalogue(items, refused, catalogue, load, processes)
     table = config.output_dir / "results.csv"
     if processes.index == 0:
         write_table(rows, table)

@@ -55,19 +55,28 @@ from personalize.training.validation import save_with_preview
 
 PAUSE = 1.0  # seconds between two looks at rows that another catalogue trains
 PRIOR = tuple(one.name for one in fields(PriorPreservationOptions) if one.name != "class_image_cache")
+LOADED = ("variant", "prediction_type", "load_in_4bit", "mixed_precision")  # how the base is loaded
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The settings that all rows have in common."""
+    """The settings that all rows have in common; rows trained with others are trained again.
+
+    base: what is loaded, and its revision; variant, prediction_type and load_in_4bit say how.
+    mixed_precision: that of the forward passes, as Accelerate calls it.
+    """
 
     output_dir: Path
     config: SingleImageConfig
-    base: str = "embedded"  # and its revision; rows trained on another base are trained again
+    base: str = "embedded"
     resolution: int | None = None
     caption_model: str | None = None
     preview_steps: int = 0
     adapters_per_batch: int = 1
+    variant: str | None = None
+    prediction_type: str | None = None
+    load_in_4bit: bool = False
+    mixed_precision: str = "no"
 
     def config_of(self, item: Item) -> SingleImageConfig:
         """The training configuration of a row: the common one with the row's own settings."""
@@ -86,6 +95,7 @@ class Catalogue:
             "class_pictures": classes, "captioned_by": sources.caption_model,
             "class_files": [_contents(image, sources) for image in _class_files(sources)],
             "resolution": self.resolution, "recipe": asdict(self.config_of(item)),
+            **{name: getattr(self, name) for name in LOADED},
         }  # fmt: skip
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -118,15 +128,13 @@ def is_finished(item: Item, rows: Mapping[str, Mapping[str, Any]], catalogue: Ca
         return False
 
 
-def learn_row(
-    model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str | None = "no"
-) -> dict[str, Any]:
+def learn_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> dict[str, Any]:
     """Train one row and save its adapter; any exception becomes the row's outcome, in one line.
 
     Only what stops the program (an interrupt) is raised.
     """
     started = time.monotonic()
-    row = _outcome(item, catalogue, lambda: _train_row(model, item, catalogue, mixed_precision))
+    row = _outcome(item, catalogue, lambda: _train_row(model, item, catalogue))
     return row | {"seconds": round(time.monotonic() - started, 1)}
 
 
@@ -142,9 +150,7 @@ def _outcome(item: Item, catalogue: Catalogue, call: Callable[[], dict[str, Any]
         return outcome(item.line, item.name, FAILED, reason=f"{type(error).__name__}: {first}")
 
 
-def learn_rows(
-    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str | None = "no"
-) -> Iterator[dict[str, Any]]:
+def learn_rows(model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue) -> Iterator[dict[str, Any]]:
     """Train rows together, in one batch; if that fails, one at a time, so that each bad row has its own outcome.
 
     Each outcome is yielded as soon as the row's adapter is saved.
@@ -152,7 +158,7 @@ def learn_rows(
     started, together = time.monotonic(), []
     if len(items) > 1:
         try:
-            together = _train_rows_together(model, items, catalogue, mixed_precision)
+            together = _train_rows_together(model, items, catalogue)
         except Exception as error:
             first = (str(error) or type(error).__name__).splitlines()[0]
             print(f"lines {items[0].line} to {items[-1].line} are learned one at a time: {first}", flush=True)
@@ -161,13 +167,13 @@ def learn_rows(
         save = partial(_save, model, item, catalogue, pictures, adapter, loss)
         yield _outcome(item, catalogue, save) | {"seconds": seconds}
     for item in items if not together else ():
-        yield learn_row(model, item, catalogue, mixed_precision)
+        yield learn_row(model, item, catalogue)
 
 
-def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_precision: str | None) -> dict[str, Any]:
+def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> dict[str, Any]:
     pictures, captions = _load_row(model, item, catalogue)
     config, loss = catalogue.config_of(item), float("nan")
-    sources, accelerator = catalogue.sources_of(item), _accelerator(model, config, mixed_precision)
+    sources, accelerator = catalogue.sources_of(item), _accelerator(model, catalogue)
     classes = class_images(sources, model, sources.class_prompt or "", pictures[0].size, accelerator)
     with single_image_run(model, pictures, captions, config, class_images=classes, accelerator=accelerator) as run:
         for report in run.steps():
@@ -177,11 +183,11 @@ def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue, mixed_p
 
 
 def _train_rows_together(
-    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue, mixed_precision: str | None
+    model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue
 ) -> list[tuple[list[FittedImage], Adapter, float]]:
     """The pictures, the adapter and the last loss of each row; nothing is saved yet."""
     pictures, config = [_load_row(model, item, catalogue) for item in items], catalogue.config_of(items[0])
-    results = learn_batched(model, pictures, config, accelerator=_accelerator(model, config, mixed_precision))
+    results = learn_batched(model, pictures, config, accelerator=_accelerator(model, catalogue))
     return [(images, *result) for (images, _), result in zip(pictures, results, strict=True)]
 
 
@@ -194,8 +200,8 @@ def _load_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> tuple
     return fitted, [image.caption for image in images]
 
 
-def _accelerator(model: StableDiffusion, config: SingleImageConfig, mixed_precision: str | None) -> Accelerator:
-    return Accelerator(cpu=model.device.type == "cpu", mixed_precision=mixed_precision)
+def _accelerator(model: StableDiffusion, catalogue: Catalogue) -> Accelerator:
+    return Accelerator(cpu=model.device.type == "cpu", mixed_precision=catalogue.mixed_precision)
 
 
 def _save(
@@ -242,7 +248,7 @@ def _kind(sources: RowSources, resolution: int, multiple: int) -> tuple[Any, ...
 
 def learn_catalogue(
     items: Sequence[Item], refused: Sequence[Mapping[str, Any]], catalogue: Catalogue,
-    load: Callable[[], StableDiffusion], processes: ProcessGroup, mixed_precision: str | None = "no",
+    load: Callable[[], StableDiffusion], processes: ProcessGroup,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train every row that is not finished yet; returns the outcomes of all rows, from all processes.
 
@@ -269,7 +275,7 @@ def learn_catalogue(
         while groups:
             assert model is not None
             tried = ticked(groups, "Rows" if catalogue.adapters_per_batch == 1 else "Groups of rows")
-            left = [_learn_group(model, group, catalogue, results, started, mixed_precision) for group in tried]
+            left = [_learn_group(model, group, catalogue, results, started) for group in tried]
             if sum(map(len, left)) == sum(map(len, groups)):  # another catalogue trains all that is left
                 time.sleep(PAUSE)
             groups = [group for group in left if group]
@@ -279,15 +285,14 @@ def learn_catalogue(
 
 
 def _learn_group(
-    model: StableDiffusion, group: Sequence[Item], catalogue: Catalogue, results: Results, started: float,
-    mixed_precision: str | None,
-) -> list[Item]:  # fmt: skip
+    model: StableDiffusion, group: Sequence[Item], catalogue: Catalogue, results: Results, started: float
+) -> list[Item]:
     """Train the rows of `group` that no other catalogue trains or has trained since; returns those that one trains."""
     with ExitStack() as stack:
         free = [item for item in group if stack.enter_context(claimed(results.folder, item.name))]
         known = results.rows()
         own = [item for item in free if known.get(f"{item.line}:{item.name}", {}).get("time", 0) < started]
-        for row in learn_rows(model, own, catalogue, mixed_precision) if own else ():
+        for row in learn_rows(model, own, catalogue) if own else ():
             results.add(row)
             print_outcome(row)
     return [item for item in group if item not in free]

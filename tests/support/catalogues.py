@@ -35,7 +35,7 @@ def learned(shop, path, model=None, load=None):
 def pretended(monkeypatch):
     """Rows are learned in no time, and leave but a manifest with their caption; for what is about the rows alone."""
 
-    def train_row(model, item, shared, mixed_precision):
+    def train_row(model, item, shared):
         folder = shared.output_dir / item.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).write_text(json.dumps({"caption": item.sources.caption}))

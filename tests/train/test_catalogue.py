@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
@@ -51,6 +52,22 @@ def test_every_row_becomes_an_adapter_and_bad_ones_show_in_the_exit_code(shop, t
     )
     written = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [row["status"] for row in written] == ["done", "done", "done", "failed"]
+
+
+def test_another_way_to_load_the_base_learns_the_rows_again(shop, tmp_path, capsys, monkeypatch):
+    (shop / "one.csv").write_text("image,caption\n0.png,a photo of a cat")
+    command = line(shop, "one.csv", tmp_path)
+    assert main([*command, "--prediction_type", "epsilon"]) == 0
+    assert main([*command, "--prediction_type", "v_prediction"]) == 0
+    assert "finished already" not in capsys.readouterr().out
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` says it
+    assert main([*command, "--prediction_type", "v_prediction"]) == 0
+    assert "finished already" not in capsys.readouterr().out
+    assert Adapter.load(tmp_path / "0").info["mixed_precision"] == "bf16"
+    assert main([*command, "--prediction_type", "v_prediction", "--mixed_precision", "bf16"]) == 0
+    assert "1 of 1 rows are finished already" in capsys.readouterr().out
+    AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize(

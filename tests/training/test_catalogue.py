@@ -118,6 +118,19 @@ def test_finished_rows_are_not_learned_again_and_changed_ones_are(shop, pretende
     assert learned(shop, path, load=object)["dog"]["time"] > again["dog"]["time"], "an adapter that is gone"
 
 
+def test_what_decides_a_rows_adapter_is_in_its_hash(shop):
+    """A base loaded in another way, or another precision, did not count."""
+    (item,), _ = read_items(table(shop, "cat.png,a cat,cat"), SHORT)
+    one = Catalogue(shop / "out", SHORT)
+    changes = (
+        {"base": "other"}, {"variant": "fp16"}, {"prediction_type": "v_prediction"}, {"load_in_4bit": True},
+        {"mixed_precision": "bf16"}, {"resolution": 32}, {"caption_model": "blip"}, {"config": replace(SHORT, seed=1)},
+    )  # fmt: skip
+    hashes = [one.row_hash(item), *(replace(one, **change).row_hash(item) for change in changes)]
+    assert len(set(hashes)) == 9
+    assert replace(one, preview_steps=5, adapters_per_batch=2).row_hash(item) == hashes[0]
+
+
 def test_the_home_folder_is_expanded_in_cells(shop, monkeypatch):
     monkeypatch.setenv("HOME", str(shop))
     monkeypatch.setenv("USERPROFILE", str(shop))

@@ -39,7 +39,7 @@ def table(shop, *lines):
 def pretend(monkeypatch, seconds=0.0, failing=()):
     """Rows are learned in `seconds`, and leave but a manifest."""
 
-    def train_row(model, item, shared, mixed_precision):
+    def train_row(model, item, shared):
         with open(shared.output_dir / "trained", "a") as file:
             file.write(f"{item.name}\n")
         time.sleep(seconds)
