@@ -16,7 +16,7 @@ from torch.nn.functional import max_pool2d
 
 from personalize.errors import UserError
 from personalize.io.images import to_pixels
-from personalize.models.image_processor import PaddedImage, Picture, as_image
+from personalize.models.image_processor import PaddedImage, Picture, as_mask_image
 from personalize.models.transfer import sent
 from personalize.sampling.denoise import LatentEdit
 from personalize.sampling.schedule import Step
@@ -88,7 +88,7 @@ def feathered(region: Image.Image, width: float) -> Image.Image:
 def mask_picture(frame: PaddedImage, mask: Picture | Box) -> Image.Image:
     """A mask as a picture: a box (left, top, right, bottom) is white on black. UserError for a box outside."""
     if not isinstance(mask, tuple):
-        return as_image(mask)
+        return as_mask_image(mask)
     left, top, right, bottom = mask
     width, height = frame.picture.size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):

@@ -95,7 +95,7 @@ def as_mask(image: Image.Image, name: Path | str = "the mask") -> Image.Image:
 def check_mask(mask: Image.Image, name: Path | str = "the mask") -> None:
     """UserError, which calls the mask `name`, if this image of mode "L" is black everywhere."""
     if mask.getextrema()[1] == 0:
-        raise UserError(f"{name} is black everywhere: paint white where the subject is")
+        raise UserError(f"{name} is black everywhere, so that it chooses nothing: paint white what it is to choose")
 
 
 def check_image_path(path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from personalize.errors import UserError
-from personalize.io.image_files import load_image
+from personalize.io.image_files import as_mask, load_image, load_mask
 from personalize.io.images import to_image, to_pixels
 from personalize.models.blocks import block_roles
 from personalize.models.stable_diffusion import StableDiffusion
@@ -26,6 +26,11 @@ NEAR = 0.05
 def as_image(picture: Picture) -> Image.Image:
     """The picture itself, or the one in the file of that path."""
     return picture if isinstance(picture, Image.Image) else load_image(picture)
+
+
+def as_mask_image(mask: Picture) -> Image.Image:
+    """A mask, or the one in the file of that path, in mode "L": white where it chooses, see `as_mask`."""
+    return as_mask(mask) if isinstance(mask, Image.Image) else load_mask(mask)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,16 @@ def test_an_edit_with_uniform_maps_has_their_region_also_where_the_photos_pixels
     assert free.untouched == () and len(strict.untouched) == 1
 
 
+def test_a_masks_transparency_is_black():
+    """A white shape on a transparent layer, as drawing programs write it, was white everywhere: nothing was kept."""
+    shape = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    shape.paste((255, 255, 255, 255), (8, 8, 16, 16))
+    plain = edited(EditRequest(TARGET, mask=shape.getchannel("A")))
+    found = edited(EditRequest(TARGET, mask=shape))
+    assert found.untouched == plain.untouched and found.untouched[0] >= 32 * 32 - 8 * 8
+    assert found.image.tobytes() == plain.image.tobytes()
+
+
 def test_each_target_has_its_own_region_of_uniform_maps():
     """Both targets' regions were the first one's: the second edit was undone where the first had changed nothing."""
     settings, other = replace(SHORT, steps=4, uniform=UniformSettings()), "two cats under a tree"

@@ -90,7 +90,7 @@ def test_colours_of_a_mask_count_where_they_say_something(tmp_path: Path) -> Non
 
 def test_a_mask_of_one_colour(tmp_path: Path) -> None:
     for blank in (Image.new("L", (32, 32)), Image.new("RGBA", (32, 32), (255, 255, 255, 0))):
-        with pytest.raises(UserError, match=r"m\.png is black everywhere: paint white"):
+        with pytest.raises(UserError, match=r"m\.png is black everywhere, so that it chooses nothing"):
             load_mask(saved(blank, tmp_path / "m.png"))
     with pytest.warns(Notice, match="white everywhere"):
         load_mask(saved(Image.new("L", (32, 32), 255), tmp_path / "m.png"))

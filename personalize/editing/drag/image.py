@@ -27,7 +27,7 @@ from personalize.editing.drag.preview import DragPreview, composed, preview_drag
 from personalize.editing.drag.reading import DragSource, SourceCache, conditioning
 from personalize.errors import UserError
 from personalize.io.figures import pasted
-from personalize.models.image_processor import PaddedImage, Picture, Point, as_image
+from personalize.models.image_processor import PaddedImage, Picture, Point, as_image, as_mask_image
 from personalize.models.stable_diffusion import StableDiffusion
 
 
@@ -183,7 +183,7 @@ def _drag_latents(
     shapes, goals = handles_and_targets(points, picture.size)
     handles, targets = [shape[0] for shape in shapes], [shape[0] for shape in goals]
     frame = PaddedImage.of(model, picture, resolution)
-    allowed = None if mask is None else frame.mask_to_cells(as_image(mask))
+    allowed = None if mask is None else frame.mask_to_cells(as_mask_image(mask))
     starts, ends = [frame.to_cells(point) for point in handles], [frame.to_cells(point) for point in targets]
     with applied(model, adapter):
         prompted = conditioning(model, adapter, prompt, (frame.pixels.shape[-2], frame.pixels.shape[-1]))

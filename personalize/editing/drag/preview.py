@@ -19,7 +19,7 @@ from personalize.editing.drag.points import handles_and_targets, middle
 from personalize.editing.drag.reading import DragSource
 from personalize.editing.drag.selection import MaskEdits
 from personalize.errors import UserError
-from personalize.models.image_processor import PaddedImage, Picture, Point, as_image
+from personalize.models.image_processor import PaddedImage, Picture, Point, as_mask_image
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def preview_drag(
     began = time.perf_counter()
     frame = source.frame
     handles, targets = handles_and_targets(points, frame.picture.size, regions=settings.mode == "region")
-    given = None if mask is None else _mask_to_pixels(frame, as_image(mask))
+    given = None if mask is None else _mask_to_pixels(frame, as_mask_image(mask))
     edits = MaskEdits(given, tuple(_in_frame(frame, add)), tuple(_in_frame(frame, remove)))
     shapes = [tuple(_in_frame(frame, shape)) for shape in (*handles, *targets)]
     drag = warp_picture(source, shapes[: len(handles)], shapes[len(handles) :], _scaled(frame, settings), edits)

@@ -28,7 +28,7 @@ from personalize.io.images import to_image
 from personalize.io.progress import ticked
 from personalize.models.attention import hooked
 from personalize.models.attention_maps import InversionMaps
-from personalize.models.image_processor import PaddedImage, Picture, as_image
+from personalize.models.image_processor import PaddedImage, Picture, as_mask_image
 from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
@@ -135,7 +135,7 @@ def check_regions(model: StableDiffusion, frame: PaddedImage, prompt: str, regio
     if regions.regions:
         _outside_regions(frame, groups, regions.regions, size)
     elif not (isinstance(regions.background, str) and regions.background in ("auto", "none")):
-        _cells(frame, as_image(regions.background), size)
+        _cells(frame, as_mask_image(regions.background), size)
 
 
 def _background(
@@ -149,7 +149,7 @@ def _background(
         return None, ()
     if isinstance(regions.background, str) and regions.background == "auto":
         return find_background(maps.self_attention(), mean)
-    return _cells(frame, as_image(regions.background), size), ()
+    return _cells(frame, as_mask_image(regions.background), size), ()
 
 
 def record_maps(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps:

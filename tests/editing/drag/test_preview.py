@@ -119,6 +119,11 @@ def test_grow_and_shrink_are_in_pixels(model):
         assert (np.asarray(preview.mask) > 0).sum() == side**2
 
 
+def test_a_masks_transparency_is_black(model):
+    shape = Image.merge("RGBA", [Image.new("L", (64, 64), 255)] * 3 + [square()])
+    assert preview_picture(model, picture(), POINTS, mask=shape, settings=SETTINGS).share == 24 * 24 / 64**2
+
+
 def test_two_things_are_moved_apart(model):
     mask = square(box=(8, 24, 20, 36))
     mask.paste(255, (40, 24, 52, 36))
