@@ -2,10 +2,10 @@
 
     ΔW = s · B A        s = alpha / r,  or alpha / √r with rsLoRA
 
-In the order of precedence: the module's own alpha tensor; PEFT's settings, which diffusers stores as JSON under
-`lora_adapter_metadata` and PEFT in `adapter_config.json`; plain keys of the header (`lora_alpha`, `network_alpha`,
-`alpha`); else alpha = r.  An `alpha_pattern` maps regular expressions on module paths to alphas and is matched as PEFT
-matches it.
+In the order of precedence: the module's own alpha tensor; PEFT's settings, which PEFT stores in `adapter_config.json`
+and diffusers as JSON under `lora_adapter_metadata` (of a pipeline each with the name of its part, of a model that was
+saved alone without); plain keys of the header (`lora_alpha`, `network_alpha`, `alpha`); else alpha = r.  An
+`alpha_pattern` maps regular expressions on module paths to alphas and is matched as PEFT matches it.
 
 Reference: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732.
 """
@@ -23,6 +23,7 @@ from personalize.errors import UserError
 from personalize.io.json_files import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file of settings, and the key under which its text joins the metadata
+UNPREFIXED = {"r", "lora_alpha"}  # the settings of a model that was saved without its pipeline
 HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
 MAX_PATTERNS, MAX_PATTERN_LENGTH = 5000, 300
 MATCH_SECONDS = 1.0  # for one pattern on one path: a pattern of a file must not be able to run for ever
@@ -63,6 +64,8 @@ def settings_of(metadata: Mapping[str, str], source: object) -> dict[str, PeftSe
     values = _object(metadata.get("lora_adapter_metadata", "{}"), f"{source}: its lora_adapter_metadata")
     parts = {key.partition(".")[0] for key in values if "." in key}
     found = {part: _parsed(values, f"{part}.", source) for part in parts}
+    if UNPREFIXED & values.keys():  # `unet.save_lora_adapter`, where the pipeline's `save_lora_weights` adds "unet."
+        found[""] = _parsed(values, "", source)
     return found or _header_settings(metadata, source)
 
 

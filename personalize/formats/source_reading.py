@@ -159,6 +159,7 @@ def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Map
     own = parse_object(metadata.get("adapter_config.json", "{}"), "adapter_config.json")
     shared = parse_object(metadata.get("lora_adapter_metadata", "{}"), "lora_adapter_metadata")
     own = own or {key[len(component) + 1 :]: v for key, v in shared.items() if key.startswith(f"{component}.")}
+    own = own or (shared if "r" in shared or "lora_alpha" in shared else {})  # of one model, without its name
     header = next((metadata[key] for key in ("lora_alpha", "network_alpha", "alpha") if key in metadata), rank)
     own = own or {"lora_alpha": float(header), "use_rslora": metadata.get("use_rslora", "").lower() == "true"}
     alpha = _pattern_value(own.get("alpha_pattern") or {}, path) or own.get("lora_alpha") or rank

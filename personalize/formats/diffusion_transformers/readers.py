@@ -126,6 +126,7 @@ def _by_layer(
             if f"{match[1]}.alpha" in alphas:
                 sides[name]["alpha"] = alphas[f"{match[1]}.alpha"]
     settings = settings_of({"lora_adapter_metadata": content.metadata.get("lora_adapter_metadata", "{}")}, "the file")
+    settings.pop("", None)  # a pipeline takes the settings with its parts' names alone
     return {name: (own["A"].float(), own["B"].float() * scaling(name, own, settings))
             for name, own in sides.items() if {"A", "B"} <= set(own)}  # fmt: skip
 
