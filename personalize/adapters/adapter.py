@@ -291,9 +291,9 @@ def _load_file(path: Path, family: str | None = None) -> Adapter:
     """The adapter in a file of another program, or in a folder of PEFT; its metadata are kept in `info["header"]`."""
     content = open_adapter(path)
     file = read_adapter_file(path, content, family=family)
-    bundled = bool(file.state or file.others)
+    bundled, own_word = bool(file.state or file.others), textual_inversion_files.word_of(path.stem)
     concepts = {
-        f"<{token}>" if token == path.stem or (bundled and not token.startswith("<")) else token: rows
+        f"<{token}>" if token == own_word or (bundled and not token.startswith("<")) else token: rows
         for token, rows in file.concepts.items()
     }
     info = {"imported": path.name, "base": file.base, "header": file.header}

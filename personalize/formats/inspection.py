@@ -22,6 +22,7 @@ from personalize.formats.inspection_report import Inspection, counts, size_of
 from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
 from personalize.formats.manifest import MANIFEST, is_part_of_adapter
+from personalize.formats.textual_inversion_files import BUNDLE, bundled_token
 from personalize.formats.timestep_rank import HEADER_KEY, KEY, read_rule, warning
 from personalize.formats.trainers import written_by
 from personalize.formats.training_notes import training_notes
@@ -194,8 +195,8 @@ def learned_tokens(contents: FileContents, content: TensorFile, path: Path) -> l
         token = content.metadata.get("name") or path.stem
         if contents.file_kind.endswith("diffusers form"):
             token = key
-        elif "bundle_emb." in key:
-            token = key.split(".")[1]
+        elif key.startswith(BUNDLE):
+            token = bundled_token(key)[0]
         shape = (1, *tensor.shape) if tensor.ndim == 1 else tuple(tensor.shape)
         vectors, width = (shape[0], shape[-1]) if shape else (0, 0)
         tokens.append({"key": key, "token": token, "vectors": vectors, "width": width})

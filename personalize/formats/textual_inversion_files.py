@@ -33,6 +33,7 @@ KNOWN_KEYS = {  # keys of every layout except diffusers': the graphical programs
 }  # fmt: skip
 ENCODER_METADATA_KEY = "personalize.text_encoder"  # since diffusers' layout does not say which encoder the rows are for
 BUNDLE = "bundle_emb."  # the start of the keys of embeddings inside a LoRA file: bundle_emb.<token>.<key>
+BUNDLED_KEY = re.compile(rf"(.+)\.((?:{'|'.join(KNOWN_KEYS)})(?:_out)?|string_to_(?:param|token)\..+)")
 MAX_ROWS = 75  # CLIP has 77 positions, two of which are the start and end tokens
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"
@@ -232,8 +233,20 @@ def read_concepts(path: str | Path, content: TensorFile, token: str | None = Non
         raise UserError(f"{path} is empty: a file with learned token rows was expected")
     if token is not None and len(found) > 1:
         raise UserError(f"{path} holds {len(found)} tokens, {', '.join(found)[:120]}: --token renames a single one")
-    named = {token or re.sub(r"\s+", "_", name.strip()): rows for name, rows in found.items()}
+    named = {token or word_of(name): rows for name, rows in found.items()}
     return {name: checked_rows(name, rows) for name, rows in named.items()}
+
+
+def word_of(name: str) -> str:
+    """The token that a file's name, or the name in a file, stands for: one word, spaces become "_"."""
+    return re.sub(r"\s+", "_", name.strip())
+
+
+def bundled_token(key: str) -> tuple[str, str]:
+    """The token, which may have dots, and the rest of a key "bundle_emb.<token>.<key>" of a LoRA file."""
+    rest = key.removeprefix(BUNDLE)
+    name, _, part = rest.partition(".") if (match := BUNDLED_KEY.fullmatch(rest)) is None else (match[1], "", match[2])
+    return name, part
 
 
 def _place(key: str, tensor: Tensor, stem: str, content: TensorFile) -> tuple[str, str] | None:
@@ -243,7 +256,9 @@ def _place(key: str, tensor: Tensor, stem: str, content: TensorFile) -> tuple[st
         return None
     name = content.metadata.get("name") or stem
     if bundled:
-        name, _, key = key.removeprefix(BUNDLE).partition(".")
+        name, key = bundled_token(key)
+        if key.startswith("string_to_token."):
+            return None
     if key.startswith("string_to_param."):
         several = sum(other.startswith("string_to_param.") for other in content.tensors) > 1
         return (key.removeprefix("string_to_param.") if several and not bundled else name), "text_encoder"

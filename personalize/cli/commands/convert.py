@@ -137,6 +137,8 @@ def _files_beside(config: ConvertConfig, concepts: Concepts) -> dict[Path, bytes
     )
     found = {config.output.parent / name: data for name, data in files.items()}
     for path in found:
+        if path.name.casefold() == config.output.name.casefold():
+            raise UserError(f"{config.output} is also the file of its learned token {path.stem}: name another --output")
         _require_free(path, config)
     return found
 
