@@ -13,8 +13,9 @@ from personalize.formats.layer_sizes import SMALL
 from personalize.formats.weight_changes import Parts, alpha_of, lora_pair
 
 BIASES = ("diff_b", "b_norm", "lora_B.bias")
+MAGNITUDES = ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight")
 READ = {"A", "B", "alpha", "scale", "diff", "diff_b", "w_norm", "b_norm", "lora_B.bias", "dora_scale", "on_input",
-        "weight", "lora_magnitude_vector", "lora_magnitude_vector.weight", "a1.weight", "a2.weight", "b1.weight",
+        "weight", *MAGNITUDES, "a1.weight", "a2.weight", "b1.weight",
         "b2.weight", "oft_blocks", "oft_diag", "rescale", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1",
         "hada_t2", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}  # fmt: skip
 
@@ -64,15 +65,22 @@ def _changed_weight(module: str, parts: Parts, weight: Tensor) -> Tensor:
         return _ia3(parts, weight)
     if "w_norm" in parts:
         return weight + parts["w_norm"].to(weight).reshape(weight.shape)
-    magnitude = next((parts[role] for role in parts if role == "dora_scale" or role.startswith("lora_magn")), None)
-    plain = {role: tensor for role, tensor in parts.items() if tensor is not magnitude}
+    magnitude = _magnitude(parts, weight)
+    plain = {role: tensor for role, tensor in parts.items() if role not in MAGNITUDES}
     if set(plain) - {"scale", "alpha", *BIASES}:
         a, b = lora_pair(module, plain, tuple(weight.shape[2:]), max(SMALL, weight.numel()))
         if len(b) * a[0].numel() != weight.numel():
             raise ValueError("another layer's factors")
         update = (b.flatten(1).float() @ a.flatten(1).float()) * float(parts.get("scale", torch.tensor(1.0)))
         weight = weight + update.to(weight).reshape(weight.shape)
-    return weight if magnitude is None else _renormed(weight, magnitude.to(weight))
+    return weight if magnitude is None else _renormed(weight, magnitude)
+
+
+def _magnitude(parts: Parts, weight: Tensor) -> Tensor | None:
+    """m of DoRA; PEFT's always has one number for each output, (out) or of convolutions (1, out, 1, 1)."""
+    found = {role: parts[role].to(weight) for role in MAGNITUDES if role in parts}
+    magnitudes = [m if role == "dora_scale" else m.reshape(len(weight)) for role, m in found.items()]
+    return magnitudes[0] if magnitudes else None
 
 
 def _renormed(weight: Tensor, magnitude: Tensor) -> Tensor:

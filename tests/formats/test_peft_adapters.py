@@ -5,15 +5,19 @@ import json
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.fuse import merged_weights
 from personalize.formats.diffusion_transformers.reading import identify, read
 from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.lora_files import factor_pairs
 from personalize.io.tensor_files import read_tensors
 from tests.formats.test_conversion import convert, deltas
 from tests.support.foreign_files import delta
-from tests.support.tiny import tiny_pipeline
+from tests.support.tiny import tiny, tiny_pipeline
 from tests.support.transformer_loras import random_pairs, update
 
 EXACT = 1e-5  # of max |ΔW|: sums of tens of products in single precision, in another order
@@ -48,6 +52,34 @@ def test_a_model_saved_without_its_pipeline_has_its_own_alpha(tmp_path):
     assert_same(of_file(read_adapter_file(file)), truth)
     written = convert(file, "kohya", tmp_path / "k.safetensors", family="sd1")  # read a second time on the way
     assert_same(deltas(written, "sd1"), truth)
+
+
+def dora(folder):
+    """A UNet's DoRA on linear layers and convolutions, saved through its pipeline."""
+    torch.manual_seed(0)
+    pipe = tiny_pipeline("sd1")
+    wanted = ["conv1", "conv2", "to_q", "proj_in", "conv_out"]
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=wanted, use_dora=True, init_lora_weights=False))
+    for name, parameter in pipe.unet.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1 + 0.3 * torch.rand_like(parameter))
+    state, settings = get_peft_model_state_dict(pipe.unet), pipe.unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=settings)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def test_dora_of_convolutions_has_one_norm_for_each_output(tmp_path):
+    """PEFT's magnitude of a convolution is (1, out, 1, 1), also where the layer has as many inputs as outputs."""
+    file, pipe = dora(tmp_path), tiny_pipeline("sd1")
+    pipe.load_lora_weights(str(tmp_path))
+    layers = {path: layer for path, layer in pipe.unet.named_modules() if isinstance(layer, LoraLayer)}
+    for layer in layers.values():
+        layer.merge()
+    found = merged_weights(tiny("sd1"), Adapter.load(file), any_base=True)["unet"]
+    assert {layer.get_base_layer().weight.ndim for layer in layers.values()} == {2, 4}
+    for path, layer in layers.items():
+        truth = layer.get_base_layer().weight.detach()
+        assert float((found[f"{path}.weight"] - truth).abs().max() / truth.abs().max()) < EXACT, path
 
 
 @pytest.mark.parametrize(("prefix", "factor"), [("", 4), ("transformer.", 4), ("text_encoder.", 1)])
