@@ -24,6 +24,7 @@ from personalize.io.json_files import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file of settings, and the key under which its text joins the metadata
 UNPREFIXED = {"r", "lora_alpha"}  # the settings of a model that was saved without its pipeline
+FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # beginnings of PEFT's `init_lora_weights`
 HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
 MAX_PATTERNS, MAX_PATTERN_LENGTH = 5000, 300
 MATCH_SECONDS = 1.0  # for one pattern on one path: a pattern of a file must not be able to run for ever
@@ -86,6 +87,7 @@ def _header_settings(metadata: Mapping[str, str], source: object) -> dict[str, P
 
 def _parsed(values: Mapping[str, Any], prefix: str, source: object) -> PeftSettings:
     """The settings whose names start with `prefix`."""
+    _require_unchanged_base(values.get(f"{prefix}init_lora_weights"), source)
     alpha, rank = values.get(f"{prefix}lora_alpha"), values.get(f"{prefix}r")
     patterns = values.get(f"{prefix}alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
@@ -98,6 +100,21 @@ def _parsed(values: Mapping[str, Any], prefix: str, source: object) -> PeftSetti
         values.get(f"{prefix}use_rslora") is True,
         {key: _positive(alpha, f"alpha_pattern[{key!r:.80}]", source) for key, alpha in patterns.items()},
     )
+
+
+def _require_unchanged_base(start: Any, source: object) -> None:
+    """UserError if training started from factors that PEFT took out of the base's weights (PiSSA, OLoRA, …).
+
+    W₀ + s · (B A − B₀ A₀) was trained, and B₀ A₀ is not in the file.  PEFT sets `init_lora_weights` to true where it
+    saves the difference, as a plain LoRA of twice the rank.
+    """
+    if isinstance(start, str) and start.lower().startswith(FROM_THE_BASE):
+        how = "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        how = "the model it was trained in, merged" if start.lower() == "loftq" else how
+        raise UserError(
+            f"{source} was trained from init_lora_weights={start[:40]!r}, which changes the base's weights as well, so "
+            f"that it is no change of the original base: save it again in PEFT with {how}"
+        )
 
 
 def _object(text: str, name: str) -> dict[str, Any]:

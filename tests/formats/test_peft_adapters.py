@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.fuse import merged_weights
+from personalize.errors import UserError
 from personalize.formats.diffusion_transformers.reading import identify, read
 from personalize.formats.foreign_files import read_adapter_file
+from personalize.formats.inspection import inspect_file
 from personalize.formats.lora_files import factor_pairs
 from personalize.io.tensor_files import read_tensors
 from tests.formats.test_conversion import convert, deltas
@@ -80,6 +82,59 @@ def test_dora_of_convolutions_has_one_norm_for_each_output(tmp_path):
     for path, layer in layers.items():
         truth = layer.get_base_layer().weight.detach()
         assert float((found[f"{path}.weight"] - truth).abs().max() / truth.abs().max()) < EXACT, path
+
+
+def trained_from(init, folder):
+    """A LoRA that PEFT started with factors of the base, saved as it is and as a plain LoRA, and its true ΔW."""
+    torch.manual_seed(0)
+    unet = tiny_pipeline("sd1").unet
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    model = get_peft_model(unet, LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"], init_lora_weights=init))
+    model.peft_config["default"].init_lora_weights = True  # PEFT's own recipe, for the adapter before training alone
+    model.save_pretrained(folder / "start")
+    model.peft_config["default"].init_lora_weights = init
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "as_it_is")
+    model.save_pretrained(folder / "plain", path_initial_model_for_weight_conversion=str(folder / "start"))
+    after = model.merge_and_unload().state_dict()
+    return {
+        f"unet.{name.removesuffix('.weight')}": (after[name] - before[name]).flatten(1)
+        for name in after if not torch.equal(after[name], before[name])
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_change_the_base_are_refused_unless_they_were_saved_as_plain_ones(tmp_path, init):
+    truth = trained_from(init, tmp_path)
+    for read_it in (read_adapter_file, Adapter.load):
+        with pytest.raises(UserError, match=f"{init}'.*path_initial_model_for_weight_conversion") as caught:
+            read_it(tmp_path / "as_it_is")
+        assert "\n" not in str(caught.value)
+    found = inspect_file(tmp_path / "as_it_is")
+    assert found.readers["personalize"][0] == "no" and any(
+        "no change of the original base" in p for p in found.problems
+    )
+    plain = of_file(read_adapter_file(tmp_path / "plain"))
+    assert plain.keys() == truth.keys() and inspect_file(tmp_path / "plain").readers["personalize"] == ("yes", "")
+    for module, change in truth.items():
+        # The truth is a difference of weights near 1 in single precision, after they were taken apart and put together.
+        assert float((plain[module] - change).abs().max()) < 1e-5 < 0.01 < float(change.abs().max())
+
+
+@pytest.mark.parametrize(
+    "start", ["pissa_niter_16", "corda", "loftq", "LoRA_GA", "gaussian", "eva", "orthogonal", True]
+)
+def test_the_settings_that_diffusers_saves_are_read_alike(tmp_path, start):
+    tensors = {f"unet.mid_block.attentions.0.proj_in.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    settings = {"unet.r": 2, "unet.lora_alpha": 2, "unet.init_lora_weights": start}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    if start in ("gaussian", "eva", "orthogonal", True):  # these leave the base as it is
+        assert read_adapter_file(tmp_path / "x.safetensors", family="sd1").rank == 2
+        return
+    with pytest.raises(UserError, match="changes the base's weights as well"):
+        read_adapter_file(tmp_path / "x.safetensors", family="sd1")
 
 
 @pytest.mark.parametrize(("prefix", "factor"), [("", 4), ("transformer.", 4), ("text_encoder.", 1)])
