@@ -23,7 +23,7 @@ from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.layer_kinds import as_layer_wants, fitting_families, kernels
 from personalize.formats.layer_sizes import SMALL, most_numbers, require_fitting
 from personalize.formats.lora_files import factor_pairs
-from personalize.formats.peft_settings import scaling, settings_of
+from personalize.formats.peft_settings import scaling, settings_of, strength
 from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, Parts, lora_pair, require_small
 from personalize.io.tensor_files import TensorFile
 
@@ -108,10 +108,8 @@ def read_adapter_file(
     others = {}
     for module in sorted(parts.keys() - modules.keys()):
         _require_complete(module, parts[module])
-        scale = scaling(module, parts[module], settings) if "A" in parts[module] else 1.0
-        others[module] = {role: tensor.float() for role, tensor in parts[module].items()} | {
-            "scale": torch.tensor(scale, dtype=torch.float64)
-        }
+        scale = torch.tensor(strength(module, parts[module], settings), dtype=torch.float64)
+        others[module] = {role: tensor.float() for role, tensor in parts[module].items()} | {"scale": scale}
     layout = "kohya" if contents.naming_schemes["kohya"] else "peft"
     return AdapterFile(state, rank, alpha, family, layout, content.metadata, concepts, others)
 

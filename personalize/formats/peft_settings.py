@@ -20,10 +20,12 @@ import regex
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.weight_changes import alpha_of
 from personalize.io.json_files import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file of settings, and the key under which its text joins the metadata
 UNPREFIXED = {"r", "lora_alpha"}  # the settings of a model that was saved without its pipeline
+SCALED_BY_SETTINGS = ("LOHA", "LOKR")  # PEFT's kinds whose factors do not show the rank that alpha is divided by
 FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # beginnings of PEFT's `init_lora_weights`
 HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
 MAX_PATTERNS, MAX_PATTERN_LENGTH = 5000, 300
@@ -38,12 +40,23 @@ class PeftSettings:
     rank: int | None = None
     rank_stabilized: bool = False
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, float] = field(default_factory=dict)
+    kind: str = "LORA"
 
     def alpha_of(self, path: str) -> float | None:
         """alpha of the module at `path`: of the first pattern that fits it, else `alpha`."""
-        paths = {path, path.removeprefix("text_model.")}  # with and without the level that transformers has dropped
-        fitting = (alpha for pattern, alpha in self.alpha_pattern.items() if any(_fits(pattern, one) for one in paths))
-        return next(fitting, self.alpha)
+        return _of_pattern(self.alpha_pattern, path, self.alpha)
+
+    def rank_of(self, path: str) -> float | None:
+        """r of the module at `path`: of the first pattern that fits it, else `rank`."""
+        return _of_pattern(self.rank_pattern, path, self.rank)
+
+
+def _of_pattern(patterns: Mapping[str, float], path: str, otherwise: float | None) -> float | None:
+    """The value of the first pattern that fits the module at `path`, else `otherwise`."""
+    paths = {path, path.removeprefix("text_model.")}  # with and without the level that transformers has dropped
+    fitting = (value for pattern, value in patterns.items() if any(_fits(pattern, one) for one in paths))
+    return next(fitting, otherwise)
 
 
 def _fits(pattern: str, path: str) -> bool:
@@ -51,7 +64,7 @@ def _fits(pattern: str, path: str) -> bool:
     try:
         return regex.match(rf"(?:.*\.)?(?:{pattern})$", path, timeout=MATCH_SECONDS) is not None
     except (regex.error, TimeoutError) as error:
-        raise UserError(f"the file's alpha_pattern {pattern[:80]!r} cannot be matched ({error}): mend it") from error
+        raise UserError(f"the file's pattern {pattern[:80]!r} cannot be matched ({error}): mend it") from error
 
 
 def settings_of(metadata: Mapping[str, str], source: object) -> dict[str, PeftSettings]:
@@ -88,18 +101,27 @@ def _header_settings(metadata: Mapping[str, str], source: object) -> dict[str, P
 def _parsed(values: Mapping[str, Any], prefix: str, source: object) -> PeftSettings:
     """The settings whose names start with `prefix`."""
     _require_unchanged_base(values.get(f"{prefix}init_lora_weights"), source)
-    alpha, rank = values.get(f"{prefix}lora_alpha"), values.get(f"{prefix}r")
-    patterns = values.get(f"{prefix}alpha_pattern") or {}
-    if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
-        raise UserError(f"{source}: its alpha_pattern is {patterns!r:.80}: an object was expected")
-    if wrong := next((key for key in patterns if len(key) > MAX_PATTERN_LENGTH), None):
-        raise UserError(f"{source}: a pattern of alpha_pattern has {len(wrong)} characters, up to 300 are expected")
+    kind = str(values.get(f"{prefix}peft_type") or "LORA")
+    name = "alpha" if kind in SCALED_BY_SETTINGS else "lora_alpha"
+    alpha, rank = values.get(f"{prefix}{name}"), values.get(f"{prefix}r")
     return PeftSettings(
-        None if alpha is None else _positive(alpha, "lora_alpha", source),
+        None if alpha is None else _positive(alpha, name, source),
         rank if type(rank) is int else None,
         values.get(f"{prefix}use_rslora") is True,
-        {key: _positive(alpha, f"alpha_pattern[{key!r:.80}]", source) for key, alpha in patterns.items()},
+        _pattern(values.get(f"{prefix}alpha_pattern"), "alpha_pattern", source),
+        _pattern(values.get(f"{prefix}rank_pattern"), "rank_pattern", source) if kind in SCALED_BY_SETTINGS else {},
+        kind,
     )
+
+
+def _pattern(patterns: Any, name: str, source: object) -> dict[str, float]:
+    """PEFT's `alpha_pattern` or `rank_pattern`; UserError if it is no object of short patterns and positive numbers."""
+    patterns = patterns or {}
+    if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
+        raise UserError(f"{source}: its {name} is {patterns!r:.80}: an object was expected")
+    if wrong := next((key for key in patterns if len(key) > MAX_PATTERN_LENGTH), None):
+        raise UserError(f"{source}: a pattern of {name} has {len(wrong)} characters, up to 300 are expected")
+    return {key: _positive(value, f"{name}[{key!r:.80}]", source) for key, value in patterns.items()}
 
 
 def _require_unchanged_base(start: Any, source: object) -> None:
@@ -144,3 +166,18 @@ def scaling(module: str, parts: Mapping[str, Tensor], settings: Mapping[str, Pef
     if not alpha:  # no alpha tensor; kohya's tools take 0 for none, too
         alpha = own.alpha_of(path) or rank
     return _positive(alpha, "alpha", f"module {module}") / (rank**0.5 if own.rank_stabilized else rank)
+
+
+def strength(module: str, parts: Mapping[str, Tensor], settings: Mapping[str, PeftSettings]) -> float:
+    """The factor of a module's ΔW that its own tensors do not hold: s of a LoRA, alpha / r of PEFT's LoHa and LoKr.
+
+    LyCORIS writes an alpha for each LoHa and LoKr, by which `weight_changes` scales it; PEFT writes none.
+    """
+    if "A" in parts:
+        return scaling(module, parts, settings)
+    component, path = module.split(".", 1)
+    own = settings.get(component, settings.get("", PeftSettings()))
+    if own.kind not in SCALED_BY_SETTINGS or alpha_of(parts):
+        return 1.0
+    alpha, rank = own.alpha_of(path), own.rank_of(path)
+    return alpha / rank if alpha and rank else 1.0

@@ -152,14 +152,18 @@ def _require_small(module: str, numbers: int) -> None:
 def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Mapping[str, str]) -> float:
     """alpha / r by the first that says it: a tensor, PEFT's settings, the header; 1 where nothing does."""
     component, path = module.split(".", 1)
-    if not rank:
-        return 1.0
     if "alpha" in parts and float(parts["alpha"].double().max()):
-        return float(parts["alpha"].double().max()) / rank
+        return float(parts["alpha"].double().max()) / rank if rank else 1.0
     own = parse_object(metadata.get("adapter_config.json", "{}"), "adapter_config.json")
     shared = parse_object(metadata.get("lora_adapter_metadata", "{}"), "lora_adapter_metadata")
     own = own or {key[len(component) + 1 :]: v for key, v in shared.items() if key.startswith(f"{component}.")}
     own = own or (shared if "r" in shared or "lora_alpha" in shared else {})  # of one model, without its name
+    if own.get("peft_type") in ("LOHA", "LOKR"):
+        alpha = _pattern_value(own.get("alpha_pattern") or {}, path) or own.get("alpha")
+        divisor = _pattern_value(own.get("rank_pattern") or {}, path) or own.get("r")
+        return alpha / divisor if alpha and divisor else 1.0
+    if not rank:
+        return 1.0
     header = next((metadata[key] for key in ("lora_alpha", "network_alpha", "alpha") if key in metadata), rank)
     own = own or {"lora_alpha": float(header), "use_rslora": metadata.get("use_rslora", "").lower() == "true"}
     alpha = _pattern_value(own.get("alpha_pattern") or {}, path) or own.get("lora_alpha") or rank
@@ -167,7 +171,7 @@ def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Map
 
 
 def _pattern_value(patterns: Mapping[str, float], path: str) -> float | None:
-    """The value that PEFT's `alpha_pattern` gives to a module, by peft's own matching."""
+    """The value that PEFT's `alpha_pattern` or `rank_pattern` gives to a module, by peft's own matching."""
     if not patterns:  # peft takes seconds to import
         return None
     from peft.utils.other import get_pattern_key

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -13,7 +13,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.fuse import merged_weights
 from personalize.errors import UserError
 from personalize.formats.diffusion_transformers.reading import identify, read
-from personalize.formats.foreign_files import read_adapter_file
+from personalize.formats.foreign_files import as_lora, read_adapter_file
 from personalize.formats.inspection import inspect_file
 from personalize.formats.lora_files import factor_pairs
 from personalize.io.tensor_files import read_tensors
@@ -135,6 +135,39 @@ def test_the_settings_that_diffusers_saves_are_read_alike(tmp_path, start):
         return
     with pytest.raises(UserError, match="changes the base's weights as well"):
         read_adapter_file(tmp_path / "x.safetensors", family="sd1")
+
+
+LYCORIS = {
+    "LoHa": (LoHaConfig, {"r": 2, "alpha": 8}),
+    "LoHa of a high rank": (LoHaConfig, {"r": 64, "alpha": 8}),
+    "LoHa with cores": (LoHaConfig, {"r": 2, "alpha": 8, "use_effective_conv2d": True}),
+    "LoHa by patterns": (LoHaConfig, {"r": 2, "alpha": 8, "rank_pattern": {"attn2.to_q": 4}, "alpha_pattern": {
+        r".*mid_block.*to_q": 1}}),
+    "LoKr": (LoKrConfig, {"r": 2, "alpha": 8}),
+    "LoKr whole": (LoKrConfig, {"r": 64, "alpha": 8}),
+    "LoKr, both factors": (LoKrConfig, {"r": 2, "alpha": 8, "decompose_both": True, "decompose_factor": 4}),
+    "LoKr by patterns": (LoKrConfig, {"r": 2, "alpha": 8, "rank_pattern": {"attn2.to_q": 4}, "alpha_pattern": {
+        r".*mid_block.*to_q": 1}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LYCORIS)
+def test_loha_and_lokr_of_peft_have_the_strength_of_their_settings(tmp_path, name):
+    """PEFT keeps alpha in adapter_config.json, as `alpha`, and multiplies LoKr by alpha / r also where it is whole."""
+    torch.manual_seed(0)
+    kind, options = LYCORIS[name]
+    unet = tiny_pipeline("sd1").unet
+    model = get_peft_model(unet, kind(target_modules=["to_q", "conv1"], init_weights=False, **options))
+    model.save_pretrained(tmp_path / "in")
+    truth = changes(unet, "default")
+    assert_same(of_file(as_lora(read_adapter_file(tmp_path / "in", family="sd1"))[0]), truth)
+    written = convert(tmp_path / "in", "kohya", tmp_path / "k.safetensors", family="sd1")
+    assert_same(deltas(written, "sd1"), truth)
+    merged = merged_weights(tiny("sd1"), Adapter.load(tmp_path / "in", family="sd1"), any_base=True)["unet"]
+    after = model.merge_and_unload().state_dict()
+    for path in truth:
+        found, right = (weights[f"{path.removeprefix('unet.')}.weight"] for weights in (merged, after))
+        assert float((found - right).abs().max() / right.abs().max()) < EXACT, path
 
 
 @pytest.mark.parametrize(("prefix", "factor"), [("", 4), ("transformer.", 4), ("text_encoder.", 1)])

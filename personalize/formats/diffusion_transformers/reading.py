@@ -23,7 +23,7 @@ from personalize.formats.diffusion_transformers.skeletons import models, shapes_
 from personalize.formats.layer_kinds import with_kernel
 from personalize.formats.layer_sizes import SMALL, products
 from personalize.formats.layouts import MAX_KEY_LENGTH
-from personalize.formats.peft_settings import PeftSettings, scaling, settings_of
+from personalize.formats.peft_settings import PeftSettings, settings_of, strength
 from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, lora_pair
 from personalize.io.tensor_files import TensorFile
 
@@ -193,7 +193,7 @@ def layer_pairs(
     a, b = with_kernel(a.float(), kernel), with_kernel(b.float(), tuple(1 for _ in kernel))
     if not a.ndim == b.ndim == 2 + len(kernel) or len(a) != b.shape[1]:
         raise UserError(f"layer {layer.path}: A {tuple(a.shape)} and B {tuple(b.shape)} make no pair")
-    b = b * scaling(layer.layers[0], matrices, settings) if "A" in matrices else b
+    b = b * strength(layer.layers[0], matrices, settings)
     pair = halves_swapped((a, b)) if layer.swapped else (a, b)
     if len(layer.layers) == 1:
         return {layer.layers[0]: pair}
