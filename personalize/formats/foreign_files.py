@@ -161,8 +161,9 @@ def as_lora(file: AdapterFile, rank: int | None = None) -> tuple[AdapterFile, li
             left.append(module)
             continue
         kernel = sides.get(module, tuple(parts["diff"].shape[2:]) if "diff" in parts else ())
-        a, b = lora_pair(module, parts, kernel, most_numbers(module, file.family))
-        pairs[module] = (a, b * float(parts["scale"]))
+        pair = dict(zip("AB", lora_pair(module, parts, kernel, most_numbers(module, file.family)), strict=True))
+        pair = as_layer_wants(pair, module, file.family)
+        pairs[module] = (pair["A"], pair["B"] * float(parts["scale"]))
         left += [module] if {"diff_b", "lora_B.bias"} & set(parts) else []
     if not pairs:
         raise UserError("the file changes biases and norms alone, which no LoRA can hold: use `export checkpoint`")
