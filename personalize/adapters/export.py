@@ -135,8 +135,7 @@ def with_lower_rank(adapter: Adapter, rank: int) -> tuple[Adapter, RankReduction
     Raises:
         UserError: the rank is not lower, or the adapter's timestep-dependent rank is of its present components.
     """
-    if adapter.timestep_rank is not None:
-        raise UserError(f"an adapter with {adapter.timestep_rank} cannot be cut to a lower rank: resolve that first")
+    timestep_rank.require_whole_rank(adapter.timestep_rank)
     if rank >= adapter.rank:
         raise UserError(f"the adapter has rank {adapter.rank}: --rank must be lower, got {rank}")
     reduction = reduced(adapter.lora, adapter.alpha / adapter.rank, rank)

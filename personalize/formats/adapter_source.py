@@ -110,11 +110,13 @@ def _open_folder(folder: Path, allow_pickle: bool, peek: int | None) -> TensorFi
         return open_adapter(folders[""], allow_pickle=allow_pickle, peek=peek)
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
     for part, file in folders.items():
-        own = read_any(file, allow_pickle=allow_pickle, peek=peek).tensors
-        tensors |= {f"{part}.{key}": tensor for key, tensor in own.items()}
+        own = read_any(file, allow_pickle=allow_pickle, peek=peek)
+        tensors |= {f"{part}.{key}": tensor for key, tensor in own.tensors.items()}
+        metadata |= own.metadata
         settings |= {f"{part}.{key}": value for key, value in read_json(file.parent / ADAPTER_CONFIG).items()}
-    return TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
+    return TensorFile(tensors, metadata | {"lora_adapter_metadata": json.dumps(settings)})
 
 
 def _peft_folders(folder: Path) -> dict[str, Path]:

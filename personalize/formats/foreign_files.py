@@ -24,6 +24,7 @@ from personalize.formats.layer_kinds import as_layer_wants, fitting_families, ke
 from personalize.formats.layer_sizes import SMALL, most_numbers, require_fitting
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.peft_settings import scaling, settings_of, strength
+from personalize.formats.timestep_rank import with_rule
 from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, Parts, lora_pair, require_small
 from personalize.io.tensor_files import TensorFile
 
@@ -86,11 +87,12 @@ def read_adapter_file(
         UserError: it cannot be read, holds nothing of an adapter, or more than that.
     """
     content = open_adapter(path) if content is None else content
+    metadata = with_rule(path, content.metadata)
     contents = layouts.classify_tensors(content.tensors)
     concepts = token_files.read_concepts(path, content, token) if contents.embeddings else {}
     family = family or layouts.detect_family(contents, content.metadata)[0]
     if contents.embeddings and not contents.modules:
-        return AdapterFile({}, 1, 1.0, family or _family_of_rows(concepts), "peft", content.metadata, concepts)
+        return AdapterFile({}, 1, 1.0, family or _family_of_rows(concepts), "peft", metadata, concepts)
     if contents.unknown_keys and (found := identify(content)) is not None:
         title = TRANSFORMER_FAMILIES[found[0]].title
         raise UserError(
@@ -111,7 +113,7 @@ def read_adapter_file(
         scale = torch.tensor(strength(module, parts[module], settings), dtype=torch.float64)
         others[module] = {role: tensor.float() for role, tensor in parts[module].items()} | {"scale": scale}
     layout = "kohya" if contents.naming_schemes["kohya"] else "peft"
-    return AdapterFile(state, rank, alpha, family, layout, content.metadata, concepts, others)
+    return AdapterFile(state, rank, alpha, family, layout, metadata, concepts, others)
 
 
 def _family_of_rows(concepts: Mapping[str, Mapping[str, Tensor]]) -> str | None:

@@ -23,7 +23,7 @@ from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
 from personalize.formats.manifest import MANIFEST, is_part_of_adapter
 from personalize.formats.textual_inversion_files import BUNDLE, bundled_token
-from personalize.formats.timestep_rank import HEADER_KEY, KEY, read_rule, warning
+from personalize.formats.timestep_rank import HEADER_KEY, read_rule, warning, with_rule
 from personalize.formats.trainers import written_by
 from personalize.formats.training_notes import training_notes
 from personalize.io.json_files import read_json
@@ -157,9 +157,7 @@ def _own_verdict(path: Path, content: TensorFile) -> tuple[str, str]:
 def _timestep_rank(path: Path, metadata: Mapping[str, str]) -> list[str]:
     """As a problem: a rank that depends on the timestep, by the file's header or the adapter folder it is part of."""
     try:
-        rule = read_rule(metadata.get(HEADER_KEY), path)
-        if rule is None and path.suffix == ".safetensors" and is_part_of_adapter(path):
-            rule = read_rule(read_json(path.parent / MANIFEST).get(KEY), path.parent / MANIFEST)
+        rule = read_rule(with_rule(path, metadata).get(HEADER_KEY), path)
     except UserError as error:
         return [str(error)]
     return [] if rule is None else [warning(rule)]

@@ -64,12 +64,18 @@ def family_of(state: Mapping[str, Tensor]) -> str | None:
     return next((FAMILY_OF_WIDTH.get(state[key].shape[1]) for key in keys), None)
 
 
-def diffusers_file(state: Mapping[str, Tensor], alpha: float, *, dtype: torch.dtype = torch.float32) -> bytes:
+def diffusers_file(
+    state: Mapping[str, Tensor],
+    alpha: float,
+    *,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
     """The bytes of `pytorch_lora_weights.safetensors`, the LoRA file that diffusers loads.
 
     All keys are in PEFT's names: from a file that mixes them with diffusers' older ones, diffusers silently drops every
-    attention module.  The metadata hold r, lora_alpha and target_modules and nothing else, because an older PEFT
-    refuses settings that it does not know.
+    attention module.  The settings hold r, lora_alpha and target_modules and nothing else, because an older PEFT
+    refuses settings that it does not know.  `metadata` are strings beside them, which diffusers passes over.
 
     Raises:
         UserError: as `factor_pairs`; ranks that differ between modules; a number too large for `dtype`.
@@ -87,7 +93,8 @@ def diffusers_file(state: Mapping[str, Tensor], alpha: float, *, dtype: torch.dt
             settings[f"{component}.r"] = modules[own[0]][0].shape[0]
             settings[f"{component}.lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
             settings[f"{component}.target_modules"] = [_target(module) for module in own]
-    return tensor_bytes(tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)})
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    return tensor_bytes(tensors, {**(metadata or {}), **header})
 
 
 def kohya_file(

@@ -32,14 +32,19 @@ def read_peft_keys(content: TensorFile, family: str | None) -> tuple[Factors, li
 
 
 def peft_files(
-    state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype = torch.float32, base: str | None = None
+    state: Mapping[str, torch.Tensor],
+    alpha: float,
+    dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
     """PEFT's own files of a LoRA, name → bytes, for `PeftModel.from_pretrained(module, folder)`.
 
     A LoRA of the UNet alone gives `adapter_config.json` and `adapter_model.safetensors`; one that also changes text
     encoders gives a folder of these two files for each part: "unet/", "text_encoder/", "text_encoder_2/".  `base` is
-    the name of the base model.  Only settings that every version of PEFT knows are written.  Module paths of the first
-    text encoder have no `text_model.`, because transformers ≥ 5.6 builds it without; those of SDXL's second have it.
+    the name of the base model, `metadata` are strings for the headers, which PEFT passes over.  Only settings that
+    every version of PEFT knows are written.  Module paths of the first text encoder have no `text_model.`, because
+    transformers ≥ 5.6 builds it without; those of SDXL's second have it.
     """
     modules = lora_files.factor_pairs(state)
     rank, files = lora_files.common_rank(modules), {}
@@ -58,7 +63,7 @@ def peft_files(
                     "base_model_name_or_path": base}  # fmt: skip
         folder = "" if parts == ["unet"] else f"{part}/"
         files[f"{folder}{PEFT_CONFIG}"] = (json.dumps(settings, indent=2) + "\n").encode()
-        files[f"{folder}{PEFT_WEIGHTS}"] = tensor_bytes(tensors, {"format": "pt"})
+        files[f"{folder}{PEFT_WEIGHTS}"] = tensor_bytes(tensors, {**(metadata or {}), "format": "pt"})
     return files
 
 

@@ -12,14 +12,17 @@ References: Soboleva et al., "T-LoRA: Single Image Diffusion Model Customization
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import floor
+from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
-from personalize.io.json_files import parse_json
+from personalize.formats.manifest import MANIFEST, is_part_of_adapter
+from personalize.io.json_files import parse_json, read_json
 
 KEY = "timestep_rank"  # in adapter.json
 HEADER_KEY = "ss_timestep_rank"  # in the header of a file in kohya's names
@@ -91,6 +94,29 @@ def read_rule(values: Any, source: object) -> TimestepRank | None:
 def rule_of(info: Mapping[str, Any], source: object = "the adapter") -> TimestepRank | None:
     """The rule of an adapter by its `info`, or by the header of the file that it was read from; None without one."""
     return read_rule(info.get(KEY) or (info.get("header") or {}).get(HEADER_KEY), source)
+
+
+def with_rule(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of the adapter at `path`, with the rule that the folder of ours has in which the file lies.
+
+    Raises:
+        UserError: a damaged `adapter.json`.
+    """
+    path = Path(path)
+    ours = (path / MANIFEST).is_file() if path.is_dir() else path.suffix == ".safetensors" and is_part_of_adapter(path)
+    if HEADER_KEY in metadata or not ours:
+        return dict(metadata)
+    manifest = (path if path.is_dir() else path.parent) / MANIFEST
+    rule = read_rule(read_json(manifest).get(KEY), manifest)
+    return dict(metadata) | ({HEADER_KEY: json.dumps(rule.values())} if rule else {})
+
+
+def require_whole_rank(rule: TimestepRank | None) -> None:
+    """UserError if there is a rule: it says which components act when, and a lower rank mixes them."""
+    if rule is not None:
+        raise UserError(
+            f"an adapter with {rule} cannot be cut to a lower rank: first resolve it with `personalize export lora`"
+        )
 
 
 def warning(rule: TimestepRank) -> str:

@@ -1,13 +1,52 @@
 """Convert, on files whose contents other programs take badly as they are: shapes, names of blocks, headers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from personalize.adapters.adapter import Adapter
+from personalize.errors import UserError
+from personalize.formats.manifest import DIFFUSERS_FILE as DIFFUSERS
+from personalize.formats.timestep_rank import TimestepRank
 from tests.formats.test_conversion import assert_same, convert, deltas
 from tests.support.foreign_files import delta, kohya, kohya_stem, modules, save
 from tests.support.lora_predictions import CLOSE, difference, through_loader, with_merged
-from tests.support.lora_states import ATTENTION, paths, random_lora
+from tests.support.lora_states import ATTENTION, paths, random_adapter, random_lora
 from tests.support.tiny import tiny
+
+
+RULE = TimestepRank(rank=4, min_rank=1)
+
+
+def with_rule(folder):
+    """An adapter folder of an orthogonal start, rank 2r, with a timestep-dependent rank."""
+    adapter = random_adapter(tiny("sd1"), rank=8)
+    return replace(adapter, info={**adapter.info, "timestep_rank": RULE.values()}).save(folder)
+
+
+@pytest.mark.parametrize("source", ["", "pytorch_lora_weights.safetensors", "cat.safetensors"])
+@pytest.mark.parametrize("to", ["diffusers", "kohya", "peft"])
+def test_a_timestep_dependent_rank_goes_with_the_file(tmp_path, capsys, source, to):
+    file = with_rule(tmp_path / "cat") / source
+    there = convert(file, to, tmp_path / ("out" if to == "peft" else "out.safetensors"))
+    assert "Personalize keeps to that" in capsys.readouterr().out
+    back = convert(there, "kohya", tmp_path / "back.safetensors", family="sd1")
+    for path in (there, back):
+        loaded = Adapter.load(path)
+        assert loaded.timestep_rank == RULE and loaded.rank == 8
+    if to == "diffusers":  # which passes over what else stands in the header
+        assert torch.equal(
+            through_loader(tiny("sd1"), there), through_loader(tiny("sd1"), tmp_path / "cat" / DIFFUSERS)
+        )
+
+
+def test_a_lower_rank_would_mix_components_that_act_at_different_timesteps(tmp_path):
+    folder = with_rule(tmp_path / "cat")
+    for file in (folder, folder / "cat.safetensors"):
+        with pytest.raises(UserError, match="cannot be cut to a lower rank"):
+            convert(file, "kohya", tmp_path / "out.safetensors", rank=4)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("to", ["diffusers", "kohya"])

@@ -21,6 +21,7 @@ from personalize.formats.lora_files import factor_pairs
 from personalize.formats.peft_files import peft_files, require_no_other_files, require_peft_files
 from personalize.formats.rank_reduction import lowered_pairs
 from personalize.formats.reader_keys import Factors
+from personalize.formats.timestep_rank import HEADER_KEY, read_rule, require_whole_rank, warning
 from personalize.io.atomic import plain_name, write_file, write_folder
 from personalize.io.plain_files import visible
 
@@ -53,14 +54,16 @@ def run(config: ConvertConfig) -> Path:
     lora, family = replace(file, state=state), file.family
     expected = factors(state, lora.alpha / lora.rank)
     require_source(content, expected, family, config.file)
+    rule = read_rule(lora.header.get(HEADER_KEY), config.file)
     if config.rank is not None:
+        require_whole_rank(rule)
         lora, expected = _with_lower_rank(config.rank, lora)
     beside = _files_beside(config, file.concepts)
     written = _write(config, lora, expected, family)
     print(f"{written}: {len(expected)} modules, rank {lora.rank}, verified")
     for path, data in beside.items():
         print(f"{write_file(path, data)}: learned token, in a file of its own since no program reads both from one")
-    for line in left:
+    for line in [*left, *([warning(rule)] if rule else [])]:
         print(line)
     return written
 
@@ -83,11 +86,12 @@ def _selected(config: ConvertConfig, state: Mapping[str, Tensor]) -> dict[str, T
 def _write(config: ConvertConfig, lora: AdapterFile, expected: Factors, family: str | None) -> Path:
     """Write a LoRA in the layout that is wanted, read it back, and compare."""
     dtype, state = DTYPES[config.dtype], lora.state
+    rule = {key: text for key, text in lora.header.items() if key == HEADER_KEY}
     if config.to == "peft":
-        files = peft_files(state, lora.alpha, dtype, lora.base.get("name"))
+        files = peft_files(state, lora.alpha, dtype, lora.base.get("name"), rule)
         return _write_peft(config, files, expected, family)
     if config.to == "diffusers":
-        data = lora_files.diffusers_file(state, lora.alpha, dtype=dtype)
+        data = lora_files.diffusers_file(state, lora.alpha, dtype=dtype, metadata=rule)
         return write_file(config.output, data, check=lambda path: require(path, expected, family, kohya=False))
     if family is None:
         raise UserError(f"{config.file} does not tell the family of its base: say --family sd1, sd2 or sdxl")
