@@ -15,7 +15,6 @@ from tests.support.lora_predictions import CLOSE, difference, through_loader, wi
 from tests.support.lora_states import ATTENTION, paths, random_adapter, random_lora
 from tests.support.tiny import tiny
 
-
 RULE = TimestepRank(rank=4, min_rank=1)
 
 
