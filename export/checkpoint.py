@@ -64,7 +64,9 @@ def main(config: Config) -> Path:
     from personalize.models.stable_diffusion import StableDiffusion
 
     output = require_absent(config.output)
-    scaled = baked(Adapter.load(config.adapter), config.forget, config.strength)
+    if not config.strength:
+        raise UserError("nothing of the adapter is left: use a strength other than 0")
+    scaled = baked(Adapter.load(config.adapter), config.forget)
     adapter, note = describe_resolved(scaled, config.timestep_rank)
     base = config.pretrained_model_name_or_path or adapter.base.get("name")
     if not base:
@@ -76,7 +78,8 @@ def main(config: Config) -> Path:
         named = find_base(adapter.base, allow_download=config.allow_download)
         about["local_files_only"] = not config.allow_download
     model = StableDiffusion.load(named, device="cpu", dtype=torch.float32, **about)
-    weights, single = merged_weights(model, adapter, any_base=config.any_base), output.suffix == ".safetensors"
+    weights = merged_weights(model, adapter, any_base=config.any_base, strength=config.strength)
+    single = output.suffix == ".safetensors"
     (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
     count = len(adapter.lora) // 2 + len(adapter.others)
     lines = (note, f"{output}: {count} modules merged into {base}, {config.dtype}, verified")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.lora import PREFIX
 from personalize.adapters.merging import merged, plain
 from personalize.adapters.textual_inversion import installed_tokens
+from personalize.errors import Notice
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.transfer import sent
 
@@ -50,10 +52,17 @@ class AdapterCopy:
 
 
 def load_adapters(folder: str | Path | Sequence[str | Path]) -> Adapter:
-    """Load the adapter in `folder`, or the sum of those in several folders; UserError if they do not fit together."""
+    """Load the adapter in `folder`, or the sum of those in several folders; UserError if they do not fit together.
+
+    A Notice says which changes of biases and norms stay behind, for a sum of LoRAs holds none.
+    """
     if isinstance(folder, str | Path):
         return Adapter.load(folder)
     adapters = [Adapter.load(one) for one in folder]
-    if len(adapters) > 1:
-        adapters = [plain(adapter)[0] for adapter in adapters]
-    return adapters[0] if len(adapters) == 1 else merged(adapters, [1.0] * len(adapters), [str(one) for one in folder])
+    if len(adapters) == 1:
+        return adapters[0]
+    for number, (adapter, name) in enumerate(zip(adapters, folder, strict=True)):
+        adapters[number], lines = plain(adapter)
+        for line in lines:
+            warnings.warn(f"{name}: {line}", Notice, stacklevel=2)
+    return merged(adapters, [1.0] * len(adapters), [str(one) for one in folder])

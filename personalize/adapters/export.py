@@ -25,7 +25,7 @@ from personalize.adapters import lora, lora_scales
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.adapter_files import kohya_file_name
 from personalize.adapters.forgetting import parse_rule
-from personalize.adapters.merging import RankReduction, reduced
+from personalize.adapters.merging import RankReduction, reduced, require_scalable
 from personalize.errors import UserError
 from personalize.formats import lora_files, timestep_rank, verification
 from personalize.formats.peft_files import peft_files, require_peft_files
@@ -54,9 +54,9 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     check_number("strength", strength)
     if not adapter.lora and not adapter.others:
         raise UserError("the adapter has learned tokens but no LoRA: use `personalize export tokens`")
-    if adapter.others and (forget or strength != 1):
-        raise UserError("forgetting rules and strengths are multiplied into LoRAs alone: `convert` the file first")
     rules = [parse_rule(text) for text in forget if text != "none"]
+    if rules or strength != 1:
+        require_scalable(adapter, "a forgetting rule" if rules else "a strength that is multiplied into the weights")
     unet = {key: tensor for key, tensor in adapter.lora.items() if key.startswith(lora.PREFIX)}
     text = {key: tensor for key, tensor in adapter.lora.items() if key not in unet and strength}
     structure = empty_unet(adapter.family if rules else adapter.known_family or "sd1")

@@ -32,6 +32,7 @@ from personalize.io.json_files import utf8
 from personalize.io.progress import ticked
 from personalize.io.tensor_files import tensor_parts
 from personalize.models.lora_modules import is_lora_layer
+from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import StableDiffusion
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -65,8 +66,12 @@ def _key(component: str, name: str) -> str:
     return with_text_model(component, name).partition(".")[2]
 
 
-def merged_weights(model: StableDiffusion, adapter: Adapter, *, any_base: bool = False) -> dict[str, dict[str, Tensor]]:
+def merged_weights(
+    model: StableDiffusion, adapter: Adapter, *, any_base: bool = False, strength: float = 1.0
+) -> dict[str, dict[str, Tensor]]:
     """The weights of `model` with the adapter merged into them, by component; changed ones are new fp32 tensors.
+
+    `strength` is how far each weight and bias moves, of a LoRA as of changes of other algorithms.
 
     Raises:
         UserError: the adapter is for another family or, unless `any_base`, for another base model, it changes a module
@@ -74,7 +79,8 @@ def merged_weights(model: StableDiffusion, adapter: Adapter, *, any_base: bool =
     """
     require_constant_rank(adapter, "the adapter")
     adapter.check_base(model, any_base=any_base)
-    weights, strength = component_weights(model), adapter.alpha / adapter.rank
+    check_number("strength", strength)
+    weights, scaling = component_weights(model), strength * adapter.alpha / adapter.rank
     for module, (a, b) in ticked(lora_files.factor_pairs(adapter.lora).items(), "Merging"):
         weight = _weight_of(weights, module)
         a, b = fitted(a, b, weight.shape)
@@ -84,12 +90,12 @@ def merged_weights(model: StableDiffusion, adapter: Adapter, *, any_base: bool =
                 f"{tuple(weight.shape)}: name its own"
             )
         component, path = module.split(".", 1)
-        change = (b.flatten(1).float() @ a.flatten(1).float()) * strength
+        change = (b.flatten(1).float() @ a.flatten(1).float()) * scaling
         weights[component][f"{path}.weight"] = weight.float().cpu() + change.reshape(weight.shape)
     for module, parts in adapter.others.items():
         component, path = module.split(".", 1)
         weight, bias = _weight_of(weights, module).float().cpu(), weights[component].get(f"{path}.bias")
-        weight, bias = changed(module, parts, weight, None if bias is None else bias.cpu())
+        weight, bias = changed(module, parts, weight, None if bias is None else bias.cpu(), strength)
         weights[component][f"{path}.weight"] = weight
         weights[component] |= {} if bias is None else {f"{path}.bias": bias}
     return weights

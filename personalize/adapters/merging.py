@@ -18,9 +18,11 @@ from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
+from personalize.formats.algorithms import algorithm_of
 from personalize.formats.foreign_files import AdapterFile, as_lora
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.rank_reduction import RankReduction, peft_state, reduced_pairs, zero_padded
+from personalize.formats.weight_changes import NEED_THE_BASE
 from personalize.io.progress import ticked
 from personalize.models.ranges import check_number
 
@@ -128,6 +130,16 @@ def require_constant_rank(adapter: Adapter, name: object) -> None:
             f"{name} has {adapter.timestep_rank}, which no single sum expresses: first write it for one "
             f"strength at all noise levels with `personalize export lora {name} --timestep_rank share --output FILE`"
         )
+
+
+def require_scalable(adapter: Adapter, what: str = "a forgetting rule") -> None:
+    """UserError if the adapter holds changes of other algorithms than LoRA, which `what` does not scale."""
+    if not adapter.others:
+        return
+    kinds = {algorithm_of(parts) for parts in adapter.others.values()}
+    fixed = sorted(kinds & NEED_THE_BASE)
+    way = f"no LoRA holds {' and '.join(fixed)}: leave it out" if fixed else "`personalize convert` the file first"
+    raise UserError(f"{what} scales LoRAs alone, this file holds {' and '.join(sorted(kinds))} too: {way}")
 
 
 def _all_concepts(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, torch.Tensor]]:

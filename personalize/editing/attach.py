@@ -20,6 +20,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import applied, load_adapters
 from personalize.adapters.forgetting import ForgettingRule, parse_rules
 from personalize.adapters.lora_scales import scaled
+from personalize.adapters.merging import require_scalable
 from personalize.editing.vector_projection import edit_conditioning
 from personalize.errors import UserError
 from personalize.models.conditioning import of_one_length
@@ -97,11 +98,14 @@ def attach(
         strength: factor on the LoRA: 0 leaves it out, 1 is as trained; `embeds` does not depend on it.
 
     Raises:
-        UserError: `folder` is no adapter, it is of another family, or a rule matches no layer of it.
+        UserError: `folder` is no adapter, it is of another family, or a rule matches no layer of it or does not scale
+            all that it changes.
     """
     adapter = load_adapters(folder)
     model = StableDiffusion.from_pipeline(pipe)
     rules = parse_rules(forget)
+    if rules:
+        require_scalable(adapter)
     if rules and not adapter.changes_unet:
         raise UserError("a forgetting rule selects parts of the UNet, which this adapter does not change: leave it out")
     with applied(model, adapter, strength, any_base=True):

@@ -20,6 +20,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import AdapterCopy, load_adapters
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora_scales import lora_disabled
+from personalize.adapters.merging import require_scalable
 from personalize.adapters.text_encoder_lora import has_text
 from personalize.adapters.textual_inversion import installed_tokens
 from personalize.adapters.trained_size import trained_size
@@ -260,10 +261,8 @@ class Editor:
         scale = text_to_image_guidance(self.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
         edit = Edit(conditioning, negative, scale)
         scaled = strengths is not None and (strengths.forget != "none" or strengths.strength != 1)
-        if scaled and self._adapter.others:
-            raise UserError(
-                "a strength or a forgetting rule scales LoRAs, this file holds others: `personalize convert` it first"
-            )
+        if scaled:
+            require_scalable(self._adapter, "a strength or a forgetting rule")
         if strengths is not None and self._adapter.changes_unet:
             edit = replace(edit, rule=parse_rule_sum(strengths.forget), strength=strengths.strength)
         schedule = make_schedule(self.model, sampling.steps, sampling.scheduler)

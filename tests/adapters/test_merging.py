@@ -3,10 +3,20 @@
 import pytest
 import torch
 
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.apply import load_adapters
+from personalize.adapters.export import baked
+from personalize.adapters.forgetting import parse_rule
+from personalize.adapters.fuse import merged_weights
 from personalize.adapters.merging import WeightedLora, concatenated, reduced
-from personalize.errors import UserError
+from personalize.editing.attach import attach
+from personalize.editing.config import EditStrengths
+from personalize.editing.editor import Editor
+from personalize.errors import Notice, UserError
 from personalize.formats.lora_files import factor_pairs
+from tests.support.adapter_kinds import KINDS
 from tests.support.lora_states import random_lora
+from tests.support.tiny import tiny, tiny_pipeline
 
 SHAPES = {"up_blocks.1.a.to_q": (12, 8), "up_blocks.1.b.conv1": (6, 5, 3, 3), "up_blocks.1.c.proj_in": (9, 9, 1, 1)}
 FP32 = 1e-6  # entries of order 1e-2 from sums of at most 7 products: rounding of 6e-8 each
@@ -69,3 +79,50 @@ def test_mistakes():
     ):
         with pytest.raises(UserError, match=message):
             attempt()
+
+
+@pytest.fixture
+def with_biases(tmp_path):
+    return KINDS["LoRA and biases"]().write(tmp_path / "biases")
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("LoRA and biases", "convert` the file first"), ("DoRA", "no LoRA holds DoRA: leave it out")]
+)
+def test_a_rule_is_refused_where_it_would_scale_a_part_of_the_changes(tmp_path, kind, way):
+    file, pipe = KINDS[kind]().write(tmp_path / "in"), tiny_pipeline("sd1")
+    rules, dials = [parse_rule("middle")], EditStrengths(forget="middle")
+    for attempt in (
+        lambda: baked(Adapter.load(file), ["middle"]),
+        lambda: baked(Adapter.load(file), strength=0.5),
+        lambda: Editor(tiny("sd1"), Adapter.load(file)).edit("a cat", dials, seeds=[0]),
+        lambda: attach(pipe, file, forget=rules).__enter__(),
+    ):
+        with pytest.raises(UserError, match=way) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    with attach(pipe, file, strength=0.5):  # a strength moves other changes too
+        pass
+
+
+def test_a_sum_says_which_biases_stay_behind(with_biases, tmp_path):
+    other = KINDS["LoRA, kohya's names"]().write(tmp_path / "other")
+    with pytest.warns(Notice, match=r"biases.*2 changed bias\(es\) or norm\(s\) stay behind") as said:
+        load_adapters([with_biases, other])
+    assert len([one for one in said if one.category is Notice]) == 1
+
+
+@pytest.mark.parametrize("kind", ["LoRA and biases", "DoRA", "LoHa"])
+def test_a_strength_moves_every_weight_and_bias_by_its_part(tmp_path, kind):
+    file = KINDS[kind]().write(tmp_path / "in")
+    before, whole, part = (
+        merged_weights(tiny("sd1"), Adapter.load(file), any_base=True, strength=strength)
+        for strength in (0.0, 1.0, 0.3)
+    )
+    changed = [name for name in before["unet"] if not torch.equal(before["unet"][name], whole["unet"][name])]
+    assert changed and any("bias" in name for name in changed) == (kind == "LoRA and biases")
+    for name in changed:
+        start, end = before["unet"][name], whole["unet"][name]
+        torch.testing.assert_close(
+            part["unet"][name], start + 0.3 * (end - start), atol=1e-5, rtol=1e-5
+        )  # fp32 near 10
