@@ -61,7 +61,7 @@ DOTTED_PREFIXES = {  # by the start of a key: the part of the model, and whose s
 }
 UNET_STARTS = (
     "down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.",
-    "input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.",
+    "input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.",
 )  # fmt: skip
 ORIGINAL_STARTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 TEXT_STARTS = ("text_model.", "encoder.layers.", "text_projection")

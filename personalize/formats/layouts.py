@@ -73,7 +73,8 @@ def classify_tensors(tensors: Mapping[str, Tensor]) -> FileContents:
 def _kind_without_modules(tensors: Mapping[str, Tensor]) -> str:
     """The kind of a file that is not keyed by modules: a textual inversion, a checkpoint, …; "" if it may be a LoRA."""
     keys = set(tensors)
-    if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for key in keys):
+    whole = any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for key in keys)
+    if whole and not any(len(key) <= MAX_KEY_LENGTH and take_apart(key) for key in keys):
         return "checkpoint"
     if any(CLONEOFSIMO.fullmatch(key) for key in keys):
         return "flat list of cloneofsimo/lora"

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats.layer_sizes import most_numbers
-from personalize.formats.reader_keys import Factors, ReaderKeys
+from personalize.formats.reader_keys import Factors, ReaderKeys, original_paths
 from personalize.io.json_files import parse_object
 from personalize.io.tensor_files import TensorFile
+from personalize.models.empty import empty_unet
 
 ROLE = re.compile(
     r"[._](?:lora[._](?:linear_layer\.)?)?(down|up|mid|A|B|alpha|hada_\w+|lokr_\w+|diff)"
@@ -61,7 +62,7 @@ def deviations(content: TensorFile, found: Factors, family: str) -> dict[str, fl
 
 def _modules(content: TensorFile, family: str) -> dict[str, dict[str, Tensor]]:
     """The file's tensors by module and role; keys of no module are left out."""
-    index = _index(ReaderKeys(family))
+    index = _index(ReaderKeys(family), family)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in content.tensors.items():
         role = ROLE.search(key)
@@ -71,9 +72,13 @@ def _modules(content: TensorFile, family: str) -> dict[str, dict[str, Tensor]]:
     return modules
 
 
-def _index(keys: ReaderKeys) -> dict[str, str]:
-    """By letters and digits alone: every module in each spelling that a reader knows, and in older ones."""
-    spelled = {**keys.kohya_modules, **keys.peft_modules}
+def _index(keys: ReaderKeys, family: str) -> dict[str, str]:
+    """By letters and digits alone: every module in each spelling that a reader knows, and in older ones.
+
+    Of every family's UNet the original code's names are known too: ComfyUI uses no others.
+    """
+    original = {f"unet.{name}": f"unet.{path}" for name, path in original_paths(empty_unet(family)).items()}
+    spelled = {**original, **keys.kohya_modules, **keys.peft_modules}
     index = {_squashed(_part(key) + re.sub(r"^(lora_unet|lora_te\d?|unet|text_encoder(_2)?)[._]", "", key)): module
              for key, module in spelled.items()}  # fmt: skip
     for short, module in list(index.items()):

@@ -7,13 +7,42 @@ import torch
 
 from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
+from personalize.formats.inspection import inspect_file
 from personalize.formats.manifest import DIFFUSERS_FILE as DIFFUSERS
+from personalize.formats.original_checkpoint import unet_name
 from personalize.formats.timestep_rank import TimestepRank
 from tests.formats.test_conversion import assert_same, convert, deltas
 from tests.support.foreign_files import delta, kohya, kohya_stem, modules, save
 from tests.support.lora_predictions import CLOSE, difference, through_loader, with_merged
-from tests.support.lora_states import ATTENTION, paths, random_adapter, random_lora
+from tests.support.lora_states import ATTENTION, SHALLOW, paths, random_adapter, random_lora
 from tests.support.tiny import tiny
+
+SPELLINGS = {  # a key's stem in original block names, as ComfyUI, its model's own state and kohya's tools write it
+    "ComfyUI": "diffusion_model.{}",
+    "checkpoint": "model.diffusion_model.{}",
+    "kohya": "lora_unet_{}",
+    "no prefix": "{}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("base", ["sd1", "sd2v", "sdxl"])
+def test_original_names_of_blocks_are_read_in_every_family(tmp_path, base, spelling):
+    model = tiny(base)
+    state = random_lora(paths(model.unet, SHALLOW))
+    ups = model.unet.up_blocks
+    with_attention = {f"up_blocks.{i}" for i in range(len(ups)) if getattr(ups[i], "attentions", None)}
+    tensors = {}
+    for module, (a, b) in modules(state).items():
+        name = unet_name(f"{module.removeprefix('unet.')}.weight", with_attention).removesuffix(".weight")
+        stem = SPELLINGS[spelling].format(name.replace(".", "_") if spelling == "kohya" else name)
+        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(2.0)}
+    file = save(tmp_path / "in.safetensors", tensors)
+    found = inspect_file(file)
+    assert found.readers["personalize"] == ("yes", "") and not found.layout.endswith("checkpoint")
+    written = convert(file, "kohya", tmp_path / "out.safetensors", family=model.family)
+    assert_same(deltas(written, model.family), {module: delta(a, b, 0.5) for module, (a, b) in modules(state).items()})
+
 
 RULE = TimestepRank(rank=4, min_rank=1)
 
