@@ -39,6 +39,7 @@ def known_paths(family: str) -> frozenset[str]:
     unet = {f"unet.{path}" for path, _ in empty_unet(family).named_modules() if path}
     layers = [module for module in kernels(family) if not module.startswith("unet.")]
     norms = {f"{layer.partition('.self_attn.')[0]}.layer_norm{n}" for layer in layers for n in (1, 2)}
+    norms |= {f"{encoder}.text_model.final_layer_norm" for encoder in ENCODERS[family]}
     return frozenset(unet | set(layers) | norms)
 
 

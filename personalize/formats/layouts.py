@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from personalize.formats.key_parts import CUSTOM_DIFFUSION, TOKEN, split_ending, take_apart
+from personalize.formats.key_parts import CUSTOM_DIFFUSION, TOKEN, role_of, split_ending, take_apart
 
 CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(up|down)")
 TEXT_WIDTHS = (768, 1024, 1280)
@@ -113,10 +113,11 @@ def _add_tensor(key: str, tensor: Tensor, contents: FileContents) -> None:
         contents.unknown_keys.append(key)
         return
     parts = contents.modules.setdefault(found.module, {})
-    if found.role in parts:
+    role = role_of(found.role, tensor)
+    if role in parts:
         contents.duplicate_keys.append(key)
         return
-    parts[found.role] = tensor
+    parts[role] = tensor
     contents.key_stems.setdefault(found.module, found.stem)
     contents.module_schemes.setdefault(found.module, found.scheme)
     contents.naming_schemes[found.scheme] += 1

@@ -24,11 +24,12 @@ NAMES_WITH_UNDERSCORES = """
     input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection time_embed label_emb
     down_blocks mid_block up_blocks transformer_blocks conv_in conv_out conv_shortcut time_embedding add_embedding
     linear_1 linear_2 time_emb_proj proj_in proj_out to_q to_k to_v to_out text_model self_attn q_proj k_proj v_proj
-    out_proj text_projection
+    out_proj text_projection layer_norm1 layer_norm2 final_layer_norm conv_norm_out
 """.split()
 PATH_PART = re.compile(rf"(?:{'|'.join(sorted(NAMES_WITH_UNDERSCORES, key=len, reverse=True))})(?=_|$)|[^_]+")
 ORIGINAL_NAMES = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -36,6 +37,8 @@ ORIGINAL_NAMES = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 ORIGINAL_RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",

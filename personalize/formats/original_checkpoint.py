@@ -34,8 +34,6 @@ TEXT_ENCODER_PREFIXES = {  # for each family: prefix and naming scheme of each t
         "text_encoder_2": ("conditioner.embedders.1.model.", "open_clip"),
     },
 }
-OUTSIDE_BLOCKS = ORIGINAL_NAMES | {"conv_norm_out": "out.0"}
-RESNET = ORIGINAL_RESNET | {"norm1": "in_layers.0", "norm2": "out_layers.0"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_CLIP = {
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -80,11 +78,11 @@ def unet_name(name: str, with_attention: set[str]) -> str:
         UserError: a weight whose original name is not known.
     """
     path, _, kind = name.rpartition(".")  # kind: "weight" or "bias"
-    if path in OUTSIDE_BLOCKS:
-        return f"{OUTSIDE_BLOCKS[path]}.{kind}"
+    if path in ORIGINAL_NAMES:
+        return f"{ORIGINAL_NAMES[path]}.{kind}"
     if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", path):
         number = 1 if match[1] == "attentions" else 2 * int(match[2])
-        return f"middle_block.{number}.{RESNET.get(match[3], match[3])}.{kind}"
+        return f"middle_block.{number}.{ORIGINAL_RESNET.get(match[3], match[3])}.{kind}"
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", path)
     if match is None:
         raise UserError(
@@ -97,7 +95,7 @@ def unet_name(name: str, with_attention: set[str]) -> str:
     if group == "upsamplers":
         return f"{blocks}.{first + 2}.{2 if f'up_blocks.{match[2]}' in with_attention else 1}.conv.{kind}"
     number = first + layer + (side == "down")  # input block 0 is conv_in
-    return f"{blocks}.{number}.{int(group == 'attentions')}.{RESNET.get(inner, inner)}.{kind}"
+    return f"{blocks}.{number}.{int(group == 'attentions')}.{ORIGINAL_RESNET.get(inner, inner)}.{kind}"
 
 
 def vae_state(weights: Weights) -> dict[str, Tensor]:

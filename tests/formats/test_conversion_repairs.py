@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from personalize.adapters.adapter import Adapter
+from personalize.adapters.fuse import component_weights, merged_weights
+from personalize.adapters.text_encoder_lora import parameters_of
+from personalize.editing.attach import attach
 from personalize.errors import UserError
 from personalize.formats.inspection import inspect_file
 from personalize.formats.manifest import DIFFUSERS_FILE as DIFFUSERS
@@ -42,6 +45,44 @@ def test_original_names_of_blocks_are_read_in_every_family(tmp_path, base, spell
     assert found.readers["personalize"] == ("yes", "") and not found.layout.endswith("checkpoint")
     written = convert(file, "kohya", tmp_path / "out.safetensors", family=model.family)
     assert_same(deltas(written, model.family), {module: delta(a, b, 0.5) for module, (a, b) in modules(state).items()})
+
+
+NORMS = {  # every spelling of a norm's module: in ComfyUI's, LyCORIS' and kohya's files
+    "diffusion_model.input_blocks.1.0.in_layers.0": "unet.down_blocks.0.resnets.0.norm1",
+    "diffusion_model.middle_block.2.out_layers.0": "unet.mid_block.resnets.1.norm2",
+    "diffusion_model.input_blocks.4.1.norm": "unet.down_blocks.1.attentions.0.norm",
+    "diffusion_model.out.0": "unet.conv_norm_out",
+    "lora_unet_out_0": "unet.conv_norm_out",
+    "lora_unet_conv_norm_out": "unet.conv_norm_out",
+    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_norm3":
+        "unet.up_blocks.1.attentions.0.transformer_blocks.0.norm3",
+    "lora_te1_text_model_encoder_layers_0_layer_norm2": "text_encoder.text_model.encoder.layers.0.layer_norm2",
+    "lora_te2_text_model_final_layer_norm": "text_encoder_2.text_model.final_layer_norm",
+    "text_encoders.clip_l.transformer.text_model.final_layer_norm": "text_encoder.text_model.final_layer_norm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_changes_of_norms_are_merged_and_applied_and_stay_behind_in_loras(tmp_path, capsys, name):
+    model, module = tiny("sdxl"), NORMS[name]
+    endings = ("w_norm", "b_norm") if name.startswith("lora_") else ("diff", "diff_b")
+    state = random_lora(paths(model.unet, lambda path: path.startswith("mid_block.") and ATTENTION(path)))
+    component, path = module.split(".", 1)
+    old = component_weights(model)[component]
+    size = len(old[f"{path}.weight"])
+    changes = {"weight": torch.linspace(-1, 1, size), "bias": torch.linspace(2, 3, size)}
+    norm = {f"{name}.{ending}": change for ending, change in zip(endings, changes.values(), strict=True)}
+    file = save(tmp_path / "in.safetensors", kohya(state, "sdxl", 4.0) | norm)
+    assert inspect_file(file).readers["personalize"][0] == "partly"
+    found = merged_weights(model, Adapter.load(file, family="sdxl"), any_base=True)[component]
+    for kind, change in changes.items():
+        assert torch.equal(found[f"{path}.{kind}"], old[f"{path}.{kind}"] + change)  # one sum in single precision
+    before = parameters_of(model, [module])[f"{module}.weight"].clone()
+    with attach(model.pipeline(), file):
+        assert torch.equal(parameters_of(model, [f"{component}."])[f"{module}.weight"], before + changes["weight"])
+    written = convert(file, "kohya", tmp_path / "out.safetensors", family="sdxl")
+    assert f"1 changed bias(es) or norm(s) stay behind, first of {module}" in capsys.readouterr().out
+    assert_same(deltas(written, "sdxl"), {m: delta(a, b) for m, (a, b) in modules(state).items()})
 
 
 RULE = TimestepRank(rank=4, min_rank=1)

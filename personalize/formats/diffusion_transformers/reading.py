@@ -20,6 +20,7 @@ from personalize.formats.diffusion_transformers.factors import Pair, halves_swap
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.names import Layer, spellings, stem_of
 from personalize.formats.diffusion_transformers.skeletons import models, shapes_of
+from personalize.formats.key_parts import role_of
 from personalize.formats.layer_kinds import with_kernel
 from personalize.formats.layer_sizes import SMALL, products
 from personalize.formats.layouts import MAX_KEY_LENGTH
@@ -137,6 +138,7 @@ def sort(content: TensorFile, family: str) -> SortedFile:
             file.unknown.append(key)
             continue
         stem, _, role, folder = found
+        role = role_of(role, content.tensors[key])
         parts = file.parts.setdefault(stem, {})
         if role in parts:
             file.twice.append(key)
