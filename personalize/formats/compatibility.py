@@ -106,7 +106,9 @@ def _verdict(
     tables += [BY_FILE_KIND[contents.file_kind]] if contents.file_kind in BY_FILE_KIND else []
     reasons = [table[program] for table in tables if program in table]
     reasons += [(finding.programs[program], finding.text) for finding in findings if program in finding.programs]
-    if elsewhere and len(elsewhere) == len(contents.modules):
+    if elsewhere and program == "personalize":
+        reasons.append(refused(elsewhere))
+    elif elsewhere and len(elsewhere) == len(contents.modules):
         reasons.append((UNKNOWN, "it is for another kind of model"))
     elif elsewhere:
         reasons.append((PARTLY, f"drops {len(elsewhere)} module(s) that the model does not have, first {elsewhere[0]}"))
@@ -115,6 +117,11 @@ def _verdict(
     if worst == (UNKNOWN, ""):
         return UNKNOWN, "whether it takes this algorithm was not read"
     return (YES, TRIGGER if embedding else "") if worst[0] == YES else worst
+
+
+def refused(elsewhere: Sequence[str]) -> tuple[str, str]:
+    """The verdict of this program, which leaves out nothing in silence, on modules that its models do not have."""
+    return NO, f"{len(elsewhere)} module(s), first {elsewhere[0][:120]}, are in no model of its family"
 
 
 def dropped(found: Sequence[Finding], elsewhere: Sequence[str], count: int) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ personalize inspect FILE [--json] [--picture out.png]
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     problems = [finding.text for finding in findings] + problems + _matrix_problems(contents)
     problems += _modules_not_in_model(contents, family) + _timestep_rank(path, content.metadata)
     unknown = modules_elsewhere(contents, family)
-    readers = compatibility.readers(contents, findings, unknown) | {"personalize": _own_verdict(path, content)}
+    readers = compatibility.readers(contents, findings, unknown) | {"personalize": _own_verdict(path, content, unknown)}
     if is_pickle(path):
         problems.append("it is a pickle, which can run code in programs that open it carelessly: convert it")
     modules = contents.modules
@@ -141,12 +141,14 @@ def _modules_not_in_model(contents: FileContents, family: str | None) -> list[st
     return found if family else [*found, "nothing in it tells its family: say --family where one is needed"]
 
 
-def _own_verdict(path: Path, content: TensorFile) -> tuple[str, str]:
-    """Whether this program reads the file, by reading it."""
+def _own_verdict(path: Path, content: TensorFile, elsewhere: Sequence[str]) -> tuple[str, str]:
+    """Whether this program reads the file, by reading it; `elsewhere` are its modules that no model has."""
     try:
         file = read_adapter_file(path, content)
     except UserError as error:
         return compatibility.NO, str(error).removeprefix(f"{path}").lstrip(": ")
+    if elsewhere:
+        return compatibility.refused(elsewhere)
     try:
         lines = as_lora(file)[1]
     except UserError as error:

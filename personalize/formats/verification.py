@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.formats import textual_inversion_files
+from personalize.formats import layouts, textual_inversion_files
 from personalize.formats.integrity import NO_HASHES, absurd_weight, changed_files, header_problems, same_numbers
 from personalize.formats.layer_sizes import require_fitting
 from personalize.formats.manifest import (
@@ -78,12 +78,11 @@ def _require_fitting(path: Path, factors: Factors, family: str) -> None:
 
 
 def _family(content: TensorFile, kohya: bool) -> str:
-    """The family that has most of the file's modules; the width of the text separates SD 1.x from 2.x."""
+    """The family that has most of the file's modules; of several, as SD 1.x and 2.x, the one that all else tells."""
     readers = {family: ReaderKeys(family) for family in FAMILIES}
     factors = {family: (keys.kohya if kohya else keys.peft)(content)[0] for family, keys in readers.items()}
-    best = max(FAMILIES, key=lambda family: len(factors[family]))
-    widths = {a.shape[1] for module, (a, _, _) in factors[best].items() if module.endswith("attn2.to_k")}
-    return "sd2" if best == "sd1" and 1024 in widths else best
+    told = layouts.detect_family(layouts.classify_tensors(content.tensors), content.metadata)[0]
+    return max(FAMILIES, key=lambda family: (len(factors[family]), family == told))
 
 
 def _any_shape_matches(factors: Factors, shapes: Mapping[str, torch.Size]) -> bool:

@@ -11,12 +11,16 @@ from personalize.adapters import adapter as adapter_module
 from personalize.adapters.adapter import Adapter
 from personalize.cli.commands import verify
 from personalize.cli.options import VerifyConfig
+from personalize.editing.attach import attach
 from personalize.errors import UserError
 from personalize.formats import lora_files, verification
+from personalize.formats.folder_inspection import inspect_folder
+from personalize.formats.inspection import inspect_file
 from personalize.formats.reader_keys import ReaderKeys, original_paths
 from personalize.formats.verification import verify_folder
 from personalize.io.tensor_files import read_tensors, tensor_bytes
-from personalize.models.empty import empty_unet
+from personalize.models.empty import empty_model, empty_unet
+from tests.support.foreign_files import kohya
 from tests.support.lora_states import ATTENTION, paths, predict, random_lora, text_lora
 from tests.support.tiny import tiny
 
@@ -255,3 +259,39 @@ def test_the_command_prints_the_report_and_raises_on_a_mismatch(folder, capsys):
     with pytest.raises(UserError, match="does not verify"):
         verify.run(VerifyConfig(folder))
     assert "NOT verified" in capsys.readouterr().out
+
+
+def released(path, family, text, endings, metadata=None):
+    """A LoRA of rank 1 in kohya's names on a part of the released model of SD 1.x or 2.x."""
+    base = empty_model(family)
+    part = base.text_encoders[0] if text else base.unet
+    state = random_lora(paths(part, lambda name: name.endswith(endings)), "text_encoder" if text else "unet", rank=1)
+    path.write_bytes(tensor_bytes(kohya(state, family, 1.0), metadata))
+    return path, len(state) // 2
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize(("text", "endings"), [(False, ("to_q", "to_v")), (True, ("q_proj",)), (False, ("proj_in",))])
+def test_the_family_is_found_by_all_that_tells_it(tmp_path, family, text, endings):
+    """By keys or values of the text, the text encoder's width, or the kind of a projection."""
+    path, count = released(tmp_path / "x.safetensors", family, text, endings)
+    found = verification.verify_file(path)
+    readings = 1 if text else 2  # diffusers is asked about UNets of the released sizes alone
+    assert found.ok and [file.matched for file in found.files] == [count] * readings
+
+
+def test_what_the_metadata_say_decides_where_nothing_else_does(tmp_path):
+    path, _ = released(tmp_path / "x.safetensors", "sd2", False, "attn1.to_q", {"ss_base_model_version": "sd_v2"})
+    assert verification.verify_file(path).ok
+
+
+def test_a_module_of_no_model_is_refused_by_every_command_and_inspect_says_so(tmp_path):
+    state = random_lora(paths(tiny("sd1").unet, ATTENTION))
+    pair = {f"unet.down_blocks.9.attentions.0.proj_in.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+    (tmp_path / "x.safetensors").write_bytes(tensor_bytes(state | pair, {"ss_base_model_version": "sd_v1"}))
+    verdict, reason = inspect_file(tmp_path / "x.safetensors").readers["personalize"]
+    assert verdict == "no" and "1 module(s), first unet.down_blocks.9" in reason
+    assert inspect_folder(tmp_path)[0].readers["personalize"] == "no"
+    with pytest.raises(UserError, match="in no model|no layer"):
+        with attach(tiny("sd1").pipeline(), tmp_path / "x.safetensors"):
+            pass
