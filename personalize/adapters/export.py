@@ -179,8 +179,7 @@ def _content(adapter: Adapter, title: str, layout: str, dtype: torch.dtype) -> b
         return lora_files.diffusers_file(adapter.lora, adapter.alpha, dtype=dtype)
     kept = dict(adapter.info.get("header") or {})  # of the file that the adapter was read from
     own = lora_files.kohya_metadata(title=title, family=adapter.family, rank=adapter.rank, info=adapter.info)
-    changed = {"ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_output_name", "modelspec.title"}
-    metadata = own | kept | {key: own[key] for key in changed}
+    metadata = lora_files.kept_metadata(own, kept, adapter.family, ("ss_output_name", "modelspec.title"))
     if applied := adapter.info.get("baked"):
         metadata["ss_training_comment"] = f"worked in: {json.dumps(applied)}"
     return lora_files.kohya_file(adapter.lora, adapter.alpha, family=adapter.family, dtype=dtype, metadata=metadata)

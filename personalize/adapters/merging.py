@@ -119,6 +119,8 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
     family = {"family": first.known_family} if first.known_family else {}
     info = {"base": first.base | family, "merged_from": sources}
     info["caption"] = ", ".join(caption for caption in captions if caption)
+    licences = {str(adapter.info["license"]) for adapter in adapters if adapter.info.get("license")}
+    info |= {"license": licences.pop() if len(licences) == 1 else "other"} if licences else {}
     info["person"] = any(bool(adapter.info.get("person")) for adapter in adapters)
     return Adapter(state, rank, float(rank), None, info, _all_concepts(adapters))
 

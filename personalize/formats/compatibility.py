@@ -251,7 +251,7 @@ def _alpha_in_two_places_or_none(
                 "it has both lora_adapter_metadata and alpha keys: diffusers refuses such a file", {"diffusers": NO}
             )
         ]
-    header = [key for key in HEADER_ALPHAS if key in metadata]
+    header = [key for key in HEADER_ALPHAS if metadata.get(key, "None") != "None"]
     if header and not alphas and not has_metadata:
         text = f"alpha stands in the header alone ({header[0]} = {metadata[header[0]][:20]}): convert writes it where"
         return [

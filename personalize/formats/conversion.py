@@ -48,11 +48,8 @@ def require(path: Path, expected: Factors, family: str | None, *, kohya: bool) -
 
 def metadata(lora: AdapterFile, family: str, title: str) -> dict[str, str]:
     """The header of a kohya file: the source's `ss_*` and `modelspec.*` strings, except those about its layout."""
-    ours = lora_files.kohya_metadata(title=title, family=family, rank=lora.rank, info={})
-    layout = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "modelspec.implementation")
-    if layouts.family_from_metadata(lora.metadata) != family:  # what the source says of its base is missing or wrong
-        layout += ("ss_base_model_version", "ss_v2", "modelspec.architecture")
-    return ours | lora.header | {key: ours[key] for key in layout}
+    ours = lora_files.kohya_metadata(title=title, family=family, rank=lora.rank, info={"base": lora.base})
+    return lora_files.kept_metadata(ours, lora.header, family)
 
 
 def require_tokens(

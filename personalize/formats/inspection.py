@@ -90,7 +90,7 @@ def _scalings(contents: FileContents, metadata: Mapping[str, str]) -> tuple[dict
                 scalings[module] = peft_settings.scaling(module, parts, settings)
             except UserError as error:
                 problems.append(str(error))
-    return scalings, problems
+    return scalings, list(dict.fromkeys(problems))
 
 
 def _matrix_problems(contents: FileContents) -> list[str]:

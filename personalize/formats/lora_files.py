@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -24,13 +24,15 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import timestep_rank
-from personalize.formats.layouts import FAMILY_OF_WIDTH
+from personalize.formats.layouts import FAMILY_OF_WIDTH, family_from_metadata
 from personalize.formats.lora_keys import COMPONENTS, kohya_name, with_text_model
 from personalize.io.tensor_files import tensor_bytes
 
 TRAINING_OPTIONS = (  # those that kohya's tools also record, under the same names
     "learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "optimizer", "resolution", "seed"
 )  # fmt: skip
+
+LAYOUT_KEYS = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "modelspec.implementation")
 
 
 def factor_pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -120,12 +122,40 @@ def kohya_file(
         name = kohya_name(module, family)
         tensors[f"{name}.lora_down.weight"] = _cast(down, dtype, module)
         tensors[f"{name}.lora_up.weight"] = _cast(up.double() * (alpha / rank), dtype, module)
-        tensors[f"{name}.alpha"] = torch.tensor(float(rank), dtype=dtype)
+        tensors[f"{name}.alpha"] = alpha_tensor(rank, dtype)
+    return hashed_bytes(tensors, {**(metadata or {}), "format": "pt"})
+
+
+def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+    """alpha as a file's tensor: in the file's `dtype`, or in single precision where that would round it."""
+    tensor = torch.tensor(float(alpha), dtype=dtype)
+    return tensor if float(tensor) == alpha else torch.tensor(float(alpha))
+
+
+def hashed_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a file whose header holds the hashes of its data, by which sd-scripts and A1111 know a LoRA."""
     without_metadata = tensor_bytes(tensors)
     data = without_metadata[8 + int.from_bytes(without_metadata[:8], "little") :]
     data_hash = sha256(data).hexdigest()
-    header = {**(metadata or {}), "format": "pt", "sshs_model_hash": data_hash}
-    return tensor_bytes(tensors, header | {"modelspec.hash_sha256": f"0x{data_hash}"})
+    hashes = {"sshs_model_hash": data_hash, "modelspec.hash_sha256": f"0x{data_hash}"}
+    return tensor_bytes(tensors, {**metadata, **hashes})
+
+
+def kept_metadata(
+    own: Mapping[str, str], header: Mapping[str, str], family: str, others: Collection[str] = ()
+) -> dict[str, str]:
+    """The header of a file that was made of another: what that one's `header` says, except where it is wrong now.
+
+    Args:
+        own: the strings of `kohya_metadata`, which stand where the source has none.
+        header: the source's `ss_*` and `modelspec.*` strings.
+        family: of the base model; the source's strings about it are replaced if they do not say it.
+        others: further keys of `own` that replace the source's.
+    """
+    changed = {*LAYOUT_KEYS, *others}
+    if family_from_metadata(header) != family:
+        changed |= {"ss_base_model_version", "ss_v2", "modelspec.architecture"}
+    return {**own, **header, **{key: own[key] for key in changed}}
 
 
 def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any]) -> dict[str, str]:
@@ -152,7 +182,7 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "ss_output_name": title,
         "ss_sd_model_name": base.get("name"),
         "ss_new_sd_model_hash": base.get("sha256"),
-        "ss_num_train_images": 1,
+        "ss_num_train_images": info.get("pictures", 1) if config or caption else None,
         "ss_tag_frequency": json.dumps({"1_picture": {caption: 1}}) if caption else None,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",

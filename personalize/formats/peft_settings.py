@@ -42,6 +42,8 @@ class PeftSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_pattern: Mapping[str, float] = field(default_factory=dict)
     kind: str = "LORA"
+    unclear: str = ""
+    """Why the header does not tell alpha, an error where a module has none of its own."""
 
     def alpha_of(self, path: str) -> float | None:
         """alpha of the module at `path`: of the first pattern that fits it, else `alpha`."""
@@ -84,18 +86,21 @@ def settings_of(metadata: Mapping[str, str], source: object) -> dict[str, PeftSe
 
 
 def _header_settings(metadata: Mapping[str, str], source: object) -> dict[str, PeftSettings]:
-    """Settings that stand in plain keys of the header; several values that differ are an error."""
-    values = {metadata[key] for key in HEADER_ALPHAS if key in metadata}
-    if not values:
+    """Settings that stand in plain keys of the header; "None", as Python writes it, says nothing."""
+    texts = [metadata[key] for key in HEADER_ALPHAS if metadata.get(key, "None") != "None"]
+    if not texts:
         return {}
-    if len(values) > 1:
-        raise UserError(f"{source}: its header gives two values of alpha, {sorted(values)}: which is right?")
-    try:
-        alpha = float(next(iter(values)))
-    except ValueError as error:
-        raise UserError(f"{source}: alpha in its header is {values.pop()[:40]!r}, a number was expected") from error
     stabilized = metadata.get("use_rslora", "").lower() == "true"
-    return {"": PeftSettings(_positive(alpha, "alpha", source), None, stabilized)}
+    try:
+        values = {_positive(float(text), "alpha", source) for text in texts}
+    except ValueError as error:  # a UserError too
+        said = str(error) if isinstance(error, UserError) else ""
+        said = said or f"{source}: alpha in its header is {texts[0][:40]!r}, a number was expected"
+        return {"": PeftSettings(rank_stabilized=stabilized, unclear=said)}
+    if len(values) > 1:
+        said = f"{source}: its header gives two values of alpha, {sorted(values)}: which is right?"
+        return {"": PeftSettings(rank_stabilized=stabilized, unclear=said)}
+    return {"": PeftSettings(values.pop(), None, stabilized)}
 
 
 def _parsed(values: Mapping[str, Any], prefix: str, source: object) -> PeftSettings:
@@ -163,6 +168,8 @@ def scaling(module: str, parts: Mapping[str, Tensor], settings: Mapping[str, Pef
     component, path = module.split(".", 1)
     rank, own = parts["A"].shape[0], settings.get(component, settings.get("", PeftSettings()))
     alpha = parts["alpha"].item() if "alpha" in parts and parts["alpha"].numel() == 1 else 0
+    if not alpha and own.unclear:
+        raise UserError(own.unclear)
     if not alpha:  # no alpha tensor; kohya's tools take 0 for none, too
         alpha = own.alpha_of(path) or rank
     return _positive(alpha, "alpha", f"module {module}") / (rank**0.5 if own.rank_stabilized else rank)

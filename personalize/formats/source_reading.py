@@ -169,7 +169,8 @@ def _strength(module: str, parts: Mapping[str, Tensor], rank: int, metadata: Map
         return alpha / divisor if alpha and divisor else 1.0
     if not rank:
         return 1.0
-    header = next((metadata[key] for key in ("lora_alpha", "network_alpha", "alpha") if key in metadata), rank)
+    stated = [metadata[key] for key in ("lora_alpha", "network_alpha", "alpha") if key in metadata]
+    header = next((text for text in stated if text != "None"), rank)
     own = own or {"lora_alpha": float(header), "use_rslora": metadata.get("use_rslora", "").lower() == "true"}
     alpha = _pattern_value(own.get("alpha_pattern") or {}, path) or own.get("lora_alpha") or rank
     return alpha / (rank**0.5 if own.get("use_rslora") else rank)

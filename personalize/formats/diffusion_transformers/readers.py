@@ -66,7 +66,7 @@ def through_diffusers(content: TensorFile, lora: TransformerLora) -> Reading:
         found = _converted(content, lora.family)
     except UserError as error:
         return Reading(refused=str(error))
-    dtype = next(iter(content.tensors.values())).dtype
+    dtype = next((tensor.dtype for tensor in content.tensors.values() if tensor.ndim), torch.float32)
     if not found.keys() & lora.pairs.keys():
         return Reading(refused="it finds none of its layers, and says nothing")
     close = CLOSE.get(dtype, CLOSE[torch.float32])

@@ -17,6 +17,7 @@ from personalize.formats.diffusion_transformers.factors import Pair, fuse, halve
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.names import Layer, original_layers, spelled
 from personalize.formats.diffusion_transformers.skeletons import shapes_of
+from personalize.formats.lora_files import alpha_tensor, hashed_bytes
 from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 from personalize.io.tensor_files import tensor_bytes
 
@@ -37,7 +38,7 @@ def tensors_in(pairs: Mapping[str, Pair], family: str, scheme: str, dtype: torch
         tensors[f"{name}.{down}.weight"] = _cast(a, dtype, name)
         tensors[f"{name}.{up}.weight"] = _cast(b, dtype, name)
         if down == "lora_down":
-            tensors[f"{name}.alpha"] = torch.tensor(float(len(a)), dtype=dtype)
+            tensors[f"{name}.alpha"] = alpha_tensor(len(a), dtype)
     return tensors
 
 
@@ -83,7 +84,7 @@ def kohya_file(pairs: Mapping[str, Pair], family: str, dtype: torch.dtype, metad
     kept |= {"format": "pt", "ss_network_module": "networks.lora", "ss_network_args": "{}"}
     kept |= {"ss_network_dim": str(max(ranks)), "ss_network_alpha": str(max(ranks))}
     kept.setdefault("ss_base_model_version", FAMILIES[family].stated[0])
-    return tensor_bytes(tensors_in(pairs, family, "kohya", dtype), kept)
+    return hashed_bytes(tensors_in(pairs, family, "kohya", dtype), kept)
 
 
 def peft_folder(pairs: Mapping[str, Pair], family: str, dtype: torch.dtype) -> dict[str, bytes]:
