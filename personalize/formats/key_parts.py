@@ -14,8 +14,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from personalize.formats.lora_keys import COMPONENTS, KOHYA_PREFIXES, diffusers_name, module_name, with_text_model
 
 TOKEN = re.compile(r"<[^<>\s]+>")  # a learned token: in a prompt, and the key of its rows in diffusers' form
@@ -98,11 +96,6 @@ def take_apart(key: str) -> KeyParts | None:
         return None
     scheme = "PEFT folder" if PEFT_PREFIX.search(key) else found[1]
     return KeyParts(found[0], algorithm, role, scheme, stem, wrappers)
-
-
-def role_of(role: str, tensor: Tensor) -> str:
-    """The role of a tensor: a difference of one dimension is a norm's, as ComfyUI extracts it, LyCORIS' `w_norm`."""
-    return "w_norm" if role == "diff" and tensor.ndim == 1 else role
 
 
 def without_wrappers(key: str) -> tuple[str, tuple[str, ...]]:

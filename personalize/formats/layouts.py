@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from personalize.formats.key_parts import CUSTOM_DIFFUSION, TOKEN, role_of, split_ending, take_apart
+from personalize.formats.key_parts import CUSTOM_DIFFUSION, TOKEN, split_ending, take_apart
 
 CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(up|down)")
 TEXT_WIDTHS = (768, 1024, 1280)
@@ -125,6 +125,11 @@ def _add_tensor(key: str, tensor: Tensor, contents: FileContents) -> None:
     algorithms = contents.algorithms.setdefault(found.module, set())
     if found.role != "alpha":
         algorithms.add("Tucker LoCon" if found.role == "mid" else found.algorithm)
+
+
+def role_of(role: str, tensor: Tensor) -> str:
+    """The role of a tensor: a difference of one dimension is a norm's, as ComfyUI extracts it, LyCORIS' `w_norm`."""
+    return "w_norm" if role == "diff" and tensor.ndim == 1 else role
 
 
 def detect_family(contents: FileContents, metadata: Mapping[str, str]) -> tuple[str | None, str]:

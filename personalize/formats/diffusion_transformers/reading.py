@@ -20,10 +20,9 @@ from personalize.formats.diffusion_transformers.factors import Pair, halves_swap
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.names import Layer, spellings, stem_of
 from personalize.formats.diffusion_transformers.skeletons import models, shapes_of
-from personalize.formats.key_parts import role_of
 from personalize.formats.layer_kinds import with_kernel
 from personalize.formats.layer_sizes import SMALL, products
-from personalize.formats.layouts import MAX_KEY_LENGTH
+from personalize.formats.layouts import MAX_KEY_LENGTH, role_of
 from personalize.formats.peft_settings import PeftSettings, settings_of, strength
 from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, lora_pair
 from personalize.io.tensor_files import TensorFile
