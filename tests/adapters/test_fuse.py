@@ -143,7 +143,7 @@ def test_what_is_not_right_never_appears(tmp_path, monkeypatch, writer):
 
 
 def test_a_wrong_name_is_found(tmp_path, monkeypatch):
-    monkeypatch.setitem(original_checkpoint.RESNET, "norm1", "in_layers.1")
+    monkeypatch.setitem(original_checkpoint.ORIGINAL_RESNET, "norm1", "in_layers.1")
     model = tiny("sd1")
     with pytest.raises(UserError, match="does not verify: unet"):
         export_single_file(model, fuse.component_weights(model), tmp_path / "m.safetensors")
