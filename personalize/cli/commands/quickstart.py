@@ -18,11 +18,11 @@ from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.embedded.samples import SampleEdit, SampleImage, bundled
 from personalize.errors import said_if_stopped
-from personalize.io.atomic import write_file
 from personalize.io.figures import grid, png
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
 from personalize.io.images import psnr, to_image, to_pixels
+from personalize.io.numbering import add_files
 from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.config import SingleImageConfig
@@ -34,6 +34,7 @@ from personalize.training.single_image import single_image_run
 if TYPE_CHECKING:
     from personalize.cli.options import QuickstartConfig
 
+SHEET = "sheet.png"  # in the output folder
 MIN_ROUND_TRIP = 24.0  # dB PSNR: below it the base's autoencoder cannot represent the picture
 VARIANTS = {  # one keeps more of the picture, one follows the prompt more: see tests/bench/results/quickstart.md
     "all that was learned": EditStrengths(1.0, 1.2),
@@ -95,11 +96,11 @@ def run(config: QuickstartConfig) -> Path:
     figures = {"autoencoder_db": ceiling, "reconstruction_db": outcome.likeness(outcome.replay)}
     adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
     folder = save_trained(adapter, config.output_dir / "adapter", pictures=pictures)
-    write_file(config.output_dir / "sheet.png", png(sheet(outcome, example), GENERATED))
-    for name, picture in outcome.singles().items():
-        mark = None if name == "source" else GENERATED
-        write_file(config.output_dir / "pictures" / f"{name}.png", png(picture, mark))
-    report(console, outcome, example, folder, config.output_dir / "sheet.png")
+    files = {SHEET: png(sheet(outcome, example), GENERATED)}
+    for name, one in outcome.singles().items():
+        files[f"pictures/{name}.png"] = png(one, None if name == "source" else GENERATED)
+    written = add_files(config.output_dir, files)  # the folder may hold pictures of the user's own, the learned one too
+    report(console, outcome, example, folder, config.output_dir / written[SHEET])
     console.print(f"Learned in {seconds:.0f} s; {time.monotonic() - started:.0f} s in all.")
     return config.output_dir
 

@@ -48,6 +48,18 @@ def test_it_leaves_an_adapter_and_a_sheet_and_says_where(base, tmp_path, capsys)
     assert main(["verify", str(tmp_path / "out" / "adapter"), "--base", str(base)]) == 0
 
 
+def test_the_users_own_pictures_are_not_replaced(base, tmp_path, capsys):
+    names = ("sheet.png", "pictures/source.png", "pictures/edit-000.png")
+    (tmp_path / "pictures").mkdir()
+    for number, name in enumerate(names):
+        Image.new("RGB", (64, 64), (90 * number, 0, 0)).save(tmp_path / name)
+    own = {name: (tmp_path / name).read_bytes() for name in names}
+    assert run(base, tmp_path, str(tmp_path / "pictures" / "source.png"), "--caption", "a red square") == 0
+    assert {name: (tmp_path / name).read_bytes() for name in names} == own
+    assert (tmp_path / "pictures" / "source-001.png").is_file() and (tmp_path / "pictures" / "replay-001.png").is_file()
+    assert str(tmp_path / "sheet-001.png") in capsys.readouterr().out
+
+
 def test_a_photo_of_any_shape_with_a_caption_beside_it(base, tmp_path):
     colours = np.random.default_rng(0).integers(0, 255, (90, 160, 4), np.uint8)
     Image.fromarray(colours, "RGBA").save(tmp_path / "dog.png")
