@@ -203,11 +203,13 @@ function show() {
   if (!picture || picture.url === state.url) return;
   const image = new Image();
   image.onload = () => {
+    const another = state.url !== "";
     Object.assign(state, { image, url: picture.url, points: [], masks: [], found: null, undo: [], cursor: null });
     find(".pz").classList.add("pz-full");
     canvas.setAttribute("aria-label", `${picture.name}, ${image.naturalWidth} by ${image.naturalHeight} pixels. ` +
       "Arrow keys move, Enter sets a point or paints.");
     choose(state.tool); give(); draw();
+    if (another) emit(); else props.value = {};  // what was drawn on the picture before is not sent with this one
   };
   image.onerror = () => say(`${picture.name} cannot be shown by this browser`);
   image.src = picture.url;

@@ -16,11 +16,13 @@ from personalize.studio.jobs import Job
 from personalize.studio.parts import (
     Studio,
     Tab,
+    address,
     awaited,
     canvas,
     command_box,
     connect,
     data_url,
+    drawn_on,
     facts,
     links,
     message_box,
@@ -102,12 +104,12 @@ def wire(
             yield (gr.skip(),) * len(seen)
             return
         try:
-            given = {**(drawn or {}), "points": read_points(lines)}
-            url = shown(studio.folder.picture(values[0]))["url"]
+            given = typed(studio, drawn, lines, values[0])
         except UserError as error:
             yield gr.skip(), gr.skip(), gr.skip(), problem(error), ""
             return
-        yield gr.skip(), gr.HTML(given={"picture": url, "points": given["points"]}), gr.skip(), "", gr.skip()
+        drawing = gr.HTML(given={name: given[name] for name in ("picture", "points")})
+        yield gr.skip(), drawing, gr.skip(), "", gr.skip()
         yield from preview_of(studio, given, values)
 
     gr.on(
@@ -138,11 +140,22 @@ def read_points(lines: str) -> list[list[float]]:
     return found
 
 
+def typed(studio: Studio, drawn: dict[str, Any] | None, lines: str, picture: str | None) -> dict[str, Any]:
+    """What was drawn on the chosen picture, with the points in `lines` instead of its own."""
+    points = read_points(lines)
+    if not picture:
+        return {"points": points}
+    path = studio.folder.picture(picture)
+    return {**drawn_on(drawn, path), "picture": address(path), "points": points}
+
+
 def words_of(studio: Studio, drawn: dict[str, Any], values: tuple[Any, ...], *more: str) -> list[str]:
     """The command line of a drag.  UserError if there is no picture or no pair of points."""
     path, prompt, mode, grow, steps, seed = values
     if not path:
         raise UserError("there is no picture: drop one on the frame, or choose one of the list")
+    picture = studio.folder.picture(path)
+    drawn = drawn_on(drawn, picture)
     points = drawn.get("points") or []
     whole = points[: len(points) // 2 * 2]
     if not whole:
@@ -150,7 +163,7 @@ def words_of(studio: Studio, drawn: dict[str, Any], values: tuple[Any, ...], *mo
     ends = [",".join(f"{value:g}" for value in point) for point in whole]
     mask = (drawn.get("masks") or [None])[0]
     return [
-        "drag", str(studio.folder.picture(path)), *option("from", *ends[::2]), *option("to", *ends[1::2]),
+        "drag", str(picture), *option("from", *ends[::2]), *option("to", *ends[1::2]),
         *option("mask", studio.folder.keep_mask(mask) if mask else None), *option("prompt", prompt or None),
         *option("mode", MODES[mode] if MODES[mode] != "move" else None),
         *option("grow" if grow > 0 else "shrink", abs(int(grow)) or None),
@@ -162,8 +175,8 @@ def words_of(studio: Studio, drawn: dict[str, Any], values: tuple[Any, ...], *mo
 
 def preview_of(studio: Studio, drawn: dict[str, Any] | None, values: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """Preview, the picture with its mask, a line about it, a message, and the command."""
-    drawn = drawn or {}
-    if not values[0] or len(drawn.get("points") or []) < 2:
+    drawn = drawn_on(drawn, Path(values[0])) if values[0] else {}
+    if len(drawn.get("points") or []) < 2:
         yield None, gr.HTML(found=None), gr.skip(), "", ""
         return
     try:
@@ -193,11 +206,11 @@ def preview_of(studio: Studio, drawn: dict[str, Any] | None, values: tuple[Any, 
 def start_fill(studio: Studio, drawn: dict[str, Any] | None, lines: str, values: tuple[Any, ...]) -> tuple[str, Any]:
     """Put the drag of the points in `lines` into the queue."""
     try:
-        drawn = {**(drawn or {}), "points": read_points(lines)}
-        folder = studio.folder.new_folder("drag")
-        words = words_of(studio, drawn, values, *option("output_dir", folder))
-        read(words)
-        picture = shown(studio.folder.picture(values[0]))
+        drawn = typed(studio, drawn, lines, values[0])
+        with studio.folder.folder_for("drag") as folder:
+            words = words_of(studio, drawn, values, *option("output_dir", folder))
+            read(words)
+            picture = shown(studio.folder.picture(values[0]))
     except UserError as error:
         return problem(error), gr.skip()
 

@@ -190,10 +190,10 @@ def words_of(studio: Studio, given: Mapping[str, Any], search: bool, *more: str)
 def begin(studio: Studio, given: dict[str, Any], search: bool) -> tuple[str, Any]:
     """Put an edit or a search into the queue: a message, and the command."""
     try:
-        folder = studio.folder.new_folder("search" if search else "edit")
-        words = words_of(studio, given, search, *option("output_dir", folder))
-        options, _ = read(words)
-        dials = {} if search else dials_of(given)
+        with studio.folder.folder_for("search" if search else "edit") as folder:
+            words = words_of(studio, given, search, *option("output_dir", folder))
+            options, _ = read(words)
+            dials = {} if search else dials_of(given)
     except UserError as error:
         return problem(error), gr.skip()
 

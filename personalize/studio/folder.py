@@ -11,12 +11,13 @@ import re
 import shutil
 from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import count
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from personalize.errors import UserError
-from personalize.io.atomic import write_file
+from personalize.io.atomic import as_user_error, write_file
 from personalize.io.image_files import check_image, read_image
 from personalize.io.image_metadata import IMAGE_SUFFIXES
 
@@ -93,17 +94,33 @@ class Folder:
         head, _, body = data_url.partition(",")
         if head != "data:image/png;base64" or len(body) > 100_000_000:
             raise UserError("the mask is no PNG picture: paint it again")
-        path = self.new_folder("masks") / f"{name}.png"
         content = b64decode(body)
         read_image(BytesIO(content), "the mask")
+        path = self.new_folder("masks") / f"{name}.png"
         write_file(self.root / path, content)
         return path
 
     def new_folder(self, name: str) -> Path:
-        """The relative path of a folder that does not exist yet: studio/NAME-001, …"""
-        return next(
-            path for number in count(1) if not (self.root / (path := Path(OUTPUT, f"{name}-{number:03d}"))).exists()
-        )
+        """The relative path of a new empty folder, studio/NAME-001, …: it is made, so that no other job gets it too."""
+        with as_user_error(Path(OUTPUT)):
+            (self.root / OUTPUT).mkdir(exist_ok=True)
+            for number in count(1):
+                path = Path(OUTPUT, f"{name}-{number:03d}")
+                with suppress(FileExistsError):
+                    (self.root / path).mkdir()
+                    return path
+        raise AssertionError("count() does not end")
+
+    @contextmanager
+    def folder_for(self, name: str) -> Iterator[Path]:
+        """`new_folder` for what the body describes; it is removed again if the body raises."""
+        path = self.new_folder(name)
+        try:
+            yield path
+        except BaseException:
+            with suppress(OSError):
+                (self.root / path).rmdir()
+            raise
 
     def pictures(self) -> list[str]:
         """The pictures in the folder, those of the user first, the newest first."""

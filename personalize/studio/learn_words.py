@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from personalize.cli import launch
 from personalize.errors import UserError
 from personalize.studio.actions import option
-from personalize.studio.parts import Studio
+from personalize.studio.parts import Studio, drawn_on
 
 ONE, SEVERAL = "One subject", "Several subjects of one picture"
 ON_TOP = ("low_memory", "fast", "dreambooth")  # presets that go on top of a base's own
@@ -31,7 +32,7 @@ def words_of(studio: Studio, given: Mapping[str, Any]) -> list[str]:
     several = given["mode"] == SEVERAL
     masks = [
         mask and studio.folder.keep_mask(mask, f"mask-{number}")
-        for number, mask in enumerate((given["board"] or {}).get("masks") or [], 1)
+        for number, mask in enumerate(drawn_on(given["board"], Path(pictures[0])).get("masks") or [], 1)
     ]
     words = ["train", "multi_concept" if several else "single_image", *(pictures[:1] if several else pictures)]
     words += option("config", *chosen_presets(given, "multi_concept" if several else "single_image"))

@@ -124,6 +124,13 @@ def address(path: str | Path) -> str:
     return f"/file/{quote(Path(path).as_posix())}?{changed}"
 
 
+def drawn_on(drawn: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
+    """What a canvas says, if that was drawn on the picture `path`: points and masks of another one are left out."""
+    drawn = dict(drawn or {})
+    same = str(drawn.get("picture") or "").partition("?")[0] == address(path).partition("?")[0]
+    return drawn if same else {}
+
+
 def data_url(picture: Image.Image) -> str:
     """A picture as an address that holds it."""
     stream = BytesIO()

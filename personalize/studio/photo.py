@@ -23,6 +23,7 @@ from personalize.studio.parts import (
     command_box,
     connect,
     data_url,
+    drawn_on,
     facts,
     links,
     message_box,
@@ -159,7 +160,7 @@ def words_of(studio: Studio, given: Mapping[str, Any]) -> list[str]:
     """The command line of an edit of a photo."""
     path, chosen = photo_of(studio, given), given["chips"] or {}
     swaps = {} if (given["target"] or "").strip() else chosen.get("swaps") or {}
-    mask = ((given["board"] or {}).get("masks") or [None])[0]
+    mask = (drawn_on(given["board"], path).get("masks") or [None])[0]
     words = [
         "edit",
         str(path),

@@ -105,7 +105,10 @@ def test_a_painted_mask_is_kept_as_a_picture_and_nothing_else(folder):
             folder.keep_mask(wrong)
 
 
-def test_new_folders_are_numbered_on(folder):
+def test_new_folders_are_numbered_on_and_none_is_given_twice(folder):
     assert str(folder.new_folder("drag")) == "studio/drag-001"
-    (folder.root / "studio" / "drag-001").mkdir(parents=True)
-    assert str(folder.new_folder("drag")) == "studio/drag-002"
+    assert str(folder.new_folder("drag")) == "studio/drag-002", "the first is taken though nothing is in it yet"
+    with pytest.raises(UserError), folder.folder_for("drag") as path:
+        raise UserError(f"{path} is not needed")
+    assert str(folder.new_folder("drag")) == "studio/drag-003"
+    assert [path.name for path in (folder.root / "studio").iterdir() if any(path.iterdir())] == []

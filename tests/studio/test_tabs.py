@@ -1,0 +1,100 @@
+"""What the tabs make of their fields, without a browser."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from pathlib import Path
+from threading import Event
+
+import pytest
+from PIL import Image
+
+from personalize.errors import UserError
+from personalize.studio.folder import Folder
+from personalize.studio.jobs import Job, JobQueue
+from tests.support.studio_pages import ROOT
+
+gr = pytest.importorskip("gradio")
+
+from personalize.studio import drag, learn, photo  # noqa: E402
+from personalize.studio.actions import Workbench  # noqa: E402
+from personalize.studio.learn_words import ONE, words_of  # noqa: E402
+from personalize.studio.parts import Studio, address, data_url, drawn_on  # noqa: E402
+
+
+@pytest.fixture
+def studio(tmp_path, monkeypatch):
+    """A studio whose queue is busy, so that what is submitted waits."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.png", "beach.png"):
+        shutil.copy(ROOT / "examples" / "pictures" / name, tmp_path)
+    made = Studio(Folder(tmp_path), JobQueue(), Workbench(None))
+    go_on = Event()
+    made.queue.submit(Job("other", "other", lambda job: go_on.wait(60)))
+    yield made
+    made.queue.cancel_waiting()
+    go_on.set()
+
+
+def values(fields):
+    """What the fields hold at first."""
+    return {name: field.value for name, field in fields.items()}
+
+
+def output_dir(command):
+    return next(word for word in shlex.split(command) if word.startswith("--output_dir="))
+
+
+def test_two_jobs_that_wait_have_folders_of_their_own(studio, tmp_path):
+    drags = [drag.start_fill(studio, {}, f"64,64 > {to}", ("cat.png", "", "Move it as a whole", 0, 4, 42))
+             for to in ("80,64", "64,80")]  # fmt: skip
+    assert [problem for problem, _ in drags] == ["", ""]
+    assert [output_dir(command) for _, command in drags] == [
+        "--output_dir=studio/drag-001", "--output_dir=studio/drag-002"
+    ]  # fmt: skip
+    problem, _ = drag.start_fill(studio, {}, "", ("cat.png", "", "Move it as a whole", 0, 4, 42))
+    assert "no pair of points" in problem
+    assert not (tmp_path / "studio" / "drag-003").exists(), "what is refused leaves no folder"
+
+
+def board(path, mask=None, points=()):
+    """What a canvas says that shows `path`."""
+    return {"picture": address(path), "masks": [mask], "points": [list(point) for point in points]}
+
+
+def test_what_was_drawn_on_another_picture_is_left_out(studio):
+    blank = data_url(Image.new("RGB", (128, 128), "white"))
+    fields = {}
+    with gr.Blocks():
+        photo.settings(fields)
+    given = values(fields) | {"source": "a cat", "target": "a dog", "chips": None, "picture": "cat.png"}
+    given |= {"board": board("cat.png", blank)}
+    assert "--mask=studio/masks-001/mask.png" in photo.words_of(studio, given)
+    given |= {"picture": "beach.png"}
+    assert not [word for word in photo.words_of(studio, given) if word.startswith("--mask")]
+
+    fields = {}
+    with gr.Blocks():
+        learn.more_fields(studio, fields)
+    given = values(fields) | {"mode": ONE, "name": "my-cat", "caption": "a cat", "extra": []}
+    given |= {"pictures": ["cat.png"], "board": board("cat.png", blank)}
+    assert "--instance_mask=studio/masks-002/mask-1.png" in words_of(studio, given)
+    given |= {"pictures": ["beach.png"]}
+    assert not [word for word in words_of(studio, given) if word.startswith("--instance_mask")]
+
+    drawn = board("cat.png", blank, [(64, 64), (80, 64)])
+    how = ("", "Move it as a whole", 0, 4, 42)
+    assert "--mask=studio/masks-003/mask.png" in drag.words_of(studio, drawn, ("cat.png", *how))
+    with pytest.raises(UserError, match="no pair of points"):
+        drag.words_of(studio, drawn, ("beach.png", *how))
+    message, command = drag.start_fill(studio, drawn, "10,20 > 40,20", ("beach.png", *how))
+    assert message == "" and "--from=10,20" in command and "--mask" not in command, "typed points are of this picture"
+
+
+def test_a_mask_stays_when_its_picture_is_written_again(studio, tmp_path):
+    drawn = board("cat.png", "mask")
+    os.utime(tmp_path / "cat.png", (1, 1))
+    assert drawn_on(drawn, Path("cat.png")) == drawn
+    assert drawn_on(drawn, Path("beach.png")) == drawn_on(None, Path("cat.png")) == {}
