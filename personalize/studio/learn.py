@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def preset_of(studio: Studio) -> str:
 
 def wire_fields(studio: Studio, fields: dict[str, Any], board: Any, message: Any) -> None:
     """Pictures that are chosen or dropped are shown; the caption beside them is read; subjects get a mask each."""
-    pictures = fields["pictures"]
+    pictures, automatic = fields["pictures"], gr.State("")  # the name that was filled in here, not by the user
 
     def take(drawn: dict[str, Any], chosen: list[str]) -> tuple[Any, str]:
         try:
@@ -154,15 +155,15 @@ def wire_fields(studio: Studio, fields: dict[str, Any], board: Any, message: Any
         value: list[Any] = list(dict.fromkeys([*(chosen if len(kept) > 1 else []), *kept]))
         return gr.Dropdown(choices=studio.folder.pictures(), value=value), ""
 
-    def show(chosen: list[str], caption: str, name: str) -> tuple[Any, Any, Any, str]:
+    def show(chosen: list[str], caption: str, name: str, given: str) -> tuple[Any, ...]:
         if not chosen:
-            return gr.skip(), gr.skip(), gr.skip(), ""
+            return (*[gr.skip()] * 4, "")
         try:
             path = studio.folder.picture(chosen[0])
         except UserError as error:
-            return gr.skip(), gr.skip(), gr.skip(), problem(error)
+            return (*[gr.skip()] * 4, problem(error))
         words = sidecar_caption(path) or caption
-        return gr.HTML(picture=shown(path)), words, name or unused(studio, f"my-{path.stem}"), ""
+        return gr.HTML(picture=shown(path)), words, *named(studio, path, name, given), ""
 
     def subjects(mode: str, concepts: str) -> tuple[Any, Any, Any]:
         layers = phrases(concepts) if mode == SEVERAL else []
@@ -173,8 +174,8 @@ def wire_fields(studio: Studio, fields: dict[str, Any], board: Any, message: Any
     gr.on(
         [pictures.change, board.load],
         show,
-        [pictures, fields["caption"], fields["name"]],
-        [board, fields["caption"], fields["name"], message],
+        [pictures, fields["caption"], fields["name"], automatic],
+        [board, fields["caption"], fields["name"], automatic, message],
         **QUIET,
     )
     pictures.focus(
@@ -186,10 +187,23 @@ def wire_fields(studio: Studio, fields: dict[str, Any], board: Any, message: Any
     )  # fmt: skip
 
 
+def named(studio: Studio, picture: Path, name: str, automatic: str) -> tuple[str, str]:
+    """The adapter's name for `picture`, and the automatic one: a name that the user has written is kept."""
+    if name not in ("", automatic):
+        return name, automatic
+    return (unused(studio, f"my-{picture.stem}"),) * 2
+
+
 def unused(studio: Studio, name: str) -> str:
-    """`name`, or the first of `name`-2, … that is no folder yet."""
-    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
-    return next(one for one in names if not (studio.folder.root / one).exists())
+    """`name`, or the first of `name`-2, … that is no folder yet, and will be none of a training in the queue."""
+    names, taken = (name if number == 1 else f"{name}-{number}" for number in count(1)), submitted(studio)
+    return next(one for one in names if Path(one) not in taken and not (studio.folder.root / one).exists())
+
+
+def submitted(studio: Studio) -> set[Path]:
+    """The folders of the trainings that run or wait."""
+    jobs = [job for job in (studio.queue.running, *studio.queue.waiting()) if job is not None and job.kind == KIND]
+    return {studio.folder.inside(job.inputs["name"]) for job in jobs}
 
 
 def checked(studio: Studio, given: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
@@ -217,6 +231,8 @@ def start_run(studio: Studio, given: Mapping[str, Any]) -> tuple[str, Any]:
     try:
         words = words_of(studio, given)
         read(words)
+        if (folder := studio.folder.inside(given["name"])) in submitted(studio):
+            raise UserError(f"{folder} belongs to a training that runs or waits: write another name, or cancel that")
         picture = shown(studio.folder.picture(given["pictures"][0]))
     except UserError as error:
         return problem(error), gr.skip()

@@ -29,6 +29,9 @@ def words_of(studio: Studio, given: Mapping[str, Any]) -> list[str]:
         raise UserError("there is no picture: drop one on the frame, or choose one of the list")
     if not (given["name"] or "").strip():
         raise UserError("the adapter has no name: write the folder it is to go to, such as my-cat")
+    folder = studio.folder.inside(given["name"])
+    if (studio.folder.root / folder / "adapter.json").exists():
+        raise UserError(f"{folder} holds an adapter already, which would be replaced: write another name")
     several = given["mode"] == SEVERAL
     masks = [
         mask and studio.folder.keep_mask(mask, f"mask-{number}")
@@ -40,7 +43,7 @@ def words_of(studio: Studio, given: Mapping[str, Any]) -> list[str]:
         named = given["base"] if given["base"] == studio.bench.base else studio.folder.existing(given["base"])
         words += option("pretrained_model_name_or_path", named)
     words += several_words(given, masks, pictures) if several else single_words(given, masks, pictures)
-    words += option("output_dir", studio.folder.inside(given["name"]))
+    words += option("output_dir", folder)
     for name in ("rank", "resolution"):
         words += option(name, int(given[name]) if given[name] else None)
     words += option("seed", int(given["seed"]) if given["seed"] else None)

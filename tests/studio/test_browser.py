@@ -71,6 +71,32 @@ def test_points_outside_and_no_points_are_one_line(page):
     page.says("there is no pair of points")
 
 
+def test_another_picture_begins_without_the_points_and_masks_of_the_one_before(page):
+    page.tab("Drag")
+    picture(page, "drag-picture", "scene.png", "drag-board")
+    page.page.locator("#drag-board button[data-tool=point]").click()
+    canvas = page.at("#drag-board canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for x in (0.25, 0.75):
+        canvas.click(position={"x": box["width"] * x, "y": box["height"] * 0.5})
+    page.has("drag-points", "32,64 > 96,64")
+    picture(page, "drag-picture", "two.png", "drag-board")
+    page.has("drag-points", "")
+    page.tab("Photo")
+    picture(page, "photo-picture", "cat.png", "photo-board")
+    page.at("#photo-board canvas").click()
+    picture(page, "photo-picture", "beach.png", "photo-board")
+    page.fill("photo-source", "a picture of a cat")
+    page.fill("photo-target", "a picture of a dog")
+    page.open_more()
+    page.number("photo-steps", 4)
+    page.at("#photo-edit").click()
+    page.at("#photo-result img").wait_for()
+    shown = page.page.locator(".command textarea:visible, .command input:visible").first.input_value()
+    assert "beach.png" in shown and "--mask" not in shown
+
+
 def test_a_text_file_as_picture_and_a_path_outside_are_one_line(page, folder):
     page.page.locator("#drag-board input[type=file]").set_input_files(folder / "notes.txt")
     page.says("notes.txt is not a picture")

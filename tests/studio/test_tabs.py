@@ -64,6 +64,13 @@ def board(path, mask=None, points=()):
     return {"picture": address(path), "masks": [mask], "points": [list(point) for point in points]}
 
 
+def learn_fields(studio, **more):
+    fields = {}
+    with gr.Blocks():
+        learn.more_fields(studio, fields)
+    return values(fields) | {"mode": ONE, "caption": "a cat", "extra": [], "board": None} | more
+
+
 def test_what_was_drawn_on_another_picture_is_left_out(studio):
     blank = data_url(Image.new("RGB", (128, 128), "white"))
     fields = {}
@@ -75,11 +82,7 @@ def test_what_was_drawn_on_another_picture_is_left_out(studio):
     given |= {"picture": "beach.png"}
     assert not [word for word in photo.words_of(studio, given) if word.startswith("--mask")]
 
-    fields = {}
-    with gr.Blocks():
-        learn.more_fields(studio, fields)
-    given = values(fields) | {"mode": ONE, "name": "my-cat", "caption": "a cat", "extra": []}
-    given |= {"pictures": ["cat.png"], "board": board("cat.png", blank)}
+    given = learn_fields(studio, name="my-cat", pictures=["cat.png"], board=board("cat.png", blank))
     assert "--instance_mask=studio/masks-002/mask-1.png" in words_of(studio, given)
     given |= {"pictures": ["beach.png"]}
     assert not [word for word in words_of(studio, given) if word.startswith("--instance_mask")]
@@ -98,3 +101,27 @@ def test_a_mask_stays_when_its_picture_is_written_again(studio, tmp_path):
     os.utime(tmp_path / "cat.png", (1, 1))
     assert drawn_on(drawn, Path("cat.png")) == drawn
     assert drawn_on(drawn, Path("beach.png")) == drawn_on(None, Path("cat.png")) == {}
+
+
+def test_the_name_that_was_filled_in_follows_the_picture(studio, tmp_path):
+    assert learn.named(studio, Path("cat.png"), "", "") == ("my-cat", "my-cat")
+    assert learn.named(studio, Path("beach.png"), "my-cat", "my-cat") == ("my-beach", "my-beach")
+    assert learn.named(studio, Path("beach.png"), "mine", "my-cat") == ("mine", "my-cat"), "what the user wrote stays"
+    assert learn.named(studio, Path("beach.png"), "my-cat", "") == ("my-cat", "")
+    (tmp_path / "my-cat").mkdir()
+    assert learn.named(studio, Path("cat.png"), "my-cat", "my-cat") == ("my-cat-2", "my-cat-2")
+
+
+def test_an_adapter_is_not_replaced_by_the_next_one(studio, tmp_path):
+    given = learn_fields(studio, pictures=["cat.png"], name="my-cat", samples=8)
+    assert learn.start_run(studio, given)[0] == ""
+    message, _ = learn.start_run(studio, given | {"pictures": ["beach.png"], "name": "./my-cat"})
+    assert "my-cat belongs to a training that runs or waits: write another name" in message
+    assert learn.named(studio, Path("cat.png"), "", "")[0] == "my-cat-2"
+    studio.queue.cancel_waiting()
+    (tmp_path / "my-cat").mkdir()
+    assert learn.start_run(studio, given)[0] == "", "a folder without an adapter is begun anew"
+    studio.queue.cancel_waiting()
+    (tmp_path / "my-cat" / "adapter.json").write_text("{}")
+    with pytest.raises(UserError, match="my-cat holds an adapter already.*write another name"):
+        words_of(studio, given)
