@@ -21,6 +21,7 @@ from personalize.adapters.apply import applied, load_adapters
 from personalize.adapters.forgetting import ForgettingRule, parse_rules
 from personalize.adapters.lora_scales import scaled
 from personalize.adapters.merging import require_scalable
+from personalize.editing.adapter_base import notice_other_prediction
 from personalize.editing.vector_projection import edit_conditioning
 from personalize.errors import UserError
 from personalize.models.conditioning import of_one_length
@@ -103,6 +104,7 @@ def attach(
     """
     adapter = load_adapters(folder)
     model = StableDiffusion.from_pipeline(pipe)
+    notice_other_prediction(adapter, model)
     rules = parse_rules(forget)
     if rules:
         require_scalable(adapter)

@@ -24,6 +24,7 @@ from personalize.adapters.merging import require_scalable
 from personalize.adapters.text_encoder_lora import has_text
 from personalize.adapters.textual_inversion import installed_tokens
 from personalize.adapters.trained_size import trained_size
+from personalize.editing.adapter_base import load_base
 from personalize.editing.config import DEFAULT_SAMPLING, DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.defaults import text_to_image_guidance
 from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
@@ -43,7 +44,6 @@ from personalize.evaluation.scoring import Request, Scorer
 from personalize.io.images import to_image
 from personalize.models.fast_paths import compiled_blocks
 from personalize.models.image_processor import Picture, Point
-from personalize.models.known_bases import find_base
 from personalize.models.prompts import align_prompt
 from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
@@ -89,16 +89,13 @@ class Editor:
             folder: the adapter, or several that are applied together as their sum.
             base: the base model; by default the one that the adapter names.
             allow_download: get the base that the adapter names from the hub, if it was not downloaded before.
-            settings: further arguments of `StableDiffusion.load`.
+            settings: further arguments of `StableDiffusion.load`; see `load_base` for the prediction type.
 
         Raises:
             UserError: there is no adapter, it was trained on another family of bases, or two adapters share a token.
         """
         adapter = load_adapters(folder)
-        if base is None:
-            base = find_base(adapter.info.get("base", {}), allow_download=allow_download)
-            settings["local_files_only"] = not allow_download
-        return Editor(StableDiffusion.load(None if base in ("", "embedded") else base, **settings), adapter)
+        return Editor(load_base(adapter, base, allow_download=allow_download, **settings), adapter)
 
     @staticmethod
     def configured(config: Any, adapters: Sequence[Path] = ()) -> Editor:

@@ -60,29 +60,49 @@ class Workbench:
 
     def __init__(self, base: str | None = None) -> None:
         self.base = base
-        self._model: tuple[str | None, Any] | None = None
+        self._model: tuple[str | None, str | None, Any] | None = None  # name, prediction type that was given, model
         self._editor: tuple[Any, Any] | None = None
 
-    def model(self, name: str | None, *, local_files_only: bool = False) -> Any:
-        """The base model `name`; another one leaves the memory first."""
-        if self._model is None or self._model[0] != name:
-            from personalize.models.stable_diffusion import StableDiffusion
+    def model(
+        self, name: str | None, *, prediction_type: str | None = None, local_files_only: bool = False
+    ) -> Any:  # fmt: skip
+        """The base model `name`, which predicts `prediction_type`, by default what it says itself.
 
-            self.forget()
-            self._model = name, StableDiffusion.load(name, local_files_only=local_files_only)
-        return self._model[1]
+        Another one leaves the memory first.
+        """
+        for given in (None, prediction_type):  # it need not be loaded again for what it says itself
+            if self._model is None or not self._is(name, prediction_type):
+                from personalize.models.stable_diffusion import StableDiffusion
+
+                self.forget()
+                about: Any = {"prediction_type": given, "local_files_only": local_files_only}
+                self._model = name, given, StableDiffusion.load(name, **about)
+        return self._model[2]
+
+    def _is(self, name: str | None, prediction_type: str | None) -> bool:
+        """Is the model in memory that of this name, with this prediction type?"""
+        if self._model is None or self._model[0] != name:
+            return False
+        _, given, model = self._model
+        return given is None if prediction_type is None else model.prediction_type == prediction_type
 
     def editor(self, base: str | None, adapters: Sequence[Path]) -> Any:
         """The editor of a base, by default that of the adapters, and adapters; the last one if nothing has changed."""
         from personalize.adapters.apply import load_adapters
+        from personalize.editing.adapter_base import notice_other_prediction, trained_prediction
         from personalize.editing.editor import Editor
         from personalize.models.known_bases import find_base
 
         files = tuple((str(path), _changed(path)) for path in adapters)
         if self._editor is None or self._editor[0] != (base, files):
             adapter = load_adapters(adapters) if adapters else None
-            named = base or (find_base(adapter.info.get("base", {})) if adapter else None)
-            model = self.model(None if named in ("", "embedded") else named, local_files_only=not base)
+            named = base or (find_base(adapter.base) if adapter else None)
+            model = self.model(
+                None if named in ("", "embedded") else named, prediction_type=trained_prediction(adapter),
+                local_files_only=not base,
+            )  # fmt: skip
+            if adapter is not None:
+                notice_other_prediction(adapter, model)
             self._editor = (base, files), Editor(model, adapter)
         return self._editor[1]
 
