@@ -53,7 +53,12 @@ class Details(msgspec.Struct, frozen=True):
 def name_and_hash(path: Path) -> dict[str, str]:
     """Name and SHA-256 of a file; of an adapter folder, its name and the hash of its LoRA in diffusers' layout."""
     file = path / LORA if path.is_dir() else path
-    return {"name": path.resolve().name, "sha256": file_hash(file)}
+    return {"name": given_name(path), "sha256": file_hash(file)}
+
+
+def given_name(path: Path) -> str:
+    """The last part of a path, as it was given: the hub's cache links a file's name to one that is a hash."""
+    return os.path.basename(os.path.abspath(path))
 
 
 def names_a_file(option: str, value: Any) -> bool:

@@ -84,7 +84,9 @@ def test_verify_says_and_draws_what_survives(tmp_path, capsys):
     with Image.open(picture) as image:
         assert image.width > 300
     assert main(["verify", str(tmp_path / "mine"), "--on_base", "int8", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out.partition("\n]")[0] + "\n]")
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)
+    assert "verified" in printed.err, "beside JSON, the report is on the standard error"
     assert len(rows) == len(lora) // 2 and {"module", "kept", "error", "strength", "rank", "components"} == set(rows[0])
 
 

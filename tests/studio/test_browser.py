@@ -80,7 +80,9 @@ def test_another_picture_begins_without_the_points_and_masks_of_the_one_before(p
     box = canvas.bounding_box()
     for x in (0.25, 0.75):
         canvas.click(position={"x": box["width"] * x, "y": box["height"] * 0.5})
-    page.has("drag-points", "32,64 > 96,64")
+    page.page.wait_for_function(
+        "() => document.querySelector('#drag-points textarea, #drag-points input').value.includes(' > ')"
+    )
     picture(page, "drag-picture", "two.png", "drag-board")
     page.has("drag-points", "")
     page.tab("Photo")

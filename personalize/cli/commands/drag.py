@@ -31,8 +31,9 @@ def run(config: DragConfig, editor: Editor | None = None) -> Path:
     if config.preview:
         return _write_preview(config, previewed(config, editor))
     points = interleaved_points(config.from_, config.to)
+    details = drag_details(config, editor)  # reads files: before the picture is drawn
     result = editor.drag(points, config.photo, paste=config.paste, **drag_arguments(config))
-    return _write_drag(config, editor, points, result)
+    return _write_drag(config, details, points, result)
 
 
 def previewed(config: DragConfig, editor: Editor) -> DragPreview:
@@ -58,14 +59,17 @@ def _write_preview(config: DragConfig, preview: DragPreview) -> Path:
     return config.output_dir
 
 
-def _write_drag(config: DragConfig, editor: Editor, points: list[Any], result: DragResult) -> Path:
-    write, adapters = PictureWriter(config, config.photo), (config.adapter,) if config.adapter else ()
-    masks = {"mask": config.mask} if config.mask else {}
-    details = details_of(
+def drag_details(config: DragConfig, editor: Editor) -> dict[str, Any]:
+    """What makes the drag again, without the result's size; see `details_of`."""
+    adapters, masks = (config.adapter,) if config.adapter else (), {"mask": config.mask} if config.mask else {}
+    return details_of(
         "drag", config, editor, adapters, files={"photo": config.photo, **masks}, prompt=config.prompt or "",
-        seed=config.seed, steps=config.num_inference_steps, scheduler="ddim",
-        size="x".join(map(str, result.image.size)), options={"from": list(config.from_)},
+        seed=config.seed, steps=config.num_inference_steps, scheduler="ddim", options={"from": list(config.from_)},
     )  # fmt: skip
+
+
+def _write_drag(config: DragConfig, details: dict[str, Any], points: list[Any], result: DragResult) -> Path:
+    write, details = PictureWriter(config, config.photo), details | {"size": "x".join(map(str, result.image.size))}
     pictures = {"mask.png": png(result.mask), "overlay.png": png(result.overlay)}
     pictures = {"dragged.png": write(result.image, details), **pictures}
     names = _write(config, pictures, {"drag.json": summary(points, result)})

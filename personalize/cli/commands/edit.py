@@ -95,6 +95,7 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
             f"Using what --auto chose for this prompt: {recalled[0]}, seed {seed}; give --beta or another to change it"
         )
     seeds = list(config.seeds) or [seed + index for index in range(config.num_images)]
+    common = picture_details(config, editor, prompt, sampling, seeds)  # reads files: before the pictures are drawn
     with editor:
         rows = [
             editor.edit(prompt, setting, seeds=seeds, negative_prompt=config.negative_prompt, sampling=sampling)
@@ -105,7 +106,6 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
     sheet = grid(rows, columns=[f"seed {seed}" for seed in drawn], labels=[str(s) for s in settings], title=prompt)
     files: dict[str, Content] = {}
     entries, first = [], next_number(config.output_dir, "edit-")
-    common = picture_details(config, editor, prompt, sampling, seeds)
     for setting, row in zip(settings, rows, strict=True):
         for number, picture in zip(drawn, row, strict=True):
             name = f"edit-{first + len(entries):03d}.png"
@@ -172,6 +172,7 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
     """
     scorer = find_scorer(editor.model.name, config.clip_model, config.identity_model, editor.model.device)
     request = Request(prompt, editor.caption_for(prompt), load_image(source_picture(config)))
+    write, common = PictureWriter(config), picture_details(config, editor, prompt, sampling)  # before anything is drawn
     candidates = search(
         editor, request, scorer, budget=config.budget, seed=config.seed or 0,
         negative_prompt=config.negative_prompt, sampling=sampling,
@@ -187,7 +188,6 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
         console.print(f"Stored in {config.adapter}: the next `edit` with this prompt uses it.")
     first = next_number(config.output_dir, "edit-")
     names = [f"edit-{first + place:03d}.png" for place in range(len(trials))]
-    write, common = PictureWriter(config), picture_details(config, editor, prompt, sampling)
     files: dict[str, Content] = {
         name: write(trial.picture, common(trial.strengths, trial.seed))
         for name, trial in zip(names, trials, strict=True)

@@ -59,14 +59,15 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     if config.report:
         return _report(config, editor, photo, settings, cache)
     write = PictureWriter(config, config.photo)
+    details = photo_details(config, editor, settings)  # reads files: before the pictures are drawn
     if config.from_ is not None:
-        check_same(photo_details(config, editor, settings), config.from_)
+        check_same(details, config.from_)
     result = editor.photo(
         photo, config.source, request, settings, folder=config.trajectory, attention=config.attention_maps, cache=cache
     )
     count = len(result.images)
     names = [EDITED] if count == 1 else [f"edited-{number}.png" for number in range(1, count + 1)]
-    details = photo_details(config, editor, settings, result)
+    details |= {"prompt": "; ".join(result.targets), "size": "x".join(map(str, result.images[0].size))}
     files = {name: write(picture, details) for name, picture in zip(names, result.images, strict=True)}
     files["before-after.png"] = write(result.sheet)
     optional = {"attention.png": result.attention, "nouns.png": result.nouns, "masks.png": result.masks}
@@ -86,18 +87,15 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     return config.output_dir
 
 
-def photo_details(
-    config: PhotoConfig, editor: Editor, settings: PhotoSettings, result: EditResult | None = None
-) -> dict[str, Any]:
-    """What makes the edit again; see `details_of`."""
+def photo_details(config: PhotoConfig, editor: Editor, settings: PhotoSettings) -> dict[str, Any]:
+    """What makes the edit again, without the results' prompts and size; see `details_of`."""
     files = {"photo": config.photo}
     regions = {f"region {noun}": where for noun, where in map(pair, config.region)}
     places = {"mask": config.mask, "background_mask": config.background_mask, **regions}
     files |= {name: Path(where).expanduser() for name, where in places.items()
               if where not in (None, "auto", "none") and box(where) is None}  # fmt: skip
-    facts: dict[str, Any] = {"prompt": "; ".join(config.target if result is None else result.targets)}
-    facts |= {"steps": settings.steps, "scheduler": "ddim", "guidance_scale": settings.guidance(editor.model.name)}
-    facts |= {"seed": settings.seed} | ({} if result is None else {"size": "x".join(map(str, result.images[0].size))})
+    facts = {"steps": settings.steps, "scheduler": "ddim", "guidance_scale": settings.guidance(editor.model.name)}
+    facts |= {"seed": settings.seed}
     return details_of("edit PHOTO", config, editor, (*config.adapter, *config.add), files=files, **facts)
 
 

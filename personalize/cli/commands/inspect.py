@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from personalize.cli.terminal import json_text
 from personalize.errors import UserError
 from personalize.formats import coverage
-from personalize.formats.adapter_source import is_adapter_folder
+from personalize.formats.adapter_source import fetched, is_adapter_folder
 from personalize.formats.folder_inspection import FileSummary, folder_text, inspect_folder
 from personalize.formats.inspection import inspect_file
 from personalize.formats.inspection_report import FAMILIES, Inspection, report
@@ -44,7 +44,7 @@ def run(config: InspectConfig) -> Inspection | list[FileSummary] | Marks:
         rows = inspect_folder(config.file, allow_pickle=config.allow_pickle)
         print(json_text([asdict(row) for row in rows]) if config.json else folder_text(rows))
         return rows
-    inspection = inspect_file(config.file, allow_pickle=config.allow_pickle)
+    inspection = inspect_file(fetched(config.file), allow_pickle=config.allow_pickle)
     if config.picture is not None:
         if not inspection.rows:
             raise UserError(f"{config.file} changes no module, so there is no coverage to draw: leave --picture out")

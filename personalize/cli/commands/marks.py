@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 import personalize
-from personalize.cli.redrawing import LORA, NEVER_FROM_A_PICTURE, name_and_hash, names_a_file
+from personalize.cli.redrawing import LORA, NEVER_FROM_A_PICTURE, given_name, name_and_hash, names_a_file
+from personalize.formats.adapter_source import INDEX, fetched, is_adapter_folder, open_adapter
 from personalize.formats.integrity import data_hash
 from personalize.formats.manifest import MANIFEST
 from personalize.io.content_credentials import signed
 from personalize.io.json_files import read_json
 from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes
+from personalize.io.tensor_files import tensor_parts
 
 if TYPE_CHECKING:
     from personalize.editing.editor import Editor
@@ -71,8 +74,17 @@ def details_of(
 
 
 def _adapter(path: Path) -> dict[str, str]:
-    """Name and hash of an adapter, and the hash by which A1111 knows the LoRA that it loads: of the tensors alone."""
-    file = path
+    """Name and hash of an adapter, and the hash by which A1111 knows the LoRA that it loads: of the tensors alone.
+
+    Of what holds its weights in several files, as PEFT's folders and shards do, the hash is that of all that is read.
+    """
+    path = file = fetched(path)
+    if path.name.endswith(INDEX) or (is_adapter_folder(path) and not (path / MANIFEST).is_file()):
+        content = open_adapter(path)
+        digest = sha256()
+        for part in tensor_parts(content.tensors, content.metadata):
+            digest.update(part)
+        return {"name": given_name(path), "sha256": digest.hexdigest()}
     if path.is_dir():
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
         file = path / str(manifest.get("twin") or LORA)

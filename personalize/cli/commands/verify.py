@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personalize.cli.terminal import json_text
 from personalize.errors import Mismatch, UserError
-from personalize.formats.adapter_source import open_adapter
+from personalize.formats.adapter_source import fetched, open_adapter
 from personalize.formats.coverage import KINDS, ordered_blocks, table_picture
 from personalize.formats.diffusion_transformers.checking import require_no_base, verify_transformer_file
 from personalize.formats.diffusion_transformers.reading import identify
@@ -38,7 +39,7 @@ def run(config: VerifyConfig) -> VerificationReport:
         Mismatch: the files could be read, but something in them is wrong (exit code 1).
         UserError: a file cannot be read.
     """
-    path = Path(config.path)
+    path = fetched(config.path)
     folder = path.parent if path.is_file() else path
     alone = path.is_file() and not is_part_of_adapter(path)
     if alone and (found := identify(content := open_adapter(path))) is not None:
@@ -52,17 +53,18 @@ def run(config: VerifyConfig) -> VerificationReport:
     report = verify_file(path, model) if alone else verify_folder(folder, model)
     if config.on_base and model is not None:
         _print_survival(config, model, path if alone else folder / DIFFUSERS_FILE)
-    return _printed(path, report, checked=model is not None or (alone and len(report.files) > 1))
+    return _printed(path, report, json=config.json, checked=model is not None or (alone and len(report.files) > 1))
 
 
-def _printed(path: Path, report: VerificationReport, *, checked: bool) -> VerificationReport:
-    """Print the report; Mismatch if something in it is wrong.
+def _printed(path: Path, report: VerificationReport, *, checked: bool, json: bool = False) -> VerificationReport:
+    """Print the report, beside JSON to the standard error; Mismatch if something in it is wrong.
 
     `checked` says that the file has been compared with a base model, too.
     """
-    print(report)
+    output = sys.stderr if json else sys.stdout
+    print(report, file=output)
     if not checked:
-        print("Checked without a base model: give --base to check shapes and loading by diffusers too.")
+        print("Checked without a base model: give --base to check shapes and loading by diffusers too.", file=output)
     if not report.ok:
         raise Mismatch(f"{path} does not verify, {sum(len(file.problems) for file in report.files)} problem(s)")
     return report
