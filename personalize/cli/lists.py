@@ -25,30 +25,38 @@ class _Sorted:
 
 
 def gathered(
-    args: Sequence[str], *, lists: Collection[str], switches: Collection[str], needs_argument: bool
-) -> list[str]:
+    args: Sequence[str], more: Sequence[str] = (), *, lists: Collection[str], switches: Collection[str],
+    needs_argument: bool,
+) -> list[str]:  # fmt: skip
     """The same command line with arguments without a flag first, and all values of a list option behind one flag.
 
     So `--swap a=b c=d` and `--swap a=b --swap c=d` are the same.  If the command `needs_argument` and none stands
     elsewhere, it is the last word of the last list: `edit --swap a=b photo.png --source x`.
 
     Args:
+        more: tokens that follow and were not typed, but stand in a file: no word of theirs is the argument.
         lists: names of the options that take several values.
         switches: names of those that take none.
 
     Raises:
-        UserError: a list option without a value.
+        UserError: a list option without a value, or with one that would be read as an option.
     """
     tokens = _sorted(args, lists, switches)
     long = [values for _, values in tokens.runs if len(values) > 1]
     if needs_argument and not tokens.free and long:
         tokens.free.append(long[-1].pop())
+    rest = _sorted(more, lists, switches)
     values: dict[str, list[str]] = {}
-    for name, own in tokens.runs:
+    for name, own in (*tokens.runs, *rest.runs):
         if not own:
             raise UserError(f"--{name} needs a value, got nothing")
+        if odd := next(filter(flag_name, own), None):
+            raise UserError(f"--{name} has the value {odd!r}, which reads as an option: write it otherwise")
         values.setdefault(name, []).extend(own)
-    return [*tokens.free, *tokens.single, *(token for name, own in values.items() for token in (f"--{name}", *own))]
+    single = [*tokens.free, *tokens.single, *rest.single]
+    if needs_argument and not tokens.free:  # tyro would take a list's value, or say what is missing
+        return single
+    return [*single, *(token for name, own in values.items() for token in (f"--{name}", *own))]
 
 
 def repeated(args: Sequence[str], *, lists: Collection[str], switches: Collection[str]) -> Iterator[str]:

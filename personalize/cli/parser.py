@@ -18,7 +18,7 @@ from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -73,6 +73,7 @@ def parse(
     for file in files:
         defaults |= read_yaml(_find(file, presets or {}), config)
     given = {*flags, *(name.removeprefix("no_") for name in flags)}
+    defaults = {key: value for key, value in defaults.items() if value is not None}  # nothing: it is left out
     _check_required(config, given | set(defaults), prog)
     settled = given | {key for flag, key in getattr(config, "replaces", {}).items() if flag in given}
     tokens = [t for key, value in defaults.items() if key not in settled for t in _tokens(key, value, config)]
@@ -81,7 +82,7 @@ def parse(
     switches = {name for name, hint in hints.items() if hint is bool}
     for sentence in repeated(args, lists=lists, switches=switches):
         warnings.warn(sentence, Notice, stacklevel=2)
-    args = gathered([*args, *tokens], lists=lists, switches=switches, needs_argument=_needs_argument(config))
+    args = gathered(args, tokens, lists=lists, switches=switches, needs_argument=_needs_argument(config))
     with worded(hints), _one_line(prog, hints):
         options = tyro.cli(config, args=args, prog=prog, use_underscores=True, registry=_registry())
     check_ranges(options, "--")
@@ -160,17 +161,29 @@ def take_option(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 
 def read_yaml(path: Path, config: type) -> dict[str, Any]:
     """The keys and values of the YAML file `path`; UserError for an unknown key or a switch that is no truth value."""
-    content = {_field_name(key, config): value for key, value in read_options(path).items()}
-    if "config" in content and "config" not in option_types(config):
+    types = option_types(config)
+    texts = {name for name, hint in types.items() if _is_text(hint)}
+    found = read_options(path, lambda name: _field_name(name, config) in texts)
+    content = {_field_name(key, config): value for key, value in found.items()}
+    if "config" in content and "config" not in types:
         raise UserError(f"{path}: a file cannot name other files: write --config several times on the command line")
     _check_names(content, config, f"key in {path}:")
-    types = option_types(config)
     for key, value in content.items():
         if _is_positional(config, key):
             raise UserError(f"{path}: {key} is given on the command line itself, not in a file")
-        if types[key] is bool and not isinstance(value, bool):
+        if isinstance(value, list) and None in value:
+            raise UserError(f"{path}: {key} has an empty value in its list: write one, or leave it out")
+        if types[key] is bool and not isinstance(value, bool | None):
             raise UserError(f"{path}: {key} is {value!r}, expected true or false")
     return content
+
+
+def _is_text(hint: Any) -> bool:
+    """Is an option of this type text, a path, or one of several words, or a list of such?"""
+    if get_origin(hint) is Literal:
+        return all(isinstance(word, str) for word in get_args(hint))
+    kinds = [kind for kind in get_args(hint) if kind not in (type(None), Ellipsis)]
+    return hint in (str, Path) or (bool(kinds) and all(map(_is_text, kinds)))
 
 
 def _field_name(name: str, config: type) -> str:
@@ -224,13 +237,12 @@ def _tokens(key: str, value: Any, config: type) -> list[str]:
     hint = option_types(config)[key]
     if isinstance(value, bool) and hint is bool:
         return [f"--{key}" if value else f"--no_{key}"]
-    if isinstance(value, bool) and bool not in get_args(hint):
-        number = {int, float} & {hint, *get_args(hint)}  # of words: YAML reads an unquoted `no` as false
-        value = str(value).lower() if number else "yes" if value else "no"
-    if value is None and type(None) in get_args(hint):
-        return []  # left out
+    if isinstance(value, bool):
+        value = str(value).lower()
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)] if value else []
+        if value and get_origin(hint) is not tuple:
+            raise UserError(f"--{key} takes one value, got {', '.join(map(str, value))}: leave one of them")
+        return [f"--{key}={one}" for one in value]
     return [f"--{key}={value}"]
 
 

@@ -1,13 +1,13 @@
 """YAML files of options: names with one value or a list of values, each text, a number, yes or no, or nothing.
 
-Nothing else of YAML is read.  Anchors and aliases, by which a few bytes can stand for millions of values, are refused;
-a date stays the text that it is.
+Nothing else of YAML is read.  Of an option that is text, `0123` and `off` are the text that stands there, and a date is
+text everywhere.  Anchors and aliases, by which a few bytes can stand for millions of values, are refused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ MAX_DIGITS = 400  # of a number; the largest float has 309 before its point
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads the types of `TYPES` alone, without aliases, and no name twice."""
+    """Reads the types of `TYPES` alone, without aliases, and no name twice.
+
+    is_text: whether the option of a name is text, in which no number and no yes or no is looked for.
+    """
+
+    is_text: Callable[[str], bool]
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in TYPES]
@@ -56,18 +61,35 @@ class _Loader(yaml.SafeLoader):
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice := next((name for name, count in names.items() if count > 1), None):
             raise ConstructorError(None, None, f"{twice[:80]!r} stands there twice", node.start_mark)
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and self.is_text(str(key.value)):
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if isinstance(one, yaml.ScalarNode) and not one.tag.endswith(":null"):
+                        one.tag = self.DEFAULT_SCALAR_TAG
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: Any) -> int:
+        """A whole number; 010 is ten, as on the command line, not eight as in YAML 1.1."""
+        text = str(self.construct_scalar(node)).replace("_", "")
+        return int(text) if text.lstrip("+-").isdigit() else self.construct_yaml_int(node)
 
-def read_options(path: str | Path) -> Mapping[str, Any]:
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
+
+
+def read_options(path: str | Path, is_text: Callable[[str], bool] = lambda name: False) -> Mapping[str, Any]:
     """The names and values in a YAML file; a value is a scalar or a list of scalars.
+
+    Values of the names that `is_text` stay the text that stands there, if they are not empty.
 
     Raises:
         UserError: as `read_text`; no YAML, or anything but such names and values.
     """
     text = read_text(path, MAX_BYTES)
     try:
-        content = yaml.load(text, _Loader)
+        loader = _Loader(text)
+        loader.is_text = is_text
+        content = loader.get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{path} is no valid YAML of options: {reason}") from error
