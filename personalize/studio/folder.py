@@ -20,6 +20,7 @@ from personalize.errors import UserError
 from personalize.io.atomic import as_user_error, write_file
 from personalize.io.image_files import check_image, read_image
 from personalize.io.image_metadata import IMAGE_SUFFIXES
+from personalize.io.json_files import SURROGATE
 
 OUTPUT = "studio"  # folder of all that the studio writes
 UPLOADS = ".uploads"  # in it: what a browser has sent, until it is used
@@ -143,9 +144,10 @@ class Folder:
         return sorted(str(path.parent) for path in self._files() if path.name == "model_index.json")
 
     def _files(self) -> Iterator[Path]:
-        """Every file, relative; nothing hidden, and nothing that `inside` would refuse."""
+        """Every file, relative; nothing hidden, nothing that `inside` would refuse, no name that a page cannot hold."""
         for place, folders, names in os.walk(self.root):
             relative = Path(place).relative_to(self.root)
+            folders[:], names = ([one for one in found if not SURROGATE.search(one)] for found in (folders, names))
             kept = [one for one in folders if not one.startswith((".", "checkpoint-")) and one != "node_modules"]
             folders[:] = (
                 [] if len(relative.parts) >= DEEPEST else [one for one in kept if not Path(place, one).is_symlink()]

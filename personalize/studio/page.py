@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from personalize.io.json_files import SURROGATE
 from personalize.studio import drag, edit, files, learn, photo
 from personalize.studio.jobs import Job
 from personalize.studio.parts import Studio, Tab, text
@@ -62,7 +63,7 @@ def warm(studio: Studio) -> None:
 
 def head(studio: Studio) -> None:
     """The title, and where files go."""
-    where = html.escape(str(studio.folder.root))
+    where = html.escape(SURROGATE.sub("\ufffd", str(studio.folder.root)))  # bytes that are no UTF-8
     gr.HTML(f'<div id="head"><h1>Personalize</h1><span>everything stays in {where}</span></div>')
 
 

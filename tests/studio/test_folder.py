@@ -105,6 +105,22 @@ def test_a_painted_mask_is_kept_as_a_picture_and_nothing_else(folder):
             folder.keep_mask(wrong)
 
 
+def test_names_that_are_no_utf_8_are_left_out(folder):
+    (folder.root / "fine").mkdir()
+    for place in (
+        b"caf\xe9.png",
+        b"caf\xe9/cat.png",
+        b"caf\xe9/adapter.json",
+        b"caf\xe9/model_index.json",
+        b"fine/\xe9.pt",
+    ):
+        path = folder.root / os.fsdecode(place)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png_bytes())
+    assert folder.pictures() == ["pictures/cat.png"]
+    assert folder.adapter_files() == folder.bases() == []
+
+
 def test_new_folders_are_numbered_on_and_none_is_given_twice(folder):
     assert str(folder.new_folder("drag")) == "studio/drag-001"
     assert str(folder.new_folder("drag")) == "studio/drag-002", "the first is taken though nothing is in it yet"
