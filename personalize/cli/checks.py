@@ -179,6 +179,15 @@ def check_writable(folder: Path) -> None:
     check_output_folder(folder)
 
 
+def check_output(path: Path) -> None:
+    """UserError unless the file `path` can be written; it need not exist yet, nor its folder."""
+    from personalize.io.output_folder import check_output_folder
+
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, the name of a file was expected: name a file in it")
+    check_output_folder(path.parent, (path.name,))
+
+
 def check_files(*paths: Path) -> None:
     """UserError unless each of `paths` is a file or a folder, or may be a file on the hub."""
     for path in paths:

@@ -54,7 +54,7 @@ def gathered(
             raise UserError(f"--{name} has the value {odd!r}, which reads as an option: write it otherwise")
         values.setdefault(name, []).extend(own)
     single = [*tokens.free, *tokens.single, *rest.single]
-    if needs_argument and not tokens.free:  # tyro would take a list's value, or say what is missing
+    if needs_argument and not tokens.free:  # else tyro takes a list's value for it; so it says what is missing
         return single
     return [*single, *(token for name, own in values.items() for token in (f"--{name}", *own))]
 

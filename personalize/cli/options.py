@@ -12,7 +12,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from personalize.cli.checks import check_files, check_quickstart, check_studio
+from personalize.cli.checks import check_files, check_output, check_quickstart, check_studio, check_writable
 from personalize.cli.edit_options import DragConfig, EditConfig, EditTableConfig, PhotoConfig
 from personalize.errors import UserError
 from personalize.io.image_metadata import IMAGE_SUFFIXES
@@ -60,6 +60,8 @@ class InspectConfig:
 
     def check(self) -> None:
         check_files(self.file)
+        if self.picture is not None:
+            check_output(self.picture)
 
 
 Family = Literal["sd1", "sd2", "sdxl", "flux1", "flux2", "z-image", "qwen-image", "krea2", "anima", "sd3", "chroma"]
@@ -117,6 +119,8 @@ class VerifyConfig:
 
     def check(self) -> None:
         check_files(self.path)
+        if self.picture is not None:
+            check_output(self.picture)
         if self.on_base is None and (self.picture is not None or self.json):
             raise UserError(
                 "--picture and --json show what survives on a quantized base: add --on_base fp8, nf4 or int8"
@@ -157,6 +161,9 @@ class EvaluateConfig:
 
     def check(self) -> None:
         check_files(self.benchmark, *(() if self.run is not None else (self.results,)))
+        check_output(self.output)
+        if self.run is not None:
+            check_writable(self.results)
 
 
 @dataclass(frozen=True)

@@ -175,10 +175,21 @@ def _dragbench_item(folder: Path, sample: Path, allow_pickle: bool) -> Benchmark
     array, mask_file = metadata.get("mask"), sample / "mask.png"
     if array is None and mask_file.is_file():
         array = np.asarray(load_image(mask_file).convert("L")) > 127
-    mask = None if array is None else torch.from_numpy(np.array(array) > 0)
+    mask = None if array is None else _mask_of(sample, array)
     points = _point_pairs(sample, metadata.get("points", []))
     prompt = str(metadata.get("prompt", ""))
     return BenchmarkItem(name, sample / "original_image.png", name, prompt, "", mask, points=points)
+
+
+def _mask_of(sample: Path, listed: Any) -> Tensor:
+    """DragBench's mask (H, W), True where it is above 0."""
+    try:
+        array = np.array(listed)
+    except ValueError:  # rows of different lengths
+        array = np.array(None)
+    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "biuf":
+        raise UserError(f"{sample}: the mask is no table of numbers, rows of equal length were expected")
+    return torch.from_numpy(array > 0)
 
 
 def _point_pairs(sample: Path, listed: Any) -> tuple[tuple[Point, Point], ...]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from personalize.cli.commands import evaluate_run
 from personalize.cli.main import main
 from personalize.embedded.scenes import captions, random_scene, render
 from personalize.errors import UserError
@@ -81,6 +82,45 @@ def test_results_that_are_not_there_are_an_error_that_says_where_they_belong(pie
     assert "0_random/000000000000.png" in capsys.readouterr().err
     assert evaluated(pie, tmp_path / "nowhere", tmp_path)[0] == 2
     assert "nowhere does not exist: check the path" in capsys.readouterr().err
+
+
+def test_a_damaged_result_costs_its_own_line_alone(pie, tmp_path, capsys):
+    results = tmp_path / "results/0_random"
+    results.mkdir(parents=True)
+    for number in (0, 1):
+        noise(9, (512, 512)).save(results / f"{number:012}.png")
+    cut = results / "000000000000.png"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    code, found = evaluated(pie, results.parent, tmp_path)
+    assert code == 0 and found["measured"] == 1 and list(found["unreadable"]) == ["000000000000"]
+    assert "000000000000: not measured: " in capsys.readouterr().out
+    (results / "000000000001.png").write_bytes(cut.read_bytes())
+    assert evaluated(pie, results.parent, tmp_path)[0] == 2
+    assert "none of the 2 results of PIE-Bench can be read" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(pie, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("personalize.cli.commands.evaluate.read_benchmark", lambda *given, **more: pytest.fail("begun"))
+    results = tmp_path / "results"
+    results.mkdir()
+    for output, says in ((results, "is a folder, the name of a file"), ("/proc/nope/x.json", "not write")):
+        words = ["evaluate", str(pie), "--results", str(results), "--output", str(output)]
+        assert main(words) == 2
+        assert says in capsys.readouterr().err
+    for command in ("inspect", "verify"):
+        extra = ["--on_base", "fp8"] if command == "verify" else []
+        assert main([command, str(pie), "--picture", str(results), *extra]) == 2
+        assert "is a folder, the name of a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mask", ["foo", [[[1]]], [[1, 0], [1]], [], [["a"]], {"a": 1}])
+def test_a_mask_of_dragbench_that_is_no_table_is_one_line(mask, tmp_path):
+    sample = tmp_path / "drag/one"
+    sample.mkdir(parents=True)
+    noise(5).save(sample / "original_image.png")
+    (sample / "meta_data.json").write_text(json.dumps({"mask": mask, "points": []}))
+    with pytest.raises(UserError, match="one: the mask is no table of numbers"):
+        read_benchmark(tmp_path / "drag")
 
 
 def test_tedbench(tmp_path):
@@ -189,6 +229,22 @@ def test_run_says_before_the_work_what_is_wrong_with_its_options(tmp_path, capsy
     for run, words in ((FEW, "no source prompt"), ("--inversion dddim", "dddim"), ("--nonsense 3", "--nonsense")):
         assert evaluated(folder, tmp_path / "made", tmp_path, f"--run={run}")[0] == 2
         assert words in capsys.readouterr().err and not (tmp_path / "made").exists()
+
+
+def test_run_checks_each_item_and_takes_the_processor_that_evaluate_takes(tmp_path, capsys, monkeypatch):
+    folder = scene_folder(tmp_path / "bench", "pie")
+    for run, words in (("--swap cat=dog", "two ways to say one thing"), ("--mask nowhere.png", "nowhere.png")):
+        assert evaluated(folder, tmp_path / "made", tmp_path, f"--run={run}")[0] == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "made").exists()
+    (folder / "annotation_images" / "one.png").write_text("no picture")
+    seen = []
+    monkeypatch.setattr(
+        "personalize.cli.commands.evaluate_run.Editor.configured", lambda options, adapters: seen.append(options)
+    )
+    monkeypatch.setattr(evaluate_run, "_edited", lambda editor, options: noise(options.seed, (160, 96)))
+    assert evaluated(folder, tmp_path / "made", tmp_path, "--run=", "--cpu")[0] == 0
+    assert [options.cpu for options in seen] == [True]
+    assert "one: not made: " in capsys.readouterr().out and (tmp_path / "made" / "two.png").is_file()
 
 
 def test_points_are_found_where_they_went():

@@ -40,7 +40,7 @@ def run(config: EvaluateConfig) -> Path:
     with the reason.
 
     Raises:
-        UserError: the folder is no benchmark, or there is no result at all.
+        UserError: the folder is no benchmark, or there is no result at all, or none that can be read.
     """
     name, items = read_benchmark(config.benchmark, allow_pickle=config.allow_pickle)
     if config.run is not None:
@@ -53,7 +53,15 @@ def run(config: EvaluateConfig) -> Path:
             f"{config.results} holds no result of {name}'s {len(items)} items: the first would be "
             f"{config.results / items[0].result}.png"
         )
-    rows = [measure_item(item, path, columns) for item, path in ticked(present, "Measuring")]
+    rows, unreadable = [], {}
+    for item, path in ticked(present, "Measuring"):
+        try:
+            rows.append(measure_item(item, path, columns))
+        except UserError as error:  # of a damaged picture: the others count all the same
+            unreadable[item.name] = str(error)
+            print(f"{item.name}: not measured: {error}")
+    if not rows:
+        raise UserError(f"none of the {len(present)} results of {name} can be read: see the lines above")
     table = summarize(rows, columns)
     report = {
         "benchmark": name,
@@ -65,6 +73,7 @@ def run(config: EvaluateConfig) -> Path:
             "lpips": config.lpips_net if config.lpips_net != "squeeze" else str(config.lpips_backbone or ""),
             "points": config.point_model,
         },
+        "unreadable": unreadable,
         "summary": table,
         "rows": rows,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,21 +45,39 @@ def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkIte
     if not missing:
         return
     parsed, make = _method(name, words)
-    first = parsed(missing[0])
+
+    def checked(item: BenchmarkItem) -> Any:
+        options = parsed(item)
+        options = replace(options, output_dir=config.results, cpu=options.cpu or config.cpu)
+        options.check()
+        return options
+
+    first = _first_valid(checked, missing)
     _check_record(config.results, {"benchmark": name, "options": words})
     editor = Editor.configured(first, adapters_of(first))
     for number, item in enumerate(missing, 1):
         print(f"{number} of {len(missing)}: {item.name}", flush=True)
         try:
-            picture = make(editor, parsed(item))
+            picture = make(editor, checked(item))
         except UserError as error:
             print(f"{item.name}: not made: {error}")
             continue
         write_file(config.results / f"{item.result}.png", png(picture, EDITED_PHOTO))
 
 
+def _first_valid(checked: Callable[[BenchmarkItem], Any], items: Sequence[BenchmarkItem]) -> Any:
+    """The options of the first item that has valid ones; the first item's UserError if none has."""
+    first: UserError | None = None
+    for item in items:
+        try:
+            return checked(item)
+        except UserError as error:
+            first = first or error
+    raise first or UserError("there is nothing to make")
+
+
 def _method(name: str, words: Sequence[str]) -> tuple[Callable[[BenchmarkItem], Any], Callable[..., Image.Image]]:
-    """How an item becomes options, checked as on a command line, and how these become a picture."""
+    """How an item becomes options, and how these become a picture."""
     if name == "DragBench":
         return lambda item: drag_options(item, words), _dragged
     return lambda item: edit_options(item, words), _edited
