@@ -5,6 +5,7 @@ The functions are called by the `check` methods of the options' classes.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -128,6 +129,8 @@ def check_drag(config: Any) -> None:
     from personalize.io.image_files import check_image
 
     interleaved_points(config.from_, config.to)
+    for text in (*config.add, *config.remove):
+        point_of(text)
     check_writable(config.output_dir)
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     for picture in filter(None, (config.photo, config.mask)):
@@ -240,7 +243,7 @@ def box(text: str) -> tuple[float, float, float, float] | None:
         left, top, right, bottom = (float(part) for part in text.split(","))
     except ValueError:
         return None
-    return left, top, right, bottom
+    return (left, top, right, bottom) if all(map(math.isfinite, (left, top, right, bottom))) else None
 
 
 def pair(text: str, form: str = "old=new, for example cat=dog") -> tuple[str, str]:
@@ -276,6 +279,8 @@ def parse_shape(text: str) -> tuple[Any, ...]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"a point is x,y in pixels, for example 120,64; got {text!r}, which is no place")
     if len(numbers) in (2, 4):
         return tuple(numbers)
     if len(numbers) < 6 or len(numbers) % 2:

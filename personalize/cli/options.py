@@ -6,7 +6,7 @@ This module imports no torch, so that a command line is checked before torch is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -224,9 +224,14 @@ def resolve_command(command: str, words: Sequence[str]) -> str:
 
     `edit` with a .csv file means `edit TABLE`, with a picture file or with --source `edit PHOTO`.
     """
-    if command == "edit" and words and words[0].lower().endswith(".csv"):
+    pairs = list(zip(("", *words), words, strict=False))
+    switches = {field.name for field in fields(EditTableConfig) if field.type == "bool"}
+    free = (
+        word for before, word in pairs
+        if not before.startswith("--") or before[2:].replace("-", "_").removeprefix("no_") in switches
+    )  # fmt: skip
+    if command == "edit" and any(word.lower().endswith(".csv") and not word.startswith("--") for word in free):
         return EDIT_TABLE
-    pairs = zip(("", *words), words, strict=False)
     others = ("__source_image", "__output_dir", "__from")  # their values are no photo, whatever they are called
     named = [word for before, word in pairs if before.replace("-", "_") not in others]
     pictures = [word for word in named if not word.startswith("--") and word.lower().endswith(IMAGE_SUFFIXES)]

@@ -15,6 +15,7 @@ from personalize.io.json_files import parse_json
 from personalize.io.plain_files import read_text
 from personalize.studio.actions import carry_out, command_line, option, read
 from personalize.studio.edit_pictures import (
+    MIXES,
     draw_base,
     drawn_pictures,
     history,
@@ -25,7 +26,6 @@ from personalize.studio.jobs import Job
 from personalize.studio.parts import Studio, Tab, adapter_choice, command_box, message_box, outcome, problem
 
 KIND = "edit"
-MIXES = {"Projection: alpha and beta": "projection", "Subtraction: gamma": "subtraction"}
 DIALS = {"–": "", "alpha": "alpha", "beta": "beta", "gamma": "gamma", "forgotten": "forgotten", "rule": "rule",
          "strength": "strength", "seed": "seed"}  # fmt: skip
 STEPS = 30

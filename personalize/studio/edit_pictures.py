@@ -15,6 +15,7 @@ from personalize.studio.actions import Workbench
 from personalize.studio.jobs import Job, JobQueue
 from personalize.studio.parts import facts, links
 
+MIXES = {"Projection: alpha and beta": "projection", "Subtraction: gamma": "subtraction"}
 SHOWN = 24  # pictures in the history
 
 
@@ -95,11 +96,9 @@ def history(queue: JobQueue) -> list[tuple[str, str, dict[str, Any]]]:
                 "seed": entry["seed"],
                 "strength": entry["strength"],
             }
-            mix = (
-                {"alpha": entry["alpha"], "beta": entry["beta"]}
-                if entry["gamma"] is None
-                else {"gamma": entry["gamma"]}
-            )
+            names = ("alpha", "beta") if entry["gamma"] is None else ("gamma",)
+            way = "projection" if entry["gamma"] is None else "subtraction"
+            mix = {name: entry[name] for name in names} | {"mix": next(text for text in MIXES if MIXES[text] == way)}
             fields = job.inputs | own | mix | {"dial_across": "–", "dial_down": "–", "count": 1}
             found.append((str(job.result["folder"] / entry["file"]), _label(entry), fields))
     return found[:SHOWN]

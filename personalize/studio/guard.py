@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from http.cookies import CookieError, SimpleCookie
 from secrets import compare_digest
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 COOKIE = "personalize_studio"
@@ -81,10 +81,10 @@ class Guard:
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
         """The answer to a request that may not pass: status, text, headers; None for one that may."""
         host = headers.get("host", "")
-        if self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts:
+        if self.hosts is not None and _parts(f"//{host}").hostname not in self.hosts:
             return 403, f"the studio does not answer to the name {host}", []
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _parts(origin).netloc != host:
             return 403, f"a page of {origin} may not use the studio", []
         if self.password is not None and not _basic(headers.get("authorization", ""), self.password):
             return 401, "user and password, please", [(b"www-authenticate", b'Basic realm="personalize studio"')]
@@ -109,6 +109,14 @@ class Guard:
         return (
             given is not None and self.token is not None and compare_digest(given.value.encode(), self.token.encode())
         )
+
+
+def _parts(address: str) -> SplitResult:
+    """The parts of an address; empty ones if it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:  # a bracket that is not closed
+        return urlsplit("")
 
 
 def _basic(header: str, password: str) -> bool:

@@ -11,6 +11,7 @@ from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 from personalize.errors import UserError
+from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.studio.folder import OUTPUT, Folder
 from personalize.studio.guard import LOOPBACK, Guard
 
@@ -30,13 +31,17 @@ def run(config: StudioConfig) -> None:
     listener, port = listening_socket(config.host, config.port)
     token = token_urlsafe(24) if config.host not in LOOPBACK and config.auth is None else None
     application = guarded(build(folder, config.base, start), config, token)
-    name = "127.0.0.1" if config.host in LOOPBACK else config.host
-    address = f"http://{name}:{port}/" + (f"?token={token}" if token else "")
+    address = address_of(config.host, port) + (f"?token={token}" if token else "")
     print(f"Studio: {address}\nFolder: {folder.root}, results in {OUTPUT}/\nCtrl-C ends it.", flush=True)
     if config.open:
         Timer(1, webbrowser.open, (address,)).start()
     settings = uvicorn.Config(application, log_level="error", timeout_graceful_shutdown=1)
     uvicorn.Server(settings).run(sockets=[listener])
+
+
+def address_of(host: str, port: int) -> str:
+    """The page's address in a browser; one of IPv6 stands in brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host.replace('localhost', '127.0.0.1')}:{port}/"
 
 
 def inside_start(folder: Folder, path: Path) -> Path:
@@ -71,15 +76,19 @@ def build(folder: Folder, base: str | None = None, start: str | None = None) -> 
 
 
 def add_files(application: Any, folder: Folder) -> None:
-    """Serve the files of the folder under /file/."""
+    """Serve the files of the folder under /file/: pictures to look at, others to download: they may hold scripts."""
     from fastapi.responses import FileResponse, PlainTextResponse
 
     @application.get("/file/{path:path}")
     def file(path: str) -> Any:
         try:
-            return FileResponse(folder.root / folder.existing(path))
+            found = folder.root / folder.existing(path)
         except UserError as error:
             return PlainTextResponse(str(error), status_code=404)
+        if not found.is_file():
+            return PlainTextResponse(f"{path} is no file", status_code=404)
+        name = None if found.suffix.lower() in IMAGE_SUFFIXES else found.name
+        return FileResponse(found, filename=name, headers={"x-content-type-options": "nosniff"})
 
 
 def guarded(application: Any, config: StudioConfig, token: str | None) -> Guard:

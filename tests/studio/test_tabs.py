@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -14,11 +15,14 @@ from PIL import Image
 from personalize.errors import UserError
 from personalize.studio.folder import Folder
 from personalize.studio.jobs import Job, JobQueue
+from personalize.studio.server import add_files, address_of
 from tests.support.studio_pages import ROOT
 
 gr = pytest.importorskip("gradio")
 
-from personalize.studio import drag, learn, photo  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
+
+from personalize.studio import drag, edit, learn, photo  # noqa: E402
 from personalize.studio.actions import Workbench  # noqa: E402
 from personalize.studio.learn_words import ONE, words_of  # noqa: E402
 from personalize.studio.parts import Studio, address, data_url, drawn_on  # noqa: E402
@@ -125,3 +129,42 @@ def test_an_adapter_is_not_replaced_by_the_next_one(studio, tmp_path):
     (tmp_path / "my-cat" / "adapter.json").write_text("{}")
     with pytest.raises(UserError, match="my-cat holds an adapter already.*write another name"):
         words_of(studio, given)
+
+
+def test_the_history_brings_back_how_a_picture_was_mixed(studio, tmp_path):
+    with gr.Blocks():
+        fields = edit.make_fields(studio)
+    given = values(fields) | {"adapter": "x", "prompt": "a dog", "dial_across": "gamma", "values_across": "0.6, 0.9"}
+    (tmp_path / "x").mkdir()
+    entry = {"alpha": 1.0, "beta": 1.0, "gamma": 0.6, "forget": "none", "strength": 1.0, "seed": 0, "file": "edit.png"}
+    plain = entry | {"gamma": None, "alpha": 0.7, "beta": 1.3}
+    job = Job("edit", "Edit", lambda job: None, inputs=given)
+    job.result = {"folder": tmp_path, "entries": [entry, plain]}
+    queue = SimpleNamespace(history=lambda kind: [job])
+    by_gamma, by_projection = (edit.words_of(studio, values, False) for _, _, values in edit.history(queue))
+    assert "--gamma=0.6" in by_gamma and not [word for word in by_gamma if word.startswith(("--alpha", "--beta"))]
+    assert {"--alpha=0.7", "--beta=1.3"} < set(by_projection)
+
+
+def test_files_that_may_hold_scripts_are_downloads(studio, tmp_path):
+    from starlette.testclient import TestClient
+
+    for name in ("page.html", "x.svg", "read.me"):
+        (tmp_path / name).write_text("<script>alert(1)</script>")
+    (tmp_path / "folder").mkdir()
+    application = FastAPI()
+    add_files(application, studio.folder)
+    with TestClient(application) as client:
+        for name in ("page.html", "x.svg", "read.me"):
+            headers = client.get(f"/file/{name}").headers
+            assert headers["content-disposition"].startswith("attachment") and name in headers["content-disposition"]
+            assert headers["x-content-type-options"] == "nosniff"
+        shown = client.get("/file/cat.png").headers
+        assert "content-disposition" not in shown and shown["content-type"] == "image/png"
+        assert client.get("/file/gone.png").status_code == client.get("/file/folder").status_code == 404
+
+
+def test_the_address_that_is_printed_is_the_one_that_is_listened_at():
+    assert address_of("127.0.0.1", 7860) == address_of("localhost", 7860) == "http://127.0.0.1:7860/"
+    assert address_of("::1", 7861) == "http://[::1]:7861/"
+    assert address_of("my-machine", 7860) == "http://my-machine:7860/"

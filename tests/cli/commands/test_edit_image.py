@@ -111,6 +111,10 @@ def test_edit_means_a_photo_when_it_is_given_one(capsys):
         == options.EDIT_PHOTO
     )
     assert options.resolve_command("drag", ["a.png"]) == "drag"
+    for words in (["t.csv"], ["--cpu", "t.csv"], ["--no-metadata", "T.CSV"], ["--seed", "3", "t.csv"]):
+        assert options.resolve_command("edit", words) == options.EDIT_TABLE
+    for words in (["my-dog", "--prompt", "t.csv"], ["my-dog", "--prompt=t.csv"], ["--output_dir", "t.csv", "my-dog"]):
+        assert options.resolve_command("edit", words) == "edit"
     for words, option in ((["edit", "--help"], "--forget"), (["edit", "a.png", "--help"], "--inversion")):
         with pytest.raises(SystemExit, match="0"):
             main(words)
