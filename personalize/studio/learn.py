@@ -191,7 +191,8 @@ def named(studio: Studio, picture: Path, name: str, automatic: str) -> tuple[str
     """The adapter's name for `picture`, and the automatic one: a name that the user has written is kept."""
     if name not in ("", automatic):
         return name, automatic
-    return (unused(studio, f"my-{picture.stem}"),) * 2
+    new = unused(studio, f"my-{picture.stem}")
+    return new, new
 
 
 def unused(studio: Studio, name: str) -> str:
