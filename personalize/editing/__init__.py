@@ -1,6 +1,7 @@
 """Editing methods, and the two front doors to them.
 
-    editor, attach            with an adapter of ours; inside somebody else's pipeline;  adapter_base: the base of an adapter
+    editor, attach            with an adapter of ours; inside somebody else's pipeline
+    adapter_base              the base of an adapter, and what it predicts
     real_image                photos: inversion, then an edit beside the reconstruction;  prepared_photo, photo_sheets
     word_maps                 where each word of a photo looks
     region                    where a photo may change, and its own pixels everywhere else

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from personalize.cli.main import main
 from personalize.cli.redrawing import redrawn
-from personalize.errors import UserError
 from personalize.io.provenance import Provenance, picture_bytes, read_marks
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
@@ -144,73 +142,6 @@ def test_another_adapter_or_base_or_picture_is_refused(base, adapter, tmp_path, 
     ):
         assert run(words[0], tmp_path / "refused", "edit", *words[1:]) == 2
         assert re.search(message, capsys.readouterr().err) and not (tmp_path / "refused").exists()
-
-
-def adapters_of_others(folder, monkeypatch):
-    """The same LoRA as a folder of PEFT, as shards with their index, and as a file on the hub: name → what is typed."""
-    state, cache = random_adapter(tiny("sd1")).lora, folder / "blobs"
-    unet = {f"base_model.model.{key.removeprefix('unet.')}": tensor for key, tensor in state.items()}
-    (folder / "peft").mkdir()
-    save_file(unet, folder / "peft" / "adapter_model.safetensors")
-    (folder / "peft" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4, "peft_type": "LORA"}))
-    (folder / "shards").mkdir()
-    keys, places = sorted(state), {}
-    for number, part in enumerate((keys[:3], keys[3:]), 1):
-        places |= dict.fromkeys(part, f"x-{number}.safetensors")
-        save_file({key: state[key] for key in part}, folder / "shards" / f"x-{number}.safetensors")
-    index = folder / "shards" / "x.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
-    cache.mkdir()
-    saved = random_adapter(tiny("sd1")).save(folder / "saved")
-    shutil.copy(saved / "pytorch_lora_weights.safetensors", cache / "0123456789abcdef")
-    (folder / "cat.safetensors").symlink_to(cache / "0123456789abcdef")  # as the hub's cache does
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *name: str(folder / "cat.safetensors"))
-    return {"peft": folder / "peft", "shards": folder / "shards", "x.safetensors.index.json": index,
-            "cat.safetensors": "someone/cat:cat.safetensors"}  # fmt: skip
-
-
-def test_adapters_of_any_form_are_named_in_the_marks(base, photo, tmp_path, monkeypatch, capsys):
-    hashes = {}
-    for name, typed in adapters_of_others(tmp_path, monkeypatch).items():
-        out = tmp_path / f"out-{name}"
-        assert run(base, out, "edit", typed, "--prompt", PROMPT) == 0
-        kept = read_marks(out / "edit-000.png").details["adapters"][0]
-        assert kept["name"] == name
-        hashes[name] = kept["sha256"]
-    assert hashes["shards"] == hashes["x.safetensors.index.json"], "the same weights"
-    assert len(set(hashes.values())) == 3
-    words = ("edit", photo, "--source", "a cat on grass", "--swap", "cat=dog", "--adapter", tmp_path / "peft")
-    assert run(base, tmp_path / "photo", *words) == 0
-    assert read_marks(tmp_path / "photo" / "edited.png").details["adapters"] == [
-        {"name": "peft", "sha256": hashes["peft"]}
-    ]
-    weights = tmp_path / "shards" / "x-2.safetensors"
-    save_file({key: tensor * 2 for key, tensor in load_file(weights).items()}, weights)
-    capsys.readouterr()
-    picture = tmp_path / "out-shards" / "edit-000.png"
-    index = tmp_path / "shards" / "x.safetensors.index.json"
-    assert run(base, tmp_path / "again", "edit", index, "--from", tmp_path / "out-peft" / "edit-000.png") == 2
-    assert run(base, tmp_path / "no", "edit", tmp_path / "shards", "--from", picture) == 2
-    assert "drawn with the adapter shards" in capsys.readouterr().err
-    for command in ("inspect", "verify"):
-        assert main([command, "someone/cat:cat.safetensors"]) == 0
-        assert "cat.safetensors" in capsys.readouterr().out
-
-
-def test_what_the_marks_need_is_read_before_anything_is_drawn(base, adapter, photo, tmp_path, monkeypatch):
-    def unreadable(path):
-        raise UserError(f"{path} cannot be read")
-
-    monkeypatch.setattr("personalize.cli.redrawing.file_hash", unreadable)
-    monkeypatch.setattr("personalize.editing.editor.Editor._sample", lambda *given: pytest.fail("drawn"))
-    monkeypatch.setattr("personalize.editing.editor.edit_photo", lambda *given, **more: pytest.fail("drawn"))
-    monkeypatch.setattr("personalize.editing.editor.drag_picture", lambda *given, **more: pytest.fail("drawn"))
-    for words in (
-        ("edit", adapter, "--prompt", PROMPT),
-        ("edit", photo, "--source", "a cat on grass", "--swap", "cat=dog"),
-        ("drag", photo, "--from", "10,10", "--to", "20,10"),
-    ):
-        assert run(base, tmp_path / "out", *words) == 2
 
 
 def test_an_edit_of_a_photo_is_made_again_from_its_picture(base, photo, tmp_path, capsys):
