@@ -97,7 +97,7 @@ class BaseModelOptions:
     variant: str | None = None
     """Variant of the base's files, e.g. fp16."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base's UNet predicts; if not given, what the base says, or what one forward pass shows."""
+    """What the base's UNet predicts; by default as in the adapter's training, or what the base or a test shows."""
 
     def check(self) -> None:
         """UserError for what the options name and how they fit together; the command line calls it before torch."""
