@@ -146,24 +146,27 @@ def parameters_of(model: StableDiffusion, wanted: Iterable[str]) -> dict[str, Te
                     "pipe.remove_all_hooks() and pipe.enable_model_cpu_offload() to use this adapter"
                 )
             path = name.replace(".base_layer.", ".").replace("_orig_mod.", "")
-            found[with_text_model(component, path)] = parameter.data
+            found[with_text_model(component, path)] = parameter
     return found
 
 
 @contextmanager
 def _replaced(values: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Run the body with the new values of `values` in its parameters; afterwards they are what they were."""
+    """Run the body with the new values of `values` in its parameters; afterwards they are what they were.
+
+    The parameters may have moved meanwhile to another device, which gives them other storage.
+    """
     before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for parameter, value in values:
-                before.append((parameter, parameter.clone()))
-                parameter.copy_(value)
+                before.append((parameter, parameter.detach().clone()))
+                parameter.data.copy_(value)
         yield
     finally:
         with torch.no_grad():
             for parameter, old in reversed(before):
-                parameter.copy_(old)
+                parameter.data.copy_(old)
 
 
 def _weight(parameters: Mapping[str, Tensor], module: str) -> Tensor:

@@ -138,7 +138,7 @@ class Sampling:
     """How images are sampled.
 
     scheduler: a name in `personalize.sampling.denoise.SCHEDULERS`.
-    guidance_scale: as in diffusers, 1 is off; None is the base model's, by `personalize.editing.defaults`.
+    guidance_scale: as in diffusers, up to 1 is off; None is the base model's, by `personalize.editing.defaults`.
     size: height and width in pixels; None is the size at which the adapter was trained.
     torch_compile: compile the UNet's repeated blocks: faster for many pictures; they differ by rounding.
     cuda_graph: replay the steps from one CUDA graph: the same pictures in less time; not with torch_compile.

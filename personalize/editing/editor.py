@@ -276,12 +276,14 @@ class Editor:
         return self if self._entered is None else nullcontext()
 
     def _applied(self, wanted: bool) -> AbstractContextManager[None]:
-        """A context in which the adapter's LoRA is in the UNet or not, inside and outside of a `with` block."""
+        """A context in which the adapter's UNet part is applied or not, inside and outside of a `with` block."""
         if self.adapter is None:
             return nullcontext()
         if self._entered is None:
             return self._copy.of(self.adapter, self.model.device).apply(self.model) if wanted else nullcontext()
-        return nullcontext() if wanted else lora_disabled(self.model.unet)
+        if wanted:
+            return nullcontext()
+        return self._adapter_removed() if self.adapter.others else lora_disabled(self.model.unet)
 
     @contextmanager
     def _adapter_removed(self) -> Iterator[None]:

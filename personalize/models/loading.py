@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ def read(
         index = read_index(path)
         require_parts(index, path)
         _require_no_lora_layers(path)
+        _require_variant(path, variant)
         check_channels(stated_channels(path) or TEXT_TO_IMAGE, source, inpainting=inpainting)
         extra = {name: None for name in extra if name in index}
     from diffusers import DiffusionPipeline
@@ -108,6 +110,8 @@ def _require_no_lora_layers(folder: Path) -> None:
 def require_parts(names: Iterable[str], source: object) -> None:
     """UserError if `names`, the components of `source`, lack a part of a Stable Diffusion model."""
     present = set(names)
+    if {"unet", "text_encoder_2"} <= present and "text_encoder" not in present:
+        raise UserError(f"{source} is an SDXL refiner (one text encoder); the SDXL base model is needed")
     if missing := [part for part in PARTS if part not in present]:
         raise UserError(f"{source} is no Stable Diffusion 1.x, 2.x or XL model: it has no {' and no '.join(missing)}")
 
@@ -212,6 +216,15 @@ def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
         pad_token=pad,
         model_max_length=77,
     )
+
+
+def _require_variant(folder: Path, variant: str | None) -> None:
+    """UserError if the UNet's weights are there in a variant alone, such as fp16, and none is asked for."""
+    files = [file.name for file in visible(folder / "unet") if file.suffix in (".safetensors", ".bin")]
+    plain = any(re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.\w+", name) for name in files)
+    variants = {found[1] for name in files if (found := re.match(r"diffusion_pytorch_model\.(\w+)[.-]", name))}
+    if variant is None and variants and not plain:
+        raise UserError(f"{folder} has its weights as variant {min(variants)} alone: add --variant {min(variants)}")
 
 
 def _unreadable(source: str | Path, error: Exception) -> UserError:

@@ -40,6 +40,15 @@ def require_supported(scheduler: Any, vae: Any, name: str) -> None:
         )
 
 
+def require_guidance_of_two_passes(unet: Any, name: object) -> None:
+    """UserError for a UNet that is told the guidance scale itself, by an embedding, instead of being asked twice."""
+    if unet.config.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            f"{name} takes the guidance scale as an embedding (time_cond_proj_dim), which is not supported: give the "
+            "base it was distilled from, with an LCM LoRA (--add) for few steps"
+        )
+
+
 @torch.no_grad()
 def predicted_quantity(unet: Any, alphas_cumprod: torch.Tensor, width: int) -> str:
     """ "epsilon" or "v_prediction", by one forward pass at a known noise level.

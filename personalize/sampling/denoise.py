@@ -69,7 +69,8 @@ class Edit:
             that returns it. The function is called before each prediction, without attention hooks and without
             gradients; one that optimises something enables gradients itself.
         negative: the same for the unconditional pass; None is the base model's conditioning for "no prompt".
-        guidance_scale: w in  ε̂ = ε_null + w (ε_cond − ε_null), as in diffusers: 1 is off. One number, or one per row.
+        guidance_scale: w in  ε̂ = ε_null + w (ε_cond − ε_null), as in diffusers: one number up to 1 is off, and the
+            prompt's pass is all. One number, or one per row, each of which is used as it is.
         hooks: attention hooks, called in this order.
         latent_edits: latent edits, called in this order.
         rule: forgetting rules for the adapter (`adapters.lora_scales.scaled`), or a function that takes the UNet and
@@ -84,6 +85,11 @@ class Edit:
     latent_edits: tuple[LatentEdit, ...] = ()
     rule: Rules | Callable[[Any], AbstractContextManager[None]] = None
     strength: float = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether an unconditional pass is made."""
+        return not isinstance(self.guidance_scale, int | float) or self.guidance_scale > 1
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def _exact(model: StableDiffusion) -> bool:
 def _guided(model: StableDiffusion, latents: Tensor, edit: Edit, step: Step) -> Tensor:
     """The UNet's raw output after guidance; both halves are one batch, the unconditional rows first."""
     cond = _rows(edit.conditioning, step, latents)
-    if edit.guidance_scale == 1:
+    if not edit.guided:
         with hooked(model.unet, edit.hooks, step=step, branches=("cond",)):
             return model.predict(latents, step.timestep, cond)
     assert edit.negative is not None
@@ -207,7 +213,7 @@ def _rows(conditioning: Conditioning | Condition, step: Step, latents: Tensor) -
 
 def _with_null(model: StableDiffusion, latents: Tensor, edit: Edit) -> Edit:
     """`edit`, with the base model's conditioning for "no prompt" as `negative` if guidance needs one and has none."""
-    if edit.guidance_scale == 1 or edit.negative is not None:
+    if not edit.guided or edit.negative is not None:
         return edit
     height, width = (side * model.factor for side in latents.shape[-2:])
     null = model.null(1, (height, width))

@@ -4,6 +4,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 
 import personalize
 from personalize.errors import UserError
@@ -57,6 +58,22 @@ def test_it_works_on_compiled_and_offloaded_unets_and_leaves_nothing(lora, wante
         inside = prediction(pipe)
     assert (inside - wanted).abs().max() < 1e-4 * wanted.abs().max(), "single precision, in another order"
     assert (prediction(pipe) - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["text encoder alone", "LoHa", "LoRA and biases"])
+def test_what_has_moved_meanwhile_is_put_back(tmp_path, kind):
+    """Offloading gives parameters new storage; what was written back into the old one left the adapter in for good."""
+    pipe, file = tiny_pipeline("sd1"), tmp_path / "a.safetensors"
+    save_file(KINDS[kind]().tensors, file)
+    parts = (pipe.unet, pipe.text_encoder)
+    before = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
+    with personalize.attach(pipe, file):
+        assert any(not torch.equal(old[name], tensor) for part, old in zip(parts, before, strict=True)
+                   for name, tensor in part.state_dict().items() if name in old)  # fmt: skip
+        for part in parts:
+            part._apply(lambda tensor: tensor.clone())  # as part.to(device) does
+    for part, old in zip(parts, before, strict=True):
+        assert all(torch.equal(old[name], tensor) for name, tensor in part.state_dict().items())
 
 
 def test_it_works_on_a_unet_that_stores_eight_bits(lora):

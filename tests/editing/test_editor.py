@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.cli.main import main
 from personalize.editing import editor as editor_module
@@ -17,6 +19,7 @@ from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.editing.strengths import remember
 from personalize.errors import NonFiniteLatents, UserError
+from tests.support.adapter_kinds import loha
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
@@ -63,6 +66,17 @@ def test_seeds_are_pictures_of_their_own(editor):
     assert pair[0].tobytes() != pair[1].tobytes()
     alone = editor.edit("a dog", seeds=[4], sampling=SHORT)[0]
     assert np.abs(array(pair[1]) - array(alone)).max() <= 1  # a batch of two sums in another order
+
+
+def test_the_base_is_drawn_without_changes_that_are_no_lora_too(tmp_path):
+    """Inside a `with` block the base's picture was the adapter's."""
+    save_file(loha().tensors, tmp_path / "loha.safetensors")
+    editor = Editor(tiny("sd1"), Adapter.load(tmp_path / "loha.safetensors"))
+    plain = editor.base("a dog", sampling=SHORT)[0]
+    with editor:
+        inside, edited = editor.base("a dog", sampling=SHORT)[0], editor.edit("a dog", sampling=SHORT)[0]
+        again = editor.edit("a dog", sampling=SHORT)[0]
+    assert inside.tobytes() == plain.tobytes() != edited.tobytes() == again.tobytes()
 
 
 def test_nothing_is_left_in_the_base(editor):

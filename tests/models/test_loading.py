@@ -13,7 +13,7 @@ from personalize.models import loading
 from personalize.models.loading import CONFIGS, checkpoint_kind, clip_tokenizer
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.original_layout import original_layout
-from tests.support.tiny import tiny, tiny_folder, tiny_inpainting_pipeline
+from tests.support.tiny import tiny, tiny_folder, tiny_inpainting_pipeline, tiny_pipeline
 
 KINDS = {"sd1": "sd15", "sd2v": "sd21v", "sdxl": "sdxl"}
 
@@ -125,6 +125,39 @@ def header(path, keys, metadata=None):
     }
     save_file(tensors, path, metadata)
     return path
+
+
+def test_a_base_that_takes_the_guidance_scale_as_an_embedding_is_refused(tmp_path):
+    """The UNets of distilled LCM bases: without the embedding, and guided in two passes, they drew something else."""
+    folder = tiny_folder("sd1", tmp_path)
+    pipe = tiny_pipeline("sd1")
+    unet = UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=16)
+    unet.save_pretrained(folder / "unet")
+    with pytest.raises(UserError, match="guidance scale as an embedding"):
+        StableDiffusion.load(folder, device="cpu")
+
+
+def test_weights_that_are_there_in_one_variant_alone_are_named(tmp_path):
+    folder = tiny_folder("sd1", tmp_path)
+    tiny_pipeline("sd1").save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(UserError, match="as variant fp16 alone: add --variant fp16"):
+        StableDiffusion.load(tmp_path / "half", device="cpu")
+    assert StableDiffusion.load(tmp_path / "half", variant="fp16", device="cpu").family == "sd1"
+    shutil.copy(tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors", folder / "unet")
+    assert StableDiffusion.load(folder, device="cpu").family == "sd1"  # both are there
+
+
+def test_the_refiner_is_named(tmp_path):
+    folder = tiny_folder("sdxl", tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline",
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is an SDXL refiner"):
+        StableDiffusion.load(folder, device="cpu")
 
 
 def test_kinds_are_read_off_names_and_metadata(tmp_path):

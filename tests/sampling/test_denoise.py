@@ -83,6 +83,7 @@ def test_guidance_one_is_one_pass_and_rows_may_be_guided_differently():
     both, plan = noise(model, 1, 2), make_schedule(model, 2)
     off, on = (denoise(model, both, plain(model, scale), plan) for scale in (1.0, 4.0))
     assert calls == [2, 2, 4, 4]
+    assert torch.equal(denoise(model, both, plain(model, 0.0), plan), off)  # as diffusers, for Turbo and LCM models
     mixed = denoise(model, both, plain(model, (1.0, 4.0)), plan)
     torch.testing.assert_close(mixed, torch.stack([off[0], on[1]]), atol=1e-4, rtol=1e-4)  # other batch size
 
