@@ -10,8 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from personalize.models import parameterization
+from personalize.training.data import class_images
 from personalize.training.data.buckets import FittedImage, fit
-from personalize.training.data.class_images import from_folder
+from personalize.training.data.class_images import BATCH, METADATA, from_base, from_folder
 from personalize.training.data.concepts import ClassImage
 from personalize.training.data.samples import LatentDataset
 from personalize.training.single_image import single_image_run
@@ -91,3 +93,55 @@ def test_the_loss_does_not_see_their_padding(tmp_path: Path) -> None:
             noise = torch.where(batch["weights"] > 0, batch["noise"], size * batch["noise"])
             losses.append(float(run.objective(batch | {"noise": noise}).parts["prior"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def pictures(images: list[ClassImage]) -> list[bytes]:
+    return [Path(str(image.picture)).read_bytes() for image in images]
+
+
+def test_drawn_ones_are_of_the_base_as_it_is_loaded(tmp_path: Path) -> None:
+    """Those of an ε base were taken for those of the same weights as a v base."""
+    wishes, drawn = {"size": (64, 64), "steps": 2, "cache": tmp_path}, []
+    for kind in ("v_prediction", "epsilon"):
+        model = tiny("sd2v")
+        model.prediction_type, model.parameterization = kind, parameterization.of(kind)
+        drawn.append(pictures(from_base(model, "a cat", 1, **wishes)))
+    assert drawn[0] != drawn[1]
+    model = tiny("sd2v")
+    model._identity = model.identity  # as after `quantize`
+    from_base(model, "a cat", 1, **wishes)
+    assert len(list(tmp_path.iterdir())) == 3
+    model.name = "elsewhere"  # the same base in another folder
+    from_base(model, "a cat", 1, **wishes)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_drawing_goes_on_behind_the_last_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was drawn before an interrupt was lost."""
+    wishes, asked, real = {"size": (64, 64), "steps": 1}, list[list[int]](), class_images.sample
+
+    def sample(model, edit, seeds, *rest):  # type: ignore[no-untyped-def]
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(seeds)
+        return real(model, edit, seeds, *rest)
+
+    monkeypatch.setattr(class_images, "sample", sample)
+    with pytest.raises(KeyboardInterrupt, match="the same command draws the others"):
+        from_base(tiny("sd1"), "a cat", 3 * BATCH, cache=tmp_path / "a", **wishes)
+    (folder,) = (tmp_path / "a").iterdir()
+    assert len(list(folder.iterdir())) == 2 * BATCH and not (folder / METADATA).exists()
+    (folder / "0001.png").unlink()  # a batch that was not written whole
+    asked.clear()
+    images = from_base(tiny("sd1"), "a cat", 2 * BATCH + 1, cache=tmp_path / "a", **wishes)
+    assert asked == [list(range(BATCH)), list(range(2 * BATCH, 3 * BATCH))] and (folder / METADATA).is_file()
+    monkeypatch.setattr(class_images, "sample", real)
+    assert pictures(images) == pictures(from_base(tiny("sd1"), "a cat", 3 * BATCH, cache=tmp_path / "b", **wishes))[:9]
+
+
+def test_fewer_or_more_of_them_are_the_same_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes = {"size": (64, 64), "steps": 1, "cache": tmp_path}
+    five = pictures(from_base(tiny("sd1"), "a cat", BATCH + 1, **wishes))
+    monkeypatch.setattr(class_images, "sample", lambda *_: pytest.fail("drawn again"))
+    assert pictures(from_base(tiny("sd1"), "a cat", 2, **wishes)) == five[:2]
+    assert pictures(from_base(tiny("sd1"), "a cat", 2 * BATCH, **wishes))[:5] == five

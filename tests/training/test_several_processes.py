@@ -58,11 +58,11 @@ def test_class_pictures_are_drawn_by_all_and_are_those_of_one(tmp_path: Path) ->
         return [asked]
 
     asked = run_processes(draw, 2)
-    assert asked == [[[2 * BATCH]], [[4]]]  # with guidance each picture is predicted twice
+    assert asked == [[[2 * BATCH]], [[2 * BATCH]]]  # a batch each; with guidance each picture is predicted twice
     alone = from_base(tiny_sd1(), "a cat", count, size=(64, 64), steps=1, cache=tmp_path / "alone")
     (first,) = (tmp_path / "machine-0").glob(f"*/{METADATA}")
     for image in alone:
         assert image.picture is not None
         name = Path(str(image.picture)).name
         assert (first.parent / name).read_bytes() == Path(str(image.picture)).read_bytes(), name
-    assert np.unique([len(list(folder.glob("*"))) for folder in tmp_path.glob("*/*")]).tolist() == [count + 1]
+    assert np.unique([len(list(folder.glob("*"))) for folder in tmp_path.glob("*/*")]).tolist() == [2 * BATCH + 1]

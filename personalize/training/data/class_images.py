@@ -1,7 +1,7 @@
 """Class pictures for regularisation (prior preservation): from a folder, a data set, or drawn by the base itself.
 
 Without them the class words take on the look of the one picture (language drift).  What the base draws is cached in a
-folder named by a hash of all the settings that decide it, so that a second run reuses it.
+folder named by a hash of all the settings that decide a picture, so that a second run reuses it.
 
 References: Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", arXiv 2212.04488, §3.2.
 """
@@ -9,9 +9,9 @@ References: Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
-from personalize.errors import UserError
-from personalize.io.atomic import write_folder
+from personalize.errors import UserError, said_if_stopped
+from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_folders import read_folder
 from personalize.io.images import to_image
-from personalize.io.json_files import read_json
 from personalize.io.progress import ticked
 from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
@@ -34,7 +33,7 @@ from personalize.training.data.captions import folder_caption
 from personalize.training.data.concepts import ClassImage
 from personalize.training.data.images import decode_cell, load_rows
 
-METADATA = "about.json"  # in a folder of drawn pictures: the settings they were drawn with
+METADATA = "about.json"  # in a folder of drawn pictures, when all are there: their settings and number
 CACHE = Path("~/.cache/personalize/regularisation")
 GUIDANCE, BATCH = 6.0, 4  # Custom Diffusion's guidance
 
@@ -113,46 +112,57 @@ def from_base(
     cache: str | Path | None = None,
     accelerator: Any | None = None,
 ) -> list[ClassImage]:
-    """`count` pictures of (H, W) = `size` that the base draws of `class_prompt`; read from the cache if it has them.
+    """The first `count` pictures of (H, W) = `size` that the base draws of `class_prompt`; those in the cache are kept.
 
-    They are drawn by DDIM in `steps` steps with guidance 6 and the seeds `seed`, `seed` + 1, …  With an `accelerator`
-    of several processes each draws a part, in the batches that a single process draws, so that the pictures are equal.
+    They are drawn by DDIM in `steps` steps with guidance 6 and the seeds `seed`, `seed` + 1, …, in whole batches, so
+    that picture number n is the same whatever their `count`.  Each batch is in the cache as soon as it is drawn: what
+    is interrupted goes on behind it.  With an `accelerator` of several processes each draws some of the batches.
 
     Raises:
         UserError: the cache cannot be written.
     """
+    base = {name: value for name, value in model.about().items() if name != "name"}
     settings = {
-        "base": model.identity["sha256"], "prompt": class_prompt, "count": count, "size": list(size), "steps": steps,
-        "seed": seed, "guidance": GUIDANCE, "precision": str(model.dtype).removeprefix("torch."),
+        "base": base, "prompt": class_prompt, "size": list(size), "steps": steps, "seed": seed, "guidance": GUIDANCE,
+        "precision": str(model.dtype).removeprefix("torch."),
     }  # fmt: skip
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache or CACHE).expanduser() / key
     group: Any = accelerator or PartialState()
     several = group.num_processes > 1
-    complete = (folder / METADATA).is_file() and read_json(folder / METADATA) == settings
-    if not all(gather_object([complete]) if several else [complete]):
-        numbered = _draw(model, settings, group.process_index, group.num_processes)
-        drawn = {f"{number:04d}.png": png(image, GENERATED) for number, image in numbered}
-        files = dict(gather_object([*drawn.items()])) if several else drawn
-        if not complete and group.is_local_main_process:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            write_folder(folder, files | {METADATA: json.dumps(settings, indent=1).encode()})
-        if several:
-            group.wait_for_everyone()
-    return from_folder(folder, class_prompt, count)
+    missing = [first for first in range(0, count, BATCH) if not all(path.is_file() for path in _paths(folder, first))]
+    missing = sorted(set(chain(*(gather_object([missing]) if several else [missing]))))
+    own, drawn = missing[group.process_index :: group.num_processes], {}
+    with said_if_stopped(f"stopped: class pictures drawn so far are in {folder}, the same command draws the others"):
+        for first, images in _draw(model, settings, own) if own else ():
+            for path, image in zip(_paths(folder, first), images, strict=True):
+                drawn[path.name] = png(image, GENERATED)
+                write_file(path, drawn[path.name])
+    files = dict(gather_object([*drawn.items()])) if several and missing else drawn
+    if group.is_local_main_process:
+        for name in files.keys() - drawn.keys():  # of other processes, which may be on another machine
+            write_file(folder / name, files[name])
+        if missing or not (folder / METADATA).is_file():
+            write_file(folder / METADATA, json.dumps(settings | {"count": count}, indent=1).encode())
+    if several:
+        group.wait_for_everyone()
+    return [ClassImage(class_prompt, path) for first in range(0, count, BATCH) for path in _paths(folder, first)][
+        :count
+    ]
+
+
+def _paths(folder: Path, first: int) -> list[Path]:
+    """The files of the batch whose first picture has the number `first`."""
+    return [folder / f"{number:04d}.png" for number in range(first, first + BATCH)]
 
 
 def _draw(
-    model: StableDiffusion, settings: dict[str, Any], process: int, processes: int
-) -> Iterator[tuple[int, Image.Image]]:
-    """The pictures of every `processes`-th batch, from batch number `process` on, with their numbers."""
+    model: StableDiffusion, settings: dict[str, Any], batches: Sequence[int]
+) -> Iterator[tuple[int, list[Image.Image]]]:
+    """The number of the first picture of each of these `batches`, and its pictures."""
     size = (settings["size"][0], settings["size"][1])
     edit = Edit(model.prompts([settings["prompt"]], size), None, GUIDANCE)
     schedule = make_schedule(model, settings["steps"], "ddim")
-    for first in ticked(
-        range(process * BATCH, settings["count"], processes * BATCH), f"Class pictures, {BATCH} at once"
-    ):
-        numbers = range(first, min(first + BATCH, settings["count"]))
-        seeds = [settings["seed"] + number for number in numbers]
-        for number, row in zip(numbers, model.decode(sample(model, edit, seeds, schedule, size)), strict=True):
-            yield number, to_image(row)
+    for first in ticked(batches, f"Class pictures, {BATCH} at once"):
+        seeds = [settings["seed"] + number for number in range(first, first + BATCH)]
+        yield first, [to_image(row) for row in model.decode(sample(model, edit, seeds, schedule, size))]
