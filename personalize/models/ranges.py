@@ -42,8 +42,8 @@ _NAMES: dict[tuple[float, float], str] = {
         "checkpoints_total_limit validation_steps"
     ),
     STEPS: (
-        "class_image_steps preview_steps iterations null_text_iterations updates dpl_updates "
-        "fixed_point fixed_point_iterations lr_warmup_steps num_class_images num_validation_images scene scenes "
+        "preview_steps iterations null_text_iterations updates dpl_updates "
+        "fixed_point fixed_point_iterations lr_warmup_steps num_class_images scene scenes "
         "scene_pools autoencoded test_scenes dataloader_num_workers min_rank widths top_k mask_fewest steps kv_start "
         "kv_levels map_levels map_timesteps"
     ),
@@ -51,7 +51,7 @@ _NAMES: dict[tuple[float, float], str] = {
     SEED: "seed seeds",
     (1, 10**6): (
         "max_train_steps num_inference_steps samples_per_update train_batch_size batch_sizes budget num_images rank "
-        "gradient_accumulation_steps adapters_per_batch num_vectors"
+        "gradient_accumulation_steps adapters_per_batch num_vectors num_validation_images class_image_steps"
     ),
     (0, 100): "guidance_scale", (0, 2**16 - 1): "port", (-(2**14), 2**14): "grow",  # below 0 the mask shrinks
 }  # fmt: skip

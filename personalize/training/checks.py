@@ -110,9 +110,6 @@ def _check_judging(config: Any) -> None:
         raise UserError(
             "keep_best needs validation_prompt: the edit whose pictures are scored, e.g. 'a dog on a beach'"
         )
-    if config.num_validation_images < 1:
-        raise UserError(f"keep_best scores validation pictures: num_validation_images must be above 0, got "
-                        f"{config.num_validation_images}")  # fmt: skip
 
 
 def check_class_images(config: Any) -> None:

@@ -22,7 +22,7 @@ class RunOptions(BaseModelOptions):
     load_in_4bit: bool = False
     """Keep the base UNet's linear layers in 4 bits (NF4) and its convolutions in bf16; for small cards."""
     checkpointing_steps: int | None = None
-    """Updates between two checkpoints in output_dir/checkpoint-N; none if not given."""
+    """Updates between two checkpoints in output_dir/checkpoint-N; none if 0 or not given."""
     checkpoints_total_limit: int | None = None
     """Keep only this many of the newest checkpoints."""
     resume_from_checkpoint: str | None = None
@@ -32,7 +32,7 @@ class RunOptions(BaseModelOptions):
     num_validation_images: int = 4
     """Validation pictures drawn each time."""
     validation_steps: int = 20
-    """Updates between two validations."""
+    """Updates between two validations; with 0 there are none, but --keep_best scores the last update."""
     keep_best: bool = False
     """Save the weights whose validation pictures have the best score, those of the last update judged too."""
     clip_model: str | None = None

@@ -134,7 +134,7 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
     if accelerator.is_main_process:
         check_space_for(config, run)
     leave_after = None if accelerator.is_main_process else PATIENCE
-    if run.best is not None and run.best.judged < run.update and run.update % config.validation_steps == 0:
+    if run.best is not None and run.best.judged < run.update and _due(run.update, config.validation_steps):
         validate(run, config, judge)  # the checkpoint was written before its own pictures were drawn
     with (
         stop_requests(deferred=bool(config.checkpointing_steps), leave_after=leave_after) as stop,
@@ -146,15 +146,20 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
             accelerator.log(losses | {"learning_rate": report.learning_rates[0]}, step=report.update)
             if stop.signal is not None and accelerator.is_main_process:
                 raise Stopped(stop.signal, f"stopped after {_saved_progress(config, run)}")
-            if config.checkpointing_steps and report.update % config.checkpointing_steps == 0:
+            if _due(report.update, config.checkpointing_steps):
                 _save_checkpoint(config, run)
-            if config.validation_prompt and report.update % config.validation_steps == 0:
+            if config.validation_prompt and _due(report.update, config.validation_steps):
                 validate(run, config, judge)
             if watch is not None and watch(run, report):
                 run.save_checkpoint(config.output_dir, config.checkpoints_total_limit)
                 break
         if run.best is not None and run.best.judged < run.update:
             validate(run, config, judge)
+
+
+def _due(update: int, every: int | None) -> bool:
+    """Is something that is done `every` so many updates done after this one?  Never if `every` is 0 or None."""
+    return bool(every) and update % every == 0
 
 
 def _save_checkpoint(config: Any, run: TrainingRun, *, wait: bool = True) -> Path | None:

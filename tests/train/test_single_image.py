@@ -128,6 +128,8 @@ def test_standalone(base: Path, photo: Path, tmp_path: Path) -> None:
         (["--with_prior_preservation"], "needs --class_prompt"),
         (["--instance_mask", "nowhere.png"], "nowhere.png: no such file"),
         (["--mask_weight", "2"], "mask_weight is a fraction from 0 to 1"),
+        (["--validation_prompt", "a cat", "--num_validation_images", "0"], "num_validation_images is 0: give a number"),
+        (["--class_image_steps", "0"], "class_image_steps is 0: give a number from 1"),
         (["--learning_rte", "1"], "did you mean --learning_rate"),
     ],
 )

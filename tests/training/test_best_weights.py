@@ -152,6 +152,15 @@ def test_the_last_update_is_scored_whatever_validation_steps_is(tmp_path: Path) 
     assert judged == [3, 4] and same_all(kept, states[4]) and kept.info["kept_best"]["update"] == 4
 
 
+def test_validation_steps_of_0_draws_no_picture_before_the_last_update(tmp_path: Path) -> None:
+    """It ended with a division by zero after the first update."""
+    kept, states, judged = trained("source", options(tmp_path, validation_steps=0, checkpointing_steps=0))
+    assert judged == [4] and same_all(kept, states[4]) and not numbered(tmp_path)
+    with run_of("single_image", tiny("sd1"), KINDS["source"]) as run:
+        trainer.train(options(tmp_path / "plain", validation_steps=0), run, "x")
+        assert run.update == 4 and not (tmp_path / "plain" / "validation").exists()
+
+
 def test_with_and_without_scores_a_checkpoint_serves_both(tmp_path: Path) -> None:
     _, states, _ = trained("source", options(tmp_path))
     with run_of("single_image", tiny("sd1"), KINDS["source"]) as run:
