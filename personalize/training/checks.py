@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from personalize.io.image_folders import ImageFolder, only_picture, read_folder
 from personalize.io.output_folder import check_output_folder
 from personalize.models.config import check_base_name, check_resolution
 from personalize.training.data.captions import find_caption, folder_caption
-from personalize.training.data.sources import MASK_FILE, instance_folders, instance_places, named_pictures
+from personalize.training.data.sources import instance_folders, instance_places, named_pictures
 
 
 def check_single_image(config: Any) -> None:
@@ -29,21 +30,34 @@ def check_single_image(config: Any) -> None:
         raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
     if config.caption is not None and not config.caption.strip():
         raise UserError("the caption from --caption is empty: say what the picture shows, e.g. 'a photo of a dog'")
-    places = instance_places(config)
-    captioned = config.caption is not None or config.caption_model is not None
-    folders = instance_folders(places, captioned=captioned)
-    if config.instance_mask is not None:
-        _check_masks(config, places)
-    captions: list[str] = []
-    for place, folder in zip(places, folders, strict=True):
-        if not place.is_dir():
-            check_image(place)
-            captions.append(find_caption(place, config.caption, config.caption_model, generate=False))
-            continue
-        _report(folder)
-        captions += _check_captions(folder, config, captioned)
+    captions = _check_pictures(config, instance_places(config))
     if config.instance_token is not None and captions:
         _check_trigger(config, captions)
+
+
+def _check_pictures(config: Any, places: list[Path]) -> list[str]:
+    """Check the pictures at `places` with their masks; returns their captions, "" for those generated later."""
+    captioned = config.caption is not None or config.caption_model is not None
+    masks = [] if config.instance_mask is None or not places else [config.instance_mask]
+    for mask in masks:
+        if not mask.is_dir():
+            check_image_path(mask)
+    images = named_pictures(places, config, masks)
+    learned, rest, captions = {image.path for image in images}, iter(images), list[str]()
+    for place, folder in zip(places, instance_folders(places, captioned=captioned), strict=True):
+        own = tuple(next(rest) for image in folder.images if image.path in learned)  # without masks that lie among them
+        if place.is_dir():
+            folder = replace(folder, images=own)
+            _report(folder)
+            captions += _check_captions(folder, config, captioned)
+        else:
+            for image in own:
+                check_image(image.path)
+                words = folder_caption(image, config.caption_column)
+                captions.append(words or find_caption(place, config.caption, config.caption_model, generate=False))
+        for mask in (path for image in own for path in image.files.values()):
+            check_image(mask)
+    return captions
 
 
 def _check_trigger(config: Any, captions: list[str]) -> None:
@@ -52,14 +66,6 @@ def _check_trigger(config: Any, captions: list[str]) -> None:
     if len(known) < len(captions):
         raise UserError("instance_token must be in every caption, and --caption_model does not know it: use --caption")
     read_trigger(config.instance_token, known)
-
-
-def _check_masks(config: Any, places: list[Path]) -> None:
-    """Check --instance_mask: the mask of a single picture, or a folder with a mask for each."""
-    if not config.instance_mask.is_dir():
-        check_image_path(config.instance_mask)
-    for image in named_pictures(places, config, (config.instance_mask,)):
-        check_image(image.files[MASK_FILE])
 
 
 def check_multi_concept(config: Any) -> None:
@@ -154,7 +160,4 @@ def _check_captions(folder: ImageFolder, config: Any, captioned: bool) -> list[s
             f"{len(own) - len(missing)} of {len(own)} pictures in {folder.path} have a caption of their own; {left}",
             Notice, stacklevel=2,
         )  # fmt: skip
-    for image in folder.images:
-        for mask in image.files.values():
-            check_image(mask)
     return [caption or config.caption or "" for caption in own.values()]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.cli.parser import parse
 from personalize.errors import UserError
+from personalize.training.data.images import read_training_images
 from personalize.training.data.samples import SampleShard
 from tests.support.hub import Hub
 from tests.support.tiny import tiny_folder
@@ -116,6 +118,48 @@ def test_standalone(base: Path, photo: Path, tmp_path: Path) -> None:
     assert main([*small(base, photo, tmp_path / "out"), "--standalone"]) == 0
     adapter = Adapter.load(tmp_path / "out")
     assert adapter.source is None and "standalone_gap_db" not in adapter.info
+
+
+@pytest.fixture
+def dogs(tmp_path: Path) -> Path:
+    """Two captioned pictures, and a folder of their masks inside their own."""
+    (tmp_path / "dogs" / "masks").mkdir(parents=True)
+    for number, side in enumerate((64, 96)):
+        Image.new("RGB", (side, 64), "teal").save(tmp_path / "dogs" / f"{number}.png")
+        (tmp_path / "dogs" / f"{number}.txt").write_text(f"a photo of a <rex> dog {number}")
+        Image.linear_gradient("L").resize((side, 64)).save(tmp_path / "dogs" / "masks" / f"{number}.png")
+    return tmp_path / "dogs"
+
+
+@pytest.mark.parametrize("spelled", ["same", "another way"])
+@pytest.mark.parametrize("caption", [(), ("--caption", "a <rex> dog")])
+def test_masks_in_a_folder_among_the_pictures_are_not_learned(
+    spelled: str, caption: tuple[str, ...], dogs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were refused as pictures without a caption."""
+    masks = dogs / "masks" if spelled == "same" else dogs.parent / "dogs" / ".." / "dogs" / "masks"
+    config = parse(SCRIPT.Config, ["--instance_data_dir", str(dogs), "--instance_mask", str(masks), *caption], prog="x")
+    config.check()
+    assert f"2 pictures in {dogs}" in capsys.readouterr().out
+    assert [image.mask is not None for image in read_training_images(config)] == [True, True]
+
+
+def test_a_trigger_must_be_in_the_captions_that_are_learned(dogs: Path) -> None:
+    """Of several files each has its own, and --caption is for the others; a single file has --caption."""
+    files, trigger = [str(dogs / "0.png"), str(dogs / "1.png")], ["--instance_token", "<rex>"]
+    for pictures, caption, right in (
+        (files, "a dog", True),
+        (files[:1], "a dog", False),
+        (files[:1], "a <rex> dog", True),
+    ):
+        config = parse(SCRIPT.Config, [*pictures, "--caption", caption, *trigger], prog="x")
+        with nullcontext() if right else pytest.raises(UserError, match="does not say <rex>"):
+            config.check()
+    (dogs / "1.txt").write_text("a photo of a dog")
+    with pytest.raises(UserError, match="does not say <rex>"):
+        parse(SCRIPT.Config, [*files, "--caption", "a <rex> dog", *trigger], prog="x").check()
+    (dogs / "1.txt").unlink()
+    parse(SCRIPT.Config, [*files, "--caption", "a <rex> dog", *trigger], prog="x").check()
 
 
 @pytest.mark.parametrize(

@@ -73,16 +73,23 @@ def with_masks(images: Sequence[FolderImage], masks: Sequence[Path]) -> list[Fol
     """
     folder = masks[0] if len(masks) == 1 and masks[0].is_dir() else None
     if folder is not None:
-        images = [image for image in images if not image.path.is_relative_to(folder)]
+        images = [image for image in images if not _place(image.path).is_relative_to(_place(folder / "any").parent)]
+        if not images:
+            raise UserError(f"{folder} holds the pictures themselves: name a folder that holds their masks alone")
         found = {image.path: _mask_of(image.path, folder) for image in images}
     else:
         if len(masks) > 1:
-            images = [image for image in images if image.path not in masks]
+            images = [image for image in images if _place(image.path) not in map(_place, masks)]
         if len(masks) != len(images):
             count = f"{len(masks)} mask{'s' * (len(masks) > 1)}, {len(images)} pictures"
             raise UserError(f"a mask belongs to one picture ({count}): name one for each, or a folder of masks")
         found = dict(zip((image.path for image in images), masks, strict=True))
     return [replace(image, files={**image.files, MASK_FILE: found[image.path]}) for image in images]
+
+
+def _place(path: Path) -> Path:
+    """`path` however it is spelled: with its folder's own path, but a link to a file as it is."""
+    return path.parent.resolve() / path.name
 
 
 def _mask_of(picture: Path, folder: Path) -> Path:

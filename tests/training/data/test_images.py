@@ -113,6 +113,7 @@ def test_what_cannot_be_read(folder: Path) -> None:
         ({"picture": (folder / "a.png",), "dataset_name": "x"}, "got 2"),
         ({"dataset_name": "no/such-set"}, "cannot be loaded"),
         ({"instance_data_dir": folder, "instance_mask": folder / "a.png"}, "belongs to one picture"),
+        ({"instance_data_dir": folder, "instance_mask": folder}, "holds the pictures themselves"),
         ({"instance_data_dir": folder, "image_column": "photo", "caption": "a"}, "image_column photo is for data sets"),
         ({"dataset_name": str(folder), "image_column": "photo", "caption": "a"}, "no pictures in column 'photo'"),
         ({"instance_data_dir": folder.parent / "nowhere"}, "no such file or folder"),
