@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from personalize.io.images import fitted_pixels as fitted_pixels
     from personalize.models.stable_diffusion import EMBEDDED as EMBEDDED
     from personalize.models.stable_diffusion import StableDiffusion as StableDiffusion
-    from personalize.training.catalogue import Catalogue as Catalogue
     from personalize.training.catalogue import learn_catalogue as learn_catalogue
     from personalize.training.catalogue_results import write_table as write_table
+    from personalize.training.catalogue_rows import Catalogue as Catalogue
     from personalize.training.catalogue_table import read_items as read_items
     from personalize.training.config import MultiConceptConfig as MultiConceptConfig
     from personalize.training.config import SingleImageConfig as SingleImageConfig
@@ -54,7 +54,7 @@ __version__ = "0.1.0"
 
 _MODULES = {  # the module of each public name; a module of the same name would hide it
     "Adapter": "personalize.adapters.adapter",
-    "Catalogue": "personalize.training.catalogue",
+    "Catalogue": "personalize.training.catalogue_rows",
     "ConceptPicture": "personalize.training.data.concepts",
     "DragSettings": "personalize.editing.drag.config",
     "EMBEDDED": "personalize.models.stable_diffusion",

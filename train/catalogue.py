@@ -48,12 +48,14 @@ class Config(SingleImageConfig, PriorPreservationOptions, BaseModelOptions):
     def check(self) -> None:
         from personalize.cli.checks import check_writable
         from personalize.models.config import check_base_name, check_resolution
+        from personalize.training.checks import check_packages
 
         if not self.items.is_file():
             raise UserError(f"{self.items}: no such file; name a CSV table with the columns image, caption, name")
         if self.pretrained_model_name_or_path is not None:
             check_base_name(self.pretrained_model_name_or_path)
         check_resolution(self.resolution, self.pretrained_model_name_or_path)
+        check_packages(self)
         check_writable(self.output_dir)
 
 

@@ -72,17 +72,20 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     from personalize.training.data.buckets import fit
     from personalize.training.data.class_images import class_images
     from personalize.training.data.images import read_training_images
-    from personalize.training.single_image import idle_parts, single_image_run
+    from personalize.training.data.samples import SampleShard
+    from personalize.training.single_image import check_sizes, idle_parts, planned_updates, single_image_run
     from personalize.training.validation import save_with_preview
 
     images = read_training_images(config)
     accelerator = trainer.make_accelerator(config)
     settings = training_config(config, accelerator.num_processes)
+    planned_updates(settings, len(images), SampleShard.of(settings, processes=accelerator.num_processes))
     model = trainer.load_base(config, accelerator)
     tokens = learned_tokens(config, model, [image.caption for image in images])
     with model.offload.idle(idle_parts(model, settings), sparing=settings.offload):
         resolution = config.resolution or model.resolution
         pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
+        check_sizes(settings, pictures)  # before class pictures are drawn, which takes long
         judge = find_judge(config, model, to_image(pictures[0].pixels), images[0].caption, tokens)
         classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
         captions = [image.caption for image in images]
@@ -110,7 +113,7 @@ def training_config(config: Config, processes: int = 1) -> SingleImageConfig:
 
 def class_prompt(config: Config) -> str:
     """The prompt of the class pictures; UserError if they are asked for without one."""
-    if config.with_prior_preservation and not config.class_prompt:
+    if config.with_prior_preservation and not (config.class_prompt or "").strip():
         raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
     return config.class_prompt or ""
 

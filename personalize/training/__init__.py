@@ -7,7 +7,7 @@
     losses, loop                  loss terms; the loop of updates
     cuda_graph, batched_adapters  one graph per update; several adapters in one batch
     checkpoints, memory_estimate, memory_advice, validation, trainer, distributed
-    catalogue, catalogue_table, catalogue_results   one adapter for each row of a table
+    catalogue, catalogue_table, catalogue_rows, catalogue_results   one adapter for each row of a table
     data/                         pictures, captions and masks as samples
     pretraining/                  how the embedded model was made; no product code imports it
     saving, stopping              what is trained is saved, also elsewhere; signals to stop

@@ -17,6 +17,7 @@ from personalize.io.image_folders import read_folder
 from personalize.io.numbering import folded, windows_refuses
 from personalize.io.tables import SURPLUS, read_table
 from personalize.training.catalogue_results import FAILED, RESULTS, outcome
+from personalize.training.checks import check_packages
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.sources import named_pictures
 from personalize.training.run_options import PriorPreservationOptions
@@ -124,7 +125,7 @@ def _item(
     name = plain_name(row.get("name") or (first.name if first.is_dir() else first.stem))
     _check_name(name)
     options, own = (_options(kind, row) for kind in KINDS)
-    replace(config, **options)  # raises if the values cannot work
+    check_packages(replace(config, **options))  # raises if the values cannot work
     if own.get("class_data_dir") is not None:
         own = {"with_prior_preservation": True} | own | {"class_data_dir": folder / own["class_data_dir"].expanduser()}
     shared: dict[str, Any] = {one.name: getattr(common, one.name) for one in fields(PriorPreservationOptions)} | own

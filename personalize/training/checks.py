@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from personalize.io.image_files import check_image, check_image_path
 from personalize.io.image_folders import ImageFolder, only_picture, read_folder
 from personalize.io.output_folder import check_output_folder
 from personalize.models.config import check_base_name, check_resolution
+from personalize.training.config import check_warmup
 from personalize.training.data.captions import find_caption, folder_caption
 from personalize.training.data.sources import instance_folders, instance_places, named_pictures
 
@@ -26,7 +28,7 @@ def check_single_image(config: Any) -> None:
     """
     check_run(config)
     check_class_images(config)
-    if config.with_prior_preservation and not config.class_prompt:
+    if config.with_prior_preservation and not (config.class_prompt or "").strip():
         raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
     if config.caption is not None and not config.caption.strip():
         raise UserError("the caption from --caption is empty: say what the picture shows, e.g. 'a photo of a dog'")
@@ -88,6 +90,7 @@ def check_multi_concept(config: Any) -> None:
         raise UserError("name at least one concept, e.g. --concepts '<cat1> cat'")
     if config.masks and len(config.masks) != len(subjects):
         raise UserError(f"{len(subjects)} of --concepts need as many --masks or none, got {len(config.masks)}")
+    check_warmup(config, config.max_train_steps)
     check_named(config.instance_prompt or default_prompt(subjects), subjects)
 
 
@@ -98,11 +101,19 @@ def check_run(config: Any) -> None:
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     start, output = config.resume_from_checkpoint, config.output_dir
     check_output_folder(output)
+    check_packages(config)
     _check_judging(config)
     if start == "latest" and not any(output.glob("checkpoint-*")):
         warnings.warn(f"there is no checkpoint in {output} to resume from: training begins anew", Notice, stacklevel=2)
     if start not in (None, "latest") and not any(path.is_dir() for path in (output / start, Path(start))):
         raise UserError(f"no checkpoint at {start}: name a checkpoint-N folder, or 'latest'")
+
+
+def check_packages(config: Any) -> None:
+    """UserError unless bitsandbytes is installed, if an option needs it."""
+    for name in ("use_8bit_adam", "load_in_4bit"):
+        if getattr(config, name, False) and find_spec("bitsandbytes") is None:
+            raise UserError(f"{name} needs the package bitsandbytes: pip install bitsandbytes")
 
 
 def _check_judging(config: Any) -> None:

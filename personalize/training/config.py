@@ -264,6 +264,12 @@ class MultiConceptConfig(LoraTrainingConfig):
         return words[(count - 1 - index) % len(words)]
 
 
+def check_warmup(config: Any, updates: int) -> None:
+    """UserError if the learning rates would rise over all of so many updates, or over more."""
+    if 0 < config.lr_warmup_steps >= updates:
+        raise UserError(f"lr_warmup_steps {config.lr_warmup_steps} must be below the number of updates, {updates}")
+
+
 def extract_config(options: Any, kind: type[ConfigT], **changes: Any) -> ConfigT:
     """The training configuration, of class `kind`, among a trainer's options; `changes` override some of its fields."""
     return kind(**{field.name: getattr(options, field.name) for field in fields(kind)} | changes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from personalize.adapters.lora import remove_lora
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.config import check_warmup
 from personalize.training.finite import DeviceCheck, check_and_clip
 from personalize.training.losses import LossTerms
 
@@ -47,8 +48,7 @@ def make_lr_scheduler(config: Any, optimizer: torch.optim.Optimizer, updates: in
     Raises:
         UserError: more warm-up updates than there are updates.
     """
-    if config.lr_warmup_steps >= updates and config.lr_warmup_steps > 0:
-        raise UserError(f"lr_warmup_steps {config.lr_warmup_steps} must be below the number of updates, {updates}")
+    check_warmup(config, updates)
     name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
     from diffusers.optimization import get_scheduler
 

@@ -30,10 +30,10 @@ from personalize.errors import UserError
 from personalize.models.fast_paths import compiled_blocks, fast_paths, in_precision
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
-from personalize.training.config import SingleImageConfig
+from personalize.training.config import SingleImageConfig, check_warmup
 from personalize.training.data.buckets import FittedImage, as_fitted, fit_into
 from personalize.training.data.concepts import ClassImage, content_hash
-from personalize.training.data.samples import LatentDataset
+from personalize.training.data.samples import LatentDataset, SampleShard
 from personalize.training.loop import (
     restored,
     training_dtype,
@@ -81,6 +81,21 @@ def single_image_run(
             run.add_adapter(trigger, token_embeddings)
             with timestep_mask(model.unet, run.timestep_rank()):
                 yield run
+
+
+def planned_updates(config: SingleImageConfig, pictures: int, shard: SampleShard) -> int:
+    """The number of updates of a run on so many pictures; UserError if there are none, or all are warm-up."""
+    updates = shard.updates(config.train_samples(pictures))
+    check_warmup(config, updates)
+    return updates
+
+
+def check_sizes(config: SingleImageConfig, pictures: Sequence[FittedImage]) -> list[tuple[int, int]]:
+    """The different sizes (H, W) of the `pictures`; UserError if a run cannot train on several."""
+    sizes = list(dict.fromkeys(picture.size for picture in pictures))
+    if config.cuda_graph and len(sizes) > 1:
+        raise UserError(f"cuda_graph needs pictures of one shape, got {len(sizes)} sizes: leave it out")
+    return sizes
 
 
 def idle_parts(model: StableDiffusion, config: SingleImageConfig) -> list[Any]:
@@ -136,10 +151,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
     ) -> None:
         super().__init__(model, config, accelerator)
         images = as_fitted(pixels, masks)
-        self.updates = self.shard.updates(config.train_samples(len(images)))
-        self.size, sizes = images[0].size, tuple(dict.fromkeys(image.size for image in images))
-        if config.cuda_graph and len(sizes) > 1:
-            raise UserError(f"cuda_graph needs pictures of one shape, got {len(sizes)} sizes: leave it out")
+        self.updates = planned_updates(config, len(images), self.shard)
+        self.size, sizes = images[0].size, check_sizes(config, images)
         captions = [caption] * len(images) if isinstance(caption, str) else list(caption)
         if len(captions) != len(images):
             raise ValueError(f"{len(images)} pictures need one caption or as many, got {len(captions)}")

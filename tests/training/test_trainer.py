@@ -10,15 +10,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
+from PIL import Image
 
 from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
-from personalize.training import trainer
+from personalize.training import checks, trainer
+from personalize.training.data import class_images
 from personalize.training.run_options import RunOptions
 from personalize.training.trainer import check_tracker, make_accelerator
 from tests.support.children import in_child
+from tests.support.tiny import tiny_folder
 
 
 def test_trackers_are_asked_for_before_anything_is_loaded(
@@ -31,6 +34,59 @@ def test_trackers_are_asked_for_before_anything_is_loaded(
     assert main([*line, "--report_to", "tensorboard"]) == 2
     said = "personalize: --report_to tensorboard needs the package tensorboard: pip install tensorboard\n"
     assert capsys.readouterr().err == said and not (tmp_path / "out").exists()
+
+
+SINGLE = [
+    "train",
+    "single_image",
+    "PHOTO",
+    "--caption",
+    "a cat",
+    "--with_prior_preservation",
+    "--class_prompt",
+    "a cat",
+]
+TWO = ["train", "multi_concept", "PHOTO", "--concepts", "<cat1> cat"]
+WARMUP = "lr_warmup_steps 4 must be below the number of updates, 4"
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "says"),
+    [
+        (SINGLE, ["--max_train_steps", "4", "--lr_warmup_steps", "4"], WARMUP),
+        (SINGLE, ["--max_train_samples", "40", "--lr_warmup_steps", "4"], WARMUP),
+        (SINGLE, ["--min_train_samples", "3", "--samples_per_picture", "3"], "3 samples in all are less than one"),
+        (SINGLE, ["--use_8bit_adam"], "use_8bit_adam needs the package bitsandbytes"),
+        (SINGLE, ["--load_in_4bit"], "load_in_4bit needs the package bitsandbytes"),
+        (TWO, ["--max_train_steps", "4", "--lr_warmup_steps", "4"], WARMUP),
+        (TWO, ["--use_8bit_adam"], "use_8bit_adam needs the package bitsandbytes"),
+        (["train", "catalogue", "TABLE"], ["--use_8bit_adam"], "use_8bit_adam needs the package bitsandbytes"),
+    ],
+)
+def test_what_the_options_tell_is_said_before_the_base_is_loaded(
+    line: list[str], options: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It was said after class pictures were drawn."""
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("a base was loaded"))
+    table = tmp_path / "items.csv"
+    table.write_text("image,caption\nx.png,a cat")
+    named = {"PHOTO": str(Path(__file__).parents[2] / "examples" / "quickstart.png"), "TABLE": str(table)}
+    assert main([*(named.get(word, word) for word in line), *options, "--output_dir", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out" / "adapter.json").exists()
+
+
+def test_a_graph_of_several_sizes_is_refused_before_class_pictures_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "check_capturable", lambda *_, **__: None)  # which needs a GPU
+    monkeypatch.setattr(class_images, "from_base", lambda *_, **__: pytest.fail("class pictures were drawn"))
+    for number, width in enumerate((64, 128)):
+        Image.new("RGB", (width, 64), "teal").save(tmp_path / f"{number}.png")
+    line = [*SINGLE[:2], str(tmp_path), *SINGLE[3:], "--cuda_graph", "--output_dir", str(tmp_path / "out")]
+    assert main([*line, "--pretrained_model_name_or_path", str(tiny_folder("sd1", tmp_path / "base"))]) == 2
+    assert "cuda_graph needs pictures of one shape, got 2 sizes" in capsys.readouterr().err
 
 
 def test_any_tracker_will_do_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
