@@ -28,11 +28,13 @@ from personalize.training.catalogue_results import (
     RESULTS,
     Results,
     claimed,
+    key_of,
+    merged,
     outcome,
     own_results,
     print_outcome,
 )
-from personalize.training.catalogue_rows import Catalogue, group_rows, is_finished, row_pictures
+from personalize.training.catalogue_rows import Catalogue, digest_of, group_rows, is_finished, row_pictures
 from personalize.training.catalogue_table import Item
 from personalize.training.data.buckets import FittedImage, fit
 from personalize.training.data.class_images import class_images
@@ -57,14 +59,14 @@ def learn_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> dict[
 
 def _outcome(item: Item, catalogue: Catalogue, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The outcome of a row that `call` trains or saves."""
+    digest = digest_of(item, catalogue)
     try:
-        details = call()
-        return outcome(item.line, item.name, DONE, digest=catalogue.row_hash(item), **details)
+        return outcome(item.line, item.name, DONE, digest=digest, **call())
     except UserError as error:
-        return outcome(item.line, item.name, FAILED, reason=str(error))
+        return outcome(item.line, item.name, FAILED, digest=digest, reason=str(error))
     except Exception as error:  # a bug or a device out of memory on one row must not cost the others
         first = (str(error) or "no message").splitlines()[0]
-        return outcome(item.line, item.name, FAILED, reason=f"{type(error).__name__}: {first}")
+        return outcome(item.line, item.name, FAILED, digest=digest, reason=f"{type(error).__name__}: {first}")
 
 
 def learn_rows(model: StableDiffusion, items: Sequence[Item], catalogue: Catalogue) -> Iterator[dict[str, Any]]:
@@ -141,17 +143,19 @@ def learn_catalogue(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train every row that is not finished yet; returns the outcomes of all rows, from all processes.
 
-    Another catalogue may run on the same output: each row is trained by one of them, and both wait for all.
+    Another catalogue may run on the same output: each row is trained by one of them, and both wait for all.  The
+    processes may have no disk in common: a row is finished if one of them has its adapter.
 
     refused: the outcomes of rows that cannot be trained on, see `read_items`; load: loads the base model, and is called
     only if this process has rows to train.
     """
     started = time.time()
     with own_results(catalogue.output_dir / RESULTS, processes.index) as results:
-        known = {key: row for rows in processes.all_gather(results.rows()) for key, row in rows.items()}
-        pending = [item for item in items if not is_finished(item, known, catalogue)]
+        known = merged(processes.all_gather(results.rows()))
+        finished = processes.all_gather({item.name for item in items if is_finished(item, known, catalogue)})
+        pending = [item for item in items if item.name not in set().union(*finished)]
         for row in refused if processes.index == 0 else ():
-            before = known.get(f"{row['line']}:{row['name']}", {})
+            before = known.get(key_of(row), {})
             if {**before, **row} != before:  # recorded once
                 results.add(row)
             print_outcome(row)
@@ -168,9 +172,14 @@ def learn_catalogue(
             if sum(map(len, left)) == sum(map(len, groups)):  # another catalogue trains all that is left
                 time.sleep(PAUSE)
             groups = [group for group in left if group]
-        keys = {f"{item.line}:{item.name}" for item in items} | {f"{row['line']}:{row['name']}" for row in refused}
-        outcomes = {key: row for rows in processes.all_gather(results.rows()) for key, row in rows.items()}
-    return [row for key, row in outcomes.items() if key in keys]
+        outcomes = merged(processes.all_gather(results.rows()))
+    untried = {item.name for item in pending if outcomes.get(item.name) == known.get(item.name)}
+    lost = {"status": FAILED, "reason": "no process of this launch has an outcome of this row: start again"}
+    learned = [
+        {"name": item.name, **(lost if item.name in untried else outcomes[item.name]), "line": item.line}
+        for item in items
+    ]
+    return learned + [dict(outcomes.get(key_of(row), row)) for row in refused]
 
 
 def _learn_group(
@@ -180,7 +189,7 @@ def _learn_group(
     with ExitStack() as stack:
         free = [item for item in group if stack.enter_context(claimed(results.folder, item.name))]
         known = results.rows()
-        own = [item for item in free if known.get(f"{item.line}:{item.name}", {}).get("time", 0) < started]
+        own = [item for item in free if known.get(item.name, {}).get("time", 0) < started]
         for row in learn_rows(model, own, catalogue) if own else ():
             results.add(row)
             print_outcome(row)

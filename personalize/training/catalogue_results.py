@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from io import StringIO
@@ -36,6 +36,21 @@ def outcome(line: int, name: str, status: str, **more: Any) -> dict[str, Any]:
     return {"line": line, "name": name, "status": status, **more}
 
 
+def key_of(row: Mapping[str, Any]) -> str:
+    """What an outcome is known by: the adapter's name, so that rows of a table may move.
+
+    Rows that were refused unread have no digest of what they learn; their name may be another row's or none, so that
+    they are known by "line:name".
+    """
+    return row["name"] if "digest" in row else f"{row['line']}:{row['name']}"
+
+
+def merged(parts: Iterable[Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The latest outcome of each row, by `key_of`, out of those that several processes know."""
+    rows = sorted((row for part in parts for row in part.values()), key=lambda row: row["time"])
+    return {key_of(row): row for row in rows}
+
+
 class Results:
     """The files of outcomes in `folder`: each process appends to its own, and reads those of all.
 
@@ -61,7 +76,7 @@ class Results:
             os.close(handle)
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """The latest outcome of each row, by "line:name"; a Notice tells how many lines are damaged."""
+        """The latest outcome of each row, by `key_of`; a Notice tells how many lines are damaged."""
         damaged = 0
         for path in sorted(self.folder.glob("process-*.jsonl")):
             with opened(path, MAX_RESULTS_BYTES) as stream:  # another may have put a pipe there
@@ -72,7 +87,7 @@ class Results:
             rows = [_parsed(line) for line in lines]
             damaged += rows.count(None)
             for row in filter(None, rows):
-                key = f"{row['line']}:{row['name']}"
+                key = key_of(row)
                 if row["time"] >= self._rows.get(key, row)["time"]:
                     self._rows[key] = row
         if damaged:

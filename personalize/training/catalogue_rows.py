@@ -86,14 +86,19 @@ def _contents(image: FolderImage, sources: RowSources) -> list[str | None]:
 
 
 def is_finished(item: Item, rows: Mapping[str, Mapping[str, Any]], catalogue: Catalogue) -> bool:
-    """Has this row been trained with the same settings, and does its adapter still exist?"""
-    row = rows.get(f"{item.line}:{item.name}", {})
+    """Has this row, wherever it stood, been trained with the same settings, and does its adapter exist here?"""
+    row = rows.get(item.name, {})
     if not (catalogue.output_dir / item.name / MANIFEST).is_file() or row.get("status") != DONE:
         return False
+    return row["digest"] is not None and row["digest"] == digest_of(item, catalogue)
+
+
+def digest_of(item: Item, catalogue: Catalogue) -> str | None:
+    """The row's hash; None if a file of it cannot be read, which training the row will report."""
     try:
-        return row.get("digest") == catalogue.row_hash(item)
-    except (UserError, OSError):  # training the row will report what is wrong
-        return False
+        return catalogue.row_hash(item)
+    except (UserError, OSError):
+        return None
 
 
 def group_rows(items: Sequence[Item], catalogue: Catalogue, resolution: int, multiple: int) -> list[list[Item]]:
