@@ -32,6 +32,10 @@ def check_single_image(config: Any) -> None:
         raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
     if config.caption is not None and not config.caption.strip():
         raise UserError("the caption from --caption is empty: say what the picture shows, e.g. 'a photo of a dog'")
+    if config.standalone and not config.instance_token and config.text_embedding_lr != type(config).text_embedding_lr:
+        warnings.warn(
+            "standalone trains no embedding, so that nothing comes of text_embedding_lr", Notice, stacklevel=2
+        )
     captions = _check_pictures(config, instance_places(config))
     if config.instance_token is not None and captions:
         _check_trigger(config, captions)
@@ -80,6 +84,8 @@ def check_multi_concept(config: Any) -> None:
     check_class_images(config)
     if config.mask_weight and not config.masks:
         raise UserError("mask_weight needs masks: name a picture for each concept with --masks")
+    if config.masks and config.mask_weight is None and not config.calibration_weight:
+        raise UserError("masks have the weight of the calibration, which is 0: give a mask_weight, or leave masks out")
     given = [path for path in (config.picture, config.instance_data_dir) if path is not None]
     if len(given) != 1:
         raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")

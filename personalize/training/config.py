@@ -162,6 +162,8 @@ class SingleImageConfig(LoraTrainingConfig):
         _fraction(self, "mask_weight")
         if self.instance_token is not None and not self.text_embedding_lr:
             raise UserError("instance_token is learned at text_embedding_lr, which is 0: give a rate, or no token")
+        if self.text_encoder_lr != type(self).text_encoder_lr and not self.train_text_encoder:
+            raise UserError("text_encoder_lr needs train_text_encoder, without which no text encoder learns: add it")
 
     def train_samples(self, pictures: int = 1) -> int:
         """The number of samples that a run on so many pictures trains on."""
@@ -223,9 +225,11 @@ class MultiConceptConfig(LoraTrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "learning_rate")
-        if self.full_kv and (self.min_rank is not None or self.orthogonal_start or self.use_rslora):
+        shape = (self.min_rank is not None, self.orthogonal_start, self.use_rslora, self.lora_alpha is not None)
+        if self.full_kv and any(shape):
             raise UserError(
-                "full_kv trains no LoRA, so that min_rank, orthogonal_start and use_rslora mean nothing: leave one out"
+                "full_kv trains no LoRA, so that min_rank, orthogonal_start, use_rslora and lora_alpha mean nothing: "
+                "leave one out"
             )
 
     @property

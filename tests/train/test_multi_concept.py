@@ -71,6 +71,7 @@ def test_command_line_trains_saves_and_resumes(
         (["--concepts", "<cat1> cat", "<cat1> dog"], "given twice"),
         ([*WORDS, "--instance_prompt", "photo of <cat1> cat"], "one “<dog1> dog”"),
         ([*WORDS, "--mask_weight", "1"], "mask_weight needs masks"),
+        (["--masks", "a.png", "--calibration_weight", "0"], "masks have the weight of the calibration, which is 0"),
         ([*WORDS, "--class_data_dir", "nowhere"], "nowhere: no such folder"),
         ([*WORDS, "--num_class_images", "0"], "num_class_images must be above 0"),
         ([*WORDS, "--instance_data_dir", "."], "name one picture"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.cli.parser import parse
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.training.data.images import read_training_images
 from personalize.training.data.samples import SampleShard
 from tests.support.hub import Hub
@@ -131,6 +132,18 @@ def dogs(tmp_path: Path) -> Path:
     return tmp_path / "dogs"
 
 
+def test_an_embedding_rate_without_an_embedding_is_a_notice(photo: Path) -> None:
+    """A preset may give the rate."""
+    line = [str(photo), "--standalone", "--text_embedding_lr", "1e-2"]
+    with pytest.warns(Notice, match="nothing comes of text_embedding_lr"):
+        parse(SCRIPT.Config, line, prog="x").check()
+    photo.with_suffix(".txt").write_text("a photo of a <rex> cat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        parse(SCRIPT.Config, [*line, "--instance_token", "<rex>"], prog="x").check()
+        parse(SCRIPT.Config, line[:2], prog="x").check()
+
+
 @pytest.mark.parametrize("spelled", ["same", "another way"])
 @pytest.mark.parametrize("caption", [(), ("--caption", "a <rex> dog")])
 def test_masks_in_a_folder_among_the_pictures_are_not_learned(
@@ -173,6 +186,7 @@ def test_a_trigger_must_be_in_the_captions_that_are_learned(dogs: Path) -> None:
         (["--instance_mask", "nowhere.png"], "nowhere.png: no such file"),
         (["--mask_weight", "2"], "mask_weight is a fraction from 0 to 1"),
         (["--validation_prompt", "a cat", "--num_validation_images", "0"], "num_validation_images is 0: give a number"),
+        (["--text_encoder_lr", "1e-5"], "text_encoder_lr needs --train_text_encoder"),
         (["--class_image_steps", "0"], "class_image_steps is 0: give a number from 1"),
         (["--learning_rte", "1"], "did you mean --learning_rate"),
     ],

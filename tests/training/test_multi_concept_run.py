@@ -183,6 +183,7 @@ def test_maps_are_pictures_before_and_after(model: StableDiffusion) -> None:
             "mask of <cat1> cat is black everywhere",
         ),
         (lambda: MultiConceptConfig(rank=0), "rank is 0: give a number from 1"),
+        (lambda: MultiConceptConfig(full_kv=True, lora_alpha=8), "full_kv trains no LoRA, so that .* lora_alpha mean"),
         (lambda: MultiConceptConfig(swap_subjects=2), "swap_subjects is 2: give a number from 0 to 1"),
         (lambda: MultiConceptConfig(calibration_weight=-1), "calibration_weight is -1: give a number from 0"),
     ],
