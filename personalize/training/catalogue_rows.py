@@ -62,6 +62,7 @@ class Catalogue:
             "pictures": [_contents(image, sources) for image in row_pictures(sources)], "base": self.base,
             "class_pictures": classes, "captioned_by": sources.caption_model,
             "class_files": [_contents(image, sources) for image in _class_files(sources)],
+            "class_dataset": _dataset_files(sources),
             "resolution": self.resolution, "recipe": asdict(self.config_of(item)),
             **{name: getattr(self, name) for name in LOADED},
         }  # fmt: skip
@@ -76,6 +77,13 @@ def row_pictures(sources: RowSources) -> list[FolderImage]:
 def _class_files(sources: RowSources) -> tuple[FolderImage, ...]:
     given = sources.class_data_dir if sources.with_prior_preservation else None
     return () if given is None else read_folder(given).images[: sources.num_class_images]
+
+
+def _dataset_files(sources: RowSources) -> list[str]:
+    """Hashes of the files of a local data set of class pictures."""
+    name = sources.class_dataset_name if sources.with_prior_preservation else None
+    files = [] if name is None or sources.class_data_dir is not None else sorted(Path(name).rglob("*"))
+    return [file_hash(path) for path in files if path.is_file()]
 
 
 def _contents(image: FolderImage, sources: RowSources) -> list[str | None]:

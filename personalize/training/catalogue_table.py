@@ -66,10 +66,10 @@ def read_items(
     """The rows of a CSV file that can be trained on, and the outcomes of those that cannot.
 
     Columns: image, mask, caption, name, and any field of `SingleImageConfig` and of `PriorPreservationOptions`.  Paths
-    are relative to the table; image is a file, a folder, or several of them with `|` between, mask as many files or one
+    are relative to the table, also those of class_data_dir, class_image_cache and a local class_dataset_name; image is a file, a folder, or several of them with `|` between, mask as many files or one
     folder of masks, caption one for all or one for each with `|` between.  An empty cell means the value in `config`
-    or in `common`, an empty name that of the (first) file or folder.  A row that names class_data_dir has prior
-    preservation.
+    or in `common`, an empty name that of the (first) file or folder.  A row that names class_data_dir or
+    class_dataset_name has prior preservation.
 
     Raises:
         UserError: no such file, not UTF-8, no column "image", an unknown column, or no row at all.
@@ -126,11 +126,19 @@ def _item(
     _check_name(name)
     options, own = (_options(kind, row) for kind in KINDS)
     check_packages(replace(config, **options))  # raises if the values cannot work
-    if own.get("class_data_dir") is not None:
-        own = {"with_prior_preservation": True} | own | {"class_data_dir": folder / own["class_data_dir"].expanduser()}
+    if own.keys() & {"class_data_dir", "class_dataset_name"}:
+        own = {"with_prior_preservation": True} | own
+    own |= _places(folder, own)
     shared: dict[str, Any] = {one.name: getattr(common, one.name) for one in fields(PriorPreservationOptions)} | own
     sources = RowSources(picture=pictures, mask=masks, **shared)
     return Item(line, name, _captioned(sources, row.get("caption") or ""), options, tuple(_remarks(sources)))
+
+
+def _places(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a row's `own` options that are paths, which are relative to the table's `folder`."""
+    places = {name: folder / own[name].expanduser() for name in ("class_data_dir", "class_image_cache") if name in own}
+    local = folder / Path(own.get("class_dataset_name", "")).expanduser()
+    return places | ({"class_dataset_name": str(local)} if "class_dataset_name" in own and local.exists() else {})
 
 
 def _paths(folder: Path, cell: str) -> tuple[Path, ...]:

@@ -113,7 +113,8 @@ class SingleImageConfig(LoraTrainingConfig):
 
     An update uses `samples_per_update` samples, so for one picture the defaults make 400 // 10 = 40 updates; for p
     pictures the samples are max(min_train_samples, p · samples_per_picture), unless max_train_samples gives their
-    number.  Neither depends on the number of processes, on `train_batch_size` or on `gradient_accumulation_steps`.
+    number.  Neither depends on the number of processes or on `train_batch_size`; only with `gradient_accumulation_steps`
+    and without `samples_per_update` an update has as many samples as in diffusers' scripts, see `update_samples`.
     """
 
     targets: Literal["full", "attention"] = "full"
@@ -194,9 +195,9 @@ class MultiConceptConfig(LoraTrainingConfig):
 
     The defaults are those of the method.
 
-    An update uses `samples_per_update` samples, however many processes there are; with class pictures every second one
-    shows one of these.  `calibration_weight` is relative to a mean squared error, see `MultiConceptObjective`; 0 is
-    Custom Diffusion.
+    An update uses `update_samples` samples, with class pictures every second one of these; only with
+    `gradient_accumulation_steps` and without `samples_per_update` their number depends on that of the processes.
+    `calibration_weight` is relative to a mean squared error, see `MultiConceptObjective`; 0 is Custom Diffusion.
     """
 
     full_kv: bool = False

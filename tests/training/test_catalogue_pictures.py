@@ -81,6 +81,22 @@ def test_a_row_is_trained_again_if_any_of_its_files_changes(studio, pretended, f
     assert learned(studio, path, load=object)["mug"]["digest"] != first["digest"]
 
 
+def test_places_of_class_pictures_are_relative_to_the_table(studio, monkeypatch):
+    """A cache and a local data set were looked for where the command runs."""
+    monkeypatch.chdir("/")
+    header = "image,caption,class_prompt,class_dataset_name,class_image_cache"
+    lines = ("mug/front.png,a cat,a cat,cats,drawn", "mug/back.png,a cat,a cat,owner/cats,")
+    items, refused = read_items(table(studio, *lines, header=header), SHORT)
+    assert not refused
+    first, second = (item.sources for item in items)
+    assert (first.class_dataset_name, first.class_image_cache) == (str(studio / "cats"), studio / "drawn")
+    assert (second.class_dataset_name, second.class_image_cache) == ("owner/cats", None)
+    assert first.with_prior_preservation and second.with_prior_preservation
+    shared, before = Catalogue(studio / "out", SHORT), Catalogue(studio / "out", SHORT).row_hash(items[0])
+    Image.new("RGB", (64, 96), "navy").save(studio / "cats" / "any.png")
+    assert shared.row_hash(items[0]) != before
+
+
 def test_masks_within_the_folder_are_not_pictures_to_learn(studio, capsys):
     (studio / "masks").rename(studio / "mug" / "masks")
     (studio / "mug" / "notes.md").write_text("not a picture")
