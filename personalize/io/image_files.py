@@ -86,10 +86,10 @@ def as_mask(image: Image.Image, name: Path | str = "the mask") -> Image.Image:
         return image if image.mode == "L" else _rgb(image, name).convert("L")
     colours = image.convert("RGBA")
     alpha = colours.getchannel("A")
-    lowest, highest = alpha.getextrema()
-    opaque = alpha.point([255 * (value == highest) for value in range(256)])
+    levels = [value for value, count in enumerate(alpha.histogram()) if count]
+    opaque = alpha.point([255 * (value == levels[-1]) for value in range(256)])
     plain = len(list(filter(None, colours.convert("RGB").histogram(opaque)))) == 3  # one value in each channel
-    return alpha if plain and lowest < highest else _rgb(image, name, "black").convert("L")
+    return alpha if plain and len(levels) > 1 else _rgb(image, name, "black").convert("L")
 
 
 def check_mask(mask: Image.Image, name: Path | str = "the mask") -> None:

@@ -66,10 +66,10 @@ def read_items(
     """The rows of a CSV file that can be trained on, and the outcomes of those that cannot.
 
     Columns: image, mask, caption, name, and any field of `SingleImageConfig` and of `PriorPreservationOptions`.  Paths
-    are relative to the table, also those of class_data_dir, class_image_cache and a local class_dataset_name; image is a file, a folder, or several of them with `|` between, mask as many files or one
-    folder of masks, caption one for all or one for each with `|` between.  An empty cell means the value in `config`
-    or in `common`, an empty name that of the (first) file or folder.  A row that names class_data_dir or
-    class_dataset_name has prior preservation.
+    are relative to the table, also those of class_data_dir, class_image_cache and a local class_dataset_name; image is
+    a file, a folder, or several of them with `|` between, mask as many files or one folder of masks, caption one for
+    all or one for each with `|` between.  An empty cell means the value in `config` or in `common`, an empty name that
+    of the (first) file or folder.  A row that names class_data_dir or class_dataset_name has prior preservation.
 
     Raises:
         UserError: no such file, not UTF-8, no column "image", an unknown column, or no row at all.

@@ -113,8 +113,9 @@ class SingleImageConfig(LoraTrainingConfig):
 
     An update uses `samples_per_update` samples, so for one picture the defaults make 400 // 10 = 40 updates; for p
     pictures the samples are max(min_train_samples, p · samples_per_picture), unless max_train_samples gives their
-    number.  Neither depends on the number of processes or on `train_batch_size`; only with `gradient_accumulation_steps`
-    and without `samples_per_update` an update has as many samples as in diffusers' scripts, see `update_samples`.
+    number.  Neither depends on the number of processes or on `train_batch_size`; only with
+    `gradient_accumulation_steps` and without `samples_per_update` an update has as many samples as in diffusers'
+    scripts, see `update_samples`.
     """
 
     targets: Literal["full", "attention"] = "full"
