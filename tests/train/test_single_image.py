@@ -103,8 +103,9 @@ def test_everything_at_once(
     line += ["--validation_prompt", "a cat in snow", "--validation_steps", "2", "--num_validation_images", "1"]
     assert main([part for part in line if not part.startswith("--rank")]) == 0
     said = capsys.readouterr().out
-    for words in ("2 pictures at 64×64 px", "= a · photo · of · a · cat, masked", "4 bits: the UNet takes 4 MB",
-                  "Memory, about", "Class pictures: 2 of “a photo of a dog”", "Uploaded: https://hub"):  # fmt: skip
+    for words in ("2 pictures at 64×64 px", "px, masked: caption “a photo of a cat” = a · photo",
+                  "4 bits: the UNet takes 4 MB", "Memory, about",
+                  "Class pictures: 2 of “a photo of a dog”", "Uploaded: https://hub"):  # fmt: skip
         assert words in said, said
     adapter = Adapter.load(out)
     assert adapter.rank == 3 and adapter.info["pictures"] == 2 and adapter.info["regularisation"] == 2
