@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import threading
 from dataclasses import replace
 
 import pytest
@@ -138,54 +137,6 @@ def test_an_adapter_that_another_row_of_its_name_replaced_is_learned_again(shop,
     assert json.loads((shop / "out" / "pet" / MANIFEST).read_text())["caption"] == "a cat"
     refused = "a name that is taken is another row's, and forgets nothing of it"
     learned(shop, table(shop, "cat.png,a cat,pet", "dog.png,a dog,pet"), load=lambda: pytest.fail(refused))
-
-
-@pytest.fixture
-def machines(shop):
-    """A function that learns a table on two machines without a common disk; returns the outcomes that each knows."""
-
-    def run(path):
-        meeting, shared, found = threading.Barrier(2), [None, None], [None, None]
-
-        class Machine(ProcessGroup):
-            def all_gather(self, value):
-                shared[self.index] = value
-                meeting.wait()
-                values = list(shared)
-                meeting.wait()
-                return values
-
-        def learn(index):
-            items, refused = read_items(path, SHORT)
-            there = Catalogue(shop / f"machine-{index}", SHORT)
-            rows = learn_catalogue(items, refused, there, object, Machine(index, 2))
-            found[index] = {row["name"]: row["status"] for row in rows}
-
-        threads = [threading.Thread(target=learn, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return found
-
-    return run
-
-
-def test_machines_without_a_common_disk_learn_every_row(shop, pretended, machines):
-    """Each counted what itself lacked, so that after a restart rows were learned by none, with exit code 0."""
-    rows = [f"cat.png,a cat,n{number}" for number in range(4)]
-    assert machines(table(shop, *rows[:3])) == [dict.fromkeys(("n0", "n1", "n2"), "done")] * 2
-    before = {path: path.stat().st_mtime_ns for path in shop.glob(f"machine-*/*/{MANIFEST}")}
-    assert machines(table(shop, *rows)) == [dict.fromkeys(("n0", "n1", "n2", "n3"), "done")] * 2
-    after = {path: path.stat().st_mtime_ns for path in shop.glob(f"machine-*/*/{MANIFEST}")}
-    assert len(after) == 4 and before.items() < after.items(), "each row once, and none again"
-
-
-def test_a_row_that_no_process_learned_has_failed(shop, pretended, machines, monkeypatch):
-    rows = [f"cat.png,a cat,n{number}" for number in range(3)]
-    real = catalogue.learn_rows
-    monkeypatch.setattr(catalogue, "learn_rows", lambda *a: () if a[1][0].name == "n1" else real(*a))
-    assert machines(table(shop, *rows)) == [{"n0": "done", "n1": "failed", "n2": "done"}] * 2
 
 
 def test_what_decides_a_rows_adapter_is_in_its_hash(shop):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import threading
 import time
 import unicodedata
 
@@ -110,6 +111,56 @@ def test_two_catalogues_on_one_output_share_the_rows(shop, monkeypatch):
         }
     files = sorted(path.name for path in (shop / "out" / "results").iterdir())
     assert files == ["process-0-2.jsonl", "process-0.jsonl"], "each appends to its own, and no lock is left"
+
+
+@pytest.fixture
+def machines(shop):
+    """A function that learns a table on two machines without a common disk; returns the outcomes that each knows."""
+
+    def run(path):
+        meeting, shared, found = threading.Barrier(2), [None, None], [None, None]
+
+        class Machine(ProcessGroup):
+            def all_gather(self, value):
+                shared[self.index] = value
+                meeting.wait()
+                values = list(shared)
+                meeting.wait()
+                return values
+
+        def learn(index):
+            items, refused = read_items(path, SHORT)
+            there = Catalogue(shop / f"machine-{index}", SHORT)
+            rows = learn_catalogue(items, refused, there, object, Machine(index, 2))
+            found[index] = {row["name"]: row["status"] for row in rows}
+
+        threads = [threading.Thread(target=learn, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return found
+
+    return run
+
+
+def test_machines_without_a_common_disk_learn_every_row(shop, machines, monkeypatch):
+    """Each counted what itself lacked, so that after a restart rows were learned by none, with exit code 0."""
+    pretend(monkeypatch)
+    rows = [f"cat.png,a cat,n{number}" for number in range(4)]
+    assert machines(table(shop, *rows[:3])) == [dict.fromkeys(("n0", "n1", "n2"), "done")] * 2
+    before = {path: path.stat().st_mtime_ns for path in shop.glob(f"machine-*/*/{MANIFEST}")}
+    assert machines(table(shop, *rows)) == [dict.fromkeys(("n0", "n1", "n2", "n3"), "done")] * 2
+    after = {path: path.stat().st_mtime_ns for path in shop.glob(f"machine-*/*/{MANIFEST}")}
+    assert len(after) == 4 and before.items() < after.items(), "each row once, and none again"
+
+
+def test_a_row_that_no_process_learned_has_failed(shop, machines, monkeypatch):
+    pretend(monkeypatch)
+    rows = [f"cat.png,a cat,n{number}" for number in range(3)]
+    real = catalogue.learn_rows
+    monkeypatch.setattr(catalogue, "learn_rows", lambda *a: () if a[1][0].name == "n1" else real(*a))
+    assert machines(table(shop, *rows)) == [{"n0": "done", "n1": "failed", "n2": "done"}] * 2
 
 
 def test_a_row_whose_catalogue_was_killed_is_taken_over(shop, monkeypatch):
