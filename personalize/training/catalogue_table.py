@@ -15,7 +15,7 @@ from personalize.errors import UserError, nearest
 from personalize.io.atomic import plain_name
 from personalize.io.image_folders import read_folder
 from personalize.io.numbering import folded, windows_refuses
-from personalize.io.tables import SURPLUS, read_table
+from personalize.io.tables import MORE, SURPLUS, read_table
 from personalize.training.catalogue_results import FAILED, RESULTS, outcome
 from personalize.training.checks import check_packages
 from personalize.training.config import SingleImageConfig
@@ -27,7 +27,6 @@ SEPARATOR = "|"  # between the pictures, masks or captions of one cell
 KINDS = (SingleImageConfig, PriorPreservationOptions)  # whose fields are columns
 TABLE = "results.csv"
 LONGEST_CELL, LONGEST_NAME = 2**17, 200  # characters; bytes
-MORE = "the row has more cells than the header has columns: put quotes around cells with commas"
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 

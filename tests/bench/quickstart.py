@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ class QuickstartBench:
 def quickstart(options: QuickstartBench, scene: int) -> dict[str, Any]:
     """Run the command in a process of its own; returns the seconds that it reports, and those of the process."""
     folder = options.output_dir / f"scene-{scene}"
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run: new pictures would get other names
     words = ["quickstart", "--scene", str(scene), "--seed", str(options.seed), "--output_dir", str(folder)]
     load, started = os.getloadavg()[0], time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "personalize", *words], capture_output=True, text=True, check=True)
