@@ -14,6 +14,7 @@ from torch import Tensor
 from personalize.editing.drag.compose import WarpedPicture, warp_picture
 from personalize.editing.drag.config import DEFAULTS, DragSettings
 from personalize.editing.drag.detail import with_detail
+from personalize.editing.drag.mask import dilated
 from personalize.editing.drag.overlay import overlay
 from personalize.editing.drag.points import handles_and_targets, middle
 from personalize.editing.drag.reading import DragSource
@@ -65,14 +66,19 @@ def preview_drag(
 
 
 def composed(frame: PaddedImage, pixels: Tensor, drag: WarpedPicture) -> Image.Image:
-    """`pixels` (3, H, W) where something has changed, in the source's size; elsewhere the source's own pixels."""
+    """`pixels` (3, H, W) where something has changed, in the source's size; elsewhere the source's own pixels.
+
+    In a source that is larger, what has changed fades in over about a pixel of the frame, so that its border is smooth.
+    """
     if not drag.layers:
         return frame.picture
-    picture = frame.to_picture(pixels[None])
-    if frame.size != (frame.picture.height, frame.picture.width):
-        picture = with_detail(frame, picture, drag.layers)
-    changed = to_mask_picture(frame, drag.mask | drag.covered | drag.void)
-    return Image.composite(picture, frame.picture, changed)
+    picture, changed = frame.to_picture(pixels[None]), drag.mask | drag.covered | drag.void
+    if frame.size == (frame.picture.height, frame.picture.width):
+        return Image.composite(picture, frame.picture, to_mask_picture(frame, changed))
+    height, width = frame.size
+    grown = Image.fromarray(dilated(changed, 1)[:height, :width].numpy().astype(np.uint8) * 255)
+    soft = grown.resize(frame.picture.size, Image.Resampling.BILINEAR)
+    return Image.composite(with_detail(frame, picture, drag.layers), frame.picture, soft)
 
 
 def to_mask_picture(frame: PaddedImage, mask: Tensor) -> Image.Image:
