@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,24 +101,17 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
         )
     for weight in weights:
         check_number("weights", weight)
-    first = next((adapter for adapter in adapters if adapter.known_family), adapters[0])
     for name, adapter in zip(names, adapters, strict=True):
         if adapter.others:
             raise UserError(f"{name} holds changes that no sum of LoRAs can hold: apply it alone, or convert it first")
-        if None not in (adapter.known_family, first.known_family) and adapter.known_family != first.known_family:
-            raise UserError(
-                f"{name} is for the family {adapter.family}, {names[0]} for {first.family}: name adapters of one"
-            )
-        if (adapter.base.get("sha256") or "") != (first.base.get("sha256") or "") and _both_known(adapter, first):
-            raise UserError(f"{name} was made for another base model than {names[0]}: merge adapters of one base")
         require_constant_rank(adapter, name)
+    base = _common_base(adapters, names)
     parts = [WeightedLora(a.lora, a.alpha / a.rank, weight) for a, weight in zip(adapters, weights, strict=True)]
     parts = [part for part in parts if part.weight and part.state] or [part for part in parts if part.state]
     state, rank = concatenated(parts) if parts else ({}, 1)
     sources = [{"name": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]
     captions = dict.fromkeys(str(adapter.info.get("caption") or "") for adapter in adapters)
-    family = {"family": first.known_family} if first.known_family else {}
-    info = {"base": first.base | family, "merged_from": sources}
+    info: dict[str, Any] = {"base": base, "merged_from": sources}
     info["caption"] = ", ".join(caption for caption in captions if caption)
     licences = {str(adapter.info["license"]) for adapter in adapters if adapter.info.get("license")}
     info |= {"license": licences.pop() if len(licences) == 1 else "other"} if licences else {}
@@ -153,8 +147,24 @@ def _all_concepts(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, torch.T
     return concepts
 
 
-def _both_known(*adapters: Adapter) -> bool:
-    return all(adapter.base.get("sha256") for adapter in adapters)
+def _common_base(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, Any]:
+    """What is recorded of the base that all adapters share, by the first of them that says which weights it has.
+
+    Raises:
+        UserError: of those that say it, two are of different families, or for different weights.
+    """
+    families = [(name, one.known_family) for name, one in zip(names, adapters, strict=True) if one.known_family]
+    for name, family in families:
+        if family != families[0][1]:
+            raise UserError(
+                f"{name} is for the family {family}, {families[0][0]} for {families[0][1]}: name adapters of one"
+            )
+    exact = [(name, one.base) for name, one in zip(names, adapters, strict=True) if one.base.get("sha256")]
+    for name, base in exact:
+        if base["sha256"] != exact[0][1]["sha256"]:
+            raise UserError(f"{name} was made for another base model than {exact[0][0]}: merge adapters of one base")
+    named = next((adapter for adapter in adapters if adapter.known_family), adapters[0]).base
+    return (exact[0][1] if exact else named) | ({"family": families[0][1]} if families else {})
 
 
 def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:

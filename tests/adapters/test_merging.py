@@ -8,7 +8,7 @@ from personalize.adapters.apply import load_adapters
 from personalize.adapters.export import baked
 from personalize.adapters.forgetting import parse_rule
 from personalize.adapters.fuse import merged_weights
-from personalize.adapters.merging import WeightedLora, concatenated, reduced
+from personalize.adapters.merging import WeightedLora, concatenated, merged, reduced
 from personalize.editing.attach import attach
 from personalize.editing.config import EditStrengths
 from personalize.editing.editor import Editor
@@ -126,3 +126,24 @@ def test_a_strength_moves_every_weight_and_bias_by_its_part(tmp_path, kind):
         torch.testing.assert_close(
             part["unet"][name], start + 0.3 * (end - start), atol=1e-5, rtol=1e-5
         )  # fp32 near 10
+
+
+def of_base(**base):
+    return Adapter(random_lora(SHAPES, rank=2), 2, 2.0, None, {"base": base})
+
+
+def test_the_base_of_a_sum_is_that_of_the_adapters_that_know_it():
+    """Files of other programs know no hash: they fit every base of the family, and do not hide which one it is."""
+    style, typed = of_base(), of_base(family="sd1")
+    one, other = (of_base(family="sd1", name=f"org/{name}", sha256=name) for name in ("a", "b"))
+    for adapters in ([style, one], [typed, one], [one, typed], [style, typed, one, one]):
+        assert merged(adapters, [1.0] * len(adapters), "abcd"[: len(adapters)]).base == one.base
+    assert merged([style, typed], [1.0, 1.0], "ab").base == {"family": "sd1"}
+    xl = of_base(family="sdxl")
+    for adapters, message in (
+        ([style, one, other], "^third was made for another base model than second: "),
+        ([typed, one, other], "^third was made for another base model than second: "),
+        ([style, one, xl], "^third is for the family sdxl, second for sd1: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            merged(adapters, [1.0] * 3, ["first", "second", "third"])
