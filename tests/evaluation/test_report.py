@@ -11,20 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from personalize.cli.commands import evaluate_run
 from personalize.cli.main import main
-from personalize.embedded.scenes import captions, random_scene, render
+from personalize.embedded.scenes import random_scene, render
 from personalize.errors import UserError
 from personalize.evaluation.benchmarks import decode_mask, read_benchmark, read_edit_list, size_warning
 from personalize.evaluation.point_matching import PointMatching
 from personalize.evaluation.report import mean_interval
 from personalize.io.images import to_pixels
 from personalize.models.stable_diffusion import StableDiffusion
-from tests.support.tiny import tiny_folder
-
-
-def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+from tests.support.benchmarks import evaluated, noise
 
 
 @pytest.fixture
@@ -42,11 +37,6 @@ def pie(tmp_path):
         }  # fmt: skip
     (folder / "mapping_file.json").write_text(json.dumps(entries))
     return folder
-
-
-def evaluated(folder, results, tmp_path, *more):
-    code = main(["evaluate", str(folder), "--results", str(results), "--output", str(tmp_path / "out.json"), *more])
-    return code, json.loads((tmp_path / "out.json").read_text()) if code == 0 else None
 
 
 def test_pie_bench(pie, tmp_path, capsys):
@@ -173,78 +163,6 @@ def test_dragbench_reads_arrays_of_pickles_if_allowed_and_nothing_else(tmp_path,
     (sample / "meta_data.pkl").write_bytes(pickle.dumps({"mask": print}))
     with pytest.raises(UserError, match="more than arrays and plain values"):
         read_benchmark(tmp_path / "drag", allow_pickle=True)
-
-
-def scene_folder(folder, kind: str):
-    """A benchmark of two pictures of the embedded model's world, in the layout of `kind`."""
-    originals = {"pie": folder / "annotation_images", "ted": folder / "originals", "drag": folder}[kind]
-    originals.mkdir(parents=True)
-    entries, sides = {}, {"one": (128, 128), "two": (160, 96)}
-    for name, size in sides.items():
-        scene = random_scene(1, split="benchmark-test", objects=1)
-        picture = Image.fromarray(render(scene, 160)[0]).resize(size)
-        if kind == "drag":
-            (folder / name).mkdir()
-            picture.save(folder / name / "original_image.png")
-            about = {"prompt": captions(scene)[0], "points": [[64, 48], [74, 48]]}
-            (folder / name / "meta_data.json").write_text(json.dumps(about))
-        else:
-            picture.save(originals / f"{name}.png")
-        entries[name] = {"image_path": f"{name}.png", "original_prompt": captions(scene)[0],
-                         "editing_prompt": "a picture of a dog on the grass", "mask": [0, 9]}  # fmt: skip
-    listed = [[f"{name}.png", "a picture of a dog on the grass"] for name in sides]
-    if kind != "drag":
-        name = {"pie": "mapping_file.json", "ted": "input_list.json"}[kind]
-        (folder / name).write_text(json.dumps(entries if kind == "pie" else listed))
-    return folder
-
-
-FEW = "--num_inference_steps 2 --cpu"
-RUNS = {"pie": FEW, "ted": f"{FEW} --controller mutual", "drag": FEW}
-
-
-@pytest.mark.parametrize("kind", ["pie", "ted", pytest.param("drag", marks=pytest.mark.slow)])
-def test_run_makes_what_is_missing_goes_on_and_mixes_no_methods(kind: str, tmp_path, capsys):
-    folder, results = scene_folder(tmp_path / "bench", kind), tmp_path / "made"
-    tiny = "" if kind == "drag" else tiny_folder("sd1", tmp_path / "tiny")  # random attention finds no thing to drag
-    options = f"{RUNS[kind]} --pretrained_model_name_or_path '{tiny}' --resolution 64" if tiny else RUNS[kind]
-    code, found = evaluated(folder, results, tmp_path, f"--run={options}", "--point_model", "embedded", "--cpu")
-    assert code == 0 and found["measured"] == 2, capsys.readouterr().err
-    assert Image.open(results / "two.png").size == (160, 96)
-    if kind == "drag":
-        assert all(isinstance(row["mean distance, px"], float) for row in found["rows"])
-    kept = (results / "one.png").stat().st_mtime_ns
-    (results / "two.png").unlink()
-    capsys.readouterr()
-    assert evaluated(folder, results, tmp_path, f"--run={options}", "--cpu")[0] == 0
-    assert "1 of 1: two" in capsys.readouterr().out
-    assert (results / "one.png").stat().st_mtime_ns == kept and (results / "two.png").is_file()
-    (results / "two.png").unlink()
-    assert evaluated(folder, results, tmp_path, f"--run={options} --seed 3", "--cpu")[0] == 2
-    assert f"results of {found['benchmark']} made with --run" in capsys.readouterr().err
-
-
-def test_run_says_before_the_work_what_is_wrong_with_its_options(tmp_path, capsys):
-    folder = scene_folder(tmp_path / "bench", "ted")
-    for run, words in ((FEW, "no source prompt"), ("--inversion dddim", "dddim"), ("--nonsense 3", "--nonsense")):
-        assert evaluated(folder, tmp_path / "made", tmp_path, f"--run={run}")[0] == 2
-        assert words in capsys.readouterr().err and not (tmp_path / "made").exists()
-
-
-def test_run_checks_each_item_and_takes_the_processor_that_evaluate_takes(tmp_path, capsys, monkeypatch):
-    folder = scene_folder(tmp_path / "bench", "pie")
-    for run, words in (("--swap cat=dog", "two ways to say one thing"), ("--mask nowhere.png", "nowhere.png")):
-        assert evaluated(folder, tmp_path / "made", tmp_path, f"--run={run}")[0] == 2
-        assert words in capsys.readouterr().err and not (tmp_path / "made").exists()
-    (folder / "annotation_images" / "one.png").write_text("no picture")
-    seen = []
-    monkeypatch.setattr(
-        "personalize.cli.commands.evaluate_run.Editor.configured", lambda options, adapters: seen.append(options)
-    )
-    monkeypatch.setattr(evaluate_run, "_edited", lambda editor, options: noise(options.seed, (160, 96)))
-    assert evaluated(folder, tmp_path / "made", tmp_path, "--run=", "--cpu")[0] == 0
-    assert [options.cpu for options in seen] == [True]
-    assert "one: not made: " in capsys.readouterr().out and (tmp_path / "made" / "two.png").is_file()
 
 
 def test_points_are_found_where_they_went():

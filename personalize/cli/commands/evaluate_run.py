@@ -38,12 +38,11 @@ def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkIte
     """Make every result that `config.results` lacks; an item that cannot be made costs a line of output.
 
     Raises:
-        UserError: the options are wrong, or results in the folder were made with others.
+        UserError: the options are wrong, or results in the folder were made with others, or nothing says with which.
     """
     words = shlex.split(config.run or "")
-    missing = [item for item in items if find_result(config.results, item) is None]
-    if not missing:
-        return
+    found = [find_result(config.results, item) for item in items]
+    missing = [item for item, path in zip(items, found, strict=True) if path is None]
     parsed, make = _method(name, words)
 
     def checked(item: BenchmarkItem) -> Any:
@@ -52,8 +51,10 @@ def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkIte
         options.check()
         return options
 
-    first = _first_valid(checked, missing)
-    _check_record(config.results, {"benchmark": name, "options": words})
+    first = _first_valid(checked, missing or items)
+    _check_record(config.results, {"benchmark": name, "options": words}, next(filter(None, found), None))
+    if not missing:
+        return
     editor = Editor.configured(first, adapters_of(first))
     for number, item in enumerate(missing, 1):
         print(f"{number} of {len(missing)}: {item.name}", flush=True)
@@ -126,14 +127,22 @@ def _dragged(editor: Editor, options: DragConfig) -> Image.Image:
     return editor.drag(points, options.photo, paste=options.paste, **drag_arguments(options)).image
 
 
-def _check_record(results: Path, record: dict[str, Any]) -> None:
-    """Write down how the results are made; UserError if those in the folder were made otherwise."""
+def _check_record(results: Path, record: dict[str, Any], made: Path | None) -> None:
+    """Write down how the results are made; UserError if `made`, one of those that exist, may have been made otherwise.
+
+    Without results a record is that of a run that made nothing, and is replaced.
+    """
     path = results / RECORD
-    if path.is_file():
-        before = read_json(path)
-        if before != record:
-            raise UserError(
-                f"{results} holds results of {before.get('benchmark')} made with --run "
-                f'"{shlex.join(before.get("options", []))}": give that again, or name another folder with --results'
-            )
+    if made is not None and not path.is_file():
+        raise UserError(
+            f"{results} holds results such as {made.name}, but no {RECORD} that says how they were made: leave --run "
+            "out to measure them, or name another folder with --results"
+        )
+    before = read_json(path) if made is not None else record
+    if before != record:
+        raise UserError(
+            f"{results} holds results of {before.get('benchmark')} made with --run "
+            f'"{shlex.join(map(str, before.get("options") or []))}": give that again, or name another folder with '
+            "--results"
+        )
     write_file(path, json.dumps(record, indent=1).encode())
