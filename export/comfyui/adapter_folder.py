@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,37 @@ SCHEMA = 1  # the highest that is understood here
 
 
 @dataclass(frozen=True)
+class Source:
+    """The fitted source embedding: "embeds" (p, l, d), for SDXL "pooled" (p, e) too, a row for each of p captions."""
+
+    tensors: dict[str, Tensor]
+    captions: tuple[str, ...]
+
+    def nearest(self, prompt: str) -> dict[str, Tensor]:
+        """The row, with p = 1, of the caption that has most words in common with `prompt`, in the same order.
+
+        The measure is 2 m / (n + k) for m common words of n in the prompt and k in the caption; the first of equals.
+        """
+        words = prompt.casefold().split()
+        ratios = [SequenceMatcher(None, words, text.casefold().split(), False).ratio() for text in self.captions]
+        row = ratios.index(max(ratios))
+        return {name: rows[row : row + 1] for name, rows in self.tensors.items()}
+
+
+@dataclass(frozen=True)
 class Adapter:
     """What an adapter folder holds.
 
     lora: A (rank, in[, k, k]) and B (out, rank[, 1, 1]) by module: "unet.…" in diffusers' names, "text_encoder.…".
     alpha: ΔW = (alpha / rank) · B A.
-    source: the fitted source embedding, "embeds" (1, l, d) and for SDXL "pooled" (1, e); None without one.
+    source: the fitted source embedding; None without one.
     tokens: learned tokens, each with rows (n, d) by text encoder.
     timestep_rank: the rule of a rank that depends on the timestep; None if all components always take part.
     """
 
     lora: dict[str, tuple[Tensor, Tensor]]
     alpha: float
-    source: dict[str, Tensor] | None
+    source: Source | None
     tokens: dict[str, dict[str, Tensor]]
     caption: str
     timestep_rank: dict[str, Any] | None
@@ -45,15 +64,26 @@ def read_adapter(folder: Path) -> Adapter:
         raise ValueError(f"{folder} has schema {schema}, these nodes read up to {SCHEMA}: update them")
     tensors = load_file(folder / "pytorch_lora_weights.safetensors")
     stems = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    source = folder / "source_embedding.safetensors"
     return Adapter(
         {stem: (tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"]) for stem in stems},
         alpha,
-        load_file(source) if manifest.get("source_tensors") else None,
+        _source(folder, manifest) if manifest.get("source_tensors") else None,
         _tokens(folder, names, set(manifest.get("concepts", {}))),
         str(manifest.get("caption") or ""),
         manifest.get("timestep_rank"),
     )
+
+
+def _source(folder: Path, manifest: dict[str, Any]) -> Source:
+    """The source embedding and its captions; ValueError if these are not as many as its rows."""
+    tensors = load_file(folder / "source_embedding.safetensors")
+    captions = tuple(map(str, manifest.get("captions") or [manifest.get("caption") or ""]))
+    rows = len(tensors["embeds"])
+    if rows == 1:  # of versions that kept one row: the first caption's
+        captions = captions[:1]
+    if len(captions) != rows:
+        raise ValueError(f"{folder} has {rows} source embeddings and {len(captions)} captions: save the adapter again")
+    return Source(tensors, captions)
 
 
 def _tokens(folder: Path, names: list[str], wanted: set[str]) -> dict[str, dict[str, Tensor]]:

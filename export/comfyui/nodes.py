@@ -30,7 +30,7 @@ class LoadAdapter:
 
     CATEGORY, FUNCTION = CATEGORY, "load"
     RETURN_TYPES, RETURN_NAMES = ("MODEL", "CLIP", SOURCE, "STRING"), ("model", "clip", "source", "caption")
-    DESCRIPTION = "An adapter folder of Personalize below models/loras. The caption is what it was trained with."
+    DESCRIPTION = "An adapter folder of Personalize below models/loras. The caption is the first it was trained with."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -63,17 +63,19 @@ class LearnedTokens:
         return list(self.learned.values())[int(number[1])], left.strip()
 
 
-def projected(clip: Any, source: dict[str, Tensor] | None, text: str, alpha: float, beta: float) -> list[list[Any]]:
+def projected(clip: Any, source: Any, text: str, alpha: float, beta: float) -> list[list[Any]]:
     """ComfyUI's conditioning: `alpha` times the source plus `beta` times the part of the prompt orthogonal to it.
 
     SDXL's two text encoders are projected separately, and its pooled embedding like one more row.  Of different numbers
-    of chunks of 75 tokens the shorter is continued by the empty text.  Without a source it is the prompt's own.
+    of chunks of 75 tokens the shorter is continued by the empty text.  Without a source it is the prompt's own; of an
+    `adapter_folder.Source` of several captions the row of the one nearest to the prompt is taken.
     """
     about = _encoded(clip, text)
     embeds = about.pop("cond")
     if source is None:
         return [[embeds, about]]
-    learned, empty = source["embeds"].to(embeds), _encoded(clip, "")["cond"]
+    row = source.nearest(text)
+    learned, empty = row["embeds"].to(embeds), _encoded(clip, "")["cond"]
     if learned.shape[-1] != embeds.shape[-1]:
         raise ValueError(f"the source embedding is {learned.shape[-1]} wide, this CLIP's prompts {embeds.shape[-1]}")
     length = max(learned.shape[1], embeds.shape[1])
@@ -83,9 +85,9 @@ def projected(clip: Any, source: dict[str, Tensor] | None, text: str, alpha: flo
     models = [getattr(clip.cond_stage_model, name) for name in _parts(clip)]
     widths = [model.transformer.get_input_embeddings().weight.shape[1] for model in models]
     pairs = zip(learned.split(widths, -1), embeds.split(widths, -1), strict=True)
-    if "pooled" in source and about.get("pooled_output") is not None:
+    if "pooled" in row and about.get("pooled_output") is not None:
         pooled = about["pooled_output"]
-        about["pooled_output"] = project(source["pooled"].to(pooled), pooled, alpha, beta)
+        about["pooled_output"] = project(row["pooled"].to(pooled), pooled, alpha, beta)
     return [[torch.cat([project(s, p, alpha, beta) for s, p in pairs], -1), about]]
 
 

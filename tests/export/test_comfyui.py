@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,10 +121,42 @@ def test_an_adapter_folder_is_read(tmp_path):
     assert (read.alpha, read.caption, read.timestep_rank) == (6.0, "a cat", rule)
     assert all(torch.equal(lora[f"{stem}.lora_{side}.weight"], part) for stem, pair in read.lora.items()
                for side, part in zip("AB", pair, strict=True)) and len(read.lora) == len(lora) // 2  # fmt: skip
-    assert read.source["embeds"].shape == (1, 77, 32)
+    assert read.source.nearest("")["embeds"].shape == (1, 77, 32)
     assert all(torch.equal(read.tokens[token]["text_encoder"], rows[token]["text_encoder"]) for token in rows)
     with pytest.raises(ValueError, match="no adapter folder"):
         node_file("adapter_folder").read_adapter(tmp_path)
+
+
+CAPTIONS = ("a cat", "a cat on the beach", "A dog in the snow", "a dog")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "a CAT", "a red cat on the beach", "a dog in a hat", "the snow dog", "a", "a bird"]
+)
+def test_of_several_captions_the_one_nearest_to_the_prompt_is_taken_as_ours(tmp_path, prompt):
+    model = tiny("sd1")
+    info = {"base": model.identity, "caption": CAPTIONS[0], "captions": CAPTIONS}
+    source = {"embeds": torch.randn(4, 77, 32), "pooled": torch.randn(4, 8)}
+    adapter = Adapter(random_lora(paths(model.unet, ATTENTION)), 4, 6.0, source, info)
+    found = node_file("adapter_folder").read_adapter(adapter.save(tmp_path / "cat")).source.nearest(prompt)
+    ours = adapter.starting_from(prompt=prompt).source
+    assert all(torch.equal(found[name], ours[name]) and len(found[name]) == 1 for name in ("embeds", "pooled"))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_prompt_of_any_length_is_projected_onto_one_caption(monkeypatch, chunks):
+    """One row of conditioning comes of it; behind 75 tokens the source is continued by the empty text."""
+    prompts, folder = node_file("prompts"), node_file("adapter_folder")
+    weights = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(10, 8)))
+    clip = SimpleNamespace(cond_stage_model=SimpleNamespace(clip_l=SimpleNamespace(transformer=weights)))
+    whole, empty, pooled = torch.randn(1, 77 * chunks, 8), torch.randn(1, 77, 8), torch.randn(1, 4)
+    encoded = lambda clip, text: {"cond": whole if text else empty, "pooled_output": pooled}  # noqa: E731
+    monkeypatch.setattr(prompts, "_encoded", encoded)
+    rows = {"embeds": torch.randn(4, 77, 8), "pooled": torch.randn(4, 4)}
+    [[embeds, about]] = prompts.projected(clip, folder.Source(rows, CAPTIONS), "a dog in the snow", 0.7, 1.3)
+    source = torch.cat([rows["embeds"][2:3]] + [empty] * (chunks - 1), 1)
+    assert embeds.shape == whole.shape and torch.allclose(embeds, project(source, whole, 0.7, 1.3), atol=1e-6)
+    assert torch.allclose(about["pooled_output"], project(rows["pooled"][2:3], pooled, 0.7, 1.3), atol=1e-6)
 
 
 def test_nodes_are_small_and_need_nothing_of_this_package():

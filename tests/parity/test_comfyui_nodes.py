@@ -39,12 +39,13 @@ def nodes(monkeypatch, folder):
     return {name.removeprefix("Personalize"): kind() for name, kind in module.NODE_CLASS_MAPPINGS.items()}
 
 
-def adapter(pipe, *, rank_rule=None, chunks=1, tokens=True):
-    """A LoRA on every layer that trainings choose and on the text encoders, a source embedding and two tokens."""
+def adapter(pipe, *, rank_rule=None, chunks=1, tokens=True, captions=("a cat",)):
+    """A LoRA on every layer that trainings choose and on the text encoders, source embeddings and two tokens."""
     model = StableDiffusion.from_pipeline(pipe)
     lora = random_lora(paths(model.unet, set(module_names(model.unet, model.family)).__contains__), spread=0.2)
     with torch.no_grad():
-        source = model.prompts(["a cat on the beach " + "and a red dog " * 20 * (chunks - 1)])
+        more = " on the beach " + "and a red dog " * 20 * (chunks - 1)
+        source = model.prompts([caption + more for caption in captions])
     widths = [encoder.config.hidden_size for encoder in model.text_encoders]
     words = {"<cat1>": 3, "<dog>": 1} if tokens else {}
     rows = {
@@ -55,7 +56,8 @@ def adapter(pipe, *, rank_rule=None, chunks=1, tokens=True):
         for word, count in words.items()
     }
     parts = {"embeds": source.embeds} | ({} if source.pooled is None else {"pooled": source.pooled})
-    info = {"base": model.identity, "caption": "a cat"} | ({"timestep_rank": rank_rule} if rank_rule else {})
+    info = {"base": model.identity, "caption": captions[0]} | ({"timestep_rank": rank_rule} if rank_rule else {})
+    info |= {"captions": captions} if len(captions) > 1 else {}
     return Adapter(lora | text_lora(model, spread=0.2), 4, 6.0, parts, info, rows)
 
 
@@ -73,10 +75,11 @@ def conditioning(pipe, attached, text, dials):
 
 
 @pytest.mark.parametrize("text", ["a photo of a dog", "a <cat1>, red <DOG>.", LONG, ""])
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_conditioning(place, tmp_path, monkeypatch, capsys, text, chunks):
+@pytest.mark.parametrize(("chunks", "captions"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_conditioning(place, tmp_path, monkeypatch, capsys, text, chunks, captions):
     name, pipe, _, model, clip = place
-    adapter(pipe, chunks=chunks).save(tmp_path / "loras" / "sub" / "cat")
+    learned = ("a cat", "a dog on the beach", "a photo of a red house")[:captions]
+    adapter(pipe, chunks=chunks, captions=learned).save(tmp_path / "loras" / "sub" / "cat")
     ui = nodes(monkeypatch, tmp_path / "loras")
     _, clip, source, caption = ui["LoadAdapter"].load(model, clip, "sub/cat", 0.7, "none")
     assert caption == "a cat"
