@@ -60,6 +60,7 @@ def main(config: Config) -> Path:
     from personalize.adapters.adapter import Adapter
     from personalize.adapters.export import DTYPES, baked, describe_resolved, require_absent
     from personalize.adapters.fuse import export_folder, export_single_file, has_published_sizes, merged_weights
+    from personalize.adapters.merging import missed_without
     from personalize.models.known_bases import find_base
     from personalize.models.stable_diffusion import StableDiffusion
 
@@ -82,7 +83,7 @@ def main(config: Config) -> Path:
     single = output.suffix == ".safetensors"
     (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
     count = len(adapter.lora) // 2 + len(adapter.others)
-    lines = (note, f"{output}: {count} modules merged into {base}, {config.dtype}, verified")
+    lines = (note, f"{output}: {count} modules merged into {base}, {config.dtype}, verified", *missed_without(adapter))
     print(*filter(None, lines), sep="\n")
     if single and not has_published_sizes(model):
         print("The base has sizes of its own; graphical programs can only read models of the published sizes.")

@@ -50,22 +50,18 @@ def main(config: Config) -> Path:
     """Write the file and print what it contains; returns its path."""
     from personalize.adapters.adapter import Adapter
     from personalize.adapters.export import DTYPES, baked, describe_resolved, export_lora, with_lower_rank
-    from personalize.adapters.merging import plain
+    from personalize.adapters.merging import missed_without, plain
 
     adapter, left = plain(Adapter.load(config.adapter, family=config.family))
-    if adapter.source is not None and not adapter.info.get("standalone"):
-        print("The source embedding is not exported: without it, the LoRA reconstructs the picture less exactly.")
     adapter, note = describe_resolved(baked(adapter, config.forget, config.strength), config.timestep_rank)
     if note:
         print(note)
     if config.rank is not None:
         adapter, reduction = with_lower_rank(adapter, config.rank)
         print(reduction)
-    if adapter.concepts:
-        left.append("The learned tokens are not in this file: `personalize export tokens` writes them.")
     path = export_lora(adapter, config.output, config.layout, DTYPES[config.dtype])
     print(f"{path}: {len(adapter.lora) // 2} modules, rank {adapter.rank}, {config.layout} layout, verified")
-    for line in left:
+    for line in [*left, *missed_without(adapter)]:
         print(line)
     return path
 

@@ -39,7 +39,7 @@ def main(config: Config) -> Path:
     """Merge, reduce the rank if asked, save, and print the relative error; returns the folder."""
     from personalize.adapters.adapter import Adapter
     from personalize.adapters.export import require_absent, with_lower_rank
-    from personalize.adapters.merging import merged, plain
+    from personalize.adapters.merging import merged, missed_without, plain
 
     output, weights = require_absent(config.output), config.weights or (1.0,) * len(config.adapters)
     names = [path.resolve().name.removesuffix(".safetensors") for path in config.adapters]
@@ -50,8 +50,8 @@ def main(config: Config) -> Path:
         print(reduction)
     adapter.save(output)
     print(f"{output}: {len(adapter.lora) // 2} modules, rank {adapter.rank}, verified")
-    for name, lines in zip(names, (lines for _, lines in read), strict=True):
-        for line in lines:
+    for name, (one, lines) in zip(names, read, strict=True):
+        for line in [*lines, *missed_without(one, tokens=False)]:  # a merge keeps the learned tokens
             print(f"{name}: {line}")
     return output
 

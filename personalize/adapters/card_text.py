@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 LICENCES = (  # of base models, by a part of their hub ids
     (("embedded",), "apache-2.0"),
@@ -21,6 +22,17 @@ def fenced(lines: Sequence[str]) -> str:
     """A block of code that holds `lines`; its fence is longer than any in them."""
     fence = "`" * max(3, 1 + max(len(run) for run in ["", *re.findall("`+", "\n".join(lines))]))
     return "\n".join([f"{fence}text", *lines, fence])
+
+
+def merged_limit(sources: Sequence[Mapping[str, Any]]) -> str:
+    """What a sum of adapters, as `info["merged_from"]` lists them, has lost of them."""
+    lost = [plain_text(str(source["name"])) for source in sources if source.get("left_out")]
+    if not lost:
+        return "No source embedding belongs to it: it works alike in every program."
+    return (
+        f"Merged without the source embedding of {', '.join(lost)}: part of what was learned lives there, so that the "
+        "picture comes back less exactly."
+    )
 
 
 def licence_of(base: str) -> str:

@@ -10,6 +10,7 @@ multiplied into the factors.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ from personalize.io.progress import ticked
 from personalize.models.ranges import check_number
 
 State = Mapping[str, Tensor]
+SOURCE = "source embedding"  # what `info["merged_from"]` calls the part that a sum leaves out
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
     """The exact sum Σ weight · ΔW of several adapters as one adapter, whose rank is the sum of their ranks.
 
     The learned tokens of all are kept.  Source embeddings are not: each belongs to one picture.  `names` are for
-    messages and for the record in `info["merged_from"]`.
+    messages and for the record in `info["merged_from"]`, which says in "left_out" whose source embedding is missed.
 
     Raises:
         UserError: fewer than two adapters, another number of weights, weights out of their range, different families
@@ -109,12 +111,18 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
     parts = [WeightedLora(a.lora, a.alpha / a.rank, weight) for a, weight in zip(adapters, weights, strict=True)]
     parts = [part for part in parts if part.weight and part.state] or [part for part in parts if part.state]
     state, rank = concatenated(parts) if parts else ({}, 1)
-    sources = [{"name": name, "weight": weight} for name, weight in zip(names, weights, strict=True)]
+    sources: list[dict[str, Any]] = [
+        {"name": name, "weight": weight} for name, weight in zip(names, weights, strict=True)
+    ]
+    for source, adapter in zip(sources, adapters, strict=True):
+        source |= {"left_out": [SOURCE]} if _lacks_source(adapter) else {}
     captions = dict.fromkeys(str(adapter.info.get("caption") or "") for adapter in adapters)
     info: dict[str, Any] = {"base": base, "merged_from": sources}
     info["caption"] = ", ".join(caption for caption in captions if caption)
     licences = {str(adapter.info["license"]) for adapter in adapters if adapter.info.get("license")}
     info |= {"license": licences.pop() if len(licences) == 1 else "other"} if licences else {}
+    pictures = [_pictures(adapter) for adapter in adapters]
+    info |= {"pictures": sum(filter(None, pictures))} if all(pictures) else {}
     info["person"] = any(bool(adapter.info.get("person")) for adapter in adapters)
     return Adapter(state, rank, float(rank), None, info, _all_concepts(adapters))
 
@@ -136,6 +144,34 @@ def require_scalable(adapter: Adapter, what: str = "a forgetting rule") -> None:
     fixed = sorted(kinds & NEED_THE_BASE)
     way = f"no LoRA holds {' and '.join(fixed)}: leave it out" if fixed else "`personalize convert` the file first"
     raise UserError(f"{what} scales LoRAs alone, this file holds {' and '.join(sorted(kinds))} too: {way}")
+
+
+def missed_without(adapter: Adapter, *, tokens: bool = True) -> list[str]:
+    """A line for each part of the adapter that is neither in a LoRA file nor in a base model that it is merged into.
+
+    `tokens` says whether learned tokens stay behind as well.
+    """
+    source = "The source embedding is not exported: without it, the picture is reconstructed less exactly."
+    named = "The learned tokens are not exported: `personalize export tokens` writes them."
+    return [source] * _needs_source(adapter) + [named] * bool(tokens and adapter.concepts)
+
+
+def _needs_source(adapter: Adapter) -> bool:
+    """True if a part of what was learned is in the adapter's source embedding."""
+    return adapter.source is not None and not adapter.info.get("standalone")
+
+
+def _lacks_source(adapter: Adapter) -> bool:
+    """True if a sum lacks the adapter's source embedding, or if the adapter is a sum itself that lacks one."""
+    return _needs_source(adapter) or any(part.get("left_out") for part in adapter.info.get("merged_from") or ())
+
+
+def _pictures(adapter: Adapter) -> int | None:
+    """The number of pictures that the adapter was trained on; None if nothing tells it."""
+    header = str((adapter.info.get("header") or {}).get("ss_num_train_images", ""))
+    known = int(header) if re.fullmatch("[0-9]{1,9}", header) else None
+    count = adapter.info.get("pictures", known if {"imported", "merged_from"} & {*adapter.info} else 1)
+    return count if isinstance(count, int) else None
 
 
 def _all_concepts(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from personalize.adapters.captions import captions_of
-from personalize.adapters.card_text import fenced, licence_of, plain_text
+from personalize.adapters.card_text import fenced, licence_of, merged_limit, plain_text
 from personalize.formats.textual_inversion_files import token_file_names, token_file_stem
 from personalize.formats.timestep_rank import rule_of, warning
 from personalize.formats.training_notes import training_notes
@@ -98,7 +98,8 @@ def _front_matter(adapter: CardSubject, pictures: Sequence[str]) -> str:
 def _summary(name: str, adapter: CardSubject) -> str:
     count = len(captions_of(adapter.info, adapter.source))
     fitted = "a fitted source embedding" if count == 1 else f"{count} fitted source embeddings, one for each caption"
-    source = "no source embedding (standalone)" if _standalone(adapter) else fitted
+    alone = "no source embedding" + ("" if adapter.info.get("merged_from") else " (standalone)")
+    source = alone if _standalone(adapter) else fitted
     return (
         f"# {plain_text(name)}\n\n{_origin(adapter)} {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
         f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
@@ -129,7 +130,7 @@ def _origin(adapter: CardSubject) -> str:
 
 
 def _count(adapter: CardSubject) -> str:
-    count = adapter.info.get("pictures", 1)
+    count = adapter.info.get("pictures", "An unknown number of" if adapter.info.get("merged_from") else 1)
     return "One picture" if count == 1 else f"{count} pictures"
 
 
@@ -237,7 +238,9 @@ Use `{kohya_file}` with any {FAMILIES[adapter.family]} checkpoint close to the b
 def _limits(adapter: CardSubject) -> str:
     gap = adapter.info.get("standalone_gap_db")
     loss = f" Here that costs {float(gap):.1f} dB of reconstruction (PSNR)." if isinstance(gap, int | float) else ""
-    if not _standalone(adapter):
+    if sources := adapter.info.get("merged_from"):
+        first = merged_limit(sources)
+    elif not _standalone(adapter):
         first = (
             "Without the source embedding (plain diffusers and the programs above) the picture comes back less "
             "exactly, because part of what was learned lives in that embedding." + loss

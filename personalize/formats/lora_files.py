@@ -171,7 +171,7 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "sd2": ("sd_v2_v", "stable-diffusion-v2-768-v") if v_prediction else ("sd_v2", "stable-diffusion-v2-512"),
         "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     }[family]
-    side = config.get("resolution")
+    side, merged = config.get("resolution"), "merged_from" in info  # of a merge the pictures may not be known
     values = {
         "ss_v2": str(family == "sd2"),
         "ss_base_model_version": version,
@@ -182,7 +182,7 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "ss_output_name": title,
         "ss_sd_model_name": base.get("name"),
         "ss_new_sd_model_hash": base.get("sha256"),
-        "ss_num_train_images": info.get("pictures", 1) if config or caption else None,
+        "ss_num_train_images": info.get("pictures", None if merged else 1) if config or caption else None,
         "ss_tag_frequency": json.dumps({"1_picture": {caption: 1}}) if caption else None,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",

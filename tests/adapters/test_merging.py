@@ -128,8 +128,23 @@ def test_a_strength_moves_every_weight_and_bias_by_its_part(tmp_path, kind):
         )  # fp32 near 10
 
 
-def of_base(**base):
-    return Adapter(random_lora(SHAPES, rank=2), 2, 2.0, None, {"base": base})
+def of_base(*, source=None, info=None, **base):
+    return Adapter(random_lora(SHAPES, rank=2), 2, 2.0, source, {"base": base, **(info or {})})
+
+
+def test_a_sum_records_whose_source_embedding_it_lacks_and_counts_the_pictures():
+    source = {"embeds": torch.zeros(1, 77, 8)}
+    one = of_base(source=source)
+    alone = of_base(source=source, info={"standalone": True, "pictures": 4})
+    theirs = of_base(info={"imported": "x", "header": {"ss_num_train_images": "20"}})
+    unknown = of_base(info={"imported": "x"})
+    both = merged([one, alone], [1.0, 1.0], "ab")
+    assert [part.get("left_out") for part in both.info["merged_from"]] == [["source embedding"], None]
+    again = merged([theirs, both], [1.0, 1.0], "ab")
+    assert [part.get("left_out") for part in again.info["merged_from"]] == [None, ["source embedding"]]
+    assert both.info["pictures"] == 5 and again.info["pictures"] == 25
+    for adapters in ([one, unknown], [one, merged([one, unknown], [1.0, 1.0], "ab")]):
+        assert "pictures" not in merged(adapters, [1.0, 1.0], "ab").info
 
 
 def test_the_base_of_a_sum_is_that_of_the_adapters_that_know_it():

@@ -12,13 +12,13 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.model_card import model_card
 
 
-def card(source=True, pictures=(), concepts=None, **info):
+def card(source=True, drawn=(), concepts=None, **info):
     base = {"name": "runwayml/stable-diffusion-v1-5", "family": "sd1", **info.pop("base", {})}
     lora = {"unet.conv_in.lora_A.weight": torch.ones(4, 3, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 4, 1, 1)}
     info = {"base": base, "caption": 'a "photo" of my cat: at home', **info}
     embeds = {"embeds": torch.zeros(1, 77, 8)} if source else None
     adapter = Adapter(lora, 4, 4.0, embeds, info, concepts or {})
-    return model_card(name="my-cat", kohya_file="my-cat.safetensors", adapter=adapter, pictures=list(pictures))
+    return model_card(name="my-cat", kohya_file="my-cat.safetensors", adapter=adapter, pictures=list(drawn))
 
 
 def front(text):
@@ -26,7 +26,7 @@ def front(text):
 
 
 def test_front_matter():
-    found = front(card(pictures=["source.png", "on the beach.png"]))
+    found = front(card(drawn=["source.png", "on the beach.png"]))
     assert {"text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion"} <= set(found["tags"])
     assert found["base_model"] == "runwayml/stable-diffusion-v1-5"
     assert found["instance_prompt"] == 'a "photo" of my cat: at home' and found["license"] == "creativeml-openrail-m"
@@ -47,7 +47,7 @@ def test_a_base_that_is_no_hub_id_is_not_given_as_one_and_no_folder_leaks(name):
 
 
 def test_sections():
-    text = card(pictures=["source.png"], standalone_gap_db=4.25)
+    text = card(drawn=["source.png"], standalone_gap_db=4.25)
     for part in ("my-cat.safetensors", "load_lora_weights", "personalize.attach", "models/Lora", "ComfyUI", "InvokeAI"):
         assert part in text
     for part in ("## Trigger words", "## Limits", "## Consent", "4.2 dB", "![source](source.png)"):
@@ -98,6 +98,15 @@ def test_a_sum_of_adapters_says_of_what():
     assert "1 × cat + -0.5 × style, for Stable Diffusion 1.x" in card(source=False, merged_from=parts)
 
 
+def test_a_sum_of_adapters_says_what_it_lacks_and_of_how_many_pictures_it_is():
+    parts = [{"name": "cat", "weight": 1.0, "left_out": ["source embedding"]}, {"name": "style", "weight": 1.0}]
+    text = card(source=False, merged_from=parts, pictures=6)
+    assert "Merged without the source embedding of cat: " in text and "Learned from 6 pictures" in text
+    assert "standalone" not in text and "Trained for use without" not in text
+    text = card(source=False, merged_from=parts[1:])
+    assert "No source embedding belongs to it" in text and "Learned from an unknown number of pictures" in text
+
+
 HOSTILE = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",
     "``` \n# heading\n<b>bold</b>", "````", "---\nlicense: mit",
@@ -120,7 +129,7 @@ def test_what_a_user_wrote_stays_text(text):
 
 def test_the_card_is_read_by_the_hubs_own_class():
     """Its fields as the hub's page shows them; the hub's validator itself answers on the network alone (below)."""
-    data = ModelCard(card(pictures=["source.png"], person=True)).data
+    data = ModelCard(card(drawn=["source.png"], person=True)).data
     assert data.base_model == "runwayml/stable-diffusion-v1-5" and data.library_name == "diffusers"
     assert data.license == "creativeml-openrail-m" and data.to_dict()["widget"][0]["output"]["url"] == "source.png"
 
@@ -128,7 +137,7 @@ def test_the_card_is_read_by_the_hubs_own_class():
 @pytest.mark.hub
 @pytest.mark.parametrize("text", ["a cat", *HOSTILE])
 def test_the_hubs_validator_takes_the_card(text):
-    ModelCard(card(caption=text, pictures=["source.png"])).validate(repo_type="model")
+    ModelCard(card(caption=text, drawn=["source.png"])).validate(repo_type="model")
 
 
 def test_licence_and_verification_are_said():

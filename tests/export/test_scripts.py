@@ -64,18 +64,22 @@ def test_tokens(place, tmp_path, capsys):
 
 def test_merge_and_checkpoint(place, tmp_path, capsys):
     line = (place / "cat", place / "cat" / "cat_lora.safetensors", "--weights", "0.75", "0.25")
-    assert run(capsys, "merge", *line, "--output", tmp_path / "exact")[0] == 0
+    code, said = run(capsys, "merge", *line, "--output", tmp_path / "exact")
+    assert code == 0 and said.count("source embedding is not exported") == 1 and "cat: The source" in said
+    assert "learned tokens" not in said and "<cat>" in Adapter.load(tmp_path / "exact").concepts
     code, said = run(capsys, "merge", *line, "--rank", "4", "--output", tmp_path / "both")
     assert code == 0 and "relative error of the weight change 0.00%" in said  # the same change twice has its rank
     assert (Adapter.load(tmp_path / "exact").rank, Adapter.load(tmp_path / "both").rank) == (8, 4)
     base = ("--pretrained_model_name_or_path", place / "tiny-sd1")
     code, said = run(capsys, "checkpoint", tmp_path / "both", "--strength", "2", "--output", tmp_path / "model", *base)
-    assert code == 0 and "merged into" in said
+    assert code == 0 and "merged into" in said and "source embedding" not in said
+    assert "learned tokens are not exported" in said
     cat = Adapter.load(place / "cat")
     expected = predict_with_delta(tiny("sd1"), replace(cat, alpha=cat.alpha * 2))
     found = predict(StableDiffusion.load(tmp_path / "model", device="cpu"))
     assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
     code, said = run(capsys, "checkpoint", place / "cat", "--output", tmp_path / "one.safetensors", *base)
+    assert "source embedding is not exported" in said and "learned tokens are not exported" in said
     assert code == 0 and "sizes of its own" in said and (tmp_path / "one.safetensors").is_file()
 
 

@@ -114,5 +114,10 @@ def test_pictures_and_licences_go_with_an_adapter(tmp_path):
     other = replace(one, info={**one.info, "license": "mit"})
     for adapters, licence in ([several, one], "cc-by-nc-4.0"), ([several, other], "other"), ([one, one], None):
         assert merged(adapters, [1.0, 1.0], ["a", "b"]).info.get("license") == licence
-    card = (merged([several, one], [1.0, 1.0], ["a", "b"]).save(tmp_path / "sum") / "README.md").read_text("utf-8")
+    folder = merged([several, one], [1.0, 1.0], ["a", "b"]).save(tmp_path / "sum")
+    assert read_tensors(folder / "sum.safetensors").metadata["ss_num_train_images"] == "6"
+    foreign = merged([one, replace(one, info={**one.info, "imported": "x"})], [1.0, 1.0], ["a", "b"])
+    header = read_tensors(foreign.save(tmp_path / "both") / "both.safetensors").metadata
+    assert "ss_num_train_images" not in header  # of the second nobody knows
+    card = (folder / "README.md").read_text("utf-8")
     assert f"license: {json.dumps('cc-by-nc-4.0')}" in card and verify_file(tmp_path / "sum" / "sum.safetensors").ok
