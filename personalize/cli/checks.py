@@ -183,11 +183,12 @@ def check_writable(folder: Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """UserError unless the file `path` can be written; it need not exist yet, nor its folder."""
+    """UserError unless the file `path` can be written, in the place of no other; its folder need not exist yet."""
     from personalize.io.output_folder import check_output_folder
 
     if path.is_dir():
         raise UserError(f"{path} is a folder, the name of a file was expected: name a file in it")
+    check_absent(path)
     check_output_folder(path.parent, (path.name,))
 
 
@@ -199,8 +200,8 @@ def check_files(*paths: Path) -> None:
 
 
 def check_absent(path: Path) -> None:
-    """UserError if there is something at `path`, which an export would replace."""
-    if path.exists():
+    """UserError if there is something at `path`, which a result would replace."""
+    if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists already: name another output, or remove it first")
 
 

@@ -54,7 +54,7 @@ class InspectConfig:
     json: bool = False
     """Print everything as JSON."""
     picture: Path | None = None
-    """Write a chart of the changed blocks, and by how much, to this .png file."""
+    """Write a chart of the changed blocks, and by how much, to this .png file, which must not exist yet."""
     allow_pickle: bool = False
     """Read the tensors (and nothing else) of a .pt, .bin or .ckpt file; without it, pickles are refused."""
 
@@ -113,7 +113,7 @@ class VerifyConfig:
     on_base: Literal["fp8", "nf4", "int8"] | None = None
     """Say how much of each weight change survives being merged into the base in this precision."""
     picture: Path | None = None
-    """With `--on_base`: a chart of what survives in each block, as a .png file."""
+    """With `--on_base`: a chart of what survives in each block, as a .png file, which must not exist yet."""
     json: bool = False
     """With `--on_base`: print what survives of every module as JSON."""
 
@@ -142,8 +142,8 @@ class EvaluateConfig:
     run: str | None = None
     """First make the results that are missing, with these options of `personalize edit PHOTO` (of `personalize drag`
     for DragBench), e.g. --run="--inversion direct --num_inference_steps 50"; an empty text takes the defaults."""
-    output: Path = Path("evaluation.json")
-    """File for all values and the summary."""
+    output: Path | None = None
+    """File for all values and the summary, which must not exist yet; by default evaluation.json, numbered if taken."""
     structure_model: str | None = None
     """Structure distance: folder or hub id of a DINO ViT, published with facebook/dino-vitb8."""
     clip_model: str | None = None
@@ -161,7 +161,10 @@ class EvaluateConfig:
 
     def check(self) -> None:
         check_files(self.benchmark, *(() if self.run is not None else (self.results,)))
-        check_output(self.output)
+        if self.output is None:
+            check_writable(Path())
+        else:
+            check_output(self.output)
         if self.run is not None:
             check_writable(self.results)
 

@@ -103,6 +103,24 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(pie, 
         assert "is a folder, the name of a file" in capsys.readouterr().err
 
 
+def test_no_evaluation_replaces_another(pie, tmp_path, capsys, monkeypatch):
+    results = tmp_path / "results/0_random"
+    results.mkdir(parents=True)
+    noise(9, (512, 512)).save(results / "000000000000.png")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    words = ["evaluate", str(pie), "--results", str(results.parent)]
+    for name in ("evaluation.json", "evaluation-001.json", "named.json"):
+        more = ["--output", name] if name == "named.json" else []
+        assert main([*words, *more]) == 0 and f"every value in {name}" in capsys.readouterr().out
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+    assert set(before) == {"evaluation.json", "evaluation-001.json", "named.json"}
+    for command in (words, ["inspect", str(pie)], ["verify", str(pie), "--on_base", "fp8"]):
+        assert main([*command, "--output" if command is words else "--picture", "named.json"]) == 2
+        assert "named.json exists already: name another output" in capsys.readouterr().err
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+
+
 @pytest.mark.parametrize("mask", ["foo", [[[1]]], [[1, 0], [1]], [], [["a"]], {"a": 1}])
 def test_a_mask_of_dragbench_that_is_no_table_is_one_line(mask, tmp_path):
     sample = tmp_path / "drag/one"

@@ -16,8 +16,11 @@ def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
 
 
 def evaluated(folder, results, tmp_path, *more):
-    code = main(["evaluate", str(folder), "--results", str(results), "--output", str(tmp_path / "out.json"), *more])
-    return code, json.loads((tmp_path / "out.json").read_text()) if code == 0 else None
+    """The exit code of `personalize evaluate`, and what it wrote if that is 0."""
+    output = tmp_path / "out.json"
+    output.unlink(missing_ok=True)
+    code = main(["evaluate", str(folder), "--results", str(results), "--output", str(output), *more])
+    return code, json.loads(output.read_text()) if code == 0 else None
 
 
 def scene_folder(folder, kind: str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,7 @@ from personalize.evaluation.point_matching import PointMatching
 from personalize.evaluation.report import format_table, measure_item, summarize
 from personalize.io.atomic import write_file
 from personalize.io.json_files import utf8
+from personalize.io.numbering import add_files
 from personalize.io.progress import ticked
 from personalize.models.loading import default_device
 from personalize.models.stable_diffusion import StableDiffusion
@@ -32,9 +33,11 @@ from personalize.models.stable_diffusion import StableDiffusion
 if TYPE_CHECKING:
     from personalize.cli.options import EvaluateConfig
 
+OUTPUT = "evaluation.json"
+
 
 def run(config: EvaluateConfig) -> Path:
-    """Measure the results that exist, print a table, and write every value to `config.output`; returns that file.
+    """Measure the results that exist, print a table, and write every value to a JSON file; returns its path.
 
     With `config.run` the missing results are made first. A metric that could not be measured is named in the table
     with the reason.
@@ -77,11 +80,20 @@ def run(config: EvaluateConfig) -> Path:
         "summary": table,
         "rows": rows,
     }
-    write_file(config.output, utf8(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=True)))
+    output = _write(config.output, report)
     if warning := size_warning(name, items):
         print(warning)
-    print(f"{name}: {len(rows)} of {len(items)} results\n\n{format_table(table)}\n\nevery value in {config.output}")
-    return config.output
+    print(f"{name}: {len(rows)} of {len(items)} results\n\n{format_table(table)}\n\nevery value in {output}")
+    return output
+
+
+def _write(output: Path | None, report: dict[str, Any]) -> Path:
+    """Write the report to `output`, or under a name here that is not taken; returns the file's path."""
+    content = utf8(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=True))
+    if output is None:
+        return Path(add_files(Path(), {OUTPUT: content})[OUTPUT])
+    write_file(output, content)
+    return output
 
 
 def _columns(config: EvaluateConfig, benchmark: str) -> list[Metric]:
