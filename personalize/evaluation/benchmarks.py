@@ -102,8 +102,12 @@ def decode_mask(runs: list[int], side: int = MASK_SIDE) -> Tensor:
 
 
 def find_result(results: Path, item: BenchmarkItem) -> Path | None:
-    """The file of the edited picture of `item` below the folder `results`, with any image suffix; None if not there."""
-    for stem in (item.result, f"annotation_images/{item.result}", Path(item.result).name):
+    """The file of the edited picture of `item` below the folder `results`, with any image suffix; None if not there.
+
+    Besides our own name, PIE-Bench's, DragDiffusion's `<item>/dragged_image` and the name without folders are tried.
+    """
+    name = item.result
+    for stem in (name, f"annotation_images/{name}", f"{name}/dragged_image", Path(name).name):
         for suffix in IMAGE_SUFFIXES:
             if (path := results / f"{stem}{suffix}").is_file():
                 return path

@@ -24,7 +24,7 @@ RESAMPLES = 10_000  # of the bootstrap
 def measure_item(item: BenchmarkItem, result: Path, columns: Sequence[Metric]) -> dict[str, Any]:
     """One item's values by column; where a metric cannot be measured, a text that says why."""
     pair = load_pair(item, result)
-    values: dict[str, float | str] = {}
+    values: dict[str, float | list[float] | str] = {}
     for column in columns:
         try:
             values[column.name] = column.measure(pair)
@@ -53,37 +53,41 @@ def load_pair(item: BenchmarkItem, result: Path) -> ImagePair:
 
 
 def summarize(rows: Sequence[dict[str, Any]], columns: Sequence[Metric]) -> dict[str, dict[str, Any]]:
-    """For each column: the mean in its unit with a 95 % interval, n, and what was left out of the mean.
+    """For each column: the mean in its unit with a 95 % interval, n pictures, and what was left out of the mean.
 
-    Infinite values (PSNR of equal pictures) are left out and counted; the reasons for missing values are listed.
+    Infinite values (PSNR of equal pictures) are left out and counted; the reasons for missing values are listed.  Where
+    a picture has several values, the mean is over all of them, and the interval over draws of pictures.
     """
     table = {}
     for column in columns:
         values = [row[column.name] for row in rows]
-        numbers = [value * column.factor for value in values if isinstance(value, float)]
-        finite = [value for value in numbers if math.isfinite(value)]
+        lists = [value if isinstance(value, list) else [value] for value in values if not isinstance(value, str)]
+        numbers = [[value * column.factor for value in row] for row in lists]
+        finite = [row for row in numbers if all(map(math.isfinite, row))]
         reasons = sorted({value for value in values if isinstance(value, str)})
         low, high = mean_interval(finite) if len(finite) > 1 else (None, None)
         table[column.name] = {
             "unit": f"×{column.factor:g}" if column.factor != 1 else "",
             "better": "↑" if column.larger_is_better else "↓",
-            "mean": sum(finite) / len(finite) if finite else None, "low": low, "high": high, "n": len(finite),
-            "infinite": len(numbers) - len(finite), "missing": reasons,
+            "mean": sum(map(sum, finite)) / sum(map(len, finite)) if finite else None, "low": low, "high": high,
+            "n": len(finite), "infinite": len(numbers) - len(finite), "missing": reasons,
         }  # fmt: skip
     return table
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | Sequence[Sequence[float]]) -> tuple[float, float]:
     """95 % percentile bootstrap interval (low, high) of the mean, by 10,000 resamples; (−∞, ∞) for a single value.
 
-    The resamples depend on the number of values alone, so that a figure is the same each time.
+    Values that belong together, such as those of one picture, are given as a list, and drawn together.  The resamples
+    depend on the number of values or lists alone, so that a figure is the same each time.
     """
-    data = np.asarray(values, np.float64)
-    if len(data) < 2:
+    groups = [np.atleast_1d(np.asarray(value, np.float64)) for value in values]
+    sums, sizes = np.array([group.sum() for group in groups]), np.array([len(group) for group in groups])
+    if len(groups) < 2:
         return -math.inf, math.inf
-    rng = np.random.default_rng(len(data))
-    draws = (rng.integers(0, len(data), (500, len(data))) for _ in range(RESAMPLES // 500))
-    means = np.concatenate([data[rows].mean(1) for rows in draws])
+    rng = np.random.default_rng(len(groups))
+    draws = (rng.integers(0, len(groups), (500, len(groups))) for _ in range(RESAMPLES // 500))
+    means = np.concatenate([sums[rows].sum(1) / sizes[rows].sum(1) for rows in draws])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

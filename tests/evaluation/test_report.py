@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,18 @@ from PIL import Image
 from personalize.cli.main import main
 from personalize.embedded.scenes import random_scene, render
 from personalize.errors import UserError
-from personalize.evaluation.benchmarks import decode_mask, read_benchmark, read_edit_list, size_warning
+from personalize.evaluation.benchmarks import (
+    BenchmarkItem,
+    decode_mask,
+    find_result,
+    read_benchmark,
+    read_edit_list,
+    size_warning,
+)
+from personalize.evaluation.metrics import ImagePair, drag_metrics
+from personalize.evaluation.networks import Unavailable
 from personalize.evaluation.point_matching import PointMatching
-from personalize.evaluation.report import mean_interval
+from personalize.evaluation.report import mean_interval, summarize
 from personalize.io.images import to_pixels
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.benchmarks import evaluated, noise
@@ -197,6 +207,26 @@ def test_points_are_found_where_they_went():
     assert matching.distances(source, source, points) == pytest.approx([38] * 4, abs=8)
 
 
+def test_the_mean_distance_is_over_the_points_of_all_pictures():
+    """As DragDiffusion's run_eval_point_matching.py has it: 30 px once and 2 px four times are 7.6 px, not 16."""
+    matching = SimpleNamespace(distances=lambda source, edited, points, prompt: [target[0] for _, target in points])
+    column, pixels = drag_metrics(Unavailable("none"), matching)[0], torch.zeros(1, 3, 8, 8)
+    drags = ((((0, 0), (30.0, 0)),), (((0, 0), (2.0, 0)),) * 4)
+    rows = [{column.name: column.measure(ImagePair(pixels, pixels, points=points))} for points in drags]
+    rows.append({column.name: "not measured: no points"})
+    found = summarize(rows, [column])[column.name]
+    assert rows[1][column.name] == [2.0] * 4 and found["mean"] == pytest.approx(7.6) and found["n"] == 2
+    assert (found["low"], found["high"]) == (2.0, 30.0)  # pictures are drawn whole: a quarter of the draws is twice one
+
+
+def test_results_lie_where_the_published_programs_put_them(tmp_path):
+    item = BenchmarkItem("animals/one", tmp_path, "animals/one")
+    for place in ("one.jpg", "animals/one/dragged_image.png", "annotation_images/animals/one.png", "animals/one.webp"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+        assert find_result(tmp_path, item) == tmp_path / place  # each goes before those above
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no benchmark"):
         read_benchmark(tmp_path)
@@ -208,3 +238,4 @@ def test_bootstrap_interval_agrees_with_the_normal_one_on_normal_data():
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)  # a tenth of `half`
     assert mean_interval([1.0]) == (-math.inf, math.inf)
+    assert mean_interval([[value] for value in values]) == (low, high)
