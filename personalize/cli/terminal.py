@@ -17,6 +17,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from personalize.errors import Notice
+from personalize.io.json_files import finite_values
 
 # Characters that no one sees and that change how a line is shown: controls without tab and newline, marks of the
 # direction of writing, separators, tags, and halves of surrogate pairs, which stand for bytes that are no text.
@@ -33,7 +34,8 @@ def visible(text: str) -> str:
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON to be printed: characters that would be shown as codes are escaped as JSON has it."""
+    """`finite_values` as JSON to be printed: characters that would be shown as codes are escaped as JSON has it."""
+    value = finite_values(value)
     text = json.dumps(value, indent=2, ensure_ascii=False)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:

@@ -1,4 +1,5 @@
 """The one door for JSON from outside: it is parsed with limits here, and its types and ranges are checked by a schema.
+What is written for others to read has no number that JSON does not know.
 
 A schema is a class of msgspec, whose `convert` names the place of the first value that does not fit.
 """
@@ -6,7 +7,9 @@ A schema is a class of msgspec, whose `convert` names the place of the first val
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +29,20 @@ Kind = TypeVar("Kind")
 def utf8(text: str) -> bytes:
     """`text` in UTF-8; halves of surrogate pairs, which stand for bytes of names that are no text, become U+FFFD."""
     return SURROGATE.sub("\ufffd", text).encode()
+
+
+def finite_values(value: Any) -> Any:
+    """`value` with None, in JSON null, for each number that is infinite or none: JSON has no words for these."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_values(item) for key, item in value.items()}
+    return [finite_values(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def json_bytes(value: Any, *, ensure_ascii: bool = True) -> bytes:
+    """The contents of a JSON file that holds the `finite_values` of `value`."""
+    return utf8(json.dumps(finite_values(value), indent=1, ensure_ascii=ensure_ascii, allow_nan=False))
 
 
 def parse_json(text: bytes | str, source: object, hint: str = "is damaged: its JSON cannot be read") -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from personalize.errors import Notice
 from personalize.io.atomic import write_file
-from personalize.io.json_files import parse_json, utf8
+from personalize.io.json_files import finite_values, parse_json, utf8
 from personalize.io.locks import Locked, folder_lock
 from personalize.io.plain_files import opened, read_bytes
 
@@ -67,7 +67,7 @@ class Results:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one outcome; when this returns, the whole line is on the disk."""
-        values = {**row, "time": round(time.time(), 3)}
+        values = finite_values({**row, "time": round(time.time(), 3)})
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(handle, (json.dumps({**values, "sha256": _checksum(values)}) + "\n").encode())

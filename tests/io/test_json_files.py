@@ -9,7 +9,7 @@ import pytest
 import personalize
 from personalize.errors import UserError
 from personalize.formats.manifest import Manifest, read_manifest
-from personalize.io.json_files import checked, parse_json, read_json
+from personalize.io.json_files import checked, finite_values, json_bytes, parse_json, read_json
 
 HOSTILE = {
     "no JSON": b"{", "not UTF-8": b'"\xff"', "a name twice": b'{"a": 1, "a": 2}', "100,000 brackets": b"[" * 100_000,
@@ -71,3 +71,10 @@ def test_no_other_file_of_the_package_parses_json():
 
 
 ALLOWED = {"json_files.py", "fuse.py", "memory.py"}  # these two: what they have written themselves, a moment ago
+
+
+def test_numbers_that_json_does_not_know_are_null():
+    inf = float("inf")
+    value = {"a": (1.5, inf, [-inf, {"b": float("nan")}]), "c": "inf", "d": 2, "e": None, "f": True}
+    assert finite_values(value) == {"a": [1.5, None, [None, {"b": None}]], "c": "inf", "d": 2, "e": None, "f": True}
+    assert json_bytes([inf, "ä"], ensure_ascii=False) == '[\n null,\n "ä"\n]'.encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from personalize.cli.main import main
@@ -20,7 +21,8 @@ def evaluated(folder, results, tmp_path, *more):
     output = tmp_path / "out.json"
     output.unlink(missing_ok=True)
     code = main(["evaluate", str(folder), "--results", str(results), "--output", str(output), *more])
-    return code, json.loads(output.read_text()) if code == 0 else None
+    strict = {"parse_constant": lambda word: pytest.fail(f"{word} is no JSON")}
+    return code, json.loads(output.read_text(), **strict) if code == 0 else None
 
 
 def scene_folder(folder, kind: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from personalize.editing.drag.preview import DragPreview
 from personalize.editing.editor import Editor
 from personalize.errors import UserError, said_if_stopped
 from personalize.io.figures import png
+from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _write_drag(config: DragConfig, details: dict[str, Any], points: list[Any], 
 
 def _write(config: DragConfig, pictures: dict[str, bytes], facts: dict[str, object]) -> dict[str, str]:
     """Write all files of one result under names that are not taken; returns these, by the plain ones."""
-    files = pictures | {name: json.dumps(values, indent=1).encode() for name, values in facts.items()}
+    files = pictures | {name: json_bytes(values) for name, values in facts.items()}
     return add_files(config.output_dir, files)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -27,7 +26,7 @@ from personalize.evaluation.scoring import Request
 from personalize.io.atomic import Content
 from personalize.io.figures import grid
 from personalize.io.image_files import load_image
-from personalize.io.json_files import utf8
+from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files, next_number
 from personalize.io.progress import ticked
 
@@ -111,7 +110,7 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
             name = f"edit-{first + len(entries):03d}.png"
             files[name] = write(picture, common(setting, number))
             entries.append({"file": name, "prompt": prompt, "seed": number, **asdict(setting)})
-    return files | {"grid.png": write(sheet), "edits.json": json.dumps(entries, indent=1).encode()}
+    return files | {"grid.png": write(sheet), "edits.json": json_bytes(entries)}
 
 
 def redrawn_seeds(config: EditConfig, seeds: list[int]) -> list[int]:
@@ -194,7 +193,7 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
     }
     report = ranking(trials, names, request, scorer.name)
     sheet = write(ranked_sheet(trials, request))
-    return files | {"grid.png": sheet, "ranking.json": utf8(json.dumps(report, indent=1, ensure_ascii=False))}
+    return files | {"grid.png": sheet, "ranking.json": json_bytes(report, ensure_ascii=False)}
 
 
 _STATES = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "it has neither"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from personalize.errors import said_if_stopped
 from personalize.io.figures import png
 from personalize.io.image_files import load_image
 from personalize.io.images import psnr, to_pixels
+from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
 from personalize.sampling.config import NullTextSettings
 
@@ -73,7 +73,7 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     optional = {"attention.png": result.attention, "nouns.png": result.nouns, "masks.png": result.masks}
     files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
     similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
-    files["edit.json"] = json.dumps(summary(config.source, request, settings, result, similarity), indent=1).encode()
+    files["edit.json"] = json_bytes(summary(config.source, request, settings, result, similarity))
     written = add_files(config.output_dir, files)
     names = [written[name] for name in names]
     for note in result.notes:

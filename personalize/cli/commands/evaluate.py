@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from personalize.evaluation.networks import Unavailable
 from personalize.evaluation.point_matching import PointMatching
 from personalize.evaluation.report import format_table, measure_item, summarize
 from personalize.io.atomic import write_file
-from personalize.io.json_files import utf8
+from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
 from personalize.io.progress import ticked
 from personalize.models.loading import default_device
@@ -88,8 +87,11 @@ def run(config: EvaluateConfig) -> Path:
 
 
 def _write(output: Path | None, report: dict[str, Any]) -> Path:
-    """Write the report to `output`, or under a name here that is not taken; returns the file's path."""
-    content = utf8(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=True))
+    """Write the report to `output`, or under a name here that is not taken; returns the file's path.
+
+    An infinite value (PSNR of equal pictures) is null there, one that was not measured a text that says why.
+    """
+    content = json_bytes(report, ensure_ascii=False)
     if output is None:
         return Path(add_files(Path(), {OUTPUT: content})[OUTPUT])
     write_file(output, content)
