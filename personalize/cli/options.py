@@ -140,8 +140,9 @@ class EvaluateConfig:
     results: Path
     """Folder of the edited pictures, named like the benchmark's own."""
     run: str | None = None
-    """First make the results that are missing, with these options of `personalize edit PHOTO` (of `personalize drag`
-    for DragBench), e.g. --run="--inversion direct --num_inference_steps 50"; an empty text takes the defaults."""
+    """First make the results that are missing, with options of `personalize edit PHOTO` (of `personalize drag` for
+    DragBench) that decide the pictures, e.g. --run="--inversion direct --num_inference_steps 50"; an empty text takes
+    the defaults."""
     output: Path | None = None
     """File for all values and the summary, which must not exist yet; by default evaluation.json, numbered if taken."""
     structure_model: str | None = None

@@ -98,3 +98,35 @@ def test_a_record_of_a_run_that_made_nothing_binds_nobody(tmp_path, quick):
     (results / "run.json").write_text(json.dumps({"benchmark": "PIE-Bench", "options": ["--seed", "7"]}))
     assert evaluated(folder, results, tmp_path, "--run=--seed 1", "--cpu")[0] == 0 and len(quick) == 2
     assert json.loads((results / "run.json").read_text())["options"] == ["--seed", "1"]
+
+
+SIGNED = "--c2pa cert.pem key.pem"
+ONLY = ("--keep_exif", "--no_metadata", "--no_provenance", SIGNED, "--output_dir elsewhere")
+NO_DIFFERENCE = {
+    "pie": ("--report", "--attention_maps", "--trajectory kept", "--from one.png", *ONLY),
+    "drag": ("--preview", *ONLY),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [(kind, option) for kind, every in NO_DIFFERENCE.items() for option in every]
+)
+def test_options_that_make_no_difference_are_refused(kind, option, tmp_path, capsys):
+    folder = scene_folder(tmp_path / "bench", kind)
+    assert evaluated(folder, tmp_path / "made", tmp_path, f"--run={option}")[0] == 2
+    said = capsys.readouterr().err.strip()
+    assert f"--run has {option.split()[0]}, which makes no difference" in said and "\n" not in said
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "words"),
+    [
+        ("pie", "--target 'a cow'", "the target 'a cow'"), ("pie", "other.png", "the target 'other.png'"),
+        ("drag", "--from 1,2 --to 3,4", "the point 3,4"), ("drag", "--to 5,6", "the point 5,6"),
+    ],
+)  # fmt: skip
+def test_what_the_benchmark_says_is_not_said_once_more(kind, option, words, tmp_path, capsys):
+    folder = scene_folder(tmp_path / "bench", kind)
+    assert evaluated(folder, tmp_path / "made", tmp_path, f"--run={option}")[0] == 2
+    assert f"--run has {words}: leave it out" in capsys.readouterr().err and not (tmp_path / "made").exists()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from personalize.cli.options import EvaluateConfig
 
 RECORD = "run.json"  # in the folder of results: with which options they were made
+NO_EFFECT = (  # options of other files and of marks: a benchmark's results are pictures alone
+    "report", "preview", "attention_maps", "trajectory", "keep_exif", "metadata", "provenance", "c2pa", "output_dir"
+)  # fmt: skip
 
 
 def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkItem]) -> None:
@@ -47,6 +50,7 @@ def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkIte
 
     def checked(item: BenchmarkItem) -> Any:
         options = parsed(item)
+        _require_effect(options)
         options = replace(options, output_dir=config.results, cpu=options.cpu or config.cpu)
         options.check()
         return options
@@ -84,15 +88,31 @@ def _method(name: str, words: Sequence[str]) -> tuple[Callable[[BenchmarkItem], 
     return lambda item: edit_options(item, words), _edited
 
 
+def _require_effect(options: PhotoConfig | DragConfig) -> None:
+    """UserError for an option that makes no difference to the results."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    changed = [name for name in NO_EFFECT if name in given and given[name] != getattr(type(options), name)]
+    if isinstance(options, PhotoConfig) and options.from_ is not None:
+        changed.append("from")
+    if changed:
+        flag = f"no_{changed[0]}" if given.get(changed[0]) is False else changed[0]
+        raise UserError(f"--run has --{flag}, which makes no difference to a benchmark's results: leave it out")
+
+
 def edit_options(item: BenchmarkItem, words: Sequence[str]) -> PhotoConfig:
     """The options of `personalize edit PHOTO` for one item.
 
     Raises:
-        UserError: an option is wrong; or the benchmark gives no source prompt and the method needs one.
+        UserError: an option is wrong, or is another target; or the benchmark gives no source prompt and the method
+            needs one.
     """
     source = item.source_prompt or item.target_prompt  # mutual attention inverts with the empty prompt
     options = parse(PhotoConfig, [str(item.source), "--source", source, "--target", item.target_prompt, *words],
                     prog="--run")  # fmt: skip
+    if len(options.target) != 1:
+        raise UserError(
+            f"--run has the target {options.target[1]!r}: leave it out, the benchmark says what each picture is to show"
+        )
     if not item.source_prompt and options.controller != "mutual":
         raise UserError(
             f"{item.name} has no source prompt, which --controller {options.controller} needs: give --run "
@@ -102,12 +122,15 @@ def edit_options(item: BenchmarkItem, words: Sequence[str]) -> PhotoConfig:
 
 
 def drag_options(item: BenchmarkItem, words: Sequence[str]) -> DragConfig:
-    """The options of `personalize drag` for one item; UserError if one is wrong, or the item has no points."""
+    """The options of `personalize drag` for one item; UserError if one is wrong or a point, or the item has none."""
     if not item.points:
         raise UserError(f"{item.name} names no points: expected points in {item.source.parent}/meta_data.json or .pkl")
     points = [word for handle, target in item.points for word in ("--from", as_text(handle), "--to", as_text(target))]
     prompt = ["--prompt", item.source_prompt] if item.source_prompt else []
-    return parse(DragConfig, [str(item.source), *points, *prompt, *words], prog="--run")
+    options = parse(DragConfig, [str(item.source), *points, *prompt, *words], prog="--run")
+    if more := [*options.from_, *options.to][2 * len(item.points) :]:
+        raise UserError(f"--run has the point {more[-1]}: leave it out, the benchmark says from where to where to drag")
+    return options
 
 
 def adapters_of(options: PhotoConfig | DragConfig) -> tuple[Path, ...]:
