@@ -61,7 +61,7 @@ class Adapter:
     source: the fitted source embedding, "embeds" (p, l, d) and, for SDXL, "pooled" (p, e), with a row for each of the p
         captions; None for an adapter that was trained to work without it (`standalone`) or comes from another program.
     info: values that JSON can hold.  Used here: `base` (name, family, sha256, prediction_type), `caption`, `captions`
-        (if there are several; `caption` is the first), `config`
+        (if there are several; `caption` is the first) and `caption_counts` (the pictures of each), `config`
         (the trainer's options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`,
         `timestep_rank` (see `formats.timestep_rank`), `header` (metadata of the file it was read from).  Any other key
         is kept: `targets`, `versions`, `seed`, `data_sha256`, `edits`, ….
@@ -118,7 +118,9 @@ class Adapter:
         if len(captions) == 1 and caption is None:
             return self
         number = nearest_caption(prompt, captions) if caption is None else find_caption_number(caption, captions)
-        info = {key: value for key, value in self.info.items() if key != "captions"} | {"caption": captions[number]}
+        info = {key: value for key, value in self.info.items() if not key.startswith("caption")} | {
+            "caption": captions[number]
+        }
         return replace(self, source=None if self.source is None else source_row(self.source, number), info=info)
 
     @property

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from hashlib import sha256
 from typing import Any
@@ -161,7 +162,8 @@ def kept_metadata(
 def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any]) -> dict[str, str]:
     """The header strings by which graphical programs sort and display a LoRA (`ss_*` and `modelspec.*`).
 
-    `info` may hold `base` (name, sha256, prediction_type), `caption`, `config` (the trainer's options) and `date`.
+    `info` may hold `base` (name, sha256, prediction_type), `caption`, `captions` and `caption_counts` if there are
+    several, `pictures`, `config` (the trainer's options) and `date`.
     No date is written unless `info` gives one, so that equal training gives equal files.
     """
     base, config, caption = info.get("base", {}), info.get("config", {}), str(info.get("caption", ""))
@@ -183,7 +185,7 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "ss_sd_model_name": base.get("name"),
         "ss_new_sd_model_hash": base.get("sha256"),
         "ss_num_train_images": info.get("pictures", None if merged else 1) if config or caption else None,
-        "ss_tag_frequency": json.dumps({"1_picture": {caption: 1}}) if caption else None,
+        "ss_tag_frequency": json.dumps({"1_picture": tags}) if (tags := _tag_counts(info)) else None,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
@@ -198,6 +200,23 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
     }
     values |= {f"ss_{name}": config.get(name) for name in TRAINING_OPTIONS}
     return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _tag_counts(info: Mapping[str, Any]) -> dict[str, int]:
+    """The number of pictures with each tag, as kohya's tools count them: what stands between commas, in lower case.
+
+    Where `info` does not say how many pictures have a caption, it is counted once.
+    """
+    captions, counts = info.get("captions") or [info.get("caption") or ""], info.get("caption_counts")
+    if len(captions) == 1 and "merged_from" not in info:
+        counts = [info.get("pictures", 1)]
+    if not isinstance(counts, list) or [type(count) for count in counts] != [int] * len(captions):
+        counts = [1] * len(captions)
+    found: Counter[str] = Counter()
+    for caption, count in zip(captions, counts, strict=True):
+        for tag in str(caption).lower().split(","):
+            found[" ".join(tag.split())] += count
+    return {tag: count for tag, count in found.items() if tag}
 
 
 def common_rank(modules: Mapping[str, tuple[Tensor, Tensor]]) -> int:

@@ -157,6 +157,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         if len(captions) != len(images):
             raise ValueError(f"{len(images)} pictures need one caption or as many, got {len(captions)}")
         self.captions, self.caption = tuple(dict.fromkeys(captions)), captions[0]
+        self.caption_counts = [captions.count(text) for text in self.captions]
         self.class_captions = tuple(dict.fromkeys(image.caption for image in class_images))
         rows = [self.captions.index(text) for text in captions]
         turns = [*images, *(image.mirror() for image in images)] if config.random_flip else images
@@ -233,13 +234,14 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         With `standalone` it has no source embedding: there it is the text encoder's output for the caption.
         """
         parts = {"embeds": source.embeds, "pooled": source.pooled}
+        counts = {"caption_counts": self.caption_counts} if len(self.captions) > 1 else {}  # no part of resuming
         embedding = {name: part.detach().to("cpu", copy=True) for name, part in parts.items() if part is not None}
         return Adapter(
             lora=lora,
             rank=self.config.file_rank,
             alpha=self.config.file_alpha,
             source=None if self.config.without_source_embedding else embedding,
-            info={**self.metadata(), "updates": updates, "versions": versions(), **info},
+            info={**self.metadata(), **counts, "updates": updates, "versions": versions(), **info},
             concepts={} if self.trigger is None else token_state(self.token_embeddings, [self.trigger]),
         )
 

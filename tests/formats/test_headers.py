@@ -12,6 +12,7 @@ from personalize.errors import UserError
 from personalize.formats.diffusion_transformers.checking import verify_transformer_file
 from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.inspection import inspect_file
+from personalize.formats.lora_files import kohya_metadata
 from personalize.formats.verification import verify_file
 from personalize.io.tensor_files import read_tensors
 from tests.formats.diffusion_transformers.test_files import BLOCK, write
@@ -121,3 +122,23 @@ def test_pictures_and_licences_go_with_an_adapter(tmp_path):
     assert "ss_num_train_images" not in header  # of the second nobody knows
     card = (folder / "README.md").read_text("utf-8")
     assert f"license: {json.dumps('cc-by-nc-4.0')}" in card and verify_file(tmp_path / "sum" / "sum.safetensors").ok
+
+
+@pytest.mark.parametrize(
+    ("info", "tags"),
+    [
+        ({"caption": "a cat"}, {"a cat": 1}),
+        ({"caption": "A cat, on  grass,", "pictures": 5}, {"a cat": 5, "on grass": 5}),
+        (
+            {"caption": "a cat, on grass", "captions": ["a cat, on grass", "a cat"], "caption_counts": [2, 3]},
+            {"a cat": 5, "on grass": 2},
+        ),
+        ({"caption": "a cat", "captions": ["a cat", "a dog"], "pictures": 5}, {"a cat": 1, "a dog": 1}),  # of old
+        ({"caption": "a cat, a dog", "merged_from": [{}, {}], "pictures": 6}, {"a cat": 1, "a dog": 1}),
+        ({"caption": ""}, None), ({"caption": " , "}, None), ({}, None),
+    ],
+)  # fmt: skip
+def test_tags_are_counted_over_the_pictures_as_kohya_does(info, tags):
+    header = kohya_metadata(title="x", family="sd1", rank=4, info=info)
+    assert ("ss_tag_frequency" in header) == (tags is not None)
+    assert tags is None or json.loads(header["ss_tag_frequency"]) == {"1_picture": tags}

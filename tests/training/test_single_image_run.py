@@ -161,6 +161,8 @@ def test_several_pictures_have_a_row_of_the_source_for_each_caption(model: Stabl
         assert len(moved) == 2 and bool((moved > 0).all())
         assert torch.equal(adapter.source["embeds"], run.objective.embeds)  # type: ignore[index]
     assert adapter.info["caption"] == captions[0] and adapter.info["captions"] == captions[:2]
+    assert adapter.info["caption_counts"] == [2, 1]
+    assert adapter.starting_from(prompt=captions[1]).info.keys().isdisjoint({"captions", "caption_counts"})
     with pytest.raises(ValueError, match="3 pictures need one caption or as many, got 2"):
         learn(model, several(), captions[:2], SMALL)
 
