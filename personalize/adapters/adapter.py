@@ -61,10 +61,9 @@ class Adapter:
     source: the fitted source embedding, "embeds" (p, l, d) and, for SDXL, "pooled" (p, e), with a row for each of the p
         captions; None for an adapter that was trained to work without it (`standalone`) or comes from another program.
     info: values that JSON can hold.  Used here: `base` (name, family, sha256, prediction_type), `caption`, `captions`
-        (if there are several; `caption` is the first) and `caption_counts` (the pictures of each), `config`
-        (the trainer's options), `date` (written only if given), `standalone`, `standalone_gap_db`, `person`, `license`,
-        `timestep_rank` (see `formats.timestep_rank`), `header` (metadata of the file it was read from).  Any other key
-        is kept: `targets`, `versions`, `seed`, `data_sha256`, `edits`, ….
+        and `caption_counts`, the pictures of each (if there are several; `caption` is the first), `config` (the options
+        of training), `date` (if given), `standalone`, `standalone_gap_db`, `person`, `license`, `timestep_rank`,
+        `header` (metadata of the file it was read from).  Any other key is kept: `targets`, `versions`, `edits`, ….
     concepts: learned tokens, token → "text_encoder" (n, d) and, for SDXL, "text_encoder_2" (n, d₂).
     others: modules of other algorithms (LoHa, DoRA, changed biases, …) in a file of another program, their tensors by
         role; see `weight_changes`.  They are applied and merged, but not saved: `as_lora` makes LoRAs of them.
@@ -118,9 +117,8 @@ class Adapter:
         if len(captions) == 1 and caption is None:
             return self
         number = nearest_caption(prompt, captions) if caption is None else find_caption_number(caption, captions)
-        info = {key: value for key, value in self.info.items() if not key.startswith("caption")} | {
-            "caption": captions[number]
-        }
+        others = {key: value for key, value in self.info.items() if not key.startswith("caption")}
+        info = others | {"caption": captions[number]}
         return replace(self, source=None if self.source is None else source_row(self.source, number), info=info)
 
     @property
