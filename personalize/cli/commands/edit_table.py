@@ -135,7 +135,7 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
         values = [part.strip() for part in cell.split(";")] if name in REPEATED else [cell]
         for value in values:
             words += [f"--{name}", _beside_the_table(name, value, config.table)]
-    options = parse(PhotoConfig, _as_flags(words), prog=f"line {row.line}")
+    options = parse(PhotoConfig, _as_flags(words), prog="personalize edit")
     shared = {field.name: getattr(config, field.name) for field in fields(InferenceOptions)}
     shared |= {"adapter": config.adapter, "add": config.add}
     options = replace(options, output_dir=config.output_dir / row.name, **shared)
