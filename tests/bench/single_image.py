@@ -1,7 +1,6 @@
 """Single-image edits: searching the strengths (`--auto`) against fixed forgetting rules and the paper's full weights.
 
-    python -m tests.bench.single_image --scenes 4 --budget 8         # on two CPU cores: some hours
-    python -m tests.bench.single_image --scenes 20 --budget 16       # with an accelerator
+    python -m tests.bench.single_image --scenes 20         # on two CPU cores: some hours
 
 Each scene has one object in the style that the embedded model was not trained on.  It is learned by LoRA, by LoRA with
 timestep-dependent rank, with an orthogonal start and with both, and by full weights at some of the paper's rates; then
@@ -269,8 +268,7 @@ def run(options: SingleImageBench, model: StableDiffusion | None = None, scorer:
     """Measure the cells that are not finished, write table.md, figures.json and sheet.png, and return the table."""
     bench = Bench(options, model, scorer)
     arms, rows, tasks, side = bench.arms(), [], [], bench.model.resolution
-    numbers = range(options.first_scene, options.scenes)
-    for index in numbers:
+    for index in (numbers := range(options.first_scene, options.scenes)):
         ours = [bench.task(kind, index) for kind in KINDS]
         rows += evaluate(ours, arms, bench.cells, bench.judge, budget=options.budget, size=side, select=bench.select)
         bench.cells.once(f"reconstruction/{index}", lambda index=index: bench.reconstruction(index))

@@ -108,7 +108,7 @@ def edit_options(item: BenchmarkItem, words: Sequence[str]) -> PhotoConfig:
     """
     source = item.source_prompt or item.target_prompt  # mutual attention inverts with the empty prompt
     options = parse(PhotoConfig, [str(item.source), "--source", source, "--target", item.target_prompt, *words],
-                    prog="--run")  # fmt: skip
+                    prog="personalize edit")  # fmt: skip
     if len(options.target) != 1:
         raise UserError(
             f"--run has the target {options.target[1]!r}: leave it out, the benchmark says what each picture is to show"
@@ -127,7 +127,7 @@ def drag_options(item: BenchmarkItem, words: Sequence[str]) -> DragConfig:
         raise UserError(f"{item.name} names no points: expected points in {item.source.parent}/meta_data.json or .pkl")
     points = [word for handle, target in item.points for word in ("--from", as_text(handle), "--to", as_text(target))]
     prompt = ["--prompt", item.source_prompt] if item.source_prompt else []
-    options = parse(DragConfig, [str(item.source), *points, *prompt, *words], prog="--run")
+    options = parse(DragConfig, [str(item.source), *points, *prompt, *words], prog="personalize drag")
     if more := [*options.from_, *options.to][2 * len(item.points) :]:
         raise UserError(f"--run has the point {more[-1]}: leave it out, the benchmark says from where to where to drag")
     return options
