@@ -120,7 +120,7 @@ class PhotoConfig(InferenceOptions):
         check_photo(self)
 
 
-_OF_THE_TABLE = {"photo", "output_dir", "trajectory", "report", "adapter", "add"} | {
+_OF_THE_TABLE = {"photo", "output_dir", "trajectory", "report", "adapter", "add", "from_"} | {
     field.name for field in fields(InferenceOptions)
 }  # options of `edit PHOTO` that no row sets
 ROW_OPTIONS = tuple(field.name.rstrip("_") for field in fields(PhotoConfig) if field.name not in _OF_THE_TABLE)

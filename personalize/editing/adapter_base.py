@@ -16,27 +16,32 @@ def load_base(
     adapter: Adapter, base: str | Path | None = None, *, allow_download: bool = False,
     prediction_type: str | None = None, **settings: Any,
 ) -> StableDiffusion:  # fmt: skip
-    """Load `base`, or else the base that the adapter names, in the prediction type that the adapter was trained in.
+    """Load `base`, or else the base that the adapter names; the very base it was trained on predicts what it did then.
 
-    A `prediction_type` that is given goes first, with a Notice if it is another one.  Raises UserError as `find_base`
-    and `StableDiffusion.load`, whose other arguments are `settings`.
+    A `prediction_type` that is given goes first. A Notice says if the adapter was trained with another one.  Raises
+    UserError as `find_base` and `StableDiffusion.load`, whose other arguments are `settings`.
     """
     if base is None:
         base = find_base(adapter.base, allow_download=allow_download)
         settings["local_files_only"] = not allow_download
-    settings["prediction_type"] = prediction_type or trained_prediction(adapter)
-    model = StableDiffusion.load(None if base in ("", "embedded") else base, **settings)
+    source = None if base in ("", "embedded") else base
+    model = StableDiffusion.load(source, prediction_type=prediction_type, **settings)
+    trained = trained_prediction(adapter, model) if prediction_type is None else None
+    if trained not in (None, model.prediction_type):
+        del model  # one base at a time
+        model = StableDiffusion.load(source, prediction_type=trained, **settings)
     notice_other_prediction(adapter, model)
     return model
 
 
-def trained_prediction(adapter: Adapter | None) -> str | None:
-    """The prediction type of the very base that the adapter was trained on; None if it does not say which that is.
+def trained_prediction(adapter: Adapter, model: StableDiffusion) -> str | None:
+    """What `model` predicted when the adapter was trained on it; None if that is another base, or unknown.
 
-    A file of another program may say how it was trained, but not on which weights: there the base knows better.
+    Another base predicts what it says itself, whatever the adapter's own did.
     """
-    recorded = None if adapter is None else adapter.base.get("prediction_type")
-    return recorded if adapter is not None and adapter.base.get("sha256") and isinstance(recorded, str) else None
+    recorded = adapter.base.get("prediction_type")
+    same = adapter.base.get("sha256") == model.identity["sha256"]
+    return recorded if same and isinstance(recorded, str) else None
 
 
 def notice_other_prediction(adapter: Adapter, model: StableDiffusion) -> None:

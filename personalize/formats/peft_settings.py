@@ -43,7 +43,7 @@ class PeftSettings:
     rank_pattern: Mapping[str, float] = field(default_factory=dict)
     kind: str = "LORA"
     unclear: str = ""
-    """Why the header does not tell alpha, an error where a module has none of its own."""
+    """Why alpha in the header is unusable, which is an error for a module without an alpha tensor alone."""
 
     def alpha_of(self, path: str) -> float | None:
         """alpha of the module at `path`: of the first pattern that fits it, else `alpha`."""
@@ -136,11 +136,12 @@ def _require_unchanged_base(start: Any, source: object) -> None:
     saves the difference, as a plain LoRA of twice the rank.
     """
     if isinstance(start, str) and start.lower().startswith(FROM_THE_BASE):
-        how = "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        how = "the model it was trained in, merged" if start.lower() == "loftq" else how
+        how = "save it again in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        if start.lower() == "loftq":
+            how = "merge it in PEFT into the model it was trained in (merge_and_unload), and use that model"
         raise UserError(
             f"{source} was trained from init_lora_weights={start[:40]!r}, which changes the base's weights as well, so "
-            f"that it is no change of the original base: save it again in PEFT with {how}"
+            f"that it is no change of the original base: {how}"
         )
 
 

@@ -97,10 +97,12 @@ class Workbench:
         if self._editor is None or self._editor[0] != (base, files):
             adapter = load_adapters(adapters) if adapters else None
             named = base or (find_base(adapter.base) if adapter else None)
-            model = self.model(
-                None if named in ("", "embedded") else named, prediction_type=trained_prediction(adapter),
-                local_files_only=not base,
+            name = None if named in ("", "embedded") else named
+            model = self._model[2] if self._model and self._model[0] == name else self.model(
+                name, local_files_only=not base
             )  # fmt: skip
+            trained = trained_prediction(adapter, model) if adapter is not None else None
+            model = self.model(name, prediction_type=trained, local_files_only=not base)
             if adapter is not None:
                 notice_other_prediction(adapter, model)
             self._editor = (base, files), Editor(model, adapter)

@@ -1,4 +1,4 @@
-"""The rows of a catalogue: what decides the adapter of each, which are finished, and which can be learned together."""
+"""The rows of a catalogue: what decides the adapter of each, which are finished, and which can share a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
-from personalize.io.image_files import load_image
+from personalize.io.image_files import image_size
 from personalize.io.image_folders import FolderImage, read_folder
 from personalize.io.images import fitted_size
 from personalize.io.plain_files import file_hash
@@ -22,8 +22,9 @@ from personalize.training.data.captions import folder_caption
 from personalize.training.data.sources import MASK_FILE, named_pictures
 from personalize.training.run_options import PriorPreservationOptions
 
-PRIOR = tuple(one.name for one in fields(PriorPreservationOptions) if one.name != "class_image_cache")
-LOADED = ("variant", "prediction_type", "load_in_4bit", "mixed_precision")  # how the base is loaded
+_PLACES = ("class_image_cache", "class_data_dir")  # what lies there counts, not where it lies
+PRIOR = tuple(one.name for one in fields(PriorPreservationOptions) if one.name not in _PLACES)
+LOADED = ("variant", "prediction_type", "load_in_4bit", "mixed_precision")  # how the base is loaded and run
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Catalogue:
         """A hash of everything that decides the row's adapter, the contents of all its files among it."""
         sources = self.sources_of(item)
         classes = {name: str(getattr(sources, name)) for name in PRIOR if sources.with_prior_preservation}
+        if Path(classes.get("class_dataset_name", "")).exists():
+            classes.pop("class_dataset_name", None)  # a local one, whose files count
         inputs = {
             "pictures": [_contents(image, sources) for image in row_pictures(sources)], "base": self.base,
             "class_pictures": classes, "captioned_by": sources.caption_model,
@@ -93,12 +96,12 @@ def _contents(image: FolderImage, sources: RowSources) -> list[str | None]:
     return [words, *(file_hash(path) for path in files)]
 
 
-def is_finished(item: Item, rows: Mapping[str, Mapping[str, Any]], catalogue: Catalogue) -> bool:
+def is_finished(item: Item, outcomes: Mapping[str, Mapping[str, Any]], catalogue: Catalogue) -> bool:
     """Has this row, wherever it stood, been trained with the same settings, and does its adapter exist here?"""
-    row = rows.get(item.name, {})
-    if not (catalogue.output_dir / item.name / MANIFEST).is_file() or row.get("status") != DONE:
+    known = outcomes.get(item.name, {})
+    if not (catalogue.output_dir / item.name / MANIFEST).is_file() or known.get("status") != DONE:
         return False
-    return row["digest"] is not None and row["digest"] == digest_of(item, catalogue)
+    return known["digest"] is not None and known["digest"] == digest_of(item, catalogue)
 
 
 def digest_of(item: Item, catalogue: Catalogue) -> str | None:
@@ -132,8 +135,8 @@ def _kind(sources: RowSources, resolution: int, multiple: int) -> tuple[Any, ...
     if sources.with_prior_preservation:
         return None
     named = row_pictures(sources)
-    images = [load_image(one.path) for one in named]
-    sizes = {fitted_size(image.height, image.width, resolution, multiple) for image in images}
+    sides = [image_size(one.path) for one in named]
+    sizes = {fitted_size(height, width, resolution, multiple) for width, height in sides}
     captions = {folder_caption(one, sources.caption_column) or sources.caption for one in named}
     generated = None in captions and len(named) > 1
-    return None if len(sizes) > 1 or len(captions) > 1 or generated else (len(images), *sizes)
+    return None if len(sizes) > 1 or len(captions) > 1 or generated else (len(named), *sizes)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, get_args, get_type_hints
 
 from personalize.errors import UserError, nearest
@@ -27,6 +28,7 @@ SEPARATOR = "|"  # between the pictures, masks or captions of one cell
 KINDS = (SingleImageConfig, PriorPreservationOptions)  # whose fields are columns
 TABLE = "results.csv"
 LONGEST_CELL, LONGEST_NAME = 2**17, 200  # characters; bytes
+_LIMIT = Lock()
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -163,12 +165,16 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def _any_cell_size() -> Iterator[None]:
-    """Let the csv module read cells of any size in the body, so that one too long costs its row alone."""
-    limit = csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
+    """Let the csv module read cells of any size in the body, so that one too long costs its row alone.
+
+    The limit is the whole process's, so that one thread at a time may raise it.
+    """
+    with _LIMIT:
+        limit = csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _captioned(sources: RowSources, cell: str) -> RowSources:

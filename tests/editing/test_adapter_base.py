@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from personalize.editing.attach import attach
 from personalize.editing.config import Sampling
@@ -38,6 +39,21 @@ def test_an_adapter_is_used_as_it_was_trained(places):
     assert editor.model.prediction_type == "v_prediction"
     pictures = [one.edit("a dog", sampling=SHORT)[0] for one in (editor, asked)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+def test_another_base_predicts_what_it_says_itself(places, tmp_path):
+    """An adapter of an ε base on a base that predicts v: what the adapter's own base did does not count there."""
+    _, _, noise = places
+    other = tiny_folder("sd1", tmp_path)
+    pipe = tiny_pipeline("sd1")
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.neg_()
+    pipe.save_pretrained(other)
+    with pytest.warns(Notice, match="trained with prediction type epsilon, .* is used with v_prediction"):
+        assert Editor.load(noise, other).model.prediction_type == "v_prediction"
+    with pytest.warns(Notice, match="is used with v_prediction"):
+        assert Workbench().editor(str(other), (Path(noise),)).model.prediction_type == "v_prediction"
 
 
 def test_another_prediction_type_is_said(places):

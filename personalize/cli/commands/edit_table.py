@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from itertools import count
@@ -22,6 +22,7 @@ from personalize.cli.edit_options import ROW_OPTIONS, PhotoConfig
 from personalize.cli.parser import nearest, parse
 from personalize.editing.editor import Editor
 from personalize.errors import UserError, said_if_stopped
+from personalize.formats.adapter_source import ADAPTER_CONFIG, INDEX, fetched
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, parse_json
 from personalize.io.numbering import folded, windows_refuses
@@ -61,6 +62,7 @@ def run(config: EditTableConfig) -> Path:
         UserError: the table cannot be read; or, after all other rows are finished, some failed.
     """
     rows = read_rows(config.table)
+    adapters = [adapter_hashes(path) for path in (*config.adapter, *config.add)]
     done, editor, failed = finished(config.output_dir / RESULTS), None, 0
     for row in ticked(rows, "Photos"):
         stopped = (
@@ -68,7 +70,7 @@ def run(config: EditTableConfig) -> Path:
         )
         try:
             options = row_options(row, config)
-            key = row_hash(row, config)
+            key = row_hash(row, config, adapters)
             if done.get(row.name) == key:
                 continue
             with said_if_stopped(stopped):
@@ -102,13 +104,15 @@ def read_rows(table: Path) -> list[Row]:
         given = {name: value.strip() for name, value in cells.items() if isinstance(value, str) and value.strip()}
         if not given:
             continue
-        file, problem = table.parent / given.pop("file", ""), MORE if cells.get(SURPLUS) else None
-        name = given.pop("name", "") or file.stem
+        file, problem = given.pop("file", ""), MORE if cells.get(SURPLUS) else None
+        name = given.pop("name", "") or Path(file).stem or f"row-{line}"
+        if not file:
+            problem = problem or "the cell of the column file is empty: name a picture"
         try:
             plain_name(name)
         except UserError as error:
-            name, problem = f"row-{line}", str(error)
-        rows.append(Row(line, _unused_name(name, line, rows), file, given, problem))
+            name, problem = f"row-{line}", problem or str(error)
+        rows.append(Row(line, _unused_name(name, line, rows), table.parent / file, given, problem))
     if not rows:
         raise UserError(f"{table} has no row below its header")
     return rows
@@ -166,22 +170,37 @@ def _as_flags(words: list[str]) -> list[str]:
     return out
 
 
-def row_hash(row: Row, config: EditTableConfig) -> str:
-    """A hash of everything that decides the row's pictures."""
+def row_hash(row: Row, config: EditTableConfig, adapters: Sequence[Sequence[str]] = ()) -> str:
+    """A hash of everything that decides the row's pictures; `adapters` are the hashes of the adapters' files."""
     if not is_plain(row.file):
         raise UserError(f"{str(row.file)[:200]}: no such file")
-    cells = ((name, part.strip()) for name in MASKS if name in row.cells for part in row.cells[name].split(";"))
-    named = (Path(_beside_the_table(*cell, config.table).rpartition("=")[2]).expanduser() for cell in cells)
     inputs = {
         "cells": dict(row.cells), "photo": file_hash(row.file),
-        "masks": [file_hash(mask) for mask in named if is_plain(mask)],
+        "masks": [file_hash(mask) for mask in _mask_files(row, config.table) if is_plain(mask)],
         "shared": [str(getattr(config, field.name)) for field in fields(InferenceOptions) if field.name not in NEUTRAL],
-        "adapters": [
-            [file_hash(file) for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
-            for path in (*config.adapter, *config.add)
-        ],
+        "adapters": [list(hashes) for hashes in adapters],
     }  # fmt: skip
     return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _mask_files(row: Row, table: Path) -> Iterator[Path]:
+    """What the cells of masks name, boxes and words too."""
+    for name in (name for name in MASKS if name in row.cells):
+        for value in row.cells[name].split(";") if name in REPEATED else [row.cells[name]]:
+            where = _beside_the_table(name, value.strip(), table)
+            yield Path(where.partition("=")[2] if name == "region" else where).expanduser()
+
+
+def adapter_hashes(path: Path) -> list[str]:
+    """The hashes of an adapter's files: its weights, and the settings that PEFT keeps beside them."""
+    path = fetched(path)
+    if path.is_dir():
+        files = [file for pattern in ("*.safetensors", ADAPTER_CONFIG) for file in sorted(path.rglob(pattern))]
+    elif path.name.endswith(INDEX):
+        files = [path, *sorted(path.parent.glob("*.safetensors"))]
+    else:
+        files = [path, path.with_name(ADAPTER_CONFIG)]
+    return [file_hash(file) for file in files if is_plain(file)]
 
 
 class TableResult(msgspec.Struct, frozen=True):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from personalize.cli.options import EvaluateConfig
 
 RECORD = "run.json"  # in the folder of results: with which options they were made
-NO_EFFECT = (  # options of other files and of marks: a benchmark's results are pictures alone
+NO_EFFECT = (  # options that write other files or metadata: a benchmark's results are pictures alone
     "report", "preview", "attention_maps", "trajectory", "keep_exif", "metadata", "provenance", "c2pa", "output_dir"
 )  # fmt: skip
 
@@ -153,7 +153,7 @@ def _dragged(editor: Editor, options: DragConfig) -> Image.Image:
 def _check_record(results: Path, record: dict[str, Any], made: Path | None) -> None:
     """Write down how the results are made; UserError if `made`, one of those that exist, may have been made otherwise.
 
-    Without results a record is that of a run that made nothing, and is replaced.
+    Where there is no result yet, a record is left of a run that made nothing, and is replaced.
     """
     path = results / RECORD
     if made is not None and not path.is_file():
@@ -161,8 +161,7 @@ def _check_record(results: Path, record: dict[str, Any], made: Path | None) -> N
             f"{results} holds results such as {made.name}, but no {RECORD} that says how they were made: leave --run "
             "out to measure them, or name another folder with --results"
         )
-    before = read_json(path) if made is not None else record
-    if before != record:
+    if made is not None and (before := read_json(path)) != record:
         raise UserError(
             f"{results} holds results of {before.get('benchmark')} made with --run "
             f'"{shlex.join(map(str, before.get("options") or []))}": give that again, or name another folder with '

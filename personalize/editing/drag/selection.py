@@ -22,8 +22,9 @@ from personalize.errors import UserError
 class MaskEdits:
     """A user's changes of the automatic mask; points and lengths are in pixels of the padded picture.
 
-    given: a mask (H, W) that takes its place.  add: points on further parts of the object.  remove: points on things
-    that do not belong to it.
+    given: the user's own mask (H, W), which takes its place or, by `DragSettings.user_mask`, is intersected with it.
+    add: points on further parts of the objects, which join the mask of every handle.  remove: points on things that do
+    not belong to them.
     """
 
     given: Tensor | None = None
@@ -61,8 +62,8 @@ def masks_of(
                 "points to add to the mask or remove from it change the mask that attention finds, and the given mask "
                 "takes its place: paint it as wanted, or choose the user mask intersect"
             )
-        cells = [(int(y), int(x)) for x, y in handles]
-        return resized(masks_per_handle(edits.given, cells), settings.grow) & visible, []
+        places = [(int(y), int(x)) for x, y in handles]  # row and column in pixels
+        return resized(masks_per_handle(edits.given, places), settings.grow) & visible, []
     pixels, cell = source.frame.pixels[0], cells_of(source)
     rivals = [cell(point) for point in edits.remove]
     objects = [object_mask(source.attention, pixels, cell(handle), settings, rivals) for handle in handles]
@@ -73,9 +74,9 @@ def masks_of(
         masks = masks | object_mask(source.attention, pixels, cell(point), settings, rivals).pixels
     if edits.given is not None:
         masks = masks & edits.given
-        if not bool(masks.any()):
+        if not bool(masks.flatten(1).any(1).all()):
             raise UserError(
-                "the mask has nothing in common with what the handles' attention selects: draw it around them"
+                "the mask has nothing in common with what a handle's attention selects: draw it around every handle"
             )
     return resized(masks, settings.grow) & visible, objects
 
@@ -91,7 +92,8 @@ def _refuse_background(source: DragSource, handle: Point, found: ObjectMask, set
         x, y = source.frame.to_point((handle[0] / source.frame.factor, handle[1] / source.frame.factor))
         raise UserError(
             f"the handle {x:.4g},{y:.4g} lies on the background: what belongs together there covers {share:.0%} of the "
-            "picture; put the handle on the thing that is to move, give a mask, or use the mode region"
+            "picture; put the handle on the thing that is to move, give a mask that replaces what attention finds, or "
+            "use the mode region"
         )
 
 

@@ -112,11 +112,11 @@ def from_base(
     cache: str | Path | None = None,
     accelerator: Any | None = None,
 ) -> list[ClassImage]:
-    """The first `count` pictures of (H, W) = `size` that the base draws of `class_prompt`; those in the cache are kept.
+    """The first `count` pictures of (H, W) = `size` that the base draws of `class_prompt`; cached ones are kept.
 
     They are drawn by DDIM in `steps` steps with guidance 6 and the seeds `seed`, `seed` + 1, …, in whole batches, so
-    that picture number n is the same whatever their `count`.  Each batch is in the cache as soon as it is drawn: what
-    is interrupted goes on behind it.  With an `accelerator` of several processes each draws some of the batches.
+    that picture number n is the same whatever their `count`.  Each batch is in the cache as soon as it is drawn: an
+    interrupted run goes on after the last one.  With an `accelerator` of several processes each draws some batches.
 
     Raises:
         UserError: the cache cannot be written.

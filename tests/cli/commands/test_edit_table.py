@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from personalize.cli import options
-from personalize.cli.commands.edit_table import read_rows, row_hash, row_options
+from personalize.cli.commands.edit_table import adapter_hashes, read_rows, row_hash, row_options
 from personalize.cli.edit_options import EditTableConfig
 from personalize.cli.main import main
 from personalize.errors import UserError
@@ -59,6 +59,7 @@ def test_each_row_has_its_folder_and_a_second_run_edits_what_is_left(base, tmp_p
         ("source,target\na,b\n", "has the columns source, target: expected file, source, target"),
         ("file,traget\np.png,b\n", "unknown column 'traget'"),
         ("file,source\n", "has no row below its header"),
+        ("file,source,from\na.png,a cat,b.png\n", "unknown column 'from'"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_line(base, tmp_path, capsys, text, says):
@@ -110,22 +111,42 @@ def test_masks_of_every_column_lie_beside_the_table_and_count_as_inputs(tmp_path
     for name in ("a", "m", "b", "r"):
         photo(40, 32).save(tmp_path / "shop" / f"{name}.png")
         hashes.append(row_hash(row, config))
-    (tmp_path / "adapter").mkdir()
     for words in ({"prediction_type": "v_prediction"}, {"variant": "fp16"}, {"metadata": False}):
         hashes.append(row_hash(row, replace(config, **words)))
-    for content in (b"one", b"two"):
-        (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(content)
-        hashes.append(row_hash(row, replace(config, adapter=(tmp_path / "adapter",))))
-    assert len(set(hashes)) == len(hashes) == 10
+    hashes.append(row_hash(row, config, [["1"]]))
+    assert len(set(hashes)) == len(hashes) == 9
+
+
+def test_masks_count_whatever_their_folders_are_called(tmp_path):
+    (shop := tmp_path / "run=3").mkdir()
+    hashes = []
+    for side in (32, 40):
+        photo(32, 32).save(shop / "a.png")
+        photo(side, 32).save(shop / "m=1.png")
+        (shop / "t.csv").write_text("file,source,target,mask,region\na.png,a cat,a dog,m=1.png,cat=m=1.png\n")
+        hashes.append(row_hash(read_rows(shop / "t.csv")[0], EditTableConfig(shop / "t.csv")))
+    assert hashes[0] != hashes[1]
+
+
+def test_every_file_of_an_adapter_counts(tmp_path):
+    """PEFT's weights may lie in folders below, and its settings in a file of their own."""
+    (tmp_path / "peft" / "unet").mkdir(parents=True)
+    hashes, weights, settings = [], "adapter_model.safetensors", "adapter_config.json"
+    for name, content in ((weights, "1"), (settings, "2"), (settings, "3")):
+        (tmp_path / "peft" / "unet" / name).write_text(content)
+        hashes += [adapter_hashes(tmp_path / "peft"), adapter_hashes(tmp_path / "peft" / "unet" / weights)]
+    assert len({tuple(one) for one in hashes[::2]}) == len({tuple(one) for one in hashes[1::2]}) == 3
 
 
 def test_cells_too_many_and_names_that_no_folder_has_cost_their_row_alone(base, tmp_path, capsys):
     """A cell moved by a comma in another one was taken for an option of the next column."""
-    rows = ("p1.png,a cat, on a beach,cat=dog,a,,2,,", "p1.png,a cat,a dog,,what: now,,2,", "p2.png,a cat,a dog,,b,,2,")
+    rows = ("p1.png,a cat, on a beach,cat=dog,a,,2,,", "p1.png,a cat,a dog,,what: now,,2,", "p2.png,a cat,a dog,,b,,2,",
+            ",a cat,a dog,,,,2,")  # fmt: skip
     assert run(base, write(tmp_path, *rows), tmp_path / "out") == 2
     said = capsys.readouterr().out
     assert "line 2, a: not edited: the row has more cells than the header" in said
     assert "line 3, row-3: not edited: 'what: now' is no plain file name" in said
+    assert "line 5, row-5: not edited: the cell of the column file is empty" in said
     assert (tmp_path / "out" / "b" / "edited.png").is_file() and "line 4, b:" in said
 
 
