@@ -11,7 +11,7 @@ from typing import Any
 
 from personalize.errors import UserError
 from personalize.formats.manifest import MANIFEST
-from personalize.io.image_files import image_size
+from personalize.io.image_files import load_image
 from personalize.io.image_folders import FolderImage, read_folder
 from personalize.io.images import fitted_size
 from personalize.io.plain_files import file_hash
@@ -135,8 +135,8 @@ def _kind(sources: RowSources, resolution: int, multiple: int) -> tuple[Any, ...
     if sources.with_prior_preservation:
         return None
     named = row_pictures(sources)
-    sides = [image_size(one.path) for one in named]
-    sizes = {fitted_size(height, width, resolution, multiple) for width, height in sides}
+    images = [load_image(one.path) for one in named]  # a damaged one must not spoil the others' batch
+    sizes = {fitted_size(image.height, image.width, resolution, multiple) for image in images}
     captions = {folder_caption(one, sources.caption_column) or sources.caption for one in named}
     generated = None in captions and len(named) > 1
-    return None if len(sizes) > 1 or len(captions) > 1 or generated else (len(named), *sizes)
+    return None if len(sizes) > 1 or len(captions) > 1 or generated else (len(images), *sizes)
