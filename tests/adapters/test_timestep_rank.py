@@ -184,7 +184,7 @@ def test_timestep_rank_t6_forgetting_strength_and_the_rule_multiply_in_any_order
         assert not torch.allclose(outputs[0], predicted(model, torch.tensor([100, 900])), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_timestep_rank_t7_saved_loaded_and_attached_the_rule_holds_at_each_step(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     adapter = random_adapter(model)

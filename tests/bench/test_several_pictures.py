@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from personalize.embedded.scenes import HELD_OUT_STYLE
 from tests.bench.several_pictures import Bench, SeveralPicturesBench
 
@@ -20,6 +22,7 @@ def test_five_pictures_of_one_subject_in_three_shapes_and_edits_to_new_backgroun
         assert sizes == {(128, 128), (160, 96), (96, 160)} and len({text for _, text in bench.pictures(index)}) == 5
 
 
+@pytest.mark.slow
 def test_adapters_are_kept_after_the_samples_that_were_asked_for(tmp_path: Path) -> None:
     """Also after a number that is not a whole number of updates: 10 samples are 2 updates of 4."""
     bench = Bench(SeveralPicturesBench(output_dir=tmp_path, samples=(4, 10)))

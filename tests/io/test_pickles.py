@@ -41,7 +41,7 @@ HOSTILE = {
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_pickle_is_refused_without_filling_the_memory(name, zipped, tmp_path):
     path = tmp_path / "x.pt"

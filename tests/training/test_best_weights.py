@@ -161,6 +161,7 @@ def test_validation_steps_of_0_draws_no_picture_before_the_last_update(tmp_path:
         assert run.update == 4 and not (tmp_path / "plain" / "validation").exists()
 
 
+@pytest.mark.slow
 def test_with_and_without_scores_a_checkpoint_serves_both(tmp_path: Path) -> None:
     _, states, _ = trained("source", options(tmp_path))
     with run_of("single_image", tiny("sd1"), KINDS["source"]) as run:

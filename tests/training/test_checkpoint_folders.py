@@ -21,7 +21,7 @@ from tests.training.test_multi_concept_run import EXAMPLES, PICTURE
 from tests.training.test_multi_concept_run import SMALL as SMALL_PETS
 
 
-@pytest.mark.parametrize("kind", ["single_image", "multi_concept"])
+@pytest.mark.parametrize("kind", ["single_image", pytest.param("multi_concept", marks=pytest.mark.slow)])
 def test_a_checkpoint_is_an_adapter_folder_of_what_was_learned_so_far(tmp_path: Path, kind: str):
     model = tiny_sd1()
     if kind == "single_image":

@@ -69,7 +69,9 @@ def test_a_photo_of_any_shape_with_a_caption_beside_it(base, tmp_path):
     assert source.width > source.height, "the aspect ratio is kept"
 
 
-@pytest.mark.parametrize(("width", "height"), [(100, 60), (60, 100), (200, 60)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(100, 60), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((60, 100), (200, 60)))]
+)
 def test_a_photo_is_learned_to_its_edges(base, tmp_path, width, height):
     """Its ends were cut off, and the figures counted what was left; now it is padded, which does not count."""
     photo = Image.new("RGB", (width, height), "teal")
