@@ -105,6 +105,9 @@ def other_changes(
     Raises:
         UserError: a module that the base does not have, one of another shape, or a part that has an adapter.
     """
+    if not others:
+        yield
+        return
     parameters = parameters_of(model, others)
 
     def values() -> Iterator[tuple[Tensor, Tensor]]:
@@ -116,15 +119,14 @@ def other_changes(
             if bias is not None and new_bias is not None:
                 yield bias, new_bias
 
+    _ = model.identity  # computed before the weights change
     before = model.changes
-    if others:
-        _ = model.identity  # computed before the weights change
-    try:
-        with _replaced(values()):
-            model.changes = (*before, (others, strength)) if others else before
+    with _replaced(values()):
+        model.changes = (*before, (others, strength))
+        try:
             yield
-    finally:
-        model.changes = before
+        finally:
+            model.changes = before
 
 
 def parameters_of(model: StableDiffusion, wanted: Iterable[str]) -> dict[str, Tensor]:

@@ -52,9 +52,8 @@ def mask_sheet(frame: PaddedImage, blend: UniformBlend, targets: Sequence[str]) 
 
     There is a row for each of the `targets`.
     """
-    steps = torch.stack(
-        [mask.any(1) for mask in blend.masks.values()]
-    ).cpu()  # one read of the device: (steps, rows, …)
+    # (steps, targets, h, w), by one read of the device
+    steps = torch.stack([mask.any(1) for mask in blend.masks.values()]).cpu()
     small = scaled_to_side(frame.picture, _CELL)
     faded = Image.blend(small, Image.new("RGB", small.size, "white"), 0.85)
     rows = [

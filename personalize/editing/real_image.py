@@ -145,13 +145,10 @@ def edit_photo(
     if control is not None and attention and control.maps is not None:
         maps = word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
     masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend, targets)
-    allowed = regions[0].cells if regions else None
-    if not regions and prepared.blend is not None and prepared.blend.masks:
-        allowed = prepared.blend.edited_regions()[0]
     return EditResult(
         tuple(edits), reconstruction, edit_sheet(frame.picture, reconstruction, edits, source, targets), maps,
         tuple(targets), latents, prepared.trajectory, time.perf_counter() - began,
-        _notes(frame, prepared, control, settings, request), nouns, masks, allowed,
+        _notes(frame, prepared, control, settings, request), nouns, masks, _first_cells(regions, prepared),
         tuple(count for _, count in kept),
     )  # fmt: skip
 
@@ -191,6 +188,13 @@ def _regions(
     if request.strict and prepared.blend is not None:
         return [EditRegion.of_cells(frame, cells) for cells in prepared.blend.edited_regions()]
     return []
+
+
+def _first_cells(regions: Sequence[EditRegion], prepared: PreparedImage) -> Tensor | None:
+    """Where the first edit may change the photo, latent cells (h, w); also where its pixels do not come back."""
+    if regions:
+        return regions[0].cells
+    return prepared.blend.edited_regions()[0] if prepared.blend is not None and prepared.blend.masks else None
 
 
 def _controls(

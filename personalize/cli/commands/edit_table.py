@@ -136,8 +136,7 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
         raise UserError(row.problem)
     words = [str(row.file)]
     for name, cell in row.cells.items():
-        values = [part.strip() for part in cell.split(";")] if name in REPEATED else [cell]
-        for value in values:
+        for value in _values(name, cell):
             words += [f"--{name}", _beside_the_table(name, value, config.table)]
     options = parse(PhotoConfig, _as_flags(words), prog="personalize edit")
     shared = {field.name: getattr(config, field.name) for field in fields(InferenceOptions)}
@@ -145,6 +144,11 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
     options = replace(options, output_dir=config.output_dir / row.name, **shared)
     options.check()
     return options
+
+
+def _values(name: str, cell: str) -> list[str]:
+    """The values in the cell of an option, several if it may be given several times."""
+    return [part.strip() for part in cell.split(";")] if name in REPEATED else [cell]
 
 
 def _beside_the_table(name: str, value: str, table: Path) -> str:
@@ -186,8 +190,8 @@ def row_hash(row: Row, config: EditTableConfig, adapters: Sequence[Sequence[str]
 def _mask_files(row: Row, table: Path) -> Iterator[Path]:
     """What the cells of masks name, boxes and words too."""
     for name in (name for name in MASKS if name in row.cells):
-        for value in row.cells[name].split(";") if name in REPEATED else [row.cells[name]]:
-            where = _beside_the_table(name, value.strip(), table)
+        for value in _values(name, row.cells[name]):
+            where = _beside_the_table(name, value, table)
             yield Path(where.partition("=")[2] if name == "region" else where).expanduser()
 
 
