@@ -8,12 +8,13 @@ Screenshots are written to runs/studio/, or where STUDIO_SCREENSHOTS says.
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.studio_pages import Page, changes, picture, same_command
+from tests.support.studio_pages import SLOW, Page, changes, picture, same_command
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
@@ -69,34 +70,6 @@ def test_points_outside_and_no_points_are_one_line(page):
     page.fill("drag-points", "")
     page.at("#drag-fill").click()
     page.says("there is no pair of points")
-
-
-def test_another_picture_begins_without_the_points_and_masks_of_the_one_before(page):
-    page.tab("Drag")
-    picture(page, "drag-picture", "scene.png", "drag-board")
-    page.page.locator("#drag-board button[data-tool=point]").click()
-    canvas = page.at("#drag-board canvas")
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    for x in (0.25, 0.75):
-        canvas.click(position={"x": box["width"] * x, "y": box["height"] * 0.5})
-    page.page.wait_for_function(
-        "() => document.querySelector('#drag-points textarea, #drag-points input').value.includes(' > ')"
-    )
-    picture(page, "drag-picture", "two.png", "drag-board")
-    page.has("drag-points", "")
-    page.tab("Photo")
-    picture(page, "photo-picture", "cat.png", "photo-board")
-    page.at("#photo-board canvas").click()
-    picture(page, "photo-picture", "beach.png", "photo-board")
-    page.fill("photo-source", "a picture of a cat")
-    page.fill("photo-target", "a picture of a dog")
-    page.open_more()
-    page.number("photo-steps", 4)
-    page.at("#photo-edit").click()
-    page.at("#photo-result img").wait_for()
-    shown = page.page.locator(".command textarea:visible, .command input:visible").first.input_value()
-    assert "beach.png" in shown and "--mask" not in shown
 
 
 def test_a_text_file_as_picture_and_a_path_outside_are_one_line(page, folder):
@@ -207,6 +180,40 @@ def test_a_photo_is_edited_by_swapping_a_word(page, folder):
     shown = page.page.locator(".command textarea:visible, .command input:visible").first.input_value()
     own = np.asarray(Image.open(folder / "studio" / "photo" / "edited.png").convert("RGB"), np.int16)
     assert np.array_equal(own, same_command(folder, shown, "edited.png"))
+
+
+def test_another_picture_begins_without_the_points_and_masks_of_the_one_before(browser, address):
+    from playwright.sync_api import expect
+
+    page = Page(browser, address)
+    page.tab("Drag")
+    picture(page, "drag-picture", "scene.png", "drag-board")
+    page.page.locator("#drag-board button[data-tool=point]").click()
+    canvas = page.at("#drag-board canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for x in (0.25, 0.75):
+        canvas.click(position={"x": box["width"] * x, "y": box["height"] * 0.5})
+    page.page.wait_for_function(
+        "() => document.querySelector('#drag-points textarea, #drag-points input').value.includes(' > ')"
+    )
+    picture(page, "drag-picture", "two.png", "drag-board")
+    page.has("drag-points", "")
+    page.tab("Photo")
+    picture(page, "photo-picture", "cat.png", "photo-board")
+    page.at("#photo-board canvas").click()
+    picture(page, "photo-picture", "beach.png", "photo-board")
+    page.fill("photo-source", "a picture of a cat")
+    page.fill("photo-target", "a picture of a dog")
+    page.open_more()
+    page.number("photo-steps", 4)
+    page.at("#photo-edit").click()
+    command = page.page.locator(".command textarea:visible, .command input:visible").first
+    expect(command).to_have_value(re.compile("steps=4"), timeout=SLOW)  # not the edit before it
+    shown = command.input_value()
+    assert "beach.png" in shown and "--mask" not in shown
+    page.context.close()
+    assert page.outside == page.errors == []
 
 
 def test_a_file_is_inspected_and_converted(page, folder):
