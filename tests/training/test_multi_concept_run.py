@@ -198,6 +198,7 @@ def test_a_prompt_that_misses_a_concept_is_an_error_before_anything_is_touched(m
     with pytest.raises(UserError, match="one “<dog1> dog”"), multi_concept_run(model, picture, SMALL):
         pass
     assert PICTURE.class_prompt == "photo of a cat and dog"
+    assert replace(PICTURE, prompt="A <CAT1> Cat and <dog1>dog").class_prompt == "A Cat and dog"
 
 
 def other_adapter(model: StableDiffusion) -> Adapter:

@@ -12,6 +12,7 @@ References: Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,12 +130,17 @@ def _counting(low: int, shown: int, side: int, factor: int, fills: bool) -> slic
 def reorder_phrases(prompt: str, phrases: Sequence[str], order: Sequence[int]) -> str:
     """`prompt` with its `phrases` in another `order`: phrase order[i] takes the place of phrase i.
 
-    With order (1, 0), "<a> cat and <b> dog" becomes "<b> dog and <a> cat".  Every phrase must occur once.
+    With order (1, 0), "<a> cat and <b> dog" becomes "<b> dog and <a> cat".  Every phrase must occur once, whatever its
+    capitals, and keeps those that it has in the prompt.
     """
-    for index, phrase in enumerate(phrases):
-        prompt = prompt.replace(phrase, f"\0{index}\0", 1)
-    for index, other in enumerate(order):
-        prompt = prompt.replace(f"\0{index}\0", phrases[other])
+    patterns = [r"\s*".join(map(re.escape, phrase.split())) for phrase in phrases]
+    found = [re.search(pattern, prompt, re.IGNORECASE) for pattern in patterns]
+    places = [match.span() for match in found if match is not None]
+    if len(places) < len(phrases):
+        raise ValueError(f"the phrases {', '.join(phrases)} are not all in the prompt {prompt!r}")
+    texts = [prompt[start:end] for start, end in places]
+    for (start, end), other in sorted(zip(places, order, strict=True), reverse=True):  # from behind: places stay right
+        prompt = prompt[:start] + texts[other] + prompt[end:]
     return prompt
 
 

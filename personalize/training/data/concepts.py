@@ -9,6 +9,7 @@ is odd.  As in `personalize.training.data.samples`, a sample depends on the seed
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -80,7 +81,7 @@ class ConceptPicture:
         """The prompt without the learned tokens: "photo of a cat and a dog"."""
         text = self.prompt
         for subject in self.subjects:
-            text = text.replace(f"{subject.token} ", "")
+            text = re.sub(rf"{re.escape(subject.token)}\s*", "", text, flags=re.IGNORECASE)
         return text
 
     def fitted(self, resolution: int, multiple: int) -> FittedImage:

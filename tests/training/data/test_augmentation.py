@@ -81,6 +81,13 @@ def test_prompts_are_rearranged(order: tuple[int, ...], expected: str) -> None:
     )
 
 
+def test_phrases_with_other_capitals_than_the_concepts_change_places_too() -> None:
+    """One of them took the place of the other, which the prompt then named no more."""
+    phrases = ["<a> cat", "<b> dog"]
+    assert reorder_phrases("A photo of <a> Cat and <b>dog", phrases, (1, 0)) == "A photo of <b>dog and <a> Cat"
+    assert reorder_phrases("A photo of <a> Cat and <b>dog", phrases, (0, 1)) == "A photo of <a> Cat and <b>dog"
+
+
 def test_a_single_concept_is_never_swapped_and_three_take_every_other_order() -> None:
     rng = generator(0, "test order")
     assert draw_order(1, 1.0, rng) == [0]
