@@ -78,7 +78,7 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     accelerator = trainer.make_accelerator(config)
     model = trainer.load_base(config, accelerator, full_weights=config.full_kv)
     check_prompt(model, picture)  # what cannot work is said before class pictures are drawn, which takes long
-    judge = find_judge(config, model, picture.image, picture.prompt, [subject.token for subject in picture.subjects])
+    judge = find_judge(config, model, [(picture.image, picture.prompt)], [one.token for one in picture.subjects])
     size = training_size(model, picture, config.resolution)
     classes = class_images(config, model, config.class_prompt or picture.class_prompt, size, accelerator)
     with multi_concept_run(

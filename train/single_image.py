@@ -86,9 +86,10 @@ def _train(config: Config, watch: Watcher | None) -> Path:
         resolution = config.resolution or model.resolution
         pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
         check_sizes(settings, pictures)  # before class pictures are drawn, which takes long
-        judge = find_judge(config, model, to_image(pictures[0].pixels), images[0].caption, tokens)
-        classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
         captions = [image.caption for image in images]
+        shown = [(to_image(picture.pixels), caption) for picture, caption in zip(pictures, captions, strict=True)]
+        judge = find_judge(config, model, shown, tokens)
+        classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
         with single_image_run(
             model, pictures, captions, settings, class_images=classes, accelerator=accelerator
         ) as run:

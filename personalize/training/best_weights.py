@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from personalize.adapters.captions import nearest_caption
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request, Scorer
 from personalize.models.stable_diffusion import StableDiffusion
@@ -38,15 +39,19 @@ class Judge:
 
 
 def find_judge(
-    config: Any, model: StableDiffusion, source: Image.Image, caption: str, tokens: Sequence[str] = ()
+    config: Any, model: StableDiffusion, shown: Sequence[tuple[Image.Image, str]], tokens: Sequence[str] = ()
 ) -> Judge | None:
     """The judge of a trainer's options, None without keep_best; `tokens` are learned words, which no scorer knows.
+
+    Of the pictures that are `shown` in training, each with its caption, validation pictures are compared with the one
+    whose caption is nearest to their prompt, from which they start (see `Editor.edit`).
 
     Raises:
         UserError: no scorer is known for the base model, one cannot be loaded, or it knows no word of the prompt.
     """
     if not config.keep_best:
         return None
+    source, caption = shown[nearest_caption(config.validation_prompt, [words for _, words in shown])]
     prompt, caption = (_without(tokens, text) for text in (config.validation_prompt, caption))
     scorer = find_scorer(model.name, config.clip_model, config.identity_model)  # on the CPU: the device is for training
     drawn = {"pictures": config.num_validation_images, "steps": config.preview_steps}

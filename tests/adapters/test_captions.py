@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import personalize
 from personalize.adapters.adapter import Adapter
@@ -130,3 +131,18 @@ def test_the_command_says_where_it_starts_and_takes_another(tmp_path: Path, caps
     assert first.read_bytes() != second.read_bytes()
     assert main([*line, "--source_caption", "a dog"]) == 2
     assert "learned no picture with the caption 'a dog'" in capsys.readouterr().err
+
+
+def test_a_search_compares_with_the_picture_that_it_starts_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder holds the first picture alone, with which every search was compared."""
+    base = tiny_folder("sd1", tmp_path)
+    several(StableDiffusion.load(base)).save(tmp_path / "cat", pictures={"source": Image.new("RGB", (64, 64))})
+    line = ["edit", str(tmp_path / "cat"), "--prompt", "a photo of a dog in snow", "--auto",
+            "--output_dir", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(base)]  # fmt: skip
+    assert main(line) == 2
+    assert f"source.png is the picture of “{CAPTIONS[0]}”" in capsys.readouterr().err
+    for own in (["--source_caption", CAPTIONS[0]], ["--source_image", str(tmp_path / "cat" / "source.png")]):
+        assert main([*line, *own]) == 2
+        assert "need a CLIP model" in capsys.readouterr().err

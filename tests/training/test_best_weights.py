@@ -184,9 +184,20 @@ def test_learned_tokens_are_not_for_the_scorer() -> None:
     config = SimpleNamespace(keep_best=True, validation_prompt="a <c1> cat on the beach", clip_model=None,
                              identity_model=None, num_validation_images=2, preview_steps=1)  # fmt: skip
     model = SimpleNamespace(name="embedded")
-    judge = find_judge(config, model, to_image(pixels()), "a <c1> cat", ["<c1>"])  # pyright: ignore[reportArgumentType]
+    shown = [(to_image(pixels()), "a <c1> cat")]
+    judge = find_judge(config, model, shown, ["<c1>"])  # pyright: ignore[reportArgumentType]
     assert judge is not None and (judge.request.prompt, judge.request.caption) == ("a cat on the beach", "a cat")
     assert 0 <= judge([Image.new("RGB", (64, 64))] * 2) <= 1 and judge.about["pictures"] == 2
+
+
+def test_of_several_pictures_the_one_that_the_edit_starts_from_is_compared() -> None:
+    """It was the first, whatever it shows."""
+    config = SimpleNamespace(keep_best=True, validation_prompt="a dog in the snow", clip_model=None,
+                             identity_model=None, num_validation_images=2, preview_steps=1)  # fmt: skip
+    first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    shown = [(first, "a cat on the beach"), (second, "a dog on the beach")]
+    judge = find_judge(config, SimpleNamespace(name="embedded"), shown)  # pyright: ignore[reportArgumentType]
+    assert judge is not None and judge.request.source is second and judge.request.caption == "a dog on the beach"
 
 
 @pytest.mark.slow

@@ -68,7 +68,10 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
 
 
 def starting_from(config: EditConfig, editor: Editor) -> Editor:
-    """`editor` with the one caption to start from, which is printed if the adapter has several."""
+    """`editor` with the one caption to start from, which is printed if the adapter has several.
+
+    UserError if a search would compare its pictures with that of another caption.
+    """
     adapter = editor.adapter
     if adapter is None or (len(adapter.captions) == 1 and config.source_caption is None):
         return editor
@@ -76,6 +79,12 @@ def starting_from(config: EditConfig, editor: Editor) -> Editor:
     if len(adapter.captions) > 1:
         how = "" if config.source_caption else ", the nearest; --source_caption names another"
         print(f"Starts from “{chosen.captions[0]}”, one of {len(adapter.captions)} captions{how}")
+    first = adapter.captions[0]
+    if config.auto and config.source_image is None and chosen.captions[0] != first:
+        raise UserError(
+            f"{source_picture(config)} is the picture of “{first}”, with which an edit of another one cannot be "
+            "compared: name that with --source_image, or take the first by --source_caption"
+        )
     return Editor(editor.model, chosen)
 
 
