@@ -36,11 +36,15 @@ def remember(folder: str | Path, prompt: str, strengths: EditStrengths, seed: in
         write_file(path, sealed(values))
 
 
-def remembered(info: Mapping[str, Any], prompt: str) -> tuple[EditStrengths, int] | None:
-    """The strengths and seed that an adapter's `info` stores for `prompt`, or None; UserError if damaged."""
+def remembered(info: Mapping[str, Any], prompt: str, caption: str | None = None) -> tuple[EditStrengths, int] | None:
+    """The strengths and seed that an adapter's `info` stores for `prompt`, or None; UserError if damaged.
+
+    With a `caption` those of edits that start from another one do not count; earlier versions stored none.
+    """
     edits = info.get("edits")
     entry = edits.get(_key(prompt)) if isinstance(edits, dict) else None
-    if entry is None:
+    stored = entry.get("caption") if isinstance(entry, dict) else None
+    if entry is None or None not in (stored, caption) and stored != caption:
         return None
     try:
         strengths = EditStrengths(**{field.name: entry[field.name] for field in fields(EditStrengths)})

@@ -43,6 +43,16 @@ def test_a_newer_best_takes_the_place_of_the_older(saved):
     assert remembered(json.loads((saved / MANIFEST).read_text()), "a dog") == (EditStrengths(), 1)
 
 
+def test_what_was_found_for_one_caption_is_not_used_for_another(saved):
+    """An adapter of several pictures was edited with strengths that a search had found for another of them."""
+    remember(saved, "a dog on grass", CHOSEN, 5, {"caption": "a cat on grass"})
+    info = json.loads((saved / MANIFEST).read_text())
+    assert remembered(info, "a dog on grass", "a cat on grass") == (CHOSEN, 5)
+    assert remembered(info, "a dog on grass", "a dog in snow") is None
+    info["edits"]["a dog on grass"].pop("caption")  # as earlier versions stored it
+    assert remembered(info, "a dog on grass", "a dog in snow") == (CHOSEN, 5)
+
+
 @pytest.mark.parametrize("entry", [{}, {"alpha": 1}, "much", {"alpha": "x", "beta": 1, "gamma": None, "forget": "none",
                                                              "strength": 1, "seed": 0}])  # fmt: skip
 def test_a_damaged_entry_is_refused_in_one_line(entry):

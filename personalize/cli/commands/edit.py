@@ -79,7 +79,7 @@ def starting_from(config: EditConfig, editor: Editor) -> Editor:
     if len(adapter.captions) > 1:
         how = "" if config.source_caption else ", the nearest; --source_caption names another"
         print(f"Starts from “{chosen.captions[0]}”, one of {len(adapter.captions)} captions{how}")
-    first = adapter.captions[0]
+    first = editor.caption
     if config.auto and config.source_image is None and chosen.captions[0] != first:
         raise UserError(
             f"{source_picture(config)} is the picture of “{first}”, with which an edit of another one cannot be "
@@ -96,7 +96,7 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
     write, settings, seed = PictureWriter(config), list(edit_strengths(config)), config.seed or 0
     recalled = None
     if not any(getattr(config, name) not in ((), None) for name in STRENGTHS):
-        recalled = remembered(editor.adapter.info if editor.adapter else {}, prompt)
+        recalled = remembered(editor.adapter.info if editor.adapter else {}, prompt, editor.caption)
     if recalled is not None:
         settings, seed = [recalled[0]], recalled[1] if config.seed is None else config.seed
         print(
@@ -176,7 +176,7 @@ def edit_strengths(config: EditConfig) -> Iterator[EditStrengths]:
 def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
     """Search the strengths: the pictures from best to worst, a ranked sheet, and ranking.json.
 
-    The best strengths are stored in the adapter's folder for the next `edit` with this prompt.
+    The best strengths are stored in the adapter's folder, if it is one alone, for the next `edit` with this prompt.
     """
     scorer = find_scorer(editor.model.name, config.clip_model, config.identity_model, editor.model.device)
     request = Request(prompt, editor.caption_for(prompt), load_image(source_picture(config)))
@@ -191,8 +191,9 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
     console.print(f"Best of {len(trials)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")
     if best.state != "good":
         console.print(f"No picture shows both the edit and the source (best: {_STATES[best.state]}); raise --budget.")
-    if config.adapter.is_dir():
-        remember(config.adapter, prompt, best.strengths, best.seed, _figures(best))
+    if config.adapter.is_dir() and not config.add:  # of a sum the strengths are not this adapter's
+        facts = _figures(best) | {"caption": editor.caption}
+        remember(config.adapter, prompt, best.strengths, best.seed, facts)
         console.print(f"Stored in {config.adapter}: the next `edit` with this prompt uses it.")
     first = next_number(config.output_dir, "edit-")
     names = [f"edit-{first + place:03d}.png" for place in range(len(trials))]

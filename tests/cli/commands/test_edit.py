@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -34,7 +35,7 @@ def edit(places, *words: str) -> int:
                  "--num_inference_steps", "1", *words])  # fmt: skip
 
 
-def test_auto_ranks_shows_and_remembers(places, capsys):
+def test_auto_ranks_shows_and_remembers(places, tmp_path, capsys):
     _, adapter, out, scorer = places
     assert edit(places, "--prompt", PROMPT, "--auto", "--budget", "5", *scorer) == 0
     said = capsys.readouterr().out
@@ -55,6 +56,9 @@ def test_auto_ranks_shows_and_remembers(places, capsys):
     assert edit(places, "--prompt", PROMPT) == 0
     assert "Using what --auto chose" in capsys.readouterr().out
     assert (out / "edit-005.png").read_bytes() == first, "what was chosen is what the next edit draws"
+    again = shutil.copytree(adapter, tmp_path / "other")
+    assert edit(places, "--add", str(again), "--prompt", "a dog", "--auto", "--budget", "1", *scorer) == 0
+    assert "Stored" not in capsys.readouterr().out and remembered(Adapter.load(adapter).info, "a dog") is None
 
 
 def test_edits_are_numbered_on_and_nothing_is_replaced(places, tmp_path, capsys):
