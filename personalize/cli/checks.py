@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from personalize.adapters.forgetting import parse_rule_sum
+from personalize.cli.lists import say_once
 from personalize.errors import UserError
 from personalize.formats.key_parts import TOKEN
 from personalize.io.json_files import read_json
@@ -86,19 +87,18 @@ def check_photo(config: Any) -> None:
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     if not config.source.strip():
         raise UserError("--source is empty: say what the photo shows, e.g. 'a cat on the beach'")
-    for text in (*config.swap, *(text for text in config.local if "=" in text)):
+    for text in (text for text in config.local if "=" in text):
         pair(text)
-    for text in config.weight:
-        weight(text)
+    say_once("swap", map(pair, config.swap))
+    say_once("weight", map(weight, config.weight))
     _check_belongings(config)
     adapters = (*config.adapter, *config.add)
     check_adapters(adapters)
     check_tokens([config.source, *config.target], adapters)
-    regions = [pair(text, "noun=mask.png or noun=left,top,right,bottom")[1] for text in config.region]
-    if config.background_mask not in ("auto", "none"):
-        regions.append(config.background_mask)
-    if config.mask is not None:
-        regions.append(config.mask)
+    placed = [pair(text, "noun=mask.png or noun=left,top,right,bottom") for text in config.region]
+    say_once("region", placed)
+    regions = [*(where for _, where in placed), *filter(None, [config.mask])]
+    regions += [] if config.background_mask in ("auto", "none") else [config.background_mask]
     for path in (where for where in regions if box(where) is None):
         check_image(os.path.expanduser(path))
 

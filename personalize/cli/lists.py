@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from personalize.errors import UserError
@@ -74,6 +74,17 @@ def repeated(args: Sequence[str], *, lists: Collection[str], switches: Collectio
         if len(set(values)) > 1:
             often = "twice" if len(values) == 2 else f"{len(values)} times"
             yield f"--{name} is given {often}: the last, {values[-1]}, is taken"
+
+
+def say_once(option: str, pairs: Iterable[tuple[str, object]]) -> None:
+    """UserError if the values of a list option, each about a word, say two things about one, of which one would count.
+
+    pairs: the words, and what is said about each.
+    """
+    said: dict[str, object] = {}
+    for word, value in pairs:
+        if (first := said.setdefault(word.lower(), value)) != value:
+            raise UserError(f"--{option} says two things about {word!r}, {first} and {value}: give one of them")
 
 
 def _sorted(args: Sequence[str], lists: Collection[str], switches: Collection[str]) -> _Sorted:

@@ -200,13 +200,18 @@ def noun_map_sheet(frame: PaddedImage, groups: Sequence[NounGroup], stages: Mapp
 def _outside_regions(
     frame: PaddedImage, groups: Sequence[NounGroup], regions: Mapping[str, Picture | Box], size: tuple[int, int]
 ) -> Tensor:
-    """Where each noun does not belong, boolean (k, h, w); False everywhere for a noun without a region."""
-    outside = torch.zeros(len(groups), *size, dtype=torch.bool)
+    """Where each noun does not belong, boolean (k, h, w); False everywhere for a noun without a region.
+
+    A noun and its synonyms belong in all of their regions.
+    """
+    outside, seen = torch.zeros(len(groups), *size, dtype=torch.bool), set[int]()
     names = {word.lower(): number for number, group in enumerate(groups) for word in group.words}
     for noun, region in regions.items():
         if noun.lower() not in names:
             raise UserError(f"there is a region for {noun!r}, which is none of the nouns {', '.join(names)}")
-        outside[names[noun.lower()]] = ~_cells(frame, mask_picture(frame, region), size)
+        number, elsewhere = names[noun.lower()], ~_cells(frame, mask_picture(frame, region), size)
+        outside[number] = outside[number] & elsewhere if number in seen else elsewhere
+        seen.add(number)
     return outside
 
 

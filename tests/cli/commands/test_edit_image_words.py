@@ -62,6 +62,9 @@ def test_everything_is_drawn_and_written_down(places, tmp_path):
         (["--target", "a fox", "--controller", "mutual", "--weight", "fox=2"], "belong to the controller p2p"),
         (["--target", "a fox", "--dpl", "--nouns", "cta"], "did you mean cat"),
         (["--target", "a fox", "--dpl", "--region", "cow=1,2,3,4"], "none of the nouns"),
+        (["--swap", "cat=fox", "cat=cow"], "--swap says two things about 'cat', fox and cow"),
+        (["--weight", "cat=2", "cat=0.5"], "--weight says two things about 'cat', 2.0 and 0.5"),
+        (["--dpl", "--region", "cat=1,2,30,40", "Cat=30,2,60,40", "--weight", "cat=2"], "--region says two things"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(places, tmp_path, capsys, words, said):

@@ -67,6 +67,10 @@ def test_dpl_c02_users_masks_and_boxes_override():
     assert found.background.shape == (2, 16, 16)
     assert torch.equal(found.background[0], ~found.background[1]) and not found.background[0, :, :8].any()
     assert report_attention(model, frame, trajectory, SOURCE, NounRegions(background="none")).background is None
+    synonyms = NounRegions(("cat=dog",), regions={"cat": half(), "dog": (32, 0, 64, 32)})  # the first was forgotten
+    found = report_attention(model, frame, trajectory, SOURCE, synonyms)
+    assert not found.background[0, :, :8].any() and not found.background[0, :8].any()
+    assert found.background[0, 8:, 8:].all()
     for wrong, words in (
         ({"fox": half()}, "none of the nouns"),
         ({"cat": (0, 0, 99, 9)}, "does not lie in the picture"),
