@@ -27,7 +27,7 @@ def word_maps(
     model: StableDiffusion, picture: Picture, source: str, settings: PhotoSettings = PHOTO_DEFAULTS, *,
     adapter: Adapter | None = None, cache: str | Path | None = None,
 ) -> dict[str, Image.Image]:  # fmt: skip
-    """For each word of `source` the photo in grey, orange where the word has its cross-attention.
+    """For each word of `source` the photo in grey, orange where the word has its cross-attention, all times it is said.
 
     The maps are the mean over the steps of an inversion and cost one prediction for each of them, besides the inversion
     itself, which is kept in `cache`.  Articles, prepositions and punctuation are left out.
@@ -41,9 +41,9 @@ def word_maps(
         tokens = tokenize_prompt(model, source)
         trajectory = invert(model, frame.pixels, source, steps=settings.steps, cache=cache)
         heat = record_maps(model, trajectory).cross_attention().mean(0)
-    photo, shown = to_image(frame.pixels), {}
+    photo, places = to_image(frame.pixels), dict[str, list[int]]()
     for word in tokens.words:
         if word.text[-1] not in PUNCTUATION and word.text not in FUNCTION_WORDS:
-            marked = overlay(photo, normalised(heat[..., list(word.positions)].sum(-1)))
-            shown[word.text] = marked.crop((0, 0, width, height))
-    return shown
+            places.setdefault(word.text, []).extend(word.positions)
+    marked = {text: overlay(photo, normalised(heat[..., own].sum(-1))) for text, own in places.items()}
+    return {text: one.crop((0, 0, width, height)) for text, one in marked.items()}
