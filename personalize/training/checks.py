@@ -164,8 +164,8 @@ def _check_captions(folder: ImageFolder, config: Any, captioned: bool) -> list[s
 
     UserError unless each picture has one.
     """
-    own = {image.path: folder_caption(image, config.caption_column) for image in folder.images}
-    missing = [path for path, caption in own.items() if not caption]
+    own = [folder_caption(image, config.caption_column) for image in folder.images]  # a picture may be in several rows
+    missing = [image.path for image, caption in zip(folder.images, own, strict=True) if not caption]
     if missing and not captioned:
         raise UserError(
             f"{missing[0]} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file "
@@ -177,4 +177,4 @@ def _check_captions(folder: ImageFolder, config: Any, captioned: bool) -> list[s
             f"{len(own) - len(missing)} of {len(own)} pictures in {folder.path} have a caption of their own; {left}",
             Notice, stacklevel=2,
         )  # fmt: skip
-    return [caption or config.caption or "" for caption in own.values()]
+    return [caption or config.caption or "" for caption in own]

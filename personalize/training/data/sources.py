@@ -69,22 +69,24 @@ def with_masks(images: Sequence[FolderImage], masks: Sequence[Path]) -> list[Fol
     pictures to learn, if they lie among these.
 
     Raises:
-        UserError: a picture without a mask, or a mask without a picture.
+        UserError: a picture without a mask, a mask without a picture, or one that is as well another picture's.
     """
     folder = masks[0] if len(masks) == 1 and masks[0].is_dir() else None
     if folder is not None:
         images = [image for image in images if not _place(image.path).is_relative_to(_place(folder / "any").parent)]
         if not images:
             raise UserError(f"{folder} holds the pictures themselves: name a folder that holds their masks alone")
-        found = {image.path: _mask_of(image.path, folder) for image in images}
+        found = [_mask_of(image.path, folder) for image in images]
+        _check_owners(images, found)
     else:
         if len(masks) > 1:
             images = [image for image in images if _place(image.path) not in map(_place, masks)]
         if len(masks) != len(images):
             count = f"{len(masks)} mask{'s' * (len(masks) > 1)}, {len(images)} pictures"
             raise UserError(f"a mask belongs to one picture ({count}): name one for each, or a folder of masks")
-        found = dict(zip((image.path for image in images), masks, strict=True))
-    return [replace(image, files={**image.files, MASK_FILE: found[image.path]}) for image in images]
+        found = masks
+    pairs = zip(images, found, strict=True)
+    return [replace(image, files={**image.files, MASK_FILE: mask}) for image, mask in pairs]
 
 
 def _place(path: Path) -> Path:
@@ -99,6 +101,16 @@ def _mask_of(picture: Path, folder: Path) -> Path:
         what = "no mask" if not found else f"{len(found)} masks"
         raise UserError(f"{folder} holds {what} of {picture.name}: give each picture one, here {picture.stem}.png")
     return found[0]
+
+
+def _check_owners(images: Sequence[FolderImage], masks: Sequence[Path]) -> None:
+    """UserError if one of the `masks` belongs by its name to pictures in different folders."""
+    owners: dict[Path, Path] = {}
+    for image, mask in zip(images, masks, strict=True):
+        first = owners.setdefault(mask, image.path)
+        if _place(first).parent != _place(image.path).parent:
+            raise UserError(f"{mask} is by its name the mask of {first} and of {image.path}: rename one picture, and "
+                            "give it a mask of its own")  # fmt: skip
 
 
 def instance_folders(places: Sequence[Path], *, captioned: bool) -> list[ImageFolder]:

@@ -12,7 +12,9 @@ from PIL import Image
 
 from personalize.cli.launch import load_script
 from personalize.errors import UserError
+from personalize.io.image_folders import FolderImage
 from personalize.training.data.images import TrainingImage, read_training_images
+from personalize.training.data.sources import MASK_FILE, with_masks
 
 SCRIPT = load_script(Path(__file__).parents[3] / "train" / "single_image.py")
 
@@ -85,6 +87,34 @@ def test_several_files_and_folders(folder: Path) -> None:
     assert [one.caption for one in images] == ["a pet", "a dog", "a pet", "a dog"]
     with pytest.raises(UserError, match="a mask belongs to one picture"):
         read(picture=(folder / "a.png", folder / "b.jpg"), caption="a", instance_mask=folder / "a.png")
+
+
+def test_a_picture_that_is_named_twice_has_a_mask_each_time(folder: Path) -> None:
+    """Both had the last one."""
+    picture, masks = folder / "b.jpg", [folder.parent / "mask.png", folder / "a.png"]
+    images = with_masks([FolderImage(picture)] * 2, masks)
+    assert [image.files[MASK_FILE] for image in images] == masks
+
+
+def test_a_mask_belongs_to_one_of_several_pictures_of_its_name(folder: Path) -> None:
+    """Pictures of two folders shared it without a word."""
+    (folder.parent / "masks").mkdir()
+    (folder.parent / "mask.png").rename(folder.parent / "masks" / "b.png")
+    other = folder.parent / "other"
+    other.mkdir()
+    Image.new("RGB", (64, 96)).save(other / "b.png")
+    masks = {"caption": "a dog", "instance_mask": folder.parent / "masks"}
+    with pytest.raises(UserError, match=r"b\.png is by its name the mask of .*b\.jpg and of .*b\.png"):
+        read(picture=(folder / "b.jpg", other), **masks)
+    Image.open(folder / "b.jpg").save(folder / "b.webp")  # the same photo in two formats
+    assert all(image.mask is not None for image in read(picture=(folder / "b.jpg", folder / "b.webp"), **masks))
+
+
+def test_every_row_of_a_picture_needs_a_caption(folder: Path) -> None:
+    """The last row's was taken for all of them, until the pictures were read."""
+    tell(folder, {"file_name": "a.png"}, {"file_name": "a.png", "text": "a cat"})
+    with pytest.raises(UserError, match=r"a\.png has no caption"):
+        SCRIPT.Config(instance_data_dir=folder).check()
 
 
 def test_a_caption_that_is_no_text_is_refused(folder: Path) -> None:
