@@ -95,7 +95,7 @@ def _train(config: Config, watch: Watcher | None) -> Path:
         ) as run:
             describe(run, images, pictures, accelerator)
             trainer.train(config, run, "single_image", watch, judge)
-            adapter = run.kept_adapter(person=config.person, pictures=len(images), regularisation=len(classes))
+            adapter = run.kept_adapter(person=config.person)
         if accelerator.is_main_process:
             figures = save_with_preview(
                 model, adapter, pictures[0], config.output_dir, steps=config.preview_steps, seed=config.seed

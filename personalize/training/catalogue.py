@@ -99,7 +99,7 @@ def _train_row(model: StableDiffusion, item: Item, catalogue: Catalogue) -> dict
     with single_image_run(model, pictures, captions, config, class_images=classes, accelerator=accelerator) as run:
         for report in run.steps():
             loss = float(report.losses["loss"])
-        adapter = run.adapter(pictures=len(pictures), regularisation=len(classes))
+        adapter = run.adapter()
     return _save(model, item, catalogue, pictures, adapter, loss)
 
 

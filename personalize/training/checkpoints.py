@@ -252,7 +252,7 @@ def restore(checkpoint: Checkpoint, trainable: Mapping[str, Tensor], optimizer: 
 
 
 IN_WORDS = {  # entries of the metadata that are no options
-    "data_sha256": "other pictures or masks", "base": "another base model", "caption": "another caption",
+    "data_sha256": "other pictures, masks or captions", "base": "another base model", "caption": "another caption",
     "captions": "other captions", "size": "pictures of another size", "processes": "another number of processes",
 }  # fmt: skip
 

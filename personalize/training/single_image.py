@@ -129,6 +129,7 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
 
     Attributes:
         captions: the different captions of the pictures, (p); the source embedding has a row for each.
+        counts: how many pictures and class pictures there are, and of each of several captions; no part of resuming.
         class_captions: the different captions of the class pictures.
         conditioning: the text encoders' output for all of these, in this order.
         null: that of the empty prompt; None if no sample is learned without its caption.
@@ -157,7 +158,9 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         if len(captions) != len(images):
             raise ValueError(f"{len(images)} pictures need one caption or as many, got {len(captions)}")
         self.captions, self.caption = tuple(dict.fromkeys(captions)), captions[0]
-        self.caption_counts = [captions.count(text) for text in self.captions]
+        self.counts: dict[str, Any] = {"pictures": len(images), "regularisation": len(class_images)}
+        if len(self.captions) > 1:
+            self.counts["caption_counts"] = [captions.count(text) for text in self.captions]
         self.class_captions = tuple(dict.fromkeys(image.caption for image in class_images))
         rows = [self.captions.index(text) for text in captions]
         turns = [*images, *(image.mirror() for image in images)] if config.random_flip else images
@@ -166,6 +169,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         dataset, *prior = _alike((dataset, *prior))
         self.dataset = replace(dataset, prior=tuple(prior))
         own = [part for image in images for part in (image.pixels, image.mask, repr(image.time_ids).encode())]
+        if 1 < len(self.captions) < len(images):  # else the captions say themselves which picture has which
+            own.append(repr(rows).encode())
         self.data_sha256 = content_hash(*own, *(part for image in class_images for part in image.content()))
         self.texts = (*self.captions, *self.class_captions)
         with torch.no_grad():
@@ -234,14 +239,13 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         With `standalone` it has no source embedding: there it is the text encoder's output for the caption.
         """
         parts = {"embeds": source.embeds, "pooled": source.pooled}
-        counts = {"caption_counts": self.caption_counts} if len(self.captions) > 1 else {}  # no part of resuming
         embedding = {name: part.detach().to("cpu", copy=True) for name, part in parts.items() if part is not None}
         return Adapter(
             lora=lora,
             rank=self.config.file_rank,
             alpha=self.config.file_alpha,
             source=None if self.config.without_source_embedding else embedding,
-            info={**self.metadata(), **counts, "updates": updates, "versions": versions(), **info},
+            info={**self.metadata(), **self.counts, "updates": updates, "versions": versions(), **info},
             concepts={} if self.trigger is None else token_state(self.token_embeddings, [self.trigger]),
         )
 

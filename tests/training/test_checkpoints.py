@@ -150,7 +150,7 @@ def test_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rank = 2, this run has 4"):
         checkpoints.check_same_run(checkpoint(1), {"rank": 4})
     other = Checkpoint(1, {}, {}, {"rank": 2, "data_sha256": "ab"})
-    with pytest.raises(UserError, match="made with other pictures or masks; use the same, or train into"):
+    with pytest.raises(UserError, match="made with other pictures, masks or captions; use the same, or train into"):
         checkpoints.check_same_run(other, {"rank": 2, "data_sha256": "cd"})
     unfit = replace(checkpoint(1), optimizer={"state": {}, "param_groups": [{"params": [0]}]})
     with pytest.raises(UserError, match="optimizer does not fit this run"):

@@ -94,7 +94,7 @@ def test_checkpoints_of_letterboxed_pictures_are_refused(tmp_path: Path) -> None
         next(run.steps())
         run.save_checkpoint(tmp_path)
     with multi_concept_run(model, square, SMALL, class_images=classes) as run:
-        with pytest.raises(UserError, match="other pictures or masks; use the same"):
+        with pytest.raises(UserError, match="other pictures, masks or captions; use the same"):
             run.resume(checkpoints.load(tmp_path / "checkpoint-1"))
 
 

@@ -79,7 +79,7 @@ def test_resuming_another_run_is_refused(model: StableDiffusion, tmp_path: Path)
         next(run.steps())
         run.save_checkpoint(tmp_path)
     for settings, image, message in (
-        (replace(SMALL, rank=3), -pixels(), "other pictures or masks"),
+        (replace(SMALL, rank=3), -pixels(), "other pictures, masks or captions"),
         (replace(SMALL, rank=3), pixels(), "rank = 2, this run has 3"),
         (replace(SMALL, max_train_samples=5), pixels(), None),
     ):
@@ -162,9 +162,23 @@ def test_several_pictures_have_a_row_of_the_source_for_each_caption(model: Stabl
         assert torch.equal(adapter.source["embeds"], run.objective.embeds)  # type: ignore[index]
     assert adapter.info["caption"] == captions[0] and adapter.info["captions"] == captions[:2]
     assert adapter.info["caption_counts"] == [2, 1]
+    assert adapter.info["pictures"] == 3  # which the trainers alone added, so that cards of checkpoints said one
     assert adapter.starting_from(prompt=captions[1]).info.keys().isdisjoint({"captions", "caption_counts"})
     with pytest.raises(ValueError, match="3 pictures need one caption or as many, got 2"):
         learn(model, several(), captions[:2], SMALL)
+
+
+def test_a_run_goes_on_with_the_caption_that_each_picture_had(model: StableDiffusion, tmp_path: Path) -> None:
+    """Captions that had changed places among the pictures made the same run."""
+    few, cat, dog = replace(SMALL, max_train_samples=6), "a photo of a cat", "a photo of a dog"
+    with single_image_run(model, several(), [cat, dog, cat], few) as run:
+        next(run.steps())
+        checkpoint = checkpoints.load(run.save_checkpoint(tmp_path))
+    with single_image_run(model, several(), [cat, dog, cat], few) as run:
+        run.resume(checkpoint)
+    with single_image_run(model, several(), [cat, dog, dog], few) as run:
+        with pytest.raises(UserError, match="made with other pictures, masks or captions"):
+            run.resume(checkpoint)
 
 
 def test_a_mask_makes_the_outside_count_less(model: StableDiffusion) -> None:
