@@ -149,6 +149,18 @@ def test_states_in_which_it_cannot_work_name_the_call_that_helps(lora, state, me
         pass
 
 
+def test_a_second_adapter_is_attached_together_with_the_first(lora):
+    """It was said to unload the LoRA, which takes the first one's layers out of its own block."""
+    pipe = tiny_pipeline("sd1")
+    with personalize.attach(pipe, lora):
+        with pytest.raises(UserError, match=r"apply both together, as in attach\(pipe, \[first, second\]\)") as refused:
+            with personalize.attach(pipe, lora):
+                pass
+        assert "unload" not in str(refused.value)
+    with personalize.attach(pipe, [lora, lora]):
+        pass
+
+
 def test_a_lora_on_the_text_encoder_is_no_other_base(tmp_path):
     pipe = tiny_pipeline("sd1")
     file = save(tmp_path / "text.safetensors", kohya(text_lora(), "sd1", 2.0), {"ss_base_model_version": "sd_v1"})
