@@ -133,15 +133,16 @@ def _pie_bench_items(folder: Path) -> Iterator[BenchmarkItem]:
 def _tedbench_items(folder: Path) -> Iterator[BenchmarkItem]:
     """The items of TEdBench.
 
-    The result of a picture with one target text has the picture's name; with several texts, name_0, name_1, ….
+    The result of a picture with one target text has the picture's name; with several texts, or if another picture has
+    that name with another suffix, name_0, name_1, ….
     """
     edits = read_edit_list(folder / "input_list.json")
-    counts: Counter[str] = Counter(name for name, _ in edits)
+    counts: Counter[str] = Counter(Path(name).stem for name, _ in edits)
     earlier: Counter[str] = Counter()
     for name, target in edits:
         stem = Path(name).stem
-        result = stem if counts[name] == 1 else f"{stem}_{earlier[name]}"
-        earlier[name] += 1
+        result = stem if counts[stem] == 1 else f"{stem}_{earlier[stem]}"
+        earlier[stem] += 1
         yield BenchmarkItem(result, _inside(folder / "originals", Path(name)), result, "", target)
 
 

@@ -110,9 +110,12 @@ def check_run(words: list[str], bench: Workbench) -> dict[str, str]:
             images = read_training_images(options)
             side = options.resolution or model.resolution
             pictures = [fit(image.image, image.mask, side, 8 * model.factor) for image in images]
-            for image, picture in zip(images, pictures, strict=True):
-                rows[Path(image.name).name] = _size_note(picture, *["masked"] * bool(image.mask))
-                rows["Caption, as the base reads it"] = " · ".join(model.tokens(image.caption))
+            names = [Path(image.name).name for image in images]
+            for image, picture, name in zip(images, pictures, names, strict=True):
+                name = name if names.count(name) == 1 else image.name
+                rows[name] = _size_note(picture, *["masked"] * bool(image.mask))
+                caption = "Caption" if len(images) == 1 else f"Caption of {name}"
+                rows[f"{caption}, as the base reads it"] = " · ".join(model.tokens(image.caption))
             settings = sys.modules[main.__module__].training_config(options)
             run: Any = stack.enter_context(single_image_run(model, pictures, [one.caption for one in images], settings))
         else:

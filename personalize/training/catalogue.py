@@ -80,7 +80,8 @@ def learn_rows(model: StableDiffusion, items: Sequence[Item], catalogue: Catalog
             together = _train_rows_together(model, items, catalogue)
         except Exception as error:
             first = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"lines {items[0].line} to {items[-1].line} are learned one at a time: {first}", flush=True)
+            lines = ", ".join(str(item.line) for item in items)  # rows of another kind may lie between them
+            print(f"lines {lines} are learned one at a time: {first}", flush=True)
     seconds = round((time.monotonic() - started) / len(items), 1)
     for item, (pictures, adapter, loss) in zip(items, together, strict=False):
         save = partial(_save, model, item, catalogue, pictures, adapter, loss)

@@ -150,6 +150,9 @@ def test_tedbench(tmp_path):
     (folder / "input_list.json").write_text(json.dumps(listed))
     name, items = read_benchmark(folder)
     assert name == "TEdBench" and [item.result for item in items] == ["bird_0", "bird_1", "dog"]
+    (folder / "input_list.json").write_text(json.dumps([["dog.png", "A cat."], ["dog.jpg", "A fox."]]))
+    assert [item.result for item in read_benchmark(folder)[1]] == ["dog_0", "dog_1"], "they had one result between them"
+    (folder / "input_list.json").write_text(json.dumps(listed))
     (tmp_path / "results").mkdir()
     noise(4).save(tmp_path / "results/dog.png")
     code, found = evaluated(folder, tmp_path / "results", tmp_path)

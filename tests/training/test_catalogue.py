@@ -263,4 +263,4 @@ def test_speed_rows_that_fail_together_are_tried_alone(shop, capsys, monkeypatch
     shared = Catalogue(shop / "out", SHORT, adapters_per_batch=2)
     rows = learn_catalogue(items, refused, shared, lambda: tiny("sd1"), ProcessGroup())
     assert [row["status"] for row in rows] == ["done", "done"]
-    assert "lines 2 to 3 are learned one at a time: too large" in capsys.readouterr().out
+    assert "lines 2, 3 are learned one at a time: too large" in capsys.readouterr().out
