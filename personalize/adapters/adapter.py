@@ -26,7 +26,7 @@ from personalize.adapters.adapter_files import (
     saved_files,
     tensor_digests,
 )
-from personalize.adapters.captions import captions_of, find_caption_number, nearest_caption, source_row
+from personalize.adapters.captions import caption_info, captions_of, find_caption_number, nearest_caption, source_row
 from personalize.adapters.lora import PREFIX, load_lora, remove_lora
 from personalize.adapters.model_card import model_card
 from personalize.adapters.text_encoder_lora import other_changes, text_lora
@@ -61,9 +61,10 @@ class Adapter:
     source: the fitted source embedding, "embeds" (p, l, d) and, for SDXL, "pooled" (p, e), with a row for each of the p
         captions; None for an adapter that was trained to work without it (`standalone`) or comes from another program.
     info: values that JSON can hold.  Used here: `base` (name, family, sha256, prediction_type), `caption`, `captions`
-        and `caption_counts`, the pictures of each (if there are several; `caption` is the first), `config` (the options
-        of training), `date` (if given), `standalone`, `standalone_gap_db`, `person`, `license`, `timestep_rank`,
-        `header` (metadata of the file it was read from).  Any other key is kept: `targets`, `versions`, `edits`, ….
+        and `caption_counts`, the pictures of each (if there are several; `caption` is the first), `size` (H, W) and
+        `caption_sizes` (if they differ), `config` (the options of training), `date` (if given), `standalone`,
+        `standalone_gap_db`, `person`, `license`, `timestep_rank`, `header` (metadata of the file it was read from).
+        Any other key is kept: `targets`, `versions`, `edits`, ….
     concepts: learned tokens, token → "text_encoder" (n, d) and, for SDXL, "text_encoder_2" (n, d₂).
     others: modules of other algorithms (LoHa, DoRA, changed biases, …) in a file of another program, their tensors by
         role; see `weight_changes`.  They are applied and merged, but not saved: `as_lora` makes LoRAs of them.
@@ -117,8 +118,7 @@ class Adapter:
         if len(captions) == 1 and caption is None:
             return self
         number = nearest_caption(prompt, captions) if caption is None else find_caption_number(caption, captions)
-        others = {key: value for key, value in self.info.items() if not key.startswith("caption")}
-        info = others | {"caption": captions[number]}
+        info = caption_info(self.info, captions, number)
         return replace(self, source=None if self.source is None else source_row(self.source, number), info=info)
 
     @property

@@ -45,3 +45,11 @@ def find_caption_number(caption: str, captions: Sequence[str]) -> int:
 def source_row(source: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     """The source embedding of caption `number`: "embeds" (1, l, d) and, for SDXL, "pooled" (1, e)."""
     return {name: rows[number : number + 1] for name, rows in source.items()}
+
+
+def caption_info(info: Mapping[str, Any], captions: Sequence[str], number: int) -> dict[str, Any]:
+    """The metadata `info` of an adapter with caption `number` of its `captions` alone, and the size of its pictures."""
+    others = {key: value for key, value in info.items() if not key.startswith("caption")}
+    sizes = info.get("caption_sizes")
+    own = {"size": sizes[number]} if isinstance(sizes, list) and len(sizes) == len(captions) else {}
+    return others | {"caption": captions[number]} | own

@@ -203,9 +203,9 @@ class EditConfig(InferenceOptions):
     scheduler: str = DEFAULT_SAMPLING.scheduler
     """Sampler, e.g. ddim, euler, euler_a, dpm++_2m, ddpm."""
     height: int | None = None
-    """Height in pixels; by default that of the picture the adapter was trained on."""
+    """Height in pixels; by default that of the picture that the edit starts from."""
     width: int | None = None
-    """Width in pixels; by default that of the picture the adapter was trained on."""
+    """Width in pixels; by default as for the height."""
     torch_compile: bool = DEFAULT_SAMPLING.torch_compile
     """Compile the UNet, which takes a minute and pays for many pictures; these differ by rounding."""
     cuda_graph: bool = DEFAULT_SAMPLING.cuda_graph

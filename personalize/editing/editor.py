@@ -126,12 +126,12 @@ class Editor:
         if not prompt.strip():
             raise UserError("the prompt is empty: say what the picture should show")
         strengths = replace(strengths, **changes)
-        size, source = sampling.size or self.size, self._adapter.starting_from(prompt=prompt).source
+        size, source = sampling.size or self.size_for(prompt), self._adapter.starting_from(prompt=prompt).source
         conditioning = edit_conditioning(
             self.model, source, self._encode(prompt, size, strengths.strength),
             alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
         )  # fmt: skip
-        return self._sample(conditioning, strengths, seeds, negative_prompt, sampling)
+        return self._sample(conditioning, strengths, seeds, negative_prompt, replace(sampling, size=size))
 
     def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = DEFAULT_SAMPLING) -> list[Image.Image]:
         """Images sampled from the adapter's source embedding without an edit, or from its caption if it has none."""
@@ -142,8 +142,8 @@ class Editor:
         sampling: Sampling = DEFAULT_SAMPLING,
     ) -> list[Image.Image]:  # fmt: skip
         """Images of `prompt` by the base model without the adapter, to compare with."""
-        conditioning = self._encode(prompt, sampling.size or self.size)
-        return self._sample(conditioning, None, seeds, negative_prompt, sampling)
+        size = sampling.size or self.size_for(prompt)
+        return self._sample(self._encode(prompt, size), None, seeds, negative_prompt, replace(sampling, size=size))
 
     def choose(
         self, prompt: str, source: Image.Image, *, budget: int = 16, seed: int = 0, scorer: Scorer | None = None,
@@ -222,11 +222,13 @@ class Editor:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels at which the adapter was trained; without one, those of the base model.
+        """Height and width in pixels at which the adapter learned its (first) picture, or else those of the base."""
+        return self.size_for(self.caption)
 
-        UserError as `trained_size`.
-        """
-        return trained_size((self.adapter.info if self.adapter else {}).get("size"), self.model.resolution)
+    def size_for(self, prompt: str) -> tuple[int, int]:
+        """`size` of the pictures with the caption that an edit to `prompt` starts from; UserError as `trained_size`."""
+        info = self.adapter.starting_from(prompt=prompt).info if self.adapter else {}
+        return trained_size(info.get("size"), self.model.resolution)
 
     @property
     def _adapter(self) -> Adapter:

@@ -129,7 +129,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
 
     Attributes:
         captions: the different captions of the pictures, (p); the source embedding has a row for each.
-        counts: how many pictures and class pictures there are, and of each of several captions; no part of resuming.
+        counts: how many pictures and class pictures there are, and of several captions how many have each, and the size
+            of the first of them where sizes differ; no part of resuming.
         class_captions: the different captions of the class pictures.
         conditioning: the text encoders' output for all of these, in this order.
         null: that of the empty prompt; None if no sample is learned without its caption.
@@ -161,6 +162,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         self.counts: dict[str, Any] = {"pictures": len(images), "regularisation": len(class_images)}
         if len(self.captions) > 1:
             self.counts["caption_counts"] = [captions.count(text) for text in self.captions]
+        if len(self.captions) > 1 and len(sizes) > 1:
+            self.counts["caption_sizes"] = [list(images[captions.index(text)].size) for text in self.captions]
         self.class_captions = tuple(dict.fromkeys(image.caption for image in class_images))
         rows = [self.captions.index(text) for text in captions]
         turns = [*images, *(image.mirror() for image in images)] if config.random_flip else images

@@ -21,6 +21,9 @@ from personalize.errors import UserError
 from personalize.formats.inspection import inspect_file
 from personalize.formats.inspection_report import report
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.config import SingleImageConfig
+from personalize.training.data.buckets import FittedImage
+from personalize.training.single_image import learn
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder, tiny_pipeline
 
@@ -146,3 +149,24 @@ def test_a_search_compares_with_the_picture_that_it_starts_from(
     for own in (["--source_caption", CAPTIONS[0]], ["--source_image", str(tmp_path / "cat" / "source.png")]):
         assert main([*line, *own]) == 2
         assert "need a CLIP model" in capsys.readouterr().err
+
+
+def test_an_edit_has_the_shape_of_the_picture_that_it_starts_from(tmp_path: Path) -> None:
+    """All had the first picture's, in which the others were never learned."""
+    base = tiny_folder("sd1", tmp_path)
+    model, shapes = StableDiffusion.load(base), [(64, 64), (32, 96), (96, 32)]
+    images = [FittedImage(torch.zeros(1, 3, *size)) for size in shapes]
+    config = SingleImageConfig(rank=2, max_train_samples=3, samples_per_update=3, targets="attention")
+    learned = learn(model, images, CAPTIONS, config)
+    assert learned.info["size"] == [64, 64] and learned.info["caption_sizes"] == [list(size) for size in shapes]
+    assert "caption_sizes" not in learn(model, images, CAPTIONS[0], config).info
+    learned.save(tmp_path / "cat")
+    editor = Editor(model, Adapter.load(tmp_path / "cat"))
+    sizes = [editor.edit(caption, sampling=Sampling(1))[0].size for caption in CAPTIONS]
+    assert sizes == [(width, height) for height, width in shapes] and editor.size == (64, 64)
+    assert editor.base(CAPTIONS[1], sampling=Sampling(1))[0].size == (96, 32)
+    assert editor.edit(CAPTIONS[1], sampling=Sampling(1, size=(64, 32)))[0].size == (32, 64)
+    line = ["edit", str(tmp_path / "cat"), "--prompt", CAPTIONS[2], "--num_inference_steps", "1",
+            "--output_dir", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(base)]  # fmt: skip
+    assert main(line) == 0
+    assert Image.open(tmp_path / "out" / "edit-000.png").size == (32, 96)
