@@ -148,6 +148,10 @@ def dials_of(given: Mapping[str, Any]) -> dict[str, list[str]]:
         if dial in chosen:
             raise UserError(f"both dials are {dial}: choose another for one of them")
         chosen[dial] = values
+    if "gamma" in chosen and (others := [dial for dial in chosen if dial in ("alpha", "beta")]):
+        raise UserError(f"gamma takes the place of alpha and beta: the dial {others[0]} has no effect beside gamma")
+    if "forgotten" in chosen and "rule" not in chosen and given["rule"] == "none":
+        raise UserError("the dial forgotten has no effect while nothing is forgotten: choose a rule under Forget")
     return chosen
 
 
@@ -172,8 +176,8 @@ def words_of(studio: Studio, given: Mapping[str, Any], search: bool, *more: str)
         words += ["--auto", *option("budget", int(given["budget"])), *option("clip_model", given["clip"] or None)]
         words += option("seed", int(given["seed"]))
     else:
-        mix = MIXES.get(given["mix"], "projection")
-        names = ["gamma"] if mix == "subtraction" or "gamma" in dials else ["alpha", "beta"]
+        projection = MIXES.get(given["mix"], "projection") == "projection" or {"alpha", "beta"} & {*dials}
+        names = ["alpha", "beta"] if projection and "gamma" not in dials else ["gamma"]
         for name in (*names, "strength"):
             words += option(
                 name, *dials.get(name, [f"{given[name]:g}"] if (name, given[name]) != ("strength", 1) else [])

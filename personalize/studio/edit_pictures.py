@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from personalize.studio.parts import facts, links
 
 MIXES = {"Projection: alpha and beta": "projection", "Subtraction: gamma": "subtraction"}
 SHOWN = 24  # pictures in the history
+ORDER = ("alpha", "beta", "gamma", "rule", "forgotten", "strength", "seed")  # the command draws the first one slowest
 
 
 def strengths_of(entry: Mapping[str, Any]) -> EditStrengths:
@@ -57,31 +60,26 @@ def draw_base(bench: Workbench, options: Any, result: Mapping[str, Any], job: Jo
 
 
 def two_dials(dials: Mapping[str, list[str]], result: Mapping[str, Any], folder: Path) -> Path:
-    """A sheet with the first dial across and the second down; the pictures are in the order of the command's grid."""
+    """A sheet with the first dial across and the second down; of several seeds the first is shown."""
     from personalize.io.figures import grid, png
 
     names = list(dials)
     across, down = (names[0], names[1] if len(names) > 1 else None)
+    lengths: dict[str, int] = {name: len(dials.get(name, "1")) for name in ORDER}
+    if "seed" not in dials:
+        lengths["seed"] = len(result["entries"]) // math.prod(lengths.values())
     cells: dict[tuple[int, int], Image.Image] = {}
-    for entry in result["entries"]:
-        at = (0 if down is None else _index(entry, down, dials[down]), _index(entry, across, dials[across]))
+    for places, entry in zip(product(*map(range, lengths.values())), result["entries"], strict=True):
+        of: dict[str, int] = dict(zip(ORDER, places, strict=True))
+        at = (0 if down is None else of[down], of[across])
         if at not in cells:
             cells[at] = Image.open(folder / entry["file"])
     rows = range(1 if down is None else len(dials[down]))
-    pictures = [[cells.get((y, x)) for x in range(len(dials[across]))] for y in rows]
+    pictures = [[cells[y, x] for x in range(len(dials[across]))] for y in rows]
     labels = [] if down is None else [f"{down} {value}" for value in dials[down]]
     columns = [f"{across} {value}" for value in dials[across]]
     sheet = grid(pictures, columns=columns, labels=labels, title=result["entries"][0]["prompt"])
     return write_file(folder / "two-dials.png", png(sheet))
-
-
-def _index(entry: Mapping[str, Any], dial: str, values: list[str]) -> int:
-    """Which of a dial's values a picture has."""
-    rule, _, kept = entry["forget"].partition("=")
-    if dial == "rule":
-        return values.index(rule)
-    number = 1 - float(kept or 0) if dial == "forgotten" else float(entry[dial])
-    return min(range(len(values)), key=lambda place: abs(float(values[place]) - number))
 
 
 def history(queue: JobQueue) -> list[tuple[str, str, dict[str, Any]]]:

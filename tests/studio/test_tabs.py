@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,7 +23,7 @@ gr = pytest.importorskip("gradio")
 
 from fastapi import FastAPI  # noqa: E402
 
-from personalize.studio import drag, edit, learn, photo  # noqa: E402
+from personalize.studio import drag, edit, edit_pictures, learn, photo  # noqa: E402
 from personalize.studio.actions import Workbench  # noqa: E402
 from personalize.studio.learn_words import ONE, words_of  # noqa: E402
 from personalize.studio.parts import Studio, address, data_url, drawn_on  # noqa: E402
@@ -144,6 +145,38 @@ def test_the_history_brings_back_how_a_picture_was_mixed(studio, tmp_path):
     by_gamma, by_projection = (edit.words_of(studio, values, False) for _, _, values in edit.history(queue))
     assert "--gamma=0.6" in by_gamma and not [word for word in by_gamma if word.startswith(("--alpha", "--beta"))]
     assert {"--alpha=0.7", "--beta=1.3"} < set(by_projection)
+
+
+def grid_fields(tmp_path: Path, across: tuple[str, str], down: tuple[str, str], **more: object):
+    with gr.Blocks():
+        fields = values(edit.make_fields(Studio(Folder(tmp_path), JobQueue(), Workbench(None))))
+    (tmp_path / "x").mkdir(exist_ok=True)
+    chosen = {"dial_across": across[0], "values_across": across[1], "dial_down": down[0], "values_down": down[1]}
+    return fields | chosen | {"adapter": "x", "prompt": "a dog"} | more
+
+
+def test_each_picture_of_two_dials_is_in_the_cell_of_its_own_values(studio, tmp_path):
+    """The pictures of the rule none went all into the cell of 1, and the others stayed empty."""
+    given = grid_fields(tmp_path, ("forgotten", "0.2, 1"), ("rule", "none, decoder"), count=2)
+    words = edit.words_of(studio, given, False)
+    forgotten = [word.removeprefix("--forget=") for word in words if word.startswith("--forget=")]
+    assert forgotten == ["none", "none", "decoder=0.8", "decoder"]
+    entries = [{"file": f"{n}.png", "prompt": "a dog"} for n in range(8)]  # two seeds of each
+    for number, entry in enumerate(entries):
+        Image.new("RGB", (8, 8), (number * 30, 0, 0)).save(tmp_path / entry["file"])
+    sheet = Image.open(edit_pictures.two_dials(edit.dials_of(given), {"entries": entries}, tmp_path)).convert("RGB")
+    shown = {number for number in range(8) if (np.asarray(sheet) == (number * 30, 0, 0)).all(-1).sum() > 100}
+    assert shown - {0} == {2, 4, 6}, "the first seed of each"
+
+
+def test_no_dial_of_a_grid_is_left_out_silently(studio, tmp_path):
+    by_gamma = next(text for text, way in edit_pictures.MIXES.items() if way == "subtraction")
+    words = edit.words_of(studio, grid_fields(tmp_path, ("alpha", "0.7, 1"), ("–", ""), mix=by_gamma), False)
+    assert {"--alpha=0.7", "--alpha=1"} < {*words} and "--gamma" not in " ".join(words)
+    with pytest.raises(UserError, match="the dial alpha has no effect beside gamma"):
+        edit.dials_of(grid_fields(tmp_path, ("alpha", "0.7, 1"), ("gamma", "0.6")))
+    with pytest.raises(UserError, match="choose a rule under Forget"):
+        edit.dials_of(grid_fields(tmp_path, ("forgotten", "0.2, 1"), ("–", ""), rule="none"))
 
 
 def test_files_that_may_hold_scripts_are_downloads(studio, tmp_path):
