@@ -14,7 +14,11 @@ TINY = 1e-12  # least norm in the division: where the source row is zero, the ed
 
 
 def with_tokens(clip: Any, tokens: dict[str, dict[str, Tensor]]) -> Any:
-    """A clone of `clip` whose tokenizers know the learned `tokens`, for every node that is given it."""
+    """A clone of `clip` whose tokenizers know the learned `tokens`, for every node that is given it.
+
+    Raises:
+        ValueError: an adapter before this one has a token of the same name with other rows.
+    """
     clip = clip.clone()
     if not tokens:
         return clip
@@ -25,6 +29,9 @@ def with_tokens(clip: Any, tokens: dict[str, dict[str, Tensor]]) -> Any:
             tokenizer.__class__ = type("TokenizerWithLearnedTokens", (LearnedTokens, type(tokenizer)), {})
             tokenizer.learned = {}
         rows = {token.lower(): parts[ENCODERS[name]] for token, parts in tokens.items()}
+        for token in rows.keys() & tokenizer.learned.keys():
+            if not torch.equal(rows[token], tokenizer.learned[token]):
+                raise ValueError(f"another adapter here has a token {token} of its own: train one with another token")
         tokenizer.learned = {**tokenizer.learned, **rows}
         tokenizer.embedding_directory = tokenizer.embedding_directory or []
         setattr(clip.tokenizer, name, tokenizer)

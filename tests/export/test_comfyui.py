@@ -181,3 +181,23 @@ def test_command_copies_the_nodes_and_touches_nothing_else(tmp_path, capsys):
     assert main(["export", "comfyui", str(target.parent)]) == 2  # other people's nodes lie there
     assert "none of the nodes" in capsys.readouterr().err
     assert (target / "nodes.py").read_text() == "old"
+
+
+def test_a_second_adapter_does_not_take_the_place_of_the_token_of_a_first():
+    """The token meant the later one's subject in the whole prompt, silently."""
+
+    class Clip(SimpleNamespace):
+        def clone(self):
+            return Clip(**vars(self))
+
+    class Tokenizer(SimpleNamespace):
+        pass
+
+    prompts, rows, plain = node_file("prompts"), torch.ones(2, 4), Tokenizer(embedding_directory=None)
+    clip = Clip(tokenizer=SimpleNamespace(clip_l=plain), cond_stage_model=SimpleNamespace(clip_l=None))
+    one = prompts.with_tokens(clip, {"<cat>": {"text_encoder": rows}})
+    both = prompts.with_tokens(one, {"<dog>": {"text_encoder": 2 * rows}})
+    again = prompts.with_tokens(both, {"<Cat>": {"text_encoder": rows.clone()}})
+    assert list(again.tokenizer.clip_l.learned) == ["<cat>", "<dog>"]
+    with pytest.raises(ValueError, match="token <cat> of its own"):
+        prompts.with_tokens(both, {"<Cat>": {"text_encoder": 3 * rows}})
