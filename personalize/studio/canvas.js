@@ -8,8 +8,12 @@ const find = (selector) => element.querySelector(selector);
 const canvas = find("canvas"), stage = find(".pz-stage"), line = find(".pz-line");
 const TOOLS = find(".pz").dataset.tools.split(" ");
 const COLOURS = ["#f5b700", "#2f9e8f", "#c2557a", "#5b7fd6"];
-const state = { image: null, url: "", points: [], masks: [], found: null, layer: 0, tool: "", brush: 5, cursor: null, undo: [], held: null };
+const state = { image: null, url: "", points: [], masks: [], names: [], found: null, layer: 0, tool: "", brush: 5, cursor: null, undo: [], held: null };
 const layers = () => (props.layers && props.layers.length ? props.layers : ["mask"]);
+function maskOf(k) {  // the mask painted under the name of layer k; or at its place, if that one was only renamed
+  const names = layers(), was = state.names.indexOf(names[k]);
+  return state.masks[was >= 0 ? was : names.includes(state.names[k]) ? -1 : k];
+}
 const say = (text) => { line.textContent = text; };
 
 function blank() {
@@ -41,13 +45,13 @@ function copied(mask) {
   const one = blank(); one.getContext("2d").drawImage(mask, 0, 0); return one;
 }
 function remember() {
-  state.undo.push({ points: state.points.map((p) => [...p]), masks: state.masks.map(copied) });
+  state.undo.push({ points: state.points.map((p) => [...p]), masks: state.masks.map(copied), names: state.names });
   if (state.undo.length > 20) state.undo.shift();
 }
-function emit(event = "input", more = {}) {
-  props.value = { points: state.points, masks: layers().map((_, k) => exported(state.masks[k])), picture: state.url, ...more };
-  trigger(event);
+function tell(more = {}) {
+  props.value = { points: state.points, masks: layers().map((_, k) => exported(maskOf(k))), picture: state.url, ...more };
 }
+function emit(event = "input", more = {}) { tell(more); trigger(event); }
 
 function scale() { return state.image ? canvas.width / state.image.naturalWidth : 1; }
 function draw() {
@@ -61,7 +65,7 @@ function draw() {
   pen.drawImage(state.image, 0, 0, canvas.width, canvas.height);
   pen.globalAlpha = 0.5;
   layers().forEach((_, k) => {
-    const mask = state.masks[k] || (k === 0 ? state.found : null);
+    const mask = maskOf(k) || (k === 0 ? state.found : null);
     if (mask) pen.drawImage(mask, 0, 0, canvas.width, canvas.height);
   });
   pen.globalAlpha = 1;
@@ -102,6 +106,7 @@ function place(event) {
 }
 const rounded = (p) => p.map((v) => Math.floor(v));
 function stroke(from, to) {
+  state.masks = layers().map((_, k) => maskOf(k)); state.names = [...layers()];
   if (!state.masks[state.layer]) state.masks[state.layer] = state.layer === 0 && state.found ? copied(state.found) : blank();
   const pen = state.masks[state.layer].getContext("2d");
   pen.globalCompositeOperation = state.tool === "erase" ? "destination-out" : "source-over";
@@ -163,7 +168,7 @@ element.querySelectorAll("[data-tool]").forEach((button) => {
 find(".pz-brush input").addEventListener("input", (event) => { state.brush = Number(event.target.value); draw(); });
 find(".pz-undo").addEventListener("click", () => {
   const last = state.undo.pop();
-  if (last) { state.points = last.points; state.masks = last.masks; draw(); emit(); }
+  if (last) { state.points = last.points; state.masks = last.masks; state.names = last.names; draw(); emit(); }
 });
 find(".pz-clear").addEventListener("click", () => {
   if (!state.image) return;
@@ -175,6 +180,7 @@ function listLayers() {
   chooser.replaceChildren(...layers().map((name, k) => new Option(name, k)));
   chooser.hidden = layers().length < 2;
   state.layer = Math.min(state.layer, layers().length - 1); chooser.value = state.layer; draw();
+  if (state.masks.some(Boolean)) tell();
 }
 
 async function send(files) {
