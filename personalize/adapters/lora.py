@@ -209,8 +209,8 @@ def require_no_lora(module: nn.Module, name: str) -> None:
     if not layers:
         return
     if any(ADAPTER in layer.lora_A for layer in layers):  # unloading it would break the block that it is attached in
-        raise UserError(f"this {name} already carries an adapter of personalize: leave its `with` block first, or apply "
-                        "both together, as in attach(pipe, [first, second])")  # fmt: skip
+        raise UserError(f"this {name} already carries an adapter of personalize: leave its `with` block first, or "
+                        "apply both together, as in attach(pipe, [first, second])")  # fmt: skip
     if any(layer.merged for layer in layers):
         state = "has LoRA layers that are fused into its weights"
     else:

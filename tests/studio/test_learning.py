@@ -19,7 +19,8 @@ def test_each_of_several_pictures_has_its_size_and_its_caption(tmp_path: Path, m
         Path(path).parent.mkdir(exist_ok=True)
         Image.new("RGB", (64, 64)).save(path)
         Path(path).with_suffix(".txt").write_text(words)
-    words = ["train", "single_image", "a/1.png", "b/1.png", "2.png", "--rank=2", "--targets=attention", "--output_dir=x"]
+    words = ["train", "single_image", "a/1.png", "b/1.png", "2.png", "--rank=2", "--targets=attention"]
+    words += ["--output_dir=x"]
     rows = check_run(words, SimpleNamespace(model=lambda _: tiny("sd1")))  # pyright: ignore[reportArgumentType]
     assert {name for name, size in rows.items() if size == "64×64 px"} == {"a/1.png", "b/1.png", "2.png"}
     read = {name: text for name, text in rows.items() if name.startswith("Caption")}
