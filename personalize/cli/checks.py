@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from personalize.adapters.forgetting import parse_rule_sum
+from personalize.cli.belongings import check_of_drag, check_of_photo
 from personalize.cli.lists import say_once
 from personalize.errors import UserError
 from personalize.formats.key_parts import TOKEN
@@ -67,7 +68,8 @@ def _check_auto(config: Any) -> None:
     given = [name for name in STRENGTHS if getattr(config, name) not in ((), None)]
     if config.auto and given:
         raise UserError(f"--auto chooses the strengths itself: leave out --{given[0]}, or --auto")
-    extra = [name for name in ("clip_model", "identity_model", "source_image") if getattr(config, name) is not None]
+    own = ("clip_model", "identity_model", "source_image", "budget")
+    extra = [name for name in own if getattr(config, name) != getattr(type(config), name)]
     if extra and not config.auto:
         raise UserError(f"--{extra[0]} belongs to --auto: add --auto, or leave --{extra[0]} out")
     if config.auto and (config.seeds or config.num_images != 1):
@@ -91,7 +93,7 @@ def check_photo(config: Any) -> None:
         pair(text)
     say_once("swap", map(pair, config.swap))
     say_once("weight", map(weight, config.weight))
-    _check_belongings(config)
+    check_of_photo(config)
     adapters = (*config.adapter, *config.add)
     check_adapters(adapters)
     check_tokens([config.source, *config.target], adapters)
@@ -101,19 +103,6 @@ def check_photo(config: Any) -> None:
     regions += [] if config.background_mask in ("auto", "none") else [config.background_mask]
     for path in (where for where in regions if box(where) is None):
         check_image(os.path.expanduser(path))
-
-
-def _check_belongings(config: Any) -> None:
-    """UserError for options of `edit PHOTO` whose method is not asked for."""
-    target = " ".join(config.target).strip()
-    if config.strict_background and not config.uniform:
-        raise UserError("--strict_background belongs to --uniform: give that too, or name the region with --mask")
-    if not config.report and not target and not config.swap and not config.weight:
-        raise UserError("nothing is to change: give --target, words to --swap, or --weight of words")
-    if target and config.swap:
-        raise UserError("--target and --swap are two ways to say one thing: give one of them")
-    if config.dpl and config.controller == "mutual":
-        raise UserError("--controller mutual has no source prompt, so that --dpl has no noun: use one of them")
 
 
 def check_edit_table(config: Any) -> None:
@@ -129,6 +118,7 @@ def check_drag(config: Any) -> None:
     from personalize.io.image_files import check_image
 
     interleaved_points(config.from_, config.to)
+    check_of_drag(config)
     for text in (*config.add, *config.remove):
         point_of(text)
     check_writable(config.output_dir)

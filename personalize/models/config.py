@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.io.content_credentials import check_signing
 from personalize.io.json_files import read_json
 
@@ -73,6 +75,19 @@ def check_resolution(resolution: int | None, base: str | Path | None) -> None:
     least = 8 * cell_pixels(base)
     if resolution is not None and resolution < least:
         raise UserError(f"--resolution is {resolution}: this base needs at least {least} px on a side")
+
+
+def notice_unused(config: Any, uses: Mapping[str, tuple[bool, str]]) -> None:
+    """A Notice that names options which are given, and of which nothing comes without the one they belong to.
+
+    uses: by the option that others belong to, whether it is given, and their names.
+    """
+    usual = {field.name: field.default for field in fields(config)}
+    for owner, (given, names) in uses.items():
+        idle = [name for name in names.split() if not given and getattr(config, name) != usual[name]]
+        shown = [f"--no_{name}" if getattr(config, name) is False else f"--{name}" for name in idle]
+        if idle:
+            warnings.warn(f"nothing comes of {' and '.join(shown)} without {owner}", Notice, stacklevel=2)
 
 
 def stated_channels(folder: Path) -> int | None:

@@ -14,7 +14,7 @@ from personalize.errors import Notice, UserError
 from personalize.io.image_files import check_image, check_image_path
 from personalize.io.image_folders import ImageFolder, only_picture, read_folder
 from personalize.io.output_folder import check_output_folder
-from personalize.models.config import check_base_name, check_resolution
+from personalize.models.config import check_base_name, check_resolution, notice_unused
 from personalize.training.config import check_warmup
 from personalize.training.data.captions import find_caption, folder_caption
 from personalize.training.data.sources import instance_folders, instance_places, named_pictures
@@ -109,6 +109,12 @@ def check_run(config: Any) -> None:
     check_output_folder(output)
     check_packages(config)
     _check_judging(config)
+    notice_unused(config, {
+        "--checkpointing_steps": (bool(config.checkpointing_steps), "checkpoints_total_limit"),
+        "--validation_prompt": (bool(config.validation_prompt), "num_validation_images validation_steps"),
+        "--push_to_hub": (config.push_to_hub, "hub_model_id"), "--use_ema": (config.use_ema, "ema_max_decay"),
+        "--min_rank": (config.min_rank is not None, "alpha_rank_scale"),
+    })  # fmt: skip
     if start == "latest" and not any(output.glob("checkpoint-*")):
         warnings.warn(f"there is no checkpoint in {output} to resume from: training begins anew", Notice, stacklevel=2)
     if start not in (None, "latest") and not any(path.is_dir() for path in (output / start, Path(start))):

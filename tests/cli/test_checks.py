@@ -93,6 +93,38 @@ def test_a_second_training_has_a_folder_of_its_own(place: Path) -> None:
     assert QuickstartConfig().output_dir == Path("personalize-quickstart")
 
 
+DRAG = "drag photo.png --from 1,2 --to 3,4 --mask missing.png"
+EDIT = "edit photo.png --source cat --target dog --mask missing.png"
+
+
+@pytest.mark.parametrize(
+    ("command", "note"),
+    [
+        (f"{EDIT} --region cat=1,2,3,4 --nouns cat", "nothing comes of --nouns and --region without --dpl or --report"),
+        (f"{EDIT} --dpl --region cat=1,2,3,4 --nouns cat --dpl_updates 3", None),
+        (f"{EDIT} --report --region cat=1,2,3,4", None),
+        (f"{EDIT} --uniform_until 0.5", "nothing comes of --uniform_until without --uniform"),
+        (f"{EDIT} --null_text_iterations 3", "nothing comes of --null_text_iterations without --inversion null-text"),
+        (f"{EDIT} --inversion null-text --null_text_iterations 3 --gradient_checkpointing", None),
+        (f"{EDIT} --controller mutual --no_bind_adjectives --cross_replace_steps 0.5",
+         "nothing comes of --cross_replace_steps and --no_bind_adjectives without --controller p2p"),
+        (f"{DRAG} --method latents --grow 5", "nothing comes of --grow without --method pixels"),
+        (f"{DRAG} --paste", "nothing comes of --paste without --method latents"),
+        (f"{DRAG} --method latents --paste --mode deform --displacement stretch --user_mask intersect", None),
+        (f"{DRAG} --region_map affine", "nothing comes of --region_map without --mode region"),
+        ("train single_image missing.png --hub_model_id a/b", "nothing comes of --hub_model_id without --push_to_hub"),
+        ("train single_image missing.png --checkpoints_total_limit 2",
+         "nothing comes of --checkpoints_total_limit without --checkpointing_steps"),
+        ("train single_image missing.png --checkpoints_total_limit 2 --checkpointing_steps 5", None),
+    ],
+)  # fmt: skip
+def test_an_option_without_the_one_it_belongs_to_is_said(place: Path, capsys, command: str, note: str | None) -> None:
+    """--region without --dpl, --grow with the method latents and others were taken, and did nothing, without a word."""
+    assert main(command.split()) == 2  # a picture is missing, which ends the command before anything is loaded
+    said = capsys.readouterr().err.splitlines()
+    assert said[:-1] == ([f"Note: {note}"] if note else []) and "missing.png: no such file" in said[-1]
+
+
 @pytest.mark.parametrize(
     ("words", "note"),
     [

@@ -108,6 +108,7 @@ MISTAKES = (
     Mistake("edit plain --prompt cat --alpha", "--alpha needs a value, got nothing"),
     Mistake("edit plain --prompt cat --auto --alpha 1", "leave out --alpha, or --auto"),
     Mistake("edit plain --prompt cat --clip_model x", "--clip_model belongs to --auto: add --auto"),
+    Mistake("edit plain --prompt cat --budget 32", "--budget belongs to --auto: add --auto"),
     Mistake("edit plain --prompt cat --auto", "source.png does not exist"),
     Mistake("edit plain --prompt cat --seeds 1 2 --num_images 3", "--seeds lists every seed"),
     Mistake("edit plain --prompt cat --gamma 1 --beta 1", "--gamma is vector subtraction"),
@@ -157,5 +158,5 @@ MISTAKES = (
         "--alpha is '0,8', expected numbers with spaces between them, such as 0.8 1",
     ),
     Mistake(f"{TRAIN} --report_to foo", "--report_to is 'foo': choose one of tensorboard"),
-    Mistake(f"{PHOTO} --target dog --region cat", "'cat': write noun=mask.png"),
+    Mistake(f"{PHOTO} --target dog --dpl --region cat", "'cat': write noun=mask.png"),
 )

@@ -1,0 +1,43 @@
+"""Options that belong to another one, without which nothing comes of them; read before torch is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from personalize.errors import UserError
+from personalize.models.config import notice_unused
+
+
+def check_of_photo(config: Any) -> None:
+    """UserError for options of `edit PHOTO` whose method is not asked for, a Notice where it is a detail of one."""
+    target = " ".join(config.target).strip()
+    if config.strict_background and not config.uniform:
+        raise UserError("--strict_background belongs to --uniform: give that too, or name the region with --mask")
+    if not config.report and not target and not config.swap and not config.weight:
+        raise UserError("nothing is to change: give --target, words to --swap, or --weight of words")
+    if target and config.swap:
+        raise UserError("--target and --swap are two ways to say one thing: give one of them")
+    if config.dpl and config.controller == "mutual":
+        raise UserError("--controller mutual has no source prompt, so that --dpl has no noun: use one of them")
+    fits_nulls = config.inversion == "null-text"
+    notice_unused(config, {
+        "--dpl": (config.dpl, "dpl_updates dpl_balancing dpl_disjoint dpl_background dpl_words_only"),
+        "--dpl or --report": (config.dpl or config.report, "nouns background_mask region"),
+        "--uniform": (config.uniform, "uniform_until uniform_quantile uniform_auxiliary"),
+        "--inversion null-text": (fits_nulls, "null_text_iterations null_text_rate null_text_tolerance"),
+        "--inversion null-text or --dpl": (fits_nulls or config.dpl, "gradient_checkpointing"),
+        "--controller p2p": (
+            config.controller == "p2p", "mode cross_replace_steps self_replace_steps bind_adjectives"
+        ),
+    })  # fmt: skip
+
+
+def check_of_drag(config: Any) -> None:
+    """A Notice for options of `drag` that belong to another method or mode than the chosen one."""
+    notice_unused(config, {
+        "--method pixels": (config.method == "pixels", "grow shrink refine clearance fill_keys"),
+        "--method latents": (config.method == "latents", "paste"),
+        "--mode region": (config.mode == "region", "region_map"),
+        "--mode deform": (config.mode == "deform", "displacement"),
+        "--mask": (config.mask is not None, "user_mask"),
+    })  # fmt: skip
