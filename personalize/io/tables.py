@@ -1,11 +1,13 @@
-"""Tables in CSV files, read with limits on their size, columns and rows."""
+"""Tables in CSV files, as programs and spreadsheets write them, read with limits on their size, columns and rows."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from personalize.errors import UserError
 from personalize.io.plain_files import read_text
@@ -14,37 +16,52 @@ MAX_ROWS = 100_000
 MAX_COLUMNS = 1000  # every row becomes a dictionary of all columns
 SURPLUS = ""  # the key of cells beyond the header's columns
 MORE = "the row has more cells than the header has columns: put quotes around cells with commas"
+SEPARATORS = (",", ";", "\t")  # a semicolon where the comma is the decimal point, a tab in Excel's "Unicode text"
+EXCEL = re.compile(r'"?sep=(.)"?')  # a first line by which Excel is told the separator
+
+Cells = dict[str, str | list[str] | None]
 
 
-def read_table(
-    path: str | Path, *, skip_spaces: bool = False
-) -> tuple[list[str], Iterator[tuple[int, dict[str, str | list[str] | None]]]]:
+def read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, Cells]]]:
     """The columns of a UTF-8 CSV file, and its rows as they are asked for: the line number, and the cells by column.
 
-    Cells that a row lacks are None; those that it has too many are a list under `SURPLUS`.  `skip_spaces`: spaces
-    after a comma do not count.
+    The header tells which of `SEPARATORS` stands between cells; spaces after it do not count, and neither do columns
+    at the end that have no name and no cell, which spreadsheets write.  Cells that a row lacks are None; those that it
+    has too many, empty ones too, are a list under `SURPLUS`.
 
     Raises:
         UserError: as `read_text`; no CSV, a column twice, more than `MAX_COLUMNS` columns or, when it comes to it,
             `MAX_ROWS` rows.
     """
-    reader = csv.DictReader(StringIO(read_text(path), newline=""), restkey=SURPLUS, skipinitialspace=skip_spaces)
+    text = read_text(path)
+    first = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    told = EXCEL.fullmatch(first)
+    separator = told[1] if told else next((one for one in SEPARATORS if one in first), SEPARATORS[0])
+    reader = csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     try:
-        columns = list(reader.fieldnames or ())
+        if told:
+            next(reader)
+        header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         raise UserError(f"{path}, line 1 is no CSV: {error}") from None
+    named = max((place for place, name in enumerate(header, 1) if name), default=0)
+    columns, nameless = header[:named], len(header) - named
     if len(columns) > MAX_COLUMNS:
         raise UserError(f"{path} has {len(columns):,} columns, at most {MAX_COLUMNS:,} were expected: is it a table?")
     if twice := next((name for name in columns if name and columns.count(name) > 1), None):
         raise UserError(f"{path} has the column {twice!r} twice: only one can count, rename or remove the other")
-    return columns, _rows(reader, path)
+    return columns, _rows(reader, columns, nameless, path)
 
 
-def _rows(reader: csv.DictReader, path: str | Path) -> Iterator[tuple[int, dict[str, str | list[str] | None]]]:
+def _rows(reader: Any, columns: Sequence[str], nameless: int, path: str | Path) -> Iterator[tuple[int, Cells]]:
     try:
-        for number, cells in enumerate(reader, 1):
+        for number, row in enumerate(filter(None, reader), 1):
             if number > MAX_ROWS:
                 raise UserError(f"{path} has more than {MAX_ROWS:,} rows: split the table")
-            yield reader.line_num, cells  # pyright: ignore[reportReturnType]
+            cells: Cells = dict.fromkeys(columns) | dict(zip(columns, row, strict=False))
+            more = row[len(columns) :]
+            if len(more) > nameless or any(map(str.strip, more)):
+                cells[SURPLUS] = more
+            yield reader.line_num, cells
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num} is no CSV: {error}") from None

@@ -94,7 +94,7 @@ def read_rows(table: Path) -> list[Row]:
     """
     if not table.exists():
         raise UserError(f"{table}: no such file; name a CSV table with the columns file, source, target")
-    columns, found = read_table(table, skip_spaces=True)
+    columns, found = read_table(table)
     if "file" not in columns:
         raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}: expected file, source, target, …")
     if unknown := [column for column in columns if column not in COLUMNS]:
