@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -22,9 +23,12 @@ from personalize.io.image_metadata import (
     metadata_file,
     read_rows,
 )  # fmt: skip
+from personalize.io.json_files import read_json
 from personalize.io.plain_files import is_hidden
 
-OUTPUT_NAMES = ("adapter.json", "edits.json", "ranking.json", "edit.json", "drag.json")  # in folders written by us
+MANIFEST = "adapter.json"  # of an adapter folder, which lists the files that are its own
+VALIDATION, VALIDATED = "validation", re.compile(r"\d{6}-\d+\.png")  # the folder of pictures that trainings draw
+OUTPUT_NAMES = (MANIFEST, "edits.json", "ranking.json", "edit.json", "drag.json")  # in folders written by us
 FILE_NAME = "file_name"  # the metadata column of the picture; others, such as mask_file_name, end like it
 
 
@@ -119,15 +123,35 @@ def _files(top: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
             _leave_out(left_out, f"written by this program ({ours[0]})", here, top)
             continue
         folders[:] = [name for name in folders if not is_hidden(name)]
+        ours = _ours(here, names)
         for name in names:
             if is_hidden(name):
                 continue
-            if not (here / name).exists():
+            if name in ours:
+                _leave_out(left_out, ours[name], here / name, top)
+            elif not (here / name).exists():
                 _leave_out(left_out, "a link to nothing", here / name, top)
             elif not stat.S_ISREG(os.stat(here / name).st_mode):
                 _leave_out(left_out, "a pipe or a device", here / name, top)
             else:
                 yield here / name
+
+
+def _ours(folder: Path, names: list[str]) -> dict[str, str]:
+    """Those files `names` of a folder that a training has written into it, with the reason why they are left out.
+
+    It may have written into the very folder that it learned: what it drew then is nothing to learn.
+    """
+    if folder.name == VALIDATION:
+        return {name: "drawn while training" for name in names if VALIDATED.fullmatch(name)}
+    if MANIFEST not in names:
+        return {}
+    try:
+        listed = read_json(folder / MANIFEST).get("files")
+    except UserError:
+        return {}
+    listed = listed if isinstance(listed, list) else []
+    return {name: f"written by this program ({MANIFEST})" for name in listed if name in names}
 
 
 def _leave_out(left_out: dict[str, list[str]], reason: str, path: Path, top: Path) -> None:

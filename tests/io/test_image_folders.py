@@ -74,6 +74,22 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
     assert f"left out of {tmp_path}, no picture: notes.pdf" in folder.remarks()
 
 
+def test_what_a_training_wrote_into_its_own_folder_is_not_learned(tmp_path: Path) -> None:
+    """A second training learned the first one's reconstruction and validation pictures as pictures of the subject."""
+    put(*(tmp_path / name for name in ("dog.png", "source.png", "reconstruction.png", "mine/source.png")))
+    put(tmp_path / "validation" / "000020-1.png", tmp_path / "validation" / "dog.png")
+    (tmp_path / "adapter.json").write_text(json.dumps({"files": ["adapter.json", "reconstruction.png", "source.png"]}))
+    folder = read_folder(tmp_path)
+    assert names(folder) == ["dog.png", "mine/source.png", "validation/dog.png"]
+    assert {reason: set(names) for reason, names in folder.left_out.items()} == {
+        "written by this program (adapter.json)": {"adapter.json", "reconstruction.png", "source.png"},
+        "drawn while training": {"validation/000020-1.png"},
+    }
+    for damaged in ('{"files": 3', '{"files": 3}'):
+        (tmp_path / "adapter.json").write_text(damaged)
+        assert len(names(read_folder(tmp_path))) == 5
+
+
 def test_heic_is_named_where_it_cannot_be_read(tmp_path: Path) -> None:
     put(tmp_path / "1.png")
     (tmp_path / "2.heic").write_bytes(b"\0\0\0\x18ftypheic")
