@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from personalize.cli.commands.edit_image import INVERSIONS, edit_one
+from personalize.cli.commands.edit_image import EDITED, INVERSIONS, edit_one
 from personalize.cli.edit_options import ROW_OPTIONS, PhotoConfig
 from personalize.cli.parser import nearest, parse
 from personalize.editing.editor import Editor
@@ -71,7 +71,7 @@ def run(config: EditTableConfig) -> Path:
         try:
             options = row_options(row, config)
             key = row_hash(row, config, adapters)
-            if done.get(row.name) == key:
+            if done.get(row.name) == key and has_pictures(options.output_dir):
                 continue
             with said_if_stopped(stopped):
                 editor = editor or Editor.configured(config, (*config.adapter, *config.add))
@@ -205,6 +205,11 @@ def adapter_hashes(path: Path) -> list[str]:
     else:
         files = [path, path.with_name(ADAPTER_CONFIG)]
     return [file_hash(file) for file in files if is_plain(file)]
+
+
+def has_pictures(folder: Path) -> bool:
+    """Does a row's folder hold an edit?  A user may have removed it, to have the row edited again."""
+    return folder.is_dir() and any(folder.glob(f"{Path(EDITED).stem}*.png"))
 
 
 class TableResult(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,10 @@ def test_each_row_has_its_folder_and_a_second_run_edits_what_is_left(base, tmp_p
     assert run(base, table, out) == 0
     said = capsys.readouterr().out
     assert "line 4, p3:" in said and "line 2" not in said and "3 rows in" in said
+    shutil.rmtree(out / "p1")  # to have it edited again: it was called finished, and "3 rows in" the folder
+    assert run(base, table, out) == 0
+    said = capsys.readouterr().out
+    assert "line 2, p1:" in said and "line 3" not in said and (out / "p1" / "edited.png").is_file()
 
 
 @pytest.mark.parametrize(
