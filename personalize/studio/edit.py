@@ -174,7 +174,7 @@ def words_of(studio: Studio, given: Mapping[str, Any], search: bool, *more: str)
     words += option("negative_prompt", given["negative"] or None)
     if search:
         words += ["--auto", *option("budget", int(given["budget"])), *option("clip_model", given["clip"] or None)]
-        words += option("seed", int(given["seed"]))
+        words += option("seed", int(given["seed"] or 0))
     else:
         projection = MIXES.get(given["mix"], "projection") == "projection" or {"alpha", "beta"} & {*dials}
         names = ["alpha", "beta"] if projection and "gamma" not in dials else ["gamma"]

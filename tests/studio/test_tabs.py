@@ -145,6 +145,7 @@ def test_the_history_brings_back_how_a_picture_was_mixed(studio, tmp_path):
     by_gamma, by_projection = (edit.words_of(studio, values, False) for _, _, values in edit.history(queue))
     assert "--gamma=0.6" in by_gamma and not [word for word in by_gamma if word.startswith(("--alpha", "--beta"))]
     assert {"--alpha=0.7", "--beta=1.3"} < set(by_projection)
+    assert "--seed=0" in edit.words_of(studio, given | {"seed": None}, True)  # a field that was emptied
 
 
 def grid_fields(tmp_path: Path, across: tuple[str, str], down: tuple[str, str], **more: object):
