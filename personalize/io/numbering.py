@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 
 from personalize.io.atomic import Content, write_file
+from personalize.io.locks import folder_lock
 
+PURPOSE, WAIT = "numbering", 600.0  # of the lock, and the seconds that a process waits for another one's files
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # names of Windows
 
 
@@ -57,9 +59,25 @@ def _numbered(name: str, number: int) -> str:
 def add_files(folder: Path, files: Mapping[str, Content]) -> dict[str, str]:
     """Write `files` into `folder` under names that are not taken; returns these, by the names that were given.
 
+    Of several processes that add files to one folder, each waits until another has written all of its own.
+
     Raises:
         UserError: the disk is full or the folder cannot be written; see `write_file`.
     """
+    with folder_lock(folder, PURPOSE, wait=WAIT):
+        return _added(folder, files)
+
+
+def add_numbered(folder: Path, prefix: str, make: Callable[[int], Mapping[str, Content]]) -> dict[str, str]:
+    """`add_files` of what `make` returns for `next_number`; files that begin with `prefix` have it in their names."""
+    with folder_lock(folder, PURPOSE, wait=WAIT):
+        files = make(next_number(folder, prefix))
+        numbered = {name: content for name, content in files.items() if name.startswith(prefix)}
+        others = {name: content for name, content in files.items() if name not in numbered}
+        return _added(folder, numbered) | _added(folder, others)
+
+
+def _added(folder: Path, files: Mapping[str, Content]) -> dict[str, str]:
     names = unused_names(folder, files)
     for name, content in files.items():
         write_file(folder / names[name], content)

@@ -27,7 +27,7 @@ from personalize.io.atomic import Content
 from personalize.io.figures import grid
 from personalize.io.image_files import load_image
 from personalize.io.json_files import json_bytes
-from personalize.io.numbering import add_files, next_number
+from personalize.io.numbering import add_numbered
 from personalize.io.progress import ticked
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ SEARCH = (  # options that one picture does not need, or has values of its own f
     "auto", "budget", "clip_model", "identity_model", "source_image", "alpha", "beta", "gamma", "seed", "seeds",
     "num_images", *FASTER,
 )  # fmt: skip
+PREFIX = "edit-"  # of the pictures' names, before their number
 COLUMNS = 4  # pictures in a row of the ranked sheet
 
 
@@ -58,10 +59,8 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     faster = {name: getattr(config, name) for name in FASTER}
     sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size, **faster)
     pictures = searched if config.auto else combinations
-    files = pictures(config, editor, prompt, sampling)
-    drawn = [name for name in files if name.startswith("edit-")]  # numbered on, so that these names are not taken
-    add_files(config.output_dir, {name: files.pop(name) for name in drawn})
-    sheet = add_files(config.output_dir, files)["grid.png"]
+    written = add_numbered(config.output_dir, PREFIX, pictures(config, editor, prompt, sampling))
+    drawn, sheet = [name for name in written.values() if name.startswith(PREFIX)], written["grid.png"]
     count = f"1 picture, {drawn[0]}," if len(drawn) == 1 else f"{len(drawn)} pictures, {drawn[0]} to {drawn[-1]},"
     print(f"{count} and {sheet} in {config.output_dir}")
     return config.output_dir
@@ -88,10 +87,12 @@ def starting_from(config: EditConfig, editor: Editor) -> Editor:
     return Editor(editor.model, chosen)
 
 
-def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
+def combinations(
+    config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
+) -> Callable[[int], dict[str, Content]]:
     """A picture for every combination of strengths and seeds, a labelled grid, and edits.json.
 
-    The pictures are numbered on from those that the output folder holds already.
+    They are files once the number of the first picture is known, see `add_numbered`.
     """
     write, settings, seed = PictureWriter(config), list(edit_strengths(config)), config.seed or 0
     recalled = None
@@ -99,10 +100,10 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
         recalled = remembered(editor.adapter.info if editor.adapter else {}, prompt, editor.caption)
     if recalled is not None:
         settings, seed = [recalled[0]], recalled[1] if config.seed is None else config.seed
-        print(
-            f"Using what --auto chose for this prompt: {recalled[0]}, seed {seed}; give --beta or another to change it"
-        )
     seeds = list(config.seeds) or [seed + index for index in range(config.num_images)]
+    if recalled is not None:
+        used = f"{recalled[0]}, seed {', '.join(map(str, seeds))}"
+        print(f"Using what --auto chose for this prompt: {used}; give --beta or another to change it")
     common = picture_details(config, editor, prompt, sampling, seeds)  # reads files: before the pictures are drawn
     with editor:
         rows = [
@@ -112,14 +113,25 @@ def combinations(config: EditConfig, editor: Editor, prompt: str, sampling: Samp
     drawn = redrawn_seeds(config, seeds)
     rows = [[row[seeds.index(number)] for number in drawn] for row in rows]
     sheet = grid(rows, columns=[f"seed {seed}" for seed in drawn], labels=[str(s) for s in settings], title=prompt)
-    files: dict[str, Content] = {}
-    entries, first = [], next_number(config.output_dir, "edit-")
-    for setting, row in zip(settings, rows, strict=True):
-        for number, picture in zip(drawn, row, strict=True):
-            name = f"edit-{first + len(entries):03d}.png"
-            files[name] = write(picture, common(setting, number))
-            entries.append({"file": name, "prompt": prompt, "seed": number, **asdict(setting)})
-    return files | {"grid.png": write(sheet), "edits.json": json_bytes(entries)}
+    contents = [
+        (write(picture, common(setting, number)), {"prompt": prompt, "seed": number, **asdict(setting)})
+        for setting, row in zip(settings, rows, strict=True)
+        for number, picture in zip(drawn, row, strict=True)
+    ]
+    marked = write(sheet)
+
+    def files(first: int) -> dict[str, Content]:
+        names = names_from(first, len(contents))
+        entries = [{"file": name, **about} for name, (_, about) in zip(names, contents, strict=True)]
+        pictures = {name: content for name, (content, _) in zip(names, contents, strict=True)}
+        return {**pictures, "grid.png": marked, "edits.json": json_bytes(entries)}
+
+    return files
+
+
+def names_from(first: int, count: int) -> list[str]:
+    """The names of so many pictures, the first of which has the number `first`."""
+    return [f"{PREFIX}{number:03d}.png" for number in range(first, first + count)]
 
 
 def redrawn_seeds(config: EditConfig, seeds: list[int]) -> list[int]:
@@ -173,8 +185,10 @@ def edit_strengths(config: EditConfig) -> Iterator[EditStrengths]:
         yield EditStrengths(*mix, forget, strength)
 
 
-def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling) -> dict[str, Content]:
-    """Search the strengths: the pictures from best to worst, a ranked sheet, and ranking.json.
+def searched(
+    config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
+) -> Callable[[int], dict[str, Content]]:
+    """Search the strengths: the pictures from best to worst, a ranked sheet, and ranking.json, as by `combinations`.
 
     The best strengths are stored in the adapter's folder, if it is one alone, for the next `edit` with this prompt.
     """
@@ -195,15 +209,15 @@ def searched(config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
         facts = _figures(best) | {"caption": editor.caption}
         remember(config.adapter, prompt, best.strengths, best.seed, facts)
         console.print(f"Stored in {config.adapter}: the next `edit` with this prompt uses it.")
-    first = next_number(config.output_dir, "edit-")
-    names = [f"edit-{first + place:03d}.png" for place in range(len(trials))]
-    files: dict[str, Content] = {
-        name: write(trial.picture, common(trial.strengths, trial.seed))
-        for name, trial in zip(names, trials, strict=True)
-    }
-    report = ranking(trials, names, request, scorer.name)
+    contents = [write(trial.picture, common(trial.strengths, trial.seed)) for trial in trials]
     sheet = write(ranked_sheet(trials, request))
-    return files | {"grid.png": sheet, "ranking.json": json_bytes(report, ensure_ascii=False)}
+
+    def files(first: int) -> dict[str, Content]:
+        names = names_from(first, len(trials))
+        report = json_bytes(ranking(trials, names, request, scorer.name), ensure_ascii=False)
+        return {**dict(zip(names, contents, strict=True)), "grid.png": sheet, "ranking.json": report}
+
+    return files
 
 
 _STATES = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "it has neither"}
