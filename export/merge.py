@@ -14,6 +14,8 @@ from typing import Literal
 
 import tyro
 
+from personalize.errors import UserError
+
 
 @dataclass(frozen=True)
 class Config:
@@ -45,6 +47,8 @@ def main(config: Config) -> Path:
     names = [path.resolve().name.removesuffix(".safetensors") for path in config.adapters]
     read = [plain(Adapter.load(path, family=config.family)) for path in config.adapters]
     adapter = merged([one for one, _ in read], weights, names)
+    if config.rank is not None and config.rank > adapter.rank:
+        raise UserError(f"the sum has rank {adapter.rank}, got --rank {config.rank}: give a lower one, or leave it out")
     if config.rank is not None and config.rank < adapter.rank:
         adapter, reduction = with_lower_rank(adapter, config.rank)
         print(reduction)

@@ -113,6 +113,7 @@ def test_a_checkpoint_says_what_its_base_predicts(place, tmp_path, capsys):
         (("lora", "{base}", "--output", "{new}"), "no adapter folder"),
         (("tokens", "{cat}/cat_lora.safetensors", "--output", "{new}"), "has no learned tokens"),
         (("merge", "{cat}", "--output", "{new}"), "two adapters or more"),
+        (("merge", "{cat}", "{cat}/cat_lora.safetensors", "--rank", "64", "--output", "{new}"), "the sum has rank 8"),
         (("merge", "{cat}", "{cat}", "--weights", "1", "--output", "{new}"), "a weight for each"),
         (("merge", "{cat}", "{cat}", "--output", "{new}"), "learned the token"),
         (("checkpoint", "{cat}/cat_lora.safetensors", "--output", "{cat}"), "exists already"),

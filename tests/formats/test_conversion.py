@@ -216,6 +216,18 @@ def test_text_encoders_get_a_peft_folder_of_their_own(tmp_path):
         convert(tmp_path / "in.safetensors", "peft", folder)
 
 
+def test_a_folder_that_is_read_is_not_written_into(tmp_path):
+    """With --overwrite PEFT's folder was replaced by what had been read from it, at a lower rank or precision."""
+    folder = convert(save(tmp_path / "in.safetensors", small_state("sd1")), "peft", tmp_path / "peft")
+    weights = folder / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    for file, to, output in ((weights, "peft", folder), (folder, "kohya", weights)):
+        with pytest.raises(UserError, match="which would be replaced: name another --output"):
+            convert(file, to, output, dtype="float16")
+    assert weights.read_bytes() == before
+    convert(folder, "kohya", folder / "new.safetensors")  # a new file replaces nothing
+
+
 def test_refusals_write_nothing(tmp_path):
     state = small_state("sd1", text=True)
     lora = save(tmp_path / "lora.safetensors", state)
@@ -238,6 +250,8 @@ def test_refusals_write_nothing(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             convert(file, to, tmp_path / output)
+    with pytest.raises(UserError, match="holds no learned token that could be called <cat>: leave --token out"):
+        convert(lora, "kohya", tmp_path / "out", token="<cat>")
     with pytest.raises(UserError, match="1 module.s., first .unet.down_blocks.0.x., are in no model of sd1"):
         convert(partly, "kohya", tmp_path / "out", family="sd1")
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -41,10 +41,12 @@ def run(config: ConvertConfig) -> Path:
     _require_free(config.output, config)
     content = open_adapter(config.file, allow_pickle=config.allow_pickle)
     if (found := identify(content, config.family)) is not None:
+        _require_token(config, {})
         return convert_transformer.run(config, content, found[0])
     if config.family in FAMILIES:
         raise UserError(f"{config.file} has no layer of {FAMILIES[config.family].title}: is --family right?")
     file = read_adapter_file(config.file, content, token=config.token, family=config.family)
+    _require_token(config, file.concepts)
     if config.rank is not None and not file.state and not file.others:
         raise UserError(f"{config.file} holds learned tokens alone, which have no rank: leave --rank out")
     if not file.state and not file.others:
@@ -66,6 +68,12 @@ def run(config: ConvertConfig) -> Path:
     for line in [*left, *([warning(rule)] if rule else [])]:
         print(line)
     return written
+
+
+def _require_token(config: ConvertConfig, concepts: Concepts) -> None:
+    """UserError for a word for a learned token, if there is none."""
+    if config.token is not None and not concepts:
+        raise UserError(f"{config.file} holds no learned token that could be called {config.token}: leave --token out")
 
 
 def _with_lower_rank(rank: int, lora: AdapterFile) -> tuple[AdapterFile, Factors]:
@@ -101,9 +109,13 @@ def _write(config: ConvertConfig, lora: AdapterFile, expected: Factors, family: 
 
 
 def _require_free(path: Path, config: ConvertConfig) -> None:
-    """UserError if `path` exists and may not be replaced."""
-    if path.exists() and config.file.exists() and path.samefile(config.file):
-        raise UserError(f"{path} is the file to convert: name another --output")
+    """UserError if `path` exists and may not be replaced, or is, holds or lies in what is read."""
+    if path.exists() and config.file.exists():
+        if path.samefile(config.file):
+            raise UserError(f"{path} is the file to convert: name another --output")
+        place, source = path.resolve(), config.file.resolve()
+        if source.is_relative_to(place) or place.is_relative_to(source):
+            raise UserError(f"{path} has files of {config.file}, which would be replaced: name another --output")
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} exists already: name another --output, or add --overwrite")
 
