@@ -20,10 +20,15 @@ ALGORITHMS = ("es256", "ps256", "ed25519", "es384", "es512")
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
 
-def check_signing(files: Sequence[Path]) -> None:
-    """UserError unless `files` are none, or a certificate and its key, and the library is installed."""
+def check_signing(files: Sequence[Path], *, provenance: bool = True) -> None:
+    """UserError unless `files` are none, or a certificate and its key, and the library is installed.
+
+    provenance: whether the pictures say that a model made them, which is what a signature is of.
+    """
     if not files:
         return
+    if not provenance:
+        raise UserError("--c2pa signs that a model made the pictures, --no_provenance keeps it out: give one of them")
     if len(files) != 2:
         raise UserError(f"--c2pa takes two files, the certificate chain and its private key, got {len(files)}")
     certificate, key = files
@@ -36,7 +41,7 @@ def check_signing(files: Sequence[Path]) -> None:
             raise UserError(f"--c2pa: {path} holds no PEM block of a {word.lower()}: give the certificate first")
 
 
-def signed(content: bytes, certificate: Path, key: Path, source_type: str | None) -> bytes:
+def signed(content: bytes, certificate: Path, key: Path, source_type: str) -> bytes:
     """The PNG file `content` with a signed manifest: the picture was created, with IPTC's `source_type`.
 
     Raises:
@@ -44,9 +49,7 @@ def signed(content: bytes, certificate: Path, key: Path, source_type: str | None
     """
     import c2pa  # pyright: ignore[reportMissingImports]
 
-    action = {"action": "c2pa.created"}
-    if source_type is not None:
-        action["digitalSourceType"] = SOURCE_TYPES + source_type
+    action = {"action": "c2pa.created", "digitalSourceType": SOURCE_TYPES + source_type}
     manifest = {
         "claim_generator_info": [{"name": "personalize"}], "format": "image/png",
         "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [action]}}],
@@ -60,5 +63,5 @@ def signed(content: bytes, certificate: Path, key: Path, source_type: str | None
                 builder.sign(signer, "image/png", io.BytesIO(content), output)
             return output.getvalue()
         except c2pa.C2paError as error:
-            reason = reason or (str(error) or type(error).__name__).splitlines()[0]
+            reason = reason or " ".join(str(error).split())[:300] or type(error).__name__
     raise UserError(f"--c2pa: the picture cannot be signed with {certificate}: {reason}")

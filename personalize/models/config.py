@@ -142,4 +142,4 @@ class InferenceOptions(BaseModelOptions):
 
     def check(self) -> None:
         super().check()
-        check_signing(self.c2pa)
+        check_signing(self.c2pa, provenance=self.provenance)

@@ -7,14 +7,17 @@ import re
 import shutil
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from personalize.cli.commands.marks import PictureWriter
 from personalize.cli.main import main
 from personalize.cli.redrawing import redrawn
+from personalize.errors import UserError
 from personalize.io.provenance import Provenance, picture_bytes, read_marks
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
@@ -273,3 +276,16 @@ def test_a_picture_is_signed_and_keeps_its_marks(base, adapter, tmp_path, capsys
     assert "takes two files" in capsys.readouterr().err
     assert run(base, tmp_path / "no", "edit", adapter, "--prompt", PROMPT, "--c2pa", tmp_path / "x", key) == 2
     assert "no such file" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.skipif(find_spec("c2pa") is None, reason="c2pa-python is not installed")
+def test_a_key_of_another_certificate_is_found_before_anything_is_drawn(tmp_path):
+    """It was found when the first picture was to be written, and with it all pictures were lost."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    chain, key = certificate(tmp_path / "one")
+    other = certificate(tmp_path / "two")[1]
+    options = {"metadata": True, "provenance": True}
+    assert PictureWriter(SimpleNamespace(**options, c2pa=(chain, key)))(Image.new("RGB", (8, 8)))
+    with pytest.raises(UserError, match="the picture cannot be signed with"):
+        PictureWriter(SimpleNamespace(**options, c2pa=(chain, other)))

@@ -31,9 +31,9 @@ def run(config: DragConfig, editor: Editor | None = None) -> Path:
     if config.preview:
         return _write_preview(config, previewed(config, editor))
     points = interleaved_points(config.from_, config.to)
-    details = drag_details(config, editor)  # reads files: before the picture is drawn
+    write, details = PictureWriter(config, config.photo), drag_details(config, editor)  # before the picture is drawn
     result = editor.drag(points, config.photo, paste=config.paste, **drag_arguments(config))
-    return _write_drag(config, details, points, result)
+    return _write_drag(config, write, details, points, result)
 
 
 def previewed(config: DragConfig, editor: Editor) -> DragPreview:
@@ -68,8 +68,10 @@ def drag_details(config: DragConfig, editor: Editor) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _write_drag(config: DragConfig, details: dict[str, Any], points: list[Any], result: DragResult) -> Path:
-    write, details = PictureWriter(config, config.photo), details | {"size": "x".join(map(str, result.image.size))}
+def _write_drag(
+    config: DragConfig, write: PictureWriter, details: dict[str, Any], points: list[Any], result: DragResult
+) -> Path:
+    details = details | {"size": "x".join(map(str, result.image.size))}
     pictures = {"mask.png": png(result.mask), "overlay.png": png(result.overlay)}
     pictures = {"dragged.png": write(result.image, details), **pictures}
     names = _write(config, pictures, {"drag.json": summary(points, result)})

@@ -34,6 +34,8 @@ class PictureWriter:
 
     config: the command's options: `metadata`, `provenance`, `c2pa` and, for photos, `keep_exif`.
     photo: the file that was edited; None for pictures made from text.
+
+    It is made before anything is drawn.  UserError if the pictures could not be signed as the options ask.
     """
 
     def __init__(self, config: Any, photo: Path | None = None) -> None:
@@ -43,6 +45,8 @@ class PictureWriter:
         self.exif = photo_exif(photo) if keeps and photo is not None else None
         if not config.provenance:
             print(NO_PROVENANCE)
+        if config.c2pa:  # a certificate and a key that do not belong together are found before a picture is drawn
+            self(Image.new("RGB", (8, 8)))
 
     def __call__(self, picture: Image.Image, details: Mapping[str, Any] | None = None) -> bytes:
         """The bytes of `picture`; `details` as `details_of` returns them, unless the options leave them out."""
@@ -52,7 +56,7 @@ class PictureWriter:
         if not self.config.c2pa:
             return content
         certificate, key = self.config.c2pa
-        return signed(content, certificate, key, mark.source_type)
+        return signed(content, certificate, key, self.kind)
 
 
 def details_of(
