@@ -23,6 +23,7 @@ from personalize.editing.strengths import remember, remembered
 from personalize.errors import UserError, said_if_stopped
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request
+from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import Content
 from personalize.io.figures import grid
 from personalize.io.image_files import load_image
@@ -205,10 +206,8 @@ def searched(
     console.print(f"Best of {len(trials)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")
     if best.state != "good":
         console.print(f"No picture shows both the edit and the source (best: {_STATES[best.state]}); raise --budget.")
-    if config.adapter.is_dir() and not config.add:  # of a sum the strengths are not this adapter's
-        facts = _figures(best) | {"caption": editor.caption}
-        remember(config.adapter, prompt, best.strengths, best.seed, facts)
-        console.print(f"Stored in {config.adapter}: the next `edit` with this prompt uses it.")
+    if (config.adapter / MANIFEST).is_file() and not config.add:  # of a sum the strengths are not this adapter's
+        console.print(stored(config.adapter, prompt, best, editor.caption))
     contents = [write(trial.picture, common(trial.strengths, trial.seed)) for trial in trials]
     sheet = write(ranked_sheet(trials, request))
 
@@ -218,6 +217,15 @@ def searched(
         return {**dict(zip(names, contents, strict=True)), "grid.png": sheet, "ranking.json": report}
 
     return files
+
+
+def stored(adapter: Path, prompt: str, best: Trial, caption: str | None) -> str:
+    """Store the best strengths in the adapter's folder: a line that says so, or why not: the pictures count more."""
+    try:
+        remember(adapter, prompt, best.strengths, best.seed, _figures(best) | {"caption": caption})
+    except UserError as error:
+        return f"Not stored for the next `edit` with this prompt: {error}"
+    return f"Stored in {adapter}: the next `edit` with this prompt uses it."
 
 
 _STATES = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "it has neither"}

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
+from personalize.cli.commands import edit as edit_command
 from personalize.cli.main import main
 from personalize.editing.config import EditStrengths
 from personalize.editing.strengths import remembered
+from personalize.errors import UserError
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 from tests.support.tiny_scorers import clip_folder, dino_folder
@@ -59,6 +61,24 @@ def test_auto_ranks_shows_and_remembers(places, tmp_path, capsys):
     again = shutil.copytree(adapter, tmp_path / "other")
     assert edit(places, "--add", str(again), "--prompt", "a dog", "--auto", "--budget", "1", *scorer) == 0
     assert "Stored" not in capsys.readouterr().out and remembered(Adapter.load(adapter).info, "a dog") is None
+
+
+def test_a_search_keeps_its_pictures_where_the_adapter_cannot_be_written(places, tmp_path, capsys, monkeypatch):
+    """All that was drawn was lost if the adapter lay on a disk that is read only, or was a folder of PEFT's."""
+
+    def refuse(*_):
+        raise UserError("could not write adapter.json: Read-only file system; what was there before is unchanged")
+
+    monkeypatch.setattr(edit_command, "remember", refuse)
+    words = ("--prompt", "a fox", "--auto", "--budget", "1", *places[3])
+    assert edit((*places[:2], tmp_path / "out", places[3]), *words) == 0
+    assert "Not stored for the next `edit` with this prompt: could not write" in capsys.readouterr().out
+    peft = tmp_path / "peft"
+    assert main(["convert", str(places[1] / "pytorch_lora_weights.safetensors"), "--to", "peft", "--family", "sd1",
+                 "--output", str(peft)]) == 0  # fmt: skip
+    source = ("--source_image", str(places[1] / "source.png"))
+    assert edit((places[0], peft, tmp_path / "out", places[3]), *words, *source) == 0
+    assert {"edit-000.png", "edit-001.png"} < {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_edits_are_numbered_on_and_nothing_is_replaced(places, tmp_path, capsys):
