@@ -81,6 +81,21 @@ def test_a_complete_folder_of_results_of_other_options_is_refused(tmp_path, caps
     assert json.loads((results / "run.json").read_text())["options"] == ["--seed", "1"] and len(quick) == 2
 
 
+def test_results_of_an_adapter_that_has_changed_are_not_gone_on_with(tmp_path, capsys, quick):
+    """An adapter trained again between two runs made the rest of the results, and the first ones counted as its own."""
+    folder, results, adapter = scene_folder(tmp_path / "bench", "pie"), tmp_path / "made", tmp_path / "x.safetensors"
+    run = f"--run=--adapter {adapter}"
+    adapter.write_bytes(b"1")
+    assert evaluated(folder, results, tmp_path, run, "--cpu")[0] == 0 and len(quick) == 2
+    (results / "two.png").unlink()
+    assert evaluated(folder, results, tmp_path, run, "--cpu")[0] == 0 and len(quick) == 3
+    (results / "two.png").unlink()
+    adapter.write_bytes(b"2")
+    capsys.readouterr()
+    assert evaluated(folder, results, tmp_path, run, "--cpu")[0] == 2 and len(quick) == 3
+    assert "holds results of an adapter that has changed since" in capsys.readouterr().err
+
+
 def test_results_of_unknown_origin_are_not_claimed(tmp_path, capsys, quick):
     folder, results = scene_folder(tmp_path / "bench", "pie"), tmp_path / "made"
     results.mkdir()

@@ -17,6 +17,7 @@ from PIL import Image
 from personalize.cli.checks import interleaved_points
 from personalize.cli.commands.drag import as_text, drag_arguments
 from personalize.cli.commands.edit_image import edit_request, photo_settings
+from personalize.cli.commands.edit_table import adapter_hashes
 from personalize.cli.edit_options import DragConfig, PhotoConfig
 from personalize.cli.parser import parse
 from personalize.editing.editor import Editor
@@ -56,7 +57,10 @@ def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkIte
         return options
 
     first = _first_valid(checked, missing or items)
-    _check_record(config.results, {"benchmark": name, "options": words}, next(filter(None, found), None))
+    record: dict[str, Any] = {"benchmark": name, "options": words}
+    if hashes := [adapter_hashes(path) for path in adapters_of(first)]:
+        record["adapters"] = hashes
+    _check_record(config.results, record, next(filter(None, found), None))
     if not missing:
         return
     editor = Editor.configured(first, adapters_of(first))
@@ -161,7 +165,13 @@ def _check_record(results: Path, record: dict[str, Any], made: Path | None) -> N
             f"{results} holds results such as {made.name}, but no {RECORD} that says how they were made: leave --run "
             "out to measure them, or name another folder with --results"
         )
-    if made is not None and (before := read_json(path)) != record:
+    before = read_json(path) if made is not None else record
+    if before != record and before | {"adapters": record.get("adapters")} == record:
+        raise UserError(
+            f"{results} holds results of an adapter that has changed since, or now lies elsewhere: name another folder "
+            "with --results"
+        )
+    if before != record:
         raise UserError(
             f"{results} holds results of {before.get('benchmark')} made with --run "
             f'"{shlex.join(map(str, before.get("options") or []))}": give that again, or name another folder with '
