@@ -85,7 +85,8 @@ def check_photo(config: Any) -> None:
     from personalize.io.image_files import check_image
 
     check_image(config.photo)
-    check_writable(config.output_dir)
+    for folder in filter(None, (config.output_dir, config.trajectory)):
+        check_writable(folder)
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     if not config.source.strip():
         raise UserError("--source is empty: say what the photo shows, e.g. 'a cat on the beach'")
@@ -139,6 +140,8 @@ def check_quickstart(config: Any) -> None:
         if config.caption is not None:
             raise UserError("--caption belongs to a picture of your own: name it, e.g. quickstart photo.jpg")
         return
+    if config.scene != type(config).scene:
+        raise UserError(f"--scene {config.scene} is a bundled picture: leave it out, or {config.photo}")
     picture = only_picture(config.photo)
     check_image(picture)
     find_caption(picture, config.caption)

@@ -60,6 +60,8 @@ class InspectConfig:
 
     def check(self) -> None:
         check_files(self.file)
+        if self.picture is not None and self.file.suffix.lower() in IMAGE_SUFFIXES:
+            raise UserError(f"{self.file} is a picture, --picture draws what an adapter changes: leave it out")
         if self.picture is not None:
             check_output(self.picture)
 
