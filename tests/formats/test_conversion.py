@@ -39,15 +39,8 @@ CLOSE = 1e-5  # of a prediction: see test_formats
 
 
 def convert(file, to, output, **options):
-    chosen = {
-        "dtype": "float32",
-        "family": None,
-        "unet_only": False,
-        "token": None,
-        "allow_pickle": False,
-        "rank": None,
-    }
-    chosen |= options
+    chosen = {"dtype": "float32"} | dict.fromkeys(("family", "token", "rank"))
+    chosen |= dict.fromkeys(("unet_only", "allow_pickle"), False) | options
     return convert_command.run(SimpleNamespace(file=file, to=to, output=output, overwrite=True, **chosen))
 
 
