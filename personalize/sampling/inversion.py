@@ -161,7 +161,7 @@ def _invert_latents(
         fit = NullFit(model, latents, conditioning, null, scale, null_text)
         with part("Fitting null embeddings"):
             denoise(model, latents[-1], Edit(conditioning, fit, scale), make_schedule(model, **extent))
-        null = Conditioning.cat(fit.rows)
+        null = fit.fitted
     return Trajectory(latents.cpu(), conditioning.to("cpu"), null.to("cpu"), about)
 
 

@@ -48,6 +48,11 @@ class NullFit:
         self._losses: list[list[Tensor]] = []
 
     @property
+    def fitted(self) -> Conditioning:
+        """The null conditioning of every step, a row each; the one row to start at if guidance was off throughout."""
+        return Conditioning.cat(self.rows) if self.rows else self.null
+
+    @property
     def losses(self) -> list[list[float]]:
         """The losses of each step: before each of its updates, and after the last unless one ended the step."""
         return [torch.stack(step).tolist() for step in self._losses]

@@ -51,6 +51,15 @@ def test_the_target_is_another_picture_of_the_photos_size(method):
     assert (found.attention is None) == (method != "direct")
 
 
+def test_null_text_without_guidance_fits_the_nouns_alone():
+    dynamic = DynamicSettings(updates=1)
+    unguided = replace(SHORT, inversion="null-text", guidance_scale=1.0, dynamic=dynamic)
+    found = edited(EditRequest(TARGET), unguided)
+    assert found.trajectory.method == "null-text" and len(found.trajectory.null) == 1
+    by_ddim = edited(EditRequest(TARGET), replace(unguided, inversion="ddim"))
+    assert torch.equal(found.latents, by_ddim.latents)
+
+
 def test_dpl_c67_an_identity_edit_is_the_vae_round_trip():
     model, picture = shared(), photo()
     once = PaddedImage.of(model, picture)

@@ -107,6 +107,15 @@ def test_dpl_c63_replay_from_disk_is_the_end_of_the_fit(tmp_path):
         assert (seen - fitted_at).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_without_guidance_no_embedding_is_read_and_none_is_fitted(scale):
+    model = shared("sd1")
+    found = invert(model, photo(), SOURCE, "null-text", steps=2, guidance_scale=scale)
+    plain = invert(model, photo(), SOURCE, "ddim", steps=2)
+    assert torch.equal(found.null.embeds, plain.null.embeds) and len(found.null) == 1
+    assert torch.equal(found.replay(model, scale), plain.replay(model, 1.0))
+
+
 @pytest.mark.parametrize("wrong", [{"iterations": 0}, {"rate": 0.0}, {"tolerance": -1.0}, {"growth": -1.0}])
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="null-text takes|give a number from 0"):

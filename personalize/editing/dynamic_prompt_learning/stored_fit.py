@@ -49,7 +49,7 @@ def fit_dynamic_prompt(
     if null_text is not None:
         nulls = NullFit(model, trajectory.latents, fit.latest, trajectory.null[:1], guidance_scale, null_text)
         denoise(model, trajectory.start(), Edit(fit, nulls, guidance_scale), down)
-        trajectory = _with_null(trajectory, Conditioning.cat(nulls.rows).to("cpu"))
+        trajectory = _with_null(trajectory, nulls.fitted.to("cpu"))
     elif trajectory.method == "direct":
         fit_on_trajectory(fit, trajectory.latents, down)
     else:
