@@ -83,13 +83,13 @@ def as_mask(image: Image.Image, name: Path | str = "the mask") -> Image.Image:
     have one colour, which then says nothing, the alpha channel itself is the mask.
     """
     if not image.has_transparency_data:
-        return image if image.mode == "L" else _rgb(image, name).convert("L")
+        return image if image.mode == "L" else as_rgb(image, name).convert("L")
     colours = image.convert("RGBA")
     alpha = colours.getchannel("A")
     levels = [value for value, count in enumerate(alpha.histogram()) if count]
     opaque = alpha.point([255 * (value == levels[-1]) for value in range(256)])
     plain = len(list(filter(None, colours.convert("RGB").histogram(opaque)))) == 3  # one value in each channel
-    return alpha if plain and len(levels) > 1 else _rgb(image, name, "black").convert("L")
+    return alpha if plain and len(levels) > 1 else as_rgb(image, name, "black").convert("L")
 
 
 def check_mask(mask: Image.Image, name: Path | str = "the mask") -> None:
@@ -137,7 +137,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:
     """Like `load_image`, from an existing file or a stream of bytes; error messages name it `path`."""
     with _decoded(source, path) as image:
-        return _rgb(image, path)
+        return as_rgb(image, path)
 
 
 @contextmanager
@@ -230,8 +230,11 @@ def _upright(image: Image.Image, path: Path | str) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image, path: Path | str, background: str = "white") -> Image.Image:
-    """Convert an image of any Pillow mode to 8-bit RGB in the colours of sRGB, transparency over the `background`."""
+def as_rgb(image: Image.Image, path: Path | str = "the picture", background: str = "white") -> Image.Image:
+    """An opened picture of any Pillow mode in 8-bit RGB, the colours of sRGB, transparency over the `background`.
+
+    It is what `load_image` reads, except that EXIF does not turn it: points and masks fit the picture as it is.
+    """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image, path)
@@ -240,9 +243,9 @@ def _rgb(image: Image.Image, path: Path | str, background: str = "white") -> Ima
         alpha = image.getchannel("A")
         image = _to_srgb(image.convert("RGB"), profile, path)
         return Image.composite(image, Image.new("RGB", image.size, background), alpha)
-    if image.mode not in _CHANNELS:
-        image = image.convert("RGB")
-    return _to_srgb(image, profile, path)
+    image = _to_srgb(image if image.mode in _CHANNELS else image.convert("RGB"), profile, path)
+    image.info.pop("icc_profile", None)  # it counts no more
+    return image
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None, path: Path | str) -> Image.Image:

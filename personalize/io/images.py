@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.io.image_files import as_rgb
 
 
 def to_pixels(image: Image.Image) -> Tensor:
     """Convert a PIL image to pixels (1, 3, H, W) in [−1, 1]."""
-    array = np.array(image.convert("RGB"), np.float32)
+    array = np.array(as_rgb(image), np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
 
 
@@ -54,7 +55,7 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = min(image.width / width, image.height / height)  # px of the picture per px of the result
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, image.width - left, image.height - top)
-    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return as_rgb(image).resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def fitted_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from personalize.errors import UserError
-from personalize.io.image_files import as_mask, load_image, load_mask
+from personalize.io.image_files import as_mask, as_rgb, load_image, load_mask
 from personalize.io.images import to_image, to_pixels
 from personalize.models.blocks import block_roles
 from personalize.models.stable_diffusion import StableDiffusion
@@ -24,8 +24,8 @@ NEAR = 0.05
 
 
 def as_image(picture: Picture) -> Image.Image:
-    """The picture itself, or the one in the file of that path."""
-    return picture if isinstance(picture, Image.Image) else load_image(picture)
+    """A picture, or the one in the file of that path, in RGB, see `as_rgb`."""
+    return as_rgb(picture) if isinstance(picture, Image.Image) else load_image(picture)
 
 
 def as_mask_image(mask: Picture) -> Image.Image:
@@ -58,7 +58,7 @@ class PaddedImage:
             on a few latent cells. A picture whose sides lack less than the share `NEAR` keeps its size, because
             resampling would blur it for nothing.
         """
-        picture = picture.convert("RGB")
+        picture = as_rgb(picture)
         scale = (resolution or model.resolution) / math.sqrt(picture.width * picture.height)
         if 1 < scale < 1 + NEAR or (scale > 1 and not enlarge):
             scale = 1.0

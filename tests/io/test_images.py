@@ -1,14 +1,20 @@
 """Fitting pictures to a resolution, and converting them to pixels and back."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from personalize.adapters.subjects import Subject
 from personalize.errors import UserError
+from personalize.io.image_files import load_image
 from personalize.io.images import fitted_pixels, fitted_size, psnr, to_image, to_pixels
+from personalize.models.image_processor import as_image
+from personalize.training.data.buckets import fit
+from personalize.training.data.concepts import ConceptPicture
 
 
 def gradient(width: int = 48, height: int = 32) -> Image.Image:
@@ -70,3 +76,25 @@ def test_pixels_round_trip_and_psnr() -> None:
 def test_values_that_are_no_numbers_are_no_black_picture() -> None:
     with pytest.raises(UserError, match="no numbers"):
         to_image(torch.full((3, 16, 16), math.nan))
+
+
+def odd_modes() -> dict[str, Image.Image]:
+    """Pictures in modes whose plain conversion to RGB shows something else than the file does."""
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    cut_out = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    cut_out.paste((0, 0, 255, 255), (16, 16, 48, 48))
+    return {"16 bits": Image.fromarray(grey.astype(np.uint16)), "a cut-out": cut_out}
+
+
+@pytest.mark.parametrize("name", odd_modes())
+def test_an_opened_picture_of_any_mode_is_what_its_file_is(name: str, tmp_path: Path) -> None:
+    """Plainly converted to RGB, 16 bits are white nearly everywhere, and a cut-out shows what it leaves out."""
+    picture = odd_modes()[name]
+    picture.save(tmp_path / "picture.png")
+    file = load_image(tmp_path / "picture.png")
+    assert torch.equal(to_pixels(picture), to_pixels(file))
+    assert torch.equal(fitted_pixels(picture, 32, 32)[0], fitted_pixels(file, 32, 32)[0])
+    assert torch.equal(fit(picture, None, 32, 32).pixels, fit(file, None, 32, 32).pixels)
+    assert as_image(picture).tobytes() == file.tobytes()
+    subjects = (Subject("<cat1>", "cat"),)
+    assert ConceptPicture(picture, subjects).image.tobytes() == file.tobytes()

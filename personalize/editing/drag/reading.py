@@ -60,7 +60,7 @@ class SourceCache:
         resolution: int | None, settings: DragSettings,
     ) -> DragSource:  # fmt: skip
         """The kept one, if nothing that it depends on has changed; else a new one, which takes its place."""
-        image = as_image(picture).convert("RGB")
+        image = as_image(picture)
         read = (settings.map_places, settings.map_levels, settings.seed)
         key = (model, adapter, sha256(image.tobytes()).hexdigest(), image.size, prompt, resolution, read)
         if self._last is None or not _same(self._last[0], key):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from personalize.io.image_files import as_rgb
 from personalize.io.images import fitted_size, to_pixels
 
 Box = tuple[float, float, float, float]
@@ -165,7 +166,7 @@ def padded(pixels: Tensor, size: tuple[int, int], *, mask: bool = False) -> Tens
 
 
 def _resized(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
-    return image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box)
+    return as_rgb(image).resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box)
 
 
 def _mask_pixels(mask: Image.Image | None, size: tuple[int, int], box: Box) -> Tensor | None:

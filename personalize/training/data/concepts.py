@@ -24,7 +24,7 @@ from torch import Tensor
 from personalize.adapters.subjects import Subject, default_prompt, read_subjects
 from personalize.adapters.textual_inversion import check_new_tokens, installed_tokens, locate_subjects
 from personalize.errors import UserError
-from personalize.io.image_files import as_mask, check_mask, image_size, load_image, load_mask
+from personalize.io.image_files import as_mask, as_rgb, check_mask, image_size, load_image, load_mask
 from personalize.io.image_folders import only_picture
 from personalize.io.images import fitted_size
 from personalize.models.prompts import tokenize_prompt
@@ -72,7 +72,7 @@ class ConceptPicture:
         masks = tuple(map(as_mask, self.masks))
         for mask, subject in zip(masks, self.subjects, strict=False):
             check_mask(mask, f"the mask of {subject.phrase}")
-        object.__setattr__(self, "image", self.image.convert("RGB"))
+        object.__setattr__(self, "image", as_rgb(self.image))
         object.__setattr__(self, "masks", masks)
         object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or default_prompt(self.subjects))
 
@@ -250,7 +250,7 @@ class ConceptDataset(Dataset):
 
     def _encoded_class_image(self, number: int, flip: bool) -> EncodedImage:
         """The posterior (mean, std) of a class picture in its bucket, and what a sample says of its shape."""
-        image = self.class_images[number].open().convert("RGB")
+        image = as_rgb(self.class_images[number].open())
         fitted = fit_into(self.class_sizes[number], image)
         view = View(fitted.shown or fitted.size, flip=flip)
         return self.model.posterior(render_view(image, view, fitted)[None]), self._shape(view, fitted)
