@@ -21,7 +21,7 @@ from personalize.models.known_bases import portable_name, remember_base
 from personalize.models.loading import default_device, default_dtype, family, read, require_bf16, require_parts
 from personalize.models.offloading import embedding_device, execution_device
 from personalize.models.quantization import quantize
-from personalize.models.supported import require_guidance_of_two_passes, require_supported
+from personalize.models.supported import require_supported, require_usable
 from personalize.models.token_ids import equal_ids
 from personalize.models.transfer import on_device, sent
 from personalize.models.vae import accurate_vae, decoding_plan, require_finite, tiled_vae
@@ -94,7 +94,7 @@ class StableDiffusion:
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(device)
         model = StableDiffusion(pipe, name="embedded" if source == EMBEDDED else str(source))
-        require_guidance_of_two_passes(model.unet, model.name)
+        require_usable(model.unet, model.vae, model.name)
         check_channels(model.unet.config.in_channels, model.name, inpainting=inpainting)
         return model
 

@@ -28,7 +28,7 @@ def require_supported(scheduler: Any, vae: Any, name: str) -> None:
         raise UserError(f"{name} is a flow-matching model ({kind}): give a base with the schedule of Stable Diffusion")
     if "beta_schedule" not in config or config.get("prediction_type") is None:
         raise UserError(f"{name} has the scheduler {kind}, which states no betas or no prediction type: give another")
-    stated = [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config.get(key) is not None]
+    stated = [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config.get(key)]  # 0: none
     if stated:
         raise UserError(
             f"the autoencoder of {name} shifts or scales each channel ({stated[0]}), which is not supported: give a "
@@ -40,12 +40,21 @@ def require_supported(scheduler: Any, vae: Any, name: str) -> None:
         )
 
 
-def require_guidance_of_two_passes(unet: Any, name: object) -> None:
-    """UserError for a UNet that is told the guidance scale itself, by an embedding, instead of being asked twice."""
+def require_usable(unet: Any, vae: Any, name: object) -> None:
+    """UserError for parts that serve a pipeline which only borrows an adapter, but not to train, edit or drag.
+
+    These are a UNet that is told the guidance scale itself, by an embedding, instead of being asked twice; and an
+    autoencoder that gives no distribution of latents (TAESD).
+    """
     if unet.config.get("time_cond_proj_dim") is not None:
         raise UserError(
             f"{name} takes the guidance scale as an embedding (time_cond_proj_dim), which is not supported: give the "
             "base it was distilled from, with an LCM LoRA (--add) for few steps"
+        )
+    if not hasattr(vae.decoder, "conv_in"):
+        raise UserError(
+            f"the autoencoder of {name} ({type(vae).__name__}) gives no distribution of latents: give a base with an "
+            "AutoencoderKL"
         )
 
 

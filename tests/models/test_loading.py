@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -135,6 +135,15 @@ def test_a_base_that_takes_the_guidance_scale_as_an_embedding_is_refused(tmp_pat
     unet.save_pretrained(folder / "unet")
     with pytest.raises(UserError, match="guidance scale as an embedding"):
         StableDiffusion.load(folder, device="cpu")
+
+
+def test_a_base_with_a_tiny_autoencoder_is_refused_and_a_pipeline_with_one_can_borrow_adapters(tmp_path):
+    pipe = tiny_pipeline("sd1")
+    pipe.vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    assert StableDiffusion.from_pipeline(pipe).prompts(["a cat"]).embeds.isfinite().all()
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=".AutoencoderTiny. gives no distribution of latents: give a base with an Auto"):
+        StableDiffusion.load(tmp_path, device="cpu")
 
 
 def test_weights_that_are_there_in_one_variant_alone_are_named(tmp_path):
