@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from personalize.errors import Notice, UserError
-from personalize.io.image_files import MIN_SIDE, NotAnImage, as_mask, check_image, load_image, load_mask
+from personalize.io.image_files import MIN_SIDE, NotAnImage, as_mask, as_rgb, check_image, load_image, load_mask
 from personalize.io.images import psnr, to_pixels
 
 
@@ -236,6 +236,7 @@ def test_profiles_that_do_not_apply(tmp_path: Path) -> None:
     assert load_image(saved(gradient(), tmp_path / "a.png", icc_profile=own)).tobytes() == gradient().tobytes()
     grey = saved(gradient().convert("L"), tmp_path / "g.png", icc_profile=profile(swapped=True))
     assert load_image(grey).tobytes() == gradient().convert("L").convert("RGB").tobytes()
+    assert as_rgb(load_image(grey)).tobytes() == load_image(grey).tobytes()  # nor later, when the channels are three
     broken = saved(gradient(), tmp_path / "b.png", icc_profile=b"no profile")
     with pytest.warns(Notice, match="b.png: its colour profile cannot be used"):
         assert load_image(broken).tobytes() == gradient().tobytes()
