@@ -117,8 +117,8 @@ def make_schedule(
         eta: for ddim alone: σ = η √((1−ᾱ′)/(1−ᾱ)) √(1 − ᾱ/ᾱ′); 1 adds as much noise as DDPM.
 
     Raises:
-        UserError: the scheduler is unknown, no step is left, `inverse` or `eta` is given to another scheduler than
-            ddim, or both are given.
+        UserError: the scheduler is unknown or does not know the base's noise schedule, no step is left, `inverse` or
+            `eta` is given to another scheduler than ddim, or both are given.
     """
     if scheduler not in SCHEDULERS:
         raise UserError(f"unknown scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
@@ -147,7 +147,13 @@ def _diffusers_scheduler(name: str, config: Any, more: dict[str, Any]) -> Any:
     import diffusers
 
     cls, settings = getattr(diffusers, SCHEDULERS[name][0]), SCHEDULERS[name][1] | more
-    if "clip_sample" in inspect.signature(cls).parameters:
+    known = inspect.signature(cls).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        raise UserError(
+            f"{name} does not know the noise schedule of this base, which ends at zero SNR: choose ddim, euler, "
+            "euler_a, unipc or dpm++_2m"
+        )
+    if "clip_sample" in known:
         settings = settings | {"clip_sample": False}  # latents, unlike pixels, have no bounds
     return cls.from_config(config, **settings)
 

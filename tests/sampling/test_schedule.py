@@ -1,7 +1,10 @@
 """Schedules: the pairs of timesteps of an inversion, and where steps end."""
 
 import pytest
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+from personalize.errors import UserError
+from personalize.sampling.config import SCHEDULERS
 from personalize.sampling.schedule import make_schedule
 from tests.support.tiny import tiny_sd1
 
@@ -32,3 +35,35 @@ def test_every_step_ends_where_the_next_begins(spacing, steps):
     assert down.steps[-1].end < 0 and down.steps[-1].alpha_next == model.final_alpha
     up = make_schedule(model, steps, inverse=True, spacing=spacing)
     assert [(one.start, one.end) for one in up] == [(one.end, one.start) for one in reversed(down.steps)]
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "karras"),
+    [
+        ("dpm++_2m", "dpmsolver++", False),
+        ("dpm++_2m_karras", "dpmsolver++", True),
+        ("dpm++_2m_sde", "sde-dpmsolver++", False),
+    ],
+)
+def test_dpm_is_what_its_name_says_whatever_the_base_has(name, algorithm, karras):
+    """A base that is published with Karras sigmas and the stochastic solver made all three the same."""
+    model = tiny_sd1()
+    own = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
+    model.scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config, **own)
+    schedule = make_schedule(model, 4, name)
+    found = schedule.scheduler.config
+    assert (found.algorithm_type, found.use_karras_sigmas) == (algorithm, karras)
+    assert schedule.draw_noise == algorithm.startswith("sde")
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_base_of_zero_terminal_snr_is_sampled_on_its_own_levels_or_not_at_all(name):
+    """diffusers' Heun and PNDM leave the setting out, and drew from levels that the base was not trained on."""
+    model = tiny_sd1()
+    model.scheduler = DDIMScheduler.from_config(model.scheduler.config, rescale_betas_zero_snr=True)
+    if name in ("heun", "pndm"):
+        with pytest.raises(UserError, match=f"{name} does not know the noise schedule of this base"):
+            make_schedule(model, 4, name)
+        return
+    own = make_schedule(model, 4, name, spacing="trailing").scheduler
+    assert own is None if name == "ddim" else own.config.rescale_betas_zero_snr
