@@ -12,7 +12,7 @@
     commands/       one file per command
     redrawing       `edit --from PICTURE`: the options in a picture
     checks          paths, prompts and combinations of options, checked before torch is imported
-    belongings      options that belong to another one, without which nothing comes of them
+    unused          options that have no effect without another one
     pages           freed memory is kept by the command line's own process
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing, training.

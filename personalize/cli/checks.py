@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from personalize.adapters.forgetting import parse_rule_sum
-from personalize.cli.belongings import check_of_drag, check_of_photo
-from personalize.cli.lists import say_once
+from personalize.cli.lists import check_said_once
+from personalize.cli.unused import check_unused_of_drag, check_unused_of_photo
 from personalize.errors import UserError
 from personalize.formats.key_parts import TOKEN
 from personalize.io.json_files import read_json
@@ -85,21 +85,29 @@ def check_photo(config: Any) -> None:
     from personalize.io.image_files import check_image
 
     check_image(config.photo)
-    for folder in filter(None, (config.output_dir, config.trajectory)):
-        check_writable(folder)
+    check_writable(config.output_dir)
+    if config.trajectory is not None and not (config.trajectory.is_dir() and any(config.trajectory.iterdir())):
+        check_writable(config.trajectory)  # one that is stored there already is only read
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     if not config.source.strip():
         raise UserError("--source is empty: say what the photo shows, e.g. 'a cat on the beach'")
     for text in (text for text in config.local if "=" in text):
         pair(text)
-    say_once("swap", map(pair, config.swap))
-    say_once("weight", map(weight, config.weight))
-    check_of_photo(config)
+    check_said_once("swap", map(pair, config.swap))
+    check_said_once("weight", map(weight, config.weight))
+    target = " ".join(config.target).strip()
+    if not config.report and not target and not config.swap and not config.weight:
+        raise UserError("nothing is to change: give --target, words to --swap, or --weight of words")
+    if target and config.swap:
+        raise UserError("--target and --swap are two ways to say one thing: give one of them")
+    if config.dpl and config.controller == "mutual":
+        raise UserError("--controller mutual has no source prompt, so that --dpl has no noun: use one of them")
+    check_unused_of_photo(config)
     adapters = (*config.adapter, *config.add)
     check_adapters(adapters)
     check_tokens([config.source, *config.target], adapters)
     placed = [pair(text, "noun=mask.png or noun=left,top,right,bottom") for text in config.region]
-    say_once("region", placed)
+    check_said_once("region", placed)
     regions = [*(where for _, where in placed), *filter(None, [config.mask])]
     regions += [] if config.background_mask in ("auto", "none") else [config.background_mask]
     for path in (where for where in regions if box(where) is None):
@@ -119,7 +127,7 @@ def check_drag(config: Any) -> None:
     from personalize.io.image_files import check_image
 
     interleaved_points(config.from_, config.to)
-    check_of_drag(config)
+    check_unused_of_drag(config)
     for text in (*config.add, *config.remove):
         point_of(text)
     check_writable(config.output_dir)

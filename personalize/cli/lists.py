@@ -76,10 +76,10 @@ def repeated(args: Sequence[str], *, lists: Collection[str], switches: Collectio
             yield f"--{name} is given {often}: the last, {values[-1]}, is taken"
 
 
-def say_once(option: str, pairs: Iterable[tuple[str, object]]) -> None:
-    """UserError if the values of a list option, each about a word, say two things about one, of which one would count.
+def check_said_once(option: str, pairs: Iterable[tuple[str, object]]) -> None:
+    """UserError if a list option, such as --weight cat=2 cat=3, gives one word two values, of which one would count.
 
-    pairs: the words, and what is said about each.
+    pairs: the words and their values.
     """
     said: dict[str, object] = {}
     for word, value in pairs:

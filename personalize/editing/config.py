@@ -139,7 +139,7 @@ class Sampling:
 
     scheduler: a name in `personalize.sampling.denoise.SCHEDULERS`.
     guidance_scale: as in diffusers, up to 1 is off; None is the base model's, by `personalize.editing.defaults`.
-    size: height and width in pixels; None is the size at which the adapter was trained.
+    size: height and width in pixels; None is that of the picture (or caption) that an edit starts from.
     torch_compile: compile the UNet's repeated blocks: faster for many pictures; they differ by rounding.
     cuda_graph: replay the steps from one CUDA graph: the same pictures in less time; not with torch_compile.
     """

@@ -1,6 +1,7 @@
 """The strengths of an edit and the options of sampling, as values; and how an adapter stores its best strengths.
 
-The best strengths of a prompt are stored in `adapter.json` under "edits": prompt → strengths, seed and scores.
+The best strengths of a prompt are stored in `adapter.json` under "edits": prompt → strengths, seed, scores, and
+the caption of the pictures that the edit starts from.
 """
 
 from __future__ import annotations

@@ -118,9 +118,9 @@ def _files(top: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(identity)
-        if here != top and (ours := [name for name in OUTPUT_NAMES if name in names]):
+        if here != top and (marks := [name for name in OUTPUT_NAMES if name in names]):
             folders.clear()
-            _leave_out(left_out, f"written by this program ({ours[0]})", here, top)
+            _leave_out(left_out, f"written by this program ({marks[0]})", here, top)
             continue
         folders[:] = [name for name in folders if not is_hidden(name)]
         ours = _ours(here, names)

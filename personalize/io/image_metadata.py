@@ -101,7 +101,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     for line, cells in read_table(path)[1]:
         where = f"{path}, line {line}"
         if SURPLUS in cells:
-            raise UserError(f"{where} has more cells than the header: put quotes around cells with commas")
+            raise UserError(f"{where} has more cells than the header: put quotes around cells with separators")
         yield Row(where, {name: cell or None for name, cell in cells.items()})
 
 

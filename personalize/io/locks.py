@@ -55,9 +55,13 @@ def folder_lock(folder: str | Path, purpose: str = "training", *, wait: float = 
     try:
         yield
     finally:
+        if fcntl is None:  # Windows does not remove open files; an empty one is nobody's, should it stay
+            os.ftruncate(handle, 0)
+            os.close(handle)
         with suppress(OSError):
             path.unlink(missing_ok=True)
-        os.close(handle)  # after the file has gone: whoever waited for it then looks for it anew
+        if fcntl is not None:
+            os.close(handle)  # after the file has gone: whoever waited for it then looks for it anew
         for place in missing:
             with suppress(OSError):
                 place.rmdir()

@@ -69,7 +69,10 @@ def add_files(folder: Path, files: Mapping[str, Content]) -> dict[str, str]:
 
 
 def add_numbered(folder: Path, prefix: str, make: Callable[[int], Mapping[str, Content]]) -> dict[str, str]:
-    """`add_files` of what `make` returns for `next_number`; files that begin with `prefix` have it in their names."""
+    """`add_files` of what `make` gives for the next free number of the folder's `prefix`, e.g. 7 after edit-006.png.
+
+    The names of `make` that begin with `prefix` must hold numbers from that one on.
+    """
     with folder_lock(folder, PURPOSE, wait=WAIT):
         files = make(next_number(folder, prefix))
         numbered = {name: content for name, content in files.items() if name.startswith(prefix)}

@@ -14,8 +14,8 @@ from personalize.io.plain_files import read_text
 
 MAX_ROWS = 100_000
 MAX_COLUMNS = 1000  # every row becomes a dictionary of all columns
-SURPLUS = ""  # the key of cells beyond the header's columns
-MORE = "the row has more cells than the header has columns: put quotes around cells with commas"
+SURPLUS = "\0"  # the key of cells beyond the header's columns: no text holds it
+MORE = "the row has more cells than the header has columns: put quotes around cells with separators"
 SEPARATORS = (",", ";", "\t")  # a semicolon where the comma is the decimal point, a tab in Excel's "Unicode text"
 EXCEL = re.compile(r'"?sep=(.)"?')  # a first line by which Excel is told the separator
 
@@ -23,11 +23,12 @@ Cells = dict[str, str | list[str] | None]
 
 
 def read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, Cells]]]:
-    """The columns of a UTF-8 CSV file, and its rows as they are asked for: the line number, and the cells by column.
+    """The columns of a CSV file, and its rows as they are asked for: the line number, and the cells by column.
 
     The header tells which of `SEPARATORS` stands between cells; spaces after it do not count, and neither do columns
-    at the end that have no name and no cell, which spreadsheets write.  Cells that a row lacks are None; those that it
-    has too many, empty ones too, are a list under `SURPLUS`.
+    at the end that have no name and no cell, which spreadsheets write, nor a nameless first one, which
+    numbers the rows.  Cells that a row lacks are None; those that it has too many, empty ones too, are a list under
+    `SURPLUS`.
 
     Raises:
         UserError: as `read_text`; no CSV, a column twice, more than `MAX_COLUMNS` columns or, when it comes to it,
@@ -45,17 +46,20 @@ def read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, Cells]]
     except csv.Error as error:
         raise UserError(f"{path}, line 1 is no CSV: {error}") from None
     named = max((place for place, name in enumerate(header, 1) if name), default=0)
-    columns, nameless = header[:named], len(header) - named
+    first = 1 if named and not header[0] else 0  # numbers of the rows, as pandas writes them
+    columns, nameless = header[first:named], len(header) - named
     if len(columns) > MAX_COLUMNS:
         raise UserError(f"{path} has {len(columns):,} columns, at most {MAX_COLUMNS:,} were expected: is it a table?")
     if twice := next((name for name in columns if name and columns.count(name) > 1), None):
         raise UserError(f"{path} has the column {twice!r} twice: only one can count, rename or remove the other")
-    return columns, _rows(reader, columns, nameless, path)
+    return columns, _rows((row[first:] for row in reader if row), reader, columns, nameless, path)
 
 
-def _rows(reader: Any, columns: Sequence[str], nameless: int, path: str | Path) -> Iterator[tuple[int, Cells]]:
+def _rows(
+    rows: Iterator[list[str]], reader: Any, columns: Sequence[str], nameless: int, path: str | Path
+) -> Iterator[tuple[int, Cells]]:
     try:
-        for number, row in enumerate(filter(None, reader), 1):
+        for number, row in enumerate(rows, 1):
             if number > MAX_ROWS:
                 raise UserError(f"{path} has more than {MAX_ROWS:,} rows: split the table")
             cells: Cells = dict.fromkeys(columns) | dict(zip(columns, row, strict=False))

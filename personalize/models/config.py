@@ -78,11 +78,11 @@ def check_resolution(resolution: int | None, base: str | Path | None) -> None:
 
 
 def notice_unused(config: Any, uses: Mapping[str, tuple[bool, str]]) -> None:
-    """A Notice that names options which are given, and of which nothing comes without the one they belong to.
+    """A Notice for options that are given though they have no effect without another one, which is not.
 
-    uses: by the option that others belong to, whether it is given, and their names.
+    uses: that other option → whether it is given, and the names of the options that need it.
     """
-    usual = {field.name: field.default for field in fields(config)}
+    usual = {field.name: field.default for field in fields(config)}  # none has a default_factory
     for owner, (given, names) in uses.items():
         idle = [name for name in names.split() if not given and getattr(config, name) != usual[name]]
         shown = [f"--no_{name}" if getattr(config, name) is False else f"--{name}" for name in idle]

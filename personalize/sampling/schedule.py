@@ -15,7 +15,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
-from personalize.sampling.config import SCHEDULERS
+from personalize.sampling.config import SCHEDULERS, SPACINGS
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def _diffusers_scheduler(name: str, config: Any, more: dict[str, Any]) -> Any:
             f"{name} does not know the noise schedule of this base, which ends at zero SNR: choose ddim, euler, "
             "euler_a, unipc or dpm++_2m"
         )
+    settings = {spacing: False for spacing in SPACINGS if spacing in known} | settings
     if "clip_sample" in known:
         settings = settings | {"clip_sample": False}  # latents, unlike pixels, have no bounds
     return cls.from_config(config, **settings)

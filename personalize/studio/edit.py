@@ -137,7 +137,7 @@ def values_of(text: str) -> list[str]:
 
 
 def dials_of(given: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The dials of the grid with their values.  UserError for a dial without values, or twice the same."""
+    """The dials of the grid with their values.  UserError for one without values or effect, or twice the same."""
     chosen: dict[str, list[str]] = {}
     for place in ("across", "down"):
         dial, values = DIALS.get(given[f"dial_{place}"] or "–", ""), values_of(given[f"values_{place}"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,12 @@ def _likeness(source: FittedImage, drawn: Tensor) -> float:
     return psnr(source.own_part(drawn), source.own_part(source.pixels))
 
 
+def distinct(names: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """`names`, those that others have too replaced by their paths, and by their numbers where these are the same."""
+    told = [path if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+    return [f"{one} (picture {number})" if told.count(one) > 1 else one for number, one in enumerate(told, 1)]
+
+
 def check_run(words: list[str], bench: Workbench) -> dict[str, str]:
     """What will be trained, before it is: sizes, tokens of the captions, memory and time."""
     options, main = read(words)
@@ -110,9 +117,8 @@ def check_run(words: list[str], bench: Workbench) -> dict[str, str]:
             images = read_training_images(options)
             side = options.resolution or model.resolution
             pictures = [fit(image.image, image.mask, side, 8 * model.factor) for image in images]
-            names = [Path(image.name).name for image in images]
+            names = distinct([Path(image.name).name for image in images], [image.name for image in images])
             for image, picture, name in zip(images, pictures, names, strict=True):
-                name = name if names.count(name) == 1 else image.name
                 rows[name] = _size_note(picture, *["masked"] * bool(image.mask))
                 caption = "Caption" if len(images) == 1 else f"Caption of {name}"
                 rows[f"{caption}, as the base reads it"] = " · ".join(model.tokens(image.caption))

@@ -6,6 +6,7 @@ score = mean over the pictures of √(edit · identity)          see `evaluation
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def find_judge(
 
 def _without(tokens: Sequence[str], text: str) -> str:
     for token in tokens:
-        text = text.replace(token, " ")
+        text = re.sub(re.escape(token), " ", text, flags=re.IGNORECASE)
     return " ".join(text.split())
 
 

@@ -110,7 +110,6 @@ def check_run(config: Any) -> None:
     check_packages(config)
     _check_judging(config)
     notice_unused(config, {
-        "--checkpointing_steps": (bool(config.checkpointing_steps), "checkpoints_total_limit"),
         "--validation_prompt": (bool(config.validation_prompt), "num_validation_images validation_steps"),
         "--push_to_hub": (config.push_to_hub, "hub_model_id"), "--use_ema": (config.use_ema, "ema_max_decay"),
         "--min_rank": (config.min_rank is not None, "alpha_rank_scale"),

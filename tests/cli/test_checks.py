@@ -113,9 +113,7 @@ EDIT = "edit photo.png --source cat --target dog --mask missing.png"
         (f"{DRAG} --method latents --paste --mode deform --displacement stretch --user_mask intersect", None),
         (f"{DRAG} --region_map affine", "nothing comes of --region_map without --mode region"),
         ("train single_image missing.png --hub_model_id a/b", "nothing comes of --hub_model_id without --push_to_hub"),
-        ("train single_image missing.png --checkpoints_total_limit 2",
-         "nothing comes of --checkpoints_total_limit without --checkpointing_steps"),
-        ("train single_image missing.png --checkpoints_total_limit 2 --checkpointing_steps 5", None),
+        ("train single_image missing.png --checkpoints_total_limit 2", None),
     ],
 )  # fmt: skip
 def test_an_option_without_the_one_it_belongs_to_is_said(place: Path, capsys, command: str, note: str | None) -> None:

@@ -215,7 +215,7 @@ def test_a_folder_that_is_read_is_not_written_into(tmp_path):
     weights = folder / "adapter_model.safetensors"
     before = weights.read_bytes()
     for file, to, output in ((weights, "peft", folder), (folder, "kohya", weights)):
-        with pytest.raises(UserError, match="which would be replaced: name another --output"):
+        with pytest.raises(UserError, match="which is read, are one in the other: name another --output"):
             convert(file, to, output, dtype="float16")
     assert weights.read_bytes() == before
     convert(folder, "kohya", folder / "new.safetensors")  # a new file replaces nothing

@@ -27,6 +27,21 @@ def test_the_folder_is_made_and_goes_again_if_it_is_empty(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["result"]
 
 
+def test_where_an_open_file_cannot_be_removed_the_lock_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows the file stayed, and with it the lock for a day: a second edit waited ten minutes for the first."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"{path} is in use")
+
+    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for _ in range(2):
+        with folder_lock(tmp_path), pytest.raises(Locked), folder_lock(tmp_path):
+            pass
+
+
 def held(folder: Path) -> None:
     with folder_lock(folder):
         (folder / "held").touch()

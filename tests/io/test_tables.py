@@ -30,6 +30,15 @@ def test_a_table_of_any_spreadsheet_is_read(tmp_path: Path, name: str) -> None:
     assert [cells for _, cells in rows if any(cells.values())] == [ROW]
 
 
+def test_the_numbers_that_pandas_writes_before_each_row_are_no_column(tmp_path: Path) -> None:
+    """`to_csv` gives them a column without a name: every row had too many cells then."""
+    path = tmp_path / "x.csv"
+    path.write_text(",a,b\n0,1,2\n1,,4\n")
+    columns, rows = read_table(path)
+    assert columns == ["a", "b"]
+    assert [cells for _, cells in rows] == [{"a": "1", "b": "2"}, {"a": "", "b": "4"}]
+
+
 def test_cells_that_lack_or_are_too_many_are_told(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("a,b\n1\n\n1,2,\n")  # an empty one too: a comma within a cell moves all that follow

@@ -57,6 +57,16 @@ def test_dpm_is_what_its_name_says_whatever_the_base_has(name, algorithm, karras
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("own", ["use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas"])
+def test_a_base_published_with_other_noise_levels_does_not_bend_the_samplers(name, own):
+    """`euler` was Euler with Karras sigmas there, and two spacings at once ended in diffusers' own error."""
+    model = tiny_sd1()
+    plain = make_schedule(model, 4, name)
+    model.scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config, **{own: True})
+    assert [one.start for one in make_schedule(model, 4, name).steps] == [one.start for one in plain.steps]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_base_of_zero_terminal_snr_is_sampled_on_its_own_levels_or_not_at_all(name):
     """diffusers' Heun and PNDM leave the setting out, and drew from levels that the base was not trained on."""
     model = tiny_sd1()

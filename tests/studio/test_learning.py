@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from personalize.studio.learning import check_run
+from personalize.studio.learning import check_run, distinct
 from tests.support.tiny import tiny
 
 
@@ -26,3 +26,8 @@ def test_each_of_several_pictures_has_its_size_and_its_caption(tmp_path: Path, m
     read = {name: text for name, text in rows.items() if name.startswith("Caption")}
     assert list(read) == [f"Caption of {name}, as the base reads it" for name in ("a/1.png", "b/1.png", "2.png")]
     assert len({*read.values()}) == 3
+
+
+def test_a_picture_in_several_rows_is_told_apart_by_its_number() -> None:
+    found = distinct(["1.png", "1.png", "2.png", "1.png"], ["a/1.png", "b/1.png", "2.png", "a/1.png"])
+    assert found == ["a/1.png (picture 1)", "b/1.png", "2.png", "a/1.png (picture 4)"]

@@ -115,7 +115,7 @@ def _require_free(path: Path, config: ConvertConfig) -> None:
             raise UserError(f"{path} is the file to convert: name another --output")
         place, source = path.resolve(), config.file.resolve()
         if source.is_relative_to(place) or place.is_relative_to(source):
-            raise UserError(f"{path} has files of {config.file}, which would be replaced: name another --output")
+            raise UserError(f"{path} and {config.file}, which is read, are one in the other: name another --output")
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} exists already: name another --output, or add --overwrite")
 

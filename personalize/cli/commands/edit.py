@@ -79,11 +79,11 @@ def starting_from(config: EditConfig, editor: Editor) -> Editor:
     if len(adapter.captions) > 1:
         how = "" if config.source_caption else ", the nearest; --source_caption names another"
         print(f"Starts from “{chosen.captions[0]}”, one of {len(adapter.captions)} captions{how}")
-    first = editor.caption
-    if config.auto and config.source_image is None and chosen.captions[0] != first:
+    first, own = editor.caption, chosen.captions[0]
+    if config.auto and config.source_image is None and own != first and adapter.info.get("pictures") != 1:
         raise UserError(
-            f"{source_picture(config)} is the picture of “{first}”, with which an edit of another one cannot be "
-            "compared: name that with --source_image, or take the first by --source_caption"
+            f"--auto compares edits with {source_picture(config)}, the picture of “{first}”, and this edit starts from "
+            f"“{own}”: give the picture of that caption with --source_image, or --source_caption '{first}'"
         )
     return Editor(editor.model, chosen)
 
@@ -91,9 +91,9 @@ def starting_from(config: EditConfig, editor: Editor) -> Editor:
 def combinations(
     config: EditConfig, editor: Editor, prompt: str, sampling: Sampling
 ) -> Callable[[int], dict[str, Content]]:
-    """A picture for every combination of strengths and seeds, a labelled grid, and edits.json.
+    """Draw a picture for every combination of strengths and seeds; returns a function that names and lists the files.
 
-    They are files once the number of the first picture is known, see `add_numbered`.
+    It takes the number of the first picture, and gives the pictures, a labelled grid and edits.json (`add_numbered`).
     """
     write, settings, seed = PictureWriter(config), list(edit_strengths(config)), config.seed or 0
     recalled = None
@@ -206,8 +206,7 @@ def searched(
     console.print(f"Best of {len(trials)}, by {scorer.name}: {best.strengths}, seed {best.seed}; {scores(best)}")
     if best.state != "good":
         console.print(f"No picture shows both the edit and the source (best: {_STATES[best.state]}); raise --budget.")
-    if (config.adapter / MANIFEST).is_file() and not config.add:  # of a sum the strengths are not this adapter's
-        console.print(stored(config.adapter, prompt, best, editor.caption))
+    console.print(stored(config, prompt, best, editor.caption))
     contents = [write(trial.picture, common(trial.strengths, trial.seed)) for trial in trials]
     sheet = write(ranked_sheet(trials, request))
 
@@ -219,12 +218,17 @@ def searched(
     return files
 
 
-def stored(adapter: Path, prompt: str, best: Trial, caption: str | None) -> str:
+def stored(config: EditConfig, prompt: str, best: Trial, caption: str | None) -> str:
     """Store the best strengths in the adapter's folder: a line that says so, or why not: the pictures count more."""
+    adapter, why = config.adapter, "Not stored for the next `edit` with this prompt"
+    if config.add:
+        return f"{why}: these are strengths of several adapters together"
+    if not (adapter / MANIFEST).is_file():
+        return f"{why}: {adapter} is no adapter folder of personalize"
     try:
         remember(adapter, prompt, best.strengths, best.seed, _figures(best) | {"caption": caption})
     except UserError as error:
-        return f"Not stored for the next `edit` with this prompt: {error}"
+        return f"{why}: {error}"
     return f"Stored in {adapter}: the next `edit` with this prompt uses it."
 
 

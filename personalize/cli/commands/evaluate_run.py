@@ -58,7 +58,7 @@ def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkIte
 
     first = _first_valid(checked, missing or items)
     record: dict[str, Any] = {"benchmark": name, "options": words}
-    if hashes := [adapter_hashes(path) for path in adapters_of(first)]:
+    if missing and (hashes := [adapter_hashes(path) for path in adapters_of(first)]):
         record["adapters"] = hashes
     _check_record(config.results, record, next(filter(None, found), None))
     if not missing:
@@ -165,16 +165,15 @@ def _check_record(results: Path, record: dict[str, Any], made: Path | None) -> N
             f"{results} holds results such as {made.name}, but no {RECORD} that says how they were made: leave --run "
             "out to measure them, or name another folder with --results"
         )
-    before = read_json(path) if made is not None else record
-    if before != record and before | {"adapters": record.get("adapters")} == record:
-        raise UserError(
-            f"{results} holds results of an adapter that has changed since, or now lies elsewhere: name another folder "
-            "with --results"
-        )
-    if before != record:
+    before = read_json(path) if made is not None else {}
+    if before and {**before, "adapters": None} != {**record, "adapters": None}:
         raise UserError(
             f"{results} holds results of {before.get('benchmark')} made with --run "
             f'"{shlex.join(map(str, before.get("options") or []))}": give that again, or name another folder with '
             "--results"
         )
-    write_file(path, json.dumps(record, indent=1).encode())
+    if {"adapters"} <= before.keys() & record.keys() and before["adapters"] != record["adapters"]:
+        raise UserError(
+            f"{results} holds results of an adapter that has changed since: name another folder with --results"
+        )
+    write_file(path, json.dumps(before | record, indent=1).encode())

@@ -69,7 +69,7 @@ def with_masks(images: Sequence[FolderImage], masks: Sequence[Path]) -> list[Fol
     pictures to learn, if they lie among these.
 
     Raises:
-        UserError: a picture without a mask, a mask without a picture, or one that is as well another picture's.
+        UserError: a picture without a mask, a mask without a picture, or one mask for pictures in different folders.
     """
     folder = masks[0] if len(masks) == 1 and masks[0].is_dir() else None
     if folder is not None:

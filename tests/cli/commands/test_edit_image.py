@@ -91,7 +91,10 @@ def test_a_trajectory_of_another_base_is_refused(places, tmp_path, capsys):
         (["--source", "a cat", "--target", "a dog", "--weight", "dig=2"], "did you mean dog?"),
         (["--source", "a cat", "--target", "a dog", "--inversion", "nul"], "--inversion"),
         (["--source", "a cat", "--target", "a dog", "--cross_replace_steps", "2"], "cross_replace_steps is 2"),
-        (["--source", "a cat", "--target", "a dog", "--null_text_rate", "0"], "null-text takes iterations from 1"),
+        (
+            ["--source", "a cat", "--target", "a dog", "--inversion", "null-text", "--null_text_rate", "0"],
+            "null-text takes iterations from 1",
+        ),
         (["--source", "a cat", "--prompt", "a dog"], "unknown option --prompt"),
     ],
 )

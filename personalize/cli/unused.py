@@ -1,4 +1,4 @@
-"""Options that belong to another one, without which nothing comes of them; read before torch is imported."""
+"""Options that have no effect without another one that is not given; read before torch is imported."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from personalize.errors import UserError
 from personalize.models.config import notice_unused
 
 
-def check_of_photo(config: Any) -> None:
-    """UserError for options of `edit PHOTO` whose method is not asked for, a Notice where it is a detail of one."""
-    target = " ".join(config.target).strip()
+def check_unused_of_photo(config: Any) -> None:
+    """A Notice for options of `edit PHOTO` that have no effect; for --strict_background a UserError."""
     if config.strict_background and not config.uniform:
         raise UserError("--strict_background belongs to --uniform: give that too, or name the region with --mask")
-    if not config.report and not target and not config.swap and not config.weight:
-        raise UserError("nothing is to change: give --target, words to --swap, or --weight of words")
-    if target and config.swap:
-        raise UserError("--target and --swap are two ways to say one thing: give one of them")
-    if config.dpl and config.controller == "mutual":
-        raise UserError("--controller mutual has no source prompt, so that --dpl has no noun: use one of them")
     fits_nulls = config.inversion == "null-text"
     notice_unused(config, {
         "--dpl": (config.dpl, "dpl_updates dpl_balancing dpl_disjoint dpl_background dpl_words_only"),
@@ -32,8 +25,8 @@ def check_of_photo(config: Any) -> None:
     })  # fmt: skip
 
 
-def check_of_drag(config: Any) -> None:
-    """A Notice for options of `drag` that belong to another method or mode than the chosen one."""
+def check_unused_of_drag(config: Any) -> None:
+    """A Notice for options of `drag` that have no effect with the chosen method and mode."""
     notice_unused(config, {
         "--method pixels": (config.method == "pixels", "grow shrink refine clearance fill_keys"),
         "--method latents": (config.method == "latents", "paste"),
