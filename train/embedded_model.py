@@ -55,6 +55,9 @@ class Config:
     """Nouns that every third of these scenes is made of, such as those that the model has learned worst."""
     shapes: tuple[str, ...] = ("128x128",)
     """Widths and heights of the scenes at 128 px, taken in turn by the updates; sides are multiples of 32 px."""
+    windows: float = 0.0
+    """Share of these scenes that are a window, at any place, of a scene up to 1.5 times as large: a model that has seen
+    horizons and bricks at one place alone draws them there in edits of other pictures, too."""
     variety: float = 0.0
     """Share of these scenes whose objects have other hues, a slant and outlines, as if of a style not learned."""
     nouns: tuple[str, ...] = CORE_NOUNS
@@ -239,12 +242,14 @@ def one_pool(
     from personalize.training.pretraining.dataset import LatentPool, encode_scenes, vocabulary
     from personalize.training.pretraining.networks import build_tokenizer
 
-    shares = [f"{share:g}" for share in (config.pairs, config.variety)]
+    shares = [f"{share:g}" for share in (config.pairs, config.variety, config.windows)]
     path = config.output_dir / f"{'_'.join(['pool', name, str(len(scene_list)), *shares, *config.hard_nouns])}.pt"
     if accelerator.is_main_process and not path.is_file():
         vae = AutoencoderKL.from_pretrained(vae_folder(config), use_safetensors=True).to(accelerator.device)
         with accelerator.autocast():
-            latents, masks = encode_scenes(scene_list, shape, vae, workers=config.dataloader_num_workers)
+            latents, masks = encode_scenes(
+                scene_list, shape, vae, windows=config.windows, workers=config.dataloader_num_workers
+            )
         if name == "diffusion_64_0" and config.init_from is None:
             vae.register_to_config(scaling_factor=float(1 / latents[:1000].std()))
             vae.save_config(config.output_dir / "vae")

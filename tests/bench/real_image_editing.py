@@ -33,7 +33,7 @@ from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.editing.real_image import edit_photo
 from personalize.editing.real_image_settings import EditRequest
-from personalize.embedded.frames import Shape, parse_shape, render_band
+from personalize.embedded.frames import Shape, middle_band, parse_shape, render_window
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.sampling.config import NullTextSettings
@@ -178,7 +178,7 @@ class Bench:
     def row(self, arm: str, task: Task, shape: Shape) -> dict[str, Any]:
         """The row of one cell: `arm` run on `task` with a photo of `shape`, and measured."""
         task = in_band(task, shape)
-        before = render_band(task.before, shape)[0]
+        before = render_window(task.before, middle_band(shape))[0]
         started = time.perf_counter()
         with counted_unet_rows(self.model) as units:
             output = ARMS[arm](self, task, Image.fromarray(before))

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from personalize.embedded.frames import Shape, band, scene_in_band
+from personalize.embedded.frames import Shape, middle_band, scene_in_window
 from personalize.embedded.scenes import render
 from tests.bench.contract import Score, Task, region, score
 from tests.bench.judge.judge import Judge
@@ -18,14 +18,15 @@ from tests.bench.picture_measures import identity
 
 def in_band(task: Task, shape: Shape) -> Task:
     """`task` with its objects moved and scaled into the band of `shape`; the same task for a square."""
-    return replace(task, before=scene_in_band(task.before, shape), after=scene_in_band(task.after, shape))
+    window = middle_band(shape)
+    return replace(task, before=scene_in_window(task.before, window), after=scene_in_window(task.after, window))
 
 
 def score_band(task: Task, picture: np.ndarray, judge: Judge) -> Score:
     """`contract.score` of an edited band (H, W, 3): identity inside the band, success by the judge of the square."""
-    shape = (picture.shape[1], picture.shape[0])
-    truth = render(task.after, max(shape))[0]
+    window = middle_band((picture.shape[1], picture.shape[0]))
+    truth = render(task.after, window.side)[0]
     whole = truth.copy()
-    band(whole, shape)[:] = picture
-    inside = identity(picture, band(truth, shape), band(region(task, max(shape)), shape))
+    window.of(whole)[:] = picture
+    inside = identity(picture, window.of(truth), window.of(region(task, window.side)))
     return replace(score(task, whole, judge), **inside)

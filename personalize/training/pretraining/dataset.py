@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTokenizer
 
 from personalize.embedded import scenes
-from personalize.embedded.frames import Shape, render_band, scene_in_band
+from personalize.embedded.frames import Shape, middle_band, random_window, render_window, scene_in_window
 from personalize.errors import UserError
 from personalize.io.images import to_pixels
 from personalize.randomness import generator
@@ -141,16 +141,21 @@ class PoolsInTurn:
 
 
 class RenderedScenes(Dataset):
-    """A data set of scenes in a frame (W, H): pixels (3, H, W), and masks (2, H/4, W/4) uint8 (share covered · 255)."""
+    """A data set of scenes in a frame (W, H): pixels (3, H, W), and masks (2, H/4, W/4) uint8 (share covered · 255).
 
-    def __init__(self, scene_list: Sequence[scenes.Scene], shape: Shape) -> None:
-        self.scene_list, self.shape = scene_list, shape
+    The frame is the middle band of a square scene; in a share of `windows` a random one of a larger scene.
+    """
+
+    def __init__(self, scene_list: Sequence[scenes.Scene], shape: Shape, windows: float = 0.0) -> None:
+        self.scene_list, self.shape, self.windows = scene_list, shape, windows
 
     def __len__(self) -> int:
         return len(self.scene_list)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, masks = render_band(scene_in_band(self.scene_list[index], self.shape), self.shape)
+        rng = np.random.default_rng([*self.shape, index])
+        window = random_window(self.shape, rng) if rng.random() < self.windows else middle_band(self.shape)
+        image, masks = render_window(scene_in_window(self.scene_list[index], window), window)
         shares = torch.zeros(2, self.shape[1] // 4, self.shape[0] // 4)
         for number, mask in enumerate(masks):
             shares[number] = avg_pool2d(torch.from_numpy(mask).float()[None], 4)[0]
@@ -159,14 +164,20 @@ class RenderedScenes(Dataset):
 
 @torch.inference_mode()
 def encode_scenes(
-    scene_list: Sequence[scenes.Scene], shape: Shape, vae: AutoencoderKL, *, workers: int = 0, batch: int = 32
+    scene_list: Sequence[scenes.Scene],
+    shape: Shape,
+    vae: AutoencoderKL,
+    *,
+    windows: float = 0.0,
+    workers: int = 0,
+    batch: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """The posterior's mean for N scenes in a frame (W, H), (N, 4, H/4, W/4) fp32 and not scaled, and their masks.
 
-    workers: processes that render in advance.
+    windows: share of the scenes that are in a random window.  workers: processes that render in advance.
     """
     vae.eval()
-    loader = DataLoader(RenderedScenes(scene_list, shape), batch_size=batch, num_workers=workers)
+    loader = DataLoader(RenderedScenes(scene_list, shape, windows), batch_size=batch, num_workers=workers)
     parts = [
         (vae.encode(pixels.to(vae.device), return_dict=False)[0].mean.float().cpu(), masks) for pixels, masks in loader
     ]
