@@ -145,7 +145,7 @@ def test_a_search_compares_with_the_picture_that_it_starts_from(
     line = ["edit", str(tmp_path / "cat"), "--prompt", "a photo of a dog in snow", "--auto",
             "--output_dir", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(base)]  # fmt: skip
     assert main(line) == 2
-    assert f"source.png is the picture of “{CAPTIONS[0]}”" in capsys.readouterr().err
+    assert f"source.png, the picture of “{CAPTIONS[0]}”" in capsys.readouterr().err
     for own in (["--source_caption", CAPTIONS[0]], ["--source_image", str(tmp_path / "cat" / "source.png")]):
         assert main([*line, *own]) == 2
         assert "need a CLIP model" in capsys.readouterr().err

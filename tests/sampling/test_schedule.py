@@ -57,7 +57,7 @@ def test_dpm_is_what_its_name_says_whatever_the_base_has(name, algorithm, karras
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("own", ["use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas"])
+@pytest.mark.parametrize("own", ["use_karras_sigmas", "use_exponential_sigmas"])
 def test_a_base_published_with_other_noise_levels_does_not_bend_the_samplers(name, own):
     """`euler` was Euler with Karras sigmas there, and two spacings at once ended in diffusers' own error."""
     model = tiny_sd1()
