@@ -34,6 +34,7 @@ def test_no_public_name_imports_more_than_torch_and_accelerate():
     assert set(found) == set(personalize._MODULES)
 
 
+@pytest.mark.slow
 def test_loading_a_model_prints_nothing_of_other_libraries():
     """A process of its own: these messages come when a library is imported."""
     loaded = run("import personalize; personalize.StableDiffusion.load()")

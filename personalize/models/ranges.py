@@ -34,8 +34,8 @@ _NAMES: dict[tuple[float, float], str] = {
     ),
     FRACTION: (
         "swap_subjects blend_start blend_threshold cross_replace_steps self_replace_steps quantile uniform_quantile "
-        "until uniform_until mask_threshold mask_most pairs variety caption_dropout ema_decay ema_start word_steps "
-        "ema_max_decay proportion_empty_prompts"
+        "until uniform_until mask_threshold mask_most pairs variety windows caption_dropout ema_decay ema_start "
+        "word_steps ema_max_decay proportion_empty_prompts"
     ),
     COUNT: (
         "max_train_samples min_train_samples samples_per_picture checkpointing_steps "

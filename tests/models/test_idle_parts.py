@@ -73,6 +73,7 @@ print(inside - away, awake - away, again - away)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the resident size is read from Linux")
 def test_on_a_cpu_the_memory_is_given_back() -> None:
     """Of 256 MB at least 240; they are there while used, and gone again afterwards."""

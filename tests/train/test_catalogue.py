@@ -54,6 +54,7 @@ def test_every_row_becomes_an_adapter_and_bad_ones_show_in_the_exit_code(shop, t
     assert [row["status"] for row in written] == ["done", "done", "done", "failed"]
 
 
+@pytest.mark.slow
 def test_another_way_to_load_the_base_learns_the_rows_again(shop, tmp_path, capsys, monkeypatch):
     (shop / "one.csv").write_text("image,caption\n0.png,a photo of a cat")
     command = line(shop, "one.csv", tmp_path)

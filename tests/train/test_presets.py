@@ -139,6 +139,7 @@ def every_pair(trainer: str) -> list[tuple[str, ...]]:
     return [(name,) for name in presets(trainer)] + list(permutations(presets(trainer), 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "table"), [("single_image", SINGLE_IMAGE), ("multi_concept", MULTI_CONCEPT)])
 def test_every_pair_of_presets_means_what_the_table_says(trainer: str, table: str) -> None:
     """`sdxl dreambooth` was 10 updates of 40, `sd21 dreambooth` 20 of 20, where the preset says 100 of 4."""

@@ -245,6 +245,7 @@ def test_what_cannot_be_judged_is_said_before_the_work(
     assert says in said and said.count("\n") == 1 and not (tmp_path / "out" / "adapter.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_keeps_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"output_dir": tmp_path / "out", "rank": 2, "targets": "attention", "max_train_steps": 3,
               "samples_per_update": 1, "preview_steps": 1, "num_validation_images": 1, "validation_steps": 2,

@@ -161,6 +161,7 @@ def furthest(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
     return max(float((one[key] - two[key]).abs().max()) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", KINDS)
 def test_four_micro_batches_learn_the_same(trainer: str, model: StableDiffusion) -> None:
     learn, config = TRAINERS[trainer]

@@ -86,6 +86,7 @@ def test_what_four_bits_save_is_known_beforehand(name: str) -> None:
     assert before - after == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.slow
 def test_what_offload_and_checkpointing_will_need_is_what_they_need() -> None:
     with single_image_run(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
         plain = estimate(run)
