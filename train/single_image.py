@@ -87,8 +87,8 @@ def _train(config: Config, watch: Watcher | None) -> Path:
         pictures = [fit(image.image, image.mask, resolution, 8 * model.factor) for image in images]
         check_sizes(settings, pictures)  # before class pictures are drawn, which takes long
         captions = [image.caption for image in images]
-        shown = [(to_image(picture.pixels), caption) for picture, caption in zip(pictures, captions, strict=True)]
-        judge = find_judge(config, model, shown, tokens)
+        judged = zip(pictures, captions, strict=True) if config.keep_best else ()
+        judge = find_judge(config, model, [(to_image(one.pixels), caption) for one, caption in judged], tokens)
         classes = class_images(config, model, class_prompt(config), pictures[0].size, accelerator)
         with single_image_run(
             model, pictures, captions, settings, class_images=classes, accelerator=accelerator

@@ -35,9 +35,9 @@ def read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, Cells]]
             `MAX_ROWS` rows.
     """
     text = read_text(path)
-    first = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    told = EXCEL.fullmatch(first)
-    separator = told[1] if told else next((one for one in SEPARATORS if one in first), SEPARATORS[0])
+    line = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    told = EXCEL.fullmatch(line)
+    separator = told[1] if told else next((one for one in SEPARATORS if one in line), SEPARATORS[0])
     reader = csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     try:
         if told:
@@ -45,25 +45,24 @@ def read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, Cells]]
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         raise UserError(f"{path}, line 1 is no CSV: {error}") from None
-    named = max((place for place, name in enumerate(header, 1) if name), default=0)
-    first = 1 if named and not header[0] else 0  # numbers of the rows, as pandas writes them
-    columns, nameless = header[first:named], len(header) - named
+    end = max((place for place, name in enumerate(header, 1) if name), default=0)
+    named = slice(1 if end and not header[0] else 0, end)  # a nameless first one has pandas' numbers of the rows
+    columns = header[named]
     if len(columns) > MAX_COLUMNS:
         raise UserError(f"{path} has {len(columns):,} columns, at most {MAX_COLUMNS:,} were expected: is it a table?")
     if twice := next((name for name in columns if name and columns.count(name) > 1), None):
         raise UserError(f"{path} has the column {twice!r} twice: only one can count, rename or remove the other")
-    return columns, _rows((row[first:] for row in reader if row), reader, columns, nameless, path)
+    return columns, _rows(reader, header, named, path)
 
 
-def _rows(
-    rows: Iterator[list[str]], reader: Any, columns: Sequence[str], nameless: int, path: str | Path
-) -> Iterator[tuple[int, Cells]]:
+def _rows(reader: Any, header: Sequence[str], named: slice, path: str | Path) -> Iterator[tuple[int, Cells]]:
+    columns, nameless = header[named], len(header) - named.stop
     try:
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(filter(None, reader), 1):
             if number > MAX_ROWS:
                 raise UserError(f"{path} has more than {MAX_ROWS:,} rows: split the table")
-            cells: Cells = dict.fromkeys(columns) | dict(zip(columns, row, strict=False))
-            more = row[len(columns) :]
+            cells: Cells = dict.fromkeys(columns) | dict(zip(columns, row[named], strict=False))
+            more = row[named.stop :]
             if len(more) > nameless or any(map(str.strip, more)):
                 cells[SURPLUS] = more
             yield reader.line_num, cells

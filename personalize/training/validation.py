@@ -17,6 +17,7 @@ from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
+from personalize.io.image_folders import VALIDATION
 from personalize.io.images import psnr, to_image, to_pixels
 from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
@@ -26,8 +27,6 @@ from personalize.training.saving import save_trained
 if TYPE_CHECKING:
     from personalize.training.best_weights import BestWeights, Judge
     from personalize.training.run import TrainingRun
-
-FOLDER = "validation"
 
 
 def draw(run: TrainingRun, prompt: str, *, count: int, steps: int) -> list[Image.Image]:
@@ -47,7 +46,7 @@ def validate(run: TrainingRun, config: Any, judge: Judge | None = None) -> list[
     steps = config.preview_steps or 30
     try:
         images = draw(run, config.validation_prompt, count=config.num_validation_images, steps=steps)
-        paths = [config.output_dir / FOLDER / f"{run.update:06d}-{number}.png" for number in range(len(images))]
+        paths = [config.output_dir / VALIDATION / f"{run.update:06d}-{number}.png" for number in range(len(images))]
         for path, image in zip(paths, images, strict=True):
             write_file(path, png(image, GENERATED))
         _log_images(run, images)
@@ -71,9 +70,9 @@ def _log_images(run: TrainingRun, images: Sequence[Image.Image]) -> None:
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             stack = np.stack([np.asarray(image) for image in images])
-            tracker.log_images({FOLDER: stack}, step=run.update, dataformats="NHWC")  # pyright: ignore
+            tracker.log_images({VALIDATION: stack}, step=run.update, dataformats="NHWC")  # pyright: ignore
         elif tracker.name == "wandb":
-            tracker.log_images({FOLDER: list(images)}, step=run.update)  # pyright: ignore
+            tracker.log_images({VALIDATION: list(images)}, step=run.update)  # pyright: ignore
 
 
 def save_with_preview(
