@@ -101,6 +101,11 @@ class Scene:
         if self.background not in BACKGROUNDS:
             raise ValueError(f"unknown background {self.background!r}: choose one of {', '.join(BACKGROUNDS)}")
 
+    @property
+    def words(self) -> list[str]:
+        """The objects' nouns as captions write them: `coffee_cup` → "coffee cup"."""
+        return [thing.noun.replace("_", " ") for thing in self.objects]
+
     def with_background(self, background: str) -> Scene:
         """This scene on another background."""
         return replace(self, background=background)

@@ -221,7 +221,7 @@ class Bench:
 
 def nouns_of(scene: Scene) -> NounRegions:
     """The nouns that dynamic prompts fit: those of the scene's objects."""
-    return NounRegions([thing.noun.replace("_", " ") for thing in scene.objects])
+    return NounRegions(scene.words)
 
 
 def prediction_drift(model: StableDiffusion, clean: Tensor, edit: Edit, up: Schedule) -> list[float]:

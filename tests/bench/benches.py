@@ -39,7 +39,7 @@ BENCHES = {
     "photo shapes": Bench(
         "tests.bench.real_image_editing",
         "embedded",
-        '--scenes 12 --steps 10 --arms "P2P + direct" --shapes 128x128 128x96 96x128 160x120',
+        '--scenes 12 --steps 10 --arms "P2P + direct" "P2P + direct, local" --shapes 128x128 128x96 96x128 160x120',
     ),
     "uniform maps": Bench(
         "tests.bench.attention_maps", "embedded", "--only reconstruction masks --scenes 24 --steps 20"

@@ -167,6 +167,28 @@ _AUTO = tuple(
     )
 )
 
+_SHAPES = tuple(
+    claim
+    for how, arm in (("", "P2P + direct"), (", only where the noun attends", "P2P + direct, local"))
+    for claim in (
+        Claim(
+            f"Photos that are not square{how}: background against square ones",
+            "photo shapes",
+            squares("psnr", arm=arm),
+            "dB",
+            -1,
+            by="value",
+        ),
+        Claim(
+            f"Photos that are not square{how}: success against square ones",
+            "photo shapes",
+            squares("success", 100, arm=arm),
+            "points",
+            -2,
+            by="value",
+        ),
+    )
+)
 CLAIMS: Sequence[Claim] = (
     Claim("One object: it is in the picture", "pictures", figure("right_object"), "%", 97, by="value"),
     Claim("Two objects: both are in the picture", "pictures", figure("both_present"), "%", 75, by="value"),
@@ -215,22 +237,7 @@ CLAIMS: Sequence[Claim] = (
         100,
         by="value",
     ),
-    Claim(
-        "Photos that are not square: background against square ones",
-        "photo shapes",
-        squares("psnr"),
-        "dB",
-        -1,
-        by="value",
-    ),
-    Claim(
-        "Photos that are not square: success against square ones",
-        "photo shapes",
-        squares("success", 100),
-        "points",
-        -2,
-        by="value",
-    ),
+    *_SHAPES,
     Claim(
         "Photo edits without inversion, 8 steps: background against direct inversion",
         "photos",

@@ -117,7 +117,7 @@ class Bench:
         """The picture to learn with its two concepts, its objects' true masks, and the scene."""
         scene = self.scene(index)
         image, masks = render(scene, self.model.resolution)
-        subjects = tuple(Subject(t, o.noun.replace("_", " ")) for t, o in zip(TOKENS, scene.objects, strict=True))
+        subjects = tuple(Subject(token, word) for token, word in zip(TOKENS, scene.words, strict=True))
         prompt = f"a picture of a {subjects[0].phrase} and a {subjects[1].phrase} {place_phrase(scene.background)}"
         return ConceptPicture(Image.fromarray(image), subjects, prompt), masks, scene
 

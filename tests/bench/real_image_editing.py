@@ -62,11 +62,13 @@ class EditOutput:
 EditFunction = Callable[["Bench", Task, Image.Image], EditOutput]
 
 
-def edit_arm(inversion: str, *, dpl: bool = False, steps: int | None = None, **choice: Any) -> EditFunction:
+def edit_arm(
+    inversion: str, *, dpl: bool = False, local: bool = False, steps: int | None = None, **choice: Any
+) -> EditFunction:
     """The arm that edits after the named inversion, with Prompt-to-Prompt unless `choice` says otherwise.
 
-    dpl: fit dynamic prompts for the scene's own nouns.  steps: by default the bench's.  choice: further fields of
-    PhotoSettings.
+    dpl: fit dynamic prompts for the scene's own nouns.  local: only where the swapped nouns attend.  steps: by default
+    the bench's.  choice: further fields of PhotoSettings.
     """
 
     def make(bench: Bench, task: Task, photo: Image.Image) -> EditOutput:
@@ -79,8 +81,9 @@ def edit_arm(inversion: str, *, dpl: bool = False, steps: int | None = None, **c
             null_text=NullTextSettings(rate=options.null_text_rate),
             dynamic=settings_for(DynamicSettings, bench.model.name) if dpl else None, **choice,
         )  # fmt: skip
-        things = NounRegions([thing.noun.replace("_", " ") for thing in task.before.objects])
-        request = EditRequest(task.target_prompt, regions=things)
+        pairs = zip(task.before.words, task.after.words, strict=True)
+        swapped = [pair for pair in pairs if pair[0] != pair[1]] if local else []
+        request = EditRequest(task.target_prompt, local=swapped, regions=NounRegions(task.before.words))
         result = edit_photo(bench.model, photo, task.source_prompt, request, settings)
         return EditOutput(np.asarray(result.image), np.asarray(result.reconstruction))
 
@@ -102,6 +105,7 @@ ARMS: dict[str, EditFunction] = {  # the arms by name; the place to add a method
     DO_NOTHING: do_nothing,
     BASE: base,
     **{f"P2P + {method}": edit_arm(method) for method in METHODS if method != "none"},
+    "P2P + direct, local": edit_arm("direct", local=True),
     **{f"P2P + none, {steps} steps": edit_arm("none", steps=steps) for steps in (8, 12)},
     "mutual + none, 12 steps": edit_arm("none", steps=12, controller="mutual"),
     **{f"P2P + DPL + {method}": edit_arm(method, dpl=True) for method in ("direct", "null-text")},

@@ -88,7 +88,7 @@ class Bench:
         prompt = caption(scene)
         pixels = PaddedImage.of(model, Image.fromarray(picture)).pixels
         made = invert(model, pixels, prompt, "direct", steps=steps)
-        groups = noun_groups(model, prompt, [thing.noun.replace("_", " ") for thing in scene.objects])
+        groups = noun_groups(model, prompt, scene.words)
         return map_measures(mean_noun_maps(model, made, tuple(groups), [made.conditioning] * steps), masks)
 
     def picture_file(self, kind: str, seed: int) -> Path:
