@@ -62,6 +62,8 @@ class MapsBench:
     """Maps: also fit dynamic prompts together with null-text inversion, which takes ten times as long."""
     inversion: Literal["direct", "null-text"] = "direct"
     """Swaps: the inversion before Prompt-to-Prompt; with null-text, null embeddings and nouns are fitted together."""
+    local: bool = False
+    """Swaps: the photo may change only where the swapped nouns attend (local blend), which takes right noun maps."""
     null_text_rate: float | None = None
     """Learning rate of null-text inversion, where the model has no calibrated one; 0.1 suits the leaky twin."""
     steps: tuple[int, ...] = (50,)
@@ -98,7 +100,7 @@ class Bench:
         self.world, self.judge = world_of(options.model), Judge.load()
         stamp = {"weights": weights_of(self.model), **self.world, "split": options.split, "first": options.steps[0]}
         stamp |= {"dynamic": asdict(self.dynamic), "null_text": asdict(self.null_text)}
-        stamp |= {"inversion": options.inversion}
+        stamp |= {"inversion": options.inversion, "local": options.local}
         self.guidance = PhotoSettings(guidance_scale=options.guidance_scale).guidance(self.model.name)
         stamp |= {"guidance_scale": self.guidance}
         self.cache = options.output_dir / "cache"  # a scene's maps and its swap share a fit
@@ -198,11 +200,12 @@ class Bench:
         changed = masks[task.index] | render(task.after, self.model.resolution)[1][task.index]
         other = masks[1 - task.index]
         outside = ~(changed | other)
+        words = [(task.before.words[task.index], task.after.words[task.index])] if self.options.local else []
         row: dict[str, Any] = {}
         for name, choice in (("plain", None), ("dynamic", self.dynamic)):
             edited = edit_photo(
                 self.model, Image.fromarray(before), task.source_prompt,
-                EditRequest(task.target_prompt, regions=nouns_of(task.before)),
+                EditRequest(task.target_prompt, local=words, regions=nouns_of(task.before)),
                 PhotoSettings(
                     self.options.inversion, self.options.steps[0], guidance_scale=self.guidance, dynamic=choice,
                     null_text=self.null_text,

@@ -48,6 +48,10 @@ BENCHES = {
     "leaky": Bench("tests.bench.leaky.measure", "leaky", "--scenes 24 --inversion_steps 20 --prompts 48"),
     "dynamic prompts": Bench("tests.bench.attention_maps", "leaky", f"--only maps swaps {_MAPS}"),
     "dynamic prompts, calibrated": Bench("tests.bench.attention_maps", "leaky", f"--only maps swaps {_MAPS} {_FITTED}"),
+    "dynamic prompts, local": Bench("tests.bench.attention_maps", "leaky", f"--only swaps --local {_MAPS}"),
+    "dynamic prompts, calibrated, local": Bench(
+        "tests.bench.attention_maps", "leaky", f"--only swaps --local {_MAPS} {_FITTED}"
+    ),
     "dynamic prompts, null-text": Bench(
         "tests.bench.attention_maps",
         "leaky",

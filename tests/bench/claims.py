@@ -67,6 +67,8 @@ _DYNAMIC_SWAPS = tuple(
         ("dynamic prompts, null-text", "published weights, null-text"),
         ("dynamic prompts", "published weights, direct inversion"),
         ("dynamic prompts, calibrated", "calibrated weights, direct inversion"),
+        ("dynamic prompts, local", "published weights, only where the nouns attend"),
+        ("dynamic prompts, calibrated, local", "calibrated weights, only where the nouns attend"),
     )
     for claim in (
         Claim(
