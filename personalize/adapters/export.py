@@ -24,7 +24,7 @@ import torch
 from personalize.adapters import lora, lora_scales
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.adapter_files import kohya_file_name
-from personalize.adapters.forgetting import parse_rule
+from personalize.adapters.forgetting import parse_rules
 from personalize.adapters.merging import RankReduction, reduced, require_scalable
 from personalize.errors import UserError
 from personalize.formats import lora_files, timestep_rank, verification
@@ -54,7 +54,7 @@ def baked(adapter: Adapter, forget: Sequence[str] = (), strength: float = 1.0) -
     check_number("strength", strength)
     if not adapter.lora and not adapter.others:
         raise UserError("the adapter has learned tokens but no LoRA: use `personalize export tokens`")
-    rules = [parse_rule(text) for text in forget if text != "none"]
+    rules = parse_rules(forget)
     if rules or strength != 1:
         require_scalable(adapter, "a forgetting rule" if rules else "a strength that is multiplied into the weights")
     unet = {key: tensor for key, tensor in adapter.lora.items() if key.startswith(lora.PREFIX)}

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from personalize.errors import UserError
 from personalize.models.ranges import FRACTION, check_number
@@ -178,7 +178,7 @@ def _no_match(rule: ForgettingRule, roles: Mapping[str, Role]) -> str:
 
 
 def parse_rules(forget: str | ForgettingRule | Iterable[str | ForgettingRule] | None) -> list[ForgettingRule]:
-    """Forgetting rules from one rule or several, as text or parsed; None is no rule.
+    """Forgetting rules from one or several, parsed or as text for `parse_rule_sum`; None is no rule.
 
     Raises:
         UserError: `forget` is, or contains, something else.
@@ -189,9 +189,11 @@ def parse_rules(forget: str | ForgettingRule | Iterable[str | ForgettingRule] | 
     rules = list(given)
     if wrong := [rule for rule in rules if not isinstance(rule, str | ForgettingRule)]:
         raise UserError(f"forget contains {wrong[0]!r}, expected {_EXPECTED}")
-    return [rule if isinstance(rule, ForgettingRule) else parse_rule(rule) for rule in rules]
+    parsed = ([rule] if isinstance(rule, ForgettingRule) else parse_rule_sum(rule) for rule in rules)
+    return [rule for several in parsed for rule in several if rule.sides]
 
 
-def parse_rule_sum(text: str) -> list[Any]:
+def parse_rule_sum(text: str) -> list[ForgettingRule]:
     """Parse forgetting rules joined by "+" ("none": no rule); the name of a published rule may itself contain a "+"."""
-    return parse_rules([text] if text.partition("=")[0] in RULES else text.split("+")) if text != "none" else []
+    whole = text.partition("=")[0].strip().lower() in RULES
+    return [rule for rule in map(parse_rule, [text] if whole else text.split("+")) if rule.sides]

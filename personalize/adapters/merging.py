@@ -146,6 +146,13 @@ def require_scalable(adapter: Adapter, what: str = "a forgetting rule") -> None:
     raise UserError(f"{what} scales LoRAs alone, this file holds {' and '.join(sorted(kinds))} too: {way}")
 
 
+def require_forgetting(adapter: Adapter) -> None:
+    """UserError unless forgetting rules, which select parts of the UNet, scale all that the adapter changes there."""
+    require_scalable(adapter)
+    if not adapter.changes_unet:
+        raise UserError("a forgetting rule selects parts of the UNet, which this adapter does not change: leave it out")
+
+
 def missed_without(adapter: Adapter, *, tokens: bool = True) -> list[str]:
     """A line for each part of the adapter that is neither in a LoRA file nor in a base model that it is merged into.
 

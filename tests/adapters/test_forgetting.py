@@ -84,3 +84,13 @@ def test_forgetting_nothing_says_why() -> None:
         degrees(attention, [RULES["decoderattn"]])
     with pytest.raises(UserError, match="no module in the encoder"):
         degrees(attention, [RULES["noencoder"]])
+
+
+def test_rules_joined_by_a_plus_are_read_wherever_rules_are() -> None:
+    """`edit` and ComfyUI's node took them, `attach` and the exports did not."""
+    both = [RULES["nodecoder"], RULES["encoderattn"]]
+    assert parse_rules("decoder+encoderattn") == parse_rules(["decoder", "encoderattn"]) == both
+    assert parse_rules(["decoder=0.5+nokv", "Decoderattn+Decoder2=0.5"]) == [
+        replace(RULES["nodecoder"], degree=0.5), RULES["nokv"], replace(RULES["decoderattn+decoder2"], degree=0.5)
+    ]  # fmt: skip
+    assert parse_rules("none") == parse_rules(["orig", "none"]) == []
