@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -14,6 +15,12 @@ from torch import Tensor
 
 MANIFEST = "adapter.json"
 SCHEMA = 1  # the highest that is understood here
+NEUTRAL, ANY = ("photo", "photograph", "picture", "image"), ("picture", "image")
+PREFIX = re.compile(
+    r"(an?|the) (?P<medium>photo|photograph|picture|image|drawing|painting|sketch|render|rendering|icon|sticker|cartoon"
+    r"|illustration|sculpture|statue|close-up|portrait) of ",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -23,15 +30,34 @@ class Source:
     tensors: dict[str, Tensor]
     captions: tuple[str, ...]
 
-    def nearest(self, prompt: str) -> dict[str, Tensor]:
+    def nearest(self, prompt: str) -> tuple[dict[str, Tensor], str]:
         """The row, with p = 1, of the caption that has most words in common with `prompt`, in the same order.
 
         The measure is 2 m / (n + k) for m common words of n in the prompt and k in the caption; the first of equals.
+        With it comes the prompt worded like that caption.
         """
         words = prompt.casefold().split()
         ratios = [SequenceMatcher(None, words, text.casefold().split(), False).ratio() for text in self.captions]
         row = ratios.index(max(ratios))
-        return {name: rows[row : row + 1] for name, rows in self.tensors.items()}
+        nearest = {name: rows[row : row + 1] for name, rows in self.tensors.items()}
+        return nearest, worded(prompt, self.captions[row])
+
+
+def worded(prompt: str, caption: str) -> str:
+    """`prompt` with the caption's beginning, such as "a photo of", or without it if the caption has none.
+
+    A source embedding is edited token by token, so that equal words must stand at equal places.  A medium that only the
+    prompt names, as in "a drawing of a dog", is part of the edit and stays.
+    """
+    prompt = prompt.strip()
+    of_caption, of_prompt = PREFIX.match(caption.strip()), PREFIX.match(prompt)
+    replaceable = NEUTRAL if of_caption is None or of_caption["medium"].lower() in NEUTRAL else ANY
+    if not prompt or (of_prompt is not None and of_prompt["medium"].lower() not in replaceable):
+        return prompt
+    rest = prompt[of_prompt.end() :] if of_prompt else prompt
+    if of_caption is not None:
+        return of_caption[0] + rest
+    return worded(rest, caption) if of_prompt else rest
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,14 @@ def projected(clip: Any, source: Any, text: str, alpha: float, beta: float) -> l
 
     SDXL's two text encoders are projected separately, and its pooled embedding like one more row.  Of different numbers
     of chunks of 75 tokens the shorter is continued by the empty text.  Without a source it is the prompt's own; of an
-    `adapter_folder.Source` of several captions the row of the one nearest to the prompt is taken.
+    `adapter_folder.Source` of several captions the row of the one nearest to the prompt is taken.  The prompt is worded
+    like that caption.
     """
+    row, text = (None, text) if source is None else source.nearest(text)
     about = _encoded(clip, text)
     embeds = about.pop("cond")
-    if source is None:
+    if row is None:
         return [[embeds, about]]
-    row = source.nearest(text)
     learned, empty = row["embeds"].to(embeds), _encoded(clip, "")["cond"]
     if learned.shape[-1] != embeds.shape[-1]:
         raise ValueError(f"the source embedding is {learned.shape[-1]} wide, this CLIP's prompts {embeds.shape[-1]}")

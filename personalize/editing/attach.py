@@ -20,10 +20,9 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import applied, load_adapters
 from personalize.adapters.forgetting import ForgettingRule, parse_rules
 from personalize.adapters.lora_scales import scaled
-from personalize.adapters.merging import require_scalable
+from personalize.adapters.merging import require_forgetting
 from personalize.editing.adapter_base import notice_other_prediction
-from personalize.editing.vector_projection import edit_conditioning
-from personalize.errors import UserError
+from personalize.editing.vector_projection import edit_conditioning, worded
 from personalize.models.conditioning import of_one_length
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 
@@ -38,7 +37,8 @@ class Attached:
     def embeds(self, prompt: str, *, alpha: float = 1.0, beta: float = 1.0, gamma: float | None = None) -> Tensor:
         """The source embedding edited towards `prompt`, (1, l, d), to be passed to the pipeline as `prompt_embeds`.
 
-        If the adapter learned pictures of several captions, it is that of the caption nearest to `prompt`.
+        If the adapter learned pictures of several captions, it is that of the caption nearest to `prompt`, which is
+        made to begin like it, see `align_prompt`.
 
         With vector projection, `alpha` is the weight of the source and `beta` that of the part of the prompt orthogonal
         to it. If `gamma` is given, vector subtraction is used: 0 is the source, 1 the prompt. See
@@ -66,7 +66,7 @@ class Attached:
         return arguments
 
     def _conditioning(self, prompt: str, alpha: float, beta: float, gamma: float | None) -> Conditioning:
-        target, source = self._encode(prompt), self.adapter.starting_from(prompt=prompt).source
+        source, target = self.adapter.starting_from(prompt=prompt).source, self._encode(worded(prompt, self.adapter))
         edited = edit_conditioning(self.model, source, target, alpha=alpha, beta=beta, gamma=gamma)
         return edited.to(dtype=self.model.dtype)
 
@@ -95,7 +95,7 @@ def attach(
     are applied as their sum, without their source embeddings.
 
     Args:
-        forget: forgetting rules, e.g. "decoder=0.5" or "encoderattn".
+        forget: forgetting rules, e.g. "decoder=0.5", or "decoder=0.5+encoderattn" for both.
         strength: factor on the LoRA: 0 leaves it out, 1 is as trained; `embeds` does not depend on it.
 
     Raises:
@@ -107,9 +107,7 @@ def attach(
     notice_other_prediction(adapter, model)
     rules = parse_rules(forget)
     if rules:
-        require_scalable(adapter)
-    if rules and not adapter.changes_unet:
-        raise UserError("a forgetting rule selects parts of the UNet, which this adapter does not change: leave it out")
+        require_forgetting(adapter)
     with applied(model, adapter, strength, any_base=True):
         with scaled(model.unet, rules, strength) if adapter.changes_unet else nullcontext():
             with _tokenizers(pipe, model):

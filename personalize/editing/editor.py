@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import AdapterCopy, load_adapters
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora_scales import lora_disabled
-from personalize.adapters.merging import require_scalable
+from personalize.adapters.merging import require_forgetting, require_scalable
 from personalize.adapters.text_encoder_lora import has_text
 from personalize.adapters.textual_inversion import installed_tokens
 from personalize.adapters.trained_size import trained_size
@@ -37,14 +38,13 @@ from personalize.editing.real_image import EditResult, edit_photo
 from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.search import Trial, ranked, search
 from personalize.editing.strengths import largest_dial
-from personalize.editing.vector_projection import edit_conditioning
+from personalize.editing.vector_projection import edit_conditioning, worded
 from personalize.errors import NonFiniteLatents, UserError
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request, Scorer
 from personalize.io.images import to_image
 from personalize.models.fast_paths import compiled_blocks
 from personalize.models.image_processor import Picture, Point
-from personalize.models.prompts import align_prompt
 from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.denoise import Edit, sample
@@ -116,7 +116,7 @@ class Editor:
         """Images of the adapter's subject that show `prompt`, one for each seed.
 
         They start from the source embedding of the caption nearest to `prompt`, if the adapter has several; for another
-        one make the editor with `adapter.starting_from(caption)`.
+        one make the editor with `adapter.starting_from(caption)`.  `prompt` is worded like it, see `align_prompt`.
 
         `changes` are fields of `EditStrengths` that take the place of those of `strengths`, such as alpha=0.8.
 
@@ -128,7 +128,7 @@ class Editor:
         strengths = replace(strengths, **changes)
         size, source = sampling.size or self.size_for(prompt), self._adapter.starting_from(prompt=prompt).source
         conditioning = edit_conditioning(
-            self.model, source, self._encode(prompt, size, strengths.strength),
+            self.model, source, self._encode(self.align_prompt(prompt), size, strengths.strength),
             alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
         )  # fmt: skip
         return self._sample(conditioning, strengths, seeds, negative_prompt, replace(sampling, size=size))
@@ -158,9 +158,11 @@ class Editor:
             UserError: the prompt is empty, the budget is below 1, or there is no scorer for this base.
         """
         scorer = scorer or find_scorer(self.model.name, device=self.model.device)
-        request = Request(self.align_prompt(prompt), self.caption_for(prompt), source)
+        editor = copy(self)  # in the same `with` block; the prompt as it is worded may be nearer to another caption
+        editor.adapter = self._adapter.starting_from(prompt=prompt)
+        request = Request(self.align_prompt(prompt), editor.caption, source)
         trials = search(
-            self, request, scorer, budget=budget, seed=seed, negative_prompt=negative_prompt, sampling=sampling
+            editor, request, scorer, budget=budget, seed=seed, negative_prompt=negative_prompt, sampling=sampling
         )
         return ranked(trials)
 
@@ -196,13 +198,8 @@ class Editor:
             )  # fmt: skip
 
     def align_prompt(self, prompt: str) -> str:
-        """`prompt`, made to begin like the adapter's caption if the adapter has a source embedding.
-
-        The embedding is edited token by token, so that words at the same place must correspond; see
-        `personalize.models.prompts.align_prompt`.
-        """
-        aligned = self.adapter is not None and self.adapter.source
-        return align_prompt(prompt, self.caption_for(prompt)) if aligned else prompt
+        """`prompt`, made to begin like the adapter's caption if the adapter has a source embedding, see `worded`."""
+        return worded(prompt, self.adapter)
 
     @property
     def caption(self) -> str:
@@ -237,12 +234,12 @@ class Editor:
         return self.adapter
 
     @torch.no_grad()
-    def _encode(self, prompt: str, size: tuple[int, int], strength: float = 0.0) -> Conditioning:
-        """The conditioning of `prompt`; unless `strength` is 0, with the adapter's text encoder LoRA and tokens."""
-        tokens = self.adapter.concepts if self.adapter and strength else {}
-        with self.adapter.apply_text(self.model, strength) if self.adapter and strength else nullcontext():
-            with installed_tokens(self.model, tokens):
-                return self.model.prompts([prompt], size)
+    def _encode(self, prompt: str, size: tuple[int, int], strength: float | None = None) -> Conditioning:
+        """The conditioning of `prompt`; with a `strength`, with the adapter's tokens and its text encoder LoRA."""
+        if self.adapter is None or strength is None:
+            return self.model.prompts([prompt], size)
+        with self.adapter.apply_text(self.model, strength), installed_tokens(self.model, self.adapter.concepts):
+            return self.model.prompts([prompt], size)
 
     def _sample(
         self, conditioning: Conditioning, strengths: EditStrengths | None, seeds: Sequence[int], negative_prompt: str,
@@ -252,18 +249,20 @@ class Editor:
         for seed in seeds:
             check_number("seed", seed, kind=int)
         size = sampling.size or self.size
-        strength = strengths.strength if strengths else 0.0
+        strength = strengths.strength if strengths else None
         changed = {**self.adapter.lora, **self.adapter.others} if self.adapter is not None else {}
         adapter_changes_null = has_text(changed) and not self.model.zero_null
         encode_negative = bool(negative_prompt) or adapter_changes_null
         negative = self._encode(negative_prompt, size, strength) if encode_negative else None
         scale = text_to_image_guidance(self.model.name) if sampling.guidance_scale is None else sampling.guidance_scale
         edit = Edit(conditioning, negative, scale)
-        scaled = strengths is not None and (strengths.forget != "none" or strengths.strength != 1)
-        if scaled:
-            require_scalable(self._adapter, "a strength or a forgetting rule")
-        if strengths is not None and self._adapter.changes_unet:
-            edit = replace(edit, rule=parse_rule_sum(strengths.forget), strength=strengths.strength)
+        if strengths is not None:
+            if rules := parse_rule_sum(strengths.forget):
+                require_forgetting(self._adapter)
+            if strengths.strength != 1:
+                require_scalable(self._adapter, "a strength")
+            if self._adapter.changes_unet:
+                edit = replace(edit, rule=rules, strength=strengths.strength)
         schedule = make_schedule(self.model, sampling.steps, sampling.scheduler)
         with self._applied(strengths is not None), compiled_blocks(self.model.unet, sampling.torch_compile):
             latents = sample(self.model, edit, seeds, schedule, size, sampling.cuda_graph)

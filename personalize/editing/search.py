@@ -95,13 +95,14 @@ def search(
     if budget < 1:
         raise UserError(f"--budget must be at least 1 picture, got {budget}")
     ladder, trials = usable_rules(editor), []
+    judged = request.without(editor.adapter.concepts if editor.adapter else ())
     with editor.applied_throughout():
         for _ in range(budget):
             strengths, image_seed = next_proposal(trials, budget, ladder, seed)
             picture = editor.edit(
                 request.prompt, strengths, seeds=[image_seed], negative_prompt=negative_prompt, sampling=sampling
             )[0]
-            scores = scorer([picture], request)[0]
+            scores = scorer([picture], judged)[0]
             trials.append(Trial(strengths, image_seed, picture, scores, state(scores, scorer)))
             yield trials[-1]
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
+from personalize.models.prompts import align_prompt
 from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 
@@ -95,6 +97,17 @@ def _check(source: Tensor, target: Tensor) -> None:
             f"source embedding {tuple(source.shape)} and target embedding {tuple(target.shape)} differ: "
             "both must be (b, l, d) of the same base model"
         )
+
+
+def worded(prompt: str, adapter: Adapter | None) -> str:
+    """`prompt` made to begin like the caption whose source embedding it edits, if the adapter has one.
+
+    The embedding is edited token by token, so that words at the same place must correspond; see
+    `personalize.models.prompts.align_prompt`.
+    """
+    if adapter is None or adapter.source is None:
+        return prompt
+    return align_prompt(prompt, adapter.starting_from(prompt=prompt).captions[0])
 
 
 def edit_conditioning(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from PIL import Image
@@ -20,6 +21,14 @@ class Request:
     prompt: str
     caption: str
     source: Image.Image
+
+    def without(self, tokens: Iterable[str]) -> Request:
+        """The request without the learned `tokens` in its texts, which no scorer knows."""
+        texts = [self.prompt, self.caption]
+        for token in tokens:
+            texts = [re.sub(re.escape(token), " ", text, flags=re.IGNORECASE) for text in texts]
+        prompt, caption = (" ".join(text.split()) for text in texts)
+        return replace(self, prompt=prompt, caption=caption)
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,12 @@ def align_prompt(prompt: str, caption: str) -> str:
     prompt = prompt.strip()
     of_caption, of_prompt = _PREFIX.match(caption.strip()), _PREFIX.match(prompt)
     replaceable = _NEUTRAL if of_caption is None or _neutral(of_caption) else _ANY
-    if of_prompt is not None and of_prompt["medium"].lower() not in replaceable:
+    if not prompt or (of_prompt is not None and of_prompt["medium"].lower() not in replaceable):
         return prompt
     rest = prompt[of_prompt.end() :] if of_prompt else prompt
-    return (of_caption[0] if of_caption else "") + rest
+    if of_caption is not None:
+        return of_caption[0] + rest
+    return align_prompt(rest, caption) if of_prompt else rest  # what is left may begin so too: aligned twice is once
 
 
 def _neutral(prefix: re.Match[str]) -> bool:

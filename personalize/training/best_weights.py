@@ -6,7 +6,6 @@ score = mean over the pictures of √(edit · identity)          see `evaluation
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from personalize.adapters.captions import nearest_caption
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request, Scorer
+from personalize.models.prompts import align_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 
 PREFIX = "best."  # of the names in checkpoints
@@ -53,18 +53,14 @@ def find_judge(
     if not config.keep_best:
         return None
     source, caption = shown[nearest_caption(config.validation_prompt, [words for _, words in shown])]
-    prompt, caption = (_without(tokens, text) for text in (config.validation_prompt, caption))
+    standalone = getattr(config, "without_source_embedding", True)  # then the prompt is no edit of the caption
+    prompt = config.validation_prompt if standalone else align_prompt(config.validation_prompt, caption)
+    request = Request(prompt, caption, source).without(tokens)
     scorer = find_scorer(model.name, config.clip_model, config.identity_model)  # on the CPU: the device is for training
     drawn = {"pictures": config.num_validation_images, "steps": config.preview_steps}
-    judge = Judge(scorer, Request(prompt, caption, source), {"scorer": scorer.name, "prompt": prompt, **drawn})
+    judge = Judge(scorer, request, {"scorer": scorer.name, "prompt": request.prompt, **drawn})
     judge([source])  # raises before the training what would raise after its first pictures
     return judge
-
-
-def _without(tokens: Sequence[str], text: str) -> str:
-    for token in tokens:
-        text = re.sub(re.escape(token), " ", text, flags=re.IGNORECASE)
-    return " ".join(text.split())
 
 
 class BestWeights:

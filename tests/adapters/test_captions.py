@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from personalize.editing.config import Sampling
 from personalize.editing.drag.reading import conditioning
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
+from personalize.evaluation.scoring import Request, Scores
 from personalize.formats.inspection import inspect_file
 from personalize.formats.inspection_report import report
 from personalize.models.stable_diffusion import StableDiffusion
@@ -134,6 +136,34 @@ def test_the_command_says_where_it_starts_and_takes_another(tmp_path: Path, caps
     assert first.read_bytes() != second.read_bytes()
     assert main([*line, "--source_caption", "a dog"]) == 2
     assert "learned no picture with the caption 'a dog'" in capsys.readouterr().err
+
+
+def test_an_edit_is_drawn_again_from_the_caption_that_it_started_from(tmp_path: Path) -> None:
+    """As it was worded, the prompt is nearer to another caption, from which `--from` and `choose` then started."""
+    base = tiny_folder("sd1", tmp_path)
+    model = StableDiffusion.load(base)
+    adapter, long = several(model), "a photo of a dog in the snow on the beach of my mountain wearing a red hat"
+    adapter = replace(adapter, info={**adapter.info, "caption": long, "captions": [long, *CAPTIONS[1:]]})
+    own, _, other = adapter.captions
+    assert adapter.starting_from(prompt="hat").captions == (own,)
+    assert adapter.starting_from(prompt="a photo of hat").captions != (own,)
+    adapter.save(tmp_path / "cat")
+    line = ["--num_inference_steps", "1", "--pretrained_model_name_or_path", str(base), "--output_dir"]
+    assert main(["edit", str(tmp_path / "cat"), "--prompt", "hat", *line, str(tmp_path / "out")]) == 0
+    assert main(["edit", "--from", str(tmp_path / "out" / "edit-000.png"), *line, str(tmp_path / "again")]) == 0
+    first, again = (tmp_path / name / "edit-000.png" for name in ("out", "again"))
+    assert first.read_bytes() == again.read_bytes()
+    requests: list[Request] = []
+
+    def scorer(pictures: Sequence[Image.Image], request: Request) -> list[Scores]:
+        requests.append(request)
+        return [Scores(0.9, 0.9, 0.5)]
+
+    scorer.name, scorer.copy_distance, scorer.lost_distance = "fixed", 0.2, 0.6  # pyright: ignore
+    editor = Editor(model, adapter)
+    (best,) = editor.choose("hat", Image.new("RGB", (64, 64)), budget=1, scorer=scorer, sampling=Sampling(1))  # pyright: ignore
+    assert (requests[0].prompt, requests[0].caption) == ("a photo of hat", own)
+    assert best.picture.tobytes() == editor.edit("hat", best.strengths, sampling=Sampling(1))[0].tobytes()
 
 
 def test_a_search_compares_with_the_picture_that_it_starts_from(

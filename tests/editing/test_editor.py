@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import personalize
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import parse_rule_sum
+from personalize.adapters.textual_inversion import installed_tokens
 from personalize.cli.main import main
 from personalize.editing import editor as editor_module
 from personalize.editing.config import EditStrengths, Sampling
@@ -20,7 +22,7 @@ from personalize.editing.editor import Editor
 from personalize.editing.strengths import remember
 from personalize.errors import NonFiniteLatents, UserError
 from tests.support.adapter_kinds import loha
-from tests.support.lora_states import random_adapter
+from tests.support.lora_states import random_adapter, text_lora
 from tests.support.tiny import tiny, tiny_folder
 
 SHORT = Sampling(steps=2)
@@ -49,6 +51,36 @@ def test_forgedit_c27_strength_zero_with_the_prompt_alone_is_the_base(editor):
     base = editor.base("a dog", sampling=SHORT)[0]
     off = editor.edit("a dog", gamma=1.0, strength=0.0, sampling=SHORT)[0]
     assert np.abs(array(base) - array(off)).max() <= 1  # zero times B·A is added; one grey level of rounding
+
+
+def test_strength_zero_leaves_learned_tokens_in(editor):
+    """They were split into letters, so that 0 was far from 0.000001, and from `attach` with the strength 0."""
+    rows = {"<thing>": {"text_encoder": torch.ones(1, 32)}}
+    model, learned = editor.model, replace(editor.adapter, source=None, concepts=rows)
+    nearly, off = (Editor(model, learned).edit("a <thing>", strength=s, sampling=SHORT)[0] for s in (1e-6, 0.0))
+    assert np.abs(array(nearly) - array(off)).max() <= 1
+    with installed_tokens(model, rows):
+        base = editor.base("a <thing>", sampling=SHORT)[0]
+    assert np.abs(array(base) - array(off)).max() <= 1
+
+
+def test_a_prompt_is_worded_like_the_caption_in_python_too(editor, tmp_path):
+    """The command worded it alone, so that previews, Python and `attach` drew another picture of the same prompt."""
+    own = replace(editor.adapter, info={**editor.adapter.info, "caption": "a photo of a cat"})
+    drawn = Editor(editor.model, own)
+    plain, worded = (drawn.edit(prompt, sampling=SHORT)[0] for prompt in ("a dog", "a photo of a dog"))
+    assert plain.tobytes() == worded.tobytes() != editor.edit("a dog", sampling=SHORT)[0].tobytes()
+    with personalize.attach(editor.model.pipeline(), own.save(tmp_path / "own")) as attached:
+        assert torch.equal(attached.embeds("a dog"), attached.embeds("a photo of a dog"))
+    bare = Editor(editor.model, replace(own, source=None))  # without a source embedding the prompt is no edit of it
+    assert bare.edit("a dog", sampling=SHORT)[0].tobytes() != bare.edit("a photo of a dog", sampling=SHORT)[0].tobytes()
+
+
+def test_a_rule_for_an_adapter_without_a_part_in_the_unet_is_refused_as_by_attach(editor):
+    """It did nothing, and said nothing."""
+    text = Editor(editor.model, replace(editor.adapter, lora=text_lora(editor.model)))
+    with pytest.raises(UserError, match="which this adapter does not change: leave it out"):
+        text.edit("a dog", forget="decoder", sampling=SHORT)
 
 
 def test_strengths_and_rules_show(editor):

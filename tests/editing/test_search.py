@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from personalize.editing.config import EditStrengths, Sampling
@@ -49,6 +52,24 @@ def played(answer, budget=16, ladder=STRONGER, seed=0):
         reading = BAD[answer(setting)]
         tried.append(Trial(setting, number, PICTURE, reading, state(reading, Fixed([]))))
     return tried
+
+
+def test_learned_words_are_left_out_of_what_is_scored_as_by_keep_best():
+    """No scorer knows them."""
+    request = Request("a photo of a <Rex> dog on the beach", "a photo of a <rex> dog", PICTURE)
+    bare = request.without(["<rex>"])
+    assert (bare.prompt, bare.caption) == ("a photo of a dog on the beach", "a photo of a dog")
+    said = []
+
+    class Noting(Fixed):
+        def __call__(self, pictures, request):
+            said.append(request)
+            return super().__call__(pictures, request)
+
+    model = tiny("sd1")
+    learned = replace(random_adapter(model), source=None, concepts={"<rex>": {"text_encoder": torch.ones(1, 32)}})
+    list(search(Editor(model, learned), request, Noting([BAD["good"]]), budget=1, sampling=Sampling(1)))
+    assert said == [bare]
 
 
 @pytest.mark.parametrize("what", list(BAD))

@@ -18,10 +18,11 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import ALIASES, RULES, degrees, parse_rule_sum
 from personalize.adapters.lora import module_names
 from personalize.cli.main import main
-from personalize.editing.vector_projection import project
+from personalize.editing.vector_projection import project, worded
 from personalize.errors import UserError
 from personalize.formats.timestep_rank import TimestepRank
 from personalize.models.blocks import module_roles
+from personalize.models.prompts import align_prompt
 from tests.support.lora_states import ATTENTION, paths, random_lora
 from tests.support.tiny import NAMES, tiny
 
@@ -121,7 +122,7 @@ def test_an_adapter_folder_is_read(tmp_path):
     assert (read.alpha, read.caption, read.timestep_rank) == (6.0, "a cat", rule)
     assert all(torch.equal(lora[f"{stem}.lora_{side}.weight"], part) for stem, pair in read.lora.items()
                for side, part in zip("AB", pair, strict=True)) and len(read.lora) == len(lora) // 2  # fmt: skip
-    assert read.source.nearest("")["embeds"].shape == (1, 77, 32)
+    assert read.source.nearest("")[0]["embeds"].shape == (1, 77, 32)
     assert all(torch.equal(read.tokens[token]["text_encoder"], rows[token]["text_encoder"]) for token in rows)
     with pytest.raises(ValueError, match="no adapter folder"):
         node_file("adapter_folder").read_adapter(tmp_path)
@@ -138,9 +139,19 @@ def test_of_several_captions_the_one_nearest_to_the_prompt_is_taken_as_ours(tmp_
     info = {"base": model.identity, "caption": CAPTIONS[0], "captions": CAPTIONS}
     source = {"embeds": torch.randn(4, 77, 32), "pooled": torch.randn(4, 8)}
     adapter = Adapter(random_lora(paths(model.unet, ATTENTION)), 4, 6.0, source, info)
-    found = node_file("adapter_folder").read_adapter(adapter.save(tmp_path / "cat")).source.nearest(prompt)
+    read = node_file("adapter_folder").read_adapter(adapter.save(tmp_path / "cat"))
+    found, said = read.source.nearest(prompt)
     ours = adapter.starting_from(prompt=prompt).source
     assert all(torch.equal(found[name], ours[name]) and len(found[name]) == 1 for name in ("embeds", "pooled"))
+    assert said == worded(prompt, adapter)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a dog", "A photo of a dog", "a drawing of a dog", "a photo of a picture of it", ""]
+)
+@pytest.mark.parametrize("caption", ["a cat", "a photo of a cat", "The drawing of a cat", ""])
+def test_a_prompt_is_worded_as_ours(prompt, caption):
+    assert node_file("adapter_folder").worded(prompt, caption) == align_prompt(prompt, caption)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

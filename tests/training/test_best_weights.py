@@ -190,6 +190,16 @@ def test_learned_tokens_are_not_for_the_scorer() -> None:
     assert 0 <= judge([Image.new("RGB", (64, 64))] * 2) <= 1 and judge.about["pictures"] == 2
 
 
+@pytest.mark.parametrize(("bare", "prompt"), [(False, "a photo of a dog"), (True, "a dog")])
+def test_the_prompt_is_judged_as_it_is_drawn(bare: bool, prompt: str) -> None:
+    """Worded like the caption, where an edit starts from its source embedding."""
+    config = SimpleNamespace(keep_best=True, validation_prompt="a dog", clip_model=None, identity_model=None,
+                             num_validation_images=2, preview_steps=1, without_source_embedding=bare)  # fmt: skip
+    shown = [(Image.new("RGB", (64, 64)), "a photo of a cat")]
+    judge = find_judge(config, SimpleNamespace(name="embedded"), shown)  # pyright: ignore[reportArgumentType]
+    assert judge is not None and judge.request.prompt == prompt
+
+
 def test_of_several_pictures_the_one_that_the_edit_starts_from_is_compared() -> None:
     """It was the first, whatever it shows."""
     config = SimpleNamespace(keep_best=True, validation_prompt="a dog in the snow", clip_model=None,

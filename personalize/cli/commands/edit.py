@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     `editor` takes the place of the one that the options describe, if that is loaded already.
     """
     check_edit(config)
-    editor = starting_from(config, editor or Editor.configured(config, (config.adapter, *config.add)))
+    config, editor = starting_from(config, editor or Editor.configured(config, (config.adapter, *config.add)))
     prompt = editor.align_prompt(config.prompt)
     if prompt != config.prompt:
         print(f"Worded like the caption: “{prompt}”")
@@ -67,14 +67,14 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     return config.output_dir
 
 
-def starting_from(config: EditConfig, editor: Editor) -> Editor:
-    """`editor` with the one caption to start from, which is printed if the adapter has several.
+def starting_from(config: EditConfig, editor: Editor) -> tuple[EditConfig, Editor]:
+    """`editor` with the one caption to start from, which is printed, and named by the options, if there are several.
 
     UserError if a search would compare its pictures with that of another caption.
     """
     adapter = editor.adapter
     if adapter is None or (len(adapter.captions) == 1 and config.source_caption is None):
-        return editor
+        return config, editor
     chosen = adapter.starting_from(config.source_caption, prompt=config.prompt)
     if len(adapter.captions) > 1:
         how = "" if config.source_caption else ", the nearest; --source_caption names another"
@@ -85,7 +85,7 @@ def starting_from(config: EditConfig, editor: Editor) -> Editor:
             f"--auto compares edits with {source_picture(config)}, the picture of “{first}”, and this edit starts from "
             f"“{own}”: give the picture of that caption with --source_image, or --source_caption '{first}'"
         )
-    return Editor(editor.model, chosen)
+    return replace(config, source_caption=own), Editor(editor.model, chosen)
 
 
 def combinations(

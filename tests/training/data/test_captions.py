@@ -86,8 +86,10 @@ def test_blip_folder_describes_the_picture(photo: Path, blip: Path) -> None:
         ("a dog in the snow", "a drawing of a dog", "a drawing of a dog in the snow"),
         ("a dog", "", "a dog"),
         ("a photo of a dog", "a photo of a cat", "a photo of a dog"),
+        ("a photo of a picture of a dog", "a dog", "a dog"),
+        ("", "a photo of a dog", ""),
     ],
 )
 def test_the_target_begins_like_the_caption(prompt, caption, worded):
     """Rows of the two embeddings are compared by position, so their words must stand at the same ones."""
-    assert align_prompt(prompt, caption) == worded
+    assert align_prompt(prompt, caption) == worded == align_prompt(worded, caption)
