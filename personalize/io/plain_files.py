@@ -73,6 +73,11 @@ def is_plain(path: Path) -> bool:
         return False
 
 
+def at_home(path: str | Path) -> Path:
+    """`path` with `~` in front as the home folder; as it is if no such user is known, for files are so called too."""
+    return Path(os.path.expanduser(path))
+
+
 def is_hidden(name: str) -> bool:
     """Is the name hidden by its dot (as macOS' `._1.png`), or one that a system puts into folders?"""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES

@@ -17,12 +17,13 @@ from typing import Any
 from personalize.errors import UserError
 from personalize.io.atomic import write_file
 from personalize.io.json_files import read_json
+from personalize.io.plain_files import at_home
 from personalize.models.config import HUB_ID
 
 
 def portable_name(name: str) -> str:
     """A base's name without the folders it lies in; a hub id stays as it is."""
-    return Path(name).expanduser().resolve().name if name and Path(name).expanduser().exists() else name
+    return at_home(name).resolve().name if name and at_home(name).exists() else name
 
 
 def remember_base(sha256: str, name: str) -> None:
@@ -30,9 +31,9 @@ def remember_base(sha256: str, name: str) -> None:
 
     Of two processes that write at the same moment one may lose its entry, which its next run writes again.
     """
-    if not name or not Path(name).expanduser().exists():
+    if not name or not at_home(name).exists():
         return
-    path = str(Path(name).expanduser().resolve())
+    path = str(at_home(name).resolve())
     known = _known()
     if known.get(sha256) != path:
         try:

@@ -2,6 +2,7 @@
 
 import os
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from personalize.io.image_files import check_image, load_image
 from personalize.io.image_metadata import read_rows, sidecar_caption
 from personalize.io.json_files import read_json
 from personalize.io.pickles import read_any
-from personalize.io.plain_files import file_hash, opened, read_bytes, read_text
+from personalize.io.plain_files import at_home, file_hash, opened, read_bytes, read_text
 from personalize.io.tables import read_table
 from personalize.io.tensor_files import read_tensors
 from personalize.io.yaml_files import read_options
@@ -131,3 +132,11 @@ def test_plain_files_are_read_whole(tmp_path):
     assert read_bytes(path) == path.read_bytes()
     with pytest.raises(UserError, match="at most 100 were expected"):
         read_bytes(path, 100)
+
+
+def test_a_tilde_is_the_home_folder_or_a_part_of_the_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file called ~backup.png ended a whole catalogue, and `--config ~x.yaml` in a traceback."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert at_home("~/a.png") == tmp_path / "a.png" and at_home(Path("b.png")) == Path("b.png")
+    assert at_home("~no such user.png") == Path("~no such user.png")

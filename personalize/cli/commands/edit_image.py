@@ -22,6 +22,7 @@ from personalize.io.image_files import load_image
 from personalize.io.images import psnr, to_pixels
 from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
+from personalize.io.plain_files import at_home
 from personalize.sampling.config import NullTextSettings
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def photo_details(config: PhotoConfig, editor: Editor, settings: PhotoSettings) 
     files = {"photo": config.photo}
     regions = {f"region {noun}": where for noun, where in map(pair, config.region)}
     places = {"mask": config.mask, "background_mask": config.background_mask, **regions}
-    files |= {name: Path(where).expanduser() for name, where in places.items()
+    files |= {name: at_home(where) for name, where in places.items()
               if where not in (None, "auto", "none") and box(where) is None}  # fmt: skip
     facts = {"steps": settings.steps, "scheduler": "ddim", "guidance_scale": settings.guidance(editor.model.name)}
     facts |= {"seed": settings.seed}
@@ -153,7 +154,7 @@ def _uniform(config: PhotoConfig) -> UniformSettings | None:
 
 def _noun_regions(config: PhotoConfig) -> NounRegions:
     """What the options say about the photo's nouns, for dynamic prompt learning."""
-    regions = {noun: box(where) or Path(where).expanduser() for noun, where in map(pair, config.region)}
+    regions = {noun: box(where) or at_home(where) for noun, where in map(pair, config.region)}
     plain = config.background_mask in ("auto", "none")
     return NounRegions(config.nouns, config.background_mask if plain else Path(config.background_mask), regions)
 

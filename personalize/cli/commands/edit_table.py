@@ -26,7 +26,7 @@ from personalize.formats.adapter_source import ADAPTER_CONFIG, INDEX, fetched
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, parse_json
 from personalize.io.numbering import folded, windows_refuses
-from personalize.io.plain_files import file_hash, is_plain, read_bytes, read_text
+from personalize.io.plain_files import at_home, file_hash, is_plain, read_bytes, read_text
 from personalize.io.progress import ticked
 from personalize.io.tables import MORE, SURPLUS, read_table
 from personalize.models.config import InferenceOptions
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 RESULTS = "results.jsonl"
 REPEATED = {field.name for field in fields(PhotoConfig) if field.type.startswith(("Annotated[tuple", "tuple"))}  # pyright: ignore
+SWITCHES = {field.name for field in fields(PhotoConfig) if field.type == "bool"}
 MASKS = ("mask", "background_mask", "region")  # columns that may name files
 NEUTRAL = ("allow_download", "cpu")  # options of the table that do not decide its pictures
 COLUMNS = ("file", "name", *ROW_OPTIONS)
@@ -112,7 +113,7 @@ def read_rows(table: Path) -> list[Row]:
             plain_name(name)
         except UserError as error:
             name, problem = f"row-{line}", problem or str(error)
-        rows.append(Row(line, _unused_name(name, line, rows), table.parent / file, given, problem))
+        rows.append(Row(line, _unused_name(name, line, rows), table.parent / at_home(file), given, problem))
     if not rows:
         raise UserError(f"{table} has no row below its header")
     return rows
@@ -137,8 +138,8 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
     words = [str(row.file)]
     for name, cell in row.cells.items():
         for value in _values(name, cell):
-            words += [f"--{name}", _beside_the_table(name, value, config.table)]
-    options = parse(PhotoConfig, _as_flags(words), prog="personalize edit")
+            words.append(_as_flag(name, _beside_the_table(name, value, config.table)))
+    options = parse(PhotoConfig, words, prog="personalize edit")
     shared = {field.name: getattr(config, field.name) for field in fields(InferenceOptions)}
     shared |= {"adapter": config.adapter, "add": config.add}
     options = replace(options, output_dir=config.output_dir / row.name, **shared)
@@ -148,7 +149,7 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
 
 def _values(name: str, cell: str) -> list[str]:
     """The values in the cell of an option, several if it may be given several times."""
-    return [part.strip() for part in cell.split(";")] if name in REPEATED else [cell]
+    return [part.strip() for part in cell.split(";") if part.strip()] if name in REPEATED else [cell]
 
 
 def _beside_the_table(name: str, value: str, table: Path) -> str:
@@ -160,18 +161,13 @@ def _beside_the_table(name: str, value: str, table: Path) -> str:
     return f"{noun}{equals}{beside if is_plain(beside) else where}"
 
 
-def _as_flags(words: list[str]) -> list[str]:
-    """`--dpl yes` → `--dpl`, `--dpl no` → `--no_dpl`: options without a value."""
-    switches = {f"--{field.name}" for field in fields(PhotoConfig) if field.type == "bool"}
-    out: list[str] = []
-    for before, word in zip(["", *words], words, strict=False):
-        if before in switches:
-            if word.lower() not in ("yes", "true", "1", "no", "false", "0"):
-                raise UserError(f"column {before[2:]}: {word!r} is neither yes nor no")
-            out[-1] = before if word.lower() in ("yes", "true", "1") else f"--no_{before[2:]}"
-        else:
-            out.append(word)
-    return out
+def _as_flag(name: str, value: str) -> str:
+    """`--seed=3`, also of a value that begins with a dash; of options without a value `--dpl` for yes, `--no_dpl`."""
+    if name not in SWITCHES:
+        return f"--{name}={value}"
+    if value.lower() not in ("yes", "true", "1", "no", "false", "0"):
+        raise UserError(f"column {name}: {value!r} is neither yes nor no")
+    return f"--{name}" if value.lower() in ("yes", "true", "1") else f"--no_{name}"
 
 
 def row_hash(row: Row, config: EditTableConfig, adapters: Sequence[Sequence[str]] = ()) -> str:
@@ -192,7 +188,7 @@ def _mask_files(row: Row, table: Path) -> Iterator[Path]:
     for name in (name for name in MASKS if name in row.cells):
         for value in _values(name, row.cells[name]):
             where = _beside_the_table(name, value, table)
-            yield Path(where.partition("=")[2] if name == "region" else where).expanduser()
+            yield at_home(where.partition("=")[2] if name == "region" else where)
 
 
 def adapter_hashes(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_folders import read_folder
 from personalize.io.images import to_image
+from personalize.io.plain_files import at_home
 from personalize.io.progress import ticked
 from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
@@ -127,7 +128,7 @@ def from_base(
         "precision": str(model.dtype).removeprefix("torch."),
     }  # fmt: skip
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache or CACHE).expanduser() / key
+    folder = at_home(cache or CACHE) / key
     group: Any = accelerator or PartialState()
     several = group.num_processes > 1
     missing = [first for first in range(0, count, BATCH) if not all(path.is_file() for path in _paths(folder, first))]

@@ -74,6 +74,25 @@ def test_a_table_that_cannot_be_read_is_one_line(base, tmp_path, capsys, text, s
     assert says in line and "\n" not in line and not (tmp_path / "out").exists()
 
 
+def test_a_cell_is_a_value_as_behind_an_equals_sign(tmp_path):
+    """One that began with a dash was taken for an option, and a last ";" for an edit to nothing."""
+    photo(40, 32).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text('file,source,target,dpl\na.png,-a cat,"- a dog; a fox;",no\n')
+    config = EditTableConfig(tmp_path / "t.csv")
+    (row,) = read_rows(config.table)
+    options = row_options(row, config)
+    assert (options.source, options.target, options.dpl) == ("-a cat", ("- a dog", "a fox"), False)
+
+
+def test_the_home_folder_is_expanded_in_the_column_of_photos(tmp_path, monkeypatch):
+    """As in that of masks, in a catalogue and on the command line."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    (tmp_path / "t.csv").write_text("file,source,target\n~/a.png,a cat,a dog\n~no such user.png,a cat,a dog\n")
+    first, second = read_rows(tmp_path / "t.csv")
+    assert (first.file, second.file) == (tmp_path / "home" / "a.png", tmp_path / "~no such user.png")
+
+
 def test_a_path_that_the_system_cannot_look_up_costs_its_row_alone(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text(f"file,source,target,mask\n{'9' * 5000}.png,a cat,a dog,\nb.png,a cat,a dog,{'9' * 5000}\n")
