@@ -64,20 +64,25 @@ class Workbench:
         self._editor: tuple[Any, Any] | None = None
 
     def model(
-        self, name: str | None, *, prediction_type: str | None = None, local_files_only: bool = False
+        self, name: str | None, *, prediction_type: str | None = None, local_files_only: bool = False,
+        inpainting: bool = False,
     ) -> Any:  # fmt: skip
         """The base model `name`, which predicts `prediction_type`, by default what it says itself.
 
-        Another one leaves the memory first.
+        Another one leaves the memory first.  UserError for an inpainting model unless `inpainting`.
         """
+        from personalize.models.config import check_channels
+
         for given in (None, prediction_type):  # it need not be loaded again for what it says itself
             if self._model is None or not self._is(name, prediction_type):
                 from personalize.models.stable_diffusion import StableDiffusion
 
                 self.forget()
-                about: Any = {"prediction_type": given, "local_files_only": local_files_only}
+                about: Any = {"prediction_type": given, "local_files_only": local_files_only, "inpainting": True}
                 self._model = name, given, StableDiffusion.load(name, **about)
-        return self._model[2]
+        model = self._model[2]
+        check_channels(model.unet.config.in_channels, model.name, inpainting=inpainting)
+        return model
 
     def _is(self, name: str | None, prediction_type: str | None) -> bool:
         """Is the model in memory that of this name, with this prediction type?"""
@@ -86,7 +91,7 @@ class Workbench:
         _, given, model = self._model
         return given is None if prediction_type is None else model.prediction_type == prediction_type
 
-    def editor(self, base: str | None, adapters: Sequence[Path]) -> Any:
+    def editor(self, base: str | None, adapters: Sequence[Path], *, inpainting: bool = False) -> Any:
         """The editor of a base, by default that of the adapters, and adapters; the last one if nothing has changed."""
         from personalize.adapters.apply import load_adapters
         from personalize.editing.adapter_base import notice_other_prediction, trained_prediction
@@ -94,25 +99,25 @@ class Workbench:
         from personalize.models.known_bases import find_base
 
         files = tuple((str(path), _changed(path)) for path in adapters)
-        if self._editor is None or self._editor[0] != (base, files):
+        if self._editor is None or self._editor[0] != (base, files, inpainting):
             adapter = load_adapters(adapters) if adapters else None
             named = base or (find_base(adapter.base) if adapter else None)
             name = None if named in ("", "embedded") else named
-            model = self._model[2] if self._model and self._model[0] == name else self.model(
-                name, local_files_only=not base
-            )  # fmt: skip
+            about: Any = {"local_files_only": not base, "inpainting": inpainting}
+            model = self._model[2] if self._model and self._model[0] == name else self.model(name, **about)
             trained = trained_prediction(adapter, model) if adapter is not None else None
-            model = self.model(name, prediction_type=trained, local_files_only=not base)
+            model = self.model(name, prediction_type=trained, **about)
             if adapter is not None:
                 notice_other_prediction(adapter, model)
-            self._editor = (base, files), Editor(model, adapter)
+            self._editor = (base, files, inpainting), Editor(model, adapter)
         return self._editor[1]
 
     def editor_of(self, options: Any) -> Any:
         """The editor of a command's options."""
         adapter = getattr(options, "adapter", None)
         first = () if adapter is None else adapter if isinstance(adapter, tuple) else (adapter,)
-        return self.editor(options.pretrained_model_name_or_path, (*first, *getattr(options, "add", ())))
+        adapters = (*first, *getattr(options, "add", ()))
+        return self.editor(options.pretrained_model_name_or_path, adapters, inpainting=options.inpainting)
 
     def forget(self) -> None:
         """Drop the model, as before a training, which loads its base in the precision it needs."""

@@ -12,6 +12,7 @@ from PIL import Image
 
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.io.atomic import write_file
+from personalize.io.image_files import image_size
 from personalize.io.progress import listening, part
 from personalize.studio.actions import Workbench
 from personalize.studio.jobs import Job, JobQueue
@@ -49,14 +50,15 @@ def draw_base(bench: Workbench, options: Any, result: Mapping[str, Any], job: Jo
     """The base's picture of the same prompt and seed, beside the first picture: the two files."""
     from personalize.io.figures import png
 
-    first = result["entries"][0]
-    editor = bench.editor_of(options)
+    first, editor = result["entries"][0], bench.editor_of(options)
+    drawn = result["folder"] / first["file"]
+    width, height = image_size(drawn)
     with listening(job.part), part("The base alone"):
         picture = editor.base(
             first["prompt"], seeds=[first["seed"]], negative_prompt=options.negative_prompt,
-            sampling=Sampling(options.num_inference_steps, options.scheduler, options.guidance_scale),
+            sampling=Sampling(options.num_inference_steps, options.scheduler, options.guidance_scale, (height, width)),
         )[0]  # fmt: skip
-    return str(write_file(result["folder"] / "base.png", png(picture))), str(result["folder"] / first["file"])
+    return str(write_file(result["folder"] / "base.png", png(picture))), str(drawn)
 
 
 def two_dials(dials: Mapping[str, list[str]], result: Mapping[str, Any], folder: Path) -> Path:

@@ -57,7 +57,7 @@ def warm(studio: Studio) -> None:
     """Load the base model behind the first page."""
     if not studio.warmed:
         studio.warmed = True
-        work = lambda job: studio.bench.editor(studio.bench.base, ()) and None  # noqa: E731
+        work = lambda job: studio.bench.editor(studio.bench.base, (), inpainting=True) and None  # noqa: E731
         studio.queue.submit(Job("base", "Loading the base model", work))
 
 

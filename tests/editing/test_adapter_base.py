@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from personalize.cli.edit_options import DragConfig, PhotoConfig
 from personalize.editing.attach import attach
 from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
-from personalize.errors import Notice
+from personalize.errors import Notice, UserError
 from personalize.studio.actions import Workbench
 from tests.support.lora_states import random_adapter
-from tests.support.tiny import tiny, tiny_folder, tiny_pipeline
+from tests.support.tiny import tiny, tiny_folder, tiny_inpainting_pipeline, tiny_pipeline
 
 SHORT = Sampling(2)
 
@@ -82,3 +83,13 @@ def test_the_studio_loads_the_base_anew_only_for_another_prediction_type(places)
     assert bench.editor(base, (Path(noise),)).model is plain
     assert bench.editor(base, (Path(velocity),)).model.prediction_type == "v_prediction"
     assert bench.editor(base, ()).model.prediction_type == "epsilon"
+
+
+def test_the_studio_drags_with_an_inpainting_base_as_the_command_does(tmp_path):
+    """The command that its page shows took it, the studio refused it; all else refuses it there too."""
+    tiny_inpainting_pipeline("sd1").save_pretrained(tmp_path / "inpainting")
+    bench, base = Workbench(), str(tmp_path / "inpainting")
+    for _ in range(2):
+        assert bench.editor_of(DragConfig(Path("a.png"), (), (), pretrained_model_name_or_path=base)).model.inpainting
+        with pytest.raises(UserError, match="is an inpainting model"):
+            bench.editor_of(PhotoConfig(Path("a.png"), "a cat", pretrained_model_name_or_path=base))
