@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,11 @@ TEXT_TO_IMAGE, INPAINTING = 4, 9  # input channels of a UNet: the latents; the s
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"  # the base that ships with the package
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 HUB_FILE = re.compile(rf"({HUB_ID}):((?:[\w-][\w. -]*/)*[\w-][\w. -]*)")  # one file of a repository
+
+
+def base_name(source: str) -> str:
+    """What the base at `source` is called: that itself, but "embedded" for the package's own, also by its path."""
+    return "embedded" if source and os.path.realpath(source) == os.path.realpath(EMBEDDED) else source
 
 
 def safetensors_alone(place: str | Path) -> bool | None:

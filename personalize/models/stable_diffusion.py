@@ -14,7 +14,7 @@ from torch import Tensor
 from personalize.models import parameterization
 from personalize.models.conditioning import Conditioning
 from personalize.models.config import EMBEDDED as EMBEDDED
-from personalize.models.config import INPAINTING, check_channels
+from personalize.models.config import INPAINTING, base_name, check_channels
 from personalize.models.identity import Hashed, hashed_unet
 from personalize.models.idle_parts import Offload
 from personalize.models.known_bases import portable_name, remember_base
@@ -50,7 +50,7 @@ class StableDiffusion:
         self.unet, self.vae, self.scheduler = parts["unet"], parts["vae"], parts["scheduler"]
         self.text_encoders = _present(parts, "text_encoder", "text_encoder_2")
         self.tokenizers = _present(parts, "tokenizer", "tokenizer_2")
-        self.name = name or str(pipe.config.get("_name_or_path") or "")
+        self.name = base_name(name or str(pipe.config.get("_name_or_path") or ""))
         self.family = family(self.unet, len(self.text_encoders))
         require_supported(self.scheduler, self.vae, self.name or "the base")
         self.prediction_type: str = self.scheduler.config.prediction_type
@@ -93,7 +93,7 @@ class StableDiffusion:
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(device)
-        model = StableDiffusion(pipe, name="embedded" if source == EMBEDDED else str(source))
+        model = StableDiffusion(pipe, name=str(source))
         require_usable(model.unet, model.vae, model.name)
         check_channels(model.unet.config.in_channels, model.name, inpainting=inpainting)
         return model

@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from personalize.adapters.lora import module_names
 from personalize.errors import UserError
 from personalize.models import loading
+from personalize.models.config import EMBEDDED, base_name
 from personalize.models.loading import CONFIGS, checkpoint_kind, clip_tokenizer
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.original_layout import original_layout
@@ -204,3 +205,13 @@ def test_shipped_configs_are_the_four_and_valid():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {"clip", "sd15", "sd21", "sd21v", "sdxl"}
     assert all(json.loads(path.read_text()) for path in CONFIGS.rglob("*.json"))
     assert sum(path.stat().st_size for path in CONFIGS.rglob("*") if path.is_file()) < 1_000_000
+
+
+def test_the_packages_own_base_is_known_by_its_path_too(tmp_path):
+    """In a pipeline, or named by its folder, it had the guidance and the settings of the published bases."""
+    (tmp_path / "link").symlink_to(EMBEDDED)
+    assert [base_name(str(path)) for path in (EMBEDDED, tmp_path / "link")] == ["embedded", "embedded"]
+    pipe = tiny_pipeline("sd1")
+    assert StableDiffusion.from_pipeline(pipe, str(EMBEDDED)).name == "embedded"
+    others = ["", "owner/name", str(EMBEDDED.parent), str(tmp_path)]
+    assert [base_name(other) for other in others] == others
