@@ -29,9 +29,7 @@ from personalize.formats.layouts import FAMILY_OF_WIDTH, family_from_metadata
 from personalize.formats.lora_keys import COMPONENTS, kohya_name, with_text_model
 from personalize.io.tensor_files import tensor_bytes
 
-TRAINING_OPTIONS = (  # those that kohya's tools also record, under the same names
-    "learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "optimizer", "resolution", "seed"
-)  # fmt: skip
+TRAINING_OPTIONS = ("learning_rate", "lr_scheduler", "max_train_steps", "seed")  # kohya's tools record them too
 
 LAYOUT_KEYS = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "modelspec.implementation")
 
@@ -163,7 +161,8 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
     """The header strings by which graphical programs sort and display a LoRA (`ss_*` and `modelspec.*`).
 
     `info` may hold `base` (name, sha256, prediction_type), `caption`, `captions` and `caption_counts` if there are
-    several, `pictures`, `config` (the trainer's options) and `date`.
+    several, `pictures`, `size` (H, W), `updates` that were made, `mixed_precision`, `config` (the trainer's options)
+    and `date`.
     No date is written unless `info` gives one, so that equal training gives equal files.
     """
     base, config, caption = info.get("base", {}), info.get("config", {}), str(info.get("caption", ""))
@@ -173,7 +172,8 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "sd2": ("sd_v2_v", "stable-diffusion-v2-768-v") if v_prediction else ("sd_v2", "stable-diffusion-v2-512"),
         "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     }[family]
-    side, merged = config.get("resolution"), "merged_from" in info  # of a merge the pictures may not be known
+    merged, size = "merged_from" in info, info.get("size")  # of a merge the pictures may not be known
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (None, None)
     values = {
         "ss_v2": str(family == "sd2"),
         "ss_base_model_version": version,
@@ -193,8 +193,10 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "modelspec.trigger_phrase": caption or None,
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
         "modelspec.date": info.get("date"),
-        "modelspec.resolution": f"{side}x{side}" if side else None,
-        "ss_steps": config.get("max_train_steps"),
+        "modelspec.resolution": f"{width}x{height}" if width else None,
+        "ss_resolution": f"({width}, {height})" if width else None,
+        "ss_steps": info.get("updates"),
+        "ss_mixed_precision": info.get("mixed_precision"),
         "ss_unet_lr": config.get("learning_rate"),
         timestep_rank.HEADER_KEY: json.dumps(info[timestep_rank.KEY]) if timestep_rank.KEY in info else None,
     }

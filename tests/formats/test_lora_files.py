@@ -183,7 +183,8 @@ def test_family_follows_from_the_width_of_the_text():
 
 def test_metadata_by_which_programs_sort_a_file():
     base = {"name": "b", "prediction_type": "v_prediction"}
-    info = {"caption": "a cat", "config": {"seed": 3, "resolution": 64}, "base": base}
+    info = {"caption": "a cat", "config": {"seed": 3, "max_train_steps": 250}, "base": base, "updates": 40,
+            "size": [64, 96], "mixed_precision": "bf16"}  # fmt: skip
     about = {family: kohya_metadata(title="t", family=family, rank=4, info=info) for family in ("sd1", "sd2", "sdxl")}
     assert [about[f]["ss_base_model_version"] for f in about] == ["sd_v1", "sd_v2_v", "sdxl_base_v1-0"]
     assert [about[f]["ss_v2"] for f in about] == ["False", "True", "False"]
@@ -192,7 +193,10 @@ def test_metadata_by_which_programs_sort_a_file():
         "stable-diffusion-v2-768-v/lora",
         "stable-diffusion-xl-v1-base/lora",
     ]
-    assert about["sd1"]["ss_seed"] == "3" and about["sd1"]["modelspec.resolution"] == "64x64"
+    assert about["sd1"]["ss_seed"] == "3" and about["sd1"]["modelspec.resolution"] == "96x64"
+    assert about["sd1"]["ss_resolution"] == "(96, 64)" and about["sd1"]["ss_mixed_precision"] == "bf16"
+    # those that were made: of a checkpoint, or of a training that was ended, not all that were planned
+    assert (about["sd1"]["ss_steps"], about["sd1"]["ss_max_train_steps"]) == ("40", "250")
     assert all(isinstance(value, str) for value in about["sd1"].values())
     assert not any("date" in key or "_at" in key for key in about["sd1"])
     assert kohya_metadata(title="t", family="sd1", rank=4, info=info | {"date": "2025-01-01"})["modelspec.date"]
