@@ -47,13 +47,12 @@ class BatchedAdapters(SingleImageObjective):
         self.stacked = nn.ParameterList([parameter for pair in stacked.values() for parameter in pair])
 
     def forward(self, batch: dict[str, Tensor]) -> LossTerms:
-        """The summed loss; its `parts` are the mean squared error of each adapter, by number."""
+        """The summed loss; its `parts` are the loss of each adapter, by number."""
         errors, weights = self.sample_errors(batch)
         if "share" in batch:
             errors = errors * batch["share"]
         each = (weights * errors).view(self.count, -1).mean(1)  # (n,)
-        parts = {str(number): loss for number, loss in enumerate(errors.detach().view(self.count, -1).mean(1))}
-        return LossTerms(each.sum(), parts)
+        return LossTerms(each.sum(), {str(number): loss for number, loss in enumerate(each.detach())})
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """Stacked A and B of every LoRA layer, A before B."""

@@ -16,7 +16,7 @@ from personalize.randomness import generator
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.config import SingleImageConfig
 from personalize.training.finite import NonFiniteError
-from personalize.training.single_image import learn
+from personalize.training.single_image import learn, single_image_run
 from tests.support.tiny import tiny, tiny_sd1
 
 SMALL = SingleImageConfig(rank=2, max_train_samples=4, samples_per_update=2, learning_rate=1e-3)
@@ -53,6 +53,16 @@ def test_speed_several_adapters_equal_one_at_a_time() -> None:
     a, b = changes(together[0][0]), changes(together[1][0])
     apart = torch.tensor([float((a[name] - b[name]).norm() / a[name].norm()) for name in a])
     assert apart.median() > 0.05  # they did learn different things
+
+
+def test_the_loss_of_each_is_the_one_that_it_has_alone() -> None:
+    """That of a batch was without min-SNR's weights, so that results.csv had two kinds of loss."""
+    model = tiny_sd1()
+    config = replace(SMALL, max_train_samples=1, samples_per_update=1, targets="attention", snr_gamma=0.01)
+    for (_, together), (pixels, caption) in zip(learn_batched(model, pictures(2), config), pictures(2), strict=True):
+        with single_image_run(model, pixels, caption, config) as run:
+            (report,) = run.steps()
+        assert together == pytest.approx(report.values()["loss"], rel=1e-4) and together < report.values()["mse"] / 2
 
 
 def test_speed_adapters_of_one_batch_do_not_touch_one_another() -> None:
