@@ -28,6 +28,7 @@ from personalize.cli.terminal import unwrapped
 from personalize.cli.wording import as_options, of_tyro, worded
 from personalize.errors import Notice, UserError, nearest
 from personalize.io.json_files import SURROGATE
+from personalize.io.plain_files import at_home
 from personalize.io.yaml_files import read_options
 from personalize.models.ranges import check_ranges
 
@@ -68,14 +69,16 @@ def parse(
             tyro.cli(config, args=["--help"], prog=prog, description=about, use_underscores=True, registry=_registry())
     flags = [name for token in args if (name := flag_name(token))]
     _check_names(flags, config, "option", "--")
-    defaults: dict[str, Any] = dict(recorded or {})
+    replaces, defaults = getattr(config, "replaces", {}), dict[str, Any](recorded or {})
     _check_names(list(defaults), config, "option in the picture", "")
     for file in files:
-        defaults |= read_yaml(_find(file, presets or {}), config)
+        content = read_yaml(_find(file, presets or {}), config)
+        settled = {other for key, other in replaces.items() if content.get(key) is not None}
+        defaults = {key: value for key, value in defaults.items() if key not in settled} | content
     given = {*flags, *(name.removeprefix("no_") for name in flags)}
     defaults = {key: value for key, value in defaults.items() if value is not None}  # nothing: it is left out
     _check_required(config, given | set(defaults), prog)
-    settled = given | {key for flag, key in getattr(config, "replaces", {}).items() if flag in given}
+    settled = given | {key for flag, key in replaces.items() if flag in given}
     tokens = [t for key, value in defaults.items() if key not in settled for t in _tokens(key, value, config)]
     hints = option_types(config)
     lists = {name for name, hint in hints.items() if get_origin(hint) is tuple and not _is_positional(config, name)}
@@ -247,7 +250,7 @@ def _tokens(key: str, value: Any, config: type) -> list[str]:
 
 
 def _find(name: str, presets: Mapping[str, Path]) -> Path:
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_file():
         return path
     if name in presets:

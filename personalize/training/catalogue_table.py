@@ -16,6 +16,7 @@ from personalize.errors import UserError, nearest
 from personalize.io.atomic import plain_name
 from personalize.io.image_folders import read_folder
 from personalize.io.numbering import folded, windows_refuses
+from personalize.io.plain_files import at_home
 from personalize.io.tables import MORE, SURPLUS, read_table
 from personalize.training.catalogue_results import FAILED, RESULTS, outcome
 from personalize.training.checks import check_packages
@@ -126,6 +127,8 @@ def _item(
     name = plain_name(row.get("name") or (first.name if first.is_dir() else first.stem))
     _check_name(name)
     options, own = (_options(kind, row) for kind in KINDS)
+    settled = [other for name, other in SingleImageConfig.replaces.items() if name in options]
+    options = dict.fromkeys(settled) | options  # as on a command line, whose options take the place of a file's
     check_packages(replace(config, **options))  # raises if the values cannot work
     if own.keys() & {"class_data_dir", "class_dataset_name"}:
         own = {"with_prior_preservation": True} | own
@@ -137,16 +140,16 @@ def _item(
 
 def _places(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a row's `own` options that are paths, which are relative to the table's `folder`."""
-    places = {name: folder / own[name].expanduser() for name in ("class_data_dir", "class_image_cache") if name in own}
-    local = folder / Path(own.get("class_dataset_name", "")).expanduser()
+    places = {name: folder / at_home(own[name]) for name in ("class_data_dir", "class_image_cache") if name in own}
+    local = folder / at_home(own.get("class_dataset_name", ""))
     return places | ({"class_dataset_name": str(local)} if "class_dataset_name" in own and local.exists() else {})
 
 
 def _paths(folder: Path, cell: str) -> tuple[Path, ...]:
     """The files and folders that a cell names: one, or several with `|` between; UserError if one is not there."""
-    whole = folder / Path(cell).expanduser()
+    whole = folder / at_home(cell)
     names = [cell] if whole.exists() else filter(None, map(str.strip, cell.split(SEPARATOR)))
-    paths = tuple(folder / Path(name).expanduser() for name in names) if cell else ()
+    paths = tuple(folder / at_home(name) for name in names) if cell else ()
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; check the path of the picture")

@@ -230,6 +230,14 @@ def test_batch_and_accumulation_of_a_pasted_line_make_its_update(preset: str | N
         SampleShard.of(both, 0, 2)
 
 
+def test_accumulation_in_a_file_takes_the_place_of_a_presets_update(tmp_path: Path) -> None:
+    """On the command line it did; in a file of one's own the samples_per_update of the preset before it was kept."""
+    (tmp_path / "own.yaml").write_text("train_batch_size: 4\ngradient_accumulation_steps: 2\n")
+    files = ["--config", str(ROOT / "configs/embedded/single_image.yaml"), "--config", str(tmp_path / "own.yaml")]
+    config = parse(SCRIPT.Config, ["dogs", *files], prog="single_image")
+    assert config.samples_per_update is None and SampleShard.of(config).samples == 8
+
+
 def test_no_picture_is_an_error() -> None:
     with pytest.raises(UserError, match="name the pictures in one way"):
         SCRIPT.main(SCRIPT.Config())

@@ -18,6 +18,7 @@ from personalize.training import catalogue
 from personalize.training.catalogue import Catalogue, is_finished, learn_catalogue
 from personalize.training.catalogue_results import Results, write_table
 from personalize.training.catalogue_table import read_items
+from personalize.training.data.samples import SampleShard
 from personalize.training.distributed import ProcessGroup
 from tests.support.catalogues import SHORT, learned, table
 from tests.support.tiny import tiny
@@ -42,6 +43,16 @@ def test_rows_have_names_captions_and_options(shop):
     assert items[1].sources.caption == "a dog, in the park" and items[1].line == 3
     shared = Catalogue(shop / "out", SHORT)
     assert shared.config_of(items[0]).rank == 4 and shared.config_of(items[1]) == replace(SHORT, standalone=True)
+
+
+def test_accumulation_in_a_row_takes_the_place_of_the_tables_update(shop):
+    """As on a command line; such rows failed beside every preset that says how many samples make an update."""
+    header = "image,caption,train_batch_size,gradient_accumulation_steps,samples_per_update"
+    path = table(shop, "cat.png,a cat,3,2,", "dog.png,a dog,3,2,6", header=header)
+    config = replace(SHORT, max_train_samples=None, samples_per_update=4)
+    items, refused = read_items(path, config)
+    shared = Catalogue(shop / "out", config)
+    assert not refused and [SampleShard.of(shared.config_of(item)).samples for item in items] == [6, 6]
 
 
 @pytest.mark.parametrize(
