@@ -226,7 +226,7 @@ def check_tokens(prompts: Sequence[str], adapters: Sequence[Path]) -> None:
             return
         learned |= set(_concepts(path))
     for token in (token for prompt in prompts for token in TOKEN.findall(prompt)):
-        if token not in learned:
+        if token.lower() not in map(str.lower, learned):
             have = f"it has {', '.join(sorted(learned))}" if learned else "it has no tokens"
             raise UserError(f"the prompt says {token}, which the adapter has not learned: {have}")
 

@@ -187,7 +187,7 @@ class EditConfig(InferenceOptions):
     gamma: tuple[float, ...] = ()
     """Vector subtraction instead of projection: 0 is the source, 1 the prompt, more exaggerates; about 0.6 to 1.2."""
     forget: tuple[str, ...] = ()
-    """Forgetting rules, e.g. `decoder=0.5` (half of what the decoder learned) or `encoderattn`; `none` keeps all."""
+    """Forgetting rules, e.g. `decoder=0.5` (half is kept) or `decoder=0.5+encoderattn` (both); `none`: nothing."""
     strength: tuple[float, ...] = ()
     """Strength of the LoRA: 0 leaves it out, 1 is as trained; a source embedding is weighed by the options above."""
     seed: int | None = None

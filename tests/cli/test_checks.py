@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from personalize.cli.checks import check_tokens
 from personalize.cli.launch import load_script
 from personalize.cli.lists import repeated
 from personalize.cli.main import main
 from personalize.cli.options import QuickstartConfig
-from personalize.errors import Notice
+from personalize.errors import Notice, UserError
 from tests.support.user_errors import MISTAKES, make_place
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,14 @@ def test_mistakes_are_one_line_found_before_torch(place: Path) -> None:
         assert code == 2 and mistake.says in said and said.count("\n") == 1, (mistake.command, code, said)
         assert said.startswith("personalize: ") and not torch, mistake.command
     assert {path.name for path in place.iterdir()}.isdisjoint({"adapter", "personalize-edit"})  # nothing was written
+
+
+def test_tokens_are_known_in_any_capitals(tmp_path: Path) -> None:
+    """As by the tokenizer: `attach` and ComfyUI's node took what the commands refused."""
+    (tmp_path / "adapter.json").write_text('{"concepts": {"<rex>": {}}}')
+    check_tokens(["a <Rex> dog"], [tmp_path])
+    with pytest.raises(UserError, match="says <max>, which the adapter has not learned: it has <rex>"):
+        check_tokens(["a <max> dog"], [tmp_path])
 
 
 def test_a_folder_says_what_it_holds_and_which_options_have_no_effect(
