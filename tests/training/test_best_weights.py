@@ -238,7 +238,7 @@ PHOTO = str(Path(__file__).parents[2] / "examples" / "quickstart.png")
         (["--keep_best", "--validation_prompt", "a", "--num_validation_images", "0"], "num_validation_images"),
         (["--clip_model", "x"], "--clip_model belongs to --keep_best"),
         (["--identity_model", "vgg"], "--identity_model belongs to --keep_best"),
-        (["--keep_best", "--validation_prompt", "xyzzy"], "the embedded scorer knows no word of 'xyzzy'"),
+        (["--keep_best", "--validation_prompt", "xyzzy"], "the embedded scorer knows no word of 'a photo of xyzzy'"),
         (["--keep_best", "--validation_prompt", "a cat", "--identity_model", "vgg"], "goes with --clip_model"),
         (["--keep_best", "--validation_prompt", "a cat", "TINY"], "need a CLIP model to be judged"),
     ],
