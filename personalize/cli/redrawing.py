@@ -97,6 +97,7 @@ def redrawn(words: Sequence[str], picture: Path) -> tuple[str, list[str], dict[s
     for group in EXCLUSIVE:
         dropped |= group if group & given else set()
     dropped |= OF_A_SEARCH if "auto" in given else set()
+    dropped |= {"source_caption"} if "prompt" in given else set()  # another may be nearer to that prompt
     options = {
         name: value for name, value in details.options.items()
         if name not in dropped and not (name in PLACES and names_a_file(name, value))

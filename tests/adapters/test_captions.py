@@ -138,7 +138,9 @@ def test_the_command_says_where_it_starts_and_takes_another(tmp_path: Path, caps
     assert "learned no picture with the caption 'a dog'" in capsys.readouterr().err
 
 
-def test_an_edit_is_drawn_again_from_the_caption_that_it_started_from(tmp_path: Path) -> None:
+def test_an_edit_is_drawn_again_from_the_caption_that_it_started_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As it was worded, the prompt is nearer to another caption, from which `--from` and `choose` then started."""
     base = tiny_folder("sd1", tmp_path)
     model = StableDiffusion.load(base)
@@ -153,6 +155,9 @@ def test_an_edit_is_drawn_again_from_the_caption_that_it_started_from(tmp_path: 
     assert main(["edit", "--from", str(tmp_path / "out" / "edit-000.png"), *line, str(tmp_path / "again")]) == 0
     first, again = (tmp_path / name / "edit-000.png" for name in ("out", "again"))
     assert first.read_bytes() == again.read_bytes()
+    capsys.readouterr()
+    assert main(["edit", "--from", str(first), "--prompt", CAPTIONS[1], *line, str(tmp_path / "other")]) == 0
+    assert f"Starts from “{CAPTIONS[1]}”" in capsys.readouterr().out, "another prompt finds its own caption"
     requests: list[Request] = []
 
     def scorer(pictures: Sequence[Image.Image], request: Request) -> list[Scores]:
