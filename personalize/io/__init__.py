@@ -8,7 +8,7 @@
     tables, yaml_files   CSV tables and YAML options, read with limits
     tensor_files   safetensors and JSON, read with every length checked
     pickles        pickled files: refused, or read for their tensors alone
-    image_files    pictures in any format, read by what their numbers mean
+    image_files    pictures in any format, read by what their numbers mean;  mask_files: masks
     image_folders  every picture of a folder, and why a file is left out
     image_metadata suffixes, metadata rows and captions of pictures
     images         pictures to pixels and back

@@ -50,54 +50,6 @@ def load_image(path: str | Path) -> Image.Image:
         return read_image(stream, path)
 
 
-def load_mask(path: str | Path) -> Image.Image:
-    """Read a mask file of any format that `load_image` reads, as an image of mode "L": white where it chooses.
-
-    A mask that is white everywhere is a Notice; see `as_mask` for transparency.
-
-    Raises:
-        UserError: as `load_image`, or the mask is black everywhere.
-    """
-    path = check_image_path(path)
-    with opened(path, MAX_PICTURE_BYTES) as stream:
-        return read_mask(stream, path)
-
-
-def read_mask(source: Path | BinaryIO, path: Path | str) -> Image.Image:
-    """Like `load_mask`, from an existing file or a stream of bytes; messages name it `path`."""
-    with _decoded(source, path) as image:
-        mask = as_mask(image, path)
-    check_mask(mask, path)
-    if mask.getextrema()[0] == 255:
-        warnings.warn(
-            f"{path} is white everywhere, so that it chooses the whole picture: paint black elsewhere, or leave it out",
-            Notice, stacklevel=3,
-        )  # fmt: skip
-    return mask
-
-
-def as_mask(image: Image.Image, name: Path | str = "the mask") -> Image.Image:
-    """An opened picture of any mode as a mask of mode "L"; messages call it `name`.
-
-    Transparency is composited on black: what a cut-out leaves out is not chosen.  Where all of the most opaque pixels
-    have one colour, which then says nothing, the alpha channel itself is the mask.
-    """
-    if not image.has_transparency_data:
-        return image if image.mode == "L" else as_rgb(image, name).convert("L")
-    colours = image.convert("RGBA")
-    alpha = colours.getchannel("A")
-    levels = [value for value, count in enumerate(alpha.histogram()) if count]
-    opaque = alpha.point([255 * (value == levels[-1]) for value in range(256)])
-    plain = len(list(filter(None, colours.convert("RGB").histogram(opaque)))) == 3  # one value in each channel
-    return alpha if plain and len(levels) > 1 else as_rgb(image, name, "black").convert("L")
-
-
-def check_mask(mask: Image.Image, name: Path | str = "the mask") -> None:
-    """UserError, which calls the mask `name`, if this image of mode "L" is black everywhere."""
-    if mask.getextrema()[1] == 0:
-        raise UserError(f"{name} is black everywhere, so that it chooses nothing: paint white what it is to choose")
-
-
 def check_image_path(path: str | Path) -> Path:
     """`path`, if it is a file; UserError otherwise."""
     path = Path(path)
@@ -136,12 +88,12 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:
     """Like `load_image`, from an existing file or a stream of bytes; error messages name it `path`."""
-    with _decoded(source, path) as image:
+    with decoded(source, path) as image:
         return as_rgb(image, path)
 
 
 @contextmanager
-def _decoded(source: Path | BinaryIO, path: Path | str) -> Iterator[Image.Image]:
+def decoded(source: Path | BinaryIO, path: Path | str) -> Iterator[Image.Image]:
     """The (first) picture with all its pixels, upright; what is damaged in it, also in the body, is a UserError."""
     with _large_png_chunks(), _opened(source, path) as image:
         _check_size(path, image)
@@ -241,6 +193,8 @@ def as_rgb(image: Image.Image, path: Path | str = "the picture", background: str
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
+        if alpha.getextrema()[1] == 0 and background == "white":  # of a mask that is black, see `check_mask`
+            raise UserError(f"{path} is transparent everywhere, so that nothing of it is seen: save it opaque")
         image = _to_srgb(image.convert("RGB"), profile, path)
         return Image.composite(image, Image.new("RGB", image.size, background), alpha)
     image = _to_srgb(image if image.mode in _CHANNELS else image.convert("RGB"), profile, path)

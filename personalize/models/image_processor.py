@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from personalize.errors import UserError
-from personalize.io.image_files import as_mask, as_rgb, load_image, load_mask
+from personalize.io.image_files import as_rgb, load_image
 from personalize.io.images import to_image, to_pixels
+from personalize.io.mask_files import as_mask, check_mask, load_mask
 from personalize.models.blocks import block_roles
 from personalize.models.stable_diffusion import StableDiffusion
 
@@ -29,8 +30,11 @@ def as_image(picture: Picture) -> Image.Image:
 
 
 def as_mask_image(mask: Picture) -> Image.Image:
-    """A mask, or the one in the file of that path, in mode "L": white where it chooses, see `as_mask`."""
-    return as_mask(mask) if isinstance(mask, Image.Image) else load_mask(mask)
+    """A mask, or the one in the file of that path, in mode "L": white where it chooses, see `as_mask`, `check_mask`."""
+    if not isinstance(mask, Image.Image):
+        return load_mask(mask)
+    check_mask(grey := as_mask(mask))
+    return grey
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from personalize.errors import Notice, UserError
-from personalize.io.image_files import MIN_SIDE, NotAnImage, as_mask, as_rgb, check_image, load_image, load_mask
+from personalize.io.image_files import MIN_SIDE, NotAnImage, as_rgb, check_image, load_image
 from personalize.io.images import psnr, to_pixels
+from personalize.io.mask_files import as_mask, load_mask
 
 
 def gradient(width: int = 48, height: int = 32) -> Image.Image:
@@ -96,9 +97,31 @@ def test_a_mask_of_one_colour(tmp_path: Path) -> None:
         load_mask(saved(Image.new("L", (32, 32), 255), tmp_path / "m.png"))
 
 
+@pytest.mark.parametrize(("value", "most"), [(1, 1), ((255, 0, 0), 76), (127, 127)])
+def test_a_mask_that_is_nowhere_white_is_refused(tmp_path: Path, value: int | tuple[int, ...], most: int) -> None:
+    """Class numbers and red paint: as weights they would count next to nothing, as regions nothing."""
+    mode = "L" if isinstance(value, int) else "RGB"
+    mask = Image.new(mode, (32, 32))
+    mask.paste(value, (0, 0, 16, 16))
+    with pytest.raises(UserError, match=rf"m\.png has no value above {most} of 255, so that it chooses nothing: paint"):
+        load_mask(saved(mask, tmp_path / "m.png"))
+    mask.paste("white", (0, 0, 1, 1))
+    assert load_mask(saved(mask, tmp_path / "m.png")).getextrema() == (0, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_picture_of_which_nothing_is_seen_is_refused(tmp_path: Path, mode: str) -> None:
+    hidden = gradient().convert(mode)
+    hidden.putalpha(0)
+    for read in (lambda: load_image(saved(hidden, tmp_path / "a.png")), lambda: as_rgb(hidden)):
+        with pytest.raises(UserError, match="is transparent everywhere, so that nothing of it is seen"):
+            read()
+
+
 def test_alpha_is_composited_on_white(tmp_path: Path) -> None:
     image = gradient().convert("RGBA")
     image.putalpha(0)
+    image.putpixel((10, 10), (1, 2, 3, 255))
     for name in ("a.png", "a.webp"):
         assert load_image(saved(image, tmp_path / name)).getpixel((3, 3)) == (255, 255, 255)
     grey = Image.merge("LA", [Image.new("L", (20, 20), 0), Image.new("L", (20, 20), 128)])
@@ -106,7 +129,9 @@ def test_alpha_is_composited_on_white(tmp_path: Path) -> None:
 
 
 def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
-    palette = Image.new("RGB", (20, 20), (10, 200, 30)).quantize(4)
+    palette = Image.new("RGB", (20, 20), (10, 200, 30))
+    palette.putpixel((10, 10), (200, 10, 30))
+    palette = palette.quantize(4)
     assert load_image(saved(palette, tmp_path / "p.png")).getpixel((1, 1)) == (10, 200, 30)
     clear = saved(palette, tmp_path / "clear.gif", transparency=palette.getpixel((1, 1)))
     assert load_image(clear).getpixel((1, 1)) == (255, 255, 255)

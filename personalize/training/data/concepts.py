@@ -24,9 +24,10 @@ from torch import Tensor
 from personalize.adapters.subjects import Subject, default_prompt, read_subjects
 from personalize.adapters.textual_inversion import check_new_tokens, installed_tokens, locate_subjects
 from personalize.errors import UserError
-from personalize.io.image_files import as_mask, as_rgb, check_mask, image_size, load_image, load_mask
+from personalize.io.image_files import as_rgb, image_size, load_image
 from personalize.io.image_folders import only_picture
 from personalize.io.images import fitted_size
+from personalize.io.mask_files import as_mask, check_mask, load_mask
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.transfer import sent

@@ -18,9 +18,10 @@ from unittest.mock import patch
 from PIL import Image
 
 from personalize.errors import UserError
-from personalize.io.image_files import as_mask, check_mask, load_image, load_mask, read_image, read_mask
+from personalize.io.image_files import load_image, read_image
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
+from personalize.io.mask_files import as_mask, check_mask, load_mask, read_mask
 from personalize.io.plain_files import require_plain_tree
 from personalize.models.offline import without_network
 from personalize.training.data.captions import folder_caption, generate_caption
