@@ -39,7 +39,8 @@ class EditRegion:
     def of(frame: PaddedImage, mask: Picture | Box) -> EditRegion:
         """The region of a picture (white where the photo may change) or box (left, top, right, bottom) in pixels.
 
-        Raises UserError if the picture has another size than the photo, the box lies outside it, or nothing may change.
+        Raises UserError if the picture has another size than the photo, the box lies outside it, or the region is so
+        small or thin that `keep_photo` would leave nothing of an edit.
         """
         white = np.asarray(mask_picture(frame, mask).convert("L")) >= 128
         picture = Image.fromarray(white.astype(np.uint8) * 255)
@@ -49,8 +50,13 @@ class EditRegion:
                 f"the mask is {picture.width}×{picture.height} px, the picture {width}×{height}: "
                 "give a mask of the picture's size"
             )
-        if picture.getbbox() is None:
-            raise UserError("the mask is black everywhere, so that nothing may change: paint white where it may")
+        width = _fading_width(frame)
+        if feathered(picture, width).getbbox() is None:
+            left, top, right, bottom = picture.getbbox() or (0, 0, 0, 0)
+            raise UserError(
+                f"the region that may change, {right - left}×{bottom - top} px, is too small or thin to show an edit, "
+                f"which fades in over about {width:.3g} px from its border: make it larger (a box is in pixels)"
+            )
         return EditRegion(picture, _touched_cells(frame, picture))
 
     @staticmethod
@@ -75,8 +81,13 @@ def keep_photo(edited: Image.Image, frame: PaddedImage, region: EditRegion) -> t
 
     Inside, the edit fades in from the border over about one latent cell, measured in the photo's pixels.
     """
-    alpha = feathered(region.picture, frame.factor * frame.picture.width / frame.size[1])
+    alpha = feathered(region.picture, _fading_width(frame))
     return Image.composite(edited, frame.picture, alpha), int((np.asarray(alpha) == 0).sum())
+
+
+def _fading_width(frame: PaddedImage) -> float:
+    """The width of a latent cell in pixels of the photo."""
+    return frame.factor * frame.picture.width / frame.size[1]
 
 
 def feathered(region: Image.Image, width: float) -> Image.Image:

@@ -175,6 +175,14 @@ def test_a_masks_transparency_is_black():
     assert found.image.tobytes() == plain.image.tobytes()
 
 
+@pytest.mark.parametrize("box", [(0.1, 0.1, 0.9, 0.9), (0.1, 0.1, 0.4, 0.4), (20, 0, 21, 30)])
+def test_a_region_in_which_no_edit_could_be_seen_is_refused(monkeypatch, box):
+    """Fractions of the sides, and a line: the edit fades in over a latent cell, so that all would be the photo's."""
+    monkeypatch.setattr("personalize.editing.prepared_photo.invert", lambda *_, **__: pytest.fail("it was inverted"))
+    with pytest.raises(UserError, match=r"the region that may change, \d+×\d+ px, is too small or thin to show an ed"):
+        edited(EditRequest(TARGET, mask=box))
+
+
 def test_each_target_has_its_own_region_of_uniform_maps():
     """Both targets' regions were the first one's: the second edit was undone where the first had changed nothing."""
     settings, other = replace(SHORT, steps=4, uniform=UniformSettings()), "two cats under a tree"
