@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -69,8 +70,8 @@ class Tokens:
 
 
 def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
-    """Tokenize a prompt of any length, learned tokens of several vectors spelled out."""
-    tokenizer = model.tokenizers[0]
+    """Tokenize a prompt of any length, its accents composed, learned tokens of several vectors spelled out."""
+    tokenizer, text = model.tokenizers[0], composed(text)
     whole = written_out(tokenizer, text)
     read = tokenizer(whole, truncation=False, verbose=False, return_offsets_mapping=True)
     ids, offsets = read["input_ids"], read["offset_mapping"]
@@ -85,8 +86,13 @@ def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
 
 
 def words_of(phrase: str) -> tuple[str, ...]:
-    """The words of a phrase in lower case."""
-    return tuple(match.group().lower() for match in WORD.finditer(phrase))
+    """The words of a phrase in lower case, their accents composed."""
+    return tuple(match.group().lower() for match in WORD.finditer(composed(phrase)))
+
+
+def composed(text: str) -> str:
+    """`text` with each letter and its accent as one character (NFC), as CLIP reads it: macOS and PDFs part the two."""
+    return unicodedata.normalize("NFC", text)
 
 
 _NEUTRAL, _ANY = ("photo", "photograph", "picture", "image"), ("picture", "image")

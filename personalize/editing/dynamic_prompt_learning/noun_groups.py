@@ -15,7 +15,7 @@ from torch import Tensor
 
 from personalize.editing.dynamic_prompt_learning.nouns import depicted_nouns
 from personalize.errors import UserError
-from personalize.models.prompts import Tokens, tokenize_prompt
+from personalize.models.prompts import Tokens, composed, tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.token_ids import padded_ids
 
@@ -60,7 +60,7 @@ def group_maps(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
 
 def _nouns_of(prompt: str) -> list[tuple[str, ...]]:
     """The nouns of `prompt` in lower case, each once."""
-    return [(word,) for word in dict.fromkeys(noun.text.lower() for noun in depicted_nouns(prompt))]
+    return [(word,) for word in dict.fromkeys(noun.text.lower() for noun in depicted_nouns(composed(prompt)))]
 
 
 def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...]) -> NounGroup:

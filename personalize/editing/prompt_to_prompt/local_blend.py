@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from personalize.models.attention_maps import MapSum, stage_layers
-from personalize.models.prompts import Tokens
+from personalize.models.prompts import Tokens, words_of
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.transfer import sent
 from personalize.sampling.denoise import LatentEdit
@@ -82,9 +82,12 @@ def _of_prompt(tokens: Tokens, words: Sequence[tuple[str, str]], side: int) -> l
 
 
 def per_word(tokens: Tokens, values: Mapping[str, float], default: float, length: int) -> Tensor:
-    """A value for each token, (l,): `values` at every occurrence of their words, `default` elsewhere."""
+    """A value for each token, (l,): `values` at every occurrence of their words, `default` elsewhere.
+
+    Of a phrase and a word in it, such as "black cat" and "cat", the word has its own value, in whatever order they are.
+    """
     row = torch.full((length,), float(default))
-    for word, value in values.items():
+    for word, value in sorted(values.items(), key=lambda pair: -len(words_of(pair[0]))):
         for span in tokens.find(word):
             row[list(span)] = float(value)
     return row

@@ -25,6 +25,12 @@ def test_dpl_c02_nouns_are_found_by_character_offsets():
     assert groups[2].positions == (dog,) != (text.split().index("dog") + 1,)
 
 
+def test_dpl_c02_nouns_may_have_accents_of_their_own():
+    """ "é" as two characters, as macOS and PDFs have it, ended a word in its middle, which was then no word."""
+    (cafe,) = noun_groups(tiny_sd1(), "a cafe\u0301 on a cafe\u0301")
+    assert cafe.name == "caf\u00e9"
+
+
 def test_dpl_c02_repeated_nouns_and_synonyms_are_one_thing():
     model = tiny_sd1()
     (cats,) = noun_groups(model, "a cat and a cat")

@@ -122,6 +122,16 @@ def test_words_are_found_by_their_characters():
     assert prompt_tokens.ids[0] == 567 and len(prompt_tokens.ids) == 20
 
 
+def test_accents_are_found_composed_or_not():
+    """ "é" is one character or two, by keyboard and program."""
+    apart = "a cafe\u0301 on the beach"
+    for prompt, phrase in ((apart, "caf\u00e9"), ("a caf\u00e9 on the beach", "cafe\u0301"), (apart, "cafe\u0301")):
+        tokens = tokenize_prompt(model(), prompt)
+        assert [word.text for word in tokens.words] == ["a", "caf\u00e9", "on", "the", "beach"]
+        assert tokens.find(phrase) == [tokens.words[1].positions]
+        assert swap_words(tokens, [(phrase, "dog")]) == "a dog on the beach"
+
+
 def test_a_word_that_is_not_there_names_the_nearest():
     prompt_tokens = tokenize_prompt(model(), "a cat on the beach")
     with pytest.raises(

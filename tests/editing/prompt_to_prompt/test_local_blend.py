@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from personalize.editing.prompt_to_prompt.local_blend import word_blend
+from personalize.editing.prompt_to_prompt.local_blend import per_word, word_blend
 from personalize.errors import UserError
 from personalize.models.prompts import tokenize_prompt
 from tests.support.photos import shared
@@ -22,3 +22,10 @@ def test_a_word_alone_counts_in_those_prompts_that_have_it():
     for words in ([("fox", "fox")], [("cat", "fox")], [("hat", "dog")]):
         with pytest.raises(UserError, match="is not in the prompt"):
             word_blend(shared(), source, [target], words, 0.3, 0)
+
+
+def test_a_word_within_a_phrase_has_its_own_value():
+    """`--weight cat=3 "a cat=2"`: the last alone counted, whichever it was."""
+    tokens = tokenize_prompt(shared(), "a cat on the beach")
+    for values in ({"a cat": 2.0, "cat": 3.0}, {"cat": 3.0, "a cat": 2.0}):
+        assert per_word(tokens, values, 1.0, 77)[:5].tolist() == [1, 2, 3, 1, 1]
