@@ -21,6 +21,7 @@ from personalize.errors import Notice, UserError
 from personalize.io.json_files import SURROGATE
 
 TOKEN = re.compile(r"<[^<>\s|]+>")  # a learned token as it is written; CLIP's own marks have bars: <|endoftext|>
+WEIGHTED = re.compile(r"[(\[][^()\[\]]*[^\W\d_][^()\[\]]*: ?(?:\d(?:\.\d*)?|\.\d+)[)\]]")  # (cat:1.2), as A1111 has it
 VECTOR = re.compile(r"(.+)_\d+")  # a further vector of a learned token, as diffusers names them: <cat1>_1
 
 
@@ -28,7 +29,7 @@ def padded_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Token ids (b, k·77) of `texts` in as many chunks as the longest needs; on the CPU.
 
     Learned tokens of several vectors are written out, as stock pipelines do.  Tokens that nothing has taught the
-    tokenizer are said in a Notice.
+    tokenizer, and weights in brackets, are said in a Notice.
 
     Raises:
         UserError: a text with halves of surrogate pairs, as Python reads bytes that are no UTF-8.
@@ -42,6 +43,11 @@ def padded_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
                 f"no adapter has taught this base {token}: it is read as the letters {' '.join(token)}", Notice,
                 stacklevel=2,
             )  # fmt: skip
+    for weighted in (match[0] for text in texts for match in WEIGHTED.finditer(text)):
+        warnings.warn(
+            f"{weighted} is read as it stands: weights in brackets, as A1111 and ComfyUI have them, mean nothing here",
+            Notice, stacklevel=2,
+        )  # fmt: skip
     rows = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
     placed = [text_places(tokenizer, row) for row in rows]
     chunks = max((chunks_of(tokenizer, places) for places in placed), default=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -90,6 +91,16 @@ def test_tokens_that_nobody_taught_the_base_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
         assert not torch.equal(padded_ids(tokenizer, ["a <my-cat> cat"]), before)
+
+
+def test_weights_in_brackets_are_said_to_be_text() -> None:
+    tokenizer = tiny("sd1").tokenizers[0]
+    for weighted in ("(cat:1.2)", "[cat:0.5]", "(a red cat: 1)", "(cat:.5)"):
+        with pytest.warns(Notice, match=re.escape(f"{weighted} is read as it stands: weights in brackets")):
+            padded_ids(tokenizer, [f"a {weighted} on the beach"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        padded_ids(tokenizer, ["a (cat) in 16:9 (at 12:30), (16:9), [a cat], cat: 2", "((cat))"])
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:
