@@ -22,7 +22,7 @@ from personalize.editing.drag.drag import LatentDrag, drag, rounded_length
 from personalize.editing.drag.inpaint import fill_void
 from personalize.editing.drag.mask import dilated
 from personalize.editing.drag.overlay import overlay
-from personalize.editing.drag.points import check_inside, handles_and_targets, middle
+from personalize.editing.drag.points import Shape, check_inside, handles_and_targets, middle
 from personalize.editing.drag.preview import DragPreview, composed, preview_drag
 from personalize.editing.drag.reading import DragSource, SourceCache, conditioning
 from personalize.errors import UserError
@@ -105,11 +105,11 @@ def drag_picture(
     if bool(preview.drag.void.any()):
         with applied(model, adapter, any_base=model.inpainting):
             drawn = _filled(model, source, preview, settings)
-    _, targets = handles_and_targets(points, drawn.size, regions=settings.mode == "region")
+    handles, targets = handles_and_targets(points, drawn.size, regions=settings.mode == "region")
     missed = tuple(math.dist(at, middle(shape)) for at, shape in zip(preview.arrived, targets, strict=True))
     return DragResult(
         drawn, preview.mask, preview.overlay, preview.arrived, missed, time.perf_counter() - began, preview.seconds,
-        preview_notes(source, preview), preview,
+        preview_notes(source, preview, () if settings.mode == "region" else handles), preview,
     )  # fmt: skip
 
 
@@ -159,9 +159,12 @@ def soft_mask(void: Tensor, covered: Tensor, reach: int) -> Tensor:
     return (2 * share - 1).clamp(0, 1) * void
 
 
-def preview_notes(source: DragSource, preview: DragPreview) -> tuple[str, ...]:
+def preview_notes(source: DragSource, preview: DragPreview, handles: Sequence[Shape]) -> tuple[str, ...]:
     """What the user may not expect of a drag in pixels."""
     sentences, drag = [], preview.drag
+    for number, handle in enumerate(handles, 1):
+        if len(handle) == 1 and not preview.mask.getpixel((int(handle[0][0]), int(handle[0][1]))):
+            sentences.append(f"handle {number} lies outside the mask")
     for number, found in enumerate(drag.objects, 1):
         if int(found.cells.sum()) < 4:
             sentences.append(f"the object under handle {number} is only {int(found.cells.sum())} latent cells large")

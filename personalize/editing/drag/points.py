@@ -22,7 +22,7 @@ def handles_and_targets(
         size: (W, H) of the picture, within which all of them must lie.
 
     Raises:
-        UserError: there are none, a handle has no target, one is no point, or one is outside the picture.
+        UserError: there are none, a handle has no target or two, one is no point, or one is outside the picture.
     """
     if not len(points):
         raise UserError("there are no points: give a handle and a target, each as x,y in pixels")
@@ -31,7 +31,13 @@ def handles_and_targets(
     shapes = [_corners(point, regions) for point in points]
     for index, shape in enumerate(shapes):
         check_inside(shape, ("handle", "target")[index % 2], size)
-    return shapes[::2], shapes[1::2]
+    handles, targets = shapes[::2], shapes[1::2]
+    goals: dict[Shape, Shape] = {}
+    for handle, target in zip(handles, targets, strict=True):
+        if (first := goals.setdefault(handle, target)) != target:
+            places = " and ".join(",".join(f"{at:g}" for corner in shape for at in corner) for shape in (first, target))
+            raise UserError(f"one handle has two targets, {places}: give it one of them")
+    return handles, targets
 
 
 def _corners(point: Any, regions: bool) -> Shape:

@@ -150,6 +150,7 @@ def test_prompts_are_read_by_the_adapters_text_encoder_and_tokens(model):
         ([(1, 1), (2, 48.5)], "target 2,48.5 is outside"),
         ([(1, -1), (2, 2)], "handle 1,-1 is outside"),
         ([(float("nan"), 1), (2, 2)], "outside the picture"),
+        ([(1, 1), (2, 2), (1, 1), (9, 9)], "one handle has two targets, 2,2 and 9,9: give it one of them"),
     ],
 )
 def test_points_that_make_no_pairs_in_the_picture_are_refused(points, message):
@@ -172,6 +173,11 @@ def test_attentiondrag_d4_a_drag_under_half_a_cell_is_told(model, target, said):
 def test_a_handle_beside_the_mask_or_on_the_background_is_told(model):
     found = drag_picture(model, picture(), [(50, 56), (40, 50)], mask=square(), settings=SETTINGS)
     assert found.notes == ("handle 1 lies outside the mask",)
+    pixels = replace(SETTINGS, method="pixels")
+    found = drag_picture(model, picture(), [(50, 56), (40, 50)], mask=square(), settings=pixels)
+    assert found.notes[:1] == ("handle 1 lies outside the mask",)
+    found = drag_picture(model, picture(), [(20, 24), (30, 24)], mask=square(), settings=pixels)
+    assert not any("outside the mask" in note for note in found.notes)
     grey = Image.new("RGB", (64, 64), (120, 130, 140))
     found = drag_picture(model, grey, [(30, 30), (40, 40)], settings=SETTINGS)
     assert found.drag.mask.sum() <= 0.4 * 256
