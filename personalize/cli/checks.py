@@ -5,8 +5,6 @@ The functions are called by the `check` methods of the options' classes.
 
 from __future__ import annotations
 
-import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.cli.lists import check_said_once
+from personalize.cli.places import check_place, interleaved_points, point_of
 from personalize.cli.unused import check_unused_of_drag, check_unused_of_photo
 from personalize.errors import UserError
 from personalize.formats.key_parts import TOKEN
@@ -105,13 +104,13 @@ def check_photo(config: Any) -> None:
     check_unused_of_photo(config)
     adapters = (*config.adapter, *config.add)
     check_adapters(adapters)
-    check_tokens([config.source, *config.target], adapters)
+    check_tokens([config.source, *config.target, *(new for _, new in map(pair, config.swap))], adapters)
     placed = [pair(text, "noun=mask.png or noun=left,top,right,bottom") for text in config.region]
     check_said_once("region", placed)
     regions = [*(where for _, where in placed), *filter(None, [config.mask])]
     regions += [] if config.background_mask in ("auto", "none") else [config.background_mask]
-    for path in (where for where in regions if box(where) is None):
-        check_image(os.path.expanduser(path))
+    for where in regions:
+        check_place(where)
 
 
 def check_edit_table(config: Any) -> None:
@@ -124,9 +123,10 @@ def check_edit_table(config: Any) -> None:
 
 def check_drag(config: Any) -> None:
     """Check the options of `personalize drag`."""
-    from personalize.io.image_files import check_image
+    from personalize.editing.drag.points import handles_and_targets
+    from personalize.io.image_files import check_image, image_size
 
-    interleaved_points(config.from_, config.to)
+    points = interleaved_points(config.from_, config.to)
     check_unused_of_drag(config)
     for text in (*config.add, *config.remove):
         point_of(text)
@@ -134,6 +134,7 @@ def check_drag(config: Any) -> None:
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     for picture in filter(None, (config.photo, config.mask)):
         check_image(picture)
+    handles_and_targets(points, image_size(config.photo), regions=config.mode == "region")
     check_adapters([config.adapter] if config.adapter is not None else [])
 
 
@@ -227,6 +228,8 @@ def check_tokens(prompts: Sequence[str], adapters: Sequence[Path]) -> None:
         learned |= set(_concepts(path))
     for token in (token for prompt in prompts for token in TOKEN.findall(prompt)):
         if token.lower() not in map(str.lower, learned):
+            if not adapters:
+                raise UserError(f"the prompt says {token}, but there is no adapter that has learned it: name it too")
             have = f"it has {', '.join(sorted(learned))}" if learned else "it has no tokens"
             raise UserError(f"the prompt says {token}, which the adapter has not learned: {have}")
 
@@ -237,15 +240,6 @@ def _concepts(folder: Path) -> list[str]:
         return list(read_json(folder / "adapter.json").get("concepts", {}))
     except (UserError, TypeError):
         return []
-
-
-def box(text: str) -> tuple[float, float, float, float] | None:
-    """ "10,20,100,80" → (10.0, 20.0, 100.0, 80.0); None if `text` is no list of four numbers."""
-    try:
-        left, top, right, bottom = (float(part) for part in text.split(","))
-    except ValueError:
-        return None
-    return (left, top, right, bottom) if all(map(math.isfinite, (left, top, right, bottom))) else None
 
 
 def pair(text: str, form: str = "old=new, for example cat=dog") -> tuple[str, str]:
@@ -266,35 +260,3 @@ def weight(text: str) -> tuple[str, float]:
     except ValueError:
         limits = f"a factor from {-LARGEST_WORD_WEIGHT} to {LARGEST_WORD_WEIGHT}"
         raise UserError(f"{text!r}: write word=factor, for example fluffy=3, with {limits}") from None
-
-
-def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Any]:
-    """The points of --from and --to in the order handle, target, ….  UserError if their counts differ."""
-    if len(handles) != len(targets):
-        raise UserError(f"{len(handles)} of --from and {len(targets)} of --to: each --from needs a --to")
-    return [parse_shape(text) for pair in zip(handles, targets, strict=True) for text in pair]
-
-
-def parse_shape(text: str) -> tuple[Any, ...]:
-    """ "120,64.5" → (120.0, 64.5); four numbers are a box, six and more the corners of a polygon."""
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not all(map(math.isfinite, numbers)):
-        raise UserError(f"a point is x,y in pixels, for example 120,64; got {text!r}, which is no place")
-    if len(numbers) in (2, 4):
-        return tuple(numbers)
-    if len(numbers) < 6 or len(numbers) % 2:
-        raise UserError(
-            f"a point is x,y in pixels, for example 120,64; got {text!r} (a box has 4 numbers, a polygon 6 or more)"
-        )
-    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def point_of(text: str) -> tuple[float, float]:
-    """ "120,64.5" → (120.0, 64.5)."""
-    numbers = parse_shape(text)
-    if len(numbers) != 2:
-        raise UserError(f"a point is x,y in pixels, for example 120,64; got {text!r}")
-    return numbers[0], numbers[1]

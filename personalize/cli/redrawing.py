@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from personalize.cli.checks import box
 from personalize.cli.lists import flag_name
+from personalize.cli.places import box
 from personalize.errors import UserError
 from personalize.io.json_files import checked
 from personalize.io.plain_files import file_hash

@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personalize.cli.checks import interleaved_points, point_of
 from personalize.cli.commands.marks import PictureWriter, details_of
+from personalize.cli.places import interleaved_points, point_of
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import DragResult
 from personalize.editing.drag.preview import DragPreview

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personalize.cli.checks import box, pair, weight
+from personalize.cli.checks import pair, weight
 from personalize.cli.commands.marks import PictureWriter, details_of
+from personalize.cli.places import box
 from personalize.cli.redrawing import check_same
 from personalize.editing.config import ControlSettings, DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for

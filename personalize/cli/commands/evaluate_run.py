@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from personalize.cli.checks import interleaved_points
 from personalize.cli.commands.drag import as_text, drag_arguments
 from personalize.cli.commands.edit_image import edit_request, photo_settings
 from personalize.cli.commands.edit_table import adapter_hashes
 from personalize.cli.edit_options import DragConfig, PhotoConfig
 from personalize.cli.parser import parse
+from personalize.cli.places import interleaved_points
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.evaluation.benchmarks import BenchmarkItem, find_result
