@@ -24,12 +24,13 @@ def box(text: str) -> tuple[float, float, float, float] | None:
 def check_place(text: str) -> None:
     """UserError unless `text` is a box or the file of a picture."""
     from personalize.io.image_files import check_image
+    from personalize.io.plain_files import at_home
 
     if box(text) is not None:
         return
     if NUMBERS.fullmatch(text) and not os.path.lexists(text):
         raise UserError(f"{text!r} is no box left,top,right,bottom in pixels, such as 120,80,400,360, and no file")
-    check_image(os.path.expanduser(text))
+    check_image(at_home(text))
 
 
 def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
-from personalize.io.plain_files import read_text
+from personalize.io.plain_files import at_home, read_text
 
 MAX_ROWS = 100_000
 MAX_COLUMNS = 1000  # every row becomes a dictionary of all columns
@@ -20,6 +22,17 @@ SEPARATORS = (",", ";", "\t")  # a semicolon where the comma is the decimal poin
 EXCEL = re.compile(r'"?sep=(.)"?')  # a first line by which Excel is told the separator
 
 Cells = dict[str, str | list[str] | None]
+
+
+def place_of(name: str, folder: Path) -> Path:
+    """The file or folder that a cell of a table in `folder` means: `~/` is the home folder, all else is in `folder`.
+
+    If nothing is there, a "\\" separates folders, as on Windows, and accents may be composed otherwise, as on macOS.  A
+    name that begins with "~" in another way, such as `~$a.png`, is a name like others.
+    """
+    spelled = [name, *(unicodedata.normalize(form, name.replace("\\", "/")) for form in ("NFC", "NFD"))]
+    paths = [folder / at_home(one) for one in spelled]
+    return next(filter(os.path.lexists, paths), paths[0])
 
 
 def read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, Cells]]]:

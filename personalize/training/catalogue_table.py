@@ -16,8 +16,7 @@ from personalize.errors import UserError, nearest
 from personalize.io.atomic import plain_name
 from personalize.io.image_folders import read_folder
 from personalize.io.numbering import folded, windows_refuses
-from personalize.io.plain_files import at_home
-from personalize.io.tables import MORE, SURPLUS, read_table
+from personalize.io.tables import MORE, SURPLUS, place_of, read_table
 from personalize.training.catalogue_results import FAILED, RESULTS, outcome
 from personalize.training.checks import check_packages
 from personalize.training.config import SingleImageConfig
@@ -140,16 +139,17 @@ def _item(
 
 def _places(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a row's `own` options that are paths, which are relative to the table's `folder`."""
-    places = {name: folder / at_home(own[name]) for name in ("class_data_dir", "class_image_cache") if name in own}
-    local = folder / at_home(own.get("class_dataset_name", ""))
+    given = [name for name in ("class_data_dir", "class_image_cache") if name in own]
+    places = {name: place_of(str(own[name]), folder) for name in given}
+    local = place_of(own.get("class_dataset_name", ""), folder)
     return places | ({"class_dataset_name": str(local)} if "class_dataset_name" in own and local.exists() else {})
 
 
 def _paths(folder: Path, cell: str) -> tuple[Path, ...]:
     """The files and folders that a cell names: one, or several with `|` between; UserError if one is not there."""
-    whole = folder / at_home(cell)
+    whole = place_of(cell, folder)
     names = [cell] if whole.exists() else filter(None, map(str.strip, cell.split(SEPARATOR)))
-    paths = tuple(folder / at_home(name) for name in names) if cell else ()
+    paths = tuple(place_of(name, folder) for name in names) if cell else ()
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; check the path of the picture")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from personalize.io.tables import SURPLUS, read_table
+from personalize.io.tables import SURPLUS, place_of, read_table
 
 ROW = {"file": "a.png", "source": "a cat, asleep", "target": 'a "dog"'}
 TABLES = {
@@ -45,3 +45,21 @@ def test_cells_that_lack_or_are_too_many_are_told(tmp_path: Path) -> None:
     assert list(read_table(path)[1]) == [(2, {"a": "1", "b": None}), (4, {"a": "1", "b": "2", SURPLUS: [""]})]
     path.write_text("a,b,\n1,2,3\n")
     assert list(read_table(path)[1]) == [(2, {"a": "1", "b": "2", SURPLUS: ["3"]})]
+
+
+def test_files_are_found_as_other_systems_spell_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows' separators, accents as one character or two, and names like those of Office's own files."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    for name in ("home/h.png", "table/sub/a.png", "table/caf\u00e9.png", "table/nin\u0303o.png", "table/~$a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    table = tmp_path / "table"
+    spelled = {
+        "~/h.png": tmp_path / "home" / "h.png", "sub\\a.png": table / "sub" / "a.png", "~$a.png": table / "~$a.png",
+        "cafe\u0301.png": table / "caf\u00e9.png", "ni\u00f1o.png": table / "nin\u0303o.png",
+        "sub/none.png": table / "sub" / "none.png", "sub\\none.png": table / "sub\\none.png",
+    }  # fmt: skip
+    for name, path in spelled.items():
+        found = place_of(name, table)
+        assert found == path or (path.exists() and found.samefile(path))

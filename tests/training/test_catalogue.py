@@ -170,6 +170,13 @@ def test_the_home_folder_is_expanded_in_cells(shop, monkeypatch):
     assert item.sources.picture == (shop / "cat.png",) and not refused
 
 
+def test_names_that_begin_like_a_home_folder_are_names(shop):
+    """Of a row with `~$cat.png`, of which no user's home was known, the whole catalogue ended in a RuntimeError."""
+    (shop / "cat.png").rename(shop / "~$cat.png")
+    (item, other), refused = read_items(table(shop, "~$cat.png,a cat,cat", "dog.png,a dog,dog"), SHORT)
+    assert item.sources.picture == (shop / "~$cat.png",) and other.name == "dog" and not refused
+
+
 def test_a_bug_in_one_row_is_its_outcome(shop, pretended, monkeypatch):
     real = catalogue._train_row
 

@@ -28,7 +28,7 @@ from personalize.io.json_files import checked, parse_json
 from personalize.io.numbering import folded, windows_refuses
 from personalize.io.plain_files import at_home, file_hash, is_plain, read_bytes, read_text
 from personalize.io.progress import ticked
-from personalize.io.tables import MORE, SURPLUS, read_table
+from personalize.io.tables import MORE, SURPLUS, place_of, read_table
 from personalize.models.config import InferenceOptions
 
 if TYPE_CHECKING:
@@ -106,14 +106,14 @@ def read_rows(table: Path) -> list[Row]:
         if not given:
             continue
         file, problem = given.pop("file", ""), MORE if cells.get(SURPLUS) else None
-        name = given.pop("name", "") or Path(file).stem or f"row-{line}"
+        name = given.pop("name", "") or Path(file.replace("\\", "/")).stem or f"row-{line}"
         if not file:
             problem = problem or "the cell of the column file is empty: name a picture"
         try:
             plain_name(name)
         except UserError as error:
             name, problem = f"row-{line}", problem or str(error)
-        rows.append(Row(line, _unused_name(name, line, rows), table.parent / at_home(file), given, problem))
+        rows.append(Row(line, _unused_name(name, line, rows), place_of(file, table.parent), given, problem))
     if not rows:
         raise UserError(f"{table} has no row below its header")
     return rows
@@ -157,7 +157,7 @@ def _beside_the_table(name: str, value: str, table: Path) -> str:
     if name not in MASKS:
         return value
     noun, equals, where = value.partition("=") if name == "region" else ("", "", value)
-    beside = table.parent / where
+    beside = place_of(where, table.parent)
     return f"{noun}{equals}{beside if is_plain(beside) else where}"
 
 

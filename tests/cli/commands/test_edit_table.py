@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from personalize.cli import options
+from personalize.cli.commands.edit_image import edit_request
 from personalize.cli.commands.edit_table import adapter_hashes, read_rows, row_hash, row_options
 from personalize.cli.edit_options import EditTableConfig
 from personalize.cli.main import main
@@ -91,6 +92,20 @@ def test_the_home_folder_is_expanded_in_the_column_of_photos(tmp_path, monkeypat
     (tmp_path / "t.csv").write_text("file,source,target\n~/a.png,a cat,a dog\n~no such user.png,a cat,a dog\n")
     first, second = read_rows(tmp_path / "t.csv")
     assert (first.file, second.file) == (tmp_path / "home" / "a.png", tmp_path / "~no such user.png")
+
+
+def test_files_are_found_as_other_systems_spell_them(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a.png", "~$m.png"):
+        photo(32, 32).save(tmp_path / name)
+    (tmp_path / "t.csv").write_text("file,source,target,mask\nsub\\a.png,a cat,a dog,~$m.png\nsub\\b.png,a,b,\n")
+    config = EditTableConfig(tmp_path / "t.csv", output_dir=tmp_path / "out")
+    row, missing = read_rows(tmp_path / "t.csv")
+    options = row_options(row, config)
+    assert (row.name, options.photo, options.mask) == ("a", tmp_path / "sub" / "a.png", str(tmp_path / "~$m.png"))
+    assert row_hash(row, config) and edit_request(options).mask == tmp_path / "~$m.png"
+    with pytest.raises(UserError, match=r"b\.png: no such file"):
+        row_options(missing, config)
 
 
 def test_a_path_that_the_system_cannot_look_up_costs_its_row_alone(tmp_path):
