@@ -135,6 +135,8 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         self.token_embeddings, self.weights_before = token_embeddings, weights_before
         self.anchoring_weight = config.anchoring_weight if picture.masks else 0.0
         self.class_images = class_images
+        for image in class_images:
+            image.open()  # a damaged one is found now, and not at the update that shows it
         self.dataset = data = ConceptDataset(
             model, picture, training_side(model, resolution), config.seed, class_images, config.augment,
             config.swap_subjects, config.random_flip,

@@ -164,6 +164,19 @@ def test_masks_travel_with_the_picture(model: StableDiffusion) -> None:
         assert {"calibration", "anchoring"} <= next(run.steps()).losses.keys()
 
 
+def test_a_damaged_class_picture_is_found_before_the_first_update(model: StableDiffusion, tmp_path: Path) -> None:
+    """Its header, by which its size is known, may be whole."""
+    noise = Image.effect_noise((64, 64), 50)
+    noise.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
+    classes = [ClassImage("a cat", tmp_path / name) for name in ("whole.png", "cut.png")]
+    with (
+        pytest.raises(UserError, match=r"cut\.png is damaged or truncated"),
+        multi_concept_run(model, PICTURE, SMALL, class_images=classes),
+    ):
+        pytest.fail("training began")
+
+
 def test_maps_are_pictures_before_and_after(model: StableDiffusion) -> None:
     with multi_concept_run(model, PICTURE, SMALL) as run:
         maps = concept_maps(model, to_pixels(PICTURE.image.resize((64, 64))), run.caption, run.subjects, noises=1)
