@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +40,12 @@ def gathered(
         switches: names of those that take none.
 
     Raises:
-        UserError: a list option without a value, or with one that would be read as an option.
+        UserError: a list option without a value, or with one that would be read as an option; or a file's name that
+            would be.
     """
+    for token in args:
+        if re.match(r"-[^-\d.]", token) and os.path.lexists(token):
+            raise UserError(f"{token} is a file whose name reads as an option: write ./{token}")
     tokens = _sorted(args, lists, switches)
     long = [values for _, values in tokens.runs if len(values) > 1]
     if needs_argument and not tokens.free and long:

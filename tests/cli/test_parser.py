@@ -180,6 +180,16 @@ def test_a_list_option_needs_a_value():
         parse(EditConfig, ["folder", "--prompt", "a", "--alpha", "--auto"], prog="edit")
 
 
+def test_a_file_whose_name_begins_with_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of `edit -a.png` the message was that the argument is missing."""
+    monkeypatch.chdir(tmp_path)
+    Path("-a.png").touch()
+    for line in ("-a.png --source x --target y", "b.png --source x --target y --mask -a.png"):
+        with pytest.raises(UserError, match=r"^-a\.png is a file whose name reads as an option: write \./-a\.png$"):
+            parse(PhotoConfig, line.split(), prog="edit")
+    assert parse(PhotoConfig, "./-a.png --source x --target -1".split(), prog="edit").photo == Path("-a.png")
+
+
 def test_the_home_folder_is_expanded_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A shell expands `--output_dir ~/x`, but neither `--output_dir=~/x` nor a file."""
     monkeypatch.setenv("HOME", str(tmp_path))
