@@ -87,6 +87,8 @@ def best_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -> t
 
 
 def _coarse_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -> tuple[int, int] | None:
+    if int(around.sum()) < 2:  # as in a picture of a few pixels' height: nothing to compare
+        return None
     height, width = void.shape
     size = (2 * height, 2 * width)  # so that shifts beyond a border do not come back at the other one
 

@@ -173,7 +173,8 @@ def preview_notes(source: DragSource, preview: DragPreview, handles: Sequence[Sh
     height, width = source.frame.size
     if bool(drag.void.any()) and (width, height) != (full := source.frame.picture.size):
         sentences.append(f"what it uncovers is drawn at {width}×{height} px and scaled to {full[0]}×{full[1]}")
-    if int(drag.covered[:height, :width].sum()) < 0.5 * int(drag.mask.sum()):
+    area = min((layer.scale**2 for layer in drag.layers), default=1.0) * int(drag.mask.sum())
+    if int(drag.covered[:height, :width].sum()) < 0.5 * area:
         sentences.append("more than half of what moves leaves the picture")
     return tuple(sentences)
 

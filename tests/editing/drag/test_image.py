@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -182,3 +183,26 @@ def test_a_handle_beside_the_mask_or_on_the_background_is_told(model):
     found = drag_picture(model, grey, [(30, 30), (40, 40)], settings=SETTINGS)
     assert found.drag.mask.sum() <= 0.4 * 256
     assert any("too large at threshold 0.3" in note and "give a mask" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("target", [(16, 16, 32, 32), (0, 0, 8, 8)])
+def test_a_region_that_is_made_smaller_does_not_leave_the_picture(model, target):
+    """A box of half the side has a quarter of the area: it was said that more than half of it leaves the picture."""
+    region = replace(SETTINGS, method="pixels", mode="region")
+    found = drag_picture(model, picture(), [(8, 8, 40, 40), target], settings=region)
+    assert not any("leaves the picture" in note for note in found.notes)
+
+
+def test_what_leaves_the_picture_is_told(model):
+    moved = replace(SETTINGS, method="pixels")
+    found = drag_picture(model, picture(), [(20, 24), (63, 24)], mask=square(), settings=moved)
+    assert "more than half of what moves leaves the picture" in found.notes
+
+
+def test_a_picture_a_few_pixels_high_is_dragged_without_a_warning_of_torch(model):
+    """No pixel around what is uncovered is left to be compared with."""
+    strip = Image.effect_noise((2000, 16), 60).convert("RGB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drag_picture(model, strip, [(95, 2, 200, 14), (150, 2, 300, 14)], settings=replace(SETTINGS, method="pixels",
+                     mode="region"), resolution=64)  # fmt: skip
