@@ -12,7 +12,7 @@
     commands/       one file per command
     redrawing       `edit --from PICTURE`: the options in a picture
     checks          paths, prompts and combinations of options, checked before torch is imported
-    unused          options that have no effect without another one
+    unused          options that have no effect without another one;  places: points and boxes as they are written
     pages           freed memory is kept by the command line's own process
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing, training.

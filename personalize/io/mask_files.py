@@ -63,7 +63,7 @@ def check_mask(mask: Image.Image, name: Path | str = "the mask") -> None:
     So are masks of class numbers (0 and 1), and what was painted in red or blue: they would choose nothing, or next to
     nothing.
     """
-    most = mask.getextrema()[1]
+    most = int(mask.getextrema()[1])  # pyright: ignore[reportArgumentType]
     if most < HALF_WHITE:
         what = f"has no value above {most} of 255" if most else "is black everywhere"
         raise UserError(f"{name} {what}, so that it chooses nothing: paint white (255) what it is to choose")

@@ -205,7 +205,7 @@ def test_a_box_moves_what_the_mask_allows_grown_by_the_setting(model):
             {"mask": square(), "settings": replace(SETTINGS, weights="ratio")},
             "need the mask that attention finds",
         ),
-        (POINTS, {"mask": Image.new("L", (64, 64))}, "mask is empty"),
+        (POINTS, {"mask": Image.new("L", (64, 64))}, "the mask is black everywhere"),
         (POINTS, {"mask": Image.new("L", (64, 64), 255)}, "covers the whole picture"),
         (POINTS, {"mask": Image.new("L", (32, 64), 255)}, "give a mask of the picture's size"),
     ],

@@ -24,7 +24,9 @@ def folder(tmp_path: Path) -> Path:
     """Two pictures of different shapes, a mask for the second, and words for the first alone."""
     place = tmp_path / "subject"
     place.mkdir()
-    Image.new("RGBA", (90, 60), (255, 0, 0, 0)).save(place / "a.png")  # transparent: white once it is read
+    cut_out = Image.new("RGBA", (90, 60), (255, 0, 0, 0))  # transparent: white once it is read
+    cut_out.putpixel((5, 5), (255, 255, 255, 255))
+    cut_out.save(place / "a.png")
     Image.linear_gradient("L").resize((64, 96)).convert("RGB").save(place / "b.jpg")
     mask = Image.new("L", (64, 96), 255)
     mask.paste(0, (0, 0, 64, 8))
