@@ -9,7 +9,7 @@ from typing import Any
 
 from personalize.errors import UserError
 
-NUMBERS = re.compile(r"[\d\s.,;:%+-]+")  # what a box is made of, well or badly written
+NUMBERS = re.compile(r"[-+.\d]+%?(?:[\s,;:]+[-+.\d]+%?)+")  # what may have been meant as a box
 
 
 def box(text: str) -> tuple[float, float, float, float] | None:
@@ -29,7 +29,7 @@ def check_place(text: str) -> None:
     if box(text) is not None:
         return
     if NUMBERS.fullmatch(text) and not os.path.lexists(text):
-        raise UserError(f"{text!r} is no box left,top,right,bottom in pixels, such as 120,80,400,360, and no file")
+        raise UserError(f"{text[:80]!r} is no box left,top,right,bottom in pixels, such as 120,80,400,360, and no file")
     check_image(at_home(text))
 
 

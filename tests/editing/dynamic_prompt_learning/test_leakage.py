@@ -265,5 +265,5 @@ def test_wrong_nouns_and_masks_are_found_before_anything_is_inverted(monkeypatch
         with pytest.raises(UserError, match=says):
             report_photo(model, photo(), SOURCE, regions, settings())
     with pytest.raises(UserError, match="the mask is 32×32 px"):
-        request = EditRequest(TARGET, mask=Image.new("L", (32, 32)))
+        request = EditRequest(TARGET, mask=Image.new("L", (32, 32), 255))
         edit_photo(model, photo(), SOURCE, request, settings(uniform=UniformSettings()))
