@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tests.bench import frontier, multi_concept
@@ -75,13 +76,16 @@ def edits(arm: str, other: str, name: str, factor: float = 1.0) -> Lookup:
 
 
 def squares(name: str, factor: float = 1.0, arm: str = "P2P + direct") -> Lookup:
-    """The paired difference of the figure `name` between photos that are not square and square ones of their scenes."""
+    """The difference of the figure `name` between a scene's photos that are not square, their mean, and its square."""
 
     def lookup(folder: Path) -> Figure:
         rows = [row for row in cells(folder).values() if row.get("arm") == arm]
-        square = {row["task"]: row for row in rows if len(set(row["shape"].split("x"))) == 1}
-        pairs = [(factor * float(row[name]), factor * float(square[row["task"]][name]))
-                 for row in rows if row is not square[row["task"]]]  # fmt: skip
+        figures: dict[tuple[str, bool], list[float]] = {}
+        for row in rows:
+            square = len(set(row["shape"].split("x"))) == 1
+            figures.setdefault((row["task"], square), []).append(factor * float(row[name]))
+        tasks = dict.fromkeys(row["task"] for row in rows)
+        pairs = [(mean(figures[task, False]), mean(figures[task, True])) for task in tasks]
         return *paired_interval(*zip(*pairs, strict=True)), len(pairs)
 
     return lookup

@@ -101,7 +101,8 @@ def test_lookups_pair_what_belongs_together(tmp_path):
     with pytest.raises(ValueError, match="no edits by another"):
         on_frontier("another")(folder)
     wide = [row | {"key": row["key"] + "/w", "shape": "2x1", "psnr": row["psnr"] - 1} for row in rows]
-    assert squares("psnr", arm="--auto")(run_folder(tmp_path / "wide", rows + wide)) == (-1, -1, -1, 4)
+    tall = [row | {"key": row["key"] + "/t", "shape": "1x2", "psnr": row["psnr"] - 3} for row in rows]
+    assert squares("psnr", arm="--auto")(run_folder(tmp_path / "wide", rows + wide + tall)) == (-2, -2, -2, 4)
     two = [{"key": f"{arm}/{i}", "overlap": value} for arm, value in (("calibrated", 0.25), ("weight 0", 0.5))
            for i in range(3)]  # fmt: skip
     assert calibration("overlap")(run_folder(tmp_path / "two", two)) == (-0.25, -0.25, -0.25, 3)
