@@ -12,22 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 from personalize.errors import Notice, UserError
 from personalize.io.image_files import MIN_SIDE, NotAnImage, as_rgb, check_image, load_image
 from personalize.io.images import psnr, to_pixels
-from personalize.io.mask_files import as_mask, load_mask
+from tests.support.picture_files import saved
 
 
 def gradient(width: int = 48, height: int = 32) -> Image.Image:
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
-
-
-def saved(image: Image.Image, path: Path, **options: object) -> Path:
-    image.save(path, **options)  # type: ignore[arg-type]
-    return path
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -50,63 +45,6 @@ def test_exif_orientation_is_applied(tmp_path: Path, turn: int) -> None:
     loaded = load_image(saved(stored, tmp_path / "a.png", exif=exif))
     assert loaded.size == upright.size
     assert psnr(to_pixels(loaded), to_pixels(upright)) == math.inf
-
-
-def cut_out(mode: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> Image.Image:
-    """A picture of 64 px with a square of 32 px in the corner, of another colour."""
-    image = Image.new(mode, (64, 64), outside)
-    ImageDraw.Draw(image).rectangle((0, 0, 31, 31), fill=inside)
-    return image
-
-
-@pytest.mark.parametrize(
-    ("mode", "inside", "outside"),
-    [
-        ("RGBA", (255, 255, 255, 255), (0, 0, 0, 0)),
-        ("RGBA", (255, 255, 255, 255), (255, 255, 255, 0)),
-        ("LA", (255, 255), (255, 0)),
-        ("LA", (255, 255), (0, 255)),
-        ("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)),  # painted in any one colour on nothing
-        ("RGBA", (200, 30, 30, 255), (255, 255, 255, 0)),
-        ("RGB", (255, 255, 255), (0, 0, 0)),
-    ],
-)
-def test_what_a_mask_leaves_out_is_black(
-    tmp_path: Path, mode: str, inside: tuple[int, ...], outside: tuple[int, ...]
-) -> None:
-    image, expected = cut_out(mode, inside, outside), np.zeros((64, 64))
-    expected[:32, :32] = 255
-    for mask in (load_mask(saved(image, tmp_path / "m.png")), as_mask(image)):
-        assert mask.mode == "L" and np.array_equal(np.asarray(mask), expected)
-
-
-def test_colours_of_a_mask_count_where_they_say_something(tmp_path: Path) -> None:
-    image = cut_out("RGBA", (255, 255, 255, 255), (0, 0, 0, 255))
-    ImageDraw.Draw(image).rectangle((48, 48, 63, 63), fill=(255, 255, 255, 0))
-    mask = load_mask(saved(image, tmp_path / "m.png"))
-    assert [mask.getpixel(place) for place in ((5, 5), (40, 5), (60, 60))] == [255, 0, 0]
-    opaque = cut_out("RGBA", (128, 128, 128, 255), (128, 128, 128, 255))  # no transparency: a grey mask
-    assert as_mask(opaque).getextrema() == (128, 128)
-
-
-def test_a_mask_of_one_colour(tmp_path: Path) -> None:
-    for blank in (Image.new("L", (32, 32)), Image.new("RGBA", (32, 32), (255, 255, 255, 0))):
-        with pytest.raises(UserError, match=r"m\.png is black everywhere, so that it chooses nothing"):
-            load_mask(saved(blank, tmp_path / "m.png"))
-    with pytest.warns(Notice, match="white everywhere"):
-        load_mask(saved(Image.new("L", (32, 32), 255), tmp_path / "m.png"))
-
-
-@pytest.mark.parametrize(("value", "most"), [(1, 1), ((255, 0, 0), 76), (127, 127)])
-def test_a_mask_that_is_nowhere_white_is_refused(tmp_path: Path, value: int | tuple[int, ...], most: int) -> None:
-    """Class numbers and red paint: as weights they would count next to nothing, as regions nothing."""
-    mode = "L" if isinstance(value, int) else "RGB"
-    mask = Image.new(mode, (32, 32))
-    mask.paste(value, (0, 0, 16, 16))
-    with pytest.raises(UserError, match=rf"m\.png has no value above {most} of 255, so that it chooses nothing: paint"):
-        load_mask(saved(mask, tmp_path / "m.png"))
-    mask.paste("white", (0, 0, 1, 1))
-    assert load_mask(saved(mask, tmp_path / "m.png")).getextrema() == (0, 255)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
