@@ -200,12 +200,12 @@ class Bench:
         changed = masks[task.index] | render(task.after, self.model.resolution)[1][task.index]
         other = masks[1 - task.index]
         outside = ~(changed | other)
-        words = [(task.before.words[task.index], task.after.words[task.index])] if self.options.local else []
+        swapped = task.swapped_words if self.options.local else []
         row: dict[str, Any] = {}
         for name, choice in (("plain", None), ("dynamic", self.dynamic)):
             edited = edit_photo(
                 self.model, Image.fromarray(before), task.source_prompt,
-                EditRequest(task.target_prompt, local=words, regions=nouns_of(task.before)),
+                EditRequest(task.target_prompt, local=swapped, regions=nouns_of(task.before)),
                 PhotoSettings(
                     self.options.inversion, self.options.steps[0], guidance_scale=self.guidance, dynamic=choice,
                     null_text=self.null_text,

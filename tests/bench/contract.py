@@ -66,6 +66,11 @@ class Task:
     def target_prompt(self) -> str:
         return caption(self.after, styled=self.kind == "style")
 
+    @property
+    def swapped_words(self) -> list[tuple[str, str]]:
+        """Each noun that changes, before and after, as captions write it."""
+        return [pair for pair in zip(self.before.words, self.after.words, strict=True) if pair[0] != pair[1]]
+
 
 def caption(scene: Scene, *, styled: bool = False) -> str:
     """The caption of `scene` that names no style ("a picture of …"), or the one that names its style."""

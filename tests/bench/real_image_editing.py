@@ -81,8 +81,7 @@ def edit_arm(
             null_text=NullTextSettings(rate=options.null_text_rate),
             dynamic=settings_for(DynamicSettings, bench.model.name) if dpl else None, **choice,
         )  # fmt: skip
-        pairs = zip(task.before.words, task.after.words, strict=True)
-        swapped = [pair for pair in pairs if pair[0] != pair[1]] if local else []
+        swapped = task.swapped_words if local else []
         request = EditRequest(task.target_prompt, local=swapped, regions=NounRegions(task.before.words))
         result = edit_photo(bench.model, photo, task.source_prompt, request, settings)
         return EditOutput(np.asarray(result.image), np.asarray(result.reconstruction))
