@@ -16,6 +16,7 @@ from torch.nn.functional import max_pool2d
 
 from personalize.errors import UserError
 from personalize.io.images import to_pixels
+from personalize.io.mask_files import HALF_WHITE
 from personalize.models.image_processor import PaddedImage, Picture, as_mask_image
 from personalize.models.transfer import sent
 from personalize.sampling.denoise import LatentEdit
@@ -42,7 +43,7 @@ class EditRegion:
         Raises UserError if the picture has another size than the photo, the box lies outside it, or the region is so
         small or thin that `keep_photo` would leave nothing of an edit.
         """
-        white = np.asarray(mask_picture(frame, mask).convert("L")) >= 128
+        white = np.asarray(mask_picture(frame, mask).convert("L")) >= HALF_WHITE
         picture = Image.fromarray(white.astype(np.uint8) * 255)
         if picture.size != frame.picture.size:
             width, height = frame.picture.size

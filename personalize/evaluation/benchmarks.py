@@ -18,6 +18,7 @@ from personalize.errors import UserError
 from personalize.io.image_files import load_image
 from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.io.json_files import parse_json, read_json
+from personalize.io.mask_files import HALF_WHITE
 from personalize.io.plain_files import read_bytes, read_text
 
 Point = tuple[float, float]  # x, y in pixels
@@ -179,7 +180,7 @@ def _dragbench_item(folder: Path, sample: Path, allow_pickle: bool) -> Benchmark
     name = str(sample.relative_to(folder))
     array, mask_file = metadata.get("mask"), sample / "mask.png"
     if array is None and mask_file.is_file():
-        array = np.asarray(load_image(mask_file).convert("L")) > 127
+        array = np.asarray(load_image(mask_file).convert("L")) >= HALF_WHITE
     mask = None if array is None else _mask_of(sample, array)
     points = _point_pairs(sample, metadata.get("points", []))
     prompt = str(metadata.get("prompt", ""))

@@ -20,6 +20,7 @@ from personalize.editing.drag.points import handles_and_targets, middle
 from personalize.editing.drag.reading import DragSource
 from personalize.editing.drag.selection import MaskEdits
 from personalize.errors import UserError
+from personalize.io.mask_files import HALF_WHITE
 from personalize.models.image_processor import PaddedImage, Picture, Point, as_mask_image
 
 
@@ -98,7 +99,7 @@ def _mask_to_pixels(frame: PaddedImage, mask: Image.Image) -> Tensor:
     height, width = frame.size
     grey = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.BOX))
     full = torch.zeros(frame.pixels.shape[-2:], dtype=torch.bool)
-    full[:height, :width] = torch.from_numpy(grey >= 128)
+    full[:height, :width] = torch.from_numpy(grey >= HALF_WHITE)
     return full
 
 
