@@ -193,7 +193,7 @@ def as_rgb(image: Image.Image, path: Path | str = "the picture", background: str
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-        if alpha.getextrema()[1] == 0 and background == "white":  # of a mask that is black, see `check_mask`
+        if alpha.getextrema()[1] == 0:
             raise UserError(f"{path} is transparent everywhere, so that nothing of it is seen: save it opaque")
         image = _to_srgb(image.convert("RGB"), profile, path)
         return Image.composite(image, Image.new("RGB", image.size, background), alpha)

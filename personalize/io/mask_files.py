@@ -52,6 +52,8 @@ def as_mask(image: Image.Image, name: Path | str = "the mask") -> Image.Image:
     colours = image.convert("RGBA")
     alpha = colours.getchannel("A")
     levels = [value for value, count in enumerate(alpha.histogram()) if count]
+    if levels == [0]:
+        return alpha  # black: nothing of it is seen
     opaque = alpha.point([255 * (value == levels[-1]) for value in range(256)])
     plain = len(list(filter(None, colours.convert("RGB").histogram(opaque)))) == 3  # one value in each channel
     return alpha if plain and len(levels) > 1 else as_rgb(image, name, "black").convert("L")
