@@ -73,8 +73,8 @@ def parse(
     _check_names(list(defaults), config, "option in the picture", "")
     for file in files:
         content = read_yaml(_find(file, presets or {}), config)
-        settled = {other for key, other in replaces.items() if content.get(key) is not None}
-        defaults = {key: value for key, value in defaults.items() if key not in settled} | content
+        replaced = {other for key, other in replaces.items() if content.get(key) is not None}
+        defaults = {key: value for key, value in defaults.items() if key not in replaced} | content
     given = {*flags, *(name.removeprefix("no_") for name in flags)}
     defaults = {key: value for key, value in defaults.items() if value is not None}  # nothing: it is left out
     _check_required(config, given | set(defaults), prog)

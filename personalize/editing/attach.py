@@ -66,8 +66,9 @@ class Attached:
         return arguments
 
     def _conditioning(self, prompt: str, alpha: float, beta: float, gamma: float | None) -> Conditioning:
-        source, target = self.adapter.starting_from(prompt=prompt).source, self._encode(worded(prompt, self.adapter))
-        edited = edit_conditioning(self.model, source, target, alpha=alpha, beta=beta, gamma=gamma)
+        start = self.adapter.starting_from(prompt=prompt)
+        target = self._encode(worded(prompt, start))
+        edited = edit_conditioning(self.model, start.source, target, alpha=alpha, beta=beta, gamma=gamma)
         return edited.to(dtype=self.model.dtype)
 
     @torch.no_grad()

@@ -126,9 +126,9 @@ class Editor:
         if not prompt.strip():
             raise UserError("the prompt is empty: say what the picture should show")
         strengths = replace(strengths, **changes)
-        size, source = sampling.size or self.size_for(prompt), self._adapter.starting_from(prompt=prompt).source
+        size, start = sampling.size or self.size_for(prompt), self._adapter.starting_from(prompt=prompt)
         conditioning = edit_conditioning(
-            self.model, source, self._encode(self.align_prompt(prompt), size, strengths.strength),
+            self.model, start.source, self._encode(worded(prompt, start), size, strengths.strength),
             alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
         )  # fmt: skip
         return self._sample(conditioning, strengths, seeds, negative_prompt, replace(sampling, size=size))

@@ -23,7 +23,8 @@ from personalize.models.config import HUB_ID
 
 def portable_name(name: str) -> str:
     """A base's name without the folders it lies in; a hub id stays as it is."""
-    return at_home(name).resolve().name if name and at_home(name).exists() else name
+    path = at_home(name)
+    return path.resolve().name if name and path.exists() else name
 
 
 def remember_base(sha256: str, name: str) -> None:
@@ -31,9 +32,10 @@ def remember_base(sha256: str, name: str) -> None:
 
     Of two processes that write at the same moment one may lose its entry, which its next run writes again.
     """
-    if not name or not at_home(name).exists():
+    place = at_home(name)
+    if not name or not place.exists():
         return
-    path = str(at_home(name).resolve())
+    path = str(place.resolve())
     known = _known()
     if known.get(sha256) != path:
         try:
