@@ -16,6 +16,7 @@ from .prompts import projected, with_tokens
 
 CATEGORY = "personalize"
 SOURCE = "PERSONALIZE_SOURCE"
+ALPHA, BETA = 0.8, 1.2  # as `personalize edit` has them: these nodes import nothing of that package
 
 
 def adapter_folders() -> dict[str, Path]:
@@ -68,9 +69,9 @@ class ProjectedPrompt:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        dial = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        alpha, beta = ({"default": usual, "min": -10.0, "max": 10.0, "step": 0.05} for usual in (ALPHA, BETA))
         text = ("STRING", {"multiline": True, "dynamicPrompts": True})
-        required = {"clip": ("CLIP",), "text": text, "alpha": ("FLOAT", dial), "beta": ("FLOAT", dial)}
+        required = {"clip": ("CLIP",), "text": text, "alpha": ("FLOAT", alpha), "beta": ("FLOAT", beta)}
         return {"required": required, "optional": {"source": (SOURCE,)}}
 
     def encode(self, clip: Any, text: str, alpha: float, beta: float, source: Any = None) -> tuple[Any]:

@@ -202,10 +202,10 @@ embeddings can use it.
 import personalize
 {_load(adapter)}
 with personalize.attach(pipe, "path/to/this/folder") as picture:
-    image = pipe(**picture.inputs("a new prompt", alpha=1.0, beta=1.0)).images[0]
+    image = pipe(**picture.inputs("a new prompt")).images[0]
 ```
 
-`alpha` is how much of the picture is kept, `beta` how much of the prompt is added."""
+`inputs` takes `alpha`, how much of the picture is kept, and `beta`, how much of the prompt is added."""
 
 
 def _stock(adapter: CardSubject) -> str:

@@ -1,7 +1,7 @@
 """Apply an adapter to a base model, or to a diffusers pipeline of the user (`attach`).
 
 with personalize.attach(pipe, "my-cat") as my_cat:
-    image = pipe(prompt_embeds=my_cat.embeds("a cat on the beach", alpha=0.8, beta=1.2)).images[0]
+    image = pipe(prompt_embeds=my_cat.embeds("a cat on the beach", alpha=0.9, beta=1.0)).images[0]
     image = pipe(**my_cat.inputs("a cat on the beach")).images[0]           # SDXL wants pooled rows too
 """
 
@@ -22,6 +22,7 @@ from personalize.adapters.forgetting import ForgettingRule, parse_rules
 from personalize.adapters.lora_scales import scaled
 from personalize.adapters.merging import require_forgetting
 from personalize.editing.adapter_base import notice_other_prediction
+from personalize.editing.config import DEFAULT_STRENGTHS
 from personalize.editing.vector_projection import edit_conditioning, worded
 from personalize.models.conditioning import of_one_length
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
@@ -34,16 +35,25 @@ class Attached:
     model: StableDiffusion
     adapter: Adapter
 
-    def embeds(self, prompt: str, *, alpha: float = 1.0, beta: float = 1.0, gamma: float | None = None) -> Tensor:
+    def embeds(
+        self,
+        prompt: str,
+        *,
+        alpha: float = DEFAULT_STRENGTHS.alpha,
+        beta: float = DEFAULT_STRENGTHS.beta,
+        gamma: float | None = DEFAULT_STRENGTHS.gamma,
+    ) -> Tensor:
         """The source embedding edited towards `prompt`, (1, l, d), to be passed to the pipeline as `prompt_embeds`.
 
         If the adapter learned pictures of several captions, it is that of the caption nearest to `prompt`, which is
         made to begin like it, see `align_prompt`.
 
         With vector projection, `alpha` is the weight of the source and `beta` that of the part of the prompt orthogonal
-        to it. If `gamma` is given, vector subtraction is used: 0 is the source, 1 the prompt. See
-        `personalize.editing.vector_projection`. Pipelines want negative embeddings of as many tokens, which they make
-        themselves only for prompts of at most 75: for longer ones take `inputs`.
+        to it; the defaults are those of `Editor.edit` and of `personalize edit`. If `gamma` is given, vector
+        subtraction is used: 0 is the source, 1 the prompt. See `personalize.editing.vector_projection`.
+
+        Pipelines want negative embeddings of as many tokens, which they make themselves only for prompts of at most 75:
+        for longer ones take `inputs`.
         """
         return self._conditioning(prompt, alpha, beta, gamma).embeds
 
@@ -51,9 +61,9 @@ class Attached:
         self,
         prompt: str,
         *,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        gamma: float | None = None,
+        alpha: float = DEFAULT_STRENGTHS.alpha,
+        beta: float = DEFAULT_STRENGTHS.beta,
+        gamma: float | None = DEFAULT_STRENGTHS.gamma,
         negative_prompt: str = "",
     ) -> dict[str, Tensor]:
         """The pipeline arguments that replace `prompt` and `negative_prompt`, with SDXL's pooled embeddings."""

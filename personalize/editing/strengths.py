@@ -13,7 +13,8 @@ from typing import Any
 
 from personalize.adapters.adapter_files import WAIT
 from personalize.adapters.forgetting import parse_rule_sum
-from personalize.editing.config import EditStrengths
+from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths
+from personalize.editing.defaults import GUIDANCE
 from personalize.errors import UserError
 from personalize.formats.integrity import sealed
 from personalize.formats.manifest import MANIFEST
@@ -62,7 +63,8 @@ def remembered(info: Mapping[str, Any], prompt: str, caption: str | None = None)
 
 def largest_dial(strengths: EditStrengths | None, guidance_scale: float) -> str:
     """The dial of an edit that is the furthest above what is usual, with its value, for an error message."""
-    usual = {"alpha": 0.8, "beta": 1.2, "gamma": 1.0, "strength": 1.0, "guidance_scale": 7.5}
+    usual = {name: getattr(DEFAULT_STRENGTHS, name) for name in ("alpha", "beta", "strength")}
+    usual |= {"gamma": 1.0, "guidance_scale": GUIDANCE["published"]}
     values = {name: getattr(strengths, name, None) for name in usual} | {"guidance_scale": guidance_scale}
     share = {name: abs(value) / usual[name] for name, value in values.items() if value is not None}
     name = max(share, key=share.__getitem__)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
+from personalize.editing.config import DEFAULT_STRENGTHS
 from personalize.errors import UserError
 from personalize.models.prompts import align_prompt
 from personalize.models.ranges import check_number
@@ -32,7 +33,8 @@ def project(
 
         u_i = s_i / max(‖s_i‖, 1e-12)        edit_i = p_i − (p_i · u_i) u_i        e_i = alpha · s_i + beta · edit_i
 
-    `alpha` = 1, `beta` = 0 returns the source; alpha_i = (p_i · s_i) / ‖s_i‖², `beta` = 1 returns the target.
+    `alpha` = 1, `beta` = 0 returns the source; alpha_i = (p_i · s_i) / ‖s_i‖², `beta` = 1 returns the target.  With the
+    defaults, which are not those of an edit (`DEFAULT_STRENGTHS`), nothing is weighted.
 
     Args:
         source, target: (b, l, d), or SDXL's pooled embeddings (b, e), which count as one row; b broadcasts.
@@ -115,9 +117,9 @@ def edit_conditioning(
     source: Mapping[str, Tensor] | None,
     target: Conditioning,
     *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    gamma: float | None = None,
+    alpha: float = DEFAULT_STRENGTHS.alpha,
+    beta: float = DEFAULT_STRENGTHS.beta,
+    gamma: float | None = DEFAULT_STRENGTHS.gamma,
 ) -> Conditioning:
     """The learned `source` embedding edited towards `target` (b rows), as a conditioning.
 

@@ -22,7 +22,7 @@ from diffusers import (
 from PIL import Image
 
 import personalize
-from personalize.editing.config import Sampling
+from personalize.editing.config import DEFAULT_STRENGTHS, Sampling
 from personalize.editing.editor import Editor
 from personalize.editing.vector_projection import project
 from personalize.errors import UserError
@@ -110,18 +110,28 @@ def test_embeds_are_passed_as_prompt_embeds(folders):
         assert pipe(prompt_embeds=embeds, **call).images.shape == (1, 64, 64, 3)
 
 
-def test_it_draws_what_the_editor_draws(folders):
+def test_without_a_dial_the_weights_are_those_of_an_edit(folders):
+    """alpha 0.8 and beta 1.2, as `personalize edit` and `Editor.edit` have them."""
+    with personalize.attach(tiny("sd1").pipeline(), folders["sd1"]) as mine:
+        usual = project(mine.adapter.source["embeds"], mine.model.prompts(["a dog on the beach"]).embeds, 0.8, 1.2)
+        for embeds in (mine.embeds("a dog on the beach"), mine.inputs("a dog on the beach")["prompt_embeds"]):
+            torch.testing.assert_close(embeds, usual)
+    assert (DEFAULT_STRENGTHS.alpha, DEFAULT_STRENGTHS.beta, DEFAULT_STRENGTHS.gamma) == (0.8, 1.2, None)
+
+
+@pytest.mark.parametrize("dials", [{}, {"alpha": 0.6, "beta": 1.5}])
+def test_it_draws_what_the_editor_draws(folders, dials):
     """The same latents and embeddings in a stock pipeline and in our loop: the pictures agree to 8-bit rounding."""
     model = tiny("sd1")
     editor = Editor(model, personalize.Adapter.load(folders["sd1"]))
-    ours = editor.edit("a dog on the beach", alpha=0.8, beta=1.2, forget="decoder=0.5", sampling=Sampling(steps=3))[0]
+    ours = editor.edit("a dog on the beach", **dials, forget="decoder=0.5", sampling=Sampling(steps=3))[0]
     from personalize.sampling.denoise import initial_latents
 
     pipe = model.pipeline()
     pipe.set_progress_bar_config(disable=True)
     with personalize.attach(pipe, folders["sd1"], forget="decoder=0.5") as mine:
         theirs = pipe(
-            **mine.inputs("a dog on the beach", alpha=0.8, beta=1.2), latents=initial_latents(model, [0]),
+            **mine.inputs("a dog on the beach", **dials), latents=initial_latents(model, [0]),
             num_inference_steps=3, output_type="pil",
         ).images[0]  # fmt: skip
     difference = torch.tensor(list(ours.getdata())) - torch.tensor(list(theirs.getdata()))

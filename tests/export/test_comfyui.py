@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.forgetting import ALIASES, RULES, degrees, parse_rule_sum
 from personalize.adapters.lora import module_names
 from personalize.cli.main import main
+from personalize.editing.config import DEFAULT_STRENGTHS
 from personalize.editing.vector_projection import project, worded
 from personalize.errors import UserError
 from personalize.formats.timestep_rank import TimestepRank
@@ -109,6 +110,20 @@ def test_projection_is_ours():
     s, p = torch.randn(2, 7, 5), torch.randn(2, 7, 5)
     s[0, 0] = 0
     assert torch.allclose(node_file("prompts").project(s, p, 0.7, 1.3), project(s, p, 0.7, 1.3), atol=1e-6)
+
+
+def test_the_dials_start_where_an_edit_does(monkeypatch):
+    for name in ("folder_paths", "comfy", "comfy.lora", "comfy.utils", "comfy.patcher_extension"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["comfy.patcher_extension"].WrappersMP = None
+    spec = importlib.util.spec_from_file_location("nodes_without_comfyui", NODES / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    dials = module.NODE_CLASS_MAPPINGS["PersonalizeProjectedPrompt"].INPUT_TYPES()["required"]
+    assert {name: dials[name][1]["default"] for name in ("alpha", "beta")} == {
+        "alpha": DEFAULT_STRENGTHS.alpha, "beta": DEFAULT_STRENGTHS.beta,
+    }  # fmt: skip
 
 
 def test_an_adapter_folder_is_read(tmp_path):
