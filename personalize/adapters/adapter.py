@@ -38,7 +38,7 @@ from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.integrity import FILE_HASHES, OWN_HASH, sealed
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.reader_keys import ReaderKeys
-from personalize.formats.timestep_rank import TimestepRank, rule_of
+from personalize.formats.timestep_rank import AnyTimestepRank, rule_of
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import folder_path, remove_stale, write_folder
 from personalize.io.figures import png
@@ -127,7 +127,7 @@ class Adapter:
         return any(key.startswith(PREFIX) for key in self.lora)
 
     @property
-    def timestep_rank(self) -> TimestepRank | None:
+    def timestep_rank(self) -> AnyTimestepRank | None:
         """The rule by which components take part at high noise (`formats.timestep_rank`); None if all always do."""
         return rule_of(self.info)
 

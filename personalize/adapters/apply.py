@@ -65,4 +65,4 @@ def load_adapters(folder: str | Path | Sequence[str | Path]) -> Adapter:
         adapters[number], lines = plain(adapter)
         for line in lines:
             warnings.warn(f"{name}: {line}", Notice, stacklevel=2)
-    return merged(adapters, [1.0] * len(adapters), [str(one) for one in folder])
+    return merged(adapters, [1.0] * len(adapters), [str(one) for one in folder], in_memory=True)

@@ -24,6 +24,8 @@ from personalize.formats.algorithms import algorithm_of
 from personalize.formats.foreign_files import AdapterFile, as_lora
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.rank_reduction import RankReduction, peft_state, reduced_pairs, zero_padded
+from personalize.formats.timestep_rank import KEY as TIMESTEP_RANK
+from personalize.formats.timestep_rank import SummedTimestepRank
 from personalize.formats.weight_changes import NEED_THE_BASE
 from personalize.io.progress import ticked
 from personalize.models.ranges import check_number
@@ -41,10 +43,11 @@ class WeightedLora:
     weight: float = 1.0
 
 
-def concatenated(parts: Sequence[WeightedLora]) -> tuple[dict[str, Tensor], int]:
+def concatenated(parts: Sequence[WeightedLora], *, aligned: bool = False) -> tuple[dict[str, Tensor], int]:
     """The exact sum Σ weight · ΔW of all `parts` as one LoRA, and its rank.
 
-    It has the modules of all parts.  Modules with fewer factors than the common rank are padded with zeros.
+    It has the modules of all parts.  Modules with fewer factors than the common rank are padded with zeros: at the end,
+    or with `aligned` in the place of the part that lacks them, so that each part has the same components everywhere.
 
     Raises:
         UserError: there is no part or no LoRA module in them, a weight is not finite, or a module has two shapes.
@@ -52,9 +55,15 @@ def concatenated(parts: Sequence[WeightedLora]) -> tuple[dict[str, Tensor], int]
     if not parts or not all(math.isfinite(part.weight) for part in parts):
         raise UserError(f"weights of a sum of adapters must be numbers, got {[part.weight for part in parts]}")
     factors_of: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for part in parts:
-        for module, (a, b) in factor_pairs(part.state).items():
+    every = [factor_pairs(part.state) for part in parts]
+    models = {module: pair for pairs in reversed(every) for module, pair in pairs.items()} if aligned else {}
+    for part, pairs in zip(parts, every, strict=True):
+        for module, (a, b) in pairs.items():
             factors_of.setdefault(module, []).append((a.float(), b.float() * (part.strength * part.weight)))
+        count = max((len(a) for a, _ in pairs.values()), default=0)
+        for module in models.keys() - pairs.keys():
+            a, b = models[module]
+            factors_of.setdefault(module, []).append(zero_padded(a[:0].float(), b[:, :0].float(), count))
     for module, factors in factors_of.items():
         shapes = {(*b.shape[:1], *a.shape[1:]) for a, b in factors}
         if len(shapes) > 1:
@@ -87,11 +96,16 @@ def plain(adapter: Adapter) -> tuple[Adapter, list[str]]:
     return replace(adapter, lora=file.state, rank=file.rank, alpha=file.alpha, others={}), lines
 
 
-def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequence[str]) -> Adapter:
+def merged(
+    adapters: Sequence[Adapter], weights: Sequence[float], names: Sequence[str], *, in_memory: bool = False
+) -> Adapter:
     """The exact sum Σ weight · ΔW of several adapters as one adapter, whose rank is the sum of their ranks.
 
-    The learned tokens of all are kept.  Source embeddings are not: each belongs to one picture.  `names` are for
-    messages and for the record in `info["merged_from"]`, which says in "left_out" whose source embedding is missed.
+    The learned tokens of all are kept.  Source embeddings are not: each belongs to one picture.  The size is that of
+    the first adapter that has one, and the captions are those of all.  `names` are for messages and for the record in
+    `info["merged_from"]`, which says in "left_out" whose source embedding is missed.
+
+    in_memory: it is applied, not saved, so that timestep-dependent ranks may take part, each by its own rule.
 
     Raises:
         UserError: fewer than two adapters, another number of weights, weights out of their range, different families
@@ -106,19 +120,25 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float], names: Sequenc
     for name, adapter in zip(names, adapters, strict=True):
         if adapter.others:
             raise UserError(f"{name} holds changes that no sum of LoRAs can hold: apply it alone, or convert it first")
-        require_constant_rank(adapter, name)
+        if not in_memory:
+            require_constant_rank(adapter, name)
     base = _common_base(adapters, names)
     parts = [WeightedLora(a.lora, a.alpha / a.rank, weight) for a, weight in zip(adapters, weights, strict=True)]
-    parts = [part for part in parts if part.weight and part.state] or [part for part in parts if part.state]
-    state, rank = concatenated(parts) if parts else ({}, 1)
+    terms = [(part, adapter) for part, adapter in zip(parts, adapters, strict=True) if part.state]
+    terms = [(part, adapter) for part, adapter in terms if part.weight] or terms
+    masked = any(adapter.timestep_rank for _, adapter in terms)
+    state, rank = concatenated([part for part, _ in terms], aligned=masked) if terms else ({}, 1)
     sources: list[dict[str, Any]] = [
         {"name": name, "weight": weight} for name, weight in zip(names, weights, strict=True)
     ]
     for source, adapter in zip(sources, adapters, strict=True):
         source |= {"left_out": [SOURCE]} if _lacks_source(adapter) else {}
-    captions = dict.fromkeys(str(adapter.info.get("caption") or "") for adapter in adapters)
-    info: dict[str, Any] = {"base": base, "merged_from": sources}
-    info["caption"] = ", ".join(caption for caption in captions if caption)
+    captions = [*dict.fromkeys(caption for adapter in adapters for caption in adapter.captions if caption)]
+    info: dict[str, Any] = {"base": base, "merged_from": sources, "caption": captions[0] if captions else ""}
+    info |= {"captions": captions} if len(captions) > 1 else {}
+    info |= {"size": size} if (size := next(filter(None, (a.info.get("size") for a in adapters)), None)) else {}
+    if masked:
+        info[TIMESTEP_RANK] = SummedTimestepRank(tuple((one.timestep_rank, one.rank) for _, one in terms))  # pyright: ignore
     licences = {str(adapter.info["license"]) for adapter in adapters if adapter.info.get("license")}
     info |= {"license": licences.pop() if len(licences) == 1 else "other"} if licences else {}
     pictures = [_pictures(adapter) for adapter in adapters]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from personalize.adapters.lora import ADAPTER, lora_layers
 from personalize.adapters.rank_mask import RankMask
 from personalize.errors import UserError
-from personalize.formats.timestep_rank import TimestepRank
+from personalize.formats.timestep_rank import AnyTimestepRank
 from personalize.models.transfer import on_device, sent
 
 
 @contextmanager
-def timestep_mask(unet: nn.Module, rule: TimestepRank | None) -> Iterator[None]:
+def timestep_mask(unet: nn.Module, rule: AnyTimestepRank | None) -> Iterator[None]:
     """Run the body with the LoRA layers of `unet` masked by `rule` at each timestep; None masks nothing.
 
     Forgetting rules and strengths multiply with it.  A timestep that is no whole number counts as the nearest one.

@@ -198,7 +198,7 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "ss_steps": info.get("updates"),
         "ss_mixed_precision": info.get("mixed_precision"),
         "ss_unet_lr": config.get("learning_rate"),
-        timestep_rank.HEADER_KEY: json.dumps(info[timestep_rank.KEY]) if timestep_rank.KEY in info else None,
+        timestep_rank.HEADER_KEY: timestep_rank.header_text(info),
     }
     values |= {f"ss_{name}": config.get(name) for name in TRAINING_OPTIONS}
     return {key: str(value) for key, value in values.items() if value is not None}

@@ -72,6 +72,48 @@ class TimestepRank:
         )
 
 
+@dataclass(frozen=True)
+class SummedTimestepRank:
+    """The rules of a sum of LoRAs whose components lie side by side: of each its rule, if it has one, and its rank.
+
+    It is for adapters in memory, which are applied together: no file holds it.
+    """
+
+    parts: tuple[tuple[TimestepRank | None, int], ...]
+
+    def __post_init__(self) -> None:
+        rules = [rule for rule, _ in self.parts if rule is not None]
+        if len({rule.timesteps for rule in rules}) != 1:
+            raise UserError("timestep-dependent ranks add up if they are of equally many timesteps: leave one out")
+        for rule, rank in self.parts:
+            if rule is not None and rank % rule.rank:
+                raise UserError(
+                    f"the LoRA has rank {rank}, its timestep-dependent rank is for {rule.rank}: files are mixed up"
+                )
+
+    @property
+    def rank(self) -> int:
+        return sum(rank for _, rank in self.parts)
+
+    def masks(self) -> list[list[float]]:
+        """m(t) for t = 0 … T, those of the parts one after the other; of a part without a rule all ones."""
+        count = next(rule.timesteps + 1 for rule, _ in self.parts if rule is not None)
+        each = [[[1.0] * rank] * count if rule is None else [row * (rank // rule.rank) for row in rule.masks()]
+                for rule, rank in self.parts]  # fmt: skip
+        return [sum(rows, []) for rows in zip(*each, strict=True)]
+
+    def shares(self) -> list[float]:
+        """For each component the share of the timesteps in which it takes part, as `TimestepRank.shares`."""
+        return sum(([1.0] * rank if rule is None else rule.shares() * (rank // rule.rank) for rule, rank in self.parts),
+                   [])  # fmt: skip
+
+    def __str__(self) -> str:
+        return " + ".join("constant rank" if rule is None else str(rule) for rule, _ in self.parts)
+
+
+AnyTimestepRank = TimestepRank | SummedTimestepRank
+
+
 def read_rule(values: Any, source: object) -> TimestepRank | None:
     """The rule in `values`, as `TimestepRank.values` writes it or as JSON text; None if `values` is None.
 
@@ -91,9 +133,18 @@ def read_rule(values: Any, source: object) -> TimestepRank | None:
         ) from None
 
 
-def rule_of(info: Mapping[str, Any], source: object = "the adapter") -> TimestepRank | None:
+def rule_of(info: Mapping[str, Any], source: object = "the adapter") -> AnyTimestepRank | None:
     """The rule of an adapter by its `info`, or by the header of the file that it was read from; None without one."""
-    return read_rule(info.get(KEY) or (info.get("header") or {}).get(HEADER_KEY), source)
+    if isinstance(summed := info.get(KEY), SummedTimestepRank):
+        return summed
+    return read_rule(summed or (info.get("header") or {}).get(HEADER_KEY), source)
+
+
+def header_text(info: Mapping[str, Any]) -> str | None:
+    """The rule in `info` as text for a file's header; None without one.  UserError for a sum's, which no file holds."""
+    if isinstance(rule := info.get(KEY), SummedTimestepRank):
+        raise UserError(f"no file holds {rule}: write each adapter with `personalize export lora`, then merge these")
+    return None if rule is None else json.dumps(rule)
 
 
 def with_rule(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -111,7 +162,7 @@ def with_rule(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(metadata) | ({HEADER_KEY: json.dumps(rule.values())} if rule else {})
 
 
-def require_whole_rank(rule: TimestepRank | None) -> None:
+def require_whole_rank(rule: AnyTimestepRank | None) -> None:
     """UserError if there is a rule: it says which components act when, and a lower rank mixes them."""
     if rule is not None:
         raise UserError(
@@ -119,7 +170,7 @@ def require_whole_rank(rule: TimestepRank | None) -> None:
         )
 
 
-def warning(rule: TimestepRank) -> str:
+def warning(rule: AnyTimestepRank) -> str:
     """A sentence for people who open the file in another program."""
     return (
         f"trained with {rule}; Personalize keeps to that, other programs apply all components at every step, which is "

@@ -1,5 +1,7 @@
 """Sums and lower ranks of LoRAs, against dense matrices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from personalize.editing.editor import Editor
 from personalize.errors import Notice, UserError
 from personalize.formats.lora_files import factor_pairs
 from tests.support.adapter_kinds import KINDS
-from tests.support.lora_states import random_lora
+from tests.support.lora_states import random_adapter, random_lora
 from tests.support.tiny import tiny, tiny_pipeline
 
 SHAPES = {"up_blocks.1.a.to_q": (12, 8), "up_blocks.1.b.conv1": (6, 5, 3, 3), "up_blocks.1.c.proj_in": (9, 9, 1, 1)}
@@ -145,6 +147,30 @@ def test_a_sum_records_whose_source_embedding_it_lacks_and_counts_the_pictures()
     assert both.info["pictures"] == 5 and again.info["pictures"] == 25
     for adapters in ([one, unknown], [one, merged([one, unknown], [1.0, 1.0], "ab")]):
         assert "pictures" not in merged(adapters, [1.0, 1.0], "ab").info
+
+
+def test_a_sum_has_the_size_of_the_first_that_has_one_and_the_captions_of_all():
+    style = of_base(info={"imported": "x", "header": {}})
+    cat = of_base(info={"caption": "a cat, on grass", "size": [96, 64]})
+    dogs = of_base(info={"caption": "a dog", "captions": ["a dog", "a cat, on grass", "two dogs"], "size": [32, 32]})
+    info = merged([style, cat, dogs], [1.0] * 3, "abc").info
+    assert info["size"] == [96, 64]
+    assert info["captions"] == ["a cat, on grass", "a dog", "two dogs"] and info["caption"] == "a cat, on grass"
+    alone = merged([style, cat], [1.0, 1.0], "ab").info
+    assert alone["caption"] == "a cat, on grass" and "captions" not in alone
+    assert not {"size", "captions"} & merged([style, style], [1.0, 1.0], "ab").info.keys()
+    both = Editor(tiny("sd1"), merged([cat, dogs], [1.0, 1.0], "ab"))
+    assert both.size_for("two dogs") == (96, 64) == Editor(tiny("sd1"), cat).size
+
+
+def test_the_card_of_a_sum_lists_the_captions_one_a_line(tmp_path):
+    """Joined by commas, those of a caption could not be told from those between captions."""
+    parts = [replace(random_adapter(tiny("sd1"), seed=number), source=None) for number in range(2)]
+    for number, caption in enumerate(("a cat, on grass", "a dog")):
+        parts[number] = replace(parts[number], info={**parts[number].info, "caption": caption})
+    card = (merged(parts, [1.0, 1.0], "ab").save(tmp_path / "sum") / "README.md").read_text("utf-8")
+    assert "Write one of the captions of the pictures in your prompt:\n\n```text\na cat, on grass\na dog\n```" in card
+    assert Adapter.load(tmp_path / "sum").captions == ("a cat, on grass", "a dog")
 
 
 def test_the_base_of_a_sum_is_that_of_the_adapters_that_know_it():

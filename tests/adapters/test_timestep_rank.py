@@ -11,6 +11,7 @@ from torch import Tensor
 import personalize
 from personalize.adapters import lora, lora_scales
 from personalize.adapters.adapter import Adapter
+from personalize.adapters.apply import load_adapters
 from personalize.adapters.export import timestep_rank_error, without_timestep_rank
 from personalize.adapters.forgetting import parse_rule
 from personalize.adapters.merging import merged
@@ -260,6 +261,28 @@ def test_timestep_rank_exports_one_change_for_all_timesteps_and_says_what_it_cos
     assert timestep_rank_error(adapter, "share") < 0.7 * timestep_rank_error(adapter, "full")
     with pytest.raises(UserError, match="no single sum expresses"):
         merged([adapter, adapter], [1, 1], ["a", "b"])
+
+
+def test_adapters_that_are_applied_together_keep_each_its_own_rule(tmp_path: Path) -> None:
+    """At every timestep the sum predicts what the sum of the components that then take part predicts."""
+    model = tiny_sd1()
+    first, plain = random_adapter(model), replace(random_adapter(model, 3), info={"base": model.about()})
+    fewer = {key: value for key, value in first.lora.items() if "attn2" not in key}  # a part that lacks modules
+    assert 0 < len(fewer) < len(first.lora)
+    rule = TimestepRank(rank=4, min_rank=2, alpha=2.0)
+    last = replace(first, lora=fewer, info={**first.info, "timestep_rank": rule.values()})
+    folders = [one.save(tmp_path / str(number)) for number, one in enumerate((plain, first, last))]
+    together = load_adapters(folders)
+    assert (together.rank, len(together.timestep_rank.masks()), together.timestep_rank.rank) == (11, 1001, 11)
+    for t in (981, 501, 21):
+        parts = [plain, _only(first, RULE.active(t)), _only(last, rule.active(t))]
+        with merged([replace(one, info=plain.info) for one in parts], [1, 1, 1], "abc").apply(model):
+            expected = predicted(model, t)
+        with together.apply(model):
+            found = predicted(model, t)
+        torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+    with pytest.raises(UserError, match="no file holds constant rank"):
+        together.save(tmp_path / "sum")
 
 
 def test_timestep_rank_leaves_no_trace() -> None:
