@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from personalize.editing import defaults
@@ -50,6 +50,12 @@ class PhotoSettings:
     def null_text_settings(self, base: str) -> NullTextSettings:
         """How null embeddings are fitted, for the base model of that name."""
         return self.null_text or defaults.settings_for(NullTextSettings, base)
+
+    def resolved(self, base: str, resolution: int) -> PhotoSettings:
+        """These settings with the values that what is None has for the base model of that name and resolution."""
+        given = {"guidance_scale": self.guidance(base), "null_text": self.null_text_settings(base),
+                 "strength": self.inverted_share, "resolution": self.resolution or resolution}  # fmt: skip
+        return replace(self, **given)
 
     @property
     def inverted_share(self) -> float:

@@ -75,7 +75,8 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     optional = {"attention.png": result.attention, "nouns.png": result.nouns, "masks.png": result.masks}
     files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
     similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
-    files["edit.json"] = json_bytes(summary(config.source, request, settings, result, similarity))
+    used = settings.resolved(editor.model.name, editor.model.resolution)
+    files["edit.json"] = json_bytes(summary(config.source, request, used, result, similarity))
     written = add_files(config.output_dir, files)
     names = [written[name] for name in names]
     for note in result.notes:
@@ -163,7 +164,7 @@ def _noun_regions(config: PhotoConfig) -> NounRegions:
 def summary(
     source: str, request: EditRequest, settings: PhotoSettings, result: EditResult, similarity: float
 ) -> dict[str, object]:
-    """The contents of edit.json."""
+    """The contents of edit.json; `settings` are the resolved ones, which say what was used where none was given."""
     return {
         "source": source, "target": result.target, "targets": list(result.targets), "weights": dict(request.weights),
         "local": list(request.local), "mask": request.mask.name if isinstance(request.mask, Path) else request.mask,

@@ -39,6 +39,8 @@ def test_it_writes_pictures_and_begins_the_next_time_where_it_ended(places, tmp_
     assert Image.open(tmp_path / "out" / "edited.png").size == (32, 32)
     found = json.loads((tmp_path / "out" / "edit.json").read_text())
     assert found["target"] == "a dog on the beach" and found["weights"] == {"dog": 2.0}
+    used = {name: found["settings"][name] for name in ("guidance_scale", "steps", "seed", "strength", "resolution")}
+    assert used == {"guidance_scale": 7.5, "steps": 2, "seed": 0, "strength": 1.0, "resolution": 64}
     assert asked == [1, 1, 4, 4]  # up with one row, then two rows with guidance
     assert run(places, *words, "--target", "a fox on the beach") == 0
     assert asked[4:] == [4, 4]
