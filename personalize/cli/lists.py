@@ -55,7 +55,7 @@ def gathered(
     for name, own in (*tokens.runs, *rest.runs):
         if not own:
             raise UserError(f"--{name} needs a value, got nothing")
-        if odd := next(filter(flag_name, own), None):
+        if odd := next((value for value in own if re.match(r"-[^\s\d.]", value)), None):
             raise UserError(f"--{name} has the value {odd!r}, which reads as an option: write it otherwise")
         values.setdefault(name, []).extend(own)
     single = [*tokens.free, *tokens.single, *rest.single]

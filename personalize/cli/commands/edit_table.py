@@ -135,7 +135,8 @@ def row_options(row: Row, config: EditTableConfig) -> PhotoConfig:
     """
     if row.problem is not None:
         raise UserError(row.problem)
-    words = [str(row.file)]
+    file = str(row.file)
+    words = [os.path.join(os.curdir, file) if file.startswith("-") else file]  # a cell is never an option
     for name, cell in row.cells.items():
         for value in _values(name, cell):
             words.append(_as_flag(name, _beside_the_table(name, value, config.table)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from personalize.cli import options
 from personalize.cli.commands.edit_image import edit_request
-from personalize.cli.commands.edit_table import adapter_hashes, read_rows, row_hash, row_options
+from personalize.cli.commands.edit_table import Row, adapter_hashes, read_rows, row_hash, row_options
 from personalize.cli.edit_options import EditTableConfig
 from personalize.cli.main import main
 from personalize.errors import UserError
@@ -83,6 +84,30 @@ def test_a_cell_is_a_value_as_behind_an_equals_sign(tmp_path):
     (row,) = read_rows(config.table)
     options = row_options(row, config)
     assert (options.source, options.target, options.dpl) == ("-a cat", ("- a dog", "a fox"), False)
+
+
+@pytest.mark.parametrize(
+    ("cells", "says"),
+    [
+        ("--report,a cat,a dog,", r"^--report: no such file; check the path of the picture$"),
+        ("-x.png,a cat,a dog,", r"^-x\.png: no such file"),
+        ("a.png,a cat,-x,", r"^--target has the value '-x', which reads as an option: write it otherwise$"),
+        ("a.png,a cat,--report,", r"^--target has the value '--report', which reads as an option: write it otherwise$"),
+        ("a.png,a cat,a dog,--report", r"^--seed is '--report', expected a whole number"),
+    ],
+)
+def test_a_cell_that_is_an_options_name_is_said_to_be_the_value_that_it_is(tmp_path, monkeypatch, cells, says):
+    """In the column file it was taken for an option, and the picture said to be missing."""
+    photo(40, 32).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text(f"file,source,target,seed\n{cells}\n")
+    config = EditTableConfig(Path("t.csv"))
+    monkeypatch.chdir(tmp_path)
+    (row,) = read_rows(config.table)
+    with pytest.raises(UserError, match=says):
+        row_options(row, config)
+    photo(40, 32).save("-x.png")  # a photo of such a name is found
+    named = Row(2, "x", Path("-x.png"), {"source": "a cat", "target": "a dog"})
+    assert row_options(named, config).photo == Path("-x.png")
 
 
 def test_the_home_folder_is_expanded_in_the_column_of_photos(tmp_path, monkeypatch):
