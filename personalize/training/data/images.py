@@ -45,8 +45,9 @@ class TrainingImage:
             sizes = f"{mask.width}×{mask.height} px, the picture {self.image.width}×{self.image.height}"
             raise UserError(f"the mask of {self.name} is {sizes}: give it the same size")
         if mask is not None:
-            object.__setattr__(self, "mask", as_mask(mask))
-            check_mask(as_mask(mask), f"the mask of {self.name}")
+            named = f"the mask of {self.name}"
+            object.__setattr__(self, "mask", grey := as_mask(mask, named))
+            check_mask(grey, named)
 
 
 def read_training_images(config: Any) -> list[TrainingImage]:
