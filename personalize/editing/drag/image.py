@@ -159,12 +159,15 @@ def soft_mask(void: Tensor, covered: Tensor, reach: int) -> Tensor:
     return (2 * share - 1).clamp(0, 1) * void
 
 
+def outside_notes(mask: Image.Image, handles: Sequence[Shape]) -> list[str]:
+    """A sentence for each handle that is a point whose pixel is black in `mask`, a picture of what moves."""
+    at = {number: shape[0] for number, shape in enumerate(handles, 1) if len(shape) == 1}
+    return [f"handle {n} lies outside the mask" for n, (x, y) in at.items() if not mask.getpixel((int(x), int(y)))]
+
+
 def preview_notes(source: DragSource, preview: DragPreview, handles: Sequence[Shape]) -> tuple[str, ...]:
     """What the user may not expect of a drag in pixels."""
-    sentences, drag = [], preview.drag
-    for number, handle in enumerate(handles, 1):
-        if len(handle) == 1 and not preview.mask.getpixel((int(handle[0][0]), int(handle[0][1]))):
-            sentences.append(f"handle {number} lies outside the mask")
+    sentences, drag = outside_notes(preview.mask, handles), preview.drag
     for number, found in enumerate(drag.objects, 1):
         if int(found.cells.sum()) < 4:
             sentences.append(f"the object under handle {number} is only {int(found.cells.sum())} latent cells large")
@@ -199,7 +202,8 @@ def _drag_latents(
     missed = tuple(math.dist(at, target) for at, target in zip(arrived, targets, strict=True))
     moved = frame.mask_to_picture(result.mask)
     marked = overlay(frame.picture, moved, handles, targets, arrived)
-    sentences = notes(frame, result, starts, ends, settings, allowed)
+    outside = [] if mask is None else outside_notes(moved, shapes)
+    sentences = (*outside, *notes(frame, result, starts, ends, settings))
     seconds = time.perf_counter() - began
     return DragResult(image, moved, marked, arrived, missed, seconds, result.edit_seconds, sentences, None, result)
 
@@ -210,10 +214,9 @@ def arrival_points(result: LatentDrag, handles: Sequence[Point]) -> list[Point]:
 
 
 def notes(
-    frame: PaddedImage, result: LatentDrag, handles: Sequence[Point], targets: Sequence[Point], settings: DragSettings,
-    mask: Tensor | None,
+    frame: PaddedImage, result: LatentDrag, handles: Sequence[Point], targets: Sequence[Point], settings: DragSettings
 ) -> tuple[str, ...]:  # fmt: skip
-    """What the user may not expect: drags shorter than a cell, changed thresholds, handles outside the mask."""
+    """What the user may not expect of a drag on the latent grid: drags shorter than a cell, changed thresholds."""
     sentences = []
     for number, (handle, target) in enumerate(zip(handles, targets, strict=True), 1):
         vector = [end - start for start, end in zip(handle, target, strict=True)]
@@ -221,8 +224,6 @@ def notes(
             cell = frame.to_point((1, 1))[0]
             size = f"(a cell is {cell:.3g} px)"
             sentences.append(f"drag {number} is shorter than half a latent cell {size}: it moves nothing")
-        if mask is not None and not mask[int(handle[1]), int(handle[0])]:
-            sentences.append(f"handle {number} lies outside the mask")
     for number, threshold in enumerate(result.thresholds, 1):
         if threshold != settings.mask_threshold:
             fault = "large" if threshold > settings.mask_threshold else "small"

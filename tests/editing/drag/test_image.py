@@ -185,6 +185,17 @@ def test_a_handle_beside_the_mask_or_on_the_background_is_told(model):
     assert any("too large at threshold 0.3" in note and "give a mask" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("method", ["latents", "pixels"])
+def test_where_a_handle_lies_is_said_by_pixels_of_the_photo_with_both_methods(model, method):
+    """A photo that is dragged at half its size: the mask ends at its pixel 80."""
+    photo, mask = picture().resize((128, 128)), Image.new("L", (128, 128))
+    mask.paste(255, (16, 16, 80, 80))
+    settings = replace(SETTINGS, method=method)
+    for handle, said in (((79, 40), False), ((81, 40), True)):
+        found = drag_picture(model, photo, [handle, (60, 60)], mask=mask, settings=settings, resolution=64)
+        assert ("handle 1 lies outside the mask" in found.notes) == said
+
+
 @pytest.mark.parametrize("target", [(16, 16, 32, 32), (0, 0, 8, 8)])
 def test_a_region_that_is_made_smaller_does_not_leave_the_picture(model, target):
     """A box of half the side has a quarter of the area: it was said that more than half of it leaves the picture."""
