@@ -131,7 +131,7 @@ class Editor:
             self.model, start.source, self._encode(worded(prompt, start), size, strengths.strength),
             alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
         )  # fmt: skip
-        return self._sample(conditioning, strengths, seeds, negative_prompt, replace(sampling, size=size))
+        return self._sample(conditioning, size, strengths, seeds, negative_prompt, sampling)
 
     def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = DEFAULT_SAMPLING) -> list[Image.Image]:
         """Images sampled from the adapter's source embedding without an edit, or from its caption if it has none."""
@@ -143,7 +143,7 @@ class Editor:
     ) -> list[Image.Image]:  # fmt: skip
         """Images of `prompt` by the base model without the adapter, to compare with."""
         size = sampling.size or self.size_for(prompt)
-        return self._sample(self._encode(prompt, size), None, seeds, negative_prompt, replace(sampling, size=size))
+        return self._sample(self._encode(prompt, size), size, None, seeds, negative_prompt, sampling)
 
     def choose(
         self, prompt: str, source: Image.Image, *, budget: int = 16, seed: int = 0, scorer: Scorer | None = None,
@@ -242,13 +242,12 @@ class Editor:
             return self.model.prompts([prompt], size)
 
     def _sample(
-        self, conditioning: Conditioning, strengths: EditStrengths | None, seeds: Sequence[int], negative_prompt: str,
-        sampling: Sampling,
+        self, conditioning: Conditioning, size: tuple[int, int], strengths: EditStrengths | None, seeds: Sequence[int],
+        negative_prompt: str, sampling: Sampling,
     ) -> list[Image.Image]:  # fmt: skip
-        """Sample images of `conditioning`; without `strengths`, by the base model alone."""
+        """Sample images of `conditioning`, `size` high and wide; without `strengths`, by the base model alone."""
         for seed in seeds:
             check_number("seed", seed, kind=int)
-        size = sampling.size or self.size
         strength = strengths.strength if strengths else None
         changed = {**self.adapter.lora, **self.adapter.others} if self.adapter is not None else {}
         adapter_changes_null = has_text(changed) and not self.model.zero_null
