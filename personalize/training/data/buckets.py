@@ -31,10 +31,10 @@ class FittedImage:
         mask: (1, 1, H, W) in [0, 1], 1 where the subject is; None if not given.
         shown: height and width of the part that shows the picture; the rest is padding.
         original: height and width of the picture file.
-        corner: top and left of the part that is shown, in pixels of the scaled picture.
+        corner: top and left of the part that is shown, in pixels of the scaled picture, mirrored if `pixels` are.
         cut: what is missing of the picture, in words; empty if it is whole.
         box: the part of the picture file that is shown, in its pixels: left, top, right, bottom; None: all of it.
-        mirrored: `pixels` are mirrored; `mask` and `shown` are not.
+        mirrored: `pixels` are mirrored; `mask`, `shown` and `box` are not.
     """
 
     pixels: Tensor
@@ -48,7 +48,15 @@ class FittedImage:
 
     def mirror(self) -> FittedImage:
         """The picture mirrored from left to right."""
-        return replace(self, pixels=self.pixels.flip(-1), mirrored=not self.mirrored)
+        return replace(self, pixels=self.pixels.flip(-1), mirrored=not self.mirrored, corner=self.mirrored_corner)
+
+    @property
+    def mirrored_corner(self) -> tuple[int, int]:
+        """`corner` in the mirrored picture, where what was cut off at the right is at the left."""
+        if self.box is None or self.original is None:
+            return self.corner
+        scale = self.size[0] / (self.box[3] - self.box[1])
+        return self.corner[0], max(0, round(self.original[1] * scale) - self.size[1] - self.corner[1])
 
     @property
     def size(self) -> tuple[int, int]:

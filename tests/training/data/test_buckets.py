@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from personalize.embedded.scenes import Scene, SceneObject, render
 from personalize.io.images import to_image
-from personalize.training.data.buckets import as_fitted, fit
+from personalize.training.data.buckets import as_fitted, fit, fit_into
 
 
 def drawn(width: int, height: int, box: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
@@ -78,6 +78,19 @@ def test_a_mirrored_picture_mirrors_its_weights() -> None:
     weights, mirrored = fitted.weights(0.5), fitted.mirror().weights(0.5)
     assert weights is not None and mirrored is not None and torch.equal(mirrored, weights.flip(-1))
     assert torch.equal(fitted.mirror().pixels, fitted.pixels.flip(-1)) and float(mirrored[..., 0].max()) == 0
+
+
+def test_a_mirrored_cut_says_its_corner_in_the_mirrored_picture() -> None:
+    """As diffusers' script for SDXL, which mirrors first: 360 × 480 px scaled to 576 × 768, cut to 576 × 640."""
+    image, mask = drawn(480, 360, (440, 40, 479, 160))  # 128 px are cut at one side
+    for subject, (left, mirrored) in ((mask, (128, 0)), (mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (0, 128))):
+        cut = fit_into((576, 640), image, subject)
+        assert cut.time_ids == (360, 480, 0, left, 576, 640)
+        assert cut.mirror().time_ids == (360, 480, 0, mirrored, 576, 640)
+        assert cut.mirror().mirror().corner == cut.corner
+        flipped = fit_into((576, 640), *(p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in (image, subject)))
+        assert flipped.time_ids == cut.mirror().time_ids
+    assert fit(image, None, 512, 64).mirror().time_ids == fit(image, None, 512, 64).time_ids
 
 
 def test_the_subject_of_five_renders_in_three_shapes_is_whole_in_every_latent() -> None:

@@ -137,6 +137,21 @@ def test_sdxl_is_told_the_size_of_each_picture() -> None:
     assert read == [[[240, 160, 0, 0, 96, 64]], [[140, 70, 0, 0, 128, 64]]]
 
 
+def test_sdxl_is_told_the_corner_of_a_mirrored_cut_in_the_mirrored_picture() -> None:
+    """96 × 64 px of a picture 16:9, of which 14 of 114 px are cut, all on the side away from the subjects."""
+    base, (image, masks) = tiny("sdxl"), (Image.new("RGB", (320, 180), "teal"), [])
+    for left in (200, 280):
+        masks.append(Image.new("L", image.size))
+        masks[-1].paste(255, (left, 20, left + 39, 160))
+    with installed_tokens(base, {s.token: initial_embeddings(base, s) for s in (CAT, DOG)}):
+        picture = ConceptPicture(image, (CAT, DOG), "", tuple(masks))
+        data = ConceptDataset(base, picture, 64, 0, augment=False, random_flip=True)
+        corners = {tuple(data.instance(0, index)["time_ids"][2:4].tolist()) for index in range(8)}
+    left = data.fitted.corner[1]
+    assert data.fitted.size == (64, 96) and left > 0
+    assert corners == {(0, left), (0, round(320 * 64 / 180) - 96 - left)}
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_the_size_by_the_header_is_that_of_the_picture_as_it_is_read(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
