@@ -33,7 +33,8 @@ from personalize.adapters.text_encoder_lora import other_changes, text_lora
 from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
-from personalize.formats.adapter_source import fetched, is_adapter_folder, open_adapter
+from personalize.formats.adapter_folders import no_adapter
+from personalize.formats.adapter_source import fetched, is_foreign_folder, open_adapter
 from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.integrity import FILE_HASHES, OWN_HASH, sealed
 from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
@@ -159,24 +160,23 @@ class Adapter:
 
     @staticmethod
     def load(folder: str | Path, *, family: str | None = None) -> Adapter:
-        """Read an adapter folder, or a LoRA or textual-inversion file or PEFT folder of any program.
+        """Read an adapter folder, or a LoRA or textual-inversion file or folder of any program.
 
         From a file come no source embedding and no caption.  Its metadata `ss_*` and `modelspec.*` are kept in
         `info["header"]`, and what they say of the base model in `info["base"]`.  A learned token has the file's own
         word, or else `<file name>`.  `family` is that of the base model, for files that do not tell it.
 
         Raises:
-            UserError: nothing is there, the folder is no adapter folder, a file is missing, damaged, a pickle or no
-                plain LoRA, or the files are not those that were saved.
+            UserError: nothing is there, it is no adapter, or a file is missing, damaged, a pickle or not as saved.
         """
         folder = fetched(folder)
-        if folder.is_file() or (is_adapter_folder(folder) and not (folder / MANIFEST).is_file()):
+        if folder.is_file() or is_foreign_folder(folder):
             return _load_file(folder, family)
         if not folder.exists():
             raise UserError(f"{folder} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
         remove_stale(folder)  # a save that was killed after it had decided for the new files
         if not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder} is no adapter folder: it has no {MANIFEST}; name the folder training wrote")
+            raise UserError(no_adapter(folder))
         info = read_json(folder / MANIFEST)
         content = read_adapter_file(folder / DIFFUSERS_FILE)
         check_manifest(info, content, folder)

@@ -15,15 +15,14 @@ from personalize.cli.lists import check_said_once
 from personalize.cli.places import check_place, interleaved_points, point_of
 from personalize.cli.unused import check_unused_of_drag, check_unused_of_photo
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import may_be_adapter, no_adapter
 from personalize.formats.key_parts import TOKEN
 from personalize.io.json_files import read_json
 from personalize.models.config import HUB_FILE, cell_pixels, check_resolution
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
 from personalize.sampling.config import SCHEDULERS
 
-ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 GRADIO = (6, 7)  # the oldest version with the security fixes that the studio relies on
-ADAPTER_FOLDERS = ("adapter.json", "adapter_config.json", "*/adapter_config.json", "*.safetensors.index.json")
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
 
 
@@ -208,12 +207,12 @@ def check_absent(path: Path) -> None:
 
 
 def check_adapters(paths: Iterable[Path]) -> None:
-    """UserError unless each is a folder of ours, of PEFT or of shards, a file, or may be a file on the hub."""
+    """UserError unless each is a folder that may be an adapter, a file, or may be a file on the hub."""
     for path in paths:
         if not path.exists() and not HUB_FILE.fullmatch(str(path)):
             raise UserError(f"{path} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
-        if path.is_dir() and not any(any(path.glob(pattern)) for pattern in ADAPTER_FOLDERS):
-            raise UserError(f"{path} is no adapter folder: it has no adapter.json; name the folder training wrote")
+        if path.is_dir() and not may_be_adapter(path):
+            raise UserError(no_adapter(path))
 
 
 def check_tokens(prompts: Sequence[str], adapters: Sequence[Path]) -> None:

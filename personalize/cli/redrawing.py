@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import msgspec
 from personalize.cli.lists import flag_name
 from personalize.cli.places import box
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, INDEX
 from personalize.io.json_files import checked
 from personalize.io.plain_files import file_hash
 
@@ -29,7 +31,6 @@ EXCLUSIVE = (  # giving one of a group on the command line drops the picture's v
     {"seed", "seeds", "num_images"}, {"alpha", "beta", "gamma", "auto"}, {"target", "swap"},
 )  # fmt: skip
 OF_A_SEARCH = {"forget", "strength", "seed", "seeds", "num_images"}  # what --auto chooses itself
-LORA = "pytorch_lora_weights.safetensors"
 
 
 class NameAndHash(msgspec.Struct, frozen=True):
@@ -52,7 +53,7 @@ class Details(msgspec.Struct, frozen=True):
 
 def name_and_hash(path: Path) -> dict[str, str]:
     """Name and SHA-256 of a file; of an adapter folder, its name and the hash of its LoRA in diffusers' layout."""
-    file = path / LORA if path.is_dir() else path
+    file = path / DIFFUSERS_FILE if path.is_dir() else path
     return {"name": given_name(path), "sha256": file_hash(file)}
 
 
@@ -88,8 +89,8 @@ def recorded(path: Path) -> Details:
 def redrawn(words: Sequence[str], picture: Path) -> tuple[str, list[str], dict[str, Any]]:
     """The key of COMMANDS that drew `picture`, the tokens `words` after `edit` with the adapter first, its options.
 
-    Only the first adapter is looked for, by its hash, as a folder: in the picture's folder, the current one, their
-    parents, and one level below each. Others (`--add`) must be given again.
+    Only the first adapter is looked for, by its hash, as a folder of any name or as what has its name: in the picture's
+    folder, the current one, their parents, and one level below each. Others (`--add`) must be given again.
     """
     details, words = recorded(picture), list(words)
     dropped = NEVER_FROM_A_PICTURE | NETWORKS
@@ -116,13 +117,31 @@ def redrawn(words: Sequence[str], picture: Path) -> tuple[str, list[str], dict[s
 
 def _find_adapter(picture: Path, wanted: NameAndHash) -> Path:
     places = {folder.resolve() for start in (picture.resolve().parent, Path.cwd()) for folder in (start, start.parent)}
-    candidates = sorted({found.parent for place in places for found in (*place.glob(LORA), *place.glob(f"*/{LORA}"))})
-    for folder in candidates:
-        if name_and_hash(folder)["sha256"] == wanted.sha256:
-            return folder
+    folders = {found.parent for found in _found(places, DIFFUSERS_FILE)}
+    named = _found(places, wanted.name) if Path(wanted.name).name == wanted.name else set()
+    for adapter in (*sorted(named), *sorted(folders - named)):
+        if _hash(adapter) == wanted.sha256:
+            return adapter
     raise UserError(
-        f"{picture} was drawn with the adapter {wanted.name}, which is neither near it nor here: name its folder first"
+        f"{picture} was drawn with the adapter {wanted.name}, which is neither near it nor here: name it first"
     )
+
+
+def _found(places: set[Path], name: str) -> set[Path]:
+    """What is called `name` in one of the `places`, or one level below."""
+    return {found for place in places for level in ("", "*/") for found in place.glob(level + escape(name))}
+
+
+def _hash(adapter: Path) -> str | None:
+    """The hash of an adapter as pictures have it; None for what is none."""
+    if (adapter / DIFFUSERS_FILE).is_file() or (adapter.is_file() and not adapter.name.endswith(INDEX)):
+        return name_and_hash(adapter)["sha256"]
+    from personalize.formats.adapter_source import adapter_hash  # imports torch, which other adapters do not need
+
+    try:
+        return adapter_hash(adapter)
+    except UserError:
+        return None
 
 
 def check_same(made: Mapping[str, Any], picture: Path) -> None:

@@ -1,5 +1,6 @@
 """Adapter files as they lie on a disk: read, judged, converted and checked, without a live adapter.
 
+    adapter_folders           which folders are adapters, by names of files
     adapter_source            open what a person names: file, PEFT folder, shards, and what stands beside
     foreign_files             the one list of what an adapter file holds, for every command
     key_parts, lora_keys      keys taken apart; names of modules;  layouts: tensors by module and factor

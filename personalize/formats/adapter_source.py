@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,22 @@ import msgspec
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import (
+    ADAPTER_CONFIG,
+    DIFFUSERS_FILE,
+    INDEX,
+    MANIFEST,
+    is_diffusers_folder,
+    no_adapter,
+)
 from personalize.formats.lora_keys import COMPONENTS
-from personalize.formats.manifest import DIFFUSERS_FILE
-from personalize.formats.peft_settings import ADAPTER_CONFIG
 from personalize.io.json_files import checked, read_json
 from personalize.io.pickles import read_any
 from personalize.io.plain_files import visible
-from personalize.io.tensor_files import TensorFile
+from personalize.io.tensor_files import TensorFile, tensor_parts
 from personalize.models.config import HUB_FILE
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-INDEX = ".safetensors.index.json"
 PEFT_PREFIX = "base_model.model."
 MAX_SHARDS = 100
 
@@ -90,9 +96,22 @@ def fetched(path: str | Path) -> Path:
         raise UserError(f"cannot get {name} of {repository} from the hub: {reason}") from error
 
 
+def adapter_hash(path: Path) -> str:
+    """The SHA-256 of all that is read of an adapter which is in several files, a folder or an index of shards."""
+    content, digest = open_adapter(path), sha256()
+    for part in tensor_parts(content.tensors, content.metadata):
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def is_adapter_folder(path: Path) -> bool:
-    """True if `path` is a folder that `open_adapter` reads."""
+    """True if `path` is a folder of PEFT or of shards, which is one adapter whatever else it holds."""
     return path.is_dir() and bool(_peft_folders(path) or visible(path, f"*{INDEX}"))
+
+
+def is_foreign_folder(path: Path) -> bool:
+    """True if `path` is a folder of another program that `open_adapter` reads, also of diffusers' training scripts."""
+    return not (path / MANIFEST).is_file() and (is_adapter_folder(path) or is_diffusers_folder(path))
 
 
 def _open_folder(folder: Path, allow_pickle: bool, peek: int | None) -> TensorFile:
@@ -104,8 +123,7 @@ def _open_folder(folder: Path, allow_pickle: bool, peek: int | None) -> TensorFi
     if not folders and len(indices) == 1:
         return _open_shards(indices[0], peek)
     if not folders:
-        raise UserError(f"{folder} is no adapter folder: it has neither {ADAPTER_CONFIG} nor an index of shards; "
-                        "name one of its files")  # fmt: skip
+        raise UserError(no_adapter(folder))
     if list(folders) == [""]:
         return open_adapter(folders[""], allow_pickle=allow_pickle, peek=peek)
     tensors: dict[str, Tensor] = {}

@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import DIFFUSERS_FILE as DIFFUSERS_FILE
+from personalize.formats.adapter_folders import MANIFEST as MANIFEST
+from personalize.formats.adapter_folders import SOURCE_FILE as SOURCE_FILE
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, read_json
-
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers looks for in a folder
-
-
-SOURCE_FILE = "source_embedding.safetensors"
-
-
-MANIFEST = "adapter.json"
-
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 

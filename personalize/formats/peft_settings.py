@@ -20,10 +20,10 @@ import regex
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import ADAPTER_CONFIG
 from personalize.formats.weight_changes import alpha_of
 from personalize.io.json_files import parse_json
 
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file of settings, and the key under which its text joins the metadata
 UNPREFIXED = {"r", "lora_alpha"}  # the settings of a model that was saved without its pipeline
 SCALED_BY_SETTINGS = ("LOHA", "LOKR")  # PEFT's kinds whose factors do not show the rank that alpha is divided by
 FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # beginnings of PEFT's `init_lora_weights`

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import ADAPTER_SUFFIXES
 from personalize.io.atomic import as_user_error, write_file
 from personalize.io.image_files import check_image, read_image
 from personalize.io.image_metadata import IMAGE_SUFFIXES
@@ -25,7 +26,6 @@ from personalize.io.json_files import SURROGATE
 OUTPUT = "studio"  # folder of all that the studio writes
 UPLOADS = ".uploads"  # in it: what a browser has sent, until it is used
 DEEPEST = 4  # folders below the start in which files are looked for
-ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 
 
 class Folder:

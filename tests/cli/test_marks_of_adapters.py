@@ -65,6 +65,9 @@ def test_adapters_of_any_form_are_named_in_the_marks(base, photo, tmp_path, monk
         kept = read_marks(out / "edit-000.png").details["adapters"][0]
         assert kept["name"] == name
         hashes[name] = kept["sha256"]
+        if name in ("shards", "cat.safetensors"):  # found near the picture, whatever its form
+            assert run(base, tmp_path / f"again-{name}", "edit", "--from", out / "edit-000.png") == 0
+            assert read_marks(tmp_path / f"again-{name}" / "edit-000.png").details["adapters"] == [kept]
     assert hashes["shards"] == hashes["x.safetensors.index.json"], "the same weights"
     assert len(set(hashes.values())) == 3
     words = ("edit", photo, "--source", "a cat on grass", "--swap", "cat=dog", "--adapter", tmp_path / "peft")

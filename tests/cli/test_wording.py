@@ -56,7 +56,16 @@ def test_adapters_of_peft_in_shards_and_on_the_hub_pass_the_first_check(tmp_path
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("{}")
         check_adapters([folder])
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "pytorch_lora_weights.safetensors").touch()
+    check_adapters([tmp_path / "diffusers"])
     check_adapters([Path("owner/name:file.safetensors")])
     with pytest.raises(UserError, match="is no adapter folder"):
         (tmp_path / "empty").mkdir()
+        check_adapters([tmp_path / "empty"])
+    (tmp_path / "empty" / "style.safetensors").touch()
+    with pytest.raises(UserError, match=r"name its file style\.safetensors \(`personalize inspect` lists them\)$"):
+        check_adapters([tmp_path / "empty"])
+    (tmp_path / "empty" / "more.pt").touch()
+    with pytest.raises(UserError, match=r"name one of its 2 files, as more\.pt"):
         check_adapters([tmp_path / "empty"])

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from personalize.adapters.adapter import Adapter
 from personalize.cli.main import main
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import DIFFUSERS_FILE
 from personalize.formats.adapter_source import fetched, open_adapter
 from tests.support.adapter_kinds import KINDS, unet_lora
 from tests.support.lora_states import random_adapter
@@ -83,6 +84,19 @@ def test_shards_are_one_file_and_must_agree_with_their_index(tmp_path):
     index.write_text(json.dumps({"weight_map": {key: f"../{name}" for key, name in places.items()}}))
     with pytest.raises(UserError, match="beside it were expected"):
         open_adapter(index)
+
+
+def test_a_folder_of_diffusers_training_scripts_is_read_by_every_command(tmp_path):
+    """`convert` took it, `edit` and `export` refused it."""
+    saved = random_adapter(tiny("sd1")).save(tmp_path / "cat")
+    theirs = tmp_path / "theirs"
+    (theirs / "checkpoint-500").mkdir(parents=True)
+    (theirs / DIFFUSERS_FILE).write_bytes((saved / DIFFUSERS_FILE).read_bytes())
+    loaded, file = Adapter.load(theirs), Adapter.load(saved / DIFFUSERS_FILE)
+    assert loaded.source is None and loaded.lora.keys() == file.lora.keys() == Adapter.load(saved).lora.keys()
+    assert all(torch.equal(loaded.lora[key], file.lora[key]) for key in file.lora) and loaded.alpha == file.alpha
+    assert main(["export", "lora", str(theirs), "--output", str(tmp_path / "theirs.safetensors")]) == 0
+    assert main(["convert", str(theirs), "--to", "kohya", "--output", str(tmp_path / "converted.safetensors")]) == 0
 
 
 def test_a_folder_of_ours_is_read_as_its_lora(tmp_path):

@@ -22,7 +22,8 @@ from personalize.cli.edit_options import ROW_OPTIONS, PhotoConfig
 from personalize.cli.parser import nearest, parse
 from personalize.editing.editor import Editor
 from personalize.errors import UserError, said_if_stopped
-from personalize.formats.adapter_source import ADAPTER_CONFIG, INDEX, fetched
+from personalize.formats.adapter_folders import ADAPTER_CONFIG, INDEX
+from personalize.formats.adapter_source import fetched
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, parse_json
 from personalize.io.numbering import folded, windows_refuses

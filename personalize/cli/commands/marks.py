@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 import personalize
-from personalize.cli.redrawing import LORA, NEVER_FROM_A_PICTURE, given_name, name_and_hash, names_a_file
-from personalize.formats.adapter_source import INDEX, fetched, is_adapter_folder, open_adapter
+from personalize.cli.redrawing import NEVER_FROM_A_PICTURE, given_name, name_and_hash, names_a_file
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, INDEX
+from personalize.formats.adapter_source import adapter_hash, fetched, is_adapter_folder
 from personalize.formats.integrity import data_hash
 from personalize.formats.manifest import MANIFEST
 from personalize.io.content_credentials import signed
 from personalize.io.json_files import read_json
 from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes
-from personalize.io.tensor_files import tensor_parts
 
 if TYPE_CHECKING:
     from personalize.editing.editor import Editor
@@ -84,14 +83,10 @@ def _adapter(path: Path) -> dict[str, str]:
     """
     path = file = fetched(path)
     if path.name.endswith(INDEX) or (is_adapter_folder(path) and not (path / MANIFEST).is_file()):
-        content = open_adapter(path)
-        digest = sha256()
-        for part in tensor_parts(content.tensors, content.metadata):
-            digest.update(part)
-        return {"name": given_name(path), "sha256": digest.hexdigest()}
+        return {"name": given_name(path), "sha256": adapter_hash(path)}
     if path.is_dir():
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
-        file = path / str(manifest.get("twin") or LORA)
+        file = path / str(manifest.get("twin") or DIFFUSERS_FILE)
     about = name_and_hash(path)
     if file.suffix != ".safetensors" or not file.is_file():
         return about
