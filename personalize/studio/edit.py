@@ -23,7 +23,16 @@ from personalize.studio.edit_pictures import (
     two_dials,
 )
 from personalize.studio.jobs import Job
-from personalize.studio.parts import Studio, Tab, adapter_choice, command_box, message_box, outcome, problem
+from personalize.studio.parts import (
+    Studio,
+    Tab,
+    adapter_choice,
+    command_box,
+    message_box,
+    outcome,
+    problem,
+    refresh,
+)
 
 KIND = "edit"
 DIALS = {"–": "", "alpha": "alpha", "beta": "beta", "gamma": "gamma", "forgotten": "forgotten", "rule": "rule",
@@ -128,6 +137,12 @@ def make_fields(studio: Studio) -> dict[str, Any]:
         fields["clip"] = gr.Textbox(
             label="CLIP model that judges them", placeholder="The package's own model needs none"
         )
+        fields["source_image"] = gr.Dropdown(
+            studio.folder.pictures(), value=None, label="Learned picture that they are compared with",
+            allow_custom_value=True, info="If empty, the one in the adapter's folder, of its first caption",
+            elem_id="edit-source",
+        )  # fmt: skip
+        refresh(fields["source_image"], studio.folder.pictures)
     return fields
 
 
@@ -175,6 +190,8 @@ def words_of(studio: Studio, given: Mapping[str, Any], search: bool, *more: str)
     if search:
         words += ["--auto", *option("budget", int(given["budget"])), *option("clip_model", given["clip"] or None)]
         words += option("seed", int(given["seed"] or 0))
+        named = given.get("source_image")
+        words += option("source_image", studio.folder.picture(named) if named else None)
     else:
         projection = MIXES.get(given["mix"], "projection") == "projection" or {"alpha", "beta"} & {*dials}
         names = ["alpha", "beta"] if projection and "gamma" not in dials else ["gamma"]

@@ -148,6 +148,18 @@ def test_the_history_brings_back_how_a_picture_was_mixed(studio, tmp_path):
     assert "--seed=0" in edit.words_of(studio, given | {"seed": None}, True)  # a field that was emptied
 
 
+def test_the_search_is_told_with_which_learned_picture_it_compares(studio, tmp_path):
+    """An adapter of several captions was always compared with the picture of its first."""
+    given = grid_fields(tmp_path, ("–", ""), ("–", ""))
+    assert not [word for word in edit.words_of(studio, given, True) if "source_image" in word]
+    chosen = given | {"source_image": "beach.png"}
+    words = edit.words_of(studio, chosen, True)
+    assert "--source_image=beach.png" in words and "--auto" in words
+    assert not [word for word in edit.words_of(studio, chosen, False) if "source_image" in word], "of the search alone"
+    with pytest.raises(UserError, match="gone"):
+        edit.words_of(studio, given | {"source_image": "gone.png"}, True)
+
+
 def grid_fields(tmp_path: Path, across: tuple[str, str], down: tuple[str, str], **more: object):
     with gr.Blocks():
         fields = values(edit.make_fields(Studio(Folder(tmp_path), JobQueue(), Workbench(None))))
