@@ -161,7 +161,7 @@ class EditConfig(InferenceOptions):
     """
 
     adapter: Positional[Path]
-    """Adapter folder, as written by `personalize train`, or a LoRA or textual-inversion file of any program."""
+    """Adapter folder, as written by `personalize train`, or a LoRA or learned token of any program, file or folder."""
     prompt: str
     """What the edited picture should show; best the adapter's caption with the change put in."""
     negative_prompt: str = ""

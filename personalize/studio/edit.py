@@ -37,7 +37,7 @@ from personalize.studio.parts import (
 KIND = "edit"
 DIALS = {"–": "", "alpha": "alpha", "beta": "beta", "gamma": "gamma", "forgotten": "forgotten", "rule": "rule",
          "strength": "strength", "seed": "seed"}  # fmt: skip
-STEPS = 30
+STEPS = 30  # fewer than the command's 50, for somebody waits; all else begins where the command does
 
 
 def build(studio: Studio) -> Tab:

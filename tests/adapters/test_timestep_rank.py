@@ -273,7 +273,8 @@ def test_adapters_that_are_applied_together_keep_each_its_own_rule(tmp_path: Pat
     last = replace(first, lora=fewer, info={**first.info, "timestep_rank": rule.values()})
     folders = [one.save(tmp_path / str(number)) for number, one in enumerate((plain, first, last))]
     together = load_adapters(folders)
-    assert (together.rank, len(together.timestep_rank.masks()), together.timestep_rank.rank) == (11, 1001, 11)
+    assert (together.rank, len(together.lora)) == (11, len(first.lora)) and together.timestep_rank is not None
+    assert {len(row) for row in together.timestep_rank.masks()} == {11}
     for t in (981, 501, 21):
         parts = [plain, _only(first, RULE.active(t)), _only(last, rule.active(t))]
         with merged([replace(one, info=plain.info) for one in parts], [1, 1, 1], "abc").apply(model):
