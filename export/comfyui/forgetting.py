@@ -33,8 +33,12 @@ def factors(paths: Iterable[str], text: str, blocks: int) -> dict[str, float]:
 
 def _parsed(text: str) -> list[tuple[str, float]]:
     """Names and degrees of the rules in `text`; the name of a published rule may itself hold a "+"."""
-    text = text.strip() or "none"
-    parts = [text] if text.partition("=")[0].strip().lower() in TABLE["rules"] else text.split("+")
+    parts: list[str] = []
+    for part in (text.strip() or "none").split("+"):
+        if parts and f"{parts[-1]}+{part.partition('=')[0]}".strip().lower() in TABLE["rules"]:
+            parts[-1] += f"+{part}"
+        else:
+            parts.append(part)
     return [_rule(part) for part in parts]
 
 

@@ -195,5 +195,10 @@ def parse_rules(forget: str | ForgettingRule | Iterable[str | ForgettingRule] | 
 
 def parse_rule_sum(text: str) -> list[ForgettingRule]:
     """Parse forgetting rules joined by "+" ("none": no rule); the name of a published rule may itself contain a "+"."""
-    whole = text.partition("=")[0].strip().lower() in RULES
-    return [rule for rule in map(parse_rule, [text] if whole else text.split("+")) if rule.sides]
+    parts: list[str] = []
+    for part in text.split("+"):
+        if parts and f"{parts[-1]}+{part.partition('=')[0]}".strip().lower() in RULES:
+            parts[-1] += f"+{part}"
+        else:
+            parts.append(part)
+    return [rule for rule in map(parse_rule, parts) if rule.sides]

@@ -120,10 +120,18 @@ def test_nothing_is_left_in_the_base(editor):
     assert list(before) == list(after) and all((before[name] == after[name]).all() for name in before)
 
 
-def test_a_rule_with_a_plus_in_its_name_is_one_rule():
-    assert [str(rule) for rule in parse_rule_sum("encoderattn+encoder1=0.5")] == ["encoderattn+encoder1=0.5"]
-    assert [str(rule) for rule in parse_rule_sum("encoder+decoder=0.5")] == ["noencoder", "nodecoder=0.5"]
-    assert parse_rule_sum("none") == []
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        ("none", []),
+        ("encoderattn+encoder1=0.5", ["encoderattn+encoder1=0.5"]),
+        ("encoder+decoder=0.5", ["noencoder", "nodecoder=0.5"]),
+        ("nodecoder=0.5+noencoder=0.25", ["nodecoder=0.5", "noencoder=0.25"]),
+        ("nodecoder + EncoderAttn+encoder1 = 0.5+ nokv", ["nodecoder", "encoderattn+encoder1=0.5", "nokv"]),
+    ],
+)
+def test_rules_joined_by_a_plus_of_which_one_has_a_plus_in_its_name(text, rules):
+    assert [str(rule) for rule in parse_rule_sum(text)] == rules
 
 
 def test_an_empty_prompt_is_refused(editor):
