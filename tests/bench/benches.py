@@ -21,6 +21,7 @@ class Bench:
 
 _MAPS = "--scenes 24 --steps 20 --guidance_scale 4"
 _FITTED = "--updates 4 --balancing 0.05 --disjoint 1 --background 1 --cap 0.5"
+_SHAPES = '--steps 10 --arms "P2P + direct" "P2P + direct, local" --shapes 128x128 128x96 96x128 160x120'
 BENCHES = {
     "pictures": Bench(
         "tests.bench.embedded_model",
@@ -36,11 +37,8 @@ BENCHES = {
         '--scenes 12 --steps 20 --arms "P2P + direct" "P2P + none, 8 steps" "P2P + none, 12 steps" '
         '"mutual + direct" "mutual + none, 12 steps"',
     ),
-    "photo shapes": Bench(
-        "tests.bench.real_image_editing",
-        "embedded",
-        '--scenes 12 --steps 10 --arms "P2P + direct" "P2P + direct, local" --shapes 128x128 128x96 96x128 160x120',
-    ),
+    "photo shapes": Bench("tests.bench.real_image_editing", "embedded", f"--scenes 12 {_SHAPES}"),
+    "photo shapes, windows": Bench("tests.bench.real_image_editing", "embedded", f"--windows --scenes 12 {_SHAPES}"),
     "uniform maps": Bench(
         "tests.bench.attention_maps", "embedded", "--only reconstruction masks --scenes 24 --steps 20"
     ),

@@ -171,19 +171,20 @@ _AUTO = tuple(
 
 _SHAPES = tuple(
     claim
+    for photos, bench in (("Photos", "photo shapes"), ("Photos cut out anywhere", "photo shapes, windows"))
     for how, arm in (("", "P2P + direct"), (", only where the noun attends", "P2P + direct, local"))
     for claim in (
         Claim(
-            f"Photos that are not square{how}: background against square ones",
-            "photo shapes",
+            f"{photos} that are not square{how}: background against square ones",
+            bench,
             squares("psnr", arm=arm),
             "dB",
             -1,
             by="value",
         ),
         Claim(
-            f"Photos that are not square{how}: success against square ones",
-            "photo shapes",
+            f"{photos} that are not square{how}: success against square ones",
+            bench,
             squares("success", 100, arm=arm),
             "points",
             -2,

@@ -44,7 +44,7 @@ from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import Judge
 from tests.bench.picture_measures import psnr
 from tests.bench.report import BenchOptions, contact_sheet, mean, share
-from tests.bench.shapes import in_band, score_band
+from tests.bench.shapes import in_window, score_window, window_of
 from tests.bench.world import weights_of, world_of
 
 REFERENCE = "P2P + ddim"
@@ -131,6 +131,9 @@ class PhotoBench(BenchOptions):
     """Objects in a scene; of two, one is edited and the other must stay."""
     shapes: tuple[str, ...] = ()
     """Sizes of the photos, such as 160x120; by default the model's own square. The base is drawn for that alone."""
+    windows: bool = False
+    """Photos, square ones too, are windows at any place of larger scenes; most squares the model has learned are whole
+    scenes, with bricks and horizons at one place alone."""
     arms: tuple[str, ...] = ()
     """Arms to run in addition to the controls; all when empty."""
     steps: int = 50
@@ -153,7 +156,7 @@ class Bench:
     def __init__(self, options: PhotoBench, model: StableDiffusion | None = None) -> None:
         self.options, self.model, self.judge = options, model or StableDiffusion.load(options.model), Judge.load()
         self.world = world_of(options.model)
-        names = ("objects", "steps", "guidance_scale", "cross_replace_steps", "self_replace_steps", "null_text_rate")
+        names = ("objects", "windows", "steps", "cross_replace_steps", "self_replace_steps", "null_text_rate")
         settings = {name: getattr(options, name) for name in names}
         settings |= {"guidance": [self.guidance(method) for method in METHODS]}
         settings |= {"dynamic": asdict(settings_for(DynamicSettings, self.model.name))}
@@ -180,8 +183,9 @@ class Bench:
 
     def row(self, arm: str, task: Task, shape: Shape) -> dict[str, Any]:
         """The row of one cell: `arm` run on `task` with a photo of `shape`, and measured."""
-        task = in_band(task, shape)
-        before = render_window(task.before, middle_band(shape))[0]
+        window = window_of(task, shape) if self.options.windows else middle_band(shape)
+        task = in_window(task, window)
+        before = render_window(task.before, window)[0]
         started = time.perf_counter()
         with counted_unet_rows(self.model) as units:
             output = ARMS[arm](self, task, Image.fromarray(before))
@@ -193,7 +197,7 @@ class Bench:
         round_trip = np.asarray(frame.to_picture(self.model.decode(self.model.encode(frame.pixels))))
         head = {"arm": arm, "kind": task.kind, "task": task.name, "shape": f"{shape[0]}x{shape[1]}"}
         head |= {"units": sum(units), "seconds": seconds, "source_db": psnr(output.source, round_trip)}
-        return head | asdict(score_band(task, output.picture, self.judge))
+        return head | asdict(score_window(task, output.picture, window, self.judge))
 
 
 @contextmanager
