@@ -1,18 +1,17 @@
 """Search for the strengths of an edit that give the best image, within a budget of images.
 
-The adapter is not trained again; the search samples images one by one and scores how well each shows the edit and how
-much it keeps of the source:
+The adapter is not trained again; images are sampled one by one, each with another seed, and each is scored by how well
+it shows the edit and how much it keeps of the source.  Where the edit does not show, what was learned hides it, so the
+search looks for the least forgetting with which it shows:
 
-1.  The first half of the budget tries vector projection at several strengths without forgetting, each with another
-    seed.
-2.  After that, the state of the best image so far decides what is tried next:
-    copy     it shows the source without the edit: forget more, in the decoder and the encoder in turn, and first with
-             the rules that keep the attention layers
-    lost     it shows the edit, but the source is lost: forget less, keep more of the source (larger alpha)
-    neither  it shows neither: vector subtraction in place of projection, then other seeds
-    good     it shows both: slightly different strengths with the same seed, and other seeds
+1.  An eighth of the budget tries vector projection at several strengths without forgetting.
+2.  As long as no image shows the edit, the adapter is removed from the decoder, from the whole UNet, and from the
+    encoder; then the edit is made stronger, and at last vector subtraction takes the place of projection.
+3.  Once images show it, the best of them is improved.  If the adapter was removed somewhere, a share of it is kept
+    there: half way to the smallest share that is known to hide the edit.  After that, every other image has other
+    strengths, those that keep more of the source first, and the rest repeat the best ones with other seeds.
 
-Equal seeds give equal searches. The thresholds between the states belong to the scorer.
+Equal seeds give equal searches.
 
 References: Zhang et al., "Forgedit", arXiv 2309.10556 (the strategies and their ranges; the procedure is ours).
 """
@@ -55,15 +54,19 @@ class DrawsEdits(Protocol):
     ) -> list[Image.Image]: ...
 
 
+# Of an image: it shows the edit and the source; a copy of the source; the edit without the source; neither.
 State = Literal["good", "copy", "lost", "neither"]
 SUCCESS = 0.5  # least Scores.edit of an image that shows the edit
 SWEEP = ((0.8, 1.2), (0.9, 0.8), (0.7, 1.4), (0.9, 1.2), (0.7, 1.0), (0.9, 1.4), (0.7, 0.8), (0.7, 1.2))
-# Forgetting rules, the weakest first.
-STRONGER = ("decoderattn", "encoderattn", "decoderkv", "encoderkv", "nodecoder", "noencoder")
-ATTENTION_ONLY = ("nodecoderselfattn", "noencoderselfattn", "nodecoderkv", "nodecoder", "noencoder")
-WEAKER = {"decoderattn": "decoderattn+decoder2", "encoderattn": "encoderattn+encoder1"}
-ENCODER_BETA, DECODER_BETA = 0.9, 1.2  # published with forgetting of the encoder and of the decoder
-GAMMAS = (0.8, 1.0, 1.2)
+ATTEMPTS = (  # forgetting rule, alpha and beta, in this order
+    ("nodecoder", 0.8, 1.2), ("nodecoder", 0.9, 1.2), ("nodecoder", 0.7, 1.2),
+    ("nodecoder+noencoder", 0.8, 1.2), ("noencoder", 0.8, 0.9),
+)  # fmt: skip
+STRONGER = ((0.7, 1.6), (0.6, 1.6), (0.5, 2.0))  # alpha and beta of edits that do not show even so
+GAMMAS = (1.0, 1.2, 0.8)
+NEAR = ((0.1, -0.4), (0.1, 0.0), (0.0, 0.2), (-0.1, 0.2), (0.0, -0.2), (0.2, 0.0))  # added to alpha and beta
+LEAST_BETA = 0.8  # that keeping more of the source goes down to
+FINEST = 0.2  # least change of the share of the adapter that is kept
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,11 @@ def search(
     """
     if budget < 1:
         raise UserError(f"--budget must be at least 1 picture, got {budget}")
-    ladder, trials = usable_rules(editor), []
+    rules, trials = usable_rules(editor), []
     judged = request.without(editor.adapter.concepts if editor.adapter else ())
     with editor.applied_throughout():
-        for _ in range(budget):
-            strengths, image_seed = next_proposal(trials, budget, ladder, seed)
+        for image_seed in range(seed, seed + budget):
+            strengths = next_strengths(trials, budget, rules)
             picture = editor.edit(
                 request.prompt, strengths, seeds=[image_seed], negative_prompt=negative_prompt, sampling=sampling
             )[0]
@@ -113,20 +116,18 @@ def ranked(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def state(scores: Scores, scorer: Scorer) -> State:
-    """The state of an image with these scores, by the scorer's thresholds; the states are listed above."""
+    """The state of an image with these scores, by the scorer's thresholds."""
     if scores.edit >= SUCCESS:
         return "lost" if scores.identity < 1 - scorer.lost_distance else "good"
     return "copy" if scores.distance < scorer.copy_distance else "neither"
 
 
 def usable_rules(editor: DrawsEdits) -> tuple[str, ...]:
-    """The forgetting rules that match layers of the editor's adapter, the weakest first."""
+    """The forgetting rules of `ATTEMPTS` that match layers of the editor's adapter."""
     lora = editor.adapter.lora if editor.adapter else {}
     names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in lora if key.startswith(PREFIX)]
     names = [name for name in names if not name.endswith(".weight")]
-    usable = [name for name in (*STRONGER, *ATTENTION_ONLY) if _matches(editor, names, name)]
-    full = "decoderattn" in usable or "encoderattn" in usable
-    return tuple(name for name in (STRONGER if full else ATTENTION_ONLY) if name in usable)
+    return tuple(rule for rule in dict.fromkeys(row[0] for row in ATTEMPTS) if _matches(editor, names, rule))
 
 
 def _matches(editor: DrawsEdits, names: list[str], rule: str) -> bool:
@@ -137,57 +138,56 @@ def _matches(editor: DrawsEdits, names: list[str], rule: str) -> bool:
     return True
 
 
-def next_proposal(trials: Sequence[Trial], budget: int, ladder: Sequence[str], seed: int) -> tuple[EditStrengths, int]:
-    """Strengths and seed of the next image; `ladder` are the usable forgetting rules, the weakest first."""
-    new_seed = seed + len(trials)
-    if len(trials) < min((budget + 1) // 2, len(SWEEP)):
-        return EditStrengths(*SWEEP[len(trials)]), new_seed
-    best = ranked(trials)[0]
-    done = {(trial.strengths, trial.seed) for trial in trials}
+def next_strengths(trials: Sequence[Trial], budget: int, rules: Sequence[str]) -> EditStrengths:
+    """Strengths of the next image; `rules` are the usable ones of `ATTEMPTS`."""
+    if len(trials) < min(max(1, budget // 8), len(SWEEP)):
+        return EditStrengths(*SWEEP[len(trials)])
+    shown = [trial for trial in trials if trial.scores.edit >= SUCCESS]
+    return improvement(ranked(shown)[0], trials) if shown else attempt(trials, rules)
+
+
+def attempt(trials: Sequence[Trial], rules: Sequence[str]) -> EditStrengths:
+    """The next strengths for an edit that none of `trials` shows; in the end those that came nearest, once more."""
+    nearest = max(trials, key=lambda trial: trial.scores.edit).strengths
+    options = [EditStrengths(alpha, beta, forget=rule) for rule, alpha, beta in ATTEMPTS if rule in rules]
+    options += [EditStrengths(alpha, beta, forget=nearest.forget) for alpha, beta in STRONGER]
+    options += [EditStrengths(1.0, 1.0, gamma, nearest.forget) for gamma in GAMMAS]
     tried = {trial.strengths for trial in trials}
-    if best.state == "good":  # every third image tries a new seed, which matters as much as the strengths
-        options = [(near, best.seed) for near in neighbours(best.strengths)]
-        if len(trials) % 3 == 0:
-            return best.strengths, new_seed
-        return next((option for option in options if option not in done), (best.strengths, new_seed))
-    if best.state == "lost":
-        options = [(near, best.seed) for near in gentler(best.strengths)]
-        return next((option for option in options if option not in done), (best.strengths, new_seed))
-    others = more_forgetting(best.strengths, ladder) if best.state == "copy" else subtractions(best.strengths)
-    return next(((other, new_seed) for other in others if other not in tried), (best.strengths, new_seed))
+    return next((option for option in options if option not in tried), nearest)
+
+
+def improvement(best: Trial, trials: Sequence[Trial]) -> EditStrengths:
+    """Strengths that may be better than those of `best`, which shows the edit."""
+    if (rule := keeping_more(best, trials)) is not None:
+        return replace(best.strengths, forget=rule)
+    tried = {trial.strengths for trial in trials}
+    options = [near for near in neighbours(best.strengths) if near not in tried]
+    return options[0] if options and len(trials) % 2 == 0 else best.strengths
+
+
+def keeping_more(best: Trial, trials: Sequence[Trial]) -> str | None:
+    """The forgetting rule of `best` with a larger share kept, half way to the smallest that hides the edit.
+
+    None if `best` forgets nothing, or if that share is less than `FINEST` larger.
+    """
+    rule, share = split_rule(best.strengths.forget)
+    others = [(split_rule(trial.strengths.forget), trial.scores.edit) for trial in trials]
+    hiding = [kept for (name, kept), edit in others if name == rule and edit < SUCCESS and kept > share]
+    middle = (share + min([1.0, *hiding])) / 2
+    if rule == "none" or middle - share < FINEST:
+        return None
+    return "+".join(f"{side}={middle:g}" for side in rule.split("+"))
+
+
+def split_rule(forget: str) -> tuple[str, float]:
+    """A rule of the search without its share, and the share of the adapter that it keeps, the same on each side."""
+    sides = [side.partition("=") for side in forget.split("+")]
+    return "+".join(name for name, _, _ in sides), float(sides[0][2] or 0)
 
 
 def neighbours(strengths: EditStrengths) -> list[EditStrengths]:
-    """Strengths near good ones: more of the source, more of the edit, more of both, less of each."""
+    """Strengths near good ones, those that keep more of the source first."""
     if strengths.gamma is not None:
         return [replace(strengths, gamma=round(strengths.gamma + step, 3)) for step in (-0.1, 0.1, -0.2, 0.2)]
-    steps = ((0.1, 0.0), (0.0, 0.2), (0.1, 0.2), (0.0, -0.2), (0.2, 0.0), (-0.1, 0.0))
-    return [_shifted(strengths, *step) for step in steps]
-
-
-def gentler(strengths: EditStrengths) -> list[EditStrengths]:
-    """Strengths that keep more of the source: weaker forgetting in the same half, then more alpha and less beta."""
-    if strengths.gamma is not None:
-        return [replace(strengths, gamma=round(strengths.gamma - step, 3)) for step in (0.1, 0.2, 0.3)]
-    name, _, degree = strengths.forget.partition("=")
-    weaker = [WEAKER[name]] if name in WEAKER else []
-    weaker += [f"{name}=0.5"] if name != "none" and not degree else []
-    steps = ((0.1, 0.0), (0.1, -0.2), (0.2, -0.2), (0.3, -0.4))
-    return [*(replace(strengths, forget=rule) for rule in weaker), *(_shifted(strengths, *step) for step in steps)]
-
-
-def more_forgetting(strengths: EditStrengths, ladder: Sequence[str]) -> list[EditStrengths]:
-    """Strengths that forget more, the weakest first; then larger beta and smaller alpha."""
-    name = strengths.forget.partition("=")[0]
-    further = ladder[ladder.index(name) + 1 :] if name in ladder else ladder
-    more = [EditStrengths(0.8, DECODER_BETA if "decoder" in rule else ENCODER_BETA, forget=rule) for rule in further]
-    return [*more, *(_shifted(strengths, alpha, beta) for alpha, beta in ((0.0, 0.4), (-0.1, 0.4), (-0.2, 0.6)))]
-
-
-def subtractions(strengths: EditStrengths) -> list[EditStrengths]:
-    """Vector subtraction in place of projection, with the same forgetting."""
-    return [EditStrengths(1.0, 1.0, gamma, strengths.forget) for gamma in GAMMAS]
-
-
-def _shifted(strengths: EditStrengths, alpha: float, beta: float) -> EditStrengths:
-    return replace(strengths, alpha=round(strengths.alpha + alpha, 3), beta=round(max(0.1, strengths.beta + beta), 3))
+    shifted = [(strengths.alpha + alpha, max(LEAST_BETA, strengths.beta + beta)) for alpha, beta in NEAR]
+    return [replace(strengths, alpha=round(alpha, 3), beta=round(beta, 3)) for alpha, beta in shifted]

@@ -11,16 +11,7 @@ from PIL import Image
 
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.search import (
-    ATTENTION_ONLY,
-    STRONGER,
-    Trial,
-    next_proposal,
-    ranked,
-    search,
-    state,
-    usable_rules,
-)
+from personalize.editing.search import Trial, next_strengths, ranked, search, state, usable_rules
 from personalize.errors import UserError
 from personalize.evaluation.scoring import Request, Scores
 from tests.support.lora_states import ATTENTION, random_adapter
@@ -44,14 +35,22 @@ class Fixed:
         return [next(self.readings) for _ in pictures]
 
 
-def played(answer, budget=16, ladder=STRONGER, seed=0):
-    """The settings and seeds of a search whose pictures are what `answer(setting)` says."""
-    tried = []
-    for _ in range(budget):
-        setting, number = next_proposal(tried, budget, ladder, seed)
-        reading = BAD[answer(setting)]
-        tried.append(Trial(setting, number, PICTURE, reading, state(reading, Fixed([]))))
-    return tried
+RULES = ("nodecoder", "nodecoder+noencoder", "noencoder")
+
+
+def played(answer, budget=16, rules=RULES):
+    """The trials of a search whose images are what `answer(strengths)` says: a state, or their scores."""
+    trials = []
+    for seed in range(budget):
+        strengths = next_strengths(trials, budget, rules)
+        said = answer(strengths)
+        scores = BAD[said] if isinstance(said, str) else said
+        trials.append(Trial(strengths, seed, PICTURE, scores, state(scores, Fixed([]))))
+    return trials
+
+
+def forgotten(trials):
+    return [trial.strengths.forget for trial in trials]
 
 
 def test_learned_words_are_left_out_of_what_is_scored_as_by_keep_best():
@@ -77,47 +76,64 @@ def test_states(what):
     assert state(BAD[what], Fixed([])) == what
 
 
-def test_half_of_the_budget_goes_over_strengths_without_forgetting():
-    tried = played(lambda setting: "copy", budget=12)
-    plain = [trial.strengths for trial in tried[:6]]
-    assert len(set(plain)) == 6 and all(s.forget == "none" and s.gamma is None for s in plain)
-    assert {0.7, 0.8, 0.9} == {s.alpha for s in plain} and [trial.seed for trial in tried[:6]] == list(range(6))
+@pytest.mark.parametrize(("budget", "first"), [(1, 1), (8, 1), (16, 2), (64, 8), (200, 8)])
+def test_an_eighth_of_the_budget_goes_over_strengths_without_forgetting(budget, first):
+    plain = [trial.strengths for trial in played(lambda strengths: "copy", budget)[: first + 1]]
+    assert len(set(plain[:first])) == first and {one.forget for one in plain[:first]} == {"none"}
+    assert budget == 1 or plain[first].forget == "nodecoder"
 
 
-def test_a_copy_makes_it_forget_more_and_more_on_both_sides():
-    tried = played(lambda setting: "copy", budget=16)
-    assert tuple(dict.fromkeys(t.strengths.forget for t in tried[8:14])) == STRONGER
-    betas = {t.strengths.forget: t.strengths.beta for t in tried}
-    assert betas["encoderattn"] < betas["decoderattn"], "encoder forgetting goes with a smaller beta"
+def test_an_edit_that_does_not_show_is_tried_without_the_adapter_in_the_decoder_in_both_and_in_the_encoder():
+    tried = played(lambda strengths: "copy", budget=16)
+    assert tuple(dict.fromkeys(forgotten(tried[2:7]))) == RULES and forgotten(tried[2:5]) == ["nodecoder"] * 3
+    betas = {trial.strengths.forget: trial.strengths.beta for trial in tried[:7]}
+    assert betas["noencoder"] < betas["nodecoder"], "encoder forgetting goes with a smaller beta"
+    assert len({trial.strengths for trial in tried[:13]}) == 13, "nothing is tried twice as long as there is more"
 
 
-def test_a_lost_source_makes_it_forget_less_or_keep_more():
-    tried = played(lambda s: "lost" if s.forget == "decoderattn" else "copy", budget=14)
-    first = next(i for i, t in enumerate(tried) if t.strengths.forget == "decoderattn")
-    after = [t.strengths for t in tried[first + 1 : first + 6]]
-    assert after[0].forget == "decoderattn+decoder2" and after[1].forget == "decoderattn=0.5"
-    assert after[2].alpha > tried[first].strengths.alpha and tried[first + 1].seed == tried[first].seed
+def test_what_came_nearest_to_the_edit_is_then_made_stronger_and_at_last_subtracted():
+    near, far = Scores(0.4, 0.5, 0.5), Scores(0.1, 0.9, 0.05)
+    tried = played(lambda s: near if s.forget == "nodecoder" else far, budget=12)[6:]
+    assert forgotten(tried) == ["nodecoder"] * 6
+    assert [t.strengths.beta for t in tried[:3]] == [1.6, 1.6, 2.0] and tried[2].strengths.alpha == 0.5
+    assert [t.strengths.gamma for t in tried[3:]] == [1.0, 1.2, 0.8]
 
 
-def test_neither_leads_to_subtraction_and_other_seeds():
-    tried = played(lambda setting: "neither", budget=14)
-    assert [t.strengths.gamma for t in tried[7:10]] == [0.8, 1.0, 1.2]
-    assert len({t.seed for t in tried}) == 14
+@pytest.mark.parametrize("hidden_from", [0.3, 0.6, 0.9, 1.0])
+def test_as_much_of_the_adapter_is_kept_as_lets_the_edit_show(hidden_from):
+    """The share kept ends at most 2 · 0.2 below the share from which on the edit is hidden, after three images."""
+
+    def answer(strengths):
+        share = 1.0 if strengths.forget == "none" else float(strengths.forget.partition("=")[2] or 0)
+        return Scores(0.9, 0.3 + 0.5 * share, 0.5) if share < hidden_from else BAD["copy"]
+
+    tried = played(answer, budget=8)
+    best = ranked(tried)[0].strengths.forget
+    share = float(best.partition("=")[2] or 0)
+    assert hidden_from - 0.4 <= share < hidden_from
+    first = forgotten(tried)[1:3]
+    assert first == ["nodecoder", "nodecoder=0.5"]
 
 
-def test_a_good_picture_is_refined_and_tried_with_other_seeds():
-    tried = played(lambda s: "good", budget=12)
-    best = tried[0]
-    rest = tried[6:]
-    assert any(t.seed == best.seed and t.strengths != best.strengths for t in rest)
-    assert any(t.seed != best.seed and t.strengths == best.strengths for t in rest)
-    assert len({(t.strengths, t.seed) for t in tried}) == 12, "no picture is drawn twice"
+def test_of_two_sides_the_same_share_is_kept():
+    tried = played(lambda s: "good" if "+" in s.forget else "copy", budget=9)
+    assert forgotten(tried)[3:6] == ["nodecoder", "nodecoder+noencoder", "nodecoder=0.5+noencoder=0.5"]
+
+
+def test_an_edit_that_shows_without_forgetting_is_improved_by_other_strengths_and_seeds():
+    tried = played(lambda strengths: "good", budget=12)
+    assert set(forgotten(tried)) == {"none"}
+    again = [trial for trial in tried if trial.strengths == tried[0].strengths]
+    others = [trial.strengths for trial in tried[2:] if trial.strengths != tried[0].strengths]
+    assert len(again) >= 5 and len(others) == len(set(others)) >= 5
+    assert (others[0].alpha, others[0].beta) == (0.9, 0.8), "more of the source first"
+    assert min(one.beta for one in others) >= 0.8
 
 
 @pytest.mark.parametrize("what", list(BAD))
 def test_no_budget_is_spent_twice(what):
-    tried = played(lambda setting: what, budget=40)
-    assert len({(t.strengths, t.seed) for t in tried}) == 40
+    tried = played(lambda strengths: what, budget=40)
+    assert len({(trial.strengths, trial.seed) for trial in tried}) == 40
 
 
 def test_equal_scores_keep_their_order():
@@ -151,7 +167,7 @@ def test_the_search_is_the_same_for_the_same_seed_and_leaves_no_trace(editor):
 
 def test_a_trial_is_what_edit_draws_with_its_setting_and_seed(editor):
     trial = list(search(editor, REQUEST, Fixed([BAD["copy"]] * 4), budget=4, sampling=Sampling(steps=2)))[-1]
-    assert trial.strengths.forget in STRONGER
+    assert trial.strengths.forget == "nodecoder" and trial.seed == 3
     drawn = editor.edit(REQUEST.prompt, trial.strengths, seeds=[trial.seed], sampling=Sampling(steps=2))[0]
     assert np.array_equal(np.asarray(drawn), np.asarray(trial.picture))
 
@@ -163,9 +179,11 @@ def test_the_library_call_ranks_what_it_has_drawn(editor):
 
 
 def test_only_rules_that_select_something_are_tried(editor):
-    assert usable_rules(editor) == STRONGER
-    attention = random_adapter(editor.model, want=ATTENTION)
-    assert usable_rules(Editor(editor.model, attention)) == ATTENTION_ONLY
+    assert usable_rules(editor) == RULES
+    assert usable_rules(Editor(editor.model, random_adapter(editor.model, want=ATTENTION))) == RULES
+    decoder = random_adapter(editor.model)
+    decoder = replace(decoder, lora={key: value for key, value in decoder.lora.items() if "up_blocks" in key})
+    assert usable_rules(Editor(editor.model, decoder)) == ("nodecoder",)
 
 
 def test_mistakes(editor):
