@@ -83,8 +83,8 @@ class SingleImageBench(BenchOptions):
     """Sampler of every arm."""
     steps: int = 15
     """Denoising steps."""
-    samples: int = 400
-    """Training samples for each picture, by LoRA and by full weights."""
+    samples: int = 600
+    """Training samples for each picture, by LoRA and by full weights; the preset for the embedded model has as many."""
     paper_rates: tuple[float, ...] = (2e-4, 1e-3)
     """Learning rates of the full weights; the paper's is 6e-5, for a model fifty times as large as the embedded one."""
     variants: tuple[str, ...] = VARIANTS[1:]
