@@ -30,7 +30,7 @@ BENCHES = {
     ),
     "inversion": Bench("tests.bench.embedded_model", "embedded", "--only inversion uncaptioned_inversion"),
     "quickstart": Bench("tests.bench.quickstart", "embedded"),
-    "single image": Bench("tests.bench.single_image", "embedded", "--scenes 20"),
+    "single image": Bench("tests.bench.single_image", "embedded", "--scenes 20 --steps 10"),
     "photos": Bench(
         "tests.bench.real_image_editing",
         "embedded",
