@@ -7,7 +7,7 @@
                 adapter_model.safetensors, or one such
                 folder in it for each part of the model
 
-A file takes its final name only after it has been read back through `reader_names`, which shares no code with the
+A file takes its final name only after it has been read back through `reader_keys`, which shares no code with the
 writers, and every ΔW was equal to the adapter's.
 """
 

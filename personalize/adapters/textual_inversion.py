@@ -222,7 +222,6 @@ def locate_subjects(model: StableDiffusion, text: str, subjects: Sequence[Subjec
 
 def _positions(tokenizer: Any, text: str, subject: Subject) -> SubjectPositions:
     """The positions of one subject by one tokenizer; UserError as in `locate_subjects`."""
-
     entries = vocabulary_entries(subject.token, subject.vectors)
     ids = tokenizer(written_out(tokenizer, text), add_special_tokens=False, verbose=False).input_ids
     modifier = tokenizer.convert_tokens_to_ids(entries)

@@ -1,4 +1,4 @@
-"""The options of `personalize edit PHOTO`.  This module imports no torch."""
+"""The options of `personalize edit`, for photo, table and adapter, and of `drag`.  This module imports no torch."""
 
 from __future__ import annotations
 

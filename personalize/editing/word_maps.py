@@ -31,9 +31,6 @@ def word_maps(
 
     The maps are the mean over the steps of an inversion and cost one prediction for each of them, besides the inversion
     itself, which is kept in `cache`.  Articles, prepositions and punctuation are left out.
-
-    Raises:
-        UserError: `source` is empty, or too long for the text encoder.
     """
     frame = PaddedImage.of(model, as_image(picture), settings.resolution, enlarge=True)
     height, width = frame.size

@@ -28,9 +28,8 @@ MARKS = {
 }
 
 
-NEEDED: dict[
-    str, tuple[tuple[set[str], ...], ...]
-] = {  # for each algorithm: what must be there, each in one of several forms
+# for each algorithm: what must be there, each in one of several forms
+NEEDED: dict[str, tuple[tuple[set[str], ...], ...]] = {
     "DoRA": (({"A", "B"},),),
     "LoRA": (({"A", "B"},),),
     "GLoRA": (({"a1.weight", "a2.weight", "b1.weight", "b2.weight"},),),

@@ -40,7 +40,7 @@ def factors(state: Mapping[str, Tensor], scaling: float) -> Factors:
 
 
 def require(path: Path, expected: Factors, family: str | None, *, kohya: bool) -> None:
-    """UserError unless the file, read with the keys of `reader_names`, gives every ΔW of `expected`."""
+    """UserError unless the file, read with the keys of `reader_keys`, gives every ΔW of `expected`."""
     content = read_tensors(path)
     found = ReaderKeys(family).kohya(content) if kohya and family else read_peft_keys(content, family)
     VerificationReport((verification.compare("the result", *found, expected),)).require()

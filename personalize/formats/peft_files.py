@@ -75,7 +75,7 @@ def require_no_other_files(folder: Path) -> None:
 
 
 def require_peft_files(folder: Path, expected: Factors, family: str | None) -> None:
-    """UserError unless the files of `peft_files` in `folder` give every ΔW of `expected` (keys: `reader_names`)."""
+    """UserError unless the files of `peft_files` in `folder` give every ΔW of `expected` (keys: `reader_keys`)."""
     tensors, settings = {}, {}
     folders = {part: folder / part for part in COMPONENTS if (folder / part).is_dir()} or {"unet": folder}
     for part, place in folders.items():

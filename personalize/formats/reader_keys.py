@@ -2,7 +2,7 @@
 
 For every module of a UNet (on the meta device if no base model is loaded) the keys are listed that diffusers and the
 graphical programs look for.  For SDXL, blocks are counted in the order in which the original code builds them.  Nothing
-from `formats` or `lora_names` is used here: a mistake in the names they write must not pass verification because the
+from `lora_keys` or the writers is used here: a mistake in the names they write must not pass verification because the
 same mistake is made in reading.
 """
 

@@ -2,7 +2,7 @@
 
     ΔW = (alpha / r) · B A
 
-Keys are mapped to modules by `reader_names`, which shares no code with `formats`, which writes the files.
+Keys are mapped to modules by `reader_keys`, which shares no code with the modules that write the files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 def verify_file(path: Path, model: StableDiffusion | None = None) -> VerificationReport:
     """Check one LoRA file by itself: every key must name a module, and diffusers must load the same ΔW from it.
 
-    The file is read with the keys of `reader_names`; then diffusers' own loader reads it into `model` or, without a
+    The file is read with the keys of `reader_keys`; then diffusers' own loader reads it into `model` or, without a
     `model`, into one of the released size without weights, if the file's shapes are of that size.
 
     Raises:

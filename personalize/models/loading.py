@@ -119,7 +119,7 @@ def require_parts(names: Iterable[str], source: object) -> None:
 def read_file(
     path: Path, dtype: torch.dtype, prediction_type: str | None = None, inpainting: bool = False
 ) -> DiffusionPipeline:
-    """The pipeline of a single-file checkpoint in the original layout; configs and tokenizer come from `base_configs`.
+    """The pipeline of a single-file checkpoint in the original layout; configs and tokenizer come from `configs`.
 
     Nothing is downloaded.  An SD 2.x file that does not say what its UNet predicts is found out by one forward pass.
     """
@@ -171,7 +171,7 @@ def _stated_prediction(path: Path) -> str | None:
 
 
 def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
-    """The folder of `base_configs` that fits a single file, and scheduler settings that the file overrides.
+    """The folder of `configs` that fits a single file, and scheduler settings that the file overrides.
 
     Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files and
     other families.

@@ -13,11 +13,7 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.token_ids import chunks_of, text_places, written_out
 
 WORD = re.compile(r"<[^<>\s]+>(?:_\d+)?|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_")
-
-
 Positions = int | Sequence[int]
-
-
 Span = tuple[int, ...]
 
 
@@ -96,8 +92,6 @@ def composed(text: str) -> str:
 
 
 _NEUTRAL, _ANY = ("photo", "photograph", "picture", "image"), ("picture", "image")
-
-
 _PREFIX = re.compile(
     r"(an?|the) (?P<medium>photo|photograph|picture|image|drawing|painting|sketch|render|rendering|icon|sticker|cartoon"
     r"|illustration|sculpture|statue|close-up|portrait) of ",

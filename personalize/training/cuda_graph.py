@@ -91,7 +91,7 @@ def graphed_steps(
     autocast: bool,
     first_update: int = 0,
 ) -> Iterator[StepReport]:
-    """Train `objective` on `batches` as `training.training_steps` does, with every update a replay of one CUDA graph.
+    """Train `objective` on `batches` as `loop.training_steps` does, with every update a replay of one CUDA graph.
 
     Raises:
         UserError: the settings of `config` (the run's training configuration) do not allow a graph.

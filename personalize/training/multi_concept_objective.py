@@ -57,7 +57,7 @@ class DetachedStart(AttentionHook):
 class MultiConceptObjective(Objective):
     """The loss at the head of this module; trains the adapter (or the projections' full weights) and the token rows.
 
-    Make it inside `concepts.installed_tokens(…, trainable=True)`.  Everything else of the base is frozen.
+    Make it inside `textual_inversion.installed_tokens(…, trainable=True)`.  Everything else of the base is frozen.
     """
 
     def __init__(

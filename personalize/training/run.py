@@ -1,4 +1,4 @@
-"""What every training run shares: the accelerator, the optimiser, its updates, checkpoints, and the adapter so far."""
+"""What every training run shares: the accelerator, the optimizer, its updates, checkpoints, and the adapter so far."""
 
 from __future__ import annotations
 
@@ -40,14 +40,8 @@ MAY_DIFFER = (
     "max_train_samples", "min_train_samples", "samples_per_picture", "max_train_steps", "train_batch_size",
     "gradient_accumulation_steps", "gradient_checkpointing", "cuda_graph", "torch_compile", "offload",
 )  # fmt: skip
-
-
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-
-
 ConfigT = TypeVar("ConfigT", SingleImageConfig, MultiConceptConfig)
-
-
 ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
 
 

@@ -34,10 +34,7 @@ from personalize.training.config import SingleImageConfig, check_warmup
 from personalize.training.data.buckets import FittedImage, as_fitted, fit_into
 from personalize.training.data.concepts import ClassImage, content_hash
 from personalize.training.data.samples import LatentDataset, SampleShard
-from personalize.training.loop import (
-    restored,
-    training_dtype,
-)
+from personalize.training.loop import restored, training_dtype
 from personalize.training.run import TrainingRun, versions
 from personalize.training.single_image_objective import SingleImageObjective
 

@@ -2,9 +2,9 @@
 
     picture → z_0 —inversion→ z_T —warp and fill→ z_T′ —sampling→ z_0′
 
-During inversion the self-attention of each handle is recorded.  It decides which cells move (`drag_mask`), how far
-(`drag_field`), and what fills the cells they leave (`drag_fill`).  Sampling uses keys and values recorded during
-inversion (`drag_attention`), and outside the changed region the latents of the inversion.
+During inversion the self-attention of each handle is recorded.  It decides which cells move (`mask`), how far
+(`warp`), and what fills the cells they leave (`fill`).  Sampling uses keys and values recorded during
+inversion (`attention`), and outside the changed region the latents of the inversion.
 
 References: Yang et al., "AttentionDrag", IJCAI 2025, arXiv 2506.13301.  Numbers that the paper does not give are fields
 of `DragSettings`; their defaults are those of Zhao et al., "FastDrag", arXiv 2405.15769, where that paper gives them.
@@ -55,7 +55,7 @@ class LatentDrag:
 
     latents: z_0′ (1, c, h, w).
     mask: cells that were moved.  void: cells that were filled.  region: cells that may differ from the source.
-    source: the warp, see `drag_field`.
+    source: the warp, see `personalize.editing.drag.warp`.
     ratios: attention ratios r_k (k, h, w), not clamped.
     thresholds: τ of each handle's automatic mask; empty if the user's mask was used alone.
     arrived: the cell (row, column) of the result that resembles each handle most.
@@ -129,7 +129,7 @@ def drag(
 def warp(
     ratios: Tensor, masks: Tensor, handles: Sequence[Cell], vectors: Tensor, settings: DragSettings = DEFAULTS
 ) -> Tensor:
-    """The warp (h, w) of ratios r_k (k, h, w), masks M_k (k, h, w) and vectors V_k (k, 2), as in `drag_field`."""
+    """The warp of ratios r_k (k, h, w), masks M_k (k, h, w) and vectors V_k (k, 2), see `displacement_field`."""
     factors = ratios.clamp(0, 1)
     if settings.mode == "move":
         factors = torch.ones_like(ratios)

@@ -46,7 +46,7 @@ class View:
 
 
 def draw_flip(rng: torch.Generator) -> bool:
-    """Heads or tails."""
+    """Whether to mirror a picture, with probability ½."""
     return bool(torch.rand((), generator=rng) < 0.5)
 
 
