@@ -50,6 +50,11 @@ class Notice(UserWarning):
     """Something that the user should know although the work goes on; the command line prints it as one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its type if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of an error message: the names of `known` that are similar to `name`, or all of them if they are few."""
     known = sorted(known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 from personalize.formats.manifest import MANIFEST
 from personalize.io.json_files import read_json
 
@@ -20,7 +20,9 @@ def repository(name: str, *, private: bool) -> str:
     try:
         return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
     except Exception as error:  # the library, its HTTP client and the network raise different types
-        raise UserError(f"push_to_hub: cannot use repository {name}: {_reason(error)}; try `hf auth login`") from None
+        raise UserError(
+            f"push_to_hub: cannot use repository {name}: {first_line(error)}; try `hf auth login`"
+        ) from None
 
 
 def push(folder: Path, repo_id: str) -> str:
@@ -38,10 +40,7 @@ def push(folder: Path, repo_id: str) -> str:
         )
     except Exception as error:
         again = f"hf upload {repo_id} {folder} --exclude 'checkpoint-*' 'logs/*' 'validation/*'"
-        raise UserError(f"the adapter is safe in {folder}, but was not uploaded: {_reason(error)}; {again}") from None
+        raise UserError(
+            f"the adapter is safe in {folder}, but was not uploaded: {first_line(error)}; {again}"
+        ) from None
     return str(commit)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of the error's message."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 from personalize.io.pickles import read_any
 from personalize.io.plain_files import require_plain_tree
 from personalize.models.config import safetensors_alone
@@ -74,7 +74,7 @@ def load_lpips(net: str, device: Any = "cpu", *, backbone: str | Path | None = N
         try:
             network = lpips.LPIPS(net=net, verbose=False)
         except (OSError, RuntimeError) as error:  # the download failed
-            raise Unavailable(f"LPIPS ({net}) cannot be loaded: {_first_line(error)}") from None
+            raise Unavailable(f"LPIPS ({net}) cannot be loaded: {first_line(error)}") from None
     return network.eval().requires_grad_(False).to(device)
 
 
@@ -109,9 +109,5 @@ def _load(option: str, kind: Any, place: str, **settings: Any) -> Any:
         return kind.from_pretrained(place, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise Unavailable(
-            f"--{option} {place} cannot be loaded: {_first_line(error)}; give a folder or hub id with such a model"
+            f"--{option} {place} cannot be loaded: {first_line(error)}; give a folder or hub id with such a model"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

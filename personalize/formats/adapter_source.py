@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 from personalize.formats.adapter_folders import (
     ADAPTER_CONFIG,
     DIFFUSERS_FILE,
@@ -92,8 +92,7 @@ def fetched(path: str | Path) -> Path:
                 pass  # alpha may stand in the file itself
         return Path(hf_hub_download(repository, name))
     except Exception as error:  # the library, its HTTP client and the network raise different types
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:160]
-        raise UserError(f"cannot get {name} of {repository} from the hub: {reason}") from error
+        raise UserError(f"cannot get {name} of {repository} from the hub: {first_line(error)[:160]}") from error
 
 
 def adapter_hash(path: Path) -> str:

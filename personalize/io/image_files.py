@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from personalize.errors import Notice, UserError
+from personalize.errors import Notice, UserError, first_line
 from personalize.io.image_metadata import HEIF_SUFFIXES
 from personalize.io.plain_files import MAX_PICTURE_BYTES, opened
 
@@ -106,7 +106,7 @@ def decoded(source: Path | BinaryIO, path: Path | str) -> Iterator[Image.Image]:
         except UserError:
             raise
         except DAMAGED as error:
-            raise UserError(f"{path} is damaged or truncated: {_first_line(error)}; get a complete copy") from None
+            raise UserError(f"{path} is damaged or truncated: {first_line(error)}; get a complete copy") from None
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def _opened(source: Path | BinaryIO, path: Path | str) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise NotAnImage(f"{path} is not a picture Pillow can read: {_hint(path)}") from None
     except DAMAGED as error:
-        raise UserError(f"{path} cannot be opened as a picture: {_first_line(error)}") from None
+        raise UserError(f"{path} cannot be opened as a picture: {first_line(error)}") from None
     with image:
         yield image
 
@@ -167,17 +167,13 @@ def _too_large(path: Path | str) -> UserError:
     return UserError(f"{path}: its header claims more than {MAX_PIXELS // 10**6} million pixels; make it smaller first")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def _upright(image: Image.Image, path: Path | str) -> Image.Image:
     """The decoded picture turned as its EXIF says; as it is, with a Notice, if the EXIF cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
     except DAMAGED as error:
         warnings.warn(
-            f"{path}: its EXIF data cannot be read ({_first_line(error)}), so it is not turned", Notice, stacklevel=2
+            f"{path}: its EXIF data cannot be read ({first_line(error)}), so it is not turned", Notice, stacklevel=2
         )
         return image
 
@@ -220,7 +216,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None, path: Path | str) -> Ima
         return result
     except (ImageCms.PyCMSError, OSError) as error:
         warnings.warn(
-            f"{path}: its colour profile cannot be used ({_first_line(error)}), so its colours are taken as sRGB",
+            f"{path}: its colour profile cannot be used ({first_line(error)}), so its colours are taken as sRGB",
             Notice, stacklevel=2,
         )  # fmt: skip
         return image.convert("RGB")

@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 from PIL import Image, PngImagePlugin
 
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 from personalize.io.content_credentials import SOURCE_TYPES
 from personalize.io.image_files import DAMAGED
 from personalize.io.json_files import SURROGATE, parse_json
@@ -179,8 +179,7 @@ def read_marks(path: str | Path) -> Marks:
                 texts = {key: value for key, value in picture.info.items() if isinstance(value, (str, bytes))}
                 comment = picture.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
         except (*DAMAGED, Image.DecompressionBombError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path} cannot be read as a picture: {reason}") from None
+            raise UserError(f"{path} cannot be read as a picture: {first_line(error)}") from None
     packet = texts.get(XMP_KEY) or texts.get("xmp") or ""
     words = _packet_words(packet.encode() if isinstance(packet, str) else packet)
     parameters, details = texts.get(PARAMETERS), texts.get(DETAILS) or words.get("personalize:details")

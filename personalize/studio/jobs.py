@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 from personalize.io.progress import Advance
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
@@ -190,8 +190,8 @@ class JobQueue:
             state, job.error = "failed", str(error)
         except Exception as error:  # a fault of ours: one line for the page, all of it for the terminal
             traceback.print_exc(file=sys.stderr)
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            state, job.error = "failed", f"this is a fault of the studio, {type(error).__name__}: {first}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            state, job.error = "failed", f"this is a fault of the studio, {reason}"
         with self._changed:
             self.running = None
             job.seconds = time.monotonic() - job.began

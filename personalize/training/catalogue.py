@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.adapter_files import check_target
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 from personalize.io.progress import ticked
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training.batched_adapters import learn_batched
@@ -79,9 +79,8 @@ def learn_rows(model: StableDiffusion, items: Sequence[Item], catalogue: Catalog
         try:
             together = _train_rows_together(model, items, catalogue)
         except Exception as error:
-            first = (str(error) or type(error).__name__).splitlines()[0]
             lines = ", ".join(str(item.line) for item in items)  # rows of another kind may lie between them
-            print(f"lines {lines} are learned one at a time: {first}", flush=True)
+            print(f"lines {lines} are learned one at a time: {first_line(error)}", flush=True)
     seconds = round((time.monotonic() - started) / len(items), 1)
     for item, (pictures, adapter, loss) in zip(items, together, strict=False):
         save = partial(_save, model, item, catalogue, pictures, adapter, loss)

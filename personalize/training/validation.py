@@ -15,6 +15,7 @@ from torch import Tensor
 from personalize.adapters.adapter import Adapter
 from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
+from personalize.errors import first_line
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_folders import VALIDATION
@@ -53,8 +54,8 @@ def validate(run: TrainingRun, config: Any, judge: Judge | None = None) -> list[
         if judge is not None and run.best is not None:
             _keep_if_best(run, run.best, judge(images))
     except Exception as error:  # any failure: pictures must not cost the training
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(f"update {run.update}: no validation pictures, training goes on: {reason}", stacklevel=2)
+        message = f"update {run.update}: no validation pictures, training goes on: {first_line(error)}"
+        warnings.warn(message, stacklevel=2)
         return []
     return paths
 
@@ -89,7 +90,7 @@ def save_with_preview(
         figures, pictures = preview(model, adapter, picture, steps=steps, seed=seed)
         added: dict[str, Any] = dict(figures)
     except Exception as error:  # any failure: the pictures must not cost the training
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         warnings.warn(f"{folder} is saved, without a preview: {reason}", stacklevel=2)
         figures, pictures, added = {}, {}, {"preview_failed": reason}
     save_trained(replace(adapter, info={**adapter.info, **added}), folder, pictures=pictures)

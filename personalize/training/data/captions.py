@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
@@ -89,5 +89,5 @@ def _captioner(model: str) -> tuple[Any, Any]:
         ).eval()
         return AutoProcessor.from_pretrained(model), captioner
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"--caption_model {model} is no captioning model transformers can load: {reason}") from None

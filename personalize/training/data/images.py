@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from PIL import Image
 
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 from personalize.io.image_files import load_image, read_image
 from personalize.io.image_folders import FolderImage
 from personalize.io.image_metadata import sidecar_caption
@@ -104,7 +104,7 @@ def load_rows(where: str, *image_columns: str, **arguments: Any) -> Iterator[dic
         with _uncounted(Path(str(arguments.get("path", "")))):
             rows: Any = load_dataset(split="train", **arguments)
     except Exception as error:  # the library raises whatever its readers raise
-        raise UserError(f"{where} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        raise UserError(f"{where} cannot be loaded: {first_line(error)}") from None
     if not isinstance(rows.features.get(image_columns[0]), Picture):
         columns = ", ".join(rows.features) or "none"
         raise UserError(f"{where} has no pictures in column {image_columns[0]!r}; its columns are {columns}")
