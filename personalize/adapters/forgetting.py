@@ -55,7 +55,6 @@ class ForgettingRule:
 
 
 ENCODER, DECODER, MIDDLE = ("encoder",), ("decoder",), ("middle",)
-BOTH = (*ENCODER, *DECODER)
 ALL = (*ENCODER, *MIDDLE, *DECODER)
 ATTENTION, KEY_VALUE = ("attn1", "attn2"), ("attn2.to_k", "attn2.to_v")
 QUERY = ("attn1.to_q", "attn2.to_q")

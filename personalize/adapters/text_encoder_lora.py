@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from personalize.adapters.lora import add_lora, lora_state, remove_lora, require_no_lora
+from personalize.adapters.lora import add_lora, lora_state, require_no_lora
 from personalize.errors import UserError
 from personalize.formats.changed_layers import changed
 from personalize.formats.lora_files import factor_pairs
@@ -59,12 +59,6 @@ def text_lora_state(model: StableDiffusion) -> dict[str, Tensor]:
         for key, tensor in lora_state(encoder, "").items():
             state[f"{component}.text_model.{key.removeprefix('text_model.')}"] = tensor
     return state
-
-
-def remove_text_lora(model: StableDiffusion) -> None:
-    """Put the text encoders' original layers back; does nothing if there is no adapter."""
-    for encoder in model.text_encoders:
-        remove_lora(encoder)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ PROGRAMS = ("personalize", "diffusers", *UIS, "sd-scripts")
 OTHERS = (*UIS, "sd-scripts")
 NEEDS_KOHYA_NAMES = "knows modules by kohya's names: convert --to kohya"
 SOME_LAYOUTS = {"InvokeAI": (PARTLY, "reads these names only in some layouts")}
-LORA_ALGORITHMS = {"LoRA", "Tucker LoCon"}
 BY_NAMING_SCHEME = {  # programs that do not fully read a naming scheme: verdict and reason; all others read it
     "kohya": {},
     "PEFT": {name: (NO, NEEDS_KOHYA_NAMES) for name in OTHERS} | SOME_LAYOUTS,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from personalize.models.blocks import leaf_modules
 from personalize.models.lora_modules import is_lora_layer
 from personalize.models.quiet import quiet_loading
 
@@ -79,16 +80,10 @@ def _zero_weights(part: torch.nn.Module) -> None:
             setattr(module, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
 
 
-def adaptable_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
+def adaptable_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every linear layer and convolution in `module` with its path; of a peft LoRA layer, the base layer."""
-    for name, child in module.named_children():
-        child_path = f"{path}.{name}" if path else name
-        if is_lora_layer(child):
-            yield child_path, child.get_base_layer()
-        elif isinstance(child, nn.Linear | nn.Conv2d):
-            yield child_path, child
-        else:
-            yield from adaptable_layers(child, child_path)
+    for path, layer in leaf_modules(module):
+        yield path, layer.get_base_layer() if is_lora_layer(layer) else layer
 
 
 @cache

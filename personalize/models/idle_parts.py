@@ -27,8 +27,7 @@ class Offload:
     tiled: decode pictures in tiles.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = (model,)
+    def __init__(self) -> None:
         self._parts: dict[int, OffloadedPart] = {}  # by the part's id
         self.tiled = False
 

@@ -62,7 +62,7 @@ class StableDiffusion:
         self._alphas_cumprod: Tensor = schedule.alphas_cumprod
         self._levels: list[float] = schedule.alphas_cumprod.tolist()
         self.masked_picture: Tensor | None = None  # what an inpainting UNet reads too, see `predict`
-        self.offload = Offload(self)
+        self.offload = Offload()
         self._identity: dict[str, str] = {}  # from before `quantize`
         self._hashed: Hashed | None = None
         self.changes: tuple[tuple[Mapping[str, Mapping[str, Tensor]], float], ...] = ()  # applied now, not as LoRA

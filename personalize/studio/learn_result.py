@@ -11,8 +11,6 @@ from personalize.io.json_files import read_json
 from personalize.studio.jobs import Job
 from personalize.studio.parts import Markup, address, facts, links, strip
 
-VERDICTS = ("yes", "partly", "no")
-
 
 def live(job: Job) -> str:
     """Loss curve and replays of a training that runs, or that was cancelled or failed."""

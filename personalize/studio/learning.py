@@ -17,6 +17,7 @@ from torch import Tensor
 
 from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
+from personalize.formats.compatibility import NO, PARTLY, UNKNOWN, YES
 from personalize.formats.inspection import inspect_file
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
@@ -37,6 +38,7 @@ from personalize.training.run import TrainingRun
 from personalize.training.single_image import single_image_run
 
 REPLAY = Sampling(steps=8, scheduler="dpm++_2m")
+VERDICTS = (YES, PARTLY, NO, UNKNOWN)  # the best first
 
 
 def learn(words: list[str], bench: Workbench, job: Job, every: int, folder: Path) -> dict[str, Any]:
@@ -152,17 +154,12 @@ def _size_note(picture: FittedImage, *more: str) -> str:
 
 def readers(adapter: Path) -> dict[str, tuple[str, str]]:
     """Who can read the files of an adapter folder, and by which of them: program → verdict, file or reason."""
-    order = ("yes", "partly", "no")
     best: dict[str, tuple[str, str]] = {}
     for path in visible(adapter, "*.safetensors"):
         if path.name.startswith("source"):
             continue
         for program, (verdict, reason) in inspect_file(path).readers.items():
             known = best.get(program)
-            if known is None or _rank(verdict, order) < _rank(known[0], order):
-                best[program] = verdict, path.name if _rank(verdict, order) == 0 else reason
+            if known is None or VERDICTS.index(verdict) < VERDICTS.index(known[0]):
+                best[program] = verdict, path.name if verdict == YES else reason
     return best
-
-
-def _rank(verdict: str, order: tuple[str, ...]) -> int:
-    return order.index(verdict) if verdict in order else len(order)

@@ -124,4 +124,3 @@ def duration(seconds: float) -> str:
 
 TABS = {"Learn": learn, "Edit": edit, "Photo": photo, "Drag": drag, "Files": files}
 CSS = text("studio.css")
-__all__ = ["CSS", "Job", "build", "theme"]

@@ -17,7 +17,7 @@ def paint_texture(name: str, size: int) -> np.ndarray:
     """The texture `name` as (size, size, 3) float32 RGB in [0, 1], painted at twice the size and averaged down."""
     axis = (np.arange(2 * size, dtype=np.float32) + 0.5) / (2 * size)
     v, u = np.meshgrid(axis, axis, indexing="ij")
-    painters = {"tiles": _tiles, "pebbles": _pebbles, "cloth": _cloth, "marble": _marble, "leaves": leaf_modules}
+    painters = {"tiles": _tiles, "pebbles": _pebbles, "cloth": _cloth, "marble": _marble, "leaves": _leaves}
     return painters[name](u, v).reshape(size, 2, size, 2, 3).mean((1, 3)).clip(0, 1).astype(np.float32)
 
 
@@ -47,7 +47,7 @@ def _marble(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (0.62 + 0.3 * veins**0.5)[..., None] * np.array((0.95, 1.0, 0.98))
 
 
-def leaf_modules(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _leaves(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     clouds = _clouds(len(u), 14) + 0.6 * _clouds(len(u), 28)
     return np.stack([0.22 + 0.10 * clouds, 0.42 + 0.13 * clouds, 0.18 + 0.07 * clouds], -1)
 
