@@ -12,9 +12,6 @@ from personalize.models.ranges import check_ranges
 if TYPE_CHECKING:
     from personalize.sampling.schedule import Step
 
-AUXILIARIES = ("u", "stored", "z0")
-REDUCTIONS = (None, "any", "mean")
-
 
 @dataclass(frozen=True)
 class UniformSettings:
@@ -39,14 +36,10 @@ class UniformSettings:
     dilate: int = 1
     blend_source: bool = False
     auxiliary: Literal["u", "stored", "z0"] = "u"
-    reduce: str | None = None
+    reduce: Literal["any", "mean"] | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.auxiliary not in AUXILIARIES or self.reduce not in REDUCTIONS:
-            raise UserError(f"auxiliary is one of {AUXILIARIES} and reduce one of {REDUCTIONS}; got {self}")
-        if not 0 <= self.until <= 1 or not 0 <= self.quantile <= 1:
-            raise UserError(f"until and quantile are shares from 0 to 1, got {self.until} and {self.quantile}")
 
     def blends(self, step: Step) -> bool:
         """Whether this step is blended: 0 < t < T_mask."""
@@ -83,13 +76,6 @@ class ControlSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        shares = {"cross_replace_steps": self.cross_replace_steps, "self_replace_steps": self.self_replace_steps,
-                  "blend_threshold": self.blend_threshold, "blend_start": self.blend_start}  # fmt: skip
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"{name} is {value:g}: give a share from 0 to 1")
-        if self.mode not in ("auto", "replace", "refine"):
-            raise UserError(f"mode is {self.mode!r}: choose auto, replace or refine")
 
 
 @dataclass(frozen=True)
@@ -119,8 +105,8 @@ class DynamicSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.updates < 0 or self.rate <= 0 or min(self.balancing, self.disjoint, self.background) < 0:
-            raise UserError(f"dynamic prompts take a positive rate and no negative updates or weights, got {self}")
+        if self.rate == 0:
+            raise UserError("dynamic prompts take a positive rate, got 0")
 
     @property
     def idle(self) -> bool:

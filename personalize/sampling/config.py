@@ -45,8 +45,8 @@ class NullTextSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.iterations < 1 or self.rate <= 0 or self.tolerance < 0 or self.growth < 0:
-            raise UserError(f"null-text takes iterations from 1, a positive rate and no negative tolerance, got {self}")
+        if self.iterations == 0 or self.rate == 0:
+            raise UserError(f"null-text takes iterations from 1 and a positive rate, got {self}")
 
     @property
     def inputs(self) -> dict[str, Any]:

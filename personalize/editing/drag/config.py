@@ -15,13 +15,6 @@ STRENGTHS = {"pixels": 0.5, "latents": 0.7}  # measured in tests/bench/drag; the
 _FOREIGN = {("clone", "latents"), ("smooth", "latents"), ("attention_raw", "pixels")}
 FILLS = {"pixels": "clone", "latents": "bnni"}
 
-_LIMITS = {  # what a number must be, for messages
-    "strength": "give a fraction above 0, at most 1", "mask_threshold": "give a fraction from 0 to 1",
-    "mask_most": "give a fraction above 0, at most 1", "mask_fewest": "give 1 or more", "top_k": "give 1 or more",
-    "window": "give an odd number", "margin": "give 0 or more", "steps": "give 1 or more",
-    "clearance": "give 0 or more",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class DragSettings:
@@ -107,14 +100,16 @@ class DragSettings:
     def __post_init__(self) -> None:
         check_ranges(self)
         limits = {
-            "strength": 0 < self.sampled_share <= 1, "mask_threshold": 0 <= self.mask_threshold <= 1,
-            "mask_most": 0 < self.mask_most <= 1, "mask_fewest": self.mask_fewest >= 1, "top_k": self.top_k >= 1,
-            "window": self.window % 2 == 1 and self.window > 0, "margin": self.margin >= 0, "steps": self.steps >= 1,
-            "clearance": self.clearance >= 0,
-        }  # fmt: skip
-        for name, within in limits.items():
+            "strength": (0 < self.sampled_share <= 1, "give a fraction above 0, at most 1"),
+            "mask_most": (self.mask_most > 0, "give a fraction above 0, at most 1"),
+            "mask_fewest": (self.mask_fewest >= 1, "give 1 or more"),
+            "top_k": (self.top_k >= 1, "give 1 or more"),
+            "window": (self.window % 2 == 1, "give an odd number"),
+            "steps": (self.steps >= 1, "give 1 or more"),
+        }
+        for name, (within, advice) in limits.items():
             if not within:
-                raise UserError(f"{name} is {getattr(self, name)}: {_LIMITS[name]}")
+                raise UserError(f"{name} is {getattr(self, name)}: {advice}")
         if (self.first_fill, self.method) in _FOREIGN:
             raise UserError(f"fill {self.fill} does not belong to the method {self.method}: choose bnni or attention")
         if (self.mode, self.method) == ("region", "latents"):
