@@ -10,7 +10,7 @@ from personalize.errors import UserError
 from personalize.models.ranges import check_ranges
 
 if TYPE_CHECKING:
-    from personalize.sampling.schedule import Step
+    from personalize.sampling.schedule import Step, Transition
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class UniformSettings:
     def __post_init__(self) -> None:
         check_ranges(self)
 
-    def blends(self, step: Step) -> bool:
+    def blends(self, step: Transition) -> bool:
         """Whether this step is blended: 0 < t < T_mask."""
         return 0 < step.start < self.until * 1000
 

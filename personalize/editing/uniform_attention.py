@@ -127,7 +127,7 @@ def auxiliary_estimates(
     `settings.auxiliary` decides the cost: "u" makes a UNet prediction for each step of both schedules, "stored" for
     each step of both below T_mask, "z0" none.
     """
-    numbers = [i for i, one in enumerate(down) if settings.blends(Step(**vars(one), index=i, count=len(down)))]
+    numbers = [i for i, one in enumerate(down) if settings.blends(one)]
     starts = {number: down.steps[number].start for number in numbers}
     if settings.auxiliary == "z0" or not numbers:
         return dict.fromkeys(starts.values(), clean)

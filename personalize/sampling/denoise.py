@@ -129,8 +129,7 @@ def denoise(
         predict, move = partial(_guided, model), solver.step
         if cuda_graph:
             predict, move = graphed(model, latents, edit, schedule, predict, move)
-        for index, transition in enumerate(ticked(schedule)):
-            step = Step(**vars(transition), index=index, count=len(schedule))
+        for step in ticked(schedule.numbered()):
             latents = move(predict(latents, edit, step), latents, edit, step)
             for change in edit.latent_edits:
                 latents = change.latents(latents, step)
@@ -262,8 +261,10 @@ class _Solver:
         return ddim(x0, eps, step.alpha_next, step.sigma, self._noise(latents, step))
 
     def _noise(self, latents: Tensor, step: Step) -> Tensor | None:
-        if step.noise is not None or not step.sigma:
-            return None if step.noise is None else sent(step.noise, latents.device).to(latents)
+        if step.noise is not None:
+            return sent(step.noise, latents.device).to(latents)
+        if not step.sigma:
+            return None
         assert self.generators is not None
         drawn = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in self.generators])
         return sent(drawn, latents.device).to(latents)

@@ -68,10 +68,12 @@ class Schedule:
             return any(transition.sigma and transition.noise is None for transition in self.steps)
         from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 
-        algorithm = getattr(self.scheduler.config, "algorithm_type", "")
-        return isinstance(self.scheduler, DDPMScheduler | EulerAncestralDiscreteScheduler) or algorithm.startswith(
-            "sde"
-        )
+        stochastic = isinstance(self.scheduler, DDPMScheduler | EulerAncestralDiscreteScheduler)
+        return stochastic or getattr(self.scheduler.config, "algorithm_type", "").startswith("sde")
+
+    def numbered(self) -> list[Step]:
+        """The transitions, each with its place in the schedule."""
+        return [Step(**vars(one), index=index, count=len(self.steps)) for index, one in enumerate(self.steps)]
 
     def __len__(self) -> int:
         return len(self.steps)

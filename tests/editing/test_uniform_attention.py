@@ -172,7 +172,7 @@ def plan(count: int = 4) -> Schedule:
 
 
 def steps(count: int = 4) -> list[Step]:
-    return [Step(**vars(move), index=index, count=count) for index, move in enumerate(plan(count))]
+    return plan(count).numbered()
 
 
 @pytest.mark.parametrize("blend_source", [False, True])

@@ -12,7 +12,7 @@ from personalize.models.attention import attention_sites, hooked
 from personalize.models.attention_maps import InversionMaps, stage_level
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.sampling.denoise import Edit, denoise
-from personalize.sampling.schedule import Step, make_schedule
+from personalize.sampling.schedule import make_schedule
 from tests.support.tiny import NAMES, tiny, tiny_sd1
 
 PROMPT, SIZE = "a cat and a dog", (64, 64)
@@ -26,7 +26,7 @@ def latents() -> torch.Tensor:
 def test_dpl_c04_stage_maps_are_means_of_all_layers_of_the_stage(name: str):
     """Cut off behind the last layer or not, the maps are the same; both paths are in them."""
     model = tiny(name)
-    conditioning, step = model.prompts([PROMPT], SIZE), Step(**vars(make_schedule(model, 4).steps[0]), index=0, count=4)
+    conditioning, step = model.prompts([PROMPT], SIZE), make_schedule(model, 4).numbered()[0]
     attention = stage_attention(model, latents(), step, conditioning)
     assert (attention >= 0).all() and (attention.sum(-1) - 1).abs().max() < 1e-5
     assert torch.equal(attention, stage_attention(model, latents(), step, conditioning))
@@ -56,7 +56,7 @@ def test_inversion_maps_are_of_every_step():
 def test_stage_maps_have_the_same_gradient_under_checkpointing(name: str):
     """To the bit on a CPU: recomputed blocks neither stop the pass nor replace the maps of the first one."""
     model = tiny(name)
-    step = Step(**vars(make_schedule(model, 4).steps[0]), index=0, count=4)
+    step = make_schedule(model, 4).numbered()[0]
     gradients = []
     for enabled in (False, True):
         conditioning = model.prompts([PROMPT], SIZE)

@@ -99,7 +99,8 @@ class Leakage:
     def within(self, step: Step, balancing_limit: float | None = None) -> bool:
         """Whether all losses are below the thresholds of `step`; `balancing_limit` as in `thresholds`."""
         limits = thresholds(step.index, step.count, balancing_limit)
-        return all(loss < limit for loss, limit in zip(vars(self).values(), vars(limits).values(), strict=True))
+        nouns_apart = self.balancing < limits.balancing and self.disjoint < limits.disjoint
+        return nouns_apart and self.background < limits.background
 
 
 def thresholds(index: int, count: int = STEPS, balancing_limit: float | None = None) -> Leakage:
@@ -285,9 +286,8 @@ def fit_on_trajectory(fit: DynamicFit, latents: Tensor, down: Schedule) -> Dynam
     With direct inversion the source row is set to these latents at every step, so that neither guided sampling nor a
     null embedding is needed.
     """
-    for index, transition in enumerate(ticked(down)):
-        step = Step(**vars(transition), index=index, count=len(down))
-        fit(step, sent(latents[len(down) - index], fit.model.device))
+    for step in ticked(down.numbered()):
+        fit(step, sent(latents[step.count - step.index], fit.model.device))
     return fit.result
 
 

@@ -8,7 +8,8 @@ learning on them. A loss that exceeds its threshold at more than half of the ste
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -32,7 +33,7 @@ from personalize.models.image_processor import PaddedImage, Picture, as_mask_ima
 from personalize.models.map_filters import normalised
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
-from personalize.sampling.schedule import Step
+from personalize.sampling.schedule import Schedule
 from personalize.sampling.trajectory import Trajectory
 
 
@@ -52,6 +53,8 @@ class NounRegions:
 
 
 AUTO_REGIONS = NounRegions()
+LOSSES = {"balancing": "no noun dominates", "disjoint": "nouns overlap", "background": "nouns on the background"}
+"""What each loss of `Leakage` measures, in the words of a report."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class AttentionReport:
         """The mean map of each noun over all steps, (k, h, w)."""
         return group_maps(self.attention.mean(0), self.groups)
 
+    @cached_property
     def losses(self) -> list[Leakage]:
         """The three losses at each step."""
         steps = (leakage(one, self.groups, self.background) for one in self.attention)
@@ -83,10 +87,12 @@ class AttentionReport:
 
     def exceeded(self) -> dict[str, float]:
         """For each loss, the share of the steps at which it is not below its threshold."""
-        count, pairs = len(self.attention), []
-        for index, one in enumerate(self.losses()):
-            pairs.append((vars(one), vars(thresholds(index, count, self.balancing_limit))))
-        return {name: sum(one[name] >= limit[name] for one, limit in pairs) / count for name in pairs[0][0]}
+        counts = dict.fromkeys(LOSSES, 0)
+        for index, losses in enumerate(self.losses):
+            limits = thresholds(index, len(self.losses), self.balancing_limit)
+            for name in LOSSES:
+                counts[name] += getattr(losses, name) >= getattr(limits, name)
+        return {name: count / len(self.losses) for name, count in counts.items()}
 
     @property
     def needed(self) -> bool:
@@ -95,14 +101,13 @@ class AttentionReport:
 
     def sentences(self) -> list[str]:
         """The report in words: nouns, mean losses, and whether dynamic prompts are needed."""
-        mean = {name: sum(vars(one)[name] for one in self.losses()) / len(self.attention) for name in self.exceeded()}
-        words = {"balancing": "no noun dominates", "disjoint": "nouns overlap", "background": "nouns on the background"}
         lines = [f"nouns: {', '.join(group.name for group in self.groups)}"]
         for name, share in self.exceeded().items():
             if name == "background" and self.background is None:
                 lines.append("nouns on the background: unknown, there is no background mask")
                 continue
-            lines.append(f"{words[name]}: {mean[name]:.2f} on average, over the threshold at {share:.0%} of the steps")
+            mean = sum(getattr(losses, name) for losses in self.losses) / len(self.losses)
+            lines.append(f"{LOSSES[name]}: {mean:.2f} on average, over the threshold at {share:.0%} of the steps")
         verdict = "dynamic prompts (--dpl) are likely to help" if self.needed else "dynamic prompts are not needed"
         return [*lines, *self.notes, verdict]
 
@@ -160,11 +165,10 @@ def record_maps(model: StableDiffusion, trajectory: Trajectory) -> InversionMaps
     """
     latents = trajectory.latents
     maps = InversionMaps(model, (int(latents.shape[-2]), int(latents.shape[-1])))
-    up = list(reversed(trajectory.schedule(model).steps))
-    for index, transition in enumerate(ticked(up)):
-        step = Step(**vars(replace(transition, noise=None)), index=index, count=len(up))
+    up = Schedule(tuple(reversed(trajectory.schedule(model).steps)))
+    for step in ticked(up.numbered()):
         with hooked(model.unet, [maps], step=step):
-            model.predict(sent(latents[index + 1], model.device), transition.timestep, trajectory.conditioning)
+            model.predict(sent(latents[step.index + 1], model.device), step.timestep, trajectory.conditioning)
     return maps
 
 
@@ -180,10 +184,9 @@ def mean_noun_maps(
     Costs one UNet prediction a step. With the source prompt's conditioning these are the maps of `AttentionReport`.
     """
     maps, down = [], trajectory.schedule(model)
-    for index, transition in enumerate(ticked(down)):
-        step = Step(**vars(transition), index=index, count=len(down))
-        latents = sent(trajectory.latents[len(down) - index], model.device)
-        maps.append(group_maps(stage_attention(model, latents, step, conditionings[index]), groups))
+    for step in ticked(down.numbered()):
+        latents = sent(trajectory.latents[step.count - step.index], model.device)
+        maps.append(group_maps(stage_attention(model, latents, step, conditionings[step.index]), groups))
     return torch.stack(maps).mean(0).cpu()
 
 

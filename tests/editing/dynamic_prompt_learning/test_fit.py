@@ -59,7 +59,7 @@ def half() -> torch.Tensor:
 
 
 def step_of(model, index: int = 0, count: int = 4) -> Step:
-    return Step(**vars(make_schedule(model, count).steps[index]), index=index, count=count)
+    return make_schedule(model, count).numbered()[index]
 
 
 # -- 6.5: the losses ------------------------------------------------------------------------------------------------
@@ -245,8 +245,8 @@ def test_dpl_c06_replay_needs_the_rows_of_every_step():
     run = denoise_with_history(model, latents(), edit, up)
     conditioning = []
     fit = DynamicFit(model, PROMPT, noun_groups(model, PROMPT), half(), DynamicSettings(updates=2, rate=5e-2))
-    for index, move in enumerate(make_schedule(model, 2)):
-        conditioning.append(fit(Step(**vars(move), index=index, count=2), run.latents[2 - index]))
+    for step in make_schedule(model, 2).numbered():
+        conditioning.append(fit(step, run.latents[2 - step.index]))
     again = fit.result.conditionings(model, [PROMPT, "a cat and a fox"])
     assert all(torch.equal(a.embeds, b.embeds[:1]) for a, b in zip(conditioning, again, strict=True))
     assert not torch.equal(again[0].embeds, again[1].embeds)
