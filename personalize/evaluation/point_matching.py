@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from personalize.evaluation.benchmarks import Point
+from personalize.models.parameterization import noised
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 
@@ -49,7 +50,7 @@ class PointMatching:
         try:
             for draw in range(self.draws):
                 noise = torch.randn(latents.shape, generator=generator(0, "point-matching", draw)).to(latents)
-                model.predict(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, TIMESTEP, conditioning)
+                model.predict(noised(latents, noise, alpha), TIMESTEP, conditioning)
         finally:
             handle.remove()
         return interpolate(torch.stack(outputs).float().mean(0), (height, width), mode="bilinear")

@@ -72,9 +72,9 @@ def of(prediction_type: str) -> Parameterization:
     return PARAMETERIZATIONS[prediction_type]
 
 
-def noised(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+def noised(x0: Tensor, noise: Tensor, alpha: Tensor | float) -> Tensor:
     """z_t = √ᾱ x0 + √(1−ᾱ) ε."""
-    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+    return alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
 
 
 def as_alpha(alpha_bar: Tensor | float, like: Tensor) -> Tensor:

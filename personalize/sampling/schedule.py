@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.models.parameterization import noised
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.config import SCHEDULERS, SPACINGS
 
@@ -92,8 +93,7 @@ class Schedule:
         """
         if clean is None:
             return self.scale * noise
-        alpha = self.steps[0].alpha
-        return alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
+        return noised(clean, noise, self.steps[0].alpha)
 
 
 def make_schedule(

@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from personalize.models.parameterization import noised
 from personalize.models.transfer import sent
 from personalize.randomness import generator
 from personalize.sampling.denoise import LatentEdit
@@ -42,8 +43,7 @@ def noisy_versions(clean: Tensor, down: Schedule, seed: int, method: str = "none
     noisy = [clean]
     for number, transition in enumerate(reversed(down.steps)):
         noise = torch.randn(clean.shape, generator=generator(seed, f"inversion/{method}", number))
-        noise = sent(noise, clean.device).to(clean)
-        noisy.append(transition.alpha**0.5 * clean + (1 - transition.alpha) ** 0.5 * noise)
+        noisy.append(noised(clean, sent(noise, clean.device).to(clean), transition.alpha))
     return torch.stack(noisy)
 
 

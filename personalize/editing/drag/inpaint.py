@@ -22,6 +22,7 @@ from personalize.editing.drag.attention import AttentionRows
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.fill import attention_means, bnni_fill
 from personalize.models.attention import AttentionHook, AttentionSite
+from personalize.models.parameterization import noised
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.randomness import generator
 from personalize.sampling.denoise import Edit, LatentEdit, denoise
@@ -35,7 +36,7 @@ class HeldCells(LatentEdit):
         self.held, self.noise, self.free = clean, noise, free.to(clean.device)
 
     def latents(self, z: Tensor, step: Step) -> Tensor:
-        return torch.where(self.free, z, _noised(self.held, self.noise, step.alpha_next))
+        return torch.where(self.free, z, noised(self.held, self.noise, step.alpha_next))
 
 
 class AllowedKeys(AttentionHook):
@@ -83,7 +84,7 @@ def fill_void(
     nothing = model.prompts([""], (pixels.shape[-2], pixels.shape[-1]))
     edit = Edit(nothing, guidance_scale=1, hooks=hooks, latent_edits=edits)
     with inpainting_inputs(model, free, _known(model, pixels, free)):
-        latents = denoise(model, _noised(start, noise, schedule.steps[0].alpha), edit, schedule)
+        latents = denoise(model, noised(start, noise, schedule.steps[0].alpha), edit, schedule)
     return model.decode(latents)[0].cpu()
 
 
@@ -126,7 +127,3 @@ def _first_contents(
     cells, filled = free.nonzero(), clean.clone()
     filled[0, :, cells[:, 0], cells[:, 1]] = attention_means(clean, cells, omega, attention.rows, settings.top_k)
     return filled
-
-
-def _noised(clean: Tensor, noise: Tensor, alpha: float) -> Tensor:
-    return alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise

@@ -21,6 +21,7 @@ from personalize.editing.vector_projection import edit_conditioning
 from personalize.errors import UserError
 from personalize.models.attention import AttentionSite, attention_sites
 from personalize.models.image_processor import PaddedImage, Picture, as_image
+from personalize.models.parameterization import noised
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
 from personalize.sampling.denoise import Edit, denoise
@@ -85,11 +86,10 @@ def read_attention(
     sites = read_sites(model, size, settings)
     recorder = QKVRecorder([site.name for site in sites], "qk")
     noise = torch.randn(latents.shape, generator=generator(settings.seed, "drag/read")).to(latents)
-    noisy = alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise
     once = Schedule((Transition(READ_AT, READ_AT, READ_AT, alpha, alpha),))
     edit = Edit(conditioning, guidance_scale=1, hooks=(recorder,))
     with inpainting_inputs(model, torch.zeros(size, dtype=torch.bool), latents):
-        denoise(model, noisy, edit, once)
+        denoise(model, noised(latents, noise, alpha), edit, once)
     return AttentionRows(recorder.kept, sites, size, model.device)
 
 
