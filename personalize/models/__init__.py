@@ -12,6 +12,7 @@
     image_processor    pictures of any size, padded to what the base model can encode, and back
     known_bases        where the bases of this machine lie, by their hash;  offline: loading without the network
     fast_paths         the same results in less time;  gradient_checkpointing: in less memory
+    loss_scaling       gradients in fp16
     cuda_graphs        work recorded as one CUDA graph
     empty              a model's shapes without its weights
     quantization       4-bit base models;  rounding: the numbers that they can hold

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from personalize.models.gradient_checkpointing import gradient_checkpointing
+from personalize.models.loss_scaling import set_gradients
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
 from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Condition, ddim
 from personalize.sampling.schedule import Step
-
-HALF_SCALE = 2.0**12  # loss scale in fp16, in which the gradients would underflow
 
 
 class NullFit:
@@ -78,8 +77,7 @@ class NullFit:
                 best, least = torch.where(better, embeds.detach(), best), torch.where(better, losses[-1], least)
                 if number == self.settings.iterations or limit > 0 and float(losses[-1]) < limit:
                     break
-                scale = HALF_SCALE if self.model.dtype == torch.float16 else 1.0
-                embeds.grad = torch.autograd.grad(loss * scale, embeds)[0] / scale
+                set_gradients(loss, [embeds], self.model.dtype)
                 adam.step()
         self.rows.append(replace(initial, embeds=best))
         self._losses.append(losses)

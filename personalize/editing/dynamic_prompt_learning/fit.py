@@ -26,6 +26,7 @@ from personalize.editing.dynamic_prompt_learning.noun_groups import NounGroup, g
 from personalize.editing.dynamic_prompt_learning.stage_maps import stage_attention
 from personalize.io.progress import ticked
 from personalize.models.gradient_checkpointing import gradient_checkpointing
+from personalize.models.loss_scaling import set_gradients
 from personalize.models.map_filters import smoothed
 from personalize.models.offloading import embedding_device
 from personalize.models.prompts import tokenize_prompt
@@ -35,7 +36,6 @@ from personalize.sampling.schedule import Schedule, Step
 
 CHUNK = 77  # text positions of a chunk, with its start and end mark
 SHARPNESS = 100.0  # factor on the attention before the softmax over words, for the balancing loss
-HALF_SCALE = 2.0**12  # loss scale in fp16, in which the gradients would underflow
 STEPS = 50  # number of steps for which the thresholds were published
 
 
@@ -263,9 +263,7 @@ class DynamicFit:
             balancing, disjoint, outside = losses
             total = self.settings.balancing * balancing + self.settings.disjoint * disjoint
             total = total + self.settings.background * outside
-            scale = HALF_SCALE if self.model.dtype == torch.float16 else 1.0
-            for weight, gradient in zip(weights, torch.autograd.grad(total * scale, weights), strict=True):
-                weight.grad = gradient / scale
+            set_gradients(total, weights, self.model.dtype)
             self.log.backward_passes += 1
             adam.step()
             self._limit(layers, anchors)
