@@ -47,6 +47,7 @@ from personalize.io.json_files import read_json, utf8
 from personalize.io.locks import folder_lock
 from personalize.io.provenance import GENERATED
 from personalize.io.tensor_files import read_tensors, tensor_bytes
+from personalize.models.config import FAMILIES
 from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import StableDiffusion
 
@@ -98,7 +99,7 @@ class Adapter:
     def family(self) -> str:
         """The base model's family, "sd1", "sd2" or "sdxl"; UserError if nothing tells it."""
         family = self.known_family
-        if family not in ("sd1", "sd2", "sdxl"):
+        if family not in FAMILIES:
             named = self.info.get("imported") or "the adapter"
             said = "does not tell the family of its base" if family is None else f"is for the family {family!r}"
             raise UserError(f"{named} {said}: say --family sd1, sd2 or sdxl")
@@ -278,8 +279,7 @@ class Adapter:
         own = {"schema": SCHEMA, "rank": self.rank, "alpha": self.alpha, "twin": kohya_file}
         own |= {"files": sorted([*files, MANIFEST]), "base": self.base | {"family": self.family}}
         own[FILE_HASHES] = {name: sha256(files[name]).hexdigest() for name in sorted(files)}
-        values = dict(sorted(self.info.items())) | own | tensor_digests(self.lora, self.source, self.concepts)
-        return sealed(values)
+        return sealed(dict(sorted(self.info.items())) | own | tensor_digests(self.lora, self.source, self.concepts))
 
 
 def _of_part(others: Mapping[str, Mapping[str, Tensor]], part: str) -> dict[str, Mapping[str, Tensor]]:
@@ -287,7 +287,7 @@ def _of_part(others: Mapping[str, Mapping[str, Tensor]], part: str) -> dict[str,
     return {module: parts for module, parts in others.items() if module.startswith(part)}
 
 
-def _load_file(path: Path, family: str | None = None) -> Adapter:
+def _load_file(path: Path, family: str | None) -> Adapter:
     """The adapter in a file of another program, or in a folder of PEFT; its metadata are kept in `info["header"]`."""
     content = open_adapter(path)
     file = read_adapter_file(path, content, family=family)

@@ -13,10 +13,10 @@ from personalize.adapters.card_text import fenced, licence_of, merged_limit, pla
 from personalize.formats.textual_inversion_files import token_file_names, token_file_stem
 from personalize.formats.timestep_rank import rule_of, warning
 from personalize.formats.training_notes import training_notes
+from personalize.models.config import HUB_ID
 
-FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 TAGS = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
-HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 class CardSubject(Protocol):
@@ -101,7 +101,7 @@ def _summary(name: str, adapter: CardSubject) -> str:
     alone = "no source embedding" + ("" if adapter.info.get("merged_from") else " (standalone)")
     source = alone if _standalone(adapter) else fitted
     return (
-        f"# {plain_text(name)}\n\n{_origin(adapter)} {FAMILIES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
+        f"# {plain_text(name)}\n\n{_origin(adapter)} {TITLES[adapter.family]} (`{_base(adapter)}`): a LoRA of rank "
         f"{adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.lora) // 2} modules, and {source}. "
         "Both LoRA files were read back after writing, and every weight change in them was verified."
         + _fidelity(adapter)
@@ -228,7 +228,7 @@ def _other_programs(kohya_file: str, adapter: CardSubject) -> str:
     stem = kohya_file.removesuffix(".safetensors")
     return f"""## Other programs
 
-Use `{kohya_file}` with any {FAMILIES[adapter.family]} checkpoint close to the base; strength 1 is what was trained.
+Use `{kohya_file}` with any {TITLES[adapter.family]} checkpoint close to the base; strength 1 is what was trained.
 
 * **AUTOMATIC1111, Forge**: copy it to `models/Lora`, write `<lora:{stem}:1>` and the trigger words in the prompt.
 * **ComfyUI**: copy it to `models/loras`, put a *Load LoRA* node after the checkpoint.

@@ -13,9 +13,10 @@ from personalize.errors import UserError
 from personalize.formats.changed_layers import changed
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.lora_keys import with_text_model
+from personalize.models.config import TEXT_ENCODERS
+from personalize.models.empty import parts_of
 from personalize.models.stable_diffusion import StableDiffusion
 
-COMPONENTS = ("text_encoder", "text_encoder_2")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _TRAINED = {"attention": _ATTENTION, "full": (*_ATTENTION, "fc1", "fc2")}  # as `lora.module_names` calls its sets
 
@@ -40,9 +41,9 @@ def add_text_lora(
     Raises:
         UserError: a text encoder already carries an adapter.
     """
-    for component, encoder in zip(COMPONENTS, model.text_encoders, strict=False):
+    for component, encoder in zip(TEXT_ENCODERS, model.text_encoders, strict=False):
         unused = None
-        if model.family == "sdxl" and component == COMPONENTS[0]:
+        if model.family == "sdxl" and component == TEXT_ENCODERS[0]:
             unused = f".layers.{encoder.config.num_hidden_layers - 1}."
         names = [
             path
@@ -55,7 +56,7 @@ def add_text_lora(
 def text_lora_state(model: StableDiffusion) -> dict[str, Tensor]:
     """Copies of the text encoders' LoRA tensors, named "text_encoder.text_model.<path>.lora_A.weight", …"""
     state = {}
-    for component, encoder in zip(COMPONENTS, model.text_encoders, strict=False):
+    for component, encoder in zip(TEXT_ENCODERS, model.text_encoders, strict=False):
         for key, tensor in lora_state(encoder, "").items():
             state[f"{component}.text_model.{key.removeprefix('text_model.')}"] = tensor
     return state
@@ -129,7 +130,7 @@ def parameters_of(model: StableDiffusion, wanted: Iterable[str]) -> dict[str, Te
     Raises:
         UserError: a text encoder with an adapter, or a part whose weights are not there because they are offloaded.
     """
-    parts = {"unet": model.unet, **dict(zip(COMPONENTS, model.text_encoders, strict=False))}
+    parts = parts_of(model)
     named = {key.partition(".")[0] for key in wanted}
     found = {}
     for component in [component for component in parts if component in named]:

@@ -27,12 +27,12 @@ from torch.nn.functional import embedding
 
 from personalize.adapters.subjects import Subject
 from personalize.errors import UserError
+from personalize.models.config import TEXT_ENCODERS
 from personalize.models.offloading import embedding_device
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.token_ids import text_places, written_out
 from personalize.randomness import generator
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 METHOD_ENTRIES = {"ktn": "ktn", "pll": "pll", "ucd": "ucd</w>"}  # in CLIP's vocabulary: 42170, 47629 and 43514
 Rows = Mapping[str, Tensor]  # by text encoder, (n, d)
 
@@ -84,7 +84,7 @@ def initial_embeddings(model: StableDiffusion, subject: Subject, initializer: st
     """
     text = subject.noun if initializer == "class" else initializer
     embeddings = {}
-    for name, tokenizer, encoder in zip(ENCODERS, model.tokenizers, model.text_encoders, strict=False):
+    for name, tokenizer, encoder in zip(TEXT_ENCODERS, model.tokenizers, model.text_encoders, strict=False):
         own = None if initializer == "class" else _vocabulary_id(tokenizer, text)
         ids = tokenizer(text, add_special_tokens=False).input_ids if own is None else [own]
         if not ids:
@@ -143,7 +143,7 @@ def installed_tokens(
             own["eos_token_id"] = tokenizers[-1].eos_token_id
         model.tokenizers = tuple(copy.deepcopy(tokenizer) for tokenizer in tokenizers)
         wrapped = []
-        names = ENCODERS[: len(tables)]
+        names = TEXT_ENCODERS[: len(tables)]
         for name, tokenizer, encoder, table in zip(names, model.tokenizers, model.text_encoders, tables, strict=True):
             rows = _rows(concepts, name, encoder.config.hidden_size)
             entries = [word for token, tensor in rows.items() for word in vocabulary_entries(token, len(tensor))]
@@ -201,7 +201,7 @@ def _rows(concepts: Mapping[str, Rows], name: str, width: int) -> dict[str, Tens
 def token_state(layers: Sequence[TokenEmbedding], subjects: Sequence[Subject]) -> dict[str, dict[str, Tensor]]:
     """The tokens' embeddings, by token and text encoder: copies (vectors, d) in fp32 on the CPU."""
     learned: dict[str, dict[str, Tensor]] = {subject.token: {} for subject in subjects}
-    for name, layer in zip(ENCODERS, layers, strict=False):
+    for name, layer in zip(TEXT_ENCODERS, layers, strict=False):
         parts = layer.weight.detach().to("cpu", torch.float32, copy=True).split([s.vectors for s in subjects])
         for subject, part in zip(subjects, parts, strict=True):
             learned[subject.token][name] = part.clone()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from personalize.models.config import TEXT_ENCODERS
 from personalize.models.empty import adaptable_layers, empty_unet
 
 KINDS = ("attention", "self-attention", "cross-attention", "feed-forward", "modulation", "projection", "resnet",
@@ -83,7 +84,7 @@ def kind_of(module: str) -> str:
 def _text_modules(family: str | None) -> list[str]:
     """Canonical names of all modules of the family's text encoders that can have a LoRA."""
     parts = [f"self_attn.{side}_proj" for side in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
-    encoders = zip(("text_encoder", "text_encoder_2"), TEXT_LAYERS.get(family or "", ()), strict=False)
+    encoders = zip(TEXT_ENCODERS, TEXT_LAYERS.get(family or "", ()), strict=False)
     return [
         f"{name}.text_model.encoder.layers.{number}.{part}"
         for name, layers in encoders

@@ -11,7 +11,7 @@ from typing import Any
 from personalize.formats import coverage
 from personalize.formats.diffusion_transformers.families import FAMILIES as TRANSFORMERS
 
-FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", None: "unknown"} | {
+TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", None: "unknown"} | {
     name: family.title for name, family in TRANSFORMERS.items()
 }
 MAX_LINES = 12  # of metadata, and of problems, in the text; --json prints all
@@ -65,7 +65,7 @@ def report(inspection: Inspection) -> str:
     """The inspection as text for a terminal; characters that are not printable become "?"."""
     lines = [
         f"{inspection.file}: {inspection.layout}, {inspection.bytes:,} bytes",
-        f"family      {FAMILIES[inspection.family]} ({inspection.family_by})",
+        f"family      {TITLES[inspection.family]} ({inspection.family_by})",
     ]
     lines += [f"written by  {inspection.writer}"] if inspection.writer else []
     if inspection.components:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from personalize.formats.reader_keys import TEXT_LAYERS, TEXT_MODULES
+from personalize.models.config import FAMILIES, TEXT_ENCODERS
 from personalize.models.empty import adaptable_layers, empty_unet
 
-FAMILIES = ("sd1", "sd2", "sdxl")
 LATENT_CHANNELS = 4
-ENCODERS = {"sd1": ("text_encoder",), "sd2": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+ENCODERS = {"sd1": ("text_encoder",), "sd2": ("text_encoder",), "sdxl": TEXT_ENCODERS}
 
 
 @cache

@@ -13,9 +13,10 @@ from pathlib import Path
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.models.empty import adaptable_layers, empty_model
+from personalize.formats.lora_keys import with_text_model
+from personalize.models.config import FAMILIES
+from personalize.models.empty import adaptable_layers, empty_model, parts_of
 
-FAMILIES = ("sd1", "sd2", "sdxl")
 INPUT_CHANNELS = 12  # the first convolution of models for inpainting or instructions reads up to 9 for SD's 4
 SMALL = 2**22  # numbers; no layer's limit is below this, so that a factor of any usual rank fits a narrow layer
 TWO_SIDED = (  # the roles of the two factors whose outer sides are the layer's (out, in)
@@ -26,14 +27,10 @@ TWO_SIDED = (  # the roles of the two factors whose outer sides are the layer's 
 @cache
 def layer_sides(family: str) -> dict[str, tuple[int, int]]:
     """By module, its weight's sides (out, in·k·k) in the family's released model."""
-    model = empty_model(family)
-    parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
     sides = {}
-    for part, module in parts.items():
+    for part, module in parts_of(empty_model(family)).items():
         for path, layer in adaptable_layers(module):
-            nested = part == "unet" or path.startswith(("text_model.", "text_projection"))
-            name = f"{part}.{path}" if nested else f"{part}.text_model.{path}"
-            sides[name] = (len(layer.weight), layer.weight[0].numel())
+            sides[with_text_model(part, path)] = (len(layer.weight), layer.weight[0].numel())
     out, read = sides["unet.conv_in"]
     return sides | {"unet.conv_in": (out, read // 4 * INPUT_CHANNELS)}
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 
 from personalize.errors import UserError
+from personalize.models.config import TEXT_ENCODERS
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", *TEXT_ENCODERS)
 KOHYA_PREFIXES = {
     "lora_unet": "unet",
     "lora_te": "text_encoder",

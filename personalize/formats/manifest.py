@@ -16,8 +16,7 @@ from personalize.formats.adapter_folders import MANIFEST as MANIFEST
 from personalize.formats.adapter_folders import SOURCE_FILE as SOURCE_FILE
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, read_json
-
-FAMILIES = ("sd1", "sd2", "sdxl")
+from personalize.models.config import FAMILIES
 
 
 class Manifest(msgspec.Struct, frozen=True):

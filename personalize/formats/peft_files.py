@@ -11,12 +11,12 @@ import torch
 from personalize.errors import UserError
 from personalize.formats import lora_files, verification
 from personalize.formats.lora_keys import COMPONENTS
-from personalize.formats.manifest import FAMILIES
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.json_files import read_json
 from personalize.io.plain_files import is_hidden
 from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
+from personalize.models.config import FAMILIES
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."

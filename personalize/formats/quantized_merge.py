@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from personalize.formats.coverage import block_of, kind_of
+from personalize.formats.lora_keys import with_text_model
 from personalize.formats.reader_keys import Factors
 from personalize.io.progress import ticked
-from personalize.models.empty import adaptable_layers
+from personalize.models.empty import adaptable_layers, parts_of
 from personalize.models.rounding import LINEAR_ALONE, ROUNDINGS
 
 STRENGTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -97,12 +98,10 @@ def _largest_singular_value(matrix: Tensor) -> float:
 
 def base_weights(model: Any) -> dict[str, Tensor]:
     """The weights of a base's layers by canonical module name; of LoRA layers, the weights below them."""
-    parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
     weights = {}
-    for part, module in parts.items():
+    for part, module in parts_of(model).items():
         for path, layer in adaptable_layers(module):
-            nested = part == "unet" or path.startswith(("text_model.", "text_projection"))
-            weights[f"{part}.{path if nested else f'text_model.{path}'}"] = layer.weight
+            weights[with_text_model(part, path)] = layer.weight
     return weights
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
+from personalize.models.config import TEXT_ENCODERS
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 UI_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 KNOWN_KEYS = {  # keys of every layout except diffusers': the graphical programs', OneTrainer's and cog-sdxl's
     "emb_params": "text_encoder", "emp_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
@@ -58,9 +58,9 @@ def checked_rows(token: str, rows: Rows) -> dict[str, Tensor]:
     """
     if not token or len(token) > 100 or any(character.isspace() or ord(character) < 32 for character in token):
         raise UserError(f"{token[:100]!r} is no token: one word without spaces is expected, such as <my-cat>")
-    if not rows or not set(rows) <= set(ENCODERS):
-        raise UserError(f"token {token} has rows for {sorted(rows)}: expected {' and '.join(ENCODERS)}")
-    tensors = {key: rows[key].detach().float().cpu() for key in ENCODERS if key in rows}
+    if not rows or not set(rows) <= set(TEXT_ENCODERS):
+        raise UserError(f"token {token} has rows for {sorted(rows)}: expected {' and '.join(TEXT_ENCODERS)}")
+    tensors = {key: rows[key].detach().float().cpu() for key in TEXT_ENCODERS if key in rows}
     tensors = {key: tensor[None] if tensor.ndim == 1 else tensor for key, tensor in tensors.items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if any(len(shape) != 2 for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) != 1:

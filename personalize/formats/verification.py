@@ -19,19 +19,13 @@ from personalize.errors import UserError
 from personalize.formats import layouts, textual_inversion_files
 from personalize.formats.integrity import NO_HASHES, absurd_weight, changed_files, header_problems, same_numbers
 from personalize.formats.layer_sizes import require_fitting
-from personalize.formats.manifest import (
-    DIFFUSERS_FILE,
-    FAMILIES,
-    MANIFEST,
-    SOURCE_FILE,
-    read_manifest,
-    tensor_digest,
-)
+from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, read_manifest, tensor_digest
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.verification_report import FileReport, VerificationReport
 from personalize.io.progress import ticked
 from personalize.io.tensor_files import TensorFile, read_tensors
-from personalize.models.empty import EmptyModel, adaptable_layers, empty_model
+from personalize.models.config import FAMILIES
+from personalize.models.empty import EmptyModel, adaptable_layers, empty_model, parts_of
 from personalize.models.lora_modules import is_lora_layer
 from personalize.models.quiet import hidden_messages
 from personalize.models.stable_diffusion import StableDiffusion
@@ -147,7 +141,7 @@ def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, e
     Raises:
         UserError: `model` already has an adapter loaded.
     """
-    parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
+    parts = parts_of(model)
     if any(is_lora_layer(module) for part in parts.values() for module in part.modules()):
         raise UserError("the base model already carries an adapter: unload it before verifying another")
     if odd := _misfit(parts, expected):  # diffusers would allocate its layers, of whatever rank, before it refuses

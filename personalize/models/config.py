@@ -14,6 +14,8 @@ from personalize.errors import Notice, UserError
 from personalize.io.content_credentials import check_signing
 from personalize.io.json_files import read_json
 
+FAMILIES = ("sd1", "sd2", "sdxl")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # as diffusers' pipelines name them; SD 1 and 2 have the first alone
 TEXT_TO_IMAGE, INPAINTING = 4, 9  # input channels of a UNet: the latents; the same, a mask and the masked latents
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"  # the base that ships with the package
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from personalize.models.blocks import leaf_modules
+from personalize.models.config import TEXT_ENCODERS
 from personalize.models.lora_modules import is_lora_layer
 from personalize.models.quiet import quiet_loading
 
@@ -44,7 +45,7 @@ class EmptyModel:
             "unet": self.unet,
             "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
         }
-        parts |= dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))
+        parts |= dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))
         if self.family == "sdxl":
             return StableDiffusionXLPipeline(**parts, tokenizer=None, tokenizer_2=None, add_watermarker=False)  # pyright: ignore
         extra: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -78,6 +79,11 @@ def _zero_weights(part: torch.nn.Module) -> None:
             setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
         for name, tensor in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+
+
+def parts_of(model: Any) -> dict[str, Any]:
+    """The UNet and the text encoders of a base model, empty or not, by their names in diffusers' pipelines."""
+    return {"unet": model.unet, **dict(zip(TEXT_ENCODERS, model.text_encoders, strict=False))}
 
 
 def adaptable_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:

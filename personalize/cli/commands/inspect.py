@@ -12,7 +12,7 @@ from personalize.formats import coverage
 from personalize.formats.adapter_source import fetched, is_adapter_folder
 from personalize.formats.folder_inspection import FileSummary, folder_text, inspect_folder
 from personalize.formats.inspection import inspect_file
-from personalize.formats.inspection_report import FAMILIES, Inspection, report
+from personalize.formats.inspection_report import TITLES, Inspection, report
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_metadata import IMAGE_SUFFIXES
@@ -48,7 +48,7 @@ def run(config: InspectConfig) -> Inspection | list[FileSummary] | Marks:
     if config.picture is not None:
         if not inspection.rows:
             raise UserError(f"{config.file} changes no module, so there is no coverage to draw: leave --picture out")
-        title = f"{Path(inspection.file).name}: {inspection.layout}, {FAMILIES[inspection.family]}"
+        title = f"{Path(inspection.file).name}: {inspection.layout}, {TITLES[inspection.family]}"
         write_file(config.picture, png(coverage.coverage_picture(inspection.rows, title)))
     print(json_text(asdict(inspection)) if config.json else report(inspection))
     return inspection

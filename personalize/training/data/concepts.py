@@ -28,6 +28,7 @@ from personalize.io.image_files import as_rgb, image_size, load_image
 from personalize.io.image_folders import only_picture
 from personalize.io.images import fitted_size
 from personalize.io.mask_files import as_mask, check_mask, load_mask
+from personalize.models.config import TEXT_ENCODERS
 from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.transfer import sent
@@ -95,9 +96,11 @@ def check_prompt(model: StableDiffusion, picture: ConceptPicture) -> None:
     """UserError unless the subjects' tokens are new and the prompt, also with a view's prefix, names every subject."""
     check_new_tokens(model, [subject.token for subject in picture.subjects])
     widths = [encoder.config.hidden_size for encoder in model.text_encoders]
-    names = ("text_encoder", "text_encoder_2")
     blank = {
-        s.token: {n: torch.zeros(s.vectors, w) for n, w in zip(names, widths, strict=False)} for s in picture.subjects
+        subject.token: {
+            encoder: torch.zeros(subject.vectors, width) for encoder, width in zip(TEXT_ENCODERS, widths, strict=False)
+        }
+        for subject in picture.subjects
     }
     with installed_tokens(model, blank):
         locate_subjects(model, f"a far away {picture.prompt}", picture.subjects)
