@@ -28,13 +28,23 @@ class Manifest(msgspec.Struct, frozen=True):
     base: dict[str, str | None]
     tensors: dict[str, str]
     source_tensors: dict[str, str]
-    twin: str = ""
+    kohya_file: str = msgspec.field(name="twin", default="")
     files: list[str] = []
     concepts: dict[str, dict[str, str]] = {}
     caption: str | None = ""
     captions: list[str] | None = None
     header: dict[str, str] | None = None
     config: dict[str, Any] | None = None
+
+    @property
+    def family(self) -> str:
+        """The base model's family as recorded."""
+        return str(self.base.get("family"))
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.rank
 
 
 class Listed(msgspec.Struct, frozen=True):
@@ -54,15 +64,13 @@ def is_part_of_adapter(path: Path) -> bool:
     return manifest.is_file() and path.name in listed_files(manifest)
 
 
-def read_manifest(path: Path) -> tuple[str, str, float, dict[str, str], dict[str, str], dict[str, dict[str, str]]]:
-    """Family, name of the kohya file, alpha / r, and hashes of the LoRA, the source embedding and every token."""
+def read_manifest(path: Path) -> Manifest:
+    """What `adapter.json` says; UserError if it is damaged, for another family, or names a file elsewhere."""
     manifest = checked(read_json(path), Manifest, path)
-    family, kohya_file = str(manifest.base.get("family")), manifest.twin
-    scaling, concepts = manifest.alpha / manifest.rank, manifest.concepts
-    hashes, source = manifest.tensors, manifest.source_tensors
-    if family not in FAMILIES:
-        raise UserError(f"{path} is for the family {family[:40]!r}, expected sd1, sd2 or sdxl")
-    return family, plain_name(kohya_file), scaling, hashes, source, concepts
+    if manifest.family not in FAMILIES:
+        raise UserError(f"{path} is for the family {manifest.family[:40]!r}, expected sd1, sd2 or sdxl")
+    plain_name(manifest.kohya_file)
+    return manifest
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -96,22 +96,24 @@ def verify_folder(folder: str | Path, model: StableDiffusion | None = None) -> V
             an adapter loaded.
     """
     folder = Path(folder)
-    family, kohya_file, scaling, hashes, source, concepts = read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
+    family, kohya_file = manifest.family, manifest.kohya_file
     if model is not None and model.family != family:
         raise UserError(
             f"the adapter is for the family {family}, the base {model.name} is {model.family}: name another base"
         )
     keys = ReaderKeys(family, None if model is None else model.unet)
     content = read_tensors(folder / DIFFUSERS_FILE)
-    expected = {module: (a, b, scaling) for module, (a, b, _) in keys.peft(content)[0].items()}
+    expected = {module: (a, b, manifest.scaling) for module, (a, b, _) in keys.peft(content)[0].items()}
     _require_fitting(folder / DIFFUSERS_FILE, expected, family)
-    reports = [compare_bytes(folder), compare_digests(DIFFUSERS_FILE, content.tensors, hashes)]
+    reports = [compare_bytes(folder), compare_digests(DIFFUSERS_FILE, content.tensors, manifest.tensors)]
     reports += compare_files(folder, kohya_file, expected, keys)
-    if source:
-        reports.append(compare_digests(SOURCE_FILE, read_tensors(folder / SOURCE_FILE).tensors, source))
-    for name, (token, encoder) in textual_inversion_files.token_file_names(concepts).items():
-        rows = concepts[token] if encoder is None else {encoder: concepts[token][encoder]}
-        reports.append(compare_digests(name, textual_inversion_files.read_concept(folder / name).rows, rows))
+    if manifest.source_tensors:
+        source = read_tensors(folder / SOURCE_FILE).tensors
+        reports.append(compare_digests(SOURCE_FILE, source, manifest.source_tensors))
+    for name, (token, encoder) in textual_inversion_files.token_file_names(manifest.concepts).items():
+        hashes = manifest.concepts[token] if encoder is None else {encoder: manifest.concepts[token][encoder]}
+        reports.append(compare_digests(name, textual_inversion_files.read_concept(folder / name).rows, hashes))
     if model is not None:
         reports += [compare_through_diffusers(folder / file, model, expected) for file in (DIFFUSERS_FILE, kohya_file)]
     return VerificationReport(tuple(reports))
