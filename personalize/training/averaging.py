@@ -35,20 +35,30 @@ class WeightAverage:
         if self._in_use:
             yield
             return
-        trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._in_use = True
         try:
-            self._copy(self.values)
-            yield
+            with replaced(self.parameters, self.values):
+                yield
         finally:
-            self._copy(trained)
             self._in_use = False
 
     def state(self) -> dict[str, Tensor]:
         """The averages by the names that they have in checkpoints."""
         return {f"average.{name}": value for name, value in self.values.items()}
 
-    @torch.no_grad()
-    def _copy(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+
+@contextmanager
+def replaced(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the body with `values` in `parameters`, by name; afterwards these are as before."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        _copy(values, parameters)
+        yield
+    finally:
+        _copy(before, parameters)
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

@@ -6,8 +6,8 @@ score = mean over the pictures of √(edit · identity)          see `evaluation
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -21,6 +21,7 @@ from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request, Scorer
 from personalize.models.prompts import align_prompt
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.training.averaging import replaced
 
 PREFIX = "best."  # of the names in checkpoints
 NUMBERS, SCORE = f"{PREFIX}numbers", f"{PREFIX}score"
@@ -85,15 +86,9 @@ class BestWeights:
                 self.values[name].copy_(parameter.detach())
         return better
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Run the body with the best weights as the parameters, which are as before afterwards."""
-        trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        try:
-            self._copy(self.values)
-            yield
-        finally:
-            self._copy(trained)
+        return replaced(self.parameters, self.values)
 
     def info(self, updates: int) -> dict[str, Any]:
         """Entries of the metadata of an adapter that has these weights, in a run of so many `updates`."""
@@ -123,8 +118,3 @@ class BestWeights:
     def _criterion(self) -> int:
         """A number that is equal for scores that can be compared."""
         return int.from_bytes(sha256(json.dumps(self.about, sort_keys=True).encode()).digest()[:7])
-
-    @torch.no_grad()
-    def _copy(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])

@@ -23,8 +23,8 @@ LOG_EVERY = 50  # updates
 BatchMaker = Callable[[int, range], dict[str, Tensor]]  # (update, sample numbers) → the batch of these samples
 
 
-class WeightAverage(Protocol):
-    """A moving average of the trained weights, which is kept in the checkpoint."""
+class Restorable(Protocol):
+    """What is kept in the checkpoint, such as a moving average of the trained weights."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -76,7 +76,7 @@ def run_stage(
     optimizer: Optimizer,
     schedule: LRScheduler,
     *,
-    average: WeightAverage | None = None,
+    average: Restorable | None = None,
     update_average: Callable[[], Any] = lambda: None,
 ) -> None:
     """Train `objective` from the stage's checkpoint, if there is one, to its last update; resuming is exact.
