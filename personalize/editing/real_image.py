@@ -130,27 +130,37 @@ def edit_photo(
         control = None if plain else _controls(model, tokens, targets, request, settings, attention)
         prepared = prepare_image(model, frame, source, targets, request, settings, folder, cache, region, plain=plain)
         scale = settings.guidance(model.name)
-        latents = prepared.trajectory.replay(model, scale) if control is None else _sampled(
-            model, frame, prepared, source, targets, control, scale, region
-        )  # fmt: skip
+        if control is None:
+            latents = prepared.trajectory.replay(model, scale)
+        else:
+            latents = _sampled(model, frame, prepared, source, targets, control, scale, region)
         nouns = None if prepared.dynamic is None else dynamic_noun_sheet(model, frame, prepared)
     # one row at a time: of all parts the VAE needs the most memory
     pixels = torch.cat([model.decode(row).cpu() for row in latents.split(1)])
     reconstruction, *edits = [frame.to_picture(row[None]) for row in pixels]
     edits = edits or [reconstruction] * len(targets)
     regions = _regions(frame, request, prepared, control, region, latents, len(edits))
-    kept = [keep_photo(*pair) for pair in zip(edits, [frame] * len(edits), regions, strict=True)] if regions else []
+    kept = [keep_photo(edit, frame, own) for edit, own in zip(edits, regions, strict=True)] if regions else []
     edits = [image for image, _ in kept] or edits
     maps = None
     if control is not None and attention and control.maps is not None:
         maps = word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
     masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend, targets)
     return EditResult(
-        tuple(edits), reconstruction, edit_sheet(frame.picture, reconstruction, edits, source, targets), maps,
-        tuple(targets), latents, prepared.trajectory, time.perf_counter() - began,
-        _notes(frame, prepared, control, settings, request), nouns, masks, _first_cells(regions, prepared),
-        tuple(count for _, count in kept),
-    )  # fmt: skip
+        images=tuple(edits),
+        reconstruction=reconstruction,
+        sheet=edit_sheet(frame.picture, reconstruction, edits, source, targets),
+        attention=maps,
+        targets=tuple(targets),
+        latents=latents,
+        trajectory=prepared.trajectory,
+        seconds=time.perf_counter() - began,
+        notes=_notes(frame, prepared, control, settings, request),
+        nouns=nouns,
+        masks=masks,
+        region=_first_cells(regions, prepared),
+        untouched=tuple(count for _, count in kept),
+    )
 
 
 def _notes(

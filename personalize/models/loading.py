@@ -15,6 +15,7 @@ from personalize.io.json_files import read_json
 from personalize.io.plain_files import require_plain_tree, visible
 from personalize.models.config import (
     INPAINTING,
+    TEXT_ENCODERS,
     TEXT_TO_IMAGE,
     check_base_name,
     check_channels,
@@ -36,7 +37,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 @quiet_loading()
-def read(
+def load_pipeline(
     source: str | Path,
     dtype: torch.dtype,
     *,
@@ -56,7 +57,7 @@ def read(
     check_base_name(source)
     path = Path(source)
     if path.is_file():
-        return read_file(path, dtype, prediction_type, inpainting)
+        return load_single_file(path, dtype, prediction_type, inpainting)
     extra: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     if path.is_dir():
         require_plain_tree(path)
@@ -93,7 +94,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def _require_no_lora_layers(folder: Path) -> None:
     """Raises UserError if a part was saved with LoRA layers in it: then diffusers would leave its weights at random."""
-    for part in ("unet", "text_encoder", "text_encoder_2"):
+    for part in ("unet", *TEXT_ENCODERS):
         for file in visible(folder / part, "*.safetensors"):
             try:
                 with safe_open(file, "pt") as tensors:
@@ -116,7 +117,7 @@ def require_parts(names: Iterable[str], source: object) -> None:
         raise UserError(f"{source} is no Stable Diffusion 1.x, 2.x or XL model: it has no {' and no '.join(missing)}")
 
 
-def read_file(
+def load_single_file(
     path: Path, dtype: torch.dtype, prediction_type: str | None = None, inpainting: bool = False
 ) -> DiffusionPipeline:
     """The pipeline of a single-file checkpoint in the original layout; configs and tokenizer come from `configs`.
@@ -146,16 +147,19 @@ def _assembled(path: Path, kind: str, channels: int) -> Any:
     """The pipeline of the weights in `path` and the configs of `kind`, in fp32."""
     import diffusers
 
-    config, read = str(CONFIGS / kind), {"local_files_only": True, "dtype": torch.float32}
-    parts: dict[str, Any] = {"tokenizer": clip_tokenizer(EOS if kind == "sd15" else "!")}
-    classes = (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionInpaintPipeline)
+    config, options = str(CONFIGS / kind), {"local_files_only": True, "dtype": torch.float32}
+    parts: dict[str, Any]
     if kind == "sdxl":
-        classes = (diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionXLInpaintPipeline)
+        pipeline, inpainting = diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionXLInpaintPipeline
         parts = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+    else:
+        pipeline, inpainting = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionInpaintPipeline
+        parts = {"tokenizer": clip_tokenizer(EOS if kind == "sd15" else "!")}
     if channels == INPAINTING:
         about = {"config": config, "subfolder": "unet", "in_channels": channels}
-        parts["unet"] = diffusers.UNet2DConditionModel.from_single_file(str(path), **about, **read)
-    return classes[channels == INPAINTING].from_single_file(str(path), config=config, **read, **parts)
+        parts["unet"] = diffusers.UNet2DConditionModel.from_single_file(str(path), **about, **options)
+        pipeline = inpainting
+    return pipeline.from_single_file(str(path), config=config, **options, **parts)
 
 
 def _input_channels(path: Path) -> int:

@@ -18,7 +18,7 @@ from personalize.models.config import INPAINTING, base_name, check_channels
 from personalize.models.identity import Hashed, hashed_unet
 from personalize.models.idle_parts import Offload
 from personalize.models.known_bases import portable_name, remember_base
-from personalize.models.loading import default_device, default_dtype, family, read, require_bf16, require_parts
+from personalize.models.loading import default_device, default_dtype, family, load_pipeline, require_bf16, require_parts
 from personalize.models.offloading import embedding_device, execution_device
 from personalize.models.quantization import quantize
 from personalize.models.supported import require_supported, require_usable
@@ -89,7 +89,7 @@ class StableDiffusion:
         if dtype == torch.bfloat16:
             require_bf16(device)
         about: Any = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
-        pipe = read(source, dtype, **about, inpainting=inpainting, local_files_only=local_files_only)
+        pipe = load_pipeline(source, dtype, **about, inpainting=inpainting, local_files_only=local_files_only)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(device)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import personalize
 from personalize.errors import UserError
-from personalize.models.loading import read
+from personalize.models.loading import load_pipeline
 from tests.support.adapter_kinds import KINDS, text_lora
 from tests.support.foreign_files import kohya, save
 from tests.support.tiny import tiny_pipeline
@@ -174,4 +174,4 @@ def test_a_base_saved_with_lora_layers_in_it_is_refused(tmp_path, lora):
     fused(pipe, lora)
     pipe.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"saved with LoRA layers in it .* pipe.unload_lora_weights\(\)"):
-        read(tmp_path / "base", torch.float32)
+        load_pipeline(tmp_path / "base", torch.float32)

@@ -46,7 +46,7 @@ def test_shards_have_one_index(tmp_path):
 
 
 def test_base_models_are_loaded(tmp_path):
-    assert loading.read(shadowed(tiny_folder("sd1", tmp_path)), torch.float32) is not None
+    assert loading.load_pipeline(shadowed(tiny_folder("sd1", tmp_path)), torch.float32) is not None
 
 
 def test_the_latest_checkpoint_is_found(tmp_path):

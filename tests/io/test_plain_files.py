@@ -46,12 +46,12 @@ READERS = {
     "hash": ("x.png", file_hash), "text": ("x.txt", read_text), "bytes": ("x.txt", read_bytes),
     "adapter": ("x.safetensors", Adapter.load), "adapter of others": ("x.safetensors", open_adapter),
     "inspected": ("x.safetensors", inspect_file), "verified": ("x.safetensors", verify_file),
-    "base": ("x.safetensors", lambda path: loading.read(path, torch.float32)),
+    "base": ("x.safetensors", lambda path: loading.load_pipeline(path, torch.float32)),
     "caption": ("x.txt", lambda path: sidecar_caption(path.with_suffix(".png")) or refuse("no caption")),
 }  # fmt: skip
 FOLDERS = {
-    "base": ("model_index.json", lambda folder: loading.read(folder, torch.float32)),
-    "part of a base": ("unet/config.json", lambda folder: loading.read(indexed(folder), torch.float32)),
+    "base": ("model_index.json", lambda folder: loading.load_pipeline(folder, torch.float32)),
+    "part of a base": ("unet/config.json", lambda folder: loading.load_pipeline(indexed(folder), torch.float32)),
     "adapter": ("adapter.json", Adapter.load), "checkpoint": ("state.json", checkpoints.load),
     "trajectory": ("trajectory.json", Trajectory.load), "PEFT": ("adapter_config.json", open_adapter),
 }  # fmt: skip
