@@ -25,10 +25,11 @@ from personalize.adapters import lora, lora_scales
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.adapter_files import kohya_file_name
 from personalize.adapters.forgetting import parse_rules
-from personalize.adapters.merging import RankReduction, reduced, require_scalable
+from personalize.adapters.merging import require_scalable
 from personalize.errors import UserError
 from personalize.formats import lora_files, timestep_rank, verification
 from personalize.formats.peft_files import peft_files, require_peft_files
+from personalize.formats.rank_reduction import RankReduction, lowered_pairs
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import write_file, write_folder
@@ -136,9 +137,7 @@ def with_lower_rank(adapter: Adapter, rank: int) -> tuple[Adapter, RankReduction
         UserError: the rank is not lower, or the adapter's timestep-dependent rank is of its present components.
     """
     timestep_rank.require_whole_rank(adapter.timestep_rank)
-    if rank >= adapter.rank:
-        raise UserError(f"the adapter has rank {adapter.rank}: --rank must be lower, got {rank}")
-    reduction = reduced(adapter.lora, adapter.alpha / adapter.rank, rank)
+    reduction = lowered_pairs(lora_files.factor_pairs(adapter.lora), adapter.alpha / adapter.rank, rank)
     return replace(adapter, lora=reduction.state, rank=rank, alpha=float(rank)), reduction
 
 

@@ -23,7 +23,7 @@ from personalize.errors import UserError
 from personalize.formats.algorithms import algorithm_of
 from personalize.formats.foreign_files import AdapterFile, as_lora
 from personalize.formats.lora_files import factor_pairs
-from personalize.formats.rank_reduction import RankReduction, peft_state, reduced_pairs, zero_padded
+from personalize.formats.rank_reduction import peft_state, zero_padded
 from personalize.formats.timestep_rank import KEY as TIMESTEP_RANK
 from personalize.formats.timestep_rank import SummedTimestepRank
 from personalize.formats.weight_changes import NEED_THE_BASE
@@ -73,15 +73,6 @@ def concatenated(parts: Sequence[WeightedLora], *, aligned: bool = False) -> tup
     joined = {m: (torch.cat([a for a, _ in f]), torch.cat([b for _, b in f], 1)) for m, f in factors_of.items()}
     rank = max(len(a) for a, _ in joined.values())
     return peft_state({module: zero_padded(a, b, rank) for module, (a, b) in joined.items()}), rank
-
-
-def reduced(state: State, strength: float, rank: int) -> RankReduction:
-    """The nearest LoRA of the given `rank` to ΔW = strength · B A, found for each module by itself, and its errors.
-
-    Raises:
-        UserError: `rank` is below 1, or the LoRA has no module.
-    """
-    return reduced_pairs(factor_pairs(state), strength, rank)
 
 
 def plain(adapter: Adapter) -> tuple[Adapter, list[str]]:

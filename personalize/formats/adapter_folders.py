@@ -9,6 +9,7 @@ from personalize.io.plain_files import visible
 MANIFEST, SOURCE_FILE = "adapter.json", "source_embedding.safetensors"  # of the folders that our trainers write
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers looks for in a folder
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file of settings, and the key under which its text joins the metadata
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's file of tensors
 INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
 ADAPTER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 ADAPTER_FOLDERS = (MANIFEST, ADAPTER_CONFIG, f"*/{ADAPTER_CONFIG}", f"*{INDEX}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from personalize.errors import UserError, first_line
 from personalize.formats.adapter_folders import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     DIFFUSERS_FILE,
     INDEX,
     MANIFEST,
@@ -25,14 +26,14 @@ from personalize.formats.adapter_folders import (
     no_adapter,
 )
 from personalize.formats.lora_keys import COMPONENTS
+from personalize.formats.peft_settings import BASE_PREFIX
 from personalize.io.json_files import checked, read_json
 from personalize.io.pickles import read_any
 from personalize.io.plain_files import visible
 from personalize.io.tensor_files import TensorFile, tensor_parts
 from personalize.models.config import HUB_FILE
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PEFT_PREFIX = "base_model.model."
+WEIGHTS = (ADAPTER_WEIGHTS, "adapter_model.bin")
 MAX_SHARDS = 100
 
 
@@ -62,7 +63,7 @@ def open_adapter(path: str | Path, *, allow_pickle: bool = False, peek: int | No
         return _open_shards(path, peek)
     content = read_any(path, allow_pickle=allow_pickle, peek=peek)
     config = path.parent / ADAPTER_CONFIG
-    if config.is_file() and any(key.startswith(PEFT_PREFIX) for key in content.tensors):
+    if config.is_file() and any(key.startswith(BASE_PREFIX) for key in content.tensors):
         return _with_settings(content, read_json(config), path.parent.name)
     return content
 

@@ -42,7 +42,7 @@ ENDINGS |= {f".{ending}": (algorithm, ending) for algorithm, endings in OTHER_EN
 LONGEST_ENDING_FIRST = sorted(ENDINGS, key=len, reverse=True)
 
 WRAPPER_WORDS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "base_layer")
-PEFT_PREFIX = re.compile(r"(?:(?<=\.)|^)(?:base_model\.model\.)+")
+BASE_PREFIXES = re.compile(r"(?:(?<=\.)|^)(?:base_model\.model\.)+")
 ADAPTER_NAME = re.compile(
     r"(\.(?:lora_A|lora_B|lora_down|lora_up|lora_mid|lora_magnitude_vector))\.((?!weight$|bias$)[^.]+)"
     r"(?=\.weight$|\.bias$|$)"
@@ -94,7 +94,7 @@ def take_apart(key: str) -> KeyParts | None:
     found = _module_and_scheme(stem, bare)
     if found is None:
         return None
-    scheme = "PEFT folder" if PEFT_PREFIX.search(key) else found[1]
+    scheme = "PEFT folder" if BASE_PREFIXES.search(key) else found[1]
     return KeyParts(found[0], algorithm, role, scheme, stem, wrappers)
 
 
@@ -104,7 +104,7 @@ def without_wrappers(key: str) -> tuple[str, tuple[str, ...]]:
     if (match := ADAPTER_NAME.search(key)) is not None:
         words.append(match[2])
         key = ADAPTER_NAME.sub(r"\1", key)
-    parts = PEFT_PREFIX.sub("", key).split(".")
+    parts = BASE_PREFIXES.sub("", key).split(".")
     words += [part for part in parts if part in WRAPPER_WORDS]
     key = ".".join(part for part in parts if part not in WRAPPER_WORDS)
     if "__orig_mod_" in key:  # flattened by sd-scripts: lora_unet__orig_mod_down_blocks_…

@@ -10,16 +10,15 @@ import torch
 
 from personalize.errors import UserError
 from personalize.formats import lora_files, verification
+from personalize.formats.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from personalize.formats.lora_keys import COMPONENTS
+from personalize.formats.peft_settings import BASE_PREFIX
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.json_files import read_json
 from personalize.io.plain_files import is_hidden
 from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
 from personalize.models.config import FAMILIES
-
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
 
 
 def read_peft_keys(content: TensorFile, family: str | None) -> tuple[Factors, list[str]]:
@@ -54,7 +53,7 @@ def peft_files(
         if part == "text_encoder":
             own = {path.removeprefix("text_model."): pair for path, pair in own.items()}
         tensors = {
-            f"{PEFT_PREFIX}{path}.lora_{side}.weight": tensor.to(dtype)
+            f"{BASE_PREFIX}{path}.lora_{side}.weight": tensor.to(dtype)
             for path, pair in own.items()
             for side, tensor in zip("AB", pair, strict=True)
         }
@@ -62,15 +61,15 @@ def peft_files(
                     "target_modules": list(own), "bias": "none", "inference_mode": True,
                     "base_model_name_or_path": base}  # fmt: skip
         folder = "" if parts == ["unet"] else f"{part}/"
-        files[f"{folder}{PEFT_CONFIG}"] = (json.dumps(settings, indent=2) + "\n").encode()
-        files[f"{folder}{PEFT_WEIGHTS}"] = tensor_bytes(tensors, {**(metadata or {}), "format": "pt"})
+        files[f"{folder}{ADAPTER_CONFIG}"] = (json.dumps(settings, indent=2) + "\n").encode()
+        files[f"{folder}{ADAPTER_WEIGHTS}"] = tensor_bytes(tensors, {**(metadata or {}), "format": "pt"})
     return files
 
 
 def require_no_other_files(folder: Path) -> None:
     """UserError if `folder` holds files other than PEFT's, here or below; hidden ones, such as .DS_Store, may stay."""
     names = {path.name for path in folder.rglob("*") if path.is_file() and not is_hidden(path.name)}
-    if others := names - {PEFT_CONFIG, PEFT_WEIGHTS}:
+    if others := names - {ADAPTER_CONFIG, ADAPTER_WEIGHTS}:
         raise UserError(f"{folder} already holds {min(others)}: name another output folder")
 
 
@@ -79,10 +78,10 @@ def require_peft_files(folder: Path, expected: Factors, family: str | None) -> N
     tensors, settings = {}, {}
     folders = {part: folder / part for part in COMPONENTS if (folder / part).is_dir()} or {"unet": folder}
     for part, place in folders.items():
-        config, nested = read_json(place / PEFT_CONFIG), "text_model." if part == "text_encoder" else ""
-        for key, tensor in read_tensors(place / PEFT_WEIGHTS).tensors.items():
-            tensors[f"{part}.{nested}{key.removeprefix(PEFT_PREFIX)}"] = tensor
+        config, nested = read_json(place / ADAPTER_CONFIG), "text_model." if part == "text_encoder" else ""
+        for key, tensor in read_tensors(place / ADAPTER_WEIGHTS).tensors.items():
+            tensors[f"{part}.{nested}{key.removeprefix(BASE_PREFIX)}"] = tensor
         settings |= {f"{part}.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
     content = TensorFile(tensors, {"lora_adapter_metadata": json.dumps(settings)})
     factors, problems = read_peft_keys(content, family)
-    VerificationReport((verification.compare(PEFT_WEIGHTS, factors, problems, expected),)).require()
+    VerificationReport((verification.compare(ADAPTER_WEIGHTS, factors, problems, expected),)).require()

@@ -24,6 +24,7 @@ from personalize.formats.adapter_folders import ADAPTER_CONFIG
 from personalize.formats.weight_changes import alpha_of
 from personalize.io.json_files import parse_json
 
+BASE_PREFIX = "base_model.model."  # before the path of every module in PEFT's files
 UNPREFIXED = {"r", "lora_alpha"}  # the settings of a model that was saved without its pipeline
 SCALED_BY_SETTINGS = ("LOHA", "LOKR")  # PEFT's kinds whose factors do not show the rank that alpha is divided by
 FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # beginnings of PEFT's `init_lora_weights`

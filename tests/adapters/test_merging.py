@@ -10,12 +10,13 @@ from personalize.adapters.apply import load_adapters
 from personalize.adapters.export import baked
 from personalize.adapters.forgetting import parse_rule
 from personalize.adapters.fuse import merged_weights
-from personalize.adapters.merging import WeightedLora, concatenated, merged, reduced
+from personalize.adapters.merging import WeightedLora, concatenated, merged
 from personalize.editing.attach import attach
 from personalize.editing.config import EditStrengths
 from personalize.editing.editor import Editor
 from personalize.errors import Notice, UserError
 from personalize.formats.lora_files import factor_pairs
+from personalize.formats.rank_reduction import reduced_pairs
 from tests.support.adapter_kinds import KINDS
 from tests.support.lora_states import random_adapter, random_lora
 from tests.support.tiny import tiny, tiny_pipeline
@@ -42,7 +43,7 @@ def test_a_sum_is_exact_and_holds_the_modules_of_all():
 
 def test_lower_rank_is_the_nearest_matrix_and_states_its_error():
     state = random_lora(SHAPES, rank=5)
-    found = reduced(state, 3.0, 2)
+    found = reduced_pairs(factor_pairs(state), 3.0, 2)
     lost = whole = 0.0
     for module, matrix in deltas(state, 3.0).items():
         u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
@@ -61,12 +62,12 @@ def test_lower_rank_is_the_nearest_matrix_and_states_its_error():
 def test_what_has_a_lower_rank_already_loses_nothing():
     state = random_lora(SHAPES, rank=2)
     doubled, rank = concatenated([WeightedLora(state, 1.0, 0.25), WeightedLora(state, 1.0, 0.75)])
-    found = reduced(doubled, 1.0, 2)
+    found = reduced_pairs(factor_pairs(doubled), 1.0, 2)
     assert rank == 4 and found.error < 1e-6  # fp32 rounding of the sum
     for module, matrix in deltas(state).items():
         torch.testing.assert_close(deltas(found.state)[module], matrix, atol=FP32, rtol=0)
     zero = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-    assert reduced(zero, 1.0, 1).error == 0
+    assert reduced_pairs(factor_pairs(zero), 1.0, 1).error == 0
 
 
 def test_mistakes():
@@ -76,8 +77,8 @@ def test_mistakes():
         (lambda: concatenated([]), "must be numbers"),
         (lambda: concatenated([WeightedLora(state, 1.0, float("nan"))]), "must be numbers"),
         (lambda: concatenated([WeightedLora(state, 1.0), WeightedLora(other, 1.0)]), "different base models"),
-        (lambda: reduced(state, 1.0, 0), "whole number from 1"),
-        (lambda: reduced({}, 1.0, 2), "nothing to reduce"),
+        (lambda: reduced_pairs(factor_pairs(state), 1.0, 0), "whole number from 1"),
+        (lambda: reduced_pairs(factor_pairs({}), 1.0, 2), "nothing to reduce"),
     ):
         with pytest.raises(UserError, match=message):
             attempt()

@@ -16,7 +16,8 @@ from functools import cache, lru_cache
 
 from personalize.formats.diffusion_transformers.families import FAMILIES, Rows
 from personalize.formats.diffusion_transformers.skeletons import layer_names
-from personalize.formats.key_parts import PEFT_PREFIX, split_ending, without_wrappers
+from personalize.formats.key_parts import BASE_PREFIXES, split_ending, without_wrappers
+from personalize.formats.peft_settings import BASE_PREFIX
 
 ROW = re.compile(r"(\S*?)([=~])(\S+)")
 XLABS = re.compile(r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)")
@@ -133,7 +134,7 @@ def spelled(layer: Layer, family: str, scheme: str) -> str:
     if part != "transformer":
         return _encoder_name(family, part, path, scheme)
     return {
-        "diffusers": f"transformer.{path}", "PEFT folder": f"base_model.model.{path}",
+        "diffusers": f"transformer.{path}", "PEFT folder": f"{BASE_PREFIX}{path}",
         "ComfyUI": f"diffusion_model.{layer.path}", "kohya": f"lora_unet_{_flat(layer.path)}",
         "OneTrainer": f"lora_transformer_{_flat(path)}",
     }[scheme]  # fmt: skip
@@ -144,7 +145,7 @@ def _encoder_name(family: str, part: str, path: str, scheme: str) -> str:
     starts = {name: (flat[0], comfyui) for name, flat, comfyui in FAMILIES[family].encoders}[part]
     if scheme in ("kohya", "OneTrainer"):
         return f"{starts[0]}_{_flat(path)}"
-    return {"ComfyUI": f"{starts[1]}.{path}", "PEFT folder": f"base_model.model.{path}"}.get(scheme, f"{part}.{path}")
+    return {"ComfyUI": f"{starts[1]}.{path}", "PEFT folder": f"{BASE_PREFIX}{path}"}.get(scheme, f"{part}.{path}")
 
 
 @lru_cache(maxsize=2**14)
@@ -159,4 +160,4 @@ def stem_of(key: str) -> tuple[str, str, str, bool] | None:
         return f"{match[1]}_blocks.{match[2]}.{layer}", "LoRA", "A" if match[5] == "down" else "B", False
     bare, _ = without_wrappers(key)
     split = split_ending(bare)
-    return None if split is None else (*split, PEFT_PREFIX.search(key) is not None)
+    return None if split is None else (*split, BASE_PREFIXES.search(key) is not None)

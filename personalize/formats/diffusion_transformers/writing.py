@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from personalize.formats.diffusion_transformers.factors import Pair, fuse, halves_swapped, one_rank, outputs_of
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.names import Layer, original_layers, spelled
 from personalize.formats.diffusion_transformers.skeletons import shapes_of
 from personalize.formats.lora_files import alpha_tensor, hashed_bytes
-from personalize.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 from personalize.io.tensor_files import tensor_bytes
 
 ORIGINAL = {"kohya", "ComfyUI"}  # spellings by the layers of the original code
@@ -100,5 +100,5 @@ def peft_folder(pairs: Mapping[str, Pair], family: str, dtype: torch.dtype) -> d
                 "target_modules": [name.partition(".")[2] for name in same], "inference_mode": True,
                 "base_model_name_or_path": None}  # fmt: skip
     tensors = tensors_in(same, family, "PEFT folder", dtype)
-    return {PEFT_CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
-            PEFT_WEIGHTS: tensor_bytes(tensors, {"format": "pt"})}  # fmt: skip
+    return {ADAPTER_CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
+            ADAPTER_WEIGHTS: tensor_bytes(tensors, {"format": "pt"})}  # fmt: skip
