@@ -14,6 +14,7 @@ from personalize.io.json_files import read_json
 from personalize.studio.actions import carry_out, command_line, option, read
 from personalize.studio.jobs import Job
 from personalize.studio.parts import (
+    QUIET,
     Studio,
     Tab,
     address,
@@ -44,7 +45,6 @@ MODES = {
 WRITTEN = """drawn => { const p = (drawn && drawn.points) || [], pairs = [];
   for (let i = 0; i < p.length; i += 2) pairs.push(p.slice(i, i + 2).map((one) => one.join(",")).join(" > "));
   return pairs.join("; "); }"""
-QUIET = {"show_progress": "hidden", "concurrency_limit": None}
 
 
 def build(studio: Studio) -> Tab:

@@ -24,6 +24,7 @@ from personalize.studio.edit_pictures import (
 )
 from personalize.studio.jobs import Job
 from personalize.studio.parts import (
+    QUIET,
     Studio,
     Tab,
     adapter_choice,
@@ -74,8 +75,8 @@ def build(studio: Studio) -> Tab:
         return lambda *values: begin(studio, dict(zip(names, values, strict=True)), search)
 
     for button, search in ((draw, False), (choose, True)):
-        button.click(start(search), inputs, [message, command], show_progress="hidden", concurrency_limit=None)
-    fields["prompt"].submit(start(False), inputs, [message, command], show_progress="hidden", concurrency_limit=None)
+        button.click(start(search), inputs, [message, command], **QUIET)
+    fields["prompt"].submit(start(False), inputs, [message, command], **QUIET)
 
     def again(event: gr.SelectData) -> list[Any]:
         kept = history(studio.queue)[event.index][2]

@@ -90,15 +90,13 @@ def history(queue: JobQueue) -> list[tuple[str, str, dict[str, Any]]]:
     for job in queue.history("edit"):
         for entry in job.result["entries"]:
             rule, _, kept = entry["forget"].partition("=")
-            own = {
-                "rule": rule,
-                "forgotten": 1 - float(kept or 0),
-                "seed": entry["seed"],
-                "strength": entry["strength"],
-            }
-            names = ("alpha", "beta") if entry["gamma"] is None else ("gamma",)
-            way = "projection" if entry["gamma"] is None else "subtraction"
-            mix = {name: entry[name] for name in names} | {"mix": next(text for text in MIXES if MIXES[text] == way)}
-            fields = job.inputs | own | mix | {"dial_across": "–", "dial_down": "–", "count": 1}
+            fields = job.inputs | {"dial_across": "–", "dial_down": "–", "count": 1}
+            fields |= {"rule": rule, "forgotten": 1 - float(kept or 0)}
+            fields |= {"seed": entry["seed"], "strength": entry["strength"]}
+            projection, subtraction = MIXES
+            if entry["gamma"] is None:
+                fields |= {"mix": projection, "alpha": entry["alpha"], "beta": entry["beta"]}
+            else:
+                fields |= {"mix": subtraction, "gamma": entry["gamma"]}
             found.append((str(job.result["folder"] / entry["file"]), _label(entry), fields))
     return found[:SHOWN]

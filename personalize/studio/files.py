@@ -16,6 +16,7 @@ from personalize.studio.actions import command_line, option, read
 from personalize.studio.jobs import Job
 from personalize.studio.learn_result import reader_table
 from personalize.studio.parts import (
+    QUIET,
     Markup,
     Studio,
     Tab,
@@ -30,7 +31,6 @@ from personalize.studio.parts import (
 )
 
 KIND = "files"
-QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
 LAYOUTS = {
     "A1111, Forge, ComfyUI, InvokeAI (kohya)": "kohya",
     "diffusers": "diffusers",

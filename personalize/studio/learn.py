@@ -17,6 +17,7 @@ from personalize.studio.jobs import Job
 from personalize.studio.learn_result import live, result
 from personalize.studio.learn_words import ON_TOP, ONE, OWN_BASE, SEVERAL, phrases, words_of
 from personalize.studio.parts import (
+    QUIET,
     Studio,
     Tab,
     awaited,
@@ -30,7 +31,6 @@ from personalize.studio.parts import (
 )
 
 KIND = "learn"
-QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
 
 
 def build(studio: Studio) -> Tab:

@@ -21,6 +21,8 @@ from personalize.studio.folder import Folder
 from personalize.studio.jobs import Job, JobQueue
 
 HERE = Path(__file__).parent
+# of an event: no bar over its outputs, and it waits for no other
+QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
 PATIENCE = 0.25  # seconds between two looks at a job that a page waits for
 
 

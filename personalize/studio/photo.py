@@ -16,6 +16,7 @@ from personalize.studio.actions import carry_out, command_line, option, read
 from personalize.studio.folder import OUTPUT
 from personalize.studio.jobs import Job
 from personalize.studio.parts import (
+    QUIET,
     Studio,
     Tab,
     awaited,
@@ -107,7 +108,6 @@ def wire(
 ) -> None:  # fmt: skip
     """What the two buttons do."""
     inputs, names = given
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
 
     def words_read(*values: Any) -> Iterator[tuple[Any, Any]]:
         yield from read_words(studio, dict(zip(names, values, strict=True)))
@@ -115,8 +115,8 @@ def wire(
     def begin(*values: Any) -> tuple[str, Any]:
         return start_edit(studio, dict(zip(names, values, strict=True)))
 
-    look.click(words_read, inputs, [chips, message], **quiet)
-    edit.click(begin, inputs, [message, command], **quiet)
+    look.click(words_read, inputs, [chips, message], **QUIET)
+    edit.click(begin, inputs, [message, command], **QUIET)
 
 
 def photo_of(studio: Studio, given: Mapping[str, Any]) -> Path:
