@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from types import FrameType, ModuleType
 from personalize.cli.faults import traceback_wanted
 from personalize.errors import UserError
 from personalize.io.json_files import checked, parse_json
+from personalize.io.signals import ending_signals_handled
 
 PACKAGE = Path(__file__).parents[1]
 ERROR_FILE = "PERSONALIZE_ERROR_FILE"  # environment variable: file for the one-line error of a launched process
@@ -144,18 +144,8 @@ def forwarded(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             process.send_signal(signal.SIGKILL if received else signal.SIGTERM)
         received.append(number)
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        names = []
-    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, forward)
-    try:
+    with ending_signals_handled(forward):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def accelerate_launch(processes: int) -> list[str]:

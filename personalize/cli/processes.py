@@ -13,6 +13,7 @@ from ctypes import CDLL
 from types import FrameType
 
 from personalize.errors import Stopped, UserError
+from personalize.io.signals import ending_signals_handled
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PAUSE = 1.0  # seconds between two looks at the parent, where the system does not tell
@@ -25,29 +26,20 @@ def signals_raise() -> Iterator[None]:
     Signals that are ignored or have a handler stay as they are.  A library whose import is broken off may go on and
     fail in a way of its own: an exception that is not ours and leaves the body after a signal becomes Stopped.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         received.append(number)
         raise Stopped(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
-    for number in before:
-        signal.signal(number, stop)
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
     try:
-        yield
+        with ending_signals_handled(stop, replaces=lambda before: before in defaults):
+            yield
     except Exception as error:
         if received and not isinstance(error, UserError):
             raise Stopped(received[0]) from error
         raise
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def end_with_parent() -> None:

@@ -15,6 +15,7 @@
     provenance     that a model made a picture, and how;  content_credentials: signed (C2PA)
     figures        labelled grids, overlays and sheets
     progress       how far a long loop is, told to whoever listens
+    signals        a handler of those that end a process
 
 Imports: nothing.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from personalize.errors import Stopped
+from personalize.io.signals import ending_signals_handled
 
 PATIENCE = 60.0  # seconds that a process which writes no checkpoint waits for the one that does
 
@@ -36,7 +36,7 @@ def stop_requests(*, deferred: bool = True, leave_after: float | None = None) ->
         Stopped: at the second signal.
     """
     request = StopRequest()
-    if not deferred or threading.current_thread() is not threading.main_thread():
+    if not deferred:
         yield request
         return
 
@@ -49,13 +49,5 @@ def stop_requests(*, deferred: bool = True, leave_after: float | None = None) ->
             timer.daemon = True
             timer.start()
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
-    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, mark)
-    try:
+    with ending_signals_handled(mark):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
