@@ -12,12 +12,12 @@ from typing import Any
 from personalize.adapters.subjects import check_named, default_prompt, read_subjects, read_trigger
 from personalize.errors import Notice, UserError
 from personalize.io.image_files import check_image, check_image_path
-from personalize.io.image_folders import ImageFolder, only_picture, read_folder
+from personalize.io.image_folders import ImageFolder, read_folder
 from personalize.io.output_folder import check_output_folder
 from personalize.models.config import check_base_name, check_resolution, notice_unused
 from personalize.training.config import check_warmup
-from personalize.training.data.captions import find_caption, folder_caption
-from personalize.training.data.sources import instance_folders, instance_places, named_pictures
+from personalize.training.data.captions import find_caption, folder_caption, no_caption
+from personalize.training.data.sources import concepts_picture, instance_folders, instance_places, named_pictures
 
 
 def check_single_image(config: Any) -> None:
@@ -86,10 +86,7 @@ def check_multi_concept(config: Any) -> None:
         raise UserError("mask_weight needs masks: name a picture for each concept with --masks")
     if config.masks and config.mask_weight is None and not config.calibration_weight:
         raise UserError("masks have the weight of the calibration, which is 0: give a mask_weight, or leave masks out")
-    given = [path for path in (config.picture, config.instance_data_dir) if path is not None]
-    if len(given) != 1:
-        raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")
-    for picture in (only_picture(given[0]), *config.masks):
+    for picture in (concepts_picture(config), *config.masks):
         check_image(picture)
     subjects = read_subjects(config.concepts, config.modifier_token, config.instance_prompt, config.num_vectors)
     if not subjects:
@@ -172,10 +169,7 @@ def _check_captions(folder: ImageFolder, config: Any, captioned: bool) -> list[s
     own = [folder_caption(image, config.caption_column) for image in folder.images]  # a picture may be in several rows
     missing = [image.path for image, caption in zip(folder.images, own, strict=True) if not caption]
     if missing and not captioned:
-        raise UserError(
-            f"{missing[0]} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file "
-            f"beside it, into column {config.caption_column!r} of metadata.jsonl, or name a --caption_model"
-        )
+        raise no_caption(missing[0], config.caption_column)
     if config.caption is not None and len(missing) < len(own):
         left = f"--caption for the other {len(missing)}" if missing else "--caption is not used"
         warnings.warn(

@@ -39,6 +39,14 @@ def find_caption(
     )
 
 
+def no_caption(picture: str | Path, column: str) -> UserError:
+    """The error of a picture of a folder or data set that has no caption, neither in `column` nor elsewhere."""
+    return UserError(
+        f"{picture} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file beside "
+        f"it, into column {column!r} of metadata.jsonl, or name a --caption_model"
+    )
+
+
 def folder_caption(image: FolderImage, column: str) -> str | None:
     """The caption that a folder has for one of its pictures: `column` of its metadata, else the text file beside it.
 

@@ -25,7 +25,6 @@ from personalize.adapters.subjects import Subject, default_prompt, read_subjects
 from personalize.adapters.textual_inversion import check_new_tokens, installed_tokens, locate_subjects
 from personalize.errors import UserError
 from personalize.io.image_files import as_rgb, image_size, load_image
-from personalize.io.image_folders import only_picture
 from personalize.io.images import fitted_size
 from personalize.io.mask_files import as_mask, check_mask, load_mask
 from personalize.models.config import TEXT_ENCODERS
@@ -46,6 +45,7 @@ from personalize.training.data.augmentation import (
 )
 from personalize.training.data.buckets import FittedImage, fit, fit_into
 from personalize.training.data.samples import Chunk, Dataset, SampleShard
+from personalize.training.data.sources import concepts_picture
 
 EncodedImage = tuple[tuple[Tensor, Tensor], dict[str, Tensor]]  # posterior (mean, std), and `canvas` and `time_ids`
 
@@ -291,9 +291,7 @@ def read_picture(config: Any) -> ConceptPicture:
     Raises:
         UserError: no picture or two, no concept, or masks that do not fit.
     """
-    given = [path for path in (config.picture, config.instance_data_dir) if path is not None]
-    if len(given) != 1:
-        raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")
+    picture = load_image(concepts_picture(config))
     subjects = read_subjects(config.concepts, config.modifier_token, config.instance_prompt, config.num_vectors)
     masks = tuple(load_mask(path) for path in config.masks)
-    return ConceptPicture(load_image(only_picture(given[0])), subjects, config.instance_prompt or "", masks)
+    return ConceptPicture(picture, subjects, config.instance_prompt or "", masks)

@@ -24,7 +24,7 @@ from personalize.io.image_metadata import sidecar_caption
 from personalize.io.mask_files import as_mask, check_mask, load_mask, read_mask
 from personalize.io.plain_files import require_plain_tree
 from personalize.models.offline import without_network
-from personalize.training.data.captions import folder_caption, generate_caption
+from personalize.training.data.captions import folder_caption, generate_caption, no_caption
 from personalize.training.data.sources import MASK_FILE, instance_places, named_pictures
 
 MASK_COLUMN = "mask"  # the column that 🤗 datasets makes of it
@@ -151,8 +151,5 @@ def _caption(words: str | None, image: Image.Image, name: str, config: Any) -> s
     if not caption and config.caption_model is not None:
         caption = generate_caption(image, config.caption_model)
     if not caption:
-        raise UserError(
-            f"{name} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file beside "
-            f"it, into column {config.caption_column!r} of metadata.jsonl, or name a --caption_model"
-        )
+        raise no_caption(name, config.caption_column)
     return caption

@@ -9,7 +9,7 @@ from typing import Any
 
 from personalize.errors import UserError
 from personalize.io.image_files import check_image_path
-from personalize.io.image_folders import FolderImage, ImageFolder, read_folder
+from personalize.io.image_folders import FolderImage, ImageFolder, only_picture, read_folder
 from personalize.io.image_metadata import IMAGE_SUFFIXES, caption_file
 
 IMAGE_COLUMN = "image"  # the default of --image_column
@@ -34,6 +34,14 @@ def instance_places(config: Any) -> list[Path]:
             f"image_column {config.image_column} is for data sets, a folder's pictures are its files: leave it out"
         )
     return given[0] if given else []
+
+
+def concepts_picture(config: Any) -> Path:
+    """The file of the one picture that shows all concepts; UserError if the options name none or several."""
+    given = [path for path in (config.picture, config.instance_data_dir) if path is not None]
+    if len(given) != 1:
+        raise UserError(f"name one picture, e.g. `multi_concept photo.jpg`; got {len(given)}")
+    return only_picture(given[0])
 
 
 def named_pictures(
