@@ -46,11 +46,12 @@ class Config:
 
     def check(self) -> None:
         from personalize.adapters.forgetting import parse_rules
-        from personalize.cli.checks import check_absent, check_adapters
+        from personalize.cli.checks import check_adapters
+        from personalize.io.output_folder import require_absent
 
         check_adapters([self.adapter])
         parse_rules(self.forget)
-        check_absent(self.output)
+        require_absent(self.output)
 
 
 def main(config: Config) -> Path:
@@ -58,9 +59,10 @@ def main(config: Config) -> Path:
     import torch
 
     from personalize.adapters.adapter import Adapter
-    from personalize.adapters.export import DTYPES, baked, describe_resolved, require_absent
+    from personalize.adapters.export import DTYPES, baked, describe_resolved
     from personalize.adapters.fuse import export_folder, export_single_file, has_published_sizes, merged_weights
     from personalize.adapters.merging import missed_without
+    from personalize.io.output_folder import require_absent
     from personalize.models.known_bases import find_base
     from personalize.models.stable_diffusion import StableDiffusion
 
@@ -81,7 +83,8 @@ def main(config: Config) -> Path:
     model = StableDiffusion.load(named, device="cpu", dtype=torch.float32, **about)
     weights = merged_weights(model, adapter, any_base=config.any_base, strength=config.strength)
     single = output.suffix == ".safetensors"
-    (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
+    write = export_single_file if single else export_folder
+    write(model, weights, output, DTYPES[config.dtype])
     count = len(adapter.lora) // 2 + len(adapter.others)
     lines = (note, f"{output}: {count} modules merged into {base}, {config.dtype}, verified", *missed_without(adapter))
     print(*filter(None, lines), sep="\n")

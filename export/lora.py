@@ -38,12 +38,13 @@ class Config:
 
     def check(self) -> None:
         from personalize.adapters.forgetting import parse_rules
-        from personalize.cli.checks import check_absent, check_adapters
+        from personalize.cli.checks import check_adapters
+        from personalize.io.output_folder import require_absent
 
         check_adapters([self.adapter])
         parse_rules(self.forget)
         if self.output.suffix == ".safetensors":  # into a folder that exists goes a file
-            check_absent(self.output)
+            require_absent(self.output)
 
 
 def main(config: Config) -> Path:

@@ -31,17 +31,19 @@ class Config:
     """Rank of the result, reached by SVD, the relative error is printed; by default the sum of the ranks, exactly."""
 
     def check(self) -> None:
-        from personalize.cli.checks import check_absent, check_adapters
+        from personalize.cli.checks import check_adapters
+        from personalize.io.output_folder import require_absent
 
         check_adapters(self.adapters)
-        check_absent(self.output)
+        require_absent(self.output)
 
 
 def main(config: Config) -> Path:
     """Merge, reduce the rank if asked, save, and print the relative error; returns the folder."""
     from personalize.adapters.adapter import Adapter
-    from personalize.adapters.export import require_absent, with_lower_rank
+    from personalize.adapters.export import with_lower_rank
     from personalize.adapters.merging import merged, missed_without, plain
+    from personalize.io.output_folder import require_absent
 
     output, weights = require_absent(config.output), config.weights or (1.0,) * len(config.adapters)
     names = [path.resolve().name.removesuffix(".safetensors") for path in config.adapters]

@@ -36,17 +36,19 @@ class Config:
     """Precision of the numbers in the files."""
 
     def check(self) -> None:
-        from personalize.cli.checks import check_absent, check_adapters
+        from personalize.cli.checks import check_adapters
+        from personalize.io.output_folder import require_absent
 
         check_adapters([self.source])
-        check_absent(self.output)
+        require_absent(self.output)
 
 
 def main(config: Config) -> Path:
     """Write the files and print what they contain; returns the folder."""
-    from personalize.adapters.export import DTYPES, require_absent
+    from personalize.adapters.export import DTYPES
     from personalize.formats.textual_inversion_files import require_token_files, token_file_contents, token_file_names
     from personalize.io.atomic import write_folder
+    from personalize.io.output_folder import require_absent
 
     concepts, family = read(config)
     layout, dtype = config.layout, DTYPES[config.dtype]

@@ -33,6 +33,7 @@ from personalize.formats.rank_reduction import RankReduction, lowered_pairs
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import write_file, write_folder
+from personalize.io.output_folder import require_absent
 from personalize.io.tensor_files import read_tensors
 from personalize.models.empty import empty_unet
 from personalize.models.ranges import check_number
@@ -164,13 +165,6 @@ def export_lora(
     file = require_absent(output if output.suffix == ".safetensors" else output / standard)
     content = _content(adapter, file.stem, layout, dtype)
     return write_file(file, content, check=lambda written: _require(written, file.name, live, adapter.family, layout))
-
-
-def require_absent(path: Path) -> Path:
-    """`path`, if nothing exists there; else UserError, so that an export never overwrites its source."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists already: name another output, or remove it first")
-    return path
 
 
 def _content(adapter: Adapter, title: str, layout: str, dtype: torch.dtype) -> bytes:

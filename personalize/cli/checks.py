@@ -18,6 +18,7 @@ from personalize.errors import UserError
 from personalize.formats.adapter_folders import may_be_adapter, no_adapter
 from personalize.formats.key_parts import TOKEN
 from personalize.io.json_files import read_json
+from personalize.io.output_folder import check_output_folder, require_absent
 from personalize.models.config import HUB_FILE, cell_pixels, check_resolution
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
 from personalize.sampling.config import SCHEDULERS
@@ -178,18 +179,14 @@ def check_studio(config: Any) -> None:
 
 def check_writable(folder: Path) -> None:
     """UserError unless results can be written into `folder`, which need not exist yet."""
-    from personalize.io.output_folder import check_output_folder
-
     check_output_folder(folder)
 
 
 def check_output(path: Path) -> None:
     """UserError unless the file `path` can be written, in the place of no other; its folder need not exist yet."""
-    from personalize.io.output_folder import check_output_folder
-
     if path.is_dir():
         raise UserError(f"{path} is a folder, the name of a file was expected: name a file in it")
-    check_absent(path)
+    require_absent(path)
     check_output_folder(path.parent, (path.name,))
 
 
@@ -198,12 +195,6 @@ def check_files(*paths: Path) -> None:
     for path in paths:
         if not path.exists() and not HUB_FILE.fullmatch(str(path)):
             raise UserError(f"{path} does not exist: check the path")
-
-
-def check_absent(path: Path) -> None:
-    """UserError if there is something at `path`, which a result would replace."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists already: name another output, or remove it first")
 
 
 def check_adapters(paths: Iterable[Path]) -> None:

@@ -67,3 +67,10 @@ def _made(path: Path) -> Iterator[None]:
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def require_absent(path: Path) -> Path:
+    """`path`, if nothing exists there; else UserError, so that an export never overwrites its source."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists already: name another output, or remove it first")
+    return path
