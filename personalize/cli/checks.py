@@ -15,7 +15,7 @@ from personalize.cli.lists import check_said_once
 from personalize.cli.places import check_place, interleaved_points, point_of
 from personalize.cli.unused import check_unused_of_drag, check_unused_of_photo
 from personalize.errors import UserError
-from personalize.formats.adapter_folders import may_be_adapter, no_adapter
+from personalize.formats.adapter_folders import MANIFEST, may_be_adapter, no_adapter
 from personalize.formats.key_parts import TOKEN
 from personalize.io.json_files import read_json
 from personalize.io.output_folder import check_output_folder, require_absent
@@ -213,7 +213,7 @@ def check_tokens(prompts: Sequence[str], adapters: Sequence[Path]) -> None:
     """
     learned: set[str] = set()
     for path in adapters:
-        if not (path / "adapter.json").is_file():
+        if not (path / MANIFEST).is_file():
             return
         learned |= set(_concepts(path))
     for token in (token for prompt in prompts for token in TOKEN.findall(prompt)):
@@ -227,7 +227,7 @@ def check_tokens(prompts: Sequence[str], adapters: Sequence[Path]) -> None:
 def _concepts(folder: Path) -> list[str]:
     """The learned tokens in the manifest of an adapter folder; none if it cannot be read, which loading says."""
     try:
-        return list(read_json(folder / "adapter.json").get("concepts", {}))
+        return list(read_json(folder / MANIFEST).get("concepts", {}))
     except (UserError, TypeError):
         return []
 

@@ -16,6 +16,7 @@ from personalize.cli import launch
 from personalize.cli.main import SCRIPT_FOLDERS, check
 from personalize.cli.options import COMMANDS, resolve_command
 from personalize.cli.parser import parse
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.progress import listening
 from personalize.studio.jobs import Job
 
@@ -138,5 +139,5 @@ def carry_out(words: Sequence[str], bench: Workbench, job: Job) -> Any:
 
 def _changed(path: Path) -> float:
     """When a file, or the manifest of an adapter folder, was written."""
-    file = path / "adapter.json" if path.is_dir() else path
+    file = path / MANIFEST if path.is_dir() else path
     return file.stat().st_mtime if file.exists() else 0.0

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from personalize.errors import UserError
-from personalize.formats.adapter_folders import ADAPTER_SUFFIXES
+from personalize.formats.adapter_folders import ADAPTER_SUFFIXES, MANIFEST
 from personalize.io.atomic import as_user_error, write_file
 from personalize.io.image_files import check_image, read_image
 from personalize.io.image_metadata import IMAGE_SUFFIXES
@@ -130,7 +130,7 @@ class Folder:
 
     def adapters(self) -> list[str]:
         """The adapter folders in the folder, the newest first."""
-        found = [path.parent for path in self._files() if path.name == "adapter.json" and path.parent != Path(".")]
+        found = [path.parent for path in self._files() if path.name == MANIFEST and path.parent != Path(".")]
         return [str(path) for path in sorted(found, key=lambda path: -self._changed(path))]
 
     def adapter_files(self) -> list[str]:

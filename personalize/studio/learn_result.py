@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.json_files import read_json
 from personalize.studio.jobs import Job
 from personalize.studio.parts import Markup, address, facts, links, strip
@@ -51,7 +52,7 @@ def result(job: Job) -> str:
     """The adapter that was learned: how near it comes, who can read it, and its files."""
     ended = job.result
     adapter = Path(ended["adapter"])
-    info = read_json(adapter / "adapter.json")
+    info = read_json(adapter / MANIFEST)
     names = {
         "reconstruction_db": "PSNR of the replay",
         "autoencoder_db": "PSNR of the autoencoder, its limit",

@@ -9,6 +9,7 @@ from typing import Any
 
 from personalize.cli import launch
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.studio.actions import option
 from personalize.studio.parts import Studio, drawn_on
 
@@ -30,7 +31,7 @@ def words_of(studio: Studio, given: Mapping[str, Any]) -> list[str]:
     if not (given["name"] or "").strip():
         raise UserError("the adapter has no name: write the folder it is to go to, such as my-cat")
     folder = studio.folder.inside(given["name"])
-    if (studio.folder.root / folder / "adapter.json").exists():
+    if (studio.folder.root / folder / MANIFEST).exists():
         raise UserError(f"{folder} holds an adapter already, which would be replaced: write another name")
     several = given["mode"] == SEVERAL
     masks = [
