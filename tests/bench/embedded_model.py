@@ -91,7 +91,8 @@ class Bench:
         self.judge = Judge.load()
         self.world = world_of(options.model, nouns=options.nouns, styles=options.styles)
         settings = {key: getattr(options, key) for key in ("scheduler", "steps", "guidance_scale", "mixed_precision")}
-        stamp = {"weights": weights_of(self.model), "split": options.split, **settings, **self.world}
+        as_saved = model or StableDiffusion.load(options.model)  # rounded to bf16 they would count as other weights
+        stamp = {"weights": weights_of(as_saved), "split": options.split, **settings, **self.world}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 
     def scene(self, index: int, *, objects: int | None = None, styles: Sequence[str] = ()) -> Scene:
