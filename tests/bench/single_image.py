@@ -51,7 +51,6 @@ from tests.bench.judge.judge import Judge
 from tests.bench.report import BenchOptions, contact_sheet, mean, table
 from tests.bench.world import weights_of, world_of
 
-SPLIT = "bench/single"
 KINDS = ("background", "object", "style")
 NONE, DECODER, ENCODER, AUTO = "no forgetting", "decoder side", "encoder side", "--auto"
 RULES = {
@@ -91,6 +90,8 @@ class SingleImageBench(BenchOptions):
     """Ways to train that are compared with plain LoRA."""
     nouns: tuple[str, ...] = ()
     """Nouns of the scenes, instead of those of world.json."""
+    split: str = "bench/single"
+    """The scenes' split; the search was tuned on the first four of tune/single."""
     threads: int = 2
     """Processor cores to use."""
 
@@ -107,7 +108,7 @@ class Bench:
         preset = read_yaml(presets("single_image")["embedded"], SingleImageConfig) if options.model == EMBEDDED else {}
         self.config = SingleImageConfig(**{**preset, "max_train_samples": options.samples})
         settings = {name: getattr(options, name) for name in ("budget", "scheduler", "steps", "samples")}
-        stamp = {"weights": weights_of(self.model), "split": SPLIT, **self.world, **settings}
+        stamp = {"weights": weights_of(self.model), "split": options.split, **self.world, **settings}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
         self.sampling = Sampling(options.steps, options.scheduler)
         self.full = lru_cache(maxsize=len(options.paper_rates))(self._full)
@@ -116,7 +117,7 @@ class Bench:
     def task(self, kind: str, index: int) -> Task:
         """The edit of the given kind of scene `index`; the scene is the same for every kind."""
         world = self.world | {"styles": (HELD_OUT_STYLE,), "new_styles": self.world["styles"]}
-        return random_task(kind, index, split=SPLIT, **world)
+        return random_task(kind, index, split=self.options.split, **world)
 
     def source(self, index: int) -> Image.Image:
         return Image.fromarray(render(self.task(KINDS[0], index).before, self.model.resolution)[0])
@@ -165,8 +166,8 @@ class Bench:
         return arm
 
     def _auto(self, task: Task, before: np.ndarray, budget: int) -> list[np.ndarray]:
-        editor = self.editor(number(task), LORA)
-        found = search(editor, self.request(task), self.scorer, budget=budget, sampling=self.sampling)
+        editor, request = self.editor(number(task), LORA), self.request(task)
+        found = search(editor, request, self.scorer, budget=budget, sampling=self.sampling)
         return arrays([trial.picture for trial in found])
 
     def _paper(self, rate: float) -> Arm:
@@ -274,9 +275,8 @@ def run(options: SingleImageBench, model: StableDiffusion | None = None, scorer:
         bench.cells.once(f"reconstruction/{index}", lambda index=index: bench.reconstruction(index))
         tasks += ours
         print(f"scene {index} of {options.scenes}: done", flush=True)
-    replays = [bench.cells.rows[f"reconstruction/{index}"] for index in numbers]
-    names = [name for name in replays[0] if name != "key"]
-    measured, changes = [arm for arm in arms if arm not in CONTROLS], variant_pairs(options.variants)
+    replays, changes = [bench.cells.rows[f"reconstruction/{i}"] for i in numbers], variant_pairs(options.variants)
+    names, measured = [key for key in replays[0] if key != "key"], [arm for arm in arms if arm not in CONTROLS]
     text = table(rows, reference=NONE) + "\n" + versus(rows, [(AUTO, arm) for arm in arms if arm != AUTO])
     if changes:
         text += f"\nBackgrounds alone:\n\n{versus(rows, changes, 'background')}\nAll edits:\n\n{versus(rows, changes)}"
