@@ -4,14 +4,15 @@ The adapter is not trained again; images are sampled one by one, each with anoth
 it shows the edit and how much it keeps of the source.  Where the edit does not show, what was learned hides it, so the
 search looks for the least forgetting with which it shows:
 
-1.  An eighth of the budget tries vector projection at several strengths without forgetting.
-2.  As long as no image shows the edit, the adapter is removed from the decoder, from the whole UNet, and from the
+1.  An eighth of the budget, one to eight images, tries vector projection at several strengths without forgetting.
+2.  As long as no image shows the edit, the adapter is removed from the decoder, from decoder and encoder, and from the
     encoder; then the edit is made stronger, and at last vector subtraction takes the place of projection.
 3.  Once images show it, the best of them is improved.  If the adapter was removed somewhere, a share of it is kept
-    there: half way to the smallest share that is known to hide the edit.  After that, every other image has other
+    there: half way to the smallest share that hid the edit or scored worse.  After that, every other image has other
     strengths, those that keep more of the source first, and the rest repeat the best ones with other seeds.
 
-Equal seeds give equal searches.
+Rules that select no layer of the adapter are left out.  Without a source embedding alpha, beta and gamma change nothing,
+so that for such an adapter the search is one over forgetting and seeds.  Equal seeds give equal searches.
 
 References: Zhang et al., "Forgedit", arXiv 2309.10556 (the strategies and their ranges; the procedure is ours).
 """
@@ -166,14 +167,15 @@ def improvement(best: Trial, trials: Sequence[Trial]) -> EditStrengths:
 
 
 def keeping_more(best: Trial, trials: Sequence[Trial]) -> str | None:
-    """The forgetting rule of `best` with a larger share kept, half way to the smallest that hides the edit.
+    """The forgetting rule of `best` with a larger share kept, half way to the smallest that was tried.
 
-    None if `best` forgets nothing, or if that share is less than `FINEST` larger.
+    What was tried with a larger share hid the edit or scored worse, for `best` is the best that shows it.  None if
+    `best` forgets nothing, or if the share would be less than `FINEST` larger.
     """
     rule, share = split_rule(best.strengths.forget)
-    others = [(split_rule(trial.strengths.forget), trial.scores.edit) for trial in trials]
-    hiding = [kept for (name, kept), edit in others if name == rule and edit < SUCCESS and kept > share]
-    middle = (share + min([1.0, *hiding])) / 2
+    others = [split_rule(trial.strengths.forget) for trial in trials]
+    worse = [kept for name, kept in others if name == rule and kept > share]
+    middle = (share + min([1.0, *worse])) / 2
     if rule == "none" or middle - share < FINEST:
         return None
     return "+".join(f"{side}={middle:g}" for side in rule.split("+"))

@@ -115,6 +115,19 @@ def test_as_much_of_the_adapter_is_kept_as_lets_the_edit_show(hidden_from):
     assert first == ["nodecoder", "nodecoder=0.5"]
 
 
+def test_a_share_that_shows_the_edit_but_scores_worse_is_not_tried_for_the_whole_budget():
+    """Half way to it is tried once, then other strengths."""
+
+    def answer(strengths):
+        share = float(strengths.forget.partition("=")[2] or 0)
+        return BAD["copy"] if strengths.forget == "none" else Scores(0.9 - 0.6 * share, 0.5, 0.5)
+
+    tried = played(answer, budget=12)
+    assert all(trial.scores.edit >= 0.5 for trial in tried[1:])
+    assert forgotten(tried)[1:4] == ["nodecoder", "nodecoder=0.5", "nodecoder=0.25"]
+    assert set(forgotten(tried)[4:]) == {"nodecoder"} and len({trial.strengths for trial in tried[4:]}) >= 4
+
+
 def test_of_two_sides_the_same_share_is_kept():
     tried = played(lambda s: "good" if "+" in s.forget else "copy", budget=9)
     assert forgotten(tried)[3:6] == ["nodecoder", "nodecoder+noencoder", "nodecoder=0.5+noencoder=0.5"]
