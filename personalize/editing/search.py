@@ -124,8 +124,8 @@ def state(scores: Scores, scorer: Scorer) -> State:
 
 
 def usable_rules(editor: DrawsEdits) -> tuple[str, ...]:
-    """The forgetting rules of `ATTEMPTS` that match layers of the editor's adapter."""
-    lora = editor.adapter.lora if editor.adapter else {}
+    """The forgetting rules of `ATTEMPTS` that match layers of the editor's adapter; none if it is not LoRA alone."""
+    lora = editor.adapter.lora if editor.adapter and not editor.adapter.others else {}
     names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in lora if key.startswith(PREFIX)]
     names = [name for name in names if not name.endswith(".weight")]
     return tuple(rule for rule in dict.fromkeys(row[0] for row in ATTEMPTS) if _matches(editor, names, rule))

@@ -199,6 +199,16 @@ def test_only_rules_that_select_something_are_tried(editor):
     assert usable_rules(Editor(editor.model, decoder)) == ("nodecoder",)
 
 
+def test_no_rule_is_tried_on_an_adapter_that_none_can_scale(editor):
+    """One with changes other than LoRA beside it would be refused after an eighth of the budget."""
+    adapter = random_adapter(editor.model)
+    mixed = replace(adapter, others={"unet.conv_in": {"ia3_l": torch.ones(4, 1)}})
+    words = replace(adapter, lora={}, concepts={"<rex>": {"text_encoder": torch.ones(1, 32)}})
+    assert usable_rules(Editor(editor.model, mixed)) == () == usable_rules(Editor(editor.model, words))
+    tried = played(lambda strengths: "copy", budget=16, rules=())
+    assert set(forgotten(tried)) == {"none"} and len({trial.strengths for trial in tried}) == 8
+
+
 def test_mistakes(editor):
     with pytest.raises(UserError, match="at least 1"):
         next(search(editor, REQUEST, Fixed([]), budget=0))
