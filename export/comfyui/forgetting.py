@@ -34,7 +34,7 @@ def factors(paths: Iterable[str], text: str, blocks: int) -> dict[str, float]:
 def _parsed(text: str) -> list[tuple[str, float]]:
     """Names and degrees of the rules in `text`; the name of a published rule may itself hold a "+"."""
     parts: list[str] = []
-    for part in (text.strip() or "none").split("+"):
+    for part in map(str.strip, (text.strip() or "none").split("+")):
         if parts and f"{parts[-1]}+{part.partition('=')[0]}".strip().lower() in TABLE["rules"]:
             parts[-1] += f"+{part}"
         else:

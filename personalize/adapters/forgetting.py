@@ -195,7 +195,7 @@ def parse_rules(forget: str | ForgettingRule | Iterable[str | ForgettingRule] | 
 def parse_rule_sum(text: str) -> list[ForgettingRule]:
     """Parse forgetting rules joined by "+" ("none": no rule); the name of a published rule may itself contain a "+"."""
     parts: list[str] = []
-    for part in text.split("+"):
+    for part in map(str.strip, text.split("+")):
         if parts and f"{parts[-1]}+{part.partition('=')[0]}".strip().lower() in RULES:
             parts[-1] += f"+{part}"
         else:

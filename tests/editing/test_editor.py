@@ -128,6 +128,7 @@ def test_nothing_is_left_in_the_base(editor):
         ("encoder+decoder=0.5", ["noencoder", "nodecoder=0.5"]),
         ("nodecoder=0.5+noencoder=0.25", ["nodecoder=0.5", "noencoder=0.25"]),
         ("nodecoder + EncoderAttn+encoder1 = 0.5+ nokv", ["nodecoder", "encoderattn+encoder1=0.5", "nokv"]),
+        ("encoderattn + encoder1 + nodecoder", ["encoderattn+encoder1", "nodecoder"]),
     ],
 )
 def test_rules_joined_by_a_plus_of_which_one_has_a_plus_in_its_name(text, rules):

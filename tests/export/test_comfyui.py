@@ -54,7 +54,7 @@ def test_factors_are_ours(name):
     blocks = len(unet.config.block_out_channels)
     for names in (module_names(unet, tiny(name).family), list(paths(unet)), list(paths(unet, ATTENTION))):
         roles = module_roles(unet, names)
-        sums = ("decoder=0.5+noselfattn=0.25", "nodecoder=0.5+noencoder=0.25", "encoderattn+encoder1=0.5+nodecoder")
+        sums = ("decoder=0.5+noselfattn=0.25", "nodecoder=0.5+noencoder=0.25", "encoderattn + encoder1=0.5+nodecoder")
         for text in (*RULES, *ALIASES, "decoder=0.5", *sums, " NoKV = 0.3 "):
             try:
                 ours = degrees(roles, parse_rule_sum(text.strip()))
