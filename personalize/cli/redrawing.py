@@ -128,8 +128,11 @@ def _find_adapter(picture: Path, wanted: NameAndHash) -> Path:
 
 
 def _found(places: set[Path], name: str) -> set[Path]:
-    """What is called `name` in one of the `places`, or one level below."""
-    return {found for place in places for level in ("", "*/") for found in place.glob(level + escape(name))}
+    """What is called `name` in one of the `places`, or one level below; nothing for what can be no name of a file."""
+    try:
+        return {found for place in places for level in ("", "*/") for found in place.glob(level + escape(name))}
+    except (ValueError, OSError):
+        return set()
 
 
 def _hash(adapter: Path) -> str | None:
