@@ -3,7 +3,7 @@
 Of a cut-out with transparency around it the alpha channel is the mask.  Otherwise white chooses and black does not,
 with soft greys between.  A coloured picture without transparency, such as a photo of the thing on black, is refused:
 dark parts of the thing would count as black.  Paint in one colour is no such picture, and counts by its brightness; a
-grey photo cannot be told from a soft mask.
+photo of greys, or of greys and shades of one colour, cannot be told from a soft mask and is taken as one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ HALF_WHITE = 128  # from this value on a pixel of a mask chooses
 NEAR = 8  # of 255: how far black and white may be from their values, as compression leaves them
 CHROMA = 32  # from this difference between the largest and the smallest channel on a pixel is coloured
 SAMPLE = 2**20  # pixels of which colours are counted
+APART = 32  # of 255: from this difference in brightness on flat colours around HALF_WHITE are a dark and a bright one
 SCATTER = 6  # of 255: median distance of colours from one line; paint with soft edges, as JPEG, has at most 5
 
 
@@ -104,7 +105,7 @@ def _shows_colours(pixels: np.ndarray) -> bool:
         return False
     shades, counts = np.unique(coloured // 16, axis=0, return_counts=True)
     flat = (shades[counts >= 0.1 * len(coloured)] * 16.0 + 8) @ (0.299, 0.587, 0.114)  # brightness
-    if (flat < HALF_WHITE - 16).any() and (flat >= HALF_WHITE + 16).any():
+    if len(flat) and flat.min() < HALF_WHITE <= flat.max() and flat.max() - flat.min() > APART:
         return True
     centred = coloured - np.median(coloured, 0)
     axis = np.linalg.eigh(centred.T @ centred)[1][:, -1]

@@ -12,7 +12,8 @@ from personalize.errors import Notice, UserError
 from personalize.io.mask_files import as_mask, load_mask
 from tests.support.picture_files import saved
 
-SPRITES = Path(__file__).parents[2] / "personalize" / "embedded" / "sprites"
+ROOT = Path(__file__).parents[2]
+SPRITES = ROOT / "personalize" / "embedded" / "sprites"
 
 
 def cut_out(mode: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> Image.Image:
@@ -84,6 +85,12 @@ def test_paint_in_one_colour_and_soft_greys_are_no_coloured_picture(tmp_path: Pa
         assert soft == 0 or 0.05 < ((mask > 20) & (mask < 180)).mean()
     grey = Image.linear_gradient("L")
     assert np.array_equal(np.asarray(load_mask(saved(grey, tmp_path / "g.png"))), np.asarray(grey))
+
+
+def test_a_photo_of_two_flat_colours_is_no_mask() -> None:
+    """Grass and sky, whose colours lie on one line; grass is nearly as bright as what chooses, and would not."""
+    with pytest.raises(UserError, match="is a coloured picture"):
+        load_mask(ROOT / "examples" / "pictures" / "mushroom.png")
 
 
 def test_paint_in_a_bright_and_a_dark_colour_says_nothing(tmp_path: Path) -> None:
