@@ -11,8 +11,8 @@ search looks for the least forgetting with which it shows:
     there: half way to the smallest share that hid the edit or scored worse.  After that, every other image has other
     strengths, those that keep more of the source first, and the rest repeat the best ones with other seeds.
 
-Rules that select no layer of the adapter are left out.  Without a source embedding alpha, beta and gamma change nothing,
-so that for such an adapter the search is one over forgetting and seeds.  Equal seeds give equal searches.
+Rules that select no layer of the adapter are left out.  For an adapter without a source embedding alpha, beta and gamma
+change nothing, so that the search is one over forgetting and seeds.  Equal seeds give equal searches.
 
 References: Zhang et al., "Forgedit", arXiv 2309.10556 (the strategies and their ranges; the procedure is ours).
 """
