@@ -13,7 +13,7 @@ from PIL import Image
 from personalize.cli.checks import STRENGTHS, check_edit
 from personalize.cli.commands.marks import PictureWriter, details_of
 from personalize.cli.edit_options import COMBINATIONS
-from personalize.cli.redrawing import check_same, recorded
+from personalize.cli.redrawing import check_same, given_name, recorded
 from personalize.cli.terminal import PlainConsole
 from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths, Sampling
 from personalize.editing.defaults import text_to_image_guidance
@@ -32,6 +32,7 @@ from personalize.io.numbering import add_numbered
 from personalize.io.progress import ticked
 
 if TYPE_CHECKING:
+    from personalize.adapters.adapter import Adapter
     from personalize.cli.edit_options import EditConfig
 
 FASTER = ("torch_compile", "cuda_graph")  # options of a machine, not of a picture
@@ -56,6 +57,8 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
         print(f"Worded like the caption: “{prompt}”")
     if config.from_ is not None:
         check_same(details_of("edit", config, editor, adapters_of(config)), config.from_)
+    for line in source_notes(config, editor.adapter):
+        print(line)
     size = (config.height or editor.size[0], config.width or editor.size[1])
     faster = {name: getattr(config, name) for name in FASTER}
     sampling = Sampling(config.num_inference_steps, config.scheduler, config.guidance_scale, size, **faster)
@@ -87,6 +90,18 @@ def starting_from(config: EditConfig, editor: Editor) -> tuple[EditConfig, Edito
             f"“{own}”: give the picture of that caption with --source_image, or --source_caption '{first}'"
         )
     return replace(config, source_caption=own), Editor(editor.model, chosen)
+
+
+def source_notes(config: EditConfig, adapter: Adapter | None) -> list[str]:
+    """Lines on a source embedding that several adapters together leave out, and on options that are of one."""
+    if adapter is None or adapter.source is not None:
+        return []
+    parts = adapter.info.get("merged_from", ()) if config.add else ()
+    missed = [given_name(Path(part["name"])) for part in parts if part.get("left_out")]
+    given = [f"--{name}" for name in ("alpha", "beta", "gamma") if getattr(config, name) and config.from_ is None]
+    left = f"Adapters used together have no source embedding: that of {' and '.join(missed)} is left out"
+    idle = f"Without a source embedding {' and '.join(given)} {'change' if len(given) > 1 else 'changes'} nothing"
+    return [left] * bool(missed) + [idle] * bool(given)
 
 
 def combinations(

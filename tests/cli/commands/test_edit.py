@@ -60,7 +60,23 @@ def test_auto_ranks_shows_and_remembers(places, tmp_path, capsys):
     assert (out / "edit-005.png").read_bytes() == first, "what was chosen is what the next edit draws"
     again = shutil.copytree(adapter, tmp_path / "other")
     assert edit(places, "--add", str(again), "--prompt", "a dog", "--auto", "--budget", "1", *scorer) == 0
-    assert "Stored" not in capsys.readouterr().out and remembered(Adapter.load(adapter).info, "a dog") is None
+    said = capsys.readouterr().out
+    assert "Stored" not in said and remembered(Adapter.load(adapter).info, "a dog") is None
+    assert "used together have no source embedding: that of adapter and other is left out\n" in said
+
+
+def test_options_of_a_source_embedding_are_said_to_change_nothing_without_one(places, tmp_path, capsys):
+    """A grid over them showed the same edit over and over, as if they had been tried."""
+    base, adapter, out, _ = places
+    words = ("--prompt", "a dog", "--alpha", "0.8", "--beta", "1.4")
+    assert edit(places, *words) == 0
+    assert "nothing" not in capsys.readouterr().out
+    assert edit((base, adapter / "adapter.safetensors", tmp_path, ()), *words) == 0
+    assert "Without a source embedding --alpha and --beta change nothing\n" in capsys.readouterr().out
+    again = ("--from", str(tmp_path / "edit-000.png"))
+    assert main(["edit", str(adapter / "adapter.safetensors"), *again, "--pretrained_model_name_or_path", str(base),
+                 "--output_dir", str(tmp_path)]) == 0  # fmt: skip
+    assert "nothing" not in capsys.readouterr().out, "a picture holds all of its settings"
 
 
 def test_a_search_keeps_its_pictures_where_the_adapter_cannot_be_written(places, tmp_path, capsys, monkeypatch):
