@@ -19,17 +19,18 @@ def ending_signals_handled(
 ) -> Iterator[None]:
     """Run the body with `handler` for SIGINT, SIGTERM and SIGHUP where it `replaces` the present handler.
 
-    By default only signals that are ignored stay so, as SIGHUP under nohup.  In a thread that is not the main one, in
-    which Python lets no handler be set, all stay as they are.
+    By default only signals that are ignored stay so, as SIGHUP under nohup.  Handlers that are not Python's, which it
+    cannot put back, stay too.  In a thread that is not the main one, in which Python lets no handler be set, all do.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
-        before = {number: signal.getsignal(number) for number in numbers if replaces(signal.getsignal(number))}
+        present = {number: signal.getsignal(number) for number in numbers}
+        before = {number: old for number, old in present.items() if old is not None and replaces(old)}
     for number in before:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, present in before.items():
-            signal.signal(number, present)
+        for number, old in before.items():
+            signal.signal(number, old)
