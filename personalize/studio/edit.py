@@ -111,7 +111,9 @@ def make_fields(studio: Studio) -> dict[str, Any]:
     )  # fmt: skip
     with gr.Row():
         rules = [(f"{name}: {rule.description}", name) for name, rule in RULES.items()]
-        fields["rule"] = gr.Dropdown(rules, value="none", label="Forget", elem_id="edit-rule")
+        fields["rule"] = gr.Dropdown(
+            rules, value="none", label="Forget", allow_custom_value=True, elem_id="edit-rule"
+        )  # a sum of rules is none of the list
         fields["forgotten"] = gr.Slider(0, 1, 0.5, step=0.05, label="Share forgotten")
     fields["strength"] = gr.Slider(0, 1.5, usual.strength, step=0.05, label="Strength of the whole adapter")
     with gr.Row():

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from personalize.adapters.forgetting import parse_rule_sum
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.io.atomic import write_file
 from personalize.io.image_files import image_size
@@ -89,9 +90,12 @@ def history(queue: JobQueue) -> list[tuple[str, str, dict[str, Any]]]:
     found = []
     for job in queue.history("edit"):
         for entry in job.result["entries"]:
-            rule, _, kept = entry["forget"].partition("=")
             fields = job.inputs | {"dial_across": "–", "dial_down": "–", "count": 1}
-            fields |= {"rule": rule, "forgotten": 1 - float(kept or 0)}
+            rules = parse_rule_sum(entry["forget"])
+            if len(rules) == 1:
+                fields |= {"rule": rules[0].name, "forgotten": 1 - rules[0].degree}
+            else:  # none, or a sum as --auto draws it, whose shares are in its text
+                fields |= {"rule": entry["forget"], "forgotten": 1}
             fields |= {"seed": entry["seed"], "strength": entry["strength"]}
             projection, subtraction = MIXES
             if entry["gamma"] is None:

@@ -148,6 +148,18 @@ def test_the_history_brings_back_how_a_picture_was_mixed(studio, tmp_path):
     assert "--seed=0" in edit.words_of(studio, given | {"seed": None}, True)  # a field that was emptied
 
 
+@pytest.mark.parametrize("forget", ["none", "nodecoder", "nodecoder=0.75", "nodecoder=0.5+noencoder=0.5"])
+def test_the_history_brings_back_what_was_forgotten(studio, tmp_path, forget):
+    """Of a search, which joins rules with a share each: such a picture broke the whole history."""
+    given = grid_fields(tmp_path, ("–", ""), ("–", ""), rule="nokv")
+    entry = {"alpha": 0.8, "beta": 1.2, "gamma": None, "forget": forget, "strength": 1.0, "seed": 0, "file": "edit.png"}
+    job = Job("edit", "Edit", lambda job: None, inputs=given)
+    job.result = {"folder": tmp_path, "entries": [entry]}
+    ((_, _, fields),) = edit.history(SimpleNamespace(history=lambda kind: [job]))
+    said = [word for word in edit.words_of(studio, fields, False) if word.startswith("--forget")]
+    assert said == [f"--forget={forget}"] * (forget != "none")
+
+
 def test_the_search_is_told_with_which_learned_picture_it_compares(studio, tmp_path):
     """An adapter of several captions was always compared with the picture of its first."""
     given = grid_fields(tmp_path, ("–", ""), ("–", ""))
