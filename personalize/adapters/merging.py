@@ -31,6 +31,7 @@ from personalize.io.progress import ticked
 from personalize.models.ranges import check_number
 
 State = Mapping[str, Tensor]
+OF_CAPTIONS = ("caption_counts", "caption_sizes")  # what `info` says of the captions, in their order
 SOURCE = "source embedding"  # what `info["merged_from"]` calls the part that a sum leaves out
 
 
@@ -96,7 +97,8 @@ def merged(
     the first adapter that has one, and the captions are those of all.  `names` are for messages and for the record in
     `info["merged_from"]`, which says in "left_out" whose source embedding is missed.
 
-    in_memory: it is applied, not saved, so that timestep-dependent ranks may take part, each by its own rule.
+    in_memory: it is applied, not saved: timestep-dependent ranks may take part, each by its own rule, and if one
+        adapter alone has a source embedding, as beside a LoRA for few steps, it is kept with its captions and size.
 
     Raises:
         UserError: fewer than two adapters, another number of weights, weights out of their range, different families
@@ -122,12 +124,18 @@ def merged(
     sources: list[dict[str, Any]] = [
         {"name": name, "weight": weight} for name, weight in zip(names, weights, strict=True)
     ]
+    with_source = [adapter for adapter in adapters if adapter.source is not None]
+    kept = with_source[0] if in_memory and len(with_source) == 1 else None
     for source, adapter in zip(sources, adapters, strict=True):
-        source |= {"left_out": [SOURCE]} if _lacks_source(adapter) else {}
-    captions = [*dict.fromkeys(caption for adapter in adapters for caption in adapter.captions if caption)]
+        source |= {"left_out": [SOURCE]} if adapter is not kept and _lacks_source(adapter) else {}
+    speaking = adapters if kept is None else [kept]
+    captions = [*dict.fromkeys(caption for adapter in speaking for caption in adapter.captions if caption)]
     info: dict[str, Any] = {"base": base, "merged_from": sources, "caption": captions[0] if captions else ""}
     info |= {"captions": captions} if len(captions) > 1 else {}
-    info |= {"size": size} if (size := next(filter(None, (a.info.get("size") for a in adapters)), None)) else {}
+    sizes = [adapter.info["size"] for adapter in (*speaking, *adapters) if adapter.info.get("size")]
+    info |= {"size": sizes[0]} if sizes else {}
+    if kept is not None:
+        info |= {key: kept.info[key] for key in OF_CAPTIONS if key in kept.info}
     if masked:
         info[TIMESTEP_RANK] = SummedTimestepRank(tuple((one.timestep_rank, one.rank) for _, one in terms))  # pyright: ignore
     licences = {str(adapter.info["license"]) for adapter in adapters if adapter.info.get("license")}
@@ -135,7 +143,7 @@ def merged(
     pictures = [_pictures(adapter) for adapter in adapters]
     info |= {"pictures": sum(filter(None, pictures))} if all(pictures) else {}
     info["person"] = any(bool(adapter.info.get("person")) for adapter in adapters)
-    return Adapter(state, rank, float(rank), None, info, _all_concepts(adapters))
+    return Adapter(state, rank, float(rank), kept.source if kept else None, info, _all_concepts(adapters))
 
 
 def require_constant_rank(adapter: Adapter, name: object) -> None:

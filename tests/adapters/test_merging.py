@@ -164,6 +164,22 @@ def test_a_sum_has_the_size_of_the_first_that_has_one_and_the_captions_of_all():
     assert both.size_for("two dogs") == (96, 64) == Editor(tiny("sd1"), cat).size
 
 
+def test_adapters_used_together_keep_the_source_embedding_if_one_alone_has_one():
+    """As a subject beside a LoRA for few steps; saved sums have none."""
+    source = {"embeds": torch.randn(2, 77, 8)}
+    about = {"captions": ["a cat", "two cats"], "caption": "a cat", "caption_counts": [3, 1], "size": [96, 64]}
+    cat, other = of_base(source=source, info=about), of_base(source=source)
+    few = of_base(info={"imported": "x", "caption": "lcm", "size": [32, 32]})
+    for parts in ([few, cat], [cat, few]):
+        both = merged(parts, [1.0, 1.0], "ab", in_memory=True)
+        assert both.source is source and not any("left_out" in part for part in both.info["merged_from"])
+        assert {key: both.info[key] for key in about} == about
+        assert both.starting_from("two cats").source["embeds"].equal(source["embeds"][1:])
+        assert merged(parts, [1.0, 1.0], "ab").source is None
+    two = merged([cat, other], [1.0, 1.0], "ab", in_memory=True)
+    assert two.source is None and all(part["left_out"] for part in two.info["merged_from"])
+
+
 def test_the_card_of_a_sum_lists_the_captions_one_a_line(tmp_path):
     """Joined by commas, those of a caption could not be told from those between captions."""
     parts = [replace(random_adapter(tiny("sd1"), seed=number), source=None) for number in range(2)]
