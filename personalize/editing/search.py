@@ -172,19 +172,19 @@ def keeping_more(best: Trial, trials: Sequence[Trial]) -> str | None:
     What was tried with a larger share hid the edit or scored worse, for `best` is the best that shows it.  None if
     `best` forgets nothing, or if the share would be less than `FINEST` larger.
     """
-    rule, share = split_rule(best.strengths.forget)
-    others = [split_rule(trial.strengths.forget) for trial in trials]
-    worse = [kept for name, kept in others if name == rule and kept > share]
+    names, share = names_and_share(best.strengths.forget)
+    others = [names_and_share(trial.strengths.forget) for trial in trials]
+    worse = [kept for other, kept in others if other == names and kept > share]
     middle = (share + min([1.0, *worse])) / 2
-    if rule == "none" or middle - share < FINEST:
+    if not names or middle - share < FINEST:
         return None
-    return "+".join(f"{side}={middle:g}" for side in rule.split("+"))
+    return "+".join(f"{name}={middle:g}" for name in names)
 
 
-def split_rule(forget: str) -> tuple[str, float]:
-    """A rule of the search without its share, and the share of the adapter that it keeps, the same on each side."""
-    sides = [side.partition("=") for side in forget.split("+")]
-    return "+".join(name for name, _, _ in sides), float(sides[0][2] or 0)
+def names_and_share(forget: str) -> tuple[tuple[str, ...], float]:
+    """The rules that a rule of the search joins, and the share of the adapter that they keep, the same in each."""
+    rules = parse_rule_sum(forget)
+    return tuple(rule.name for rule in rules), rules[0].degree if rules else 1.0
 
 
 def neighbours(strengths: EditStrengths) -> list[EditStrengths]:

@@ -14,6 +14,9 @@ from PIL import Image
 import personalize
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.captions import nearest_caption
+from personalize.adapters.merging import merged
+from personalize.cli.commands.edit import starting_from
+from personalize.cli.edit_options import EditConfig
 from personalize.cli.main import main
 from personalize.editing.config import Sampling
 from personalize.editing.drag.reading import conditioning
@@ -205,3 +208,16 @@ def test_an_edit_has_the_shape_of_the_picture_that_it_starts_from(tmp_path: Path
             "--output_dir", str(tmp_path / "out"), "--pretrained_model_name_or_path", str(base)]  # fmt: skip
     assert main(line) == 0
     assert Image.open(tmp_path / "out" / "edit-000.png").size == (32, 96)
+
+
+def test_an_edit_beside_a_lora_without_a_caption_starts_from_the_nearest_caption(capsys):
+    """As the same edit without that LoRA, and says so; a sum without a source embedding starts from none."""
+    model = tiny("sd1")
+    adapter, style = several(model), replace(random_adapter(model, 3), source=None)
+    style = replace(style, info={**style.info, "caption": ""})
+    config = EditConfig(Path("cat"), prompt="a photo of a dog in snow")
+    for parts, said in (([adapter, style], True), ([replace(adapter, source=None), style], False)):
+        summed = merged(parts, [1.0, 1.0], "ab", in_memory=True)
+        chosen, editor = starting_from(config, Editor(model, summed))
+        assert (chosen.source_caption, editor.caption) == ((CAPTIONS[1], CAPTIONS[1]) if said else (None, CAPTIONS[0]))
+        assert ("Starts from" in capsys.readouterr().out) == said

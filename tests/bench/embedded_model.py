@@ -86,12 +86,12 @@ class Bench:
 
     def __init__(self, options: EmbeddedModelBench, model: StableDiffusion | None = None) -> None:
         self.options = options
-        dtype = torch.bfloat16 if options.mixed_precision == "bf16" else None
-        self.model = model or StableDiffusion.load(options.model, dtype=dtype)
+        as_saved = self.model = model or StableDiffusion.load(options.model)
+        if model is None and options.mixed_precision == "bf16":  # rounded, the weights would count as others
+            self.model = StableDiffusion.load(options.model, dtype=torch.bfloat16)
         self.judge = Judge.load()
         self.world = world_of(options.model, nouns=options.nouns, styles=options.styles)
         settings = {key: getattr(options, key) for key in ("scheduler", "steps", "guidance_scale", "mixed_precision")}
-        as_saved = model or StableDiffusion.load(options.model)  # rounded to bf16 they would count as other weights
         stamp = {"weights": weights_of(as_saved), "split": options.split, **settings, **self.world}
         self.cells = Cells(options.output_dir / "cells.jsonl", stamp)
 

@@ -133,16 +133,6 @@ def test_damaged_details_are_one_line(base, adapter, change, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("name", ["", "x" * 300, "a[", "..", "/"])
-def test_an_adapter_of_a_name_that_no_file_has_is_not_found(name, tmp_path):
-    """The name stands in a picture, which may come from anywhere."""
-    details = {"command": "edit", "adapters": [{"name": name, "sha256": "0" * 64}], "base": {"name": "x", "sha256": ""}}
-    picture = tmp_path / "hostile.png"
-    picture.write_bytes(picture_bytes(Image.new("RGB", (32, 32)), Provenance(details={**details, "options": {}})))
-    with pytest.raises(UserError, match="neither near it nor here: name it first"):
-        redrawn([], picture)
-
-
 def test_another_adapter_or_base_or_picture_is_refused(base, adapter, tmp_path, capsys):
     assert run(base, tmp_path / "out", "edit", adapter, "--prompt", PROMPT) == 0
     picture = tmp_path / "out" / "edit-000.png"

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from personalize.cli.main import main
+from personalize.cli.redrawing import redrawn
 from personalize.errors import UserError
-from personalize.io.provenance import read_marks
+from personalize.io.provenance import Provenance, picture_bytes, read_marks
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder
 
@@ -103,3 +104,13 @@ def test_what_the_marks_need_is_read_before_anything_is_drawn(base, photo, tmp_p
         ("drag", photo, "--from", "10,10", "--to", "20,10"),
     ):
         assert run(base, tmp_path / "out", *words) == 2
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300, "a[", "..", "/"])
+def test_an_adapter_of_a_name_that_no_file_has_is_not_found(name, tmp_path):
+    """The name stands in a picture, which may come from anywhere."""
+    details = {"command": "edit", "adapters": [{"name": name, "sha256": "0" * 64}], "base": {"name": "x", "sha256": ""}}
+    picture = tmp_path / "hostile.png"
+    picture.write_bytes(picture_bytes(Image.new("RGB", (32, 32)), Provenance(details={**details, "options": {}})))
+    with pytest.raises(UserError, match="neither near it nor here: name it first"):
+        redrawn([], picture)

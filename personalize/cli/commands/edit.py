@@ -73,11 +73,14 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
 def starting_from(config: EditConfig, editor: Editor) -> tuple[EditConfig, Editor]:
     """`editor` with the one caption to start from, which is printed, and named by the options, if there are several.
 
-    A sum of adapters has no source embedding, so that it starts from none of its captions unless one is named.
+    A sum of adapters without a source embedding starts from none of its captions unless one is named.
     UserError if a search would compare its pictures with that of another caption.
     """
-    adapter, named = editor.adapter, config.source_caption is not None
-    if adapter is None or not named and (len(adapter.captions) == 1 or "merged_from" in adapter.info):
+    adapter = editor.adapter
+    if adapter is None:
+        return config, editor
+    from_none = "merged_from" in adapter.info and adapter.source is None
+    if config.source_caption is None and (len(adapter.captions) == 1 or from_none):
         return config, editor
     chosen = adapter.starting_from(config.source_caption, prompt=config.prompt)
     if len(adapter.captions) > 1:
