@@ -64,8 +64,8 @@ def main(config: Config) -> Path:
 def read(config: Config) -> tuple[dict[str, Rows], str | None]:
     """The learned tokens with their embedding rows, and the base model's family if it is known."""
     from personalize.adapters.adapter import Adapter
+    from personalize.formats.adapter_folders import MANIFEST
     from personalize.formats.foreign_files import read_adapter_file
-    from personalize.formats.manifest import MANIFEST
 
     if (config.source / MANIFEST).is_file():
         adapter = Adapter.load(config.source)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.foreign_files import AdapterFile
-from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, Manifest, listed_files
+from personalize.formats.manifest import Manifest, listed_files
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import folder_path, plain_name, remove_stale
 from personalize.io.json_files import checked

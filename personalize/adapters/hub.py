@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from personalize.errors import UserError, first_line
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.json_files import read_json
 
 

@@ -16,8 +16,8 @@ from personalize.adapters.forgetting import parse_rule_sum
 from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths
 from personalize.editing.defaults import GUIDANCE
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.formats.integrity import sealed
-from personalize.formats.manifest import MANIFEST
 from personalize.io.atomic import write_file
 from personalize.io.json_files import read_json
 from personalize.io.locks import folder_lock

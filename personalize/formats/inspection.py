@@ -14,6 +14,7 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import compatibility, coverage, layouts, peft_settings
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.formats.adapter_source import open_adapter
 from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.diffusion_transformers.summary import summarized
@@ -21,7 +22,7 @@ from personalize.formats.foreign_files import as_lora, read_adapter_file
 from personalize.formats.inspection_report import Inspection, counts, size_of
 from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
-from personalize.formats.manifest import MANIFEST, is_part_of_adapter
+from personalize.formats.manifest import is_part_of_adapter
 from personalize.formats.textual_inversion_files import BUNDLE, bundled_token
 from personalize.formats.timestep_rank import HEADER_KEY, read_rule, warning, with_rule
 from personalize.formats.trainers import written_by

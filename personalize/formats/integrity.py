@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import parse_json, read_json, utf8
 from personalize.io.plain_files import file_hash, opened

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.formats.adapter_folders import DIFFUSERS_FILE as DIFFUSERS_FILE
-from personalize.formats.adapter_folders import MANIFEST as MANIFEST
-from personalize.formats.adapter_folders import SOURCE_FILE as SOURCE_FILE
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.atomic import plain_name
 from personalize.io.json_files import checked, read_json
 from personalize.models.config import FAMILIES

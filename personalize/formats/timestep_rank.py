@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
-from personalize.formats.manifest import MANIFEST, is_part_of_adapter
+from personalize.formats.adapter_folders import MANIFEST
+from personalize.formats.manifest import is_part_of_adapter
 from personalize.io.json_files import parse_json, read_json
 
 KEY = "timestep_rank"  # in adapter.json

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats import layouts, textual_inversion_files
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE
 from personalize.formats.integrity import NO_HASHES, absurd_weight, changed_files, header_problems, same_numbers
 from personalize.formats.layer_sizes import require_fitting
-from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, read_manifest, tensor_digest
+from personalize.formats.manifest import read_manifest, tensor_digest
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.verification_report import FileReport, VerificationReport
 from personalize.io.progress import ticked

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from personalize.errors import UserError
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import FolderImage, read_folder
 from personalize.io.images import fitted_size

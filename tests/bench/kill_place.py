@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from personalize.cli.main import main as personalize
-from personalize.formats.manifest import DIFFUSERS_FILE
+from personalize.formats.adapter_folders import DIFFUSERS_FILE
 from personalize.formats.verification import verify_folder
 from tests.bench.kills import child, finished
 from tests.support.tiny import tiny_folder

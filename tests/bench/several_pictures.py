@@ -28,7 +28,7 @@ from personalize.cli.parser import read_yaml
 from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor
 from personalize.embedded.scenes import HELD_OUT_STYLE, Scene, SceneObject, render, sprite_path
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.buckets import FittedImage, fit

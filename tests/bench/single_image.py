@@ -35,7 +35,7 @@ from personalize.editing.vector_projection import edit_conditioning
 from personalize.embedded.scenes import HELD_OUT_STYLE, render
 from personalize.evaluation.scene_scorer import SceneScorer
 from personalize.evaluation.scoring import Request, Scorer
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.images import psnr, to_image, to_pixels
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from personalize.sampling.denoise import Edit, sample

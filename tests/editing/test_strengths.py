@@ -10,7 +10,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.editing.config import EditStrengths
 from personalize.editing.strengths import remember, remembered
 from personalize.errors import UserError
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.json_files import read_json
 from tests.support.children import start_child
 from tests.support.lora_states import random_adapter

@@ -10,8 +10,8 @@ from personalize.adapters.fuse import component_weights, merged_weights
 from personalize.adapters.text_encoder_lora import parameters_of
 from personalize.editing.attach import attach
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import DIFFUSERS_FILE as DIFFUSERS
 from personalize.formats.inspection import inspect_file
-from personalize.formats.manifest import DIFFUSERS_FILE as DIFFUSERS
 from personalize.formats.original_checkpoint import unet_name
 from personalize.formats.timestep_rank import TimestepRank
 from tests.formats.test_conversion import assert_same, convert, deltas

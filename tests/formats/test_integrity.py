@@ -13,8 +13,8 @@ from personalize.cli.options import VerifyConfig
 from personalize.editing.config import EditStrengths
 from personalize.editing.strengths import remember
 from personalize.errors import UserError
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.formats.integrity import changed_files
-from personalize.formats.manifest import MANIFEST
 from personalize.formats.verification import verify_file, verify_folder
 from personalize.io.figures import png
 from personalize.io.tensor_files import read_tensors, tensor_bytes

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.training import catalogue
 from personalize.training.catalogue import Catalogue, learn_catalogue
 from personalize.training.catalogue_table import read_items

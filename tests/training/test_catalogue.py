@@ -13,7 +13,7 @@ from PIL import Image
 
 from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.training import catalogue
 from personalize.training.catalogue import Catalogue, is_finished, learn_catalogue
 from personalize.training.catalogue_results import Results, write_table

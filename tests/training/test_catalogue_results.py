@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from personalize.errors import Notice, UserError
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.training import catalogue
 from personalize.training.catalogue import Catalogue, learn_catalogue
 from personalize.training.catalogue_results import Results, write_table

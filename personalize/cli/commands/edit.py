@@ -23,7 +23,7 @@ from personalize.editing.strengths import remember, remembered
 from personalize.errors import UserError, said_if_stopped
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request
-from personalize.formats.manifest import MANIFEST
+from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.atomic import Content
 from personalize.io.figures import grid
 from personalize.io.image_files import load_image

@@ -11,10 +11,9 @@ from PIL import Image
 
 import personalize
 from personalize.cli.redrawing import NEVER_FROM_A_PICTURE, given_name, name_and_hash, names_a_file
-from personalize.formats.adapter_folders import DIFFUSERS_FILE, INDEX
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, INDEX, MANIFEST
 from personalize.formats.adapter_source import adapter_hash, fetched, is_adapter_folder
 from personalize.formats.integrity import data_hash
-from personalize.formats.manifest import MANIFEST
 from personalize.io.content_credentials import signed
 from personalize.io.json_files import read_json
 from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes

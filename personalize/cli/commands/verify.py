@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from personalize.cli.terminal import json_text
 from personalize.errors import Mismatch, UserError
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, MANIFEST
 from personalize.formats.adapter_source import fetched, open_adapter
 from personalize.formats.coverage import KINDS, ordered_blocks, table_picture
 from personalize.formats.diffusion_transformers.checking import require_no_base, verify_transformer_file
 from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.foreign_files import as_lora, read_adapter_file
 from personalize.formats.lora_files import factor_pairs
-from personalize.formats.manifest import DIFFUSERS_FILE, MANIFEST, is_part_of_adapter
+from personalize.formats.manifest import is_part_of_adapter
 from personalize.formats.quantized_merge import base_weights, survival_cells, survival_text, survivals
 from personalize.formats.verification import verify_file, verify_folder
 from personalize.formats.verification_report import VerificationReport
