@@ -33,8 +33,8 @@ from personalize.adapters.text_encoder_lora import other_changes, text_lora
 from personalize.adapters.timestep_mask import timestep_mask
 from personalize.errors import UserError
 from personalize.formats import lora_files, textual_inversion_files, verification
-from personalize.formats.adapter_folders import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, no_adapter
-from personalize.formats.adapter_source import fetched, is_foreign_folder, open_adapter
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, MANIFEST, SOURCE_FILE, is_foreign_folder, no_adapter
+from personalize.formats.adapter_source import fetched, open_adapter
 from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.integrity import FILE_HASHES, OWN_HASH, sealed
 from personalize.formats.reader_keys import ReaderKeys

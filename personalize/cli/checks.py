@@ -15,7 +15,7 @@ from personalize.cli.lists import check_said_once
 from personalize.cli.places import check_place, interleaved_points, point_of
 from personalize.cli.unused import check_unused_of_drag, check_unused_of_photo
 from personalize.errors import UserError
-from personalize.formats.adapter_folders import MANIFEST, may_be_adapter, no_adapter
+from personalize.formats.adapter_folders import MANIFEST, is_foreign_folder, no_adapter
 from personalize.formats.key_parts import TOKEN
 from personalize.io.json_files import read_json
 from personalize.io.output_folder import check_output_folder, require_absent
@@ -202,7 +202,7 @@ def check_adapters(paths: Iterable[Path]) -> None:
     for path in paths:
         if not path.exists() and not HUB_FILE.fullmatch(str(path)):
             raise UserError(f"{path} does not exist: name an adapter folder, or a LoRA or textual-inversion file")
-        if path.is_dir() and not may_be_adapter(path):
+        if path.is_dir() and not (path / MANIFEST).exists() and not is_foreign_folder(path):
             raise UserError(no_adapter(path))
 
 

@@ -17,7 +17,7 @@ import msgspec
 from personalize.cli.lists import flag_name
 from personalize.cli.places import box
 from personalize.errors import UserError
-from personalize.formats.adapter_folders import DIFFUSERS_FILE, INDEX
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, in_several_files
 from personalize.io.json_files import checked
 from personalize.io.plain_files import file_hash
 
@@ -55,6 +55,19 @@ def name_and_hash(path: Path) -> dict[str, str]:
     """Name and SHA-256 of a file; of an adapter folder, its name and the hash of its LoRA in diffusers' layout."""
     file = path / DIFFUSERS_FILE if path.is_dir() else path
     return {"name": given_name(path), "sha256": file_hash(file)}
+
+
+def adapter_name_and_hash(path: Path) -> dict[str, str]:
+    """Name and hash of an adapter; of one in several files, as PEFT's folders and shards, the hash of all that is read.
+
+    Raises:
+        UserError: it is in several files, and one of them is missing or damaged.
+    """
+    if not in_several_files(path):
+        return name_and_hash(path)
+    from personalize.formats.adapter_source import adapter_hash  # imports torch, which other adapters do not need
+
+    return {"name": given_name(path), "sha256": adapter_hash(path)}
 
 
 def given_name(path: Path) -> str:
@@ -137,13 +150,9 @@ def _found(places: set[Path], name: str) -> set[Path]:
 
 def _hash(adapter: Path) -> str | None:
     """The hash of an adapter as pictures have it; None for what is none."""
-    if (adapter / DIFFUSERS_FILE).is_file() or (adapter.is_file() and not adapter.name.endswith(INDEX)):
-        return name_and_hash(adapter)["sha256"]
-    from personalize.formats.adapter_source import adapter_hash  # imports torch, which other adapters do not need
-
     try:
-        return adapter_hash(adapter)
-    except UserError:
+        return adapter_name_and_hash(adapter)["sha256"]
+    except (UserError, OSError):
         return None
 
 

@@ -18,12 +18,11 @@ from torch import Tensor
 from personalize.errors import UserError, first_line
 from personalize.formats.adapter_folders import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     DIFFUSERS_FILE,
     INDEX,
-    MANIFEST,
-    is_diffusers_folder,
+    WEIGHTS,
     no_adapter,
+    peft_folders,
 )
 from personalize.formats.lora_keys import COMPONENTS
 from personalize.formats.peft_settings import BASE_PREFIX
@@ -33,7 +32,6 @@ from personalize.io.plain_files import visible
 from personalize.io.tensor_files import TensorFile, tensor_parts
 from personalize.models.config import HUB_FILE
 
-WEIGHTS = (ADAPTER_WEIGHTS, "adapter_model.bin")
 MAX_SHARDS = 100
 
 
@@ -104,20 +102,10 @@ def adapter_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_adapter_folder(path: Path) -> bool:
-    """True if `path` is a folder of PEFT or of shards, which is one adapter whatever else it holds."""
-    return path.is_dir() and bool(_peft_folders(path) or visible(path, f"*{INDEX}"))
-
-
-def is_foreign_folder(path: Path) -> bool:
-    """True if `path` is a folder of another program that `open_adapter` reads, also of diffusers' training scripts."""
-    return not (path / MANIFEST).is_file() and (is_adapter_folder(path) or is_diffusers_folder(path))
-
-
 def _open_folder(folder: Path, allow_pickle: bool, peek: int | None) -> TensorFile:
     """The tensors of PEFT's folder, of one such folder for each part of the model, or of a file in shards."""
     indices = visible(folder, f"*{INDEX}")
-    folders = _peft_folders(folder)
+    folders = peft_folders(folder)
     if not folders and (folder / DIFFUSERS_FILE).is_file():  # a folder of ours, or of diffusers' own scripts
         return open_adapter(folder / DIFFUSERS_FILE, allow_pickle=allow_pickle, peek=peek)
     if not folders and len(indices) == 1:
@@ -135,18 +123,6 @@ def _open_folder(folder: Path, allow_pickle: bool, peek: int | None) -> TensorFi
         metadata |= own.metadata
         settings |= {f"{part}.{key}": value for key, value in read_json(file.parent / ADAPTER_CONFIG).items()}
     return TensorFile(tensors, metadata | {"lora_adapter_metadata": json.dumps(settings)})
-
-
-def _peft_folders(folder: Path) -> dict[str, Path]:
-    """The file of weights by part of the model; by "" if the folder itself holds the two files of PEFT."""
-    places = {"": folder, **{part: folder / part for part in COMPONENTS}}
-    files = {
-        part: next((place / name for name in WEIGHTS if (place / name).is_file()), None)
-        for part, place in places.items()
-        if (place / ADAPTER_CONFIG).is_file()
-    }
-    found = {part: file for part, file in files.items() if file is not None}
-    return {"": found[""]} if "" in found else found
 
 
 def _with_settings(content: TensorFile, config: Mapping[str, Any], folder: str) -> TensorFile:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from personalize.errors import UserError
 from personalize.formats import compatibility, layouts
-from personalize.formats.adapter_folders import INDEX
-from personalize.formats.adapter_source import is_adapter_folder, open_adapter
+from personalize.formats.adapter_folders import INDEX, is_adapter_folder
+from personalize.formats.adapter_source import open_adapter
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.reading import identify, sort
 from personalize.formats.diffusion_transformers.summary import folder_readings

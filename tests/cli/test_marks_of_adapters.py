@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from personalize.cli.main import main
-from personalize.cli.redrawing import redrawn
+from personalize.cli.redrawing import adapter_name_and_hash, redrawn
 from personalize.errors import UserError
 from personalize.io.provenance import Provenance, picture_bytes, read_marks
 from tests.support.lora_states import random_adapter
@@ -87,6 +87,18 @@ def test_adapters_of_any_form_are_named_in_the_marks(base, photo, tmp_path, monk
     for command in ("inspect", "verify"):
         assert main([command, "someone/cat:cat.safetensors"]) == 0
         assert "cat.safetensors" in capsys.readouterr().out
+
+
+def test_a_folder_of_peft_and_diffusers_files_has_the_hash_of_what_is_read(tmp_path, monkeypatch):
+    """PEFT's two files are read, the LoRA in diffusers' names beside them is not."""
+    peft = adapters_of_others(tmp_path, monkeypatch)["peft"]
+    alone = adapter_name_and_hash(peft)
+    shutil.copy(tmp_path / "saved" / "pytorch_lora_weights.safetensors", peft)
+    assert adapter_name_and_hash(peft) == alone
+    picture = tmp_path / "edit-000.png"
+    details = {"command": "edit", "adapters": [alone], "base": {"name": "x", "sha256": ""}, "options": {}}
+    picture.write_bytes(picture_bytes(Image.new("RGB", (32, 32)), Provenance(details=details)))
+    assert redrawn([], picture)[1] == [str(peft)], "found near the picture"
 
 
 def test_what_the_marks_need_is_read_before_anything_is_drawn(base, photo, tmp_path, monkeypatch):

@@ -50,11 +50,18 @@ def test_the_kind_and_code_of_an_error_stay():
     assert caught.value.exit_code == 1
 
 
+NO_WEIGHTS = r"adapter_config\.json, but no adapter_model\.safetensors beside it: copy that file too"
+
+
 def test_adapters_of_peft_in_shards_and_on_the_hub_pass_the_first_check(tmp_path):
     for name in ("adapter_config.json", "unet/adapter_config.json", "lora.safetensors.index.json"):
         folder = tmp_path / name.replace("/", "-")
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("{}")
+        if name.endswith("adapter_config.json"):
+            with pytest.raises(UserError, match=NO_WEIGHTS):
+                check_adapters([folder])
+            (folder / name).with_name("adapter_model.safetensors").touch()
         check_adapters([folder])
     (tmp_path / "diffusers").mkdir()
     (tmp_path / "diffusers" / "pytorch_lora_weights.safetensors").touch()
@@ -68,4 +75,7 @@ def test_adapters_of_peft_in_shards_and_on_the_hub_pass_the_first_check(tmp_path
         check_adapters([tmp_path / "empty"])
     (tmp_path / "empty" / "more.pt").touch()
     with pytest.raises(UserError, match=r"name one of its 2 files, as more\.pt"):
+        check_adapters([tmp_path / "empty"])
+    (tmp_path / "empty" / "source_embedding.safetensors").touch()
+    with pytest.raises(UserError, match=r"lacks adapter\.json, which training wrote .* copy the whole folder again"):
         check_adapters([tmp_path / "empty"])

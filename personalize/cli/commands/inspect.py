@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from personalize.cli.terminal import json_text
 from personalize.errors import UserError
 from personalize.formats import coverage
-from personalize.formats.adapter_source import fetched, is_adapter_folder
+from personalize.formats.adapter_folders import is_adapter_folder
+from personalize.formats.adapter_source import fetched
 from personalize.formats.folder_inspection import FileSummary, folder_text, inspect_folder
 from personalize.formats.inspection import inspect_file
 from personalize.formats.inspection_report import TITLES, Inspection, report

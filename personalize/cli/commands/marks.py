@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import personalize
-from personalize.cli.redrawing import NEVER_FROM_A_PICTURE, given_name, name_and_hash, names_a_file
-from personalize.formats.adapter_folders import DIFFUSERS_FILE, INDEX, MANIFEST
-from personalize.formats.adapter_source import adapter_hash, fetched, is_adapter_folder
+from personalize.cli.redrawing import NEVER_FROM_A_PICTURE, adapter_name_and_hash, name_and_hash, names_a_file
+from personalize.formats.adapter_folders import DIFFUSERS_FILE, MANIFEST, in_several_files
+from personalize.formats.adapter_source import fetched
 from personalize.formats.integrity import data_hash
 from personalize.io.content_credentials import signed
 from personalize.io.json_files import read_json
@@ -76,17 +76,14 @@ def details_of(
 
 
 def _adapter(path: Path) -> dict[str, str]:
-    """Name and hash of an adapter, and the hash by which A1111 knows the LoRA that it loads: of the tensors alone.
-
-    Of what holds its weights in several files, as PEFT's folders and shards do, the hash is that of all that is read.
-    """
+    """Name and hash of an adapter, and the hash by which A1111 knows the LoRA that it loads: of the tensors alone."""
     path = file = fetched(path)
-    if path.name.endswith(INDEX) or (is_adapter_folder(path) and not (path / MANIFEST).is_file()):
-        return {"name": given_name(path), "sha256": adapter_hash(path)}
+    about = adapter_name_and_hash(path)
+    if in_several_files(path):
+        return about
     if path.is_dir():
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
         file = path / str(manifest.get("twin") or DIFFUSERS_FILE)
-    about = name_and_hash(path)
     if file.suffix != ".safetensors" or not file.is_file():
         return about
     return {**about, "lora_hash": data_hash(file)}

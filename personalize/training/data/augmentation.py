@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,15 @@ class View:
     def fills(self, canvas: tuple[int, int]) -> bool:
         """Is the `canvas` (H, W) full, but for the padding of its bucket?  If not, the picture lies on mid grey."""
         return any(own >= whole for own, whole in zip(self.size, canvas, strict=True))
+
+    def time_ids(self, fitted: FittedImage) -> tuple[int, ...]:
+        """SDXL's micro-conditioning of this view of a picture in its bucket, as `FittedImage.time_ids`.
+
+        What a zoom cuts off above and at the left joins what the bucket cuts off, in pixels of the picture as shown.
+        """
+        corner, (whole, _) = fitted.mirrored_corner if self.flip else fitted.corner, fitted.shown or fitted.size
+        top, left = (round(own * self.size[0] / whole) for own in corner)
+        return replace(fitted, corner=(top + max(0, -self.top), left + max(0, -self.left))).time_ids
 
 
 def draw_flip(rng: torch.Generator) -> bool:

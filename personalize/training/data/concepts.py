@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from hashlib import sha256
 from pathlib import Path
@@ -261,8 +261,7 @@ class ConceptDataset(Dataset):
 
     def _shape(self, view: View, fitted: FittedImage) -> dict[str, Tensor]:
         """`canvas` (1, h, w), see `canvas_mask`, and on SDXL `time_ids` (6), the size conditioning."""
-        fitted_view = replace(fitted, corner=fitted.mirrored_corner) if view.flip else fitted
-        sizes = {"time_ids": torch.tensor(fitted_view.time_ids)} if self.model.family == "sdxl" else {}
+        sizes = {"time_ids": torch.tensor(view.time_ids(fitted))} if self.model.family == "sdxl" else {}
         return {"canvas": canvas_mask(view, fitted, self.model.factor), **sizes}
 
     def _noise_sample(self, posterior: tuple[Tensor, Tensor], update: int, index: int) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Views of the picture: their shares, their canvas, and how prompts are rearranged."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from personalize.training.data.augmentation import (
     render_view,
     reorder_phrases,
 )
-from personalize.training.data.buckets import FittedImage
+from personalize.training.data.buckets import FittedImage, fit_into
 
 SQUARE, LARGE = (FittedImage(torch.zeros(1, 3, side, side)) for side in (64, 512))
 DRAWS = 10_000
@@ -53,6 +54,31 @@ def test_disendiff_i_sizes_and_grey_canvas() -> None:
 
 def test_far_mask_is_one_cell_smaller_on_each_side() -> None:
     assert int(canvas_mask(View(size=(32, 32), top=8, left=16), SQUARE, 4).sum()) == (32 // 4 - 2) ** 2
+
+
+@pytest.mark.parametrize("mask", [(40, 20, 60, 40), None])
+def test_sdxl_is_told_where_a_view_begins_in_the_picture_as_shown(mask: tuple[int, int, int, int] | None) -> None:
+    """The pixels say where they come from: 1 of 128 px across is 1/128 of the way from black to white."""
+    across = Image.fromarray(
+        np.tile(np.linspace(-0.5, 255.5, 128)[None].round().clip(0, 255).astype(np.uint8), (64, 1))
+    )
+    image, white = across.convert("RGB"), Image.new("L", (128, 64))
+    if mask:
+        white.paste(255, mask)
+    fitted, rng, seen = fit_into((64, 64), image, white if mask else None), generator(0, "test corners"), set()
+    for _ in range(40):
+        view = draw_view(fitted, rng)
+        original, corner, size = (view.time_ids(fitted)[i : i + 2] for i in (0, 2, 4))
+        assert original == (64, 128) and size == (64, 64)
+        if view.prefix in FAR:
+            continue
+        seen.add((view.flip, bool(view.prefix)))
+        column = float(render_view(image, view, fitted)[0, 0, :8].mean() + 1) / 2  # its middle: 4 px after the corner
+        column = 1 - column if view.flip else column
+        across_px = view.size[0] * 2 if mask else view.size[1]
+        assert column * across_px == pytest.approx(corner[1] + 4, abs=1.5), "rounded corner, and resized greys"
+        assert corner[0] == (max(0, -view.top))
+    assert len(seen) == 4, "mirrored or not, zoomed in or not"
 
 
 def test_views_move_masks_as_they_move_the_picture() -> None:
