@@ -42,9 +42,17 @@ def check_edit(config: Any) -> None:
     _check_sides(config)
     check_tokens([config.prompt, config.negative_prompt], [config.adapter, *config.add])
     if config.auto:
-        source = config.source_image or config.adapter / "source.png"
-        if not source.is_file():
-            raise UserError(f"{source} does not exist: name the picture the adapter was trained on with --source_image")
+        source_picture(config)
+
+
+def source_picture(config: Any) -> Path:
+    """The picture the adapter was trained on: --source_image, or the one in its folder; UserError if there is none."""
+    path = config.source_image or config.adapter / "source.png"
+    if path.is_file():
+        return path
+    in_folder = config.source_image is not None or config.adapter.is_dir()
+    what = f"{path} does not exist" if in_folder else f"{config.adapter} holds no picture for --auto to compare with"
+    raise UserError(f"{what}: name the picture the adapter was trained on with --source_image")
 
 
 def check_forget(rules: Iterable[str]) -> None:

@@ -111,6 +111,7 @@ MISTAKES = (
     Mistake("edit plain --prompt cat --c2pa a.pem b.pem --no_provenance", "--no_provenance keeps it out"),
     Mistake("edit plain --prompt cat --budget 32", "--budget belongs to --auto: add --auto"),
     Mistake("edit plain --prompt cat --auto", "source.png does not exist"),
+    Mistake("edit someone/cat:cat.safetensors --prompt cat --auto", "cat.safetensors holds no picture for --auto"),
     Mistake("edit plain --prompt cat --seeds 1 2 --num_images 3", "--seeds lists every seed"),
     Mistake("edit plain --prompt cat --gamma 1 --beta 1", "--gamma is vector subtraction"),
     Mistake("edit missing.png --source cat --target dog", "missing.png: no such file"),

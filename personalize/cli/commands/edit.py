@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from personalize.cli.checks import STRENGTHS, check_edit
+from personalize.cli.checks import STRENGTHS, check_edit, source_picture
 from personalize.cli.commands.marks import PictureWriter, details_of
 from personalize.cli.edit_options import COMBINATIONS
 from personalize.cli.redrawing import check_same, given_name, recorded
@@ -252,14 +252,6 @@ def stored(config: EditConfig, prompt: str, best: Trial, caption: str | None) ->
 
 
 _STATES = {"copy": "a copy of the source", "lost": "the source is lost", "neither": "it has neither"}
-
-
-def source_picture(config: EditConfig) -> Path:
-    """The picture the adapter was trained on: --source_image, or the one in its folder."""
-    path = config.source_image or config.adapter / "source.png"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name the picture the adapter was trained on with --source_image")
-    return path
 
 
 def ranked_sheet(trials: Sequence[Trial], request: Request) -> Image.Image:
