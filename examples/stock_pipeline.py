@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -14,9 +15,11 @@ def main(
     adapter: str | Path, prompt: str = "a picture of a cat on the beach", base: str | Path = EMBEDDED, steps: int = 30
 ) -> Image.Image:
     pipe = DiffusionPipeline.from_pretrained(base)
-    with personalize.attach(pipe, adapter, forget="decoder=0.5") as mine:
-        image = pipe(**mine.inputs(prompt, alpha=0.8, beta=1.2), num_inference_steps=steps).images[0]
-    plain = pipe(prompt, num_inference_steps=steps).images[0]  # the pipeline is as it was
+    with personalize.attach(pipe, adapter) as mine:
+        inputs = mine.inputs(prompt, alpha=0.8, beta=1.2)
+        image = pipe(**inputs, num_inference_steps=steps, generator=torch.manual_seed(0)).images[0]
+    # the pipeline is as it was
+    plain = pipe(prompt, num_inference_steps=steps, generator=torch.manual_seed(0)).images[0]
     image.save("attached.png"), plain.save("plain.png")
     return image
 
