@@ -29,7 +29,7 @@ import tyro
 from PIL import Image
 
 from personalize.adapters.apply import load_adapters
-from personalize.cli.commands.quickstart import SAMPLING, VARIANTS
+from personalize.cli.commands.quickstart import CHOSEN, SAMPLING, VARIANTS
 from personalize.editing.editor import Editor
 from personalize.embedded.samples import bundled
 from personalize.models.stable_diffusion import StableDiffusion
@@ -121,7 +121,7 @@ def measure_scene(options: QuickstartBench, scene: int, model: StableDiffusion, 
     tasks = tasks_of(scene)
     plain = plain_scores(tasks, Editor(model), options.seed, judge)
     rows = {}
-    for number, variant in enumerate(VARIANTS):
+    for number, variant in enumerate((*VARIANTS, CHOSEN)):
         edits = load_pictures(folder, (f"edit-{number * len(tasks) + k:03d}" for k in range(len(tasks))))
         rows[variant] = compare_with_base(tasks, edits, plain, judge)
     replayed, alone = psnr(replay, source), psnr(own, source)

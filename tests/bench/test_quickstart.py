@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from personalize.cli.commands.quickstart import VARIANTS
+from personalize.cli.commands.quickstart import CHOSEN, VARIANTS
 from personalize.editing.config import Sampling
 from personalize.embedded.samples import bundled
 from personalize.embedded.scenes import render
@@ -22,13 +22,14 @@ def test_true_results_are_right_and_the_unchanged_source_is_not(tmp_path, monkey
     source = render(example.scene)[0]
     truths = [render(change.truth)[0] for change in example.edits if change.truth]
     named = {"source": source, "replay": source, "base": grey}
-    named |= {f"edit-{k:03d}": picture for k, picture in enumerate([*truths, *[source] * 4])}
+    named |= {f"edit-{k:03d}": picture for k, picture in enumerate([*truths, *[source] * 4, *truths])}
     for name, picture in named.items():
         Image.fromarray(picture).save(folder / f"{name}.png")
     options = quickstart.QuickstartBench(output_dir=tmp_path)
     found = quickstart.measure_scene(options, 0, tiny("sd1"), Judge.load())
-    true, unchanged = (found["rows"][variant] for variant in VARIANTS)
+    true, unchanged, chosen = (found["rows"][row] for row in (*VARIANTS, CHOSEN))
     assert all(true["right"]) and not any(unchanged["right"]), "doing nothing is no edit"
+    assert chosen == true
     assert quickstart.goals_reached(true) and not quickstart.goals_reached(unchanged)
     assert found["replay"] == 60.0 and found["base"] < 20, "60 dB is what equal pictures count"
     text = quickstart.table([{"scene": 0, **found, "learned": 70, "command": 140}])

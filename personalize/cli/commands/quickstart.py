@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,11 @@ from personalize.cli.parser import read_yaml
 from personalize.cli.terminal import PlainConsole
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
+from personalize.editing.search import ranked, search
 from personalize.embedded.samples import SampleEdit, SampleImage, bundled
 from personalize.errors import said_if_stopped
+from personalize.evaluation.scene_scorer import SceneScorer
+from personalize.evaluation.scoring import Request, Scorer
 from personalize.io.figures import grid, png
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
@@ -40,6 +43,8 @@ VARIANTS = {  # one keeps more of the picture, one follows the prompt more: see 
     "all that was learned": EditStrengths(1.0, 1.2),
     "half of the decoder forgotten": EditStrengths(1.0, 1.2, forget="decoder=0.5"),
 }
+CHOSEN = "strengths chosen for each edit, as --auto does"  # a row of the embedded model's sheet, for it has a scorer
+BUDGET = 4  # pictures to choose from, for each edit: see tests/bench/results/quickstart.md
 SAMPLING = Sampling(15, "dpm++_2m")  # on all five scenes as good as 25 steps of DDIM, in 0.6 of the time
 
 
@@ -49,7 +54,9 @@ class Outcome:
 
     picture: the picture, whole, in its training size.  round_trip: it, encoded and decoded by the VAE.
     replay: the adapter's reconstruction.
-    base: a sample of the base model for the caption.  edits: for each of `VARIANTS`, a picture for each edit prompt.
+    base: a sample of the base model for the caption.
+    edits: for each of `VARIANTS`, and for `CHOSEN` if there was a scorer, a picture for each edit prompt.
+    chosen: the strengths of the pictures of `CHOSEN`, by prompt.
     """
 
     picture: FittedImage
@@ -57,6 +64,7 @@ class Outcome:
     replay: torch.Tensor
     base: torch.Tensor
     edits: dict[str, list[Image.Image]]
+    chosen: dict[str, EditStrengths] = field(default_factory=dict)
 
     @property
     def source(self) -> torch.Tensor:
@@ -91,7 +99,8 @@ def run(config: QuickstartConfig) -> Path:
             pass
         adapter = run.adapter()
     seconds = time.monotonic() - begun
-    outcome = sample_outcome(Editor(model, adapter), example, picture, round_trip, config.seed)
+    scorer = SceneScorer.load() if config.pretrained_model_name_or_path is None else None
+    outcome = sample_outcome(Editor(model, adapter), example, picture, round_trip, config.seed, scorer)
     pictures = {"source": to_image(outcome.source), "reconstruction": to_image(outcome.replay)}
     figures = {"autoencoder_db": ceiling, "reconstruction_db": outcome.likeness(outcome.replay)}
     adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
@@ -144,9 +153,14 @@ def report_round_trip(console: PlainConsole, ceiling: float, *, embedded: bool) 
 
 
 def sample_outcome(
-    editor: Editor, example: SampleImage, picture: FittedImage, round_trip: torch.Tensor, seed: int
+    editor: Editor,
+    example: SampleImage,
+    picture: FittedImage,
+    round_trip: torch.Tensor,
+    seed: int,
+    scorer: Scorer | None = None,
 ) -> Outcome:
-    """Sample all pictures of the sheet, all of them from the noise of `seed`."""
+    """Sample all pictures of the sheet from the noise of `seed`; those to choose from, of the seeds from `seed` on."""
     with editor:
         replay = to_pixels(editor.reconstruct(seeds=[seed], sampling=SAMPLING)[0])
         base = to_pixels(editor.base(example.caption, seeds=[seed], sampling=SAMPLING)[0])
@@ -154,7 +168,13 @@ def sample_outcome(
             name: [editor.edit(one.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for one in example.edits]
             for name, setting in VARIANTS.items()
         }
-    return Outcome(picture, round_trip, replay, base, edits)
+        if scorer is None:
+            return Outcome(picture, round_trip, replay, base, edits)
+        requests = [Request(one.prompt, example.caption, to_image(picture.pixels)) for one in example.edits]
+        found = [ranked(search(editor, r, scorer, budget=BUDGET, seed=seed, sampling=SAMPLING))[0] for r in requests]
+    edits[CHOSEN] = [trial.picture for trial in found]
+    chosen = {request.prompt: trial.strengths for request, trial in zip(requests, found, strict=True)}
+    return Outcome(picture, round_trip, replay, base, edits, chosen)
 
 
 def sheet(outcome: Outcome, example: SampleImage) -> Image.Image:
@@ -181,6 +201,8 @@ def report(console: PlainConsole, outcome: Outcome, example: SampleImage, folder
     for name, pictures in outcome.edits.items():
         values = [outcome.likeness(to_pixels(picture), outcome.replay) for picture in pictures]
         console.print(f"Edits to reconstruction, {name}: " + ", ".join(f"{value:.1f} dB" for value in values))
+    for prompt, strengths in outcome.chosen.items():
+        console.print(f"Chosen for “{prompt}”: {strengths}")
     console.print(f"Adapter, verified: {folder}\nContact sheet:     {sheet_path}")
     console.print("Next, try:", style="bold")
     console.print(f'  personalize edit {folder} --prompt "{example.edits[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4')

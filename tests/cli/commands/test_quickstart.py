@@ -48,6 +48,14 @@ def test_it_leaves_an_adapter_and_a_sheet_and_says_where(base, tmp_path, capsys)
     assert main(["verify", str(tmp_path / "out" / "adapter"), "--base", str(base)]) == 0
 
 
+def test_on_the_embedded_model_a_row_is_chosen_as_auto_does(tmp_path, capsys):
+    assert main(["quickstart", "--max_train_steps", "1", "--output_dir", str(tmp_path)]) == 0
+    printed, edits = capsys.readouterr().out, bundled(0).edits
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} >= {f"edit-{number:03d}" for number in range(12)}
+    assert all(f"Chosen for “{one.prompt}”: alpha 0." in printed for one in edits)
+    assert f"Edits to reconstruction, {quickstart.CHOSEN}:" in printed
+
+
 def test_the_users_own_pictures_are_not_replaced(base, tmp_path, capsys):
     names = ("sheet.png", "pictures/source.png", "pictures/edit-000.png")
     (tmp_path / "pictures").mkdir()
