@@ -18,7 +18,7 @@ EMBEDDED: dict[type, dict[str, Any]] = {
     # The balancing loss asks that every noun has more attention than the padding somewhere; with the published weights
     # it drives nouns to the background, where that is easy, and their IoU with the true masks falls from 0.47 to 0.22
     # on two scenes. With these weights it rises from 0.53 to 0.71 on two other scenes. Few updates and a cap, because
-    # embeddings far from their words made the maps worse. See tests/bench/README.md.
+    # embeddings far from their words made the maps worse. Measured on weights that no longer ship.
     # The median balancing loss of two objects that are in the picture is 0.05 to 0.68 in 18 scenes of the split
     # "calibration/report"; if a second noun names nothing there, it is 0.72 to 1.0 in 8 scenes.
     DynamicSettings: {

@@ -147,20 +147,12 @@ def edit_photo(
         maps = word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
     masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend, targets)
     return EditResult(
-        images=tuple(edits),
-        reconstruction=reconstruction,
-        sheet=edit_sheet(frame.picture, reconstruction, edits, source, targets),
-        attention=maps,
-        targets=tuple(targets),
-        latents=latents,
-        trajectory=prepared.trajectory,
-        seconds=time.perf_counter() - began,
+        images=tuple(edits), reconstruction=reconstruction, targets=tuple(targets), latents=latents,
+        sheet=edit_sheet(frame.picture, reconstruction, edits, source, targets), attention=maps, nouns=nouns,
+        masks=masks, region=_first_cells(regions, prepared), untouched=tuple(count for _, count in kept),
+        trajectory=prepared.trajectory, seconds=time.perf_counter() - began,
         notes=_notes(frame, prepared, control, settings, request),
-        nouns=nouns,
-        masks=masks,
-        region=_first_cells(regions, prepared),
-        untouched=tuple(count for _, count in kept),
-    )
+    )  # fmt: skip
 
 
 def _notes(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measurement that needs an accelerator, in less than 8 minutes on one GPU: bash tests/bench/accelerator.sh [DIFFUSERS]
+# Every measurement that needs an accelerator, in at most 10 minutes on one GPU: bash tests/bench/accelerator.sh [DIFFUSERS]
 # Random weights in the shape of SD 1.5 and SDXL. Each line has its own time limit, writes as it goes, and stops no other.
 # Needs torch, diffusers, transformers, accelerate, peft, bitsandbytes, safetensors, msgspec, tyro and Pillow.
 # DIFFUSERS is a checkout of diffusers, or its train_dreambooth_lora.py; it needs torchvision.

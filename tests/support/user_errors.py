@@ -1,4 +1,4 @@
-"""About sixty mistakes that users make on a command line, in a folder made for them."""
+"""More than a hundred mistakes that users make on a command line, in a folder made for them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     judge([image])[0].nouns                      # frozenset({"cat", "dog"})
     judge.inside(image, mask).style              # of the object under `mask` only
 
-It sees the pixels alone, never a prompt.  Its weights are trained by `train_judge.py`; the metadata of the weights file
+It sees the pixels alone, never a prompt.  Its weights are trained by `train.py`; the metadata of the weights file
 holds its accuracy on held-out renders.
 """
 
@@ -126,7 +126,7 @@ class Judge:
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         for key, known in _labels().items():
             if info[key] != known:
-                raise ValueError(f"{path} judges other {key} than the scenes have: train it again with train_judge.py")
+                raise ValueError(f"{path} judges other {key} than the scenes have: train it again: python -m tests.bench.judge.train")
         net = JudgeNet(info["widths"], folded=True)
         net.load_state_dict(state)
         return cls(net, info)

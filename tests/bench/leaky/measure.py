@@ -1,7 +1,7 @@
 """Is a model leaky?  Where its nouns look, and what it draws that was not asked for, before any method is run on it.
 
     python -m tests.bench.leaky.measure                                    # the twin of this folder
-    python -m tests.bench.leaky.measure --unet personalize/embedded/unet   # the embedded model, for comparison
+    python -m tests.bench.leaky.measure --unet personalize/embedded/model/unet   # the embedded model, for comparison
 
 Noun maps are those of `attention_maps.py`, of scenes of two objects on their direct trajectories.  Prompts name one
 object of such a scene, or both; an object is wrong if the judge sees it though the prompt does not name it.

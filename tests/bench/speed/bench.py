@@ -1,8 +1,8 @@
 """Speed of training and sampling as ratios: each optimisation alone, all together, and against diffusers' script.
 
     python -m tests.bench.speed                                    # every part, on two idle cores or one GPU
-    python -m tests.bench.speed --only lora sampling --groups 6    # some parts
-    python -m tests.bench.speed --base sd15 --latent 32 --only step --groups 3     # SD 1.5 in shape, random weights
+    python -m tests.bench.speed --only lora pictures --groups 6    # some parts
+    python -m tests.bench.speed --base sd15 --latent 32 --only together --groups 3 # SD 1.5 in shape, random weights
 
 Each arm is one JSON line, appended when its part is finished; finished parts are not measured again.  The machine must
 be idle: if other processes use more than half a core, the bench refuses to start.  --force measures anyway; --clock cpu
