@@ -126,7 +126,9 @@ class Judge:
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         for key, known in _labels().items():
             if info[key] != known:
-                raise ValueError(f"{path} judges other {key} than the scenes have: train it again: python -m tests.bench.judge.train")
+                raise ValueError(
+                    f"{path} judges other {key} than the scenes have: train it again: python -m tests.bench.judge.train"
+                )
         net = JudgeNet(info["widths"], folded=True)
         net.load_state_dict(state)
         return cls(net, info)
