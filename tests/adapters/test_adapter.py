@@ -181,7 +181,8 @@ def test_a_full_disk_at_any_byte_leaves_the_old_adapter_or_none(tmp_path, monkey
 def test_missing_files(tmp_path, sd1, missing):
     folder = make(sd1).save(tmp_path / "a")
     (folder / missing).unlink()
-    with pytest.raises(UserError, match="no adapter folder" if missing == MANIFEST else f"{missing} does not exist"):
+    message = "lacks adapter.json, which training wrote" if missing == MANIFEST else f"{missing} does not exist"
+    with pytest.raises(UserError, match=message):
         Adapter.load(folder)
 
 
