@@ -2,9 +2,8 @@
 
     python -m tests.bench.manual                    # are they of today's weights and commands?
     python -m tests.bench.manual --run              # about 10 minutes on two idle CPU cores
-    python -m tests.bench.manual --screenshots runs/studio    # the studio's, which its browser tests leave there
 
-`examples/pictures/made.json` says by what they were made.
+`examples/pictures/made.json` says by what they were made.  The studio's screenshots are taken by hand.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ PICTURES = {  # picture of the manual: what its command writes
     "plain.png": "plain.png",
     "coverage.webp": "runs/coverage.png",
 }
-SCREENSHOTS = {f"studio-{name}.webp": f"{name}.png" for name in ("learn", "edit", "photo", "drag", "files")}
+SCREENSHOTS = tuple(f"studio-{tab}.webp" for tab in ("learn", "edit", "photo", "drag", "files"))
 BAD_ROW = "train catalogue"  # its table holds a bad row on purpose: exit code 2
 
 
@@ -57,8 +56,6 @@ class ManualPictures:
     """Run the commands and take their pictures; otherwise say whether that is due."""
     folder: Path | None = None
     """Where the commands run, kept afterwards; what is there already is not made again. Default: a temporary folder."""
-    screenshots: Path | None = None
-    """The folder in which the studio's browser tests left their screenshots."""
 
 
 def boxes(text: str) -> list[str]:
@@ -107,8 +104,6 @@ def take(pictures: Mapping[str, str], folder: Path) -> None:
 
 
 def main(options: ManualPictures) -> None:
-    if options.screenshots is not None:
-        take(SCREENSHOTS, options.screenshots)
     now = stamp()
     if not options.run:
         stale = out_of_date(json.loads(RECORD.read_text(encoding="utf-8")), now)
