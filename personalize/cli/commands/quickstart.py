@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ VARIANTS = {  # one keeps more of the picture, one follows the prompt more: see 
 }
 CHOSEN = "strengths chosen for each edit, as --auto does"  # a row of the embedded model's sheet, for it has a scorer
 BUDGET = 4  # pictures to choose from, for each edit: see tests/bench/results/quickstart.md
+PLACE = re.compile(r"\s+(in|on|at|against|under|near)\s+(the|a|an|my|our|his|her|their)\s[^.,]*[.]?$", re.IGNORECASE)
 SAMPLING = Sampling(15, "dpm++_2m")  # on all five scenes as good as 25 steps of DDIM, in 0.6 of the time
 
 
@@ -115,11 +117,11 @@ def run(config: QuickstartConfig) -> Path:
 
 
 def own_example(photo: Path, caption: str | None) -> SampleImage:
-    """The user's picture, with edits that suit any caption."""
+    """The user's picture, with edits that suit any caption: other places than the one that it may end with."""
     path = only_picture(photo)
     caption = find_caption(path, caption)
     places = ("on the beach", "in the snow", "on a red background")
-    changes = tuple(SampleEdit("background", f"{caption} {place}") for place in places)
+    changes = tuple(SampleEdit("background", f"{PLACE.sub('', caption)} {place}") for place in places)
     return SampleImage(load_image(path), caption, changes)
 
 

@@ -56,6 +56,27 @@ def test_on_the_embedded_model_a_row_is_chosen_as_auto_does(tmp_path, capsys):
     assert f"Edits to reconstruction, {quickstart.CHOSEN}:" in printed
 
 
+@pytest.mark.parametrize(
+    ("caption", "subject"),
+    [
+        ("a photo of a dog", "a photo of a dog"),
+        ("a dog in the park", "a dog"),
+        ("A cat on a mat at the window.", "A cat"),
+        ("a picture of a fox on a blue background", "a picture of a fox"),
+        ("my mug, red", "my mug, red"),
+        ("on the grass", "on the grass"),
+        ("a hand in hand", "a hand in hand"),
+    ],
+)
+def test_other_places_take_the_place_of_the_captions(caption, subject, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    example = quickstart.own_example(tmp_path / "a.png", caption)
+    assert example.caption == caption
+    assert [one.prompt for one in example.edits] == [
+        f"{subject} on the beach", f"{subject} in the snow", f"{subject} on a red background"
+    ]  # fmt: skip
+
+
 def test_the_users_own_pictures_are_not_replaced(base, tmp_path, capsys):
     names = ("sheet.png", "pictures/source.png", "pictures/edit-000.png")
     (tmp_path / "pictures").mkdir()
