@@ -152,7 +152,7 @@ def _hash(adapter: Path) -> str | None:
     """The hash of an adapter as pictures have it; None for what is none."""
     try:
         return adapter_name_and_hash(adapter)["sha256"]
-    except (UserError, OSError):
+    except UserError:
         return None
 
 

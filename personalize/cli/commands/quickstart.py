@@ -17,11 +17,8 @@ from personalize.cli.parser import read_yaml
 from personalize.cli.terminal import PlainConsole
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.search import ranked, search
 from personalize.embedded.samples import SampleEdit, SampleImage, bundled
 from personalize.errors import said_if_stopped
-from personalize.evaluation.scene_scorer import SceneScorer
-from personalize.evaluation.scoring import Request, Scorer
 from personalize.io.figures import grid, png
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
@@ -46,6 +43,7 @@ VARIANTS = {  # one keeps more of the picture, one follows the prompt more: see 
 }
 CHOSEN = "strengths chosen for each edit, as --auto does"  # a row of the embedded model's sheet, for it has a scorer
 BUDGET = 4  # pictures to choose from, for each edit: see tests/bench/results/quickstart.md
+# the place that a caption ends with, as "in the park" or "on a blue background"
 PLACE = re.compile(r"\s+(in|on|at|against|under|near)\s+(the|a|an|my|our|his|her|their)\s[^.,]*[.]?$", re.IGNORECASE)
 SAMPLING = Sampling(15, "dpm++_2m")  # on all five scenes as good as 25 steps of DDIM, in 0.6 of the time
 
@@ -57,7 +55,7 @@ class Outcome:
     picture: the picture, whole, in its training size.  round_trip: it, encoded and decoded by the VAE.
     replay: the adapter's reconstruction.
     base: a sample of the base model for the caption.
-    edits: for each of `VARIANTS`, and for `CHOSEN` if there was a scorer, a picture for each edit prompt.
+    edits: for each of `VARIANTS`, and for `CHOSEN` on the embedded model, a picture for each edit prompt.
     chosen: the strengths of the pictures of `CHOSEN`, by prompt.
     """
 
@@ -92,7 +90,8 @@ def run(config: QuickstartConfig) -> Path:
     picture = fit(example.picture, None, model.resolution, 8 * model.factor)
     round_trip = model.decode(model.encode(picture.pixels)).cpu()
     ceiling = psnr(picture.own_part(round_trip), picture.own_part(picture.pixels))
-    report_round_trip(console, ceiling, embedded=config.pretrained_model_name_or_path is None)
+    embedded = config.pretrained_model_name_or_path is None  # its pictures alone have a scorer in the package
+    report_round_trip(console, ceiling, embedded=embedded)
     begun = time.monotonic()
     training = training_config(config)
     with single_image_run(model, [picture], example.caption, training, accelerator=accelerator(model)) as run:
@@ -101,8 +100,7 @@ def run(config: QuickstartConfig) -> Path:
             pass
         adapter = run.adapter()
     seconds = time.monotonic() - begun
-    scorer = SceneScorer.load() if config.pretrained_model_name_or_path is None else None
-    outcome = sample_outcome(Editor(model, adapter), example, picture, round_trip, config.seed, scorer)
+    outcome = sample_outcome(Editor(model, adapter), example, picture, round_trip, config.seed, choose=embedded)
     pictures = {"source": to_image(outcome.source), "reconstruction": to_image(outcome.replay)}
     figures = {"autoencoder_db": ceiling, "reconstruction_db": outcome.likeness(outcome.replay)}
     adapter = replace(adapter, info={**adapter.info, **{name: round(value, 2) for name, value in figures.items()}})
@@ -155,12 +153,7 @@ def report_round_trip(console: PlainConsole, ceiling: float, *, embedded: bool) 
 
 
 def sample_outcome(
-    editor: Editor,
-    example: SampleImage,
-    picture: FittedImage,
-    round_trip: torch.Tensor,
-    seed: int,
-    scorer: Scorer | None = None,
+    editor: Editor, example: SampleImage, picture: FittedImage, round_trip: torch.Tensor, seed: int, *, choose: bool
 ) -> Outcome:
     """Sample all pictures of the sheet from the noise of `seed`; those to choose from, of the seeds from `seed` on."""
     with editor:
@@ -170,12 +163,15 @@ def sample_outcome(
             name: [editor.edit(one.prompt, setting, seeds=[seed], sampling=SAMPLING)[0] for one in example.edits]
             for name, setting in VARIANTS.items()
         }
-        if scorer is None:
-            return Outcome(picture, round_trip, replay, base, edits)
-        requests = [Request(one.prompt, example.caption, to_image(picture.pixels)) for one in example.edits]
-        found = [ranked(search(editor, r, scorer, budget=BUDGET, seed=seed, sampling=SAMPLING))[0] for r in requests]
-    edits[CHOSEN] = [trial.picture for trial in found]
-    chosen = {request.prompt: trial.strengths for request, trial in zip(requests, found, strict=True)}
+        found = {}
+        if choose:
+            source = to_image(picture.pixels)
+            found = {
+                one.prompt: editor.choose(one.prompt, source, budget=BUDGET, seed=seed, sampling=SAMPLING)[0]
+                for one in example.edits
+            }
+            edits[CHOSEN] = [best.picture for best in found.values()]
+    chosen = {prompt: best.strengths for prompt, best in found.items()}
     return Outcome(picture, round_trip, replay, base, edits, chosen)
 
 
