@@ -27,7 +27,7 @@ from personalize.randomness import generator
 from personalize.sampling.denoise import Edit, denoise
 from personalize.sampling.schedule import Schedule, Transition
 
-READ_AT = 50  # timestep of the prediction; 1, 50, 100 and 200 give masks of equal quality, see results/drag.md
+READ_AT = 50  # timestep of the prediction; 1, 50, 100 and 200 give masks of equal quality, by trial
 
 
 @dataclass(frozen=True)

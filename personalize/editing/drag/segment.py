@@ -36,7 +36,7 @@ from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.mask import Cell, box, closed, connected_component, dilated, ratio_mask, without_holes
 from personalize.editing.drag.warp import attention_ratio
 
-# chosen on 18 scenes, half of them with textured backgrounds; see tests/bench/results/drag.md
+# chosen by trial on 18 scenes of tests/bench/drag, half of them with textured backgrounds
 ATTENTION_WEIGHT = 1.5  # a
 PIXEL_THRESHOLD = 0.25  # τ₂
 COLOUR_LIMIT = 3.0  # largest |ln(H₁ / H₀)|, so that colour cannot overrule clear attention
