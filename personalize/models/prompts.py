@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
-from personalize.models.token_ids import chunks_of, text_places, written_out
+from personalize.models.token_ids import chunks_of, further_vectors, text_places, written_out
 
 WORD = re.compile(r"<[^<>\s]+>(?:_\d+)?|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_")
 Positions = int | Sequence[int]
@@ -19,7 +19,10 @@ Span = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Word:
-    """A word or punctuation mark of a prompt in lower case, and the positions of its tokens."""
+    """A word or punctuation mark of a prompt in lower case, and the positions of its tokens.
+
+    A learned token of several vectors is one word, with the positions of all of them.
+    """
 
     text: str
     positions: Span
@@ -72,11 +75,15 @@ def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
     read = tokenizer(whole, truncation=False, verbose=False, return_offsets_mapping=True)
     ids, offsets = read["input_ids"], read["offset_mapping"]
     inner = text_places(tokenizer, ids[1:-1])
-    places, words = (0, *inner, inner[-1] + 1 if inner else 1), []
+    places, words, further = (0, *inner, inner[-1] + 1 if inner else 1), [], further_vectors(tokenizer)
     for match in WORD.finditer(whole):
         inside = [at for at, (low, high) in enumerate(offsets) if low < match.end() and high > match.start()]
+        spelled, positions = match.group().lower(), tuple(places[at] for at in inside)
+        if inside and words and all(ids[at] in further for at in inside):
+            before = words.pop()
+            spelled, positions = before.text, tuple(dict.fromkeys((*before.positions, *positions)))
         if inside:
-            words.append(Word(match.group().lower(), tuple(places[at] for at in inside)))
+            words.append(Word(spelled, positions))
     length = chunks_of(tokenizer, inner) * tokenizer.model_max_length
     return Tokens(text, tuple(ids), places, tuple(words), length)
 

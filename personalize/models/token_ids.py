@@ -61,12 +61,17 @@ def padded_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 def written_out(tokenizer: Any, text: str) -> str:
-    """`text` with the further vectors of its learned tokens behind them, "<cat1> <cat1>_1", as diffusers does it."""
+    """`text` with the further vectors of its learned tokens behind them, "<cat1> <cat1>_1", as diffusers does it.
+
+    Case does not count in a prompt: "<Cat1>" is written as the token was learned, for diffusers would not find it.
+    """
     from diffusers.loaders import TextualInversionLoaderMixin
 
     def tokenize(text: str) -> list[str]:  # transformers would warn of long texts, which are cut for no encoder here
         return tokenizer.tokenize(text, verbose=False)
 
+    for token in {first for _, first in _vectors(tokenizer)}:
+        text = re.sub(re.escape(token), lambda _, token=token: token, text, flags=re.IGNORECASE)
     quiet: Any = SimpleNamespace(tokenize=tokenize, added_tokens_encoder=tokenizer.added_tokens_encoder)
     return TextualInversionLoaderMixin().maybe_convert_prompt([text], quiet)[0]
 
@@ -83,7 +88,7 @@ def equal_ids(tokenizers: Sequence[Any], texts: Sequence[str]) -> list[Tensor]:
 
 def text_places(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     """The position among k·77 of each token of a prompt: `ids` are its tokens without start and end mark."""
-    length, further = tokenizer.model_max_length, _further_vectors(tokenizer)
+    length, further = tokenizer.model_max_length, further_vectors(tokenizer)
     at, places = 1, []
     for number, token in enumerate(ids):
         vectors = 1  # of the learned token that begins here, which one chunk shall hold
@@ -101,7 +106,13 @@ def chunks_of(tokenizer: Any, places: Sequence[int]) -> int:
     return places[-1] // tokenizer.model_max_length + 1 if places else 1
 
 
-def _further_vectors(tokenizer: Any) -> set[int]:
+def further_vectors(tokenizer: Any) -> set[int]:
     """Ids of the vectors of learned tokens that follow their first: they stay in its chunk."""
+    return {number for number, _ in _vectors(tokenizer)}
+
+
+def _vectors(tokenizer: Any) -> list[tuple[int, str]]:
+    """The id of each further vector of a learned token, and that token."""
     added = tokenizer.added_tokens_encoder
-    return {number for text, number in added.items() if (name := VECTOR.fullmatch(text)) and name[1] in added}
+    named = ((number, VECTOR.fullmatch(text)) for text, number in added.items())
+    return [(number, name[1]) for number, name in named if name and name[1] in added]

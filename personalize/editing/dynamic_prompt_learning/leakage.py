@@ -31,6 +31,7 @@ from personalize.models.attention import hooked
 from personalize.models.attention_maps import InversionMaps
 from personalize.models.image_processor import PaddedImage, Picture, as_mask_image
 from personalize.models.map_filters import normalised
+from personalize.models.prompts import composed
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
 from personalize.sampling.schedule import Schedule
@@ -210,9 +211,9 @@ def _outside_regions(
     outside, seen = torch.zeros(len(groups), *size, dtype=torch.bool), set[int]()
     names = {word.lower(): number for number, group in enumerate(groups) for word in group.words}
     for noun, region in regions.items():
-        if noun.lower() not in names:
+        if composed(noun).lower() not in names:
             raise UserError(f"there is a region for {noun!r}, which is none of the nouns {', '.join(names)}")
-        number, elsewhere = names[noun.lower()], ~_cells(frame, mask_picture(frame, region), size)
+        number, elsewhere = names[composed(noun).lower()], ~_cells(frame, mask_picture(frame, region), size)
         outside[number] = outside[number] & elsewhere if number in seen else elsewhere
         seen.add(number)
     return outside

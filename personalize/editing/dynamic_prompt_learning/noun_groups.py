@@ -6,7 +6,6 @@ attention map is the mean over its tokens, so that dynamic prompts do not push r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from personalize.editing.dynamic_prompt_learning.nouns import depicted_nouns
 from personalize.errors import UserError
-from personalize.models.prompts import Tokens, composed, tokenize_prompt
+from personalize.models.prompts import composed, tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.token_ids import padded_ids
 
@@ -43,7 +42,7 @@ def noun_groups(model: StableDiffusion, prompt: str, named: Sequence[str] = ()) 
     Raises:
         UserError: there is no noun, or a word is not in the prompt or was given twice.
     """
-    objects = [tuple(phrase.split("=")) for phrase in named] or _nouns_of(prompt)
+    objects = [tuple(composed(phrase).split("=")) for phrase in named] or _nouns_of(prompt)
     if not objects:
         raise UserError(f"no noun was found in {prompt!r}: name what it shows with --nouns")
     every = [word.lower() for words in objects for word in words]
@@ -65,14 +64,7 @@ def _nouns_of(prompt: str) -> list[tuple[str, ...]]:
 
 def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...]) -> NounGroup:
     tokens = tokenize_prompt(model, prompt)
-    positions = sorted({position for word in words for position in _positions(tokens, word)})
+    positions = sorted({position for word in words for span in tokens.find(word) for position in span})
     encoded = [padded_ids(tokenizer, [prompt])[0].tolist() for tokenizer in model.tokenizers]
     ids = tuple(tuple(dict.fromkeys(one[position] for position in positions)) for one in encoded)
     return NounGroup(words, tuple(positions), ids)
-
-
-def _positions(tokens: Tokens, word: str) -> list[int]:
-    """Positions of every occurrence of `word`; for a learned token also of its further vectors, such as `<cat1>_1`."""
-    positions = [position for span in tokens.find(word) for position in span]
-    vectors = [w.positions for w in tokens.words if re.fullmatch(rf"{re.escape(word.lower())}_\d+", w.text)]
-    return [*positions, *(position for span in vectors for position in span)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,6 +31,8 @@ def test_dpl_c02_nouns_may_have_accents_of_their_own():
     """ "é" as two characters, as macOS and PDFs have it, ended a word in its middle, which was then no word."""
     (cafe,) = noun_groups(tiny_sd1(), "a cafe\u0301 on a cafe\u0301")
     assert cafe.name == "caf\u00e9"
+    (named,) = noun_groups(tiny_sd1(), "a caf\u00e9 on a cat", ["cafe\u0301"])
+    assert named == replace(cafe, positions=named.positions), "named in either form"
 
 
 def test_dpl_c02_repeated_nouns_and_synonyms_are_one_thing():

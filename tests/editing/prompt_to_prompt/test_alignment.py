@@ -10,6 +10,7 @@ import torch
 from personalize.adapters.textual_inversion import installed_tokens
 from personalize.editing.prompt_to_prompt.alignment import (
     adjective_bindings,
+    differ_word_for_word,
     phrase_swaps,
     refinement_mapper,
     replacement_mapper,
@@ -152,8 +153,20 @@ def test_learned_tokens_of_several_vectors_are_one_word():
     base = model()
     with installed_tokens(base, {"<cat1>": {"text_encoder": torch.zeros(2, 32)}}):
         prompt_tokens = tokenize_prompt(base, "a <cat1> cat")
-        assert prompt_tokens.find("<cat1>") == [(2,)] and prompt_tokens.find("cat") == [(4,)]
+        assert prompt_tokens.find("<cat1>") == [(2, 3)] and prompt_tokens.find("cat") == [(4,)]
+        assert prompt_tokens.find("<cat1> cat") == [(2, 3, 4)]
         assert len(prompt_tokens.ids) == 6
+        assert tokenize_prompt(base, "A <Cat1> cat").ids == prompt_tokens.ids, "the second vector was left out"
+
+
+def test_learned_tokens_of_several_vectors_are_swapped():
+    """Their further vectors counted as words, so that such a swap was refused, and in `auto` was no replacement."""
+    base = model()
+    with installed_tokens(base, {"<cat1>": {"text_encoder": torch.zeros(2, 32)}}):
+        plain, learned = tokenize_prompt(base, "a cat on snow"), tokenize_prompt(base, "a <cat1> on snow")
+        assert phrase_swaps(plain, learned, [("cat", "<cat1>")]) == word_swaps(plain, learned) == [((2,), (2, 3))]
+        assert phrase_swaps(learned, plain, [("<cat1>", "cat")]) == word_swaps(learned, plain) == [((2, 3), (2,))]
+        assert differ_word_for_word(plain, learned)
 
 
 def test_words_that_differ_are_swapped():
