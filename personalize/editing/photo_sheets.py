@@ -29,10 +29,12 @@ def edit_sheet(
     return grid([[photo, reconstruction, *edits]], columns=["photo", "reconstruction", *names], title=title, cell=256)
 
 
-def word_sheet(control: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+def word_sheet(
+    control: Controls, maps: MapSum, pictures: Sequence[Image.Image], size: tuple[int, int]
+) -> Image.Image | None:  # fmt: skip
     """The attention map of each word of source (first row) and targets, over their padded `pictures` cut to `size`.
 
-    `size` is (H, W) in pixels.
+    `size` is (H, W) in pixels.  None if the prompts have no words but articles, prepositions and punctuation.
     """
     height, width = size
     rows, words = [], []
@@ -41,6 +43,8 @@ def word_sheet(control: Controls, maps: MapSum, pictures: Sequence[Image.Image],
         words.append([word for word in shown if word.text not in FUNCTION_WORDS])
         marked = [overlay(picture, normalised(heat[..., list(word.positions)].sum(-1))) for word in words[-1]]
         rows.append([one.crop((0, 0, width, height)) for one in marked])
+    if not any(words):
+        return None
     pairs = zip_longest(*([word.text for word in row] for row in words), fillvalue="–")
     columns = [" / ".join(dict.fromkeys(pair)) for pair in pairs]
     labels = ["source", *["target"] * len(control.targets)]

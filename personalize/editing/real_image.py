@@ -109,8 +109,8 @@ def edit_photo(
 
     Args:
         source: a prompt that describes the photo.
-        request: the edit. If its target prompts have the tokens of `source` and no weight is other than 1, the result
-            is the reconstruction, with a note.
+        request: the edit. A target prompt that has the tokens of `source`, if no weight is other than 1, gives the
+            reconstruction, with a note.
         adapter: an adapter that is applied during the edit; prompts may contain its tokens.
         folder, cache: where the trajectory is written, or read from if it is there; see `invert`.
         attention: also make sheets of attention maps.
@@ -125,8 +125,9 @@ def edit_photo(
     with applied(model, adapter):
         tokens = tokenize_prompt(model, source)
         targets = request.prompts(tokens)
-        changed = any(tokenize_prompt(model, target).ids != tokens.ids for target in targets)
-        plain = not changed and all(one == 1 for one in request.weights.values())
+        weighted = any(one != 1 for one in request.weights.values())
+        unchanged = [not weighted and tokenize_prompt(model, target).ids == tokens.ids for target in targets]
+        plain = all(unchanged)
         control = None if plain else _controls(model, tokens, targets, request, settings, attention)
         prepared = prepare_image(model, frame, source, targets, request, settings, folder, cache, region, plain=plain)
         scale = settings.guidance(model.name)
@@ -134,6 +135,8 @@ def edit_photo(
             latents = prepared.trajectory.replay(model, scale)
         else:
             latents = _sampled(model, frame, prepared, source, targets, control, scale, region)
+            if any(unchanged):
+                latents[1:][unchanged] = latents[0]  # as when such a target is the only one
         nouns = None if prepared.dynamic is None else dynamic_noun_sheet(model, frame, prepared)
     # one row at a time: of all parts the VAE needs the most memory
     pixels = torch.cat([model.decode(row).cpu() for row in latents.split(1)])
@@ -151,15 +154,22 @@ def edit_photo(
         sheet=edit_sheet(frame.picture, reconstruction, edits, source, targets), attention=maps, nouns=nouns,
         masks=masks, region=_first_cells(regions, prepared), untouched=tuple(count for _, count in kept),
         trajectory=prepared.trajectory, seconds=time.perf_counter() - began,
-        notes=_notes(frame, prepared, control, settings, request),
+        notes=_notes(frame, prepared, unchanged, settings, request),
     )  # fmt: skip
 
 
 def _notes(
-    frame: PaddedImage, prepared: PreparedImage, control: Controls | None, settings: PhotoSettings, request: EditRequest
-) -> tuple[str, ...]:
+    frame: PaddedImage, prepared: PreparedImage, unchanged: Sequence[bool], settings: PhotoSettings,
+    request: EditRequest,
+) -> tuple[str, ...]:  # fmt: skip
     """Remarks for the user: that nothing was to change, the photo's size while edited, silenced words, the report's."""
-    same = ("the target says what the source says: this is the reconstruction",) if control is None else ()
+    same = tuple(
+        f"target {number} says what the source says: its picture is the reconstruction"
+        for number, one in enumerate(unchanged, 1)
+        if one
+    )
+    if all(unchanged):
+        same = ("the target says what the source says: this is the reconstruction",)
     (height, width), (full_width, full_height) = frame.size, frame.picture.size
     scaled = ()
     if (width, height) != (full_width, full_height):

@@ -218,6 +218,22 @@ def test_several_targets_share_one_inversion_and_one_batch(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_target_that_changes_nothing_is_the_reconstruction_beside_others_too():
+    """It was sampled with guidance like the others, which drifts away from the photo."""
+    found, alone = edited(EditRequest((TARGET, SOURCE.upper()))), edited(EditRequest(SOURCE))
+    assert torch.equal(found.latents[2], found.latents[0]) and not torch.equal(found.latents[1], found.latents[0])
+    assert np.abs(array(found.images[1]) - array(alone.image)).max() <= 1
+    assert found.notes == ("target 2 says what the source says: its picture is the reconstruction",)
+    weighted = edited(EditRequest((TARGET.replace("dog", "cat"), "a red cat on a beach"), weights={"cat": 3.0}))
+    assert not torch.equal(weighted.latents[1], weighted.latents[0]), "a weight is an edit"
+
+
+def test_maps_of_prompts_without_a_word_to_show_are_left_out():
+    """The sheet ended the edit in a fault of ours, after all was drawn."""
+    found = edit_photo(shared(), photo(), "the", EditRequest("in"), SHORT, attention=True)
+    assert found.attention is None and found.image.size == (32, 32)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_infedit_without_inversion_an_unchanged_prompt_gives_the_photo(scale):
     """And another prompt another picture; guidance 1 is one pass, as few-step LoRAs want."""
