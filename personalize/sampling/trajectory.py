@@ -94,7 +94,8 @@ class Trajectory:
         if targets is not None:
             conditioning = Conditioning.cat([conditioning.to(targets.embeds.device), targets])
         source_scale = self.about["guidance_scale"] if self.noise is not None else guidance_scale
-        scales = (source_scale, *[guidance_scale] * (len(conditioning) - 1))
+        # each row's is used as it is, and for one below 1 its prompt would count less, not alone
+        scales = (max(1.0, source_scale), *[max(1.0, guidance_scale)] * (len(conditioning) - 1))
         pins = {"direct": (Pinned(self),), "none": (ConsistentRows(self.latents),)}.get(self.method, ())
         null = self.null if len(self.null) == 1 else self.null_at
         scale = scales if len(set(scales)) > 1 else source_scale

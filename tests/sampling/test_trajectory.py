@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from personalize.adapters.adapter import Adapter
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
+from personalize.sampling.denoise import denoise
 from personalize.sampling.inversion import invert
 from personalize.sampling.trajectory import MANIFEST, TENSORS, Trajectory, fingerprint_hash, model_fingerprint
 from tests.support.adapter_kinds import loha
@@ -44,6 +45,20 @@ def test_what_is_saved_is_what_is_read(tmp_path, name, method):
         assert torch.equal(again.conditioning.time_ids, found.conditioning.time_ids)
     assert torch.equal(again.replay(model), found.replay(model))
     again.check(model)
+
+
+@pytest.mark.parametrize("method", ["direct", "ddpm"])
+def test_guidance_below_one_is_off_after_every_inversion(method):
+    """After ddpm, whose source row has a scale of its own, 0 left the target's prompt out and asked the null one."""
+    model = shared()
+    found, target = made(model, method), model.prompts(["a red dog on the beach"], (32, 32))
+
+    def sampled(scale):
+        edit = found.edit(target, guidance_scale=scale)
+        return denoise(model, found.start(2), edit, found.schedule(model))
+
+    torch.testing.assert_close(sampled(0.0), sampled(1.0), rtol=0, atol=1e-6)
+    assert not torch.allclose(sampled(1.0)[1], sampled(1.0)[0], atol=1e-3), "the prompt counts"
 
 
 def test_it_is_found_again_by_its_content(tmp_path, asked):
