@@ -69,16 +69,22 @@ def check_image_path(path: str | Path) -> Path:
 
 def check_image(path: str | Path) -> None:
     """UserError unless the header of the file `path` is that of a picture which `load_image` reads."""
+    with header(path):
+        pass
+
+
+@contextmanager
+def header(path: str | Path) -> Iterator[Image.Image]:
+    """The picture in the file `path`, of which only the header was read, closed afterwards; UserError if it is none."""
     path = check_image_path(path)
     with opened(path, MAX_PICTURE_BYTES) as stream, _large_png_chunks(), _opened(stream, path) as image:
         _check_size(path, image)
+        yield image
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of the picture that `load_image` reads from `path`, by the file's header; UserError if none."""
-    path = check_image_path(path)
-    with opened(path, MAX_PICTURE_BYTES) as stream, _large_png_chunks(), _opened(stream, path) as image:
-        _check_size(path, image)
+    with header(path) as image:
         try:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         except DAMAGED:

@@ -26,7 +26,7 @@ from PIL import Image, PngImagePlugin
 
 from personalize.errors import UserError, first_line
 from personalize.io.content_credentials import SOURCE_TYPES
-from personalize.io.image_files import DAMAGED
+from personalize.io.image_files import DAMAGED, header
 from personalize.io.json_files import SURROGATE, parse_json
 from personalize.io.plain_files import opened
 
@@ -189,14 +189,21 @@ def read_marks(path: str | Path) -> Marks:
 
 
 def photo_exif(path: str | Path) -> bytes | None:
-    """The EXIF data of the photo `path` without its orientation, which is applied when it is read; None if none."""
-    with Image.open(path) as picture:
-        exif = picture.getexif()
-        exif.pop(ORIENTATION, None)
-        if picture.format == "TIFF":  # whose other tags say how its own pixels lie
-            for tag in set(exif) - ABOUT_THE_PHOTO:
-                del exif[tag]
-        return exif.tobytes() if len(exif) else None
+    """The EXIF data of the photo `path` without its orientation, which is applied when it is read; None if none.
+
+    Raises:
+        UserError: the file is no picture that `load_image` reads, or its EXIF data is damaged.
+    """
+    with header(path) as picture:
+        try:
+            exif = picture.getexif()
+            exif.pop(ORIENTATION, None)
+            if picture.format == "TIFF":  # whose other tags say how its own pixels lie
+                for tag in set(exif) - ABOUT_THE_PHOTO:
+                    del exif[tag]
+            return exif.tobytes() if len(exif) else None
+        except DAMAGED as error:
+            raise UserError(f"{path}: its EXIF data is damaged ({first_line(error)}): leave --keep_exif out") from None
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import subprocess
 
 import numpy as np
@@ -84,6 +85,24 @@ def test_exif_of_a_tiff_is_about_the_photo_and_not_about_its_strips(tmp_path):
     kept = Image.Exif()
     kept.load(photo_exif(tmp_path / "photo.tif"))
     assert kept[0x013B] == "Secret Owner" and 0x0111 not in kept
+
+
+def test_exif_is_kept_of_all_that_can_be_edited_and_damage_is_one_line(tmp_path, monkeypatch):
+    """A PNG with 3 MB of text was read as a photo, and its EXIF ended in a fault of ours."""
+    texts, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    texts.add_text("a", "x" * 3_000_000, zip=True)
+    exif[0x013B] = "Secret Owner"
+    picture().save(tmp_path / "photo.png", pnginfo=texts, exif=exif)
+    kept = Image.Exif()
+    kept.load(photo_exif(tmp_path / "photo.png"))
+    assert kept[0x013B] == "Secret Owner"
+
+    def damaged(self, *args):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", damaged)
+    with pytest.raises(UserError, match="photo.png: its EXIF data is damaged .*: leave --keep_exif out"):
+        photo_exif(tmp_path / "photo.png")
 
 
 @pytest.mark.skipif(shutil.which("exiftool") is None, reason="exiftool is not installed")
