@@ -36,6 +36,7 @@ from personalize.editing.drag.selection import (
     cells_of,
     grown,
     masks_of,
+    objects_of,
     polygon,
     region_of_points,
     resized,
@@ -43,8 +44,6 @@ from personalize.editing.drag.selection import (
 )
 from personalize.editing.drag.warp import displacement_field, stretch_factors
 from personalize.errors import UserError
-
-SAME_OBJECT = 0.5  # handles whose masks overlap by more than this share of the smaller one drag one object
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,9 @@ def warp_picture(
     """
     build = _region_layers if settings.mode == "region" else _point_layers
     layers, arrived, objects = build(source, handles, targets, settings, edits)
-    mask = torch.stack([layer.mask for layer in layers]).any(0)
-    if not bool(mask.any()):
+    if not any(bool(layer.mask.any()) for layer in layers):
         raise UserError("the mask is empty: paint white what may move, or shrink it less")
+    mask = torch.stack([layer.mask for layer in layers]).any(0)
     pixels, visible = source.frame.pixels[0], visible_pixels(source)
     if all(_stays(layer.sources) for layer in layers):
         nothing = torch.zeros_like(mask)
@@ -119,8 +118,11 @@ def _point_layers(
     masks, objects = masks_of(source, starts, settings, edits)
     vectors = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(starts, ends, strict=True)]
     layers, arrived = [], dict[int, Point]()
-    for group in _groups(masks):
+    for group in objects_of(masks):
         mask = masks[group].any(0)
+        if not bool(mask.any()):  # a handle beside the user's mask, or a mask that was shrunk to nothing
+            arrived |= {index: starts[index] for index in group}
+            continue
         if settings.mode == "move" and len(group) == 1:
             matrix = translation(vectors[group[0]])
             layers.append(_Layer(mask, affine_sources(matrix, (mask.shape[0], mask.shape[1]))))
@@ -176,20 +178,6 @@ def _stays(sources: Tensor) -> bool:
 def _mapped_layer(mask: Tensor, matrix: Tensor) -> _Layer:
     scale = math.sqrt(abs(float(torch.linalg.det(matrix[:, :2]))))
     return _Layer(mask, affine_sources(matrix, (mask.shape[0], mask.shape[1])), scale)
-
-
-def _groups(masks: Tensor) -> list[list[int]]:
-    """Numbers of the handles, grouped by object: handles of one object have masks that overlap."""
-    groups: list[list[int]] = []
-    for index, mask in enumerate(masks):
-        for group in groups:
-            other = masks[group].any(0)
-            if int((mask & other).sum()) > SAME_OBJECT * min(int(mask.sum()), int(other.sum())):
-                group.append(index)
-                break
-        else:
-            groups.append([index])
-    return groups
 
 
 def _field(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from personalize.errors import UserError
 
@@ -67,9 +68,13 @@ def masks_per_handle(mask: Tensor, handles: Sequence[Cell]) -> Tensor:
 
     Each handle gets the connected part that contains it; parts that contain no handle belong to every handle.
     """
-    own = [connected_component(mask, handle) for handle in handles]
-    rest = mask & ~torch.stack(own).any(0)
-    return torch.stack([part | rest for part in own])
+    own = own_parts(mask, handles)
+    return own | (mask & ~own.any(0))
+
+
+def own_parts(mask: Tensor, handles: Sequence[Cell]) -> Tensor:
+    """The connected part of `mask` (h, w) that contains each handle, (k, h, w); empty for a handle beside it."""
+    return torch.stack([connected_component(mask, handle) for handle in handles])
 
 
 def dilated(mask: Tensor, cells: int = 1) -> Tensor:
@@ -91,6 +96,22 @@ def closed(mask: Tensor) -> Tensor:
 def connected_component(mask: Tensor, cell: Cell) -> Tensor:
     """The 8-connected part of `mask` that contains `cell`; empty if `cell` is not in `mask`."""
     return _flood_filled(_single_cell(mask, cell) & mask, mask, diagonals=True)
+
+
+def connected_parts(mask: Tensor) -> np.ndarray:
+    """A number above 0 for each 8-connected part of `mask`, (h, w); 0 outside of it."""
+    allowed = mask.numpy()
+    parts = np.where(allowed, np.arange(1.0, allowed.size + 1).reshape(allowed.shape), 0.0)
+    across, down = _runs(allowed), _runs(allowed.T).T
+    while True:
+        grown = np.where(allowed, max_pool2d(torch.from_numpy(parts)[None, None], 3, 1, 1)[0, 0].numpy(), 0.0)
+        for runs in (across, down):
+            most = np.zeros(runs.max() + 1)
+            np.maximum.at(most, runs, grown)
+            grown = np.where(allowed, most[runs], 0.0)
+        if np.array_equal(grown, parts):
+            return parts.astype(np.int64)
+        parts = grown
 
 
 def without_holes(mask: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from personalize.editing.drag.config import DragSettings
-from personalize.editing.drag.mask import Cell, dilated, masks_per_handle
+from personalize.editing.drag.mask import Cell, connected_parts, dilated, own_parts
 from personalize.editing.drag.points import Point
 from personalize.editing.drag.reading import DragSource
 from personalize.editing.drag.segment import ObjectMask, object_mask
 from personalize.errors import UserError
+
+SAME_OBJECT = 0.5  # handles whose masks overlap by more than this share of the smaller one drag one object
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class MaskEdits:
     """A user's changes of the automatic mask; points and lengths are in pixels of the padded picture.
 
     given: the user's own mask (H, W), which takes its place or, by `DragSettings.user_mask`, is intersected with it.
-    add: points on further parts of the objects, which join the mask of every handle.  remove: points on things that do
-    not belong to them.
+    add: points on further parts of the objects, each of which joins the mask of the nearest handle.  remove: points on
+    things that do not belong to them.
     """
 
     given: Tensor | None = None
@@ -62,8 +64,9 @@ def masks_of(
                 "points to add to the mask or remove from it change the mask that attention finds, and the given mask "
                 "takes its place: paint it as wanted, or choose the user mask intersect"
             )
-        places = [(int(y), int(x)) for x, y in handles]  # row and column in pixels
-        return resized(masks_per_handle(edits.given, places), settings.grow) & visible, []
+        own = own_parts(edits.given, [_pixel_at(handle) for handle in handles])
+        masks = joined(own, edits.given & ~own.any(0), handles)
+        return resized(masks, settings.grow) & visible, []
     pixels, cell = source.frame.pixels[0], cells_of(source)
     rivals = [cell(point) for point in edits.remove]
     objects = [object_mask(source.attention, pixels, cell(handle), settings, rivals) for handle in handles]
@@ -71,7 +74,7 @@ def masks_of(
         _refuse_background(source, handle, found, settings)
     masks = torch.stack([found.pixels for found in objects])
     for point in edits.add:
-        masks = masks | object_mask(source.attention, pixels, cell(point), settings, rivals).pixels
+        masks = joined(masks, object_mask(source.attention, pixels, cell(point), settings, rivals).pixels, handles)
     if edits.given is not None:
         masks = masks & edits.given
         if not bool(masks.flatten(1).any(1).all()):
@@ -79,6 +82,44 @@ def masks_of(
                 "the mask has nothing in common with what a handle's attention selects: draw it around every handle"
             )
     return resized(masks, settings.grow) & visible, objects
+
+
+def joined(masks: Tensor, more: Tensor, handles: Sequence[Point]) -> Tensor:
+    """`masks` (k, H, W) with the pixels `more` (H, W): each connected part of them joins the object of one handle.
+
+    That is the handle nearest to it; what joined two objects would be seen at the new places of both.
+    """
+    groups = objects_of(masks)
+    if len(groups) == 1:
+        return masks | more
+    parts, (rows, columns) = connected_parts(more), np.indices(more.shape)
+    apart = np.stack([(rows - y) ** 2 + (columns - x) ** 2 for x, y in handles])
+    least = np.full((len(handles), parts.max() + 1), np.inf)
+    for number, distances in enumerate(apart):
+        np.minimum.at(least[number], parts, distances)
+    nearest, wider = torch.from_numpy(least.argmin(0)[parts]), masks.clone()
+    for group in groups:
+        wider[group] |= more & torch.isin(nearest, torch.tensor(group))
+    return wider
+
+
+def objects_of(masks: Tensor) -> list[list[int]]:
+    """Numbers of the handles, grouped by object: handles of one object have masks (k, H, W) that overlap."""
+    groups: list[list[int]] = []
+    for index, mask in enumerate(masks):
+        for group in groups:
+            other = masks[group].any(0)
+            if int((mask & other).sum()) > SAME_OBJECT * min(int(mask.sum()), int(other.sum())):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def _pixel_at(point: Point) -> Cell:
+    """Row and column of a point."""
+    return int(point[1]), int(point[0])
 
 
 def _refuse_background(source: DragSource, handle: Point, found: ObjectMask, settings: DragSettings) -> None:

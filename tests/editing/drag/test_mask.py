@@ -8,11 +8,13 @@ import torch
 from personalize.editing.drag.mask import (
     closed,
     connected_component,
+    connected_parts,
     dilated,
     masks_per_handle,
     ratio_mask,
     without_holes,
 )
+from personalize.editing.drag.selection import joined
 from personalize.errors import UserError
 
 LIMITS = {"fewest": 9, "most": 0.4}
@@ -135,3 +137,21 @@ def test_dilation_reaches_as_far_as_asked_and_no_farther(cells):
     mask[4, 6] = mask[20, 30] = True
     near = [torch.maximum((rows - row).abs(), (columns - column).abs()) <= cells for row, column in ((4, 6), (20, 30))]
     assert torch.equal(dilated(mask, cells), near[0] | near[1])
+
+
+def test_connected_parts_have_numbers_of_their_own():
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[0, :3] = mask[1, 3] = mask[4:, 5:] = mask[5, 0] = True
+    parts = connected_parts(mask)
+    assert ((parts > 0) == mask.numpy()).all() and len(set(parts[parts > 0].tolist())) == 3
+    assert parts[0, 0] == parts[1, 3] and parts[4, 5] == parts[5, 7]
+
+
+def test_what_is_added_joins_one_object_and_there_every_handle():
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, :2, :4] = masks[1, :2, :4] = masks[2, 6:, 4:] = True
+    more = torch.zeros(8, 8, dtype=torch.bool)
+    more[3, 0] = more[4, 7] = True
+    wider = joined(masks, more, [(0, 0), (3, 1), (7, 7)])
+    assert wider[:, 3, 0].tolist() == [True, True, False] and wider[:, 4, 7].tolist() == [False, False, True]
+    assert torch.equal(wider & ~more, masks)

@@ -158,6 +158,32 @@ def test_deform_moves_the_handle_all_the_way_and_the_border_less(model):
     assert np.array_equal(pixels(preview.warped)[:, :8], pixels(picture())[:, :8])
 
 
+@pytest.mark.parametrize("mode", ["move", "deform"])
+def test_a_handle_beside_the_mask_moves_nothing_and_stays(model, mode):
+    """In the mode deform it ended in an IndexError."""
+    beside = [*POINTS, (55, 55), (50, 50)]
+    alone, found = (
+        preview_picture(model, picture(), points, mask=square(), settings=replace(SETTINGS, mode=mode))
+        for points in (POINTS, beside)
+    )
+    assert found.arrived == (alone.arrived[0], (55, 55))
+    assert np.array_equal(pixels(found.warped), pixels(alone.warped))
+    with pytest.raises(UserError, match="the mask is empty: paint white what may move, or shrink it less"):
+        preview_picture(model, picture(), POINTS, mask=square(), settings=replace(SETTINGS, mode=mode, grow=-30))
+
+
+def test_what_no_handle_lies_on_moves_once_and_with_the_nearest_one(model):
+    """A third part of the mask went with both handles, and was seen at two places."""
+    mask = square(box=(4, 4, 16, 16))
+    mask.paste(255, (48, 4, 60, 16))
+    mask.paste(255, (4, 22, 12, 30))  # below the first
+    found = preview_picture(model, picture(), [(10, 10), (12, 10), (54, 10), (54, 30)], mask=mask, settings=SETTINGS)
+    covered = np.asarray(found.drag.covered)
+    expected = np.zeros((64, 64), bool)
+    expected[4:16, 6:18] = expected[24:36, 48:60] = expected[22:30, 6:14] = True
+    assert np.array_equal(covered, expected)
+
+
 def test_a_large_photo_keeps_its_own_detail_where_things_have_moved(model):
     """Worked on at 64 px, a photo of 256 px came back four times as coarse there, without a word."""
     photo = np.asarray(picture(256, 256), np.int16)
