@@ -119,7 +119,7 @@ function setPoint(p) {
 }
 
 canvas.addEventListener("pointerdown", (event) => {
-  if (!state.image) return;
+  if (!state.image || event.button !== 0 || !event.isPrimary) return;  // the right button opens the browser's menu
   event.preventDefault(); canvas.focus({ preventScroll: true }); canvas.setPointerCapture(event.pointerId);
   const p = place(event);
   if (state.tool !== "point") { remember(); stroke(p, p); state.held = p; draw(); return; }
@@ -129,7 +129,7 @@ canvas.addEventListener("pointerdown", (event) => {
   draw();
 });
 canvas.addEventListener("pointermove", (event) => {
-  if (!state.image) return;
+  if (!state.image || !event.isPrimary) return;
   const p = place(event);
   state.cursor = p;
   if (state.held !== null) {
@@ -137,7 +137,8 @@ canvas.addEventListener("pointermove", (event) => {
   }
   draw();
 });
-canvas.addEventListener("pointerup", () => { if (state.held !== null) { state.held = null; emit(); draw(); } });
+function release() { if (state.held !== null) { state.held = null; emit(); draw(); } }
+for (const end of ["pointerup", "pointercancel", "lostpointercapture"]) canvas.addEventListener(end, release);
 canvas.addEventListener("keydown", (event) => {
   if (!state.image) return;
   const step = event.shiftKey ? 1 : Math.max(1, state.image.naturalWidth / 64);
@@ -209,6 +210,7 @@ function show() {
   if (!picture || picture.url === state.url) return;
   const image = new Image();
   image.onload = () => {
+    if (!props.picture || props.picture.url !== picture.url) return;  // another was chosen while this one was loading
     const another = state.url !== "";
     Object.assign(state, { image, url: picture.url, points: [], masks: [], found: null, undo: [], cursor: null });
     find(".pz").classList.add("pz-full");
@@ -223,8 +225,11 @@ function show() {
 function find_mask() {
   if (!state.image || !props.found) { state.found = null; draw(); return; }
   const image = new Image();
-  image.onload = () => { state.found = tinted(image, COLOURS[0]); draw(); };
-  image.src = props.found;
+  const found = image.src = props.found, shown = state.image;
+  image.onload = () => {
+    if (found !== props.found || shown !== state.image) return;  // of points or of a picture that are no more
+    state.found = tinted(image, COLOURS[0]); draw();
+  };
 }
 function give() {
   if (props.given && state.image && props.given.picture === state.url) { state.points = props.given.points; draw(); }

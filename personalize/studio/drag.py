@@ -24,10 +24,12 @@ from personalize.studio.parts import (
     connect,
     data_url,
     drawn_on,
+    existing,
     facts,
     links,
     message_box,
     outcome,
+    page_of,
     picture_choice,
     problem,
     shown,
@@ -84,7 +86,7 @@ def build(studio: Studio) -> Tab:
         if job.state != "done":
             return [gr.skip(), gr.skip(), gr.skip(), outcome(job), job.command]
         folder = job.result["folder"]
-        pair = (str(job.result["before"]), str(folder / "dragged.png"))
+        pair = existing(job.result["before"], folder / "dragged.png")
         return [gr.Column(visible=True), gr.ImageSlider(value=pair), summary(folder), "", job.command]
 
     fields = {"picture": picture, "board": board, "points": points, "prompt": prompt, "mode": mode}
@@ -94,12 +96,14 @@ def build(studio: Studio) -> Tab:
 def wire(
     studio: Studio, board: Any, points: Any, seen: list[Any], settings: list[Any], fill: gr.Button
 ) -> None:  # fmt: skip
-    """Preview at every change of points, mask and mode; `seen` are the components that show it."""
+    """Preview at every change of points, mask and settings; `seen` are the components that show it."""
 
-    def see(drawn: dict[str, Any], *values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from preview_of(studio, drawn, values)
+    def see(request: gr.Request, drawn: dict[str, Any], *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from preview_of(studio, drawn, values, page_of(request))
 
-    def see_typed(drawn: dict[str, Any], lines: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def see_typed(
+        request: gr.Request, drawn: dict[str, Any], lines: str, *values: Any
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         if not (lines and values[0]):
             yield (gr.skip(),) * len(seen)
             return
@@ -110,10 +114,11 @@ def wire(
             return
         drawing = gr.HTML(given={name: given[name] for name in ("picture", "points")})
         yield gr.skip(), drawing, gr.skip(), "", gr.skip()
-        yield from preview_of(studio, given, values)
+        yield from preview_of(studio, given, values, page_of(request))
 
+    prompt, mode, grow = settings[1:4]
     gr.on(
-        [board.input, settings[2].change, settings[3].change], see, [board, *settings], seen,
+        [board.input, prompt.submit, prompt.blur, mode.change, grow.change], see, [board, *settings], seen,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     gr.on([points.submit, board.load], see_typed, [board, points, *settings], seen, **QUIET)
@@ -173,7 +178,9 @@ def words_of(studio: Studio, drawn: dict[str, Any], values: tuple[Any, ...], *mo
     ]  # fmt: skip
 
 
-def preview_of(studio: Studio, drawn: dict[str, Any] | None, values: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def preview_of(
+    studio: Studio, drawn: dict[str, Any] | None, values: tuple[Any, ...], page: str = ""
+) -> Iterator[tuple[Any, ...]]:
     """Preview, the picture with its mask, a line about it, a message, and the command."""
     drawn = drawn_on(drawn, Path(values[0])) if values[0] else {}
     if len(drawn.get("points") or []) < 2:
@@ -191,7 +198,7 @@ def preview_of(studio: Studio, drawn: dict[str, Any] | None, values: tuple[Any, 
         options, _ = read(words)
         return previewed(options, studio.bench.editor_of(options))
 
-    job = studio.queue.submit(Job("preview", "Preview of a drag", work), instead=True)
+    job = studio.queue.submit(Job("preview", "Preview of a drag", work, page=page))
     for waits in awaited(studio, job):
         yield gr.skip(), gr.skip(), waits, "", gr.skip()
     if job.state != "done":

@@ -18,8 +18,9 @@ from personalize.studio.edit_pictures import (
     MIXES,
     draw_base,
     drawn_pictures,
-    history,
+    fields_of,
     pictures_text,
+    seen_pictures,
     two_dials,
 )
 from personalize.studio.jobs import Job
@@ -29,6 +30,7 @@ from personalize.studio.parts import (
     Tab,
     adapter_choice,
     command_box,
+    existing,
     message_box,
     outcome,
     problem,
@@ -78,21 +80,25 @@ def build(studio: Studio) -> Tab:
         button.click(start(search), inputs, [message, command], **QUIET)
     fields["prompt"].submit(start(False), inputs, [message, command], **QUIET)
 
-    def again(event: gr.SelectData) -> list[Any]:
-        kept = history(studio.queue)[event.index][2]
+    in_strip = gr.State([])  # the files that this page shows: others may have been drawn since
+
+    def again(event: gr.SelectData, paths: list[str]) -> list[Any]:
+        kept = fields_of(studio.queue, paths[event.index])
         return [kept.get(name, gr.skip()) for name in names]
 
-    strip.select(again, None, inputs, show_progress="hidden")
+    strip.select(again, in_strip, inputs, show_progress="hidden")
 
     def show(job: Job) -> list[Any]:
-        earlier = [(path, text) for path, text, _ in history(studio.queue)]
+        earlier = seen_pictures(studio.queue)
+        known = earlier, [path for path, _ in earlier]
         if job.state != "done":
-            return [*[gr.skip()] * 4, earlier, outcome(job), job.command]
+            return [*[gr.skip()] * 4, *known, outcome(job), job.command]
         result = job.result
+        existing(*(path for path, _ in drawn_pictures(result)))
         large = gr.Image(value=str(result["sheet"]) if result["sheet"] else None, visible=bool(result["sheet"]))
-        return [result["pair"], drawn_pictures(result), pictures_text(result), large, earlier, "", job.command]
+        return [result["pair"], drawn_pictures(result), pictures_text(result), large, *known, "", job.command]
 
-    return Tab(KIND, [pair, pictures, about, sheet, strip, message, command], show, fields)
+    return Tab(KIND, [pair, pictures, about, sheet, strip, in_strip, message, command], show, fields)
 
 
 def make_fields(studio: Studio) -> dict[str, Any]:

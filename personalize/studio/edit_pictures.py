@@ -104,3 +104,13 @@ def history(queue: JobQueue) -> list[tuple[str, str, dict[str, Any]]]:
                 fields |= {"mix": subtraction, "gamma": entry["gamma"]}
             found.append((str(job.result["folder"] / entry["file"]), _label(entry), fields))
     return found[:SHOWN]
+
+
+def seen_pictures(queue: JobQueue) -> list[tuple[str, str]]:
+    """File and label of the pictures of `history`, without those that were moved or removed."""
+    return [(path, label) for path, label, _ in history(queue) if Path(path).is_file()]
+
+
+def fields_of(queue: JobQueue, path: str) -> dict[str, Any]:
+    """The fields that drew the picture at `path`; none if the history has it no more."""
+    return next((fields for drawn, _, fields in history(queue) if drawn == path), {})

@@ -27,6 +27,7 @@ from personalize.studio.parts import (
     links,
     message_box,
     outcome,
+    page_of,
     problem,
 )
 
@@ -71,8 +72,8 @@ def build(studio: Studio) -> Tab:
             return gr.skip(), problem(error)
         return (gr.Dropdown(choices=studio.folder.adapter_files(), value=kept), "") if kept else (gr.skip(), "")
 
-    def inspect(path: str | None) -> Iterator[tuple[Any, ...]]:
-        yield from inspected(studio, path)
+    def inspect(request: gr.Request, path: str | None) -> Iterator[tuple[Any, ...]]:
+        yield from inspected(studio, path, page_of(request))
 
     drop.upload(take, drop, [file, message], **QUIET)
     look.click(inspect, file, [about, chart, message, command], **QUIET)
@@ -186,7 +187,7 @@ def written(path: Path) -> str:
     return facts({"Written and verified": str(path), "Files": links(files)})
 
 
-def inspected(studio: Studio, path: str | None) -> Iterator[tuple[Any, ...]]:
+def inspected(studio: Studio, path: str | None, page: str = "") -> Iterator[tuple[Any, ...]]:
     """What a file is, its chart, a message, and the command."""
     try:
         words = ["inspect", chosen(studio, path)]
@@ -206,7 +207,7 @@ def inspected(studio: Studio, path: str | None) -> Iterator[tuple[Any, ...]]:
         chart = coverage_picture(found.rows, Path(found.file).name) if getattr(found, "rows", None) else None
         return found, chart
 
-    job = studio.queue.submit(Job("inspect", f"Inspecting {Path(target).name}", work), instead=True)
+    job = studio.queue.submit(Job("inspect", f"Inspecting {Path(target).name}", work, page=page))
     for waits in awaited(studio, job):
         yield gr.skip(), gr.skip(), waits, gr.skip()
     if job.state != "done":

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import count
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Lock
 
 from personalize.errors import UserError
 from personalize.formats.adapter_folders import ADAPTER_SUFFIXES, MANIFEST
@@ -34,6 +35,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.uploads = self.root / OUTPUT / UPLOADS
+        self._keeping = Lock()  # two pages may send files of one name at the same time
 
     def inside(self, text: str | Path) -> Path:
         """The relative path that `text` names.  UserError if it leads out of the folder; the file need not exist."""
@@ -81,13 +83,14 @@ class Folder:
             except UserError as error:
                 raise UserError(str(error).replace(str(path), path.name)) from None
         target = self.root / OUTPUT / into / name
-        for number in count(2):
-            if not target.exists() or target.read_bytes() == path.read_bytes():
-                break
-            target = target.with_name(f"{Path(name).stem}-{number}{Path(name).suffix}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            shutil.copyfile(path, target)
+        with self._keeping, as_user_error(target.parent):
+            for number in count(2):
+                if not target.exists() or target.read_bytes() == path.read_bytes():
+                    break
+                target = target.with_name(f"{Path(name).stem}-{number}{Path(name).suffix}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                shutil.copyfile(path, target)
         return target.relative_to(self.root)
 
     def keep_mask(self, data_url: str, name: str = "mask") -> Path:

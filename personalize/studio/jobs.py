@@ -21,7 +21,7 @@ from personalize.errors import UserError, first_line
 from personalize.io.progress import Advance
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-KEPT = 200  # finished jobs whose results are kept
+KEPT = 200  # finished jobs of tabs whose results are kept
 
 
 class Cancelled(BaseException):
@@ -44,6 +44,7 @@ class Job:
     """A job, from the click to its result.
 
     kind: the tab it belongs to.  title: what it does, for people.  command: the command line that does the same.
+    page: the page that alone waits for its result, if it is not shown by a tab; such a job is not kept.
     inputs: what the tab's fields held, to restore them.  result: what the tab shows; it may grow while the job runs.
     version: counts the changes, so that a page is drawn again only when there is something new.
     stopping: a training is to end early and keep what it has.  cancelling: the job is to end at its next step.
@@ -54,6 +55,7 @@ class Job:
     work: Callable[[Job], Any]
     command: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)
+    page: str | None = None
     number: int = 0
     state: State = "waiting"
     result: Any = None
@@ -126,12 +128,13 @@ class JobQueue:
         self.running: Job | None = None
         threading.Thread(target=self._work, daemon=True, name="studio").start()
 
-    def submit(self, job: Job, *, instead: bool = False) -> Job:
-        """Put `job` at the end of the queue; `instead` of those of the same kind and title that wait."""
+    def submit(self, job: Job) -> Job:
+        """Put `job` at the end of the queue; one of a page takes the place of that page's own of its kind that wait."""
         with self._changed:
-            for other in [one for one in self._waiting if instead and (one.kind, one.title) == (job.kind, job.title)]:
-                self._waiting.remove(other)
-                self._end(other, "cancelled")
+            for other in self.waiting():
+                if job.page is not None and (other.kind, other.page) == (job.kind, job.page):
+                    self._waiting.remove(other)
+                    self._end(other, "cancelled")
             job.number = next(self._numbers)
             self._waiting.append(job)
             self._changed.notify_all()
@@ -200,5 +203,6 @@ class JobQueue:
     def _end(self, job: Job, state: State) -> None:
         job.state = state
         job.version += 1
-        self._ended.append(job)
+        if job.page is None:
+            self._ended.append(job)
         job.ended.set()

@@ -26,6 +26,7 @@ from personalize.studio.parts import (
     facts,
     message_box,
     outcome,
+    page_of,
     problem,
     shown,
 )
@@ -67,8 +68,8 @@ def build(studio: Studio) -> Tab:
     def given(values: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(names, values, strict=True))
 
-    def look(*values: Any) -> Iterator[tuple[Any, Any, Any]]:
-        yield from checked(studio, given(values))
+    def look(request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any, Any]]:
+        yield from checked(studio, given(values), page_of(request))
 
     check.click(look, inputs, [expected, message, command], **QUIET)
     begin.click(lambda *values: start_run(studio, given(values)), inputs, [message, command], **QUIET)
@@ -207,7 +208,7 @@ def submitted(studio: Studio) -> set[Path]:
     return {studio.folder.inside(job.inputs["name"]) for job in jobs}
 
 
-def checked(studio: Studio, given: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
+def checked(studio: Studio, given: Mapping[str, Any], page: str = "") -> Iterator[tuple[Any, Any, Any]]:
     """What the training will take, a message, and the command."""
     try:
         words = words_of(studio, given)
@@ -221,7 +222,7 @@ def checked(studio: Studio, given: Mapping[str, Any]) -> Iterator[tuple[Any, Any
 
         return check_run(words, studio.bench)
 
-    job = studio.queue.submit(Job("check", "Checking what it will take", work), instead=True)
+    job = studio.queue.submit(Job("check", "Checking what it will take", work, page=page))
     for waits in awaited(studio, job):
         yield gr.skip(), waits, gr.skip()
     yield facts(job.result or {}), outcome(job), command_line(words)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
+from personalize.errors import UserError
 from personalize.io.json_files import SURROGATE
 from personalize.studio import drag, edit, files, learn, photo
 from personalize.studio.jobs import Job
-from personalize.studio.parts import Studio, Tab, text
+from personalize.studio.parts import Studio, Tab, problem, text
 
 TICK = 0.5  # seconds between two looks at the queue
 
@@ -80,8 +82,16 @@ def tick(studio: Studio, tabs: list[Tab], before: dict[str, Any]) -> list[Any]:
         if job is None or before.get(tab.kind) == now[tab.kind]:
             values += [gr.skip()] * len(tab.outputs)
         else:
-            values += tab.show(job)
+            values += shown_result(tab, job)
     return [now if now != before else gr.skip(), *values]
+
+
+def shown_result(tab: Tab, job: Job) -> Sequence[Any]:
+    """What `tab` shows of `job`; a line if its files are gone, so that all else on the page is still shown."""
+    try:
+        return tab.show(job)
+    except (UserError, OSError) as error:
+        return [*[gr.skip()] * (len(tab.outputs) - 2), problem(str(error)), job.command]
 
 
 def restored(studio: Studio, tabs: list[Tab]) -> list[Any]:

@@ -41,7 +41,8 @@ class Studio:
 class Tab:
     """A tab, as the page needs it.
 
-    outputs: the components that show a job.  show: their values for it.  fields: what is restored from `Job.inputs`.
+    outputs: the components that show a job, the last two its message and its command.  show: their values for it.
+    fields: what is restored from `Job.inputs`.
     """
 
     kind: str
@@ -185,6 +186,19 @@ def strip(pictures: Sequence[tuple[str | Path, str]]) -> str:
         for path, name in pictures
     )
     return f'<div class="strip">{figures}</div>' if figures else ""
+
+
+def existing(*paths: str | Path) -> tuple[str, ...]:
+    """Files that a page is to show.  UserError if one is gone: Gradio would show nothing at all."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path} is gone, it was moved or removed: the picture is not shown")
+    return tuple(map(str, paths))
+
+
+def page_of(request: gr.Request | None) -> str:
+    """What tells one open page from another."""
+    return str(request.session_hash) if request is not None else ""
 
 
 def outcome(job: Job) -> str:

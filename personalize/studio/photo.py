@@ -25,10 +25,12 @@ from personalize.studio.parts import (
     connect,
     data_url,
     drawn_on,
+    existing,
     facts,
     links,
     message_box,
     outcome,
+    page_of,
     picture_choice,
     problem,
     shown,
@@ -84,7 +86,7 @@ def build(studio: Studio) -> Tab:
         if job.state != "done":
             return [gr.skip(), gr.skip(), gr.skip(), outcome(job), job.command]
         written = job.result["written"]
-        pair = (job.result["before"], str(FOLDER / next(name for name in written if name.startswith("edited"))))
+        pair = existing(job.result["before"], FOLDER / next(name for name in written if name.startswith("edited")))
         return [gr.Column(visible=True), pair, summary(written), "", job.command]
 
     return Tab(KIND, [done, pair, about, message, command], show, {**fields, "board": board})
@@ -109,8 +111,8 @@ def wire(
     """What the two buttons do."""
     inputs, names = given
 
-    def words_read(*values: Any) -> Iterator[tuple[Any, Any]]:
-        yield from read_words(studio, dict(zip(names, values, strict=True)))
+    def words_read(request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any]]:
+        yield from read_words(studio, dict(zip(names, values, strict=True)), page_of(request))
 
     def begin(*values: Any) -> tuple[str, Any]:
         return start_edit(studio, dict(zip(names, values, strict=True)))
@@ -128,7 +130,7 @@ def photo_of(studio: Studio, given: Mapping[str, Any]) -> Path:
     return studio.folder.picture(given["picture"])
 
 
-def read_words(studio: Studio, given: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+def read_words(studio: Studio, given: Mapping[str, Any], page: str = "") -> Iterator[tuple[Any, Any]]:
     """The chips with the maps of their words, and a message."""
     try:
         path = photo_of(studio, given)
@@ -146,7 +148,7 @@ def read_words(studio: Studio, given: Mapping[str, Any]) -> Iterator[tuple[Any, 
                 PhotoSettings(steps=int(given["steps"])), cache=FOLDER / "trajectories",
             )  # fmt: skip
 
-    job = studio.queue.submit(Job("words", "Reading the words", work), instead=True)
+    job = studio.queue.submit(Job("words", "Reading the words", work, page=page))
     for waits in awaited(studio, job):
         yield gr.skip(), waits
     if job.state != "done":
@@ -171,6 +173,8 @@ def words_of(studio: Studio, given: Mapping[str, Any]) -> list[str]:
     weights = (chosen.get("weights") or {}).items()
     words += option("weight", *(f"{swaps.get(word, word)}={factor:g}" for word, factor in weights))
     if given["local"]:
+        if not swaps:
+            raise UserError("no word is swapped, so that nowhere may change: swap words above, or paint where it may")
         words += option("local", *(f"{old}={new}" for old, new in swaps.items()))
     words += option("mask", studio.folder.keep_mask(mask) if mask else None)
     plain = {

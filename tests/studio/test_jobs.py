@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from personalize.errors import UserError
-from personalize.studio.jobs import Job, JobQueue
+from personalize.studio.jobs import KEPT, Job, JobQueue
 
 
 @pytest.fixture
@@ -100,11 +100,23 @@ def test_an_error_is_one_line_and_the_queue_goes_on(queue, capsys):
 def test_a_newer_preview_takes_the_place_of_one_that_waits(queue):
     first, gate = blocked()
     queue.submit(first)
-    old = queue.submit(Job("preview", "p", lambda job: "old"), instead=True)
-    new = queue.submit(Job("preview", "p", lambda job: "new"), instead=True)
+    others = queue.submit(Job("preview", "p", lambda job: "other's", page="another"))
+    old = queue.submit(Job("preview", "p", lambda job: "old", page="own"))
+    new = queue.submit(Job("preview", "p", lambda job: "new", page="own"))
     assert old.state == "cancelled"
     gate.set()
     assert new.ended.wait(5) and new.result == "new"
+    assert others.result == "other's", "the preview of another page that waits is not cancelled"
+
+
+def test_previews_push_no_picture_out_of_the_history_and_are_not_kept(queue):
+    """A preview of a photo of 12 megapixels holds 100 MB, and 200 of them were kept in place of the pictures drawn."""
+    drawn = queue.submit(Job("edit", "e", lambda job: "drawn"))
+    for _ in range(KEPT + 1):
+        last = queue.submit(Job("preview", "p", lambda job: "seen", page="own"))
+        assert last.ended.wait(5)
+    assert queue.history("edit") == [drawn] and queue.latest("edit") is drawn
+    assert queue.latest("preview") is None and last.result == "seen", "who waits for it has it"
 
 
 def test_the_time_left_follows_from_the_steps_so_far(queue):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+from inspect import signature
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -23,10 +24,10 @@ gr = pytest.importorskip("gradio")
 
 from fastapi import FastAPI  # noqa: E402
 
-from personalize.studio import drag, edit, edit_pictures, learn, photo  # noqa: E402
+from personalize.studio import drag, edit, edit_pictures, learn, page, photo  # noqa: E402
 from personalize.studio.actions import Workbench  # noqa: E402
 from personalize.studio.learn_words import ONE, words_of  # noqa: E402
-from personalize.studio.parts import Studio, address, data_url, drawn_on  # noqa: E402
+from personalize.studio.parts import Studio, address, data_url, drawn_on, page_of  # noqa: E402
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_the_history_brings_back_how_a_picture_was_mixed(studio, tmp_path):
     job = Job("edit", "Edit", lambda job: None, inputs=given)
     job.result = {"folder": tmp_path, "entries": [entry, plain]}
     queue = SimpleNamespace(history=lambda kind: [job])
-    by_gamma, by_projection = (edit.words_of(studio, values, False) for _, _, values in edit.history(queue))
+    by_gamma, by_projection = (edit.words_of(studio, values, False) for _, _, values in edit_pictures.history(queue))
     assert "--gamma=0.6" in by_gamma and not [word for word in by_gamma if word.startswith(("--alpha", "--beta"))]
     assert {"--alpha=0.7", "--beta=1.3"} < set(by_projection)
     assert "--seed=0" in edit.words_of(studio, given | {"seed": None}, True)  # a field that was emptied
@@ -155,7 +156,7 @@ def test_the_history_brings_back_what_was_forgotten(studio, tmp_path, forget):
     entry = {"alpha": 0.8, "beta": 1.2, "gamma": None, "forget": forget, "strength": 1.0, "seed": 0, "file": "edit.png"}
     job = Job("edit", "Edit", lambda job: None, inputs=given)
     job.result = {"folder": tmp_path, "entries": [entry]}
-    ((_, _, fields),) = edit.history(SimpleNamespace(history=lambda kind: [job]))
+    ((_, _, fields),) = edit_pictures.history(SimpleNamespace(history=lambda kind: [job]))
     said = [word for word in edit.words_of(studio, fields, False) if word.startswith("--forget")]
     assert said == [f"--forget={forget}"] * (forget != "none")
 
@@ -226,3 +227,63 @@ def test_the_address_that_is_printed_is_the_one_that_is_listened_at():
     assert address_of("127.0.0.1", 7860) == address_of("localhost", 7860) == "http://127.0.0.1:7860/"
     assert address_of("::1", 7861) == "http://[::1]:7861/"
     assert address_of("my-machine", 7860) == "http://my-machine:7860/"
+
+
+def test_files_that_are_gone_cost_a_line_and_not_the_page(studio, tmp_path):
+    """A result whose folder was removed ended every look at the queue in an error, so that no tab showed anything."""
+    folder = Path("studio", "drag-001")
+    folder.mkdir(parents=True)
+    (folder / "drag.json").write_text('{"drags": [], "seconds": 1, "notes": []}')
+    Image.new("RGB", (8, 8)).save(folder / "dragged.png")
+    with gr.Blocks():
+        tab = drag.build(studio)
+    job = Job("drag", "Drag", lambda job: None, "personalize drag")
+    job.state, job.result = "done", {"folder": folder, "before": "cat.png"}
+    assert page.shown_result(tab, job)[-2:] == ["", "personalize drag"]
+    shutil.rmtree(folder)
+    values = page.shown_result(tab, job)
+    assert len(values) == len(tab.outputs) and "dragged.png is gone" in values[-2] and values[-1] == "personalize drag"
+
+
+def test_the_history_is_of_the_pictures_that_are_there_and_known_by_their_file(studio, tmp_path):
+    """A click restored what the page of another user had drawn meanwhile, whose pictures moved all to the right."""
+    entry = {"alpha": 0.8, "beta": 1.2, "gamma": None, "forget": "none", "strength": 1.0}
+    jobs = []
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        job = Job("edit", "Edit", lambda job: None, inputs={"prompt": f"prompt {number}"})
+        job.result = {"folder": tmp_path, "entries": [entry | {"seed": number, "file": f"{number}.png"}]}
+        jobs.insert(0, job)
+    queue = SimpleNamespace(history=lambda kind: jobs)
+    paths = [path for path, _ in edit_pictures.seen_pictures(queue)]
+    assert [Path(path).name for path in paths] == ["1.png", "0.png"]
+    assert edit_pictures.fields_of(queue, paths[1])["prompt"] == "prompt 0"
+    (tmp_path / "1.png").unlink()
+    assert [path for path, _ in edit_pictures.seen_pictures(queue)] == paths[1:]
+    assert edit_pictures.fields_of(queue, "of yesterday") == {}
+
+
+def test_changes_at_swapped_words_alone_need_a_swapped_word(studio):
+    """The photo was edited everywhere."""
+    fields = {}
+    with gr.Blocks():
+        photo.settings(fields)
+    given = values(fields) | {"source": "a cat", "target": "", "picture": "cat.png", "board": None, "local": True}
+    given |= {"chips": {"swaps": {"cat": "dog"}}}
+    assert "--local=cat=dog" in photo.words_of(studio, given)
+    for none in ({"target": "a dog"}, {"chips": {"weights": {"cat": 2}}}):
+        with pytest.raises(UserError, match="no word is swapped"):
+            photo.words_of(studio, given | none)
+
+
+def test_every_page_is_told_apart(studio):
+    """Gradio gives a handler the request where its parameters ask for it."""
+    from gradio.helpers import special_args
+
+    made = page.build(studio)
+    asked = [one.fn for one in made.fns.values() if one.fn is not None and "request" in signature(one.fn).parameters]
+    assert len(asked) == 5
+    for function in asked:
+        request = SimpleNamespace(session_hash="of this page")
+        assert special_args(function, ["drawn", "lines"], request=request)[0] == [request, "drawn", "lines"]
+        assert page_of(request) == "of this page"
