@@ -13,6 +13,7 @@
     redrawing       `edit --from PICTURE`: the options in a picture
     checks          paths, prompts and combinations of options, checked before torch is imported
     unused          options that have no effect without another one;  places: points and boxes as they are written
+    drag_settings   the settings of a drag that its options give
     pages           freed memory is kept by the command line's own process
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing, training.

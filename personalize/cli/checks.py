@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from personalize.adapters.forgetting import parse_rule_sum
+from personalize.cli.drag_settings import drag_settings
 from personalize.cli.lists import check_said_once
 from personalize.cli.places import check_place, interleaved_points, point_of
 from personalize.cli.unused import check_unused_of_drag, check_unused_of_photo
+from personalize.editing.config import DYNAMIC, UNIFORM
+from personalize.editing.photo_settings import PhotoSettings
 from personalize.errors import UserError
 from personalize.formats.adapter_folders import MANIFEST, is_foreign_folder, no_adapter
 from personalize.formats.key_parts import TOKEN
@@ -109,6 +112,10 @@ def check_photo(config: Any) -> None:
         raise UserError("--target and --swap are two ways to say one thing: give one of them")
     if config.dpl and config.controller == "mutual":
         raise UserError("--controller mutual has no source prompt, so that --dpl has no noun: use one of them")
+    if config.controller == "mutual" and (config.weight or config.attention_maps):
+        raise UserError("--weight and --attention_maps belong to the controller p2p: leave them out, or --controller")
+    fitted, blended = (DYNAMIC if config.dpl else None), (UNIFORM if config.uniform else None)
+    PhotoSettings(config.inversion, fixed_point=config.fixed_point_iterations, dynamic=fitted, uniform=blended)
     check_unused_of_photo(config)
     adapters = (*config.adapter, *config.add)
     check_adapters(adapters)
@@ -134,7 +141,9 @@ def check_drag(config: Any) -> None:
     from personalize.editing.drag.points import handles_and_targets
     from personalize.io.image_files import check_image, image_size
 
-    points = interleaved_points(config.from_, config.to)
+    points, settings = interleaved_points(config.from_, config.to), drag_settings(config)
+    if settings.method == "latents" and (config.preview or config.add or config.remove):
+        raise UserError("--preview, --add and --remove need --method pixels: leave them out, or --method latents")
     check_unused_of_drag(config)
     for text in (*config.add, *config.remove):
         point_of(text)

@@ -246,6 +246,8 @@ class Editor:
         negative_prompt: str, sampling: Sampling,
     ) -> list[Image.Image]:  # fmt: skip
         """Sample images of `conditioning`, `size` high and wide; without `strengths`, by the base model alone."""
+        if not len(seeds):
+            raise UserError("there are no seeds: give one for each picture")
         for seed in seeds:
             check_number("seed", seed, kind=int)
         strength = strengths.strength if strengths else None

@@ -42,6 +42,8 @@ class PhotoSettings:
             raise UserError("mutual attention has no source prompt, so that no noun can be dynamic: use one of them")
         if self.inversion == "none" and (self.dynamic is not None or self.uniform is not None):
             raise UserError("dynamic prompts and uniform maps work along an inversion: choose another one than none")
+        if self.fixed_point and self.inversion in ("ddpm", "none"):
+            raise UserError(f"there are no fixed-point iterations of {self.inversion}: leave them at 0")
 
     def guidance(self, base: str) -> float:
         """The guidance scale of the edit, for the base model of that name."""

@@ -57,6 +57,8 @@ def prepare_image(
     if dynamic is not None:
         check_regions(model, frame, source, request.regions)
     scale, null_text = settings.guidance(model.name), settings.null_text_settings(model.name)
+    if uniform is not None:
+        require_blended(model, settings, uniform)
     joint = dynamic is not None and settings.inversion == "null-text"  # null embeddings are fitted with the nouns
     trajectory = invert(
         model, frame.pixels, "" if settings.controller == "mutual" else source,
@@ -84,10 +86,14 @@ def blend_of(
     """The latent edit of uniform maps, with the auxiliary reconstruction of the photo; `mask` boolean (h, w)."""
     down = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"])
     up = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"], inverse=True)
-    clean = auxiliary_estimates(model, model.encode(frame.pixels), up, down, settings)
-    if not clean:
+    return UniformBlend(auxiliary_estimates(model, model.encode(frame.pixels), up, down, settings), settings, mask)
+
+
+def require_blended(model: StableDiffusion, settings: PhotoSettings, uniform: UniformSettings) -> None:
+    """UserError if uniform maps would blend no step of the edit."""
+    down = make_schedule(model, settings.steps, strength=settings.inverted_share)
+    if not any(map(uniform.blends, down)):
         raise UserError("no step is below the uniform maps' limit: raise --uniform_until or the number of steps")
-    return UniformBlend(clean, settings, mask)
 
 
 def dynamic_noun_sheet(model: StableDiffusion, frame: PaddedImage, prepared: PreparedImage) -> Image.Image:

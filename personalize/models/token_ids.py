@@ -63,14 +63,14 @@ def padded_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 def written_out(tokenizer: Any, text: str) -> str:
     """`text` with the further vectors of its learned tokens behind them, "<cat1> <cat1>_1", as diffusers does it.
 
-    Case does not count in a prompt: "<Cat1>" is written as the token was learned, for diffusers would not find it.
+    Case does not count in a prompt: "<Cat1>" is written as the token was learned, which is how diffusers looks for it.
     """
     from diffusers.loaders import TextualInversionLoaderMixin
 
     def tokenize(text: str) -> list[str]:  # transformers would warn of long texts, which are cut for no encoder here
         return tokenizer.tokenize(text, verbose=False)
 
-    for token in {first for _, first in _vectors(tokenizer)}:
+    for token in tokenizer.added_tokens_encoder.keys() - {*tokenizer.all_special_tokens}:
         text = re.sub(re.escape(token), lambda _, token=token: token, text, flags=re.IGNORECASE)
     quiet: Any = SimpleNamespace(tokenize=tokenize, added_tokens_encoder=tokenizer.added_tokens_encoder)
     return TextualInversionLoaderMixin().maybe_convert_prompt([text], quiet)[0]
@@ -108,11 +108,5 @@ def chunks_of(tokenizer: Any, places: Sequence[int]) -> int:
 
 def further_vectors(tokenizer: Any) -> set[int]:
     """Ids of the vectors of learned tokens that follow their first: they stay in its chunk."""
-    return {number for number, _ in _vectors(tokenizer)}
-
-
-def _vectors(tokenizer: Any) -> list[tuple[int, str]]:
-    """The id of each further vector of a learned token, and that token."""
     added = tokenizer.added_tokens_encoder
-    named = ((number, VECTOR.fullmatch(text)) for text, number in added.items())
-    return [(number, name[1]) for number, name in named if name and name[1] in added]
+    return {number for text, number in added.items() if (name := VECTOR.fullmatch(text)) and name[1] in added}

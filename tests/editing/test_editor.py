@@ -135,9 +135,11 @@ def test_rules_joined_by_a_plus_of_which_one_has_a_plus_in_its_name(text, rules)
     assert [str(rule) for rule in parse_rule_sum(text)] == rules
 
 
-def test_an_empty_prompt_is_refused(editor):
+def test_an_empty_prompt_and_no_seeds_are_refused(editor):
     with pytest.raises(UserError, match="prompt is empty"):
         editor.edit("  ", sampling=SHORT)
+    with pytest.raises(UserError, match="there are no seeds"):
+        editor.edit("a dog", seeds=[], sampling=SHORT)
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,9 @@ def test_tokens_that_nobody_taught_the_base_are_named() -> None:
     tokenizer.add_tokens(["<my-cat>"])
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
-        assert not torch.equal(padded_ids(tokenizer, ["a <my-cat> cat"]), before)
+        after = padded_ids(tokenizer, ["a <my-cat> cat"])
+        assert not torch.equal(after, before)
+        assert torch.equal(padded_ids(tokenizer, ["A <My-Cat> cat"]), after), "case does not count"
 
 
 def test_weights_in_brackets_are_said_to_be_text() -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from personalize.cli.commands.marks import PictureWriter, details_of
+from personalize.cli.drag_settings import drag_settings
 from personalize.cli.places import interleaved_points, point_of
-from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import DragResult
 from personalize.editing.drag.preview import DragPreview
 from personalize.editing.editor import Editor
-from personalize.errors import UserError, said_if_stopped
+from personalize.errors import said_if_stopped
 from personalize.io.figures import png
 from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
@@ -89,19 +88,6 @@ def _write(config: DragConfig, pictures: dict[str, bytes], facts: dict[str, obje
     """Write all files of one result under names that are not taken; returns these, by the plain ones."""
     files = pictures | {name: json_bytes(values) for name, values in facts.items()}
     return add_files(config.output_dir, files)
-
-
-def drag_settings(config: DragConfig) -> DragSettings:
-    """The settings that the options give; all others have their defaults."""
-    if config.grow and config.shrink:
-        raise UserError(f"--grow {config.grow} and --shrink {config.shrink} undo one another: give one of them")
-    for name in ("grow", "shrink"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name} is {getattr(config, name)}, expected 0 or more pixels")
-    same = {field.name for field in fields(DragSettings)} & {field.name for field in fields(config)}
-    given: dict[str, Any] = {name: getattr(config, name) for name in same}
-    given |= {"steps": config.num_inference_steps, "grow": config.grow - config.shrink}
-    return DragSettings(**given)
 
 
 def as_text(point: Any) -> str:

@@ -13,6 +13,7 @@ from personalize.cli.edit_options import DragConfig
 from personalize.cli.main import main
 from personalize.cli.parser import parse
 from personalize.editing.drag.config import DragSettings
+from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from tests.support.drag_pictures import picture, square
 from tests.support.lora_states import random_adapter
@@ -77,10 +78,15 @@ def test_flags_may_be_words_of_python(capsys):
         (["--from", "1,2", "--to", "300,4"], "target 300,4 is outside the picture: it is 64×64 px"),
         (["--from", "1,2", "--to", "3,4", "--mask", "none.png"], "none.png: no such file"),
         (["--from", "1,2", "--to", "3,4", "--mode", "shift"], "mode"),
+        (["--from", "1,2", "--to", "3,4", "--method", "latents", "--preview"], "--preview, --add and --remove need"),
+        (["--from", "1,2", "--to", "3,4", "--method", "latents", "--add", "5,6"], "--preview, --add and --remove need"),
+        (["--from", "1,2", "--to", "3,4", "--method", "latents", "--mode", "region"], "region needs the method pixels"),
+        (["--from", "1,2", "--to", "3,4", "--grow", "2", "--shrink", "1"], "undo one another"),
         (["--form", "1,2", "--to", "3,4"], "unknown option --form: did you mean --from?"),
     ],
 )
-def test_mistakes_are_one_line_and_code_2(places, capsys, words, message):
+def test_mistakes_are_one_line_and_code_2(places, capsys, monkeypatch, words, message):
+    monkeypatch.setattr(Editor, "configured", lambda *_: pytest.fail("the base was loaded first"))
     assert run(places, *words) == 2
     line = capsys.readouterr().err.strip()
     assert message in line and "\n" not in line and line.startswith("personalize: ")

@@ -11,6 +11,7 @@ from PIL import Image
 from personalize.cli.commands.edit_image import box
 from personalize.cli.main import main
 from personalize.editing.config import DynamicSettings
+from personalize.editing.editor import Editor
 from personalize.sampling.config import NullTextSettings
 from tests.support.photos import photo
 from tests.support.tiny import tiny_folder
@@ -62,6 +63,7 @@ def test_everything_is_drawn_and_written_down(places, tmp_path):
         (["--target", "a fox", "--controller", "mutual", "--weight", "fox=2"], "belong to the controller p2p"),
         (["--target", "a fox", "--dpl", "--nouns", "cta"], "did you mean cat"),
         (["--target", "a fox", "--dpl", "--region", "cow=1,2,3,4"], "none of the nouns"),
+        (["--target", "a fox", "--uniform", "--uniform_until", "0"], "no step is below the uniform maps' limit"),
         (["--swap", "cat=fox", "cat=cow"], "--swap says two things about 'cat', fox and cow"),
         (["--weight", "cat=2", "cat=0.5"], "--weight says two things about 'cat', 2.0 and 0.5"),
         (["--dpl", "--region", "cat=1,2,30,40", "Cat=30,2,60,40", "--weight", "cat=2"], "--region says two things"),
@@ -75,3 +77,21 @@ def test_what_is_wrong_is_said_in_one_line(places, tmp_path, capsys, words, said
 
 def test_boxes():
     assert box("1,2,3,4.5") == (1, 2, 3, 4.5) and box("mask.png") is None and box("1,2,3") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--controller", "mutual", "--attention_maps"], "belong to the controller p2p"),
+        (["--inversion", "none", "--dpl"], "work along an inversion"),
+        (["--inversion", "none", "--uniform"], "work along an inversion"),
+        (["--inversion", "ddpm", "--fixed_point_iterations", "2"], "no fixed-point iterations of ddpm"),
+    ],
+)
+def test_what_does_not_fit_together_is_said_before_the_base_is_loaded(
+    places, tmp_path, capsys, monkeypatch, words, said
+):
+    monkeypatch.setattr(Editor, "configured", lambda *_: pytest.fail("the base was loaded first"))
+    assert run(places, "--target", "a fox", *words, "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

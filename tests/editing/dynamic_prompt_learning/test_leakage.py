@@ -238,8 +238,9 @@ def test_everything_at_once_with_an_adapter(tmp_path):
     assert found.nouns is not None and found.masks is not None and found.attention is not None
 
 
-def test_what_does_not_go_together_is_refused():
+def test_what_does_not_go_together_is_refused(monkeypatch):
     model = tiny_sd1()
+    monkeypatch.setattr("personalize.editing.prepared_photo.invert", None)  # before anything is inverted
     with pytest.raises(UserError, match="no source prompt"):
         settings(controller="mutual", dynamic=FEW)
     with pytest.raises(UserError, match="belong to the controller p2p"):
