@@ -8,6 +8,7 @@
     learn, edit, photo, drag, files   a tab each
     learn_words, learning, learn_result   a training as a command line, as it runs, and as it is shown
     edit_pictures                 what the tab Edit shows
+    viewing                       pictures as a browser shows them
     canvas.*    the picture with points and masks, in the browser;  studio.css: how it looks
 
 Imports: io, embedded, models, formats, adapters, sampling, evaluation, editing, training, cli.

@@ -19,6 +19,7 @@ from personalize.errors import UserError
 from personalize.studio.actions import Workbench
 from personalize.studio.folder import Folder
 from personalize.studio.jobs import Job, JobQueue
+from personalize.studio.viewing import png_for_browsers
 
 HERE = Path(__file__).parent
 # of an event: no bar over its outputs, and it waits for no other
@@ -188,12 +189,13 @@ def strip(pictures: Sequence[tuple[str | Path, str]]) -> str:
     return f'<div class="strip">{figures}</div>' if figures else ""
 
 
-def existing(*paths: str | Path) -> tuple[str, ...]:
-    """Files that a page is to show.  UserError if one is gone: Gradio would show nothing at all."""
+def existing(*paths: str | Path) -> tuple[str | Image.Image, ...]:
+    """Pictures that a page is to show, as a browser can.  UserError if one is gone: Gradio would show nothing at all."""
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"{path} is gone, it was moved or removed: the picture is not shown")
-    return tuple(map(str, paths))
+    drawn = {path: png_for_browsers(Path(path)) for path in paths}
+    return tuple(str(path) if png is None else Image.open(BytesIO(png)) for path, png in drawn.items())
 
 
 def page_of(request: gr.Request | None) -> str:

@@ -14,6 +14,7 @@ from personalize.errors import UserError
 from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.studio.folder import OUTPUT, Folder
 from personalize.studio.guard import LOOPBACK, Guard
+from personalize.studio.viewing import png_for_browsers
 
 if TYPE_CHECKING:
     from personalize.cli.options import StudioConfig
@@ -76,17 +77,24 @@ def build(folder: Folder, base: str | None = None, start: str | None = None) -> 
 
 
 def add_files(application: Any, folder: Folder) -> None:
-    """Serve the files of the folder under /file/: pictures to look at, others to download: they may hold scripts."""
-    from fastapi.responses import FileResponse, PlainTextResponse
+    """Serve the files of the folder under /file/: pictures to look at, others to download: they may hold scripts.
+
+    What a page shows as a picture, by the header Accept, is one that its browser shows as it is read here.
+    """
+    from fastapi import Header
+    from fastapi.responses import FileResponse, PlainTextResponse, Response
 
     @application.get("/file/{path:path}")
-    def file(path: str) -> Any:
+    def file(path: str, accept: str = Header("")) -> Any:
         try:
             found = folder.root / folder.existing(path)
         except UserError as error:
             return PlainTextResponse(str(error), status_code=404)
         if not found.is_file():
             return PlainTextResponse(f"{path} is no file", status_code=404)
+        drawn = png_for_browsers(found) if accept.startswith("image/") else None
+        if drawn is not None:
+            return Response(drawn, media_type="image/png")
         name = None if found.suffix.lower() in IMAGE_SUFFIXES else found.name
         return FileResponse(found, filename=name, headers={"x-content-type-options": "nosniff"})
 

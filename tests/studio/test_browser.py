@@ -218,6 +218,24 @@ def test_another_picture_begins_without_the_points_and_masks_of_the_one_before(b
     assert page.outside == page.errors == []
 
 
+def test_the_first_button_of_the_mouse_alone_sets_points(browser, address):
+    """The right one set a point too, and behind the browser's menu that followed the mouse."""
+    page = Page(browser, address)
+    page.tab("Drag")
+    picture(page, "drag-picture", "scene.png", "drag-board")
+    canvas = page.at("#drag-board canvas")
+    box = canvas.bounding_box()
+    for button, x in (("right", 0.2), ("middle", 0.3), ("left", 0.5)):
+        canvas.click(button=button, position={"x": box["width"] * x, "y": box["height"] * 0.5})
+    page.page.wait_for_function(
+        "() => document.querySelector('#drag-points textarea, #drag-points input').value !== ''"
+    )
+    written = page.at("#drag-points textarea, #drag-points input").input_value()
+    assert abs(int(written.split(",")[0]) - 64) <= 1 and ">" not in written
+    page.context.close()
+    assert page.outside == page.errors == []
+
+
 def test_a_file_is_inspected_and_converted(page, folder):
     page.tab("Files")
     page.choose("files-file", "my-cat")

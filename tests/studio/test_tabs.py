@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 from inspect import signature
+from io import BytesIO
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from personalize.errors import UserError
+from personalize.io.image_files import load_image
 from personalize.studio.folder import Folder
 from personalize.studio.jobs import Job, JobQueue
 from personalize.studio.server import add_files, address_of
@@ -27,7 +29,7 @@ from fastapi import FastAPI  # noqa: E402
 from personalize.studio import drag, edit, edit_pictures, learn, page, photo  # noqa: E402
 from personalize.studio.actions import Workbench  # noqa: E402
 from personalize.studio.learn_words import ONE, words_of  # noqa: E402
-from personalize.studio.parts import Studio, address, data_url, drawn_on, page_of  # noqa: E402
+from personalize.studio.parts import Studio, address, data_url, drawn_on, existing, page_of  # noqa: E402
 
 
 @pytest.fixture
@@ -221,6 +223,34 @@ def test_files_that_may_hold_scripts_are_downloads(studio, tmp_path):
         shown = client.get("/file/cat.png").headers
         assert "content-disposition" not in shown and shown["content-type"] == "image/png"
         assert client.get("/file/gone.png").status_code == client.get("/file/folder").status_code == 404
+
+
+def test_a_browser_gets_pictures_as_they_are_edited(studio, tmp_path):
+    """Browsers do not turn WebP, so that points were set at other places than those of the picture; nor show TIFF."""
+    from starlette.testclient import TestClient
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawn = Image.new("RGB", (64, 32), "red")
+    drawn.paste("blue", (0, 0, 32, 32))
+    for kind in ("webp", "jpeg", "tiff"):
+        drawn.save(tmp_path / f"turned.{kind}", exif=exif, lossless=True)
+    drawn.save(tmp_path / "plain.webp")
+    application = FastAPI()
+    add_files(application, studio.folder)
+    before, after = existing("turned.webp", "cat.png")
+    assert isinstance(before, Image.Image) and before.size == (32, 64) and after == "cat.png"
+    with TestClient(application) as client:
+        for name in ("turned.webp", "turned.tiff"):
+            answer = client.get(f"/file/{name}", headers={"accept": "image/avif,image/webp,*/*;q=0.8"})
+            seen = Image.open(BytesIO(answer.content))
+            assert answer.headers["content-type"] == "image/png" and seen.size == load_image(tmp_path / name).size
+            assert seen.tobytes() == load_image(tmp_path / name).tobytes()
+            whole = client.get(f"/file/{name}", headers={"accept": "text/html,*/*"}).content
+            assert whole == (tmp_path / name).read_bytes(), "a download is the file itself"
+        for name in ("turned.jpeg", "plain.webp", "cat.png"):
+            answer = client.get(f"/file/{name}", headers={"accept": "image/avif,image/webp,*/*;q=0.8"})
+            assert answer.content == (tmp_path / name).read_bytes()
 
 
 def test_the_address_that_is_printed_is_the_one_that_is_listened_at():
