@@ -17,6 +17,7 @@ def check_unused_of_photo(config: Any) -> None:
         "--dpl": (config.dpl, "dpl_updates dpl_balancing dpl_disjoint dpl_background dpl_words_only"),
         "--dpl or --report": (config.dpl or config.report, "nouns background_mask region"),
         "--uniform": (config.uniform, "uniform_until uniform_quantile uniform_auxiliary"),
+        "--cross_replace_steps above 0": (config.cross_replace_steps > 0, "weight mode bind_adjectives"),
         "--inversion null-text": (fits_nulls, "null_text_iterations null_text_rate null_text_tolerance"),
         "--inversion null-text or --dpl": (fits_nulls or config.dpl, "gradient_checkpointing"),
         "--controller p2p": (

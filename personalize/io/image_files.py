@@ -92,6 +92,22 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return (image.height, image.width) if turned else image.size
 
 
+def notice_transparency(path: str | Path) -> None:
+    """A Notice if the picture in the file `path` is transparent anywhere, for what is made of it is not."""
+    with header(path) as image:
+        if not image.has_transparency_data:
+            return
+    with warnings.catch_warnings(), opened(path, MAX_PICTURE_BYTES) as stream:
+        warnings.simplefilter("ignore", Notice)  # of its frames, which reading it says
+        with decoded(stream, path) as image:
+            opaque = image.convert("RGBA").getchannel("A").getextrema()[0] == 255
+    if not opaque:
+        warnings.warn(
+            f"{path} is transparent in places: the result is opaque, and white there unless it is edited", Notice,
+            stacklevel=2,
+        )  # fmt: skip
+
+
 def read_image(source: Path | BinaryIO, path: Path | str) -> Image.Image:
     """Like `load_image`, from an existing file or a stream of bytes; error messages name it `path`."""
     with decoded(source, path) as image:

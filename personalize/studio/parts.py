@@ -190,12 +190,12 @@ def strip(pictures: Sequence[tuple[str | Path, str]]) -> str:
 
 
 def existing(*paths: str | Path) -> tuple[str | Image.Image, ...]:
-    """Pictures that a page is to show, as a browser can.  UserError if one is gone: Gradio would show nothing at all."""
+    """Pictures that a page is to show, as a browser can.  UserError if one is gone: Gradio would show nothing then."""
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"{path} is gone, it was moved or removed: the picture is not shown")
-    drawn = {path: png_for_browsers(Path(path)) for path in paths}
-    return tuple(str(path) if png is None else Image.open(BytesIO(png)) for path, png in drawn.items())
+    drawn = [png_for_browsers(Path(path)) for path in paths]
+    return tuple(str(path) if png is None else Image.open(BytesIO(png)) for path, png in zip(paths, drawn, strict=True))
 
 
 def page_of(request: gr.Request | None) -> str:

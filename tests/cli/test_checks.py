@@ -117,6 +117,8 @@ EDIT = "edit photo.png --source cat --target dog --mask missing.png"
         (f"{EDIT} --inversion null-text --null_text_iterations 3 --gradient_checkpointing", None),
         (f"{EDIT} --controller mutual --no_bind_adjectives --cross_replace_steps 0.5",
          "nothing comes of --cross_replace_steps and --no_bind_adjectives without --controller p2p"),
+        (f"{EDIT} --weight cat=2 --cross_replace_steps 0",
+         "nothing comes of --weight without --cross_replace_steps above 0"),
         (f"{DRAG} --method latents --grow 5", "nothing comes of --grow without --method pixels"),
         (f"{DRAG} --paste", "nothing comes of --paste without --method latents"),
         (f"{DRAG} --method latents --paste --mode deform --displacement stretch --user_mask intersect", None),

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from personalize.errors import Notice, UserError
-from personalize.io.image_files import MIN_SIDE, NotAnImage, as_rgb, check_image, load_image
+from personalize.io.image_files import MIN_SIDE, NotAnImage, as_rgb, check_image, load_image, notice_transparency
 from personalize.io.images import psnr, to_pixels
 from tests.support.picture_files import saved
 
@@ -246,3 +246,17 @@ def test_a_header_is_enough_to_check_a_picture(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "d.png")
     with pytest.raises(UserError, match="a pipe or a device"):
         load_image(tmp_path / "d.png")
+
+
+def test_transparency_that_an_edit_loses_is_said(tmp_path: Path) -> None:
+    opaque = gradient().convert("RGBA")
+    holes = opaque.copy()
+    holes.putpixel((3, 3), (0, 0, 0, 0))
+    with pytest.warns(Notice, match="a.png is transparent in places: the result is opaque, and white there"):
+        notice_transparency(saved(holes, tmp_path / "a.png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        notice_transparency(saved(opaque, tmp_path / "b.png"))
+        notice_transparency(saved(gradient(), tmp_path / "c.png"))
+        frames = [gradient(), gradient(24)]
+        notice_transparency(saved(frames[0], tmp_path / "d.gif", save_all=True, append_images=frames[1:]))

@@ -13,6 +13,7 @@ from personalize.editing.drag.preview import DragPreview
 from personalize.editing.editor import Editor
 from personalize.errors import said_if_stopped
 from personalize.io.figures import png
+from personalize.io.image_files import notice_transparency
 from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
 
@@ -29,6 +30,7 @@ def run(config: DragConfig, editor: Editor | None = None) -> Path:
     editor = editor or Editor.configured(config, (config.adapter,) if config.adapter else ())
     if config.preview:
         return _write_preview(config, previewed(config, editor))
+    notice_transparency(config.photo)
     points = interleaved_points(config.from_, config.to)
     write, details = PictureWriter(config, config.photo), drag_details(config, editor)  # before the picture is drawn
     result = editor.drag(points, config.photo, paste=config.paste, **drag_arguments(config))

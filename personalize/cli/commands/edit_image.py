@@ -19,7 +19,7 @@ from personalize.editing.real_image import EditResult, report_photo
 from personalize.editing.real_image_settings import EditRequest
 from personalize.errors import said_if_stopped
 from personalize.io.figures import png
-from personalize.io.image_files import load_image
+from personalize.io.image_files import load_image, notice_transparency
 from personalize.io.images import psnr, to_pixels
 from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
@@ -60,6 +60,7 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     settings = photo_settings(config, editor.model.name)
     if config.report:
         return _report(config, editor, photo, settings, cache)
+    notice_transparency(config.photo)
     write = PictureWriter(config, config.photo)
     details = photo_details(config, editor, settings)  # reads files: before the pictures are drawn
     if config.from_ is not None:
