@@ -180,6 +180,9 @@ def _notes(
     if silent:  # on the embedded model a noun's own tokens have 3 % of the attention, end and padding 61 %
         scaled += (f"weight 0 silences {', '.join(silent)} itself, but the end and padding tokens still tell of it: "
                    "a target without the word removes it",)  # fmt: skip
+    if settings.uniform is not None and settings.uniform.blend_source and len(unchanged) > 1:
+        scaled += ("with mutual attention and uniform maps the targets share one source, which each of them changes: "
+                   "alone they may come out a little different",)  # fmt: skip
     return (*same, *scaled, *(prepared.report.notes if prepared.report else ()))
 
 

@@ -94,7 +94,11 @@ def build(studio: Studio) -> Tab:
         if job.state != "done":
             return [*[gr.skip()] * 4, *known, outcome(job), job.command]
         result = job.result
-        existing(*(path for path, _ in drawn_pictures(result)))
+        files = [*(path for path, _ in drawn_pictures(result)), *(result["pair"] or ()), result["sheet"]]
+        try:
+            existing(*filter(None, files))
+        except UserError as error:
+            return [*[gr.skip()] * 4, *known, problem(error), job.command]
         large = gr.Image(value=str(result["sheet"]) if result["sheet"] else None, visible=bool(result["sheet"]))
         return [result["pair"], drawn_pictures(result), pictures_text(result), large, *known, "", job.command]
 

@@ -228,6 +228,15 @@ def test_a_target_that_changes_nothing_is_the_reconstruction_beside_others_too()
     assert not torch.equal(weighted.latents[1], weighted.latents[0]), "a weight is an edit"
 
 
+def test_targets_that_share_a_source_that_they_change_are_told():
+    mutual = replace(SHORT, controller="mutual", uniform=UniformSettings(until=0.9, blend_source=True))
+    both, one = (edited(EditRequest(targets), mutual).notes for targets in ((TARGET, "a fox"), TARGET))
+    assert [note for note in both if note not in one] == [
+        "with mutual attention and uniform maps the targets share one source, which each of them changes: alone they "
+        "may come out a little different"
+    ]
+
+
 def test_maps_of_prompts_without_a_word_to_show_are_left_out():
     """The sheet ended the edit in a fault of ours, after all was drawn."""
     found = edit_photo(shared(), photo(), "the", EditRequest("in"), SHORT, attention=True)

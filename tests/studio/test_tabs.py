@@ -275,6 +275,23 @@ def test_files_that_are_gone_cost_a_line_and_not_the_page(studio, tmp_path):
     assert len(values) == len(tab.outputs) and "dragged.png is gone" in values[-2] and values[-1] == "personalize drag"
 
 
+def test_a_picture_that_is_gone_leaves_those_of_the_history(studio, tmp_path, monkeypatch):
+    with gr.Blocks():
+        tab = edit.build(studio)
+    entry = {"alpha": 0.8, "beta": 1.2, "gamma": None, "forget": "none", "strength": 1.0, "prompt": "a dog", "seed": 0}
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    job = Job("edit", "Edit", lambda job: None, "personalize edit")
+    entries = [entry | {"file": name} for name in ("0.png", "1.png")]
+    job.state, job.result = "done", {"folder": tmp_path, "entries": entries, "sheet": None, "pair": None}
+    monkeypatch.setattr(studio.queue, "history", lambda kind: [job])
+    shown = tab.show(job)
+    assert len(shown) == len(tab.outputs) and len(shown[1]) == len(shown[4]) == 2 and shown[-2] == ""
+    (tmp_path / "0.png").unlink()
+    shown = tab.show(job)
+    assert len(shown[4]) == 1 and shown[5] == [str(tmp_path / "1.png")] and "0.png is gone" in shown[-2]
+
+
 def test_the_history_is_of_the_pictures_that_are_there_and_known_by_their_file(studio, tmp_path):
     """A click restored what the page of another user had drawn meanwhile, whose pictures moved all to the right."""
     entry = {"alpha": 0.8, "beta": 1.2, "gamma": None, "forget": "none", "strength": 1.0}
