@@ -177,7 +177,8 @@ def preview_notes(source: DragSource, preview: DragPreview, handles: Sequence[Sh
     if bool(drag.void.any()) and (width, height) != (full := source.frame.picture.size):
         sentences.append(f"what it uncovers is drawn at {width}×{height} px and scaled to {full[0]}×{full[1]}")
     area = min((layer.scale**2 for layer in drag.layers), default=1.0) * int(drag.mask.sum())
-    if int(drag.covered[:height, :width].sum()) < 0.5 * area:
+    # by opacity: a thing of one pixel that arrives between pixels covers none of them by half
+    if drag.layers and sum(float(one.weight[:height, :width].sum()) for one in drag.layers) < 0.5 * area:
         sentences.append("more than half of what moves leaves the picture")
     return tuple(sentences)
 

@@ -42,7 +42,15 @@ def handles_and_targets(
 
 def _corners(point: Any, regions: bool) -> Shape:
     """The corners of one point, box or polygon."""
-    numbers = tuple(point)
+    try:
+        return _read_corners(tuple(point), point, regions)
+    except UserError:
+        raise
+    except (TypeError, ValueError):
+        raise UserError(f"{point!r} is no point: give (x, y) in pixels for each handle and each target") from None
+
+
+def _read_corners(numbers: tuple[Any, ...], point: Any, regions: bool) -> Shape:
     if len(numbers) == 2 and not isinstance(numbers[0], Sequence):
         return ((float(numbers[0]), float(numbers[1])),)
     if not regions:

@@ -151,6 +151,8 @@ def test_prompts_are_read_by_the_adapters_text_encoder_and_tokens(model):
         ([(1, 1), (2, 48.5)], "target 2,48.5 is outside"),
         ([(1, -1), (2, 2)], "handle 1,-1 is outside"),
         ([(float("nan"), 1), (2, 2)], "outside the picture"),
+        ([1, 1, 2, 2], r"1 is no point: give \(x, y\) in pixels for each handle and each target"),
+        ([(1, None), (2, 2)], r"\(1, None\) is no point"),
         ([(1, 1), (2, 2), (1, 1), (9, 9)], "one handle has two targets, 2,2 and 9,9: give it one of them"),
     ],
 )
@@ -201,6 +203,13 @@ def test_a_region_that_is_made_smaller_does_not_leave_the_picture(model, target)
     """A box of half the side has a quarter of the area: it was said that more than half of it leaves the picture."""
     region = replace(SETTINGS, method="pixels", mode="region")
     found = drag_picture(model, picture(), [(8, 8, 40, 40), target], settings=region)
+    assert not any("leaves the picture" in note for note in found.notes)
+
+
+def test_a_thing_of_a_pixel_that_arrives_between_pixels_does_not_leave_the_picture(model):
+    """It covers none of them by half, and was said to leave the picture."""
+    mask, moved = square(200, 300, (4, 4, 10, 10)), replace(SETTINGS, method="pixels")  # 1.6 px of the frame
+    found = drag_picture(model, picture(200, 300), [(6, 6), (9, 12)], mask=mask, settings=moved)
     assert not any("leaves the picture" in note for note in found.notes)
 
 
