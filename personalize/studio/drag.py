@@ -86,8 +86,8 @@ def build(studio: Studio) -> Tab:
         if job.state != "done":
             return [gr.skip(), gr.skip(), gr.skip(), outcome(job), job.command]
         folder = job.result["folder"]
-        pair = existing(job.result["before"], folder / "dragged.png")
-        return [gr.Column(visible=True), gr.ImageSlider(value=pair), summary(folder), "", job.command]
+        before, after = existing(job.result["before"], folder / "dragged.png")
+        return [gr.Column(visible=True), gr.ImageSlider(value=(before, after)), summary(folder), "", job.command]
 
     fields = {"picture": picture, "board": board, "points": points, "prompt": prompt, "mode": mode}
     return Tab(KIND, [done, result, about, message, command], show, fields)
