@@ -70,6 +70,8 @@ def build(studio: Studio) -> Tab:
                 {}, html_template=text("chips.html"), css_template=text("chips.css"), js_on_load=text("chips.js"),
                 apply_default_css=False, words=[], elem_id="photo-chips",
             )  # fmt: skip
+            # where words look, and what they are swapped for, is of one photo
+            fields["picture"].change(lambda: gr.HTML(words=[]), None, chips, show_progress="hidden", queue=False)
             fields["target"] = gr.Textbox(
                 label="What it is to show instead", placeholder="Or swap words above", elem_id="photo-target"
             )

@@ -323,6 +323,16 @@ def test_changes_at_swapped_words_alone_need_a_swapped_word(studio):
             photo.words_of(studio, given | none)
 
 
+def test_words_of_another_photo_are_left_out(studio):
+    """The maps of the photo before were shown as where the words look in this one."""
+    with gr.Blocks() as made:
+        tab = photo.build(studio)
+    (chips,) = (one for one in made.blocks.values() if getattr(one, "elem_id", "") == "photo-chips")
+    chosen = (tab.fields["picture"]._id, "change")
+    (change,) = (one for one in made.fns.values() if chosen in one.targets and one.outputs == [chips])
+    assert change.fn is not None and change.fn().props == {"words": []}
+
+
 def test_every_page_is_told_apart(studio):
     """Gradio gives a handler the request where its parameters ask for it."""
     from gradio.helpers import special_args
