@@ -22,13 +22,14 @@ from personalize.sampling.schedule import Step
 class LocalBlend(LatentEdit):
     """Local blend: outside the regions of given words, rows 1 … become row 0:  z ← z_source + m (z − z_source).
 
-    m is the union of the source word's and the target word's region. A word's region is where its mean map so far,
-    3×3 max-pooled and resized to the latents, is at least `threshold` of its maximum.
+    m is the union of the regions of all source and target words. A word's region is where its mean map so far, 3×3
+    max-pooled and resized to the latents, is at least `threshold` of its own maximum, which is small for a word that
+    looks at a wide background.
 
     Args:
         maps: a hook of the same edit; it must come after the hooks that change maps.
-        words: (b, l), 1 at the tokens of the words, else 0; one row for the source and one for each target. A row
-            without words has no region.
+        words: (b, s, l), for each of s words 1 at its tokens, else 0; one row for the source and one for each target. A
+            word that a row does not have has no region there.
         threshold: share of the maximum, in [0, 1].
         begin: number of the first step that is blended.
     """
@@ -46,11 +47,16 @@ class LocalBlend(LatentEdit):
         mean = self.maps.mean()
         if self.words.device != mean.device:
             self.words = sent(self.words, mean.device)
-        heat = (mean * self.words.to(mean)[:, None, None]).sum(-1)[:, None]
+        regions = [self._region(mean, one, size) for one in self.words.to(mean).unbind(1)]
+        region = torch.stack(regions).any(0)
+        return region[:1] | region
+
+    def _region(self, mean: Tensor, word: Tensor, size: tuple[int, int]) -> Tensor:
+        """The region (b, 1, h, w) of one word, whose tokens are 1 in `word` (b, l), by mean maps (b, h, w, l)."""
+        heat = (mean * word[:, None, None]).sum(-1)[:, None]
         heat = interpolate(max_pool2d(heat, 3, 1, 1), size, mode="nearest")
         most = heat.amax((-2, -1), keepdim=True)
-        region = (heat >= self.threshold * most) & (most > 0)  # a row without words has no region
-        return region[:1] | region
+        return (heat >= self.threshold * most) & (most > 0)
 
 
 def word_blend(
@@ -71,14 +77,9 @@ def word_blend(
         if not any(one.has(word) for one in prompts):
             prompts[0].find(word)
     maps, length = MapSum(stage_layers(model)), max(one.length for one in prompts)
-    first = torch.zeros(length) if source is None else _marked(source, _of_prompt(source, words, 0), length)
-    marked = [first, *(_marked(one, _of_prompt(one, words, 1), length) for one in targets)]
+    first = torch.zeros(len(words), length) if source is None else _marked(source, words, 0, length)
+    marked = [first, *(_marked(one, words, 1, length) for one in targets)]
     return maps, LocalBlend(maps, torch.stack(marked), threshold, begin)
-
-
-def _of_prompt(tokens: Tokens, words: Sequence[tuple[str, str]], side: int) -> list[str]:
-    """The words of one side of the pairs `words`, without those that are the same on both and not in this prompt."""
-    return [pair[side] for pair in words if pair[0] != pair[1] or tokens.has(pair[0])]
 
 
 def per_word(tokens: Tokens, values: Mapping[str, float], default: float, length: int) -> Tensor:
@@ -93,6 +94,11 @@ def per_word(tokens: Tokens, values: Mapping[str, float], default: float, length
     return row
 
 
-def _marked(tokens: Tokens, words: Sequence[str], length: int) -> Tensor:
-    """1 at the tokens of every occurrence of `words`, else 0: (l,)."""
-    return per_word(tokens, dict.fromkeys(words, 1.0), 0.0, length)
+def _marked(tokens: Tokens, words: Sequence[tuple[str, str]], side: int, length: int) -> Tensor:
+    """For each pair of `words` 1 at the tokens of every occurrence of the one of this `side`, else 0: (s, l).
+
+    A word that is the same on both sides may be missing in this prompt.
+    """
+    here = [pair[side] for pair in words if pair[0] != pair[1] or tokens.has(pair[0])]
+    rows = [per_word(tokens, {word: 1.0} if word in here else {}, 0.0, length) for word in (p[side] for p in words)]
+    return torch.stack(rows)

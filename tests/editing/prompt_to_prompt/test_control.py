@@ -151,7 +151,7 @@ def test_dpl_c67_local_blend_reads_conditional_rows_of_source_and_target():
     marked[0, :, 3, 4] = marked[1, :, 12, 3] = 9.0  # other words' tokens: not to be read
     assert store.active(site()) and not store.active(site(branch="null"))
     store.probs(marked, site())
-    blend = LocalBlend(store, words, 0.3, begin=2)
+    blend = LocalBlend(store, words[:, None], 0.3, begin=2)
     mask = blend.mask((8, 8))
     assert mask.shape == (2, 1, 8, 8)
     corner = torch.zeros(8, 8, dtype=torch.bool)
