@@ -41,7 +41,7 @@ def handles_and_targets(
 
 
 def _corners(point: Any, regions: bool) -> Shape:
-    """The corners of one point, box or polygon."""
+    """The corners of one point, box or polygon; UserError if it is none of them."""
     try:
         return _read_corners(tuple(point), point, regions)
     except UserError:
@@ -51,6 +51,7 @@ def _corners(point: Any, regions: bool) -> Shape:
 
 
 def _read_corners(numbers: tuple[Any, ...], point: Any, regions: bool) -> Shape:
+    """The corners of `point`, whose parts are `numbers`; TypeError or ValueError for what are no numbers."""
     if len(numbers) == 2 and not isinstance(numbers[0], Sequence):
         return ((float(numbers[0]), float(numbers[1])),)
     if not regions:
