@@ -31,12 +31,12 @@ def progress(*, quiet: bool = False, console: Console | None = None) -> Iterator
         yield
         return
     console = console or PlainConsole(stderr=True)
-    shown = Bars(console) if console.is_terminal else Lines(console)
+    display = Bars(console) if console.is_terminal else Lines(console)
     try:
-        with listening(shown.part):
+        with listening(display.part):
             yield
     finally:
-        shown.close()
+        display.close()
 
 
 class Bars:

@@ -19,6 +19,7 @@ from personalize.studio.parts import (
     Tab,
     address,
     awaited,
+    board_picture,
     canvas,
     command_box,
     connect,
@@ -32,7 +33,6 @@ from personalize.studio.parts import (
     page_of,
     picture_choice,
     problem,
-    shown,
 )
 
 KIND = "drag"
@@ -217,7 +217,7 @@ def start_fill(studio: Studio, drawn: dict[str, Any] | None, lines: str, values:
         with studio.folder.folder_for("drag") as folder:
             words = words_of(studio, drawn, values, *option("output_dir", folder))
             read(words)
-            picture = shown(studio.folder.picture(values[0]))
+            picture = board_picture(studio.folder.picture(values[0]))
     except UserError as error:
         return problem(error), gr.skip()
 

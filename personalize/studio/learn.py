@@ -21,6 +21,7 @@ from personalize.studio.parts import (
     Studio,
     Tab,
     awaited,
+    board_picture,
     canvas,
     command_box,
     facts,
@@ -28,7 +29,6 @@ from personalize.studio.parts import (
     outcome,
     page_of,
     problem,
-    shown,
 )
 
 KIND = "learn"
@@ -164,7 +164,7 @@ def wire_fields(studio: Studio, fields: dict[str, Any], board: Any, message: Any
         except UserError as error:
             return (*[gr.skip()] * 4, problem(error))
         words = sidecar_caption(path) or caption
-        return gr.HTML(picture=shown(path)), words, *named(studio, path, name, given), ""
+        return gr.HTML(picture=board_picture(path)), words, *named(studio, path, name, given), ""
 
     def subjects(mode: str, concepts: str) -> tuple[Any, Any, Any]:
         layers = phrases(concepts) if mode == SEVERAL else []
@@ -235,7 +235,7 @@ def start_run(studio: Studio, given: Mapping[str, Any]) -> tuple[str, Any]:
         read(words)
         if (folder := studio.folder.inside(given["name"])) in submitted(studio):
             raise UserError(f"{folder} belongs to a training that runs or waits: write another name, or cancel that")
-        picture = shown(studio.folder.picture(given["pictures"][0]))
+        picture = board_picture(studio.folder.picture(given["pictures"][0]))
     except UserError as error:
         return problem(error), gr.skip()
     return submit(studio, words, {**given, "board": gr.update(picture=picture)})

@@ -51,7 +51,7 @@ def learn(words: list[str], bench: Workbench, job: Job, every: int, folder: Path
             adapter = main(options, watcher)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)  # or the next training could not choose its precision
-    return watcher.shown | {"adapter": adapter, "stopped": watcher.stopped, "readers": readers(adapter)}
+    return watcher.results | {"adapter": adapter, "stopped": watcher.stopped, "readers": readers(adapter)}
 
 
 class Watch:
@@ -63,15 +63,15 @@ class Watch:
     def __init__(self, job: Job, options: Any, every: int, folder: Path) -> None:
         self.job, self.options, self.every, self.folder = job, options, max(1, every), folder
         self.stopped = False
-        self.shown: dict[str, Any] = {"losses": [], "replays": [], "ceiling": None, "updates": 0}
+        self.results: dict[str, Any] = {"losses": [], "replays": [], "ceiling": None, "updates": 0}
         self._picture: FittedImage | None = None
 
     def __call__(self, run: TrainingRun, report: StepReport) -> bool:
-        self.shown["losses"].append((report.update, float(report.losses["loss"])))
-        self.shown["updates"] = run.updates
+        self.results["losses"].append((report.update, float(report.losses["loss"])))
+        self.results["updates"] = run.updates
         if report.update % self.every == 0 or report.update == run.updates:
             self._replay(run, report.update)
-        self.job.show({**self.shown})
+        self.job.show({**self.results})
         self.stopped = self.job.stopping and report.update < run.updates
         return self.stopped
 
@@ -79,12 +79,12 @@ class Watch:
         """Draw the picture as it is learned so far, with the same noise each time."""
         source = self._source(run)
         with run.adapter_removed() as adapter:
-            if source is not None and self.shown["ceiling"] is None:
-                self.shown["ceiling"] = _likeness(source, run.model.decode(run.model.encode(source.pixels)).cpu())
+            if source is not None and self.results["ceiling"] is None:
+                self.results["ceiling"] = _likeness(source, run.model.decode(run.model.encode(source.pixels)).cpu())
             picture = Editor(run.model, adapter).reconstruct(sampling=REPLAY)[0]
         path = write_file(self.folder / f"replay-{update:04d}.png", png(picture))
         near = "" if source is None else f", {_likeness(source, to_pixels(picture)):.1f} dB"
-        self.shown["replays"].append((path, f"{update}{near}"))
+        self.results["replays"].append((path, f"{update}{near}"))
 
     def _source(self, run: TrainingRun) -> FittedImage | None:
         """The first picture as it is learned; None with several subjects, whose replay differs."""

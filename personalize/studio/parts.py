@@ -66,7 +66,7 @@ def canvas(
     return gr.HTML(
         {}, label=label, html_template=markup, css_template=text("canvas.css"),
         js_on_load=text("canvas.js"), apply_default_css=False, layers=list(layers),
-        picture=shown(Path(start)) if start else None, found=None, given=None, elem_id=key,
+        picture=board_picture(Path(start)) if start else None, found=None, given=None, elem_id=key,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def connect(studio: Studio, choice: gr.Dropdown, board: gr.HTML, message: gr.HTM
         if not path:
             return gr.skip(), ""
         try:
-            return gr.HTML(picture=shown(studio.folder.picture(path)), found=None), ""
+            return gr.HTML(picture=board_picture(studio.folder.picture(path)), found=None), ""
         except UserError as error:
             return gr.skip(), problem(error)
 
@@ -117,8 +117,8 @@ def adapter_choice(studio: Studio, key: str, *, label: str = "Adapter") -> gr.Dr
     return choice
 
 
-def shown(path: Path) -> dict[str, str]:
-    """A picture as the browser needs it."""
+def board_picture(path: Path) -> dict[str, str]:
+    """What a canvas needs of a picture file: its address and its name."""
     return {"url": address(path), "name": path.name}
 
 

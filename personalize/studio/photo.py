@@ -20,6 +20,7 @@ from personalize.studio.parts import (
     Studio,
     Tab,
     awaited,
+    board_picture,
     canvas,
     command_box,
     connect,
@@ -33,7 +34,6 @@ from personalize.studio.parts import (
     page_of,
     picture_choice,
     problem,
-    shown,
     text,
 )
 
@@ -195,7 +195,7 @@ def start_edit(studio: Studio, given: Mapping[str, Any]) -> tuple[str, Any]:
     try:
         words = words_of(studio, given)
         read(words)
-        picture = shown(studio.folder.picture(given["picture"]))
+        picture = board_picture(studio.folder.picture(given["picture"]))
     except UserError as error:
         return problem(error), gr.skip()
 

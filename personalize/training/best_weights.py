@@ -41,11 +41,11 @@ class Judge:
 
 
 def find_judge(
-    config: Any, model: StableDiffusion, shown: Sequence[tuple[Image.Image, str]], tokens: Sequence[str] = ()
+    config: Any, model: StableDiffusion, pictures: Sequence[tuple[Image.Image, str]], tokens: Sequence[str] = ()
 ) -> Judge | None:
     """The judge of a trainer's options, None without keep_best; `tokens` are learned words, which no scorer knows.
 
-    Of the pictures that are `shown` in training, each with its caption, validation pictures are compared with the one
+    `pictures` are those that are trained on, each with its caption: validation pictures are compared with the one
     whose caption is nearest to their prompt, from which they start (see `Editor.edit`).
 
     Raises:
@@ -53,7 +53,7 @@ def find_judge(
     """
     if not config.keep_best:
         return None
-    source, caption = shown[nearest_caption(config.validation_prompt, [words for _, words in shown])]
+    source, caption = pictures[nearest_caption(config.validation_prompt, [words for _, words in pictures])]
     standalone = getattr(config, "without_source_embedding", True)  # then the prompt is no edit of the caption
     prompt = config.validation_prompt if standalone else align_prompt(config.validation_prompt, caption)
     request = Request(prompt, caption, source).without(tokens)

@@ -86,8 +86,8 @@ def read_items(
             items.append(item)
         except (UserError, OSError, ValueError) as error:  # e.g. a path too long for the system, or with a NUL in it
             reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None) or str(error)
-            shown = (row.get("name") or row.get("image") or "")[:LONGEST_NAME]
-            failed.append(outcome(line, shown, FAILED, reason=reason))
+            name = (row.get("name") or row.get("image") or "")[:LONGEST_NAME]
+            failed.append(outcome(line, name, FAILED, reason=reason))
     return items, failed
 
 

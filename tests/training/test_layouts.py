@@ -111,7 +111,7 @@ def three_shapes() -> list[FittedImage]:
     """Pictures in three aspect ratios, the last padded: in an update of four one of the sizes has a single sample."""
     shapes = ((64, 64), (32, 96), (96, 32))
     images = [FittedImage(interpolate(pixels(), size)) for size in shapes]
-    return [*images[:2], replace(images[2], shown=(80, 32))]
+    return [*images[:2], replace(images[2], unpadded=(80, 32))]
 
 
 def single(model: StableDiffusion, config: SingleImageConfig, **more: Any) -> tuple[Adapter, list[float]]:

@@ -101,7 +101,7 @@ def test_figures_of_a_padded_picture_are_of_its_own_pixels(width: int, height: i
     """The padding is never learned: what is drawn there says nothing of how well the picture was."""
     model = tiny_sd1()
     picture = fit(to_image(pixels()).resize((width, height)), None, 64, 32)
-    own = (slice(None), slice(None), *(slice(side) for side in picture.shown or ()))
+    own = (slice(None), slice(None), *(slice(side) for side in picture.unpadded or ()))
     adapter = learn(model, [picture], CAPTION, replace(SMALL, max_train_samples=1))
     figures, pictures = preview(model, adapter, picture, steps=1)
     drawn, coded = to_pixels(pictures["reconstruction"]), model.decode(model.encode(picture.pixels))

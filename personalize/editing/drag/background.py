@@ -95,13 +95,13 @@ def _coarse_shift(pixels: Tensor, void: Tensor, around: Tensor, known: Tensor) -
     def spectrum(values: Tensor) -> Tensor:
         return torch.fft.rfft2(values.double(), s=size)
 
-    shown, ring = spectrum(known), spectrum(around).conj()
-    covered = torch.fft.irfft2(shown * spectrum(void).conj(), s=size)
-    count = torch.fft.irfft2(shown * ring, s=size)
-    total = torch.zeros_like(shown)
+    compared, ring = spectrum(known), spectrum(around).conj()
+    covered = torch.fft.irfft2(compared * spectrum(void).conj(), s=size)
+    count = torch.fft.irfft2(compared * ring, s=size)
+    total = torch.zeros_like(compared)
     for channel in pixels * known:
         total += spectrum(channel**2) * ring - 2 * spectrum(channel) * spectrum(channel * around).conj()
-        total += shown * spectrum(channel**2 * around).conj()
+        total += compared * spectrum(channel**2 * around).conj()
     error = torch.fft.irfft2(total, s=size) / count.clamp(min=1)
     allowed = (covered > float(void.sum()) - 0.5) & (count > max(1.0, SHARE * float(around.sum())))
     least, place = error.masked_fill(~allowed, torch.inf).flatten().min(0)

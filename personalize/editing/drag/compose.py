@@ -106,8 +106,8 @@ def warp_picture(
     covered, seen = opacity >= 0.5, [alpha for _, alpha in moved]
     for above in range(1, len(seen)):
         seen[:above] = [alpha * (1 - moved[above][1]) for alpha in seen[:above]]
-    shown = tuple(MovedLayer(one.sources, alpha, one.scale) for one, alpha in zip(layers, seen, strict=True))
-    return WarpedPicture(composed, mask, covered, old & ~covered, tuple(arrived), tuple(objects), shown)
+    moved_layers = tuple(MovedLayer(one.sources, alpha, one.scale) for one, alpha in zip(layers, seen, strict=True))
+    return WarpedPicture(composed, mask, covered, old & ~covered, tuple(arrived), tuple(objects), moved_layers)
 
 
 def _point_layers(

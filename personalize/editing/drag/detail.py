@@ -45,10 +45,10 @@ def with_detail(frame: PaddedImage, drawn: Image.Image, layers: Sequence[MovedLa
     scale = torch.tensor([size[0] / width, size[1] / height])  # pixels of the photo for each of the frame's, as (x, y)
     for layer in layers:
         sources, weight = layer.sources[:height, :width], layer.weight[:height, :width]
-        shown = (weight > 0) & (sources[..., 0] > NOWHERE / 2)
-        if not bool(shown.any()):
+        visible = (weight > 0) & (sources[..., 0] > NOWHERE / 2)
+        if not bool(visible.any()):
             continue
-        to, came = (_box(places, scale, size) for places in (shown.nonzero().flip(-1), sources[shown]))
+        to, came = (_box(places, scale, size) for places in (visible.nonzero().flip(-1), sources[visible]))
         inside = (_whole(to) + 0.5) / scale - 0.5  # the result's pixels, in those of the frame
         at = (sampled(sources.permute(2, 0, 1), inside, "bilinear", "border").permute(1, 2, 0) + 0.5) * scale - 0.5
         detail = torch.from_numpy(_cut(photo, came).astype(np.float32) - _cut(coarse, came)).permute(2, 0, 1)

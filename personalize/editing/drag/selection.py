@@ -159,9 +159,9 @@ def grown(mask: Tensor, pixels: int) -> Tensor:
 
 def visible_pixels(source: DragSource) -> Tensor:
     """The pixels (H, W) that show the picture and no padding."""
-    shown = torch.zeros(source.frame.pixels.shape[-2:], dtype=torch.bool)
-    shown[: source.frame.size[0], : source.frame.size[1]] = True
-    return shown
+    visible = torch.zeros(source.frame.pixels.shape[-2:], dtype=torch.bool)
+    visible[: source.frame.size[0], : source.frame.size[1]] = True
+    return visible
 
 
 def cells_of(source: DragSource) -> Callable[[Point], Cell]:

@@ -49,7 +49,7 @@ class View:
 
         What a zoom cuts off above and at the left joins what the bucket cuts off, in pixels of the picture as shown.
         """
-        corner, (whole, _) = fitted.mirrored_corner if self.flip else fitted.corner, fitted.shown or fitted.size
+        corner, (whole, _) = fitted.mirrored_corner if self.flip else fitted.corner, fitted.unpadded_size
         top, left = (round(own * self.size[0] / whole) for own in corner)
         return replace(fitted, corner=(top + max(0, -self.top), left + max(0, -self.left))).time_ids
 
@@ -65,14 +65,14 @@ def draw_view(fitted: FittedImage, rng: torch.Generator, *, augment: bool = True
     augment: shrink or zoom in; random_flip: mirror every second one.
     """
     flip = draw_flip(rng) and random_flip
-    shown = fitted.shown or fitted.size
+    size = fitted.unpadded_size
     if not augment:
-        return View(shown, flip=flip)
+        return View(size, flip=flip)
     side = max(fitted.size)
     near = bool(torch.rand((), generator=rng) < 1 / 3)
     length = _integer(round(1.2 * side), round(1.4 * side), rng) if near else _integer(side // 3, side + 1, rng)
     length += length % 2
-    height, width = (max(1, round(length * own / side)) for own in shown)
+    height, width = (max(1, round(length * own / side)) for own in size)
     room = (fitted.size[0] - height, fitted.size[1] - width)
     top, left = (_integer(0, (max(0, -free) if near else free) + 1, rng) for free in room)
     word = _integer(0, 2, rng)
@@ -80,7 +80,7 @@ def draw_view(fitted: FittedImage, rng: torch.Generator, *, augment: bool = True
         return View((height, width), -top, -left, flip, NEAR[word])
     if length < 0.6 * side:
         return View((height, width), top, left, flip, FAR[word])
-    return View(shown, flip=flip)
+    return View(size, flip=flip)
 
 
 def render_view(image: Image.Image, view: View, fitted: FittedImage) -> Tensor:
@@ -123,12 +123,12 @@ def canvas_mask(view: View, fitted: FittedImage, factor: int) -> Tensor:
     return mask
 
 
-def _counting(low: int, shown: int, side: int, factor: int, fills: bool) -> slice:
-    """The cells along an axis of `side` px that show the picture, which takes `shown` px from pixel `low` on.
+def _counting(low: int, length: int, side: int, factor: int, fills: bool) -> slice:
+    """The cells along an axis of `side` px that show the picture, which takes `length` px from pixel `low` on.
 
     At least one, also where the picture is smaller than a cell.
     """
-    high = min(low + shown, side)
+    high = min(low + length, side)
     first, last = (0, high // factor) if fills else (low // factor + 1, high // factor - 1)
     if first < last:
         return slice(first, last)

@@ -29,17 +29,17 @@ class FittedImage:
     Attributes:
         pixels: (1, 3, H, W) in [−1, 1].
         mask: (1, 1, H, W) in [0, 1], 1 where the subject is; None if not given.
-        shown: height and width of the part that shows the picture; the rest is padding.
+        unpadded: height and width of the part that is no padding; None: there is no padding.
         original: height and width of the picture file.
         corner: top and left of the part that is shown, in pixels of the scaled picture, mirrored if `pixels` are.
         cut: what is missing of the picture, in words; empty if it is whole.
         box: the part of the picture file that is shown, in its pixels: left, top, right, bottom; None: all of it.
-        mirrored: `pixels` are mirrored; `mask`, `shown` and `box` are not.
+        mirrored: `pixels` are mirrored; `mask`, `unpadded` and `box` are not.
     """
 
     pixels: Tensor
     mask: Tensor | None = None
-    shown: tuple[int, int] | None = None
+    unpadded: tuple[int, int] | None = None
     original: tuple[int, int] | None = None
     corner: tuple[int, int] = (0, 0)
     cut: str = ""
@@ -63,9 +63,14 @@ class FittedImage:
         """Height and width of the bucket."""
         return self.pixels.shape[-2], self.pixels.shape[-1]
 
+    @property
+    def unpadded_size(self) -> tuple[int, int]:
+        """Height and width of the picture in the bucket, without the padding."""
+        return self.unpadded or self.size
+
     def own_part(self, pixels: Tensor) -> Tensor:
         """The part of `pixels` (…, H, W) where this picture is, without the padding."""
-        height, width = self.shown or self.size
+        height, width = self.unpadded_size
         return pixels[..., :height, :width]
 
     @property
@@ -76,20 +81,18 @@ class FittedImage:
     @property
     def padding(self) -> str:
         """What is padded, in words; empty if nothing is."""
-        (height, width), (h, w) = self.size, self.shown or self.size
+        (height, width), (h, w) = self.size, self.unpadded_size
         parts = [f"{height - h} px at the bottom"] * (h < height) + [f"{width - w} px at the right"] * (w < width)
         return f"padded by {' and '.join(parts)}" if parts else ""
 
     def weights(self, mask_weight: float) -> Tensor | None:
         """Weight of the loss by pixel, (1, 1, H, W): 0 in the padding, 1 − `mask_weight` outside the mask; None: 1."""
-        whole = self.shown in (None, self.size)
-        if self.mask is None and whole:
+        if self.mask is None and self.unpadded_size == self.size:
             return None
         weights = torch.ones(1, 1, *self.size) if self.mask is None else 1 - mask_weight * (1 - self.mask.float())
-        if not whole:
-            assert self.shown is not None
-            weights[..., self.shown[0] :, :] = 0
-            weights[..., self.shown[1] :] = 0
+        height, width = self.unpadded_size
+        weights[..., height:, :] = 0
+        weights[..., width:] = 0
         return weights.flip(-1) if self.mirrored else weights
 
 
@@ -156,11 +159,11 @@ def _cropped(image: Image.Image, mask: Image.Image | None, size: tuple[int, int]
 
 def _padded(image: Image.Image, mask: Image.Image | None, size: tuple[int, int]) -> FittedImage:
     scale = min(size[0] / image.height, size[1] / image.width)
-    shown = (min(size[0], max(1, round(image.height * scale))), min(size[1], max(1, round(image.width * scale))))
+    unpadded = (min(size[0], max(1, round(image.height * scale))), min(size[1], max(1, round(image.width * scale))))
     box = (0.0, 0.0, float(image.width), float(image.height))
-    pixels, white = to_pixels(_resized(image, shown, box)), _mask_pixels(mask, shown, box)
+    pixels, white = to_pixels(_resized(image, unpadded, box)), _mask_pixels(mask, unpadded, box)
     white = None if white is None else padded(white, size, mask=True)
-    return FittedImage(padded(pixels, size), white, shown, (image.height, image.width))
+    return FittedImage(padded(pixels, size), white, unpadded, (image.height, image.width))
 
 
 def padded(pixels: Tensor, size: tuple[int, int], *, mask: bool = False) -> Tensor:

@@ -193,12 +193,13 @@ class ConceptDataset(Dataset):
 
     def batch(self, update: int, chunk: Chunk, shard: SampleShard, count: int) -> dict[str, Any]:
         """The samples of `chunk`, all of one size, stacked along b; the update has `count` batches in every process."""
-        shown = [self.shows_picture(update, index, shard.samples) for index in range(shard.samples)]
-        rows = [(self.instance if shown[index] else self.class_image)(update, index) for index in chunk.indices]
+        instances = [self.shows_picture(update, index, shard.samples) for index in range(shard.samples)]
+        rows = [(self.instance if instances[index] else self.class_image)(update, index) for index in chunk.indices]
         tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "texts"}
         instance = tensors.pop("instance")  # stays on the CPU, where it is decided which losses are computed
         tensors["share"] = torch.full((len(rows),), chunk.share)
-        tensors["instance_share"] = instance * (count * shard.processes / max(1, sum(shown)) if chunk.share else 0.0)
+        samples = max(1, sum(instances))
+        tensors["instance_share"] = instance * (count * shard.processes / samples if chunk.share else 0.0)
         kept = {"texts": [row["texts"] for row in rows], "instance": instance}
         tensors = {key: sent(part, self.model.device) for key, part in tensors.items()}
         mean, std, draw = (tensors.pop(key) for key in ("mean", "std", "draw"))
@@ -256,7 +257,7 @@ class ConceptDataset(Dataset):
         """The posterior (mean, std) of a class picture in its bucket, and what a sample says of its shape."""
         image = as_rgb(self.class_images[number].open())
         fitted = fit_into(self.class_sizes[number], image)
-        view = View(fitted.shown or fitted.size, flip=flip)
+        view = View(fitted.unpadded_size, flip=flip)
         return self.model.posterior(render_view(image, view, fitted)[None]), self._shape(view, fitted)
 
     def _shape(self, view: View, fitted: FittedImage) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ def test_a_portrait_beside_a_landscape_keeps_its_head() -> None:
         image, _ = drawn(width, height, head)
         fitted = fit(image, None, 512, 64)
         assert all(side % 64 == 0 for side in fitted.size) and fitted.cut == ""
-        h, w = fitted.shown or fitted.size
+        h, w = fitted.unpadded_size
         share = red(fitted.pixels[..., :h, :w]).float().mean()
         whole = (head[2] - head[0] + 1) * (head[3] - head[1] + 1) / (width * height)
         assert abs(float(share) - whole) < 0.05 * whole  # its edge is blurred by a pixel
@@ -42,7 +42,7 @@ def test_a_portrait_beside_a_landscape_keeps_its_head() -> None:
 def test_padding_does_not_count_and_is_said() -> None:
     image, _ = drawn(400, 300, (0, 0, 50, 50))
     fitted = fit(image, None, 512, 64)
-    (h, w), (height, width) = fitted.shown or fitted.size, fitted.size
+    (h, w), (height, width) = fitted.unpadded_size, fitted.size
     assert (height, width) == (448, 576) and (h, w) == (432, 576)
     assert fitted.padding == "padded by 16 px at the bottom"
     weights = fitted.weights(0.9)
@@ -54,7 +54,7 @@ def test_padding_does_not_count_and_is_said() -> None:
 def test_a_cut_keeps_the_mask_whole_or_is_not_made() -> None:
     image, mask = drawn(400, 300, (0, 0, 60, 60))  # in a corner, that a cut in the middle would lose
     fitted = fit(image, mask, 512, 64)
-    assert fitted.padding == "" and fitted.shown == fitted.size and fitted.corner == (0, 0)
+    assert fitted.padding == "" and fitted.unpadded_size == fitted.size and fitted.corner == (0, 0)
     assert fitted.cut.startswith("cut by 3.6% at the right") and fitted.mask is not None
     assert float(fitted.mask[0, 0, :, 0].max()) > 0.99 and float(fitted.mask[0, 0, 0].max()) > 0.99
     wide, everywhere = drawn(400, 300, (0, 0, 399, 299))
@@ -106,7 +106,7 @@ def test_the_subject_of_five_renders_in_three_shapes_is_whole_in_every_latent() 
         image, mask = Image.fromarray(picture).crop(box), Image.fromarray(subject).convert("L").crop(box)
         plain, masked = fit(image, None, 128, 32), fit(image, mask, 128, 32)
         sizes.add(plain.size)
-        height, width = plain.shown or plain.size
+        height, width = plain.unpadded_size
         fraction = np.asarray(mask.resize((width, height), Image.Resampling.BOX), np.float32) / 255
         weights = plain.weights(0.9)
         counted = np.ones(plain.size) if weights is None else weights[0, 0].numpy()
