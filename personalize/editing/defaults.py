@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from personalize.editing.config import DynamicSettings
+from personalize.editing.config import DEFAULT_STRENGTHS, DynamicSettings, EditStrengths
 from personalize.sampling.config import NullTextSettings
 
 SettingsT = TypeVar("SettingsT", DynamicSettings, NullTextSettings)
@@ -55,6 +55,16 @@ def guidance(base: str, inversion: str) -> float:
 def text_to_image_guidance(base: str) -> float:
     """Default guidance scale for sampling from noise, for the base model of that name."""
     return GUIDANCE[_kind(base)]
+
+
+def largest_dial(strengths: EditStrengths | None, guidance_scale: float) -> str:
+    """The dial of an edit that is the furthest above what is usual, with its value, for an error message."""
+    usual = {name: getattr(DEFAULT_STRENGTHS, name) for name in ("alpha", "beta", "strength")}
+    usual |= {"gamma": 1.0, "guidance_scale": GUIDANCE["published"]}
+    values = {name: getattr(strengths, name, None) for name in usual} | {"guidance_scale": guidance_scale}
+    share = {name: abs(value) / usual[name] for name, value in values.items() if value is not None}
+    name = max(share, key=share.__getitem__)
+    return f"{name}, which is {values[name]:g}"
 
 
 def _kind(base: str) -> str:

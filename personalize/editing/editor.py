@@ -27,7 +27,7 @@ from personalize.adapters.textual_inversion import installed_tokens
 from personalize.adapters.trained_size import trained_size
 from personalize.editing.adapter_base import load_base
 from personalize.editing.config import DEFAULT_SAMPLING, DEFAULT_STRENGTHS, EditStrengths, Sampling
-from personalize.editing.defaults import text_to_image_guidance
+from personalize.editing.defaults import largest_dial, text_to_image_guidance
 from personalize.editing.drag.config import DEFAULTS as DRAG_DEFAULTS
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.image import DragResult, drag_picture, preview_picture
@@ -37,7 +37,6 @@ from personalize.editing.photo_settings import PHOTO_DEFAULTS, PhotoSettings
 from personalize.editing.real_image import EditResult, edit_photo
 from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.search import Trial, ranked, search
-from personalize.editing.strengths import largest_dial
 from personalize.editing.vector_projection import edit_conditioning, worded
 from personalize.errors import NonFiniteLatents, UserError
 from personalize.evaluation.scorers import find_scorer

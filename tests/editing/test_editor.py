@@ -19,7 +19,7 @@ from personalize.cli.main import main
 from personalize.editing import editor as editor_module
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import remember
+from personalize.editing.stored_strengths import remember
 from personalize.errors import NonFiniteLatents, UserError
 from tests.support.adapter_kinds import loha
 from tests.support.lora_states import random_adapter, text_lora

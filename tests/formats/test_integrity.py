@@ -11,7 +11,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.cli.commands.verify import run
 from personalize.cli.options import VerifyConfig
 from personalize.editing.config import EditStrengths
-from personalize.editing.strengths import remember
+from personalize.editing.stored_strengths import remember
 from personalize.errors import UserError
 from personalize.formats.adapter_folders import MANIFEST
 from personalize.formats.integrity import changed_files

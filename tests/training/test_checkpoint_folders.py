@@ -10,7 +10,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.cli.checks import check_adapters
 from personalize.editing.config import EditStrengths
 from personalize.editing.editor import Editor
-from personalize.editing.strengths import remember
+from personalize.editing.stored_strengths import remember
 from personalize.formats.verification import verify_folder
 from personalize.training import checkpoints
 from personalize.training.multi_concept import multi_concept_run

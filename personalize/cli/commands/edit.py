@@ -19,7 +19,7 @@ from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths, Samplin
 from personalize.editing.defaults import text_to_image_guidance
 from personalize.editing.editor import Editor
 from personalize.editing.search import Trial, ranked, search
-from personalize.editing.strengths import remember, remembered
+from personalize.editing.stored_strengths import remember, remembered
 from personalize.errors import UserError, said_if_stopped
 from personalize.evaluation.scorers import find_scorer
 from personalize.evaluation.scoring import Request

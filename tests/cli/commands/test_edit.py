@@ -12,7 +12,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.cli.commands import edit as edit_command
 from personalize.cli.main import main
 from personalize.editing.config import EditStrengths
-from personalize.editing.strengths import remembered
+from personalize.editing.stored_strengths import remembered
 from personalize.errors import UserError
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny, tiny_folder

@@ -8,7 +8,7 @@ import pytest
 
 from personalize.adapters.adapter import Adapter
 from personalize.editing.config import EditStrengths
-from personalize.editing.strengths import remember, remembered
+from personalize.editing.stored_strengths import remember, remembered
 from personalize.errors import UserError
 from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.json_files import read_json

@@ -1,7 +1,7 @@
-"""The strengths of an edit and the options of sampling, as values; and how an adapter stores its best strengths.
+"""The best strengths found for a prompt, as an adapter folder stores them for later edits.
 
-The best strengths of a prompt are stored in `adapter.json` under "edits": prompt → strengths, seed, scores, and
-the caption of the pictures that the edit starts from.
+They are in `adapter.json` under "edits": prompt → strengths, seed, scores, and the caption of the pictures that the
+edit starts from.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 
 from personalize.adapters.adapter_files import WAIT
 from personalize.adapters.forgetting import parse_rule_sum
-from personalize.editing.config import DEFAULT_STRENGTHS, EditStrengths
-from personalize.editing.defaults import GUIDANCE
+from personalize.editing.config import EditStrengths
 from personalize.errors import UserError
 from personalize.formats.adapter_folders import MANIFEST
 from personalize.formats.integrity import sealed
@@ -59,16 +58,6 @@ def remembered(info: Mapping[str, Any], prompt: str, caption: str | None = None)
         raise UserError(
             f"{MANIFEST} is damaged: the remembered strengths of {prompt!r} is {entry!r}; give --alpha and --beta"
         ) from None
-
-
-def largest_dial(strengths: EditStrengths | None, guidance_scale: float) -> str:
-    """The dial of an edit that is the furthest above what is usual, with its value, for an error message."""
-    usual = {name: getattr(DEFAULT_STRENGTHS, name) for name in ("alpha", "beta", "strength")}
-    usual |= {"gamma": 1.0, "guidance_scale": GUIDANCE["published"]}
-    values = {name: getattr(strengths, name, None) for name in usual} | {"guidance_scale": guidance_scale}
-    share = {name: abs(value) / usual[name] for name, value in values.items() if value is not None}
-    name = max(share, key=share.__getitem__)
-    return f"{name}, which is {values[name]:g}"
 
 
 def _key(prompt: str) -> str:
