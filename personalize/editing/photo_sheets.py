@@ -15,9 +15,10 @@ from personalize.io.figures import grid, overlay, scaled_to_side
 from personalize.models.attention_maps import MapSum
 from personalize.models.image_processor import PaddedImage
 from personalize.models.map_filters import normalised
+from personalize.models.prompts import Tokens, Word
 
 _CELL = 96  # px, side of a picture in the sheet of masks
-PUNCTUATION = ".,;:!?'’-()"  # left out of the sheet of attention maps
+PUNCTUATION = ".,;:!?'’-()"
 
 
 def edit_sheet(
@@ -27,6 +28,12 @@ def edit_sheet(
     names = ["edit"] if len(edits) == 1 else list(targets)
     title = f"{targets[0]} (was: {source})" if len(edits) == 1 else f"was: {source}"
     return grid([[photo, reconstruction, *edits]], columns=["photo", "reconstruction", *names], title=title, cell=256)
+
+
+def content_words(tokens: Tokens) -> list[Word]:
+    """The words of a prompt without articles, prepositions and punctuation."""
+    words = (word for word in tokens.words if word.text[-1] not in PUNCTUATION)
+    return [word for word in words if word.text not in FUNCTION_WORDS]
 
 
 def word_sheet(
@@ -39,8 +46,7 @@ def word_sheet(
     height, width = size
     rows, words = [], []
     for heat, tokens, picture in zip(maps.mean().cpu(), (control.source, *control.targets), pictures, strict=True):
-        shown = (word for word in tokens.words if word.text[-1] not in PUNCTUATION)
-        words.append([word for word in shown if word.text not in FUNCTION_WORDS])
+        words.append(content_words(tokens))
         marked = [overlay(picture, normalised(heat[..., list(word.positions)].sum(-1))) for word in words[-1]]
         rows.append([one.crop((0, 0, width, height)) for one in marked])
     if not any(words):

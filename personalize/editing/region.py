@@ -45,12 +45,7 @@ class EditRegion:
         """
         white = np.asarray(mask_picture(frame, mask).convert("L")) >= HALF_WHITE
         picture = Image.fromarray(white.astype(np.uint8) * 255)
-        if picture.size != frame.picture.size:
-            width, height = frame.picture.size
-            raise UserError(
-                f"the mask is {picture.width}×{picture.height} px, the picture {width}×{height}: "
-                "give a mask of the picture's size"
-            )
+        frame.check_mask_size(picture)
         width = _fading_width(frame)
         if feathered(picture, width).getbbox() is None:
             left, top, right, bottom = picture.getbbox() or (0, 0, 0, 0)

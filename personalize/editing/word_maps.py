@@ -11,8 +11,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.apply import applied
 from personalize.editing.dynamic_prompt_learning.leakage import record_maps
 from personalize.editing.photo_settings import PHOTO_DEFAULTS, PhotoSettings
-from personalize.editing.photo_sheets import PUNCTUATION
-from personalize.editing.prompt_to_prompt.alignment import FUNCTION_WORDS
+from personalize.editing.photo_sheets import content_words
 from personalize.io.figures import overlay
 from personalize.io.images import to_image
 from personalize.models.image_processor import PaddedImage, Picture, as_image
@@ -39,8 +38,7 @@ def word_maps(
         trajectory = invert(model, frame.pixels, source, steps=settings.steps, cache=cache)
         heat = record_maps(model, trajectory).cross_attention().mean(0)
     photo, places = to_image(frame.pixels), dict[str, list[int]]()
-    for word in tokens.words:
-        if word.text[-1] not in PUNCTUATION and word.text not in FUNCTION_WORDS:
-            places.setdefault(word.text, []).extend(word.positions)
+    for word in content_words(tokens):
+        places.setdefault(word.text, []).extend(word.positions)
     marked = {text: overlay(photo, normalised(heat[..., own].sum(-1))) for text, own in places.items()}
     return {text: one.crop((0, 0, width, height)) for text, one in marked.items()}

@@ -24,6 +24,7 @@ from personalize.formats.layer_kinds import as_layer_wants, fitting_families, ke
 from personalize.formats.layer_sizes import SMALL, most_numbers, require_fitting
 from personalize.formats.lora_files import factor_pairs
 from personalize.formats.peft_settings import scaling, settings_of, strength
+from personalize.formats.rank_reduction import peft_state, zero_padded
 from personalize.formats.timestep_rank import with_rule
 from personalize.formats.weight_changes import NEED_THE_BASE, NOT_A_MATRIX, Parts, lora_pair, require_small
 from personalize.io.tensor_files import TensorFile
@@ -219,10 +220,7 @@ def _with_one_rank_and_alpha(
             f"{padded:,} numbers in place of {held:,}; resize the file to ranks that are closer"
         )
     same = len(set(scalings.values())) == 1
-    state = {}
-    for module, (down, up) in modules.items():
-        missing = rank - down.shape[0]
-        up = up if same else up * scalings[module]
-        state[f"{module}.lora_A.weight"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
-        state[f"{module}.lora_B.weight"] = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
-    return state, rank, rank * next(iter(scalings.values())) if same else float(rank)
+    pairs = {
+        module: zero_padded(down, up if same else up * scalings[module], rank) for module, (down, up) in modules.items()
+    }
+    return peft_state(pairs), rank, rank * next(iter(scalings.values())) if same else float(rank)

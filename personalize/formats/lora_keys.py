@@ -10,6 +10,7 @@ graphical programs know.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from personalize.errors import UserError
 from personalize.models.config import TEXT_ENCODERS
@@ -45,24 +46,32 @@ ORIGINAL_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+SDXL_ATTENTION = frozenset({"up_blocks.0", "up_blocks.1"})  # SDXL's up blocks that have attention
 
 
 def kohya_name(module: str, family: str) -> str:
-    """kohya's name for a canonical module name: "lora_unet_…", "lora_te_…", "lora_te1_…" or "lora_te2_…"."""
+    """kohya's name for a canonical module name: "lora_unet_…", "lora_te_…", "lora_te1_…" or "lora_te2_…".
+
+    Raises:
+        UserError: a module that the SDXL UNet does not have, if the family is "sdxl".
+    """
     component, path = module.split(".", 1)
     if component == "unet":
-        return "lora_unet_" + (original_name(path) if family == "sdxl" else path).replace(".", "_")
+        name = original_name(path) if family == "sdxl" else path
+        if name is None:
+            raise UserError(f"the SDXL UNet has no module {path[:120]!r}: is this adapter of another family?")
+        return "lora_unet_" + name.replace(".", "_")
     number = ("1" if component == "text_encoder" else "2") if family == "sdxl" else ""
     return f"lora_te{number}_" + path.replace(".", "_")
 
 
-def original_name(path: str) -> str:
-    """Translate a path in diffusers' SDXL UNet into the path in the original code.
+def original_name(path: str, with_attention: Collection[str] = SDXL_ATTENTION) -> str | None:
+    """Translate a path in diffusers' UNet into the path in the original code; None if it has none there.
 
     The block numbers follow from two resnets per down block and three per up block.
 
-    Raises:
-        UserError: a path that the SDXL UNet does not have.
+    with_attention: the up blocks that have attention ("up_blocks.1", …), by default those of SDXL.  In those the
+        upsampler is the third layer of its block in the original code, in the others the second.
     """
     if path in ORIGINAL_NAMES:
         return ORIGINAL_NAMES[path]
@@ -75,9 +84,9 @@ def original_name(path: str) -> str:
         return f"middle_block.{number}.{ORIGINAL_RESNET.get(match[3], match[3])}"
     if match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", path):
         return f"input_blocks.{3 * int(match[1]) + 3}.0.op"
-    if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", path):
-        return f"output_blocks.{3 * int(match[1]) + 2}.2.conv"
-    raise UserError(f"the SDXL UNet has no module {path[:120]!r}: is this adapter of another family?")
+    if match := re.fullmatch(r"(up_blocks\.(\d+))\.upsamplers\.0\.conv", path):
+        return f"output_blocks.{3 * int(match[2]) + 2}.{2 if match[1] in with_attention else 1}.conv"
+    return None
 
 
 def diffusers_name(path: str) -> str:

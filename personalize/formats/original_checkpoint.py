@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.formats.lora_keys import ORIGINAL_NAMES, ORIGINAL_RESNET
+from personalize.formats.lora_keys import original_name
 
 Weights = Mapping[str, Tensor]
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
@@ -69,33 +69,18 @@ def unet_state(weights: Weights) -> dict[str, Tensor]:
 
 
 def unet_name(name: str, with_attention: set[str]) -> str:
-    """The original name of one of the UNet's weights.
-
-    `with_attention` names the up blocks that have attention ("up_blocks.1", …): in those the upsampler is the third
-    layer of its block in the original code, in the others the second.
+    """The original name of one of the UNet's weights; `with_attention` as in `original_name`.
 
     Raises:
         UserError: a weight whose original name is not known.
     """
     path, _, kind = name.rpartition(".")  # kind: "weight" or "bias"
-    if path in ORIGINAL_NAMES:
-        return f"{ORIGINAL_NAMES[path]}.{kind}"
-    if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", path):
-        number = 1 if match[1] == "attentions" else 2 * int(match[2])
-        return f"middle_block.{number}.{ORIGINAL_RESNET.get(match[3], match[3])}.{kind}"
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", path)
-    if match is None:
+    original = original_name(path, with_attention)
+    if original is None:
         raise UserError(
             f"the UNet's weight {name[:120]} has no name in an original checkpoint: export a folder instead"
         )
-    side, group, layer, inner = match[1], match[3], int(match[4]), match[5]
-    first, blocks = 3 * int(match[2]), "input_blocks" if side == "down" else "output_blocks"
-    if group == "downsamplers":
-        return f"{blocks}.{first + 3}.0.op.{kind}"
-    if group == "upsamplers":
-        return f"{blocks}.{first + 2}.{2 if f'up_blocks.{match[2]}' in with_attention else 1}.conv.{kind}"
-    number = first + layer + (side == "down")  # input block 0 is conv_in
-    return f"{blocks}.{number}.{int(group == 'attentions')}.{ORIGINAL_RESNET.get(inner, inner)}.{kind}"
+    return f"{original}.{kind}"
 
 
 def vae_state(weights: Weights) -> dict[str, Tensor]:

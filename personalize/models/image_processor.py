@@ -73,11 +73,30 @@ class PaddedImage:
 
     def to_cells(self, point: Point) -> Point:
         """Convert (x, y) in pixels of the original to latent cells."""
-        return tuple(at * scale / self.factor for at, scale in zip(point, self._scales, strict=True))  # pyright: ignore
+        x, y = self.to_scaled(point)
+        return x / self.factor, y / self.factor
 
     def to_point(self, cells: Point) -> Point:
         """Convert (x, y) in latent cells to pixels of the original."""
-        return tuple(at * self.factor / scale for at, scale in zip(cells, self._scales, strict=True))  # pyright: ignore
+        return self.from_scaled((cells[0] * self.factor, cells[1] * self.factor))
+
+    def to_scaled(self, point: Point) -> Point:
+        """Convert (x, y) in pixels of the original to pixels of the scaled picture."""
+        across, down = self._scales
+        return point[0] * across, point[1] * down
+
+    def from_scaled(self, point: Point) -> Point:
+        """Convert (x, y) in pixels of the scaled picture to pixels of the original."""
+        across, down = self._scales
+        return point[0] / across, point[1] / down
+
+    def check_mask_size(self, mask: Image.Image) -> None:
+        """UserError if `mask` has another size than the original."""
+        if mask.size != self.picture.size:
+            raise UserError(
+                f"the mask is {mask.width}×{mask.height} px, the picture {self.picture.width}×{self.picture.height}: "
+                "give a mask of the picture's size"
+            )
 
     def mask_to_cells(self, mask: Image.Image) -> Tensor:
         """The latent cells (h, w), boolean, of which at least half is white in a mask of the original's size.
@@ -85,11 +104,7 @@ class PaddedImage:
         Raises:
             UserError: the mask has another size than the picture.
         """
-        if mask.size != self.picture.size:
-            raise UserError(
-                f"the mask is {mask.width}×{mask.height} px, the picture {self.picture.width}×{self.picture.height}: "
-                "give a mask of the picture's size"
-            )
+        self.check_mask_size(mask)
         height, width = self.size
         grey = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.BOX), np.float32) / 255
         full = np.zeros(self.pixels.shape[-2:], np.float32)

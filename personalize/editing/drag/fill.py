@@ -41,8 +41,8 @@ def attention_fill(z: Tensor, clean: Tensor, alpha: float, cells: Tensor, omega:
     if len(cells) == 0:
         return z.new_zeros(z.shape[1], 0)
     eps = ((z - alpha**0.5 * clean) / (1 - alpha) ** 0.5)[0].flatten(1)
-    weights, index = (torch.cat(parts) for parts in zip(*_largest_weights(cells, omega, rows, top), strict=True))
-    means = (clean[0].flatten(1)[:, index.to(z.device)] * weights.to(z)).sum(-1)
+    weights, index = _largest_weights(cells, omega, rows, top)
+    means = _weighted_means(clean, weights, index)
     if noise is None:
         drawn = eps[:, index[:, 0].to(z.device)]
     else:
@@ -53,8 +53,7 @@ def attention_fill(z: Tensor, clean: Tensor, alpha: float, cells: Tensor, omega:
 
 def attention_means(clean: Tensor, cells: Tensor, omega: Tensor, rows: Rows, top: int) -> Tensor:
     """The means (c, m) of equation (2), Σ_q Ā[u, q] x̂0[q], for the `cells` u (m, 2) of clean latents (1, c, h, w)."""
-    weights, index = (torch.cat(parts) for parts in zip(*_largest_weights(cells, omega, rows, top), strict=True))
-    return (clean[0].flatten(1)[:, index.to(clean.device)] * weights.to(clean)).sum(-1)
+    return _weighted_means(clean, *_largest_weights(cells, omega, rows, top))
 
 
 def raw_attention_fill(z: Tensor, cells: Tensor, omega: Tensor, rows: Rows) -> Tensor:
@@ -85,13 +84,19 @@ def bnni_fill(latents: Tensor, void: Tensor) -> Tensor:
     return torch.from_numpy(values)[None].to(latents)
 
 
-def _largest_weights(cells: Tensor, omega: Tensor, rows: Rows, top: int) -> list[tuple[Tensor, Tensor]]:
-    """For each chunk of `cells`: the `top` largest weights (m, top), summing to one, and their flat indices."""
+def _largest_weights(cells: Tensor, omega: Tensor, rows: Rows, top: int) -> tuple[Tensor, Tensor]:
+    """For each of the `cells` (m, 2) its `top` largest weights (m, top), summing to one, and their flat indices."""
     chunks = []
     for part in cells.split(CHUNK):
         weights, index = _renormalised(part, omega, rows).topk(min(top, int(omega.sum())), dim=1)
         chunks.append((weights / weights.sum(1, keepdim=True), index))
-    return chunks
+    weights, index = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return weights, index
+
+
+def _weighted_means(clean: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """The means (c, m) of latents (1, c, h, w) over the flat indices `index` (m, top), with `weights` (m, top)."""
+    return (clean[0].flatten(1)[:, index.to(clean.device)] * weights.to(clean)).sum(-1)
 
 
 def _renormalised(cells: Tensor, omega: Tensor, rows: Rows) -> Tensor:

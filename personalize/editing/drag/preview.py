@@ -19,7 +19,6 @@ from personalize.editing.drag.overlay import overlay
 from personalize.editing.drag.points import handles_and_targets, middle
 from personalize.editing.drag.reading import DragSource
 from personalize.editing.drag.selection import MaskEdits
-from personalize.errors import UserError
 from personalize.io.mask_files import HALF_WHITE
 from personalize.models.image_processor import PaddedImage, Picture, Point, as_mask_image
 
@@ -54,10 +53,10 @@ def preview_drag(
     frame = source.frame
     handles, targets = handles_and_targets(points, frame.picture.size, regions=settings.mode == "region")
     given = None if mask is None else _mask_to_pixels(frame, as_mask_image(mask))
-    edits = MaskEdits(given, tuple(_in_frame(frame, add)), tuple(_in_frame(frame, remove)))
-    shapes = [tuple(_in_frame(frame, shape)) for shape in (*handles, *targets)]
+    edits = MaskEdits(given, tuple(map(frame.to_scaled, add)), tuple(map(frame.to_scaled, remove)))
+    shapes = [tuple(map(frame.to_scaled, shape)) for shape in (*handles, *targets)]
     drag = warp_picture(source, shapes[: len(handles)], shapes[len(handles) :], _scaled(frame, settings), edits)
-    moved, arrived = to_mask_picture(frame, drag.mask), tuple(_in_picture(frame, at) for at in drag.arrived)
+    moved, arrived = to_mask_picture(frame, drag.mask), tuple(map(frame.from_scaled, drag.arrived))
     marked = overlay(frame.picture, moved, [middle(one) for one in handles], [middle(one) for one in targets], arrived)
     height, width = frame.size
     return DragPreview(
@@ -91,25 +90,12 @@ def to_mask_picture(frame: PaddedImage, mask: Tensor) -> Image.Image:
 
 def _mask_to_pixels(frame: PaddedImage, mask: Image.Image) -> Tensor:
     """A user's mask picture, white = may move → boolean (H, W).  UserError if it has another size than the picture."""
-    if mask.size != frame.picture.size:
-        raise UserError(
-            f"the mask is {mask.width}×{mask.height} px, the picture {frame.picture.width}×{frame.picture.height}: "
-            "give a mask of the picture's size"
-        )
+    frame.check_mask_size(mask)
     height, width = frame.size
     grey = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.BOX))
     full = torch.zeros(frame.pixels.shape[-2:], dtype=torch.bool)
     full[:height, :width] = torch.from_numpy(grey >= HALF_WHITE)
     return full
-
-
-def _in_frame(frame: PaddedImage, points: Sequence[Point]) -> list[Point]:
-    """Points of the picture in pixels of the padded picture."""
-    return [(x * frame.factor, y * frame.factor) for x, y in map(frame.to_cells, points)]
-
-
-def _in_picture(frame: PaddedImage, point: Point) -> Point:
-    return frame.to_point((point[0] / frame.factor, point[1] / frame.factor))
 
 
 def _scaled(frame: PaddedImage, settings: DragSettings) -> DragSettings:

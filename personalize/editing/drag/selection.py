@@ -130,7 +130,7 @@ def _refuse_background(source: DragSource, handle: Point, found: ObjectMask, set
     edges = (inside[0], inside[-1], inside[:, 0], inside[:, -1])
     touched = sum(float(edge.float().mean()) > 0.25 for edge in edges)
     if share > settings.mask_most or touched >= 2 or found.threshold > settings.mask_threshold:
-        x, y = source.frame.to_point((handle[0] / source.frame.factor, handle[1] / source.frame.factor))
+        x, y = source.frame.from_scaled(handle)
         raise UserError(
             f"the handle {x:.4g},{y:.4g} lies on the background: what belongs together there covers {share:.0%} of the "
             "picture; put the handle on the thing that is to move, give a mask that replaces what attention finds, or "
