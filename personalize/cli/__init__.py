@@ -2,7 +2,8 @@
 
     main            dispatch, exit codes and one-line errors
     parser          dataclasses to options, YAML presets
-    options, edit_options   the options of the commands;  progress: bars with the time left
+    options, edit_options, drag_options   the options of the commands
+    progress        bars with the time left
     wording         messages name options as they are written
     lists, terminal options that take several values; what is printed: control characters are shown as codes
     faults          exceptions as one line and an exit code

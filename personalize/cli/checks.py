@@ -36,14 +36,14 @@ def check_edit(config: Any) -> None:
     check_writable(config.output_dir)
     if not config.prompt.strip():
         raise UserError("the prompt is empty: say what the picture should show")
-    check_adapters([config.adapter, *config.add])
+    check_adapters(config.adapters)
     check_forget(config.forget)
     if config.scheduler not in SCHEDULERS:
         raise UserError(f"unknown --scheduler {config.scheduler}: choose one of {', '.join(SCHEDULERS)}")
     if config.cuda_graph and (config.cpu or config.torch_compile):
         raise UserError(f"--cuda_graph does not go with {'--cpu' if config.cpu else '--torch_compile'}: leave one out")
     _check_sides(config)
-    check_tokens([config.prompt, config.negative_prompt], [config.adapter, *config.add])
+    check_tokens([config.prompt, config.negative_prompt], config.adapters)
     if config.auto:
         source_picture(config)
 
@@ -117,9 +117,8 @@ def check_photo(config: Any) -> None:
     fitted, blended = (DYNAMIC if config.dpl else None), (UNIFORM if config.uniform else None)
     PhotoSettings(config.inversion, fixed_point=config.fixed_point_iterations, dynamic=fitted, uniform=blended)
     check_unused_of_photo(config)
-    adapters = (*config.adapter, *config.add)
-    check_adapters(adapters)
-    check_tokens([config.source, *config.target, *(new for _, new in map(pair, config.swap))], adapters)
+    check_adapters(config.adapters)
+    check_tokens([config.source, *config.target, *(new for _, new in map(pair, config.swap))], config.adapters)
     placed = [pair(text, "noun=mask.png or noun=left,top,right,bottom") for text in config.region]
     check_said_once("region", placed)
     regions = [*(where for _, where in placed), *filter(None, [config.mask])]
@@ -132,7 +131,7 @@ def check_edit_table(config: Any) -> None:
     """Check the options of `personalize edit TABLE`; its rows are checked one by one, when their turn comes."""
     if not config.table.is_file():
         raise UserError(f"{config.table}: no such file; name a CSV table with the columns file, source, target")
-    check_adapters([*config.adapter, *config.add])
+    check_adapters(config.adapters)
     check_writable(config.output_dir)
 
 
@@ -152,7 +151,7 @@ def check_drag(config: Any) -> None:
     for picture in filter(None, (config.photo, config.mask)):
         check_image(picture)
     handles_and_targets(points, image_size(config.photo), regions=config.mode == "region")
-    check_adapters([config.adapter] if config.adapter is not None else [])
+    check_adapters(config.adapters)
 
 
 def check_quickstart(config: Any) -> None:

@@ -13,7 +13,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from personalize.cli.checks import check_files, check_output, check_quickstart, check_studio, check_writable
-from personalize.cli.edit_options import DragConfig, EditConfig, EditTableConfig, PhotoConfig
+from personalize.cli.drag_options import DragConfig
+from personalize.cli.edit_options import EditConfig, EditTableConfig, PhotoConfig
 from personalize.errors import UserError
 from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.io.numbering import unused_folder

@@ -115,10 +115,7 @@ class Workbench:
 
     def editor_of(self, options: Any) -> Any:
         """The editor of a command's options."""
-        adapter = getattr(options, "adapter", None)
-        first = () if adapter is None else adapter if isinstance(adapter, tuple) else (adapter,)
-        adapters = (*first, *getattr(options, "add", ()))
-        return self.editor(options.pretrained_model_name_or_path, adapters, inpainting=options.inpainting)
+        return self.editor(options.pretrained_model_name_or_path, options.adapters, inpainting=options.inpainting)
 
     def forget(self) -> None:
         """Drop the model, as before a training, which loads its base in the precision it needs."""

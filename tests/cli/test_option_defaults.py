@@ -13,7 +13,8 @@ import pytest
 from personalize.cli.commands.drag import drag_settings
 from personalize.cli.commands.edit import edit_strengths
 from personalize.cli.commands.edit_image import photo_settings
-from personalize.cli.edit_options import DragConfig, EditConfig, PhotoConfig
+from personalize.cli.drag_options import DragConfig
+from personalize.cli.edit_options import EditConfig, PhotoConfig
 from personalize.cli.parser import parse
 from personalize.editing import defaults
 from personalize.editing.config import (

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from personalize.cli.edit_options import DragConfig, PhotoConfig
+from personalize.cli.drag_options import DragConfig
+from personalize.cli.edit_options import PhotoConfig
 from personalize.editing.attach import attach
 from personalize.editing.config import Sampling
 from personalize.editing.editor import Editor

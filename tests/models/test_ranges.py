@@ -30,7 +30,7 @@ from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny
 
 MODULES = ("models.config", "training.config", "editing.config", "editing.photo_settings", "editing.drag.config",
-           "sampling.config", "cli.options", "cli.edit_options")  # fmt: skip
+           "sampling.config", "cli.options", "cli.edit_options", "cli.drag_options")  # fmt: skip
 
 
 def classes() -> list[type]:

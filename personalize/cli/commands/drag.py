@@ -18,7 +18,7 @@ from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
 
 if TYPE_CHECKING:
-    from personalize.cli.edit_options import DragConfig
+    from personalize.cli.drag_options import DragConfig
 
 
 @said_if_stopped("stopped: pictures are written when the drag is finished; the same command begins anew")
@@ -27,7 +27,7 @@ def run(config: DragConfig, editor: Editor | None = None) -> Path:
 
     `editor` takes the place of the one that the options describe, if that is loaded already.
     """
-    editor = editor or Editor.configured(config, (config.adapter,) if config.adapter else ())
+    editor = editor or Editor.configured(config, config.adapters)
     if config.preview:
         return _write_preview(config, previewed(config, editor))
     notice_transparency(config.photo)
@@ -62,9 +62,9 @@ def _write_preview(config: DragConfig, preview: DragPreview) -> Path:
 
 def drag_details(config: DragConfig, editor: Editor) -> dict[str, Any]:
     """What makes the drag again, without the result's size; see `details_of`."""
-    adapters, masks = (config.adapter,) if config.adapter else (), {"mask": config.mask} if config.mask else {}
+    masks = {"mask": config.mask} if config.mask else {}
     return details_of(
-        "drag", config, editor, adapters, files={"photo": config.photo, **masks}, prompt=config.prompt or "",
+        "drag", config, editor, config.adapters, files={"photo": config.photo, **masks}, prompt=config.prompt or "",
         seed=config.seed, steps=config.num_inference_steps, scheduler="ddim", options={"from": list(config.from_)},
     )  # fmt: skip
 

@@ -51,12 +51,12 @@ def run(config: EditConfig, editor: Editor | None = None) -> Path:
     `editor` takes the place of the one that the options describe, if that is loaded already.
     """
     check_edit(config)
-    config, editor = starting_from(config, editor or Editor.configured(config, (config.adapter, *config.add)))
+    config, editor = starting_from(config, editor or Editor.configured(config, config.adapters))
     prompt = editor.align_prompt(config.prompt)
     if prompt != config.prompt:
         print(f"Worded like the caption: “{prompt}”")
     if config.from_ is not None:
-        check_same(details_of("edit", config, editor, adapters_of(config)), config.from_)
+        check_same(details_of("edit", config, editor, config.adapters), config.from_)
     for line in source_notes(config, editor.adapter):
         print(line)
     size = (config.height or editor.size[0], config.width or editor.size[1])
@@ -162,11 +162,6 @@ def redrawn_seeds(config: EditConfig, seeds: list[int]) -> list[int]:
     return [details.seed] if details.seed is not None and seeds == details.options.get("seeds") else seeds
 
 
-def adapters_of(config: EditConfig) -> tuple[Path, ...]:
-    """The adapters that the options name."""
-    return (config.adapter, *config.add)
-
-
 def picture_details(
     config: EditConfig, editor: Editor, prompt: str, sampling: Sampling, seeds: Sequence[int] = ()
 ) -> Callable[[EditStrengths, int], dict[str, Any]]:
@@ -180,7 +175,7 @@ def picture_details(
         "prompt": prompt, "negative_prompt": config.negative_prompt, "steps": sampling.steps,
         "scheduler": sampling.scheduler, "guidance_scale": guidance, "size": f"{width}x{height}",
     }  # fmt: skip
-    common = details_of("edit", config, editor, adapters_of(config), **facts)
+    common = details_of("edit", config, editor, config.adapters, **facts)
 
     def details(strengths: EditStrengths, seed: int) -> dict[str, Any]:
         mix = {"alpha": [strengths.alpha], "beta": [strengths.beta]}

@@ -43,7 +43,7 @@ def run(config: PhotoConfig, editor: Editor | None = None) -> Path:
     load_image(config.photo)  # a mistake in the path is found before the base model is loaded
     cache = config.output_dir / INVERSIONS
     with said_if_stopped(lambda: _stopped(cache)):
-        editor = editor or Editor.configured(config, (*config.adapter, *config.add))
+        editor = editor or Editor.configured(config, config.adapters)
         return edit_one(config, editor, cache)
 
 
@@ -100,7 +100,7 @@ def photo_details(config: PhotoConfig, editor: Editor, settings: PhotoSettings) 
               if where not in (None, "auto", "none") and box(where) is None}  # fmt: skip
     facts = {"steps": settings.steps, "scheduler": "ddim", "guidance_scale": settings.guidance(editor.model.name)}
     facts |= {"seed": settings.seed}
-    return details_of("edit PHOTO", config, editor, (*config.adapter, *config.add), files=files, **facts)
+    return details_of("edit PHOTO", config, editor, config.adapters, files=files, **facts)
 
 
 def edit_request(config: PhotoConfig) -> EditRequest:

@@ -64,7 +64,7 @@ def run(config: EditTableConfig) -> Path:
         UserError: the table cannot be read; or, after all other rows are finished, some failed.
     """
     rows = read_rows(config.table)
-    adapters = [adapter_hashes(path) for path in (*config.adapter, *config.add)]
+    adapters = [adapter_hashes(path) for path in config.adapters]
     done, editor, failed = finished(config.output_dir / RESULTS), None, 0
     for row in ticked(rows, "Photos"):
         stopped = (
@@ -76,7 +76,7 @@ def run(config: EditTableConfig) -> Path:
             if done.get(row.name) == key and has_pictures(options.output_dir):
                 continue
             with said_if_stopped(stopped):
-                editor = editor or Editor.configured(config, (*config.adapter, *config.add))
+                editor = editor or Editor.configured(config, config.adapters)
                 print(f"line {row.line}, {row.name}:")
                 edit_one(options, editor, config.output_dir / INVERSIONS)
             append(config.output_dir / RESULTS, {"name": row.name, "line": row.line, "inputs": key})

@@ -17,7 +17,8 @@ from PIL import Image
 from personalize.cli.commands.drag import as_text, drag_arguments
 from personalize.cli.commands.edit_image import edit_request, photo_settings
 from personalize.cli.commands.edit_table import adapter_hashes
-from personalize.cli.edit_options import DragConfig, PhotoConfig
+from personalize.cli.drag_options import DragConfig
+from personalize.cli.edit_options import PhotoConfig
 from personalize.cli.parser import parse
 from personalize.cli.places import interleaved_points
 from personalize.editing.editor import Editor
@@ -58,12 +59,12 @@ def make_results(config: EvaluateConfig, name: str, items: Sequence[BenchmarkIte
 
     first = _first_valid(checked, missing or items)
     record: dict[str, Any] = {"benchmark": name, "options": words}
-    if missing and (hashes := [adapter_hashes(path) for path in adapters_of(first)]):
+    if missing and (hashes := [adapter_hashes(path) for path in first.adapters]):
         record["adapters"] = hashes
     _check_record(config.results, record, next(filter(None, found), None))
     if not missing:
         return
-    editor = Editor.configured(first, adapters_of(first))
+    editor = Editor.configured(first, first.adapters)
     for number, item in enumerate(missing, 1):
         print(f"{number} of {len(missing)}: {item.name}", flush=True)
         try:
@@ -135,13 +136,6 @@ def drag_options(item: BenchmarkItem, words: Sequence[str]) -> DragConfig:
     if more := [*options.from_, *options.to][2 * len(item.points) :]:
         raise UserError(f"--run has the point {more[-1]}: leave it out, the benchmark says from where to where to drag")
     return options
-
-
-def adapters_of(options: PhotoConfig | DragConfig) -> tuple[Path, ...]:
-    """The adapters that the options name."""
-    if isinstance(options, DragConfig):
-        return (options.adapter,) if options.adapter else ()
-    return (*options.adapter, *options.add)
 
 
 def _edited(editor: Editor, options: PhotoConfig) -> Image.Image:

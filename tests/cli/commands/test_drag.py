@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from personalize.cli.commands.drag import drag_settings, interleaved_points
-from personalize.cli.edit_options import DragConfig
+from personalize.cli.drag_options import DragConfig
 from personalize.cli.main import main
 from personalize.cli.parser import parse
 from personalize.editing.drag.config import DragSettings
