@@ -46,7 +46,7 @@ class Config(SingleImageConfig, PriorPreservationOptions, BaseModelOptions):
     """Denoising steps of the reconstruction that each model card shows and measures; 0 draws none."""
 
     def check(self) -> None:
-        from personalize.cli.checks import check_writable
+        from personalize.io.output_folder import check_output_folder
         from personalize.models.config import check_base_name, check_resolution
         from personalize.training.checks import check_packages
 
@@ -56,7 +56,7 @@ class Config(SingleImageConfig, PriorPreservationOptions, BaseModelOptions):
             check_base_name(self.pretrained_model_name_or_path)
         check_resolution(self.resolution, self.pretrained_model_name_or_path)
         check_packages(self)
-        check_writable(self.output_dir)
+        check_output_folder(self.output_dir)
 
 
 def main(config: Config) -> Path:

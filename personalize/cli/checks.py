@@ -33,7 +33,7 @@ STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
 def check_edit(config: Any) -> None:
     """Check the options of `personalize edit` with an adapter."""
     _check_auto(config)
-    check_writable(config.output_dir)
+    check_output_folder(config.output_dir)
     if not config.prompt.strip():
         raise UserError("the prompt is empty: say what the picture should show")
     check_adapters(config.adapters)
@@ -95,9 +95,9 @@ def check_photo(config: Any) -> None:
     from personalize.io.image_files import check_image
 
     check_image(config.photo)
-    check_writable(config.output_dir)
+    check_output_folder(config.output_dir)
     if config.trajectory is not None and not (config.trajectory.is_dir() and any(config.trajectory.iterdir())):
-        check_writable(config.trajectory)  # one that is stored there already is only read
+        check_output_folder(config.trajectory)  # one that is stored there already is only read
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     if not config.source.strip():
         raise UserError("--source is empty: say what the photo shows, e.g. 'a cat on the beach'")
@@ -132,7 +132,7 @@ def check_edit_table(config: Any) -> None:
     if not config.table.is_file():
         raise UserError(f"{config.table}: no such file; name a CSV table with the columns file, source, target")
     check_adapters(config.adapters)
-    check_writable(config.output_dir)
+    check_output_folder(config.output_dir)
 
 
 def check_drag(config: Any) -> None:
@@ -146,7 +146,7 @@ def check_drag(config: Any) -> None:
     check_unused_of_drag(config)
     for text in (*config.add, *config.remove):
         point_of(text)
-    check_writable(config.output_dir)
+    check_output_folder(config.output_dir)
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     for picture in filter(None, (config.photo, config.mask)):
         check_image(picture)
@@ -160,7 +160,7 @@ def check_quickstart(config: Any) -> None:
     from personalize.io.image_folders import only_picture
     from personalize.training.data.captions import find_caption
 
-    check_writable(config.output_dir)
+    check_output_folder(config.output_dir)
     if config.photo is None:
         if config.caption is not None:
             raise UserError("--caption belongs to a picture of your own: name it, e.g. quickstart photo.jpg")
@@ -190,12 +190,7 @@ def check_studio(config: Any) -> None:
         check_base_name(config.base)
     if config.auth is not None and not all(config.auth.partition(":")):
         raise UserError(f"--auth is {config.auth!r}, expected user:password")
-    check_writable(Path("studio"))
-
-
-def check_writable(folder: Path) -> None:
-    """UserError unless results can be written into `folder`, which need not exist yet."""
-    check_output_folder(folder)
+    check_output_folder(Path("studio"))
 
 
 def check_output(path: Path) -> None:

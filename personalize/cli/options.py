@@ -12,12 +12,13 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from personalize.cli.checks import check_files, check_output, check_quickstart, check_studio, check_writable
+from personalize.cli.checks import check_files, check_output, check_quickstart, check_studio
 from personalize.cli.drag_options import DragConfig
 from personalize.cli.edit_options import EditConfig, EditTableConfig, PhotoConfig
 from personalize.errors import UserError
 from personalize.io.image_metadata import IMAGE_SUFFIXES
 from personalize.io.numbering import unused_folder
+from personalize.io.output_folder import check_output_folder
 from personalize.models.config import check_base_name
 
 
@@ -166,11 +167,11 @@ class EvaluateConfig:
     def check(self) -> None:
         check_files(self.benchmark, *(() if self.run is not None else (self.results,)))
         if self.output is None:
-            check_writable(Path())
+            check_output_folder(Path())
         else:
             check_output(self.output)
         if self.run is not None:
-            check_writable(self.results)
+            check_output_folder(self.results)
 
 
 @dataclass(frozen=True)

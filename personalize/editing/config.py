@@ -123,7 +123,7 @@ class DynamicSettings:
 class Sampling:
     """How images are sampled.
 
-    scheduler: a name in `personalize.sampling.denoise.SCHEDULERS`.
+    scheduler: a name in `personalize.sampling.config.SCHEDULERS`.
     guidance_scale: as in diffusers, up to 1 is off; None is the base model's, by `personalize.editing.defaults`.
     size: height and width in pixels; None is that of the picture (or caption) that an edit starts from.
     torch_compile: compile the UNet's repeated blocks: faster for many pictures; they differ by rounding.

@@ -13,8 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from personalize.formats.adapter_folders import ADAPTER_CONFIG
 from personalize.formats.layouts import FileContents
-from personalize.formats.peft_settings import ADAPTER_CONFIG, HEADER_ALPHAS
+from personalize.formats.peft_settings import HEADER_ALPHAS
 
 YES, UNKNOWN, PARTLY, NO = "yes", "unknown", "partly", "no"
 UIS = ("A1111", "Forge", "ComfyUI", "InvokeAI")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -127,6 +127,11 @@ def coverage_text(rows: list[BlockCoverage]) -> str:
     for row in rows:
         cells = [f"{row.counts[kind][0]}/{row.counts[kind][1]}" if kind in row.counts else "-" for kind in kinds]
         lines.append([row.block, *cells, "-" if row.norm is None else f"{row.norm:.3g}"])
+    return aligned_columns(lines)
+
+
+def aligned_columns(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, each column as wide as its widest cell."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

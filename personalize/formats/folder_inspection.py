@@ -14,6 +14,7 @@ from personalize.errors import UserError
 from personalize.formats import compatibility, layouts
 from personalize.formats.adapter_folders import INDEX, is_adapter_folder
 from personalize.formats.adapter_source import open_adapter
+from personalize.formats.coverage import aligned_columns
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.reading import identify, sort
 from personalize.formats.diffusion_transformers.summary import folder_readings
@@ -129,10 +130,7 @@ def folder_text(rows: Iterable[FileSummary]) -> str:
             ", ".join(row.tokens),
         ]
         lines.append([_cell(str(cell)) for cell in [*cells, read_by if row.readers else "", first]])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return aligned_columns(lines)
 
 
 def _cell(text: str) -> str:

@@ -37,12 +37,7 @@ from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import HostNumbers, constant, sent
 from personalize.randomness import generator
 from personalize.sampling.graphed_steps import graphed
-from personalize.sampling.schedule import SCHEDULERS, Schedule, Step, Transition, make_schedule, variance_scale
-
-__all__ = [
-    "SCHEDULERS", "Edit", "LatentEdit", "DenoisingHistory", "Schedule", "Step", "Transition",
-    "ddim", "denoise", "denoise_with_history", "initial_latents", "make_schedule", "sample",
-]  # fmt: skip
+from personalize.sampling.schedule import Schedule, Step, variance_scale
 
 
 class LatentEdit:

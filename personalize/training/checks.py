@@ -137,12 +137,16 @@ def _check_judging(config: Any) -> None:
         )
 
 
+def check_class_image_count(count: int) -> None:
+    """UserError for a number of class pictures below 1."""
+    if count < 1:
+        raise UserError(f"num_class_images must be above 0, got {count}; or use --no_with_prior_preservation")
+
+
 def check_class_images(config: Any) -> None:
     """Check the folder of class pictures, and say which options about class pictures have no effect."""
     if config.with_prior_preservation:
-        if config.num_class_images < 1:
-            count = config.num_class_images
-            raise UserError(f"num_class_images must be above 0, got {count}; or use --no_with_prior_preservation")
+        check_class_image_count(config.num_class_images)
         if config.class_data_dir is not None:
             _report(read_folder(config.class_data_dir))
         return

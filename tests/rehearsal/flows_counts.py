@@ -17,7 +17,8 @@ from personalize.editing.real_image import edit_photo
 from personalize.editing.real_image_settings import EditRequest
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.sampling.config import SCHEDULERS, NullTextSettings
-from personalize.sampling.denoise import Edit, make_schedule, sample
+from personalize.sampling.denoise import Edit, sample
+from personalize.sampling.schedule import make_schedule
 from personalize.training.batched_adapters import learn_batched
 from personalize.training.config import MultiConceptConfig
 from personalize.training.data.concepts import ConceptPicture

@@ -19,9 +19,9 @@ import msgspec
 
 from personalize.cli.commands.edit_image import EDITED, INVERSIONS, edit_one
 from personalize.cli.edit_options import ROW_OPTIONS, PhotoConfig
-from personalize.cli.parser import nearest, parse
+from personalize.cli.parser import parse
 from personalize.editing.editor import Editor
-from personalize.errors import UserError, said_if_stopped
+from personalize.errors import UserError, nearest, said_if_stopped
 from personalize.formats.adapter_folders import ADAPTER_CONFIG, INDEX
 from personalize.formats.adapter_source import fetched
 from personalize.io.atomic import plain_name

@@ -33,18 +33,13 @@ from personalize.editing.prompt_to_prompt.alignment import (
     replacement_mapper,
     word_swaps,
 )
-from personalize.editing.prompt_to_prompt.local_blend import LocalBlend, per_word, word_blend
+from personalize.editing.prompt_to_prompt.local_blend import per_word, word_blend
 from personalize.models.attention import AttentionHook, AttentionSite, attention_sites
 from personalize.models.attention_maps import MapSum, stage_layers
 from personalize.models.prompts import Span, Tokens, tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.transfer import sent
 from personalize.sampling.denoise import LatentEdit
-
-__all__ = [
-    "Alignment", "ControlSettings", "Controls", "LocalBlend", "MapSum", "SelfControl", "TextControl",
-    "align", "make_controls", "refinement_mapper", "replacement_mapper",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)

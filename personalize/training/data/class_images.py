@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
-from personalize.errors import UserError, said_if_stopped
+from personalize.errors import said_if_stopped
 from personalize.io.atomic import write_file
 from personalize.io.figures import png
 from personalize.io.image_folders import read_folder
@@ -30,6 +30,7 @@ from personalize.io.provenance import GENERATED
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.schedule import make_schedule
+from personalize.training.checks import check_class_image_count
 from personalize.training.data.captions import folder_caption
 from personalize.training.data.concepts import ClassImage
 from personalize.training.data.images import decode_cell, load_rows
@@ -57,8 +58,7 @@ def class_images(
     if not config.with_prior_preservation:
         return []
     count = config.num_class_images
-    if count < 1:
-        raise UserError(f"num_class_images must be above 0, got {count}; or use --no_with_prior_preservation")
+    check_class_image_count(count)
     if config.class_data_dir is not None:
         return from_folder(config.class_data_dir, prompt, count, caption_column=config.caption_column)
     if config.class_dataset_name is not None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from personalize.cli.commands.drag import drag_settings, interleaved_points
+from personalize.cli.commands.drag import drag_settings
 from personalize.cli.drag_options import DragConfig
 from personalize.cli.main import main
 from personalize.cli.parser import parse
+from personalize.cli.places import interleaved_points
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.editor import Editor
 from personalize.errors import UserError

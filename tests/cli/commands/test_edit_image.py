@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from personalize.cli import options
-from personalize.cli.commands.edit_image import pair, weight
+from personalize.cli.checks import pair, weight
 from personalize.cli.main import main
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
-from personalize.cli.commands.edit_image import box
 from personalize.cli.main import main
+from personalize.cli.places import box
 from personalize.editing.config import DynamicSettings
 from personalize.editing.editor import Editor
 from personalize.sampling.config import NullTextSettings

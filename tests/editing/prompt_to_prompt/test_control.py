@@ -11,13 +11,13 @@ import torch
 from personalize.editing.config import ControlSettings
 from personalize.editing.prompt_to_prompt.control import (
     Alignment,
-    LocalBlend,
     SelfControl,
     TextControl,
     align,
     coarse_self_layers,
     make_controls,
 )
+from personalize.editing.prompt_to_prompt.local_blend import LocalBlend
 from personalize.errors import UserError
 from personalize.models.attention import AttentionSite, attention_sites, hooked
 from personalize.models.attention_maps import MapStore, MapSum, calibration_layers
