@@ -124,7 +124,7 @@ def diffusion(config: Config, accelerator: Accelerator, stage: str) -> None:
     objective = networks(config.init_from, config.grounding_weight)
     objective.text_encoder.requires_grad_(not config.freeze_text_encoder)
     if accelerator.device.type == "cpu":
-        objective.unet.set_attn_processor(AttnProcessor())  # 1.5 × the samples/s of fused attention on a CPU
+        objective.unet.set_attn_processor(AttnProcessor())  # faster than fused attention on a CPU
     if config.torch_compile:
         compile_unet(objective.unet)
     ema = EMAModel(

@@ -237,7 +237,7 @@ def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> d
     box = nn.ModuleDict({str(number): leaves[name] for number, name in enumerate(names)})  # peft searches only these
     box.is_loaded_in_4bit = getattr(unet, "is_loaded_in_4bit", False)  # pyright: ignore
     flags = [(parameter, parameter.requires_grad) for parameter in box.parameters()]
-    with torch.device("meta"):  # peft draws no random numbers; a quarter faster than its own low_cpu_mem_usage
+    with torch.device("meta"):  # so peft draws no random numbers; faster than its own low_cpu_mem_usage
         inject_adapter_in_model(config, box, ADAPTER)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)

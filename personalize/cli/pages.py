@@ -1,7 +1,8 @@
 """What the command line's own training process does with freed memory; nothing that is used as a library calls this.
 
-By default glibc returns freed blocks above 32 MiB to the system, which clears every page when it is asked for again: a
-fifth of an update of SD 1.5 on a CPU.  Smaller blocks it keeps for reuse, among them most weights of a text encoder.
+By default glibc returns freed blocks above 32 MiB to the system, which clears every page when it is asked for again.
+What that costs an update: `python -m tests.bench.speed --only pages`.  Smaller blocks it keeps for reuse, among them
+most weights of a text encoder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Default settings that depend on the base model: published ones, and others for the embedded model.
 
-Those for the embedded model were chosen once, on scenes of the splits "calibration/attention-maps" and
-"calibration/photo", on which no bench measures.
+Those for the embedded model were chosen once, before its last training, on scenes of the splits
+"calibration/attention-maps", "calibration/report" and "calibration/photo", on which no bench measures.  What they are
+worth on the weights that ship is in tests/bench/results.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from personalize.sampling.config import NullTextSettings
 SettingsT = TypeVar("SettingsT", DynamicSettings, NullTextSettings)
 
 EMBEDDED: dict[type, dict[str, Any]] = {
-    # Chosen before the model was trained to ground its nouns. Seven tenths of its text attention goes to the padding.
-    # The balancing loss asks that every noun has more attention than the padding somewhere; with the published weights
-    # it drives nouns to the background, where that is easy, and their IoU with the true masks falls from 0.47 to 0.22
-    # on two scenes. With these weights it rises from 0.53 to 0.71 on two other scenes. Few updates and a cap, because
-    # embeddings far from their words made the maps worse. Measured on weights that no longer ship.
-    # The median balancing loss of two objects that are in the picture is 0.05 to 0.68 in 18 scenes of the split
-    # "calibration/report"; if a second noun names nothing there, it is 0.72 to 1.0 in 8 scenes.
+    # Most of this model's text attention goes to the padding. The balancing loss asks that every noun has more
+    # attention than the padding somewhere; with its published weight it drove nouns to the background, where that is
+    # easy. Few updates and a cap, because embeddings far from their words made the maps worse.
+    # balancing_limit lies between the median balancing losses of scenes that show two named objects, and of those where
+    # the second noun names nothing.
     DynamicSettings: {
         "updates": 4,
         "balancing": 0.05,
@@ -29,19 +28,17 @@ EMBEDDED: dict[type, dict[str, Any]] = {
         "cap": 0.5,
         "balancing_limit": 0.8,
     },
-    # Ten updates leave 0.28 of the uncorrected error of a step at the published rate of 0.01, and 0.07 at 0.1.
+    # At the published rate of 0.01 ten updates correct less of a step's error.
     NullTextSettings: {"rate": 0.1},
 }
 
-# Guidance scales of edits and of text-to-image. On the embedded model the published 7.5 (ddpm: 15) oversaturates and
-# distorts faces. Background PSNR against the true edit, two photos, 20 steps after direct inversion: 25.4 and 31.1 dB
-# at 4, 22.2 and 28.8 dB at 7.5; 2.5 was no better. After ddpm inversion, one photo: 31.4 dB at 6, 25.1 dB at 15.
-# Text-to-image, PSNR of the reconstruction of quickstart's first scene: 17.3 dB at 4 and at 2.5, 17.1 dB at 7.5, with
-# surplus eyes.
+# Guidance scales of edits and of text-to-image. On the embedded model the published 7.5 (ddpm: 15) oversaturates,
+# distorts faces and changes more of the background; smaller ones than these were no better. To compare:
+# python -m tests.bench.real_image_editing --guidance_scale 7.5
 GUIDANCE = {"embedded": 4.0, "published": 7.5}
 AFTER_DDPM = {"embedded": 6.0, "published": 15.0}
-# Without inversion, as InfEdit is published for few-step models. On the embedded model, three photos at 8 steps: at 4
-# the target is speckled and leaves the source's place, at 2 it is clean.
+# Without inversion, as InfEdit is published for few-step models. On the embedded model the target is speckled at 4 and
+# leaves the source's place.
 WITHOUT_INVERSION = 2.0
 
 

@@ -177,7 +177,7 @@ def _notes(
         if settings.resolution is not None:
             scaled = (f"edited at {width}×{height} px and scaled back to {full_width}×{full_height}",)
     silent = [word for word, factor in request.weights.items() if factor <= 0]
-    if silent:  # on the embedded model a noun's own tokens have 3 % of the attention, end and padding 61 %
+    if silent:  # most of the attention goes to the end and padding tokens, which tell of the whole prompt
         scaled += (f"weight 0 silences {', '.join(silent)} itself, but the end and padding tokens still tell of it: "
                    "a target without the word removes it",)  # fmt: skip
     if settings.uniform is not None and settings.uniform.blend_source and len(unchanged) > 1:

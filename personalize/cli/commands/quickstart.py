@@ -45,7 +45,7 @@ CHOSEN = "strengths chosen for each edit, as --auto does"  # a row of the embedd
 BUDGET = 4  # pictures to choose from, for each edit: see tests/bench/results/quickstart.md
 # the place that a caption ends with, as "in the park" or "on a blue background"
 PLACE = re.compile(r"\s+(in|on|at|against|under|near)\s+(the|a|an|my|our|his|her|their)\s[^.,]*[.]?$", re.IGNORECASE)
-SAMPLING = Sampling(15, "dpm++_2m")  # on all five scenes as good as 25 steps of DDIM, in 0.6 of the time
+SAMPLING = Sampling(15, "dpm++_2m")  # as good on the five bundled scenes as 25 steps of DDIM
 
 
 @dataclass(frozen=True)
