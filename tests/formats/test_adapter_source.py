@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -64,7 +65,7 @@ def test_a_local_file_of_such_a_name_goes_first(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone").mkdir()
     save_file(unet_lora(), tmp_path / "someone" / "cat:plain.safetensors")
-    assert fetched("someone/cat:plain.safetensors").is_file()
+    assert fetched("someone/cat:plain.safetensors") == Path("someone/cat:plain.safetensors")
 
 
 def test_shards_are_one_file_and_must_agree_with_their_index(tmp_path):

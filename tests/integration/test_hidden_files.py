@@ -46,7 +46,10 @@ def test_shards_have_one_index(tmp_path):
 
 
 def test_base_models_are_loaded(tmp_path):
-    assert loading.load_pipeline(shadowed(tiny_folder("sd1", tmp_path)), torch.float32) is not None
+    folder = tiny_folder("sd1", tmp_path)
+    plain = loading.load_pipeline(folder, torch.float32).unet.state_dict()
+    found = loading.load_pipeline(shadowed(folder), torch.float32).unet.state_dict()
+    assert plain.keys() == found.keys() and all(torch.equal(found[key], tensor) for key, tensor in plain.items())
 
 
 def test_the_latest_checkpoint_is_found(tmp_path):

@@ -32,10 +32,11 @@ def test_another_kind_of_base_is_refused_with_the_reason(scheduler: Any, vae: di
 
 
 def test_stable_diffusions_own_kinds_are_taken() -> None:
-    for name in ("sd1", "sd2v", "sdxl"):
-        pipe = tiny_pipeline(name)
-        require_supported(pipe.scheduler, pipe.vae, name)
-    require_supported(DDIMScheduler(rescale_betas_zero_snr=True), pipe.vae, "zero SNR")
+    for name, kind in (("sd1", "epsilon"), ("sd2v", "v_prediction"), ("sdxl", "epsilon")):
+        assert StableDiffusion.from_pipeline(tiny_pipeline(name), name=name).prediction_type == kind
+    pipe = tiny_pipeline("sd2v")
+    pipe.scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
+    assert float(StableDiffusion.from_pipeline(pipe, name="zero SNR").alphas_cumprod[-1]) == pytest.approx(0, abs=1e-6)
 
 
 class AsVelocity(nn.Module):

@@ -236,6 +236,9 @@ def test_everything_at_once_with_an_adapter(tmp_path):
         settings(dynamic=FEW, uniform=UniformSettings(until=0.5)), adapter=adapter, attention=True, cache=tmp_path,
     )  # fmt: skip
     assert found.nouns is not None and found.masks is not None and found.attention is not None
+    assert found.targets == ("a <cat1> and a fox",) and found.latents.isfinite().all()
+    assert not torch.equal(found.latents[0], found.latents[1])
+    assert "<cat1>" not in model.tokenizers[0].get_vocab()  # the token is gone again
 
 
 def test_what_does_not_go_together_is_refused(monkeypatch):
