@@ -14,10 +14,10 @@ from personalize.formats.weight_changes import Parts, alpha_of, lora_pair
 
 BIASES = ("diff_b", "b_norm", "lora_B.bias")
 MAGNITUDES = ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight")
-READ = {"A", "B", "alpha", "scale", "diff", "diff_b", "w_norm", "b_norm", "lora_B.bias", "dora_scale", "on_input",
-        "weight", *MAGNITUDES, "a1.weight", "a2.weight", "b1.weight",
-        "b2.weight", "oft_blocks", "oft_diag", "rescale", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1",
-        "hada_t2", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}  # fmt: skip
+READ = {"A", "B", "alpha", "scale", "diff", "w_norm", "on_input", "weight", *BIASES, *MAGNITUDES, "a1.weight",
+        "a2.weight", "b1.weight", "b2.weight", "oft_blocks", "oft_diag", "rescale", "hada_w1_a", "hada_w1_b",
+        "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a",
+        "lokr_w2_b", "lokr_t2"}  # fmt: skip
 
 
 def changed(

@@ -73,11 +73,11 @@ def _require_fitting(path: Path, factors: Factors, family: str) -> None:
 
 
 def _family(content: TensorFile, kohya: bool) -> str:
-    """The family that has most of the file's modules; of several, as SD 1.x and 2.x, the one that all else tells."""
+    """The family that has most of the file's modules; of several (SD 1.x and 2.x), by shapes and header."""
     readers = {family: ReaderKeys(family) for family in FAMILIES}
     factors = {family: (keys.kohya if kohya else keys.peft)(content)[0] for family, keys in readers.items()}
-    told = layouts.detect_family(layouts.classify_tensors(content.tensors), content.metadata)[0]
-    return max(FAMILIES, key=lambda family: (len(factors[family]), family == told))
+    detected = layouts.detect_family(layouts.classify_tensors(content.tensors), content.metadata)[0]
+    return max(FAMILIES, key=lambda family: (len(factors[family]), family == detected))
 
 
 def _any_shape_matches(factors: Factors, shapes: Mapping[str, torch.Size]) -> bool:

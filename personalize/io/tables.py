@@ -49,11 +49,11 @@ def read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, Cells]]
     """
     text = read_text(path)
     line = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    told = EXCEL.fullmatch(line)
-    separator = told[1] if told else next((one for one in SEPARATORS if one in line), SEPARATORS[0])
+    stated = EXCEL.fullmatch(line)
+    separator = stated[1] if stated else next((one for one in SEPARATORS if one in line), SEPARATORS[0])
     reader = csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     try:
-        if told:
+        if stated:
             next(reader)
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:

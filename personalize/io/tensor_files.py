@@ -1,8 +1,7 @@
 """Safetensors and JSON files: bytes of tensors to write, and files read without trusting them.
 
-The header of a safetensors file (sizes, shapes, offsets, counts) is
-checked against the length of the file before any memory is allocated.  Names in a file become dictionary keys and never
-paths.
+The header of a safetensors file (sizes, shapes, offsets, counts) is checked against the length of the file before any
+memory is allocated.  Names in a file become dictionary keys and never paths.
 """
 
 from __future__ import annotations

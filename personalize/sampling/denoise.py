@@ -210,8 +210,7 @@ def _with_null(model: StableDiffusion, latents: Tensor, edit: Edit) -> Edit:
     if not edit.guided or edit.negative is not None:
         return edit
     height, width = (side * model.factor for side in latents.shape[-2:])
-    null = model.null(1, (height, width))
-    return replace(edit, negative=null)
+    return replace(edit, negative=model.null(1, (height, width)))
 
 
 def _scaled(unet: Any, edit: Edit) -> AbstractContextManager[None]:

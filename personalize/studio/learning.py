@@ -104,8 +104,8 @@ def _likeness(source: FittedImage, drawn: Tensor) -> float:
 
 def distinct(names: Sequence[str], paths: Sequence[str]) -> list[str]:
     """`names`, those that others have too replaced by their paths, and by their numbers where these are the same."""
-    told = [path if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
-    return [f"{one} (picture {number})" if told.count(one) > 1 else one for number, one in enumerate(told, 1)]
+    labels = [path if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+    return [f"{one} (picture {number})" if labels.count(one) > 1 else one for number, one in enumerate(labels, 1)]
 
 
 def check_run(words: list[str], bench: Workbench) -> dict[str, str]:

@@ -24,12 +24,12 @@ from personalize.models.memory import free_bytes
 from personalize.models.quantization import saved_by_quantizing, weight_bytes
 from personalize.training.memory_estimate import (
     MemoryEstimate,
+    adam_8bit_bytes,
     decoded_bytes,
-    eight_bit,
     parts_of_updates,
     readable,
     sample_bytes,
-    unturned,
+    unused_savings,
 )
 from personalize.training.single_image import idle_parts
 
@@ -48,7 +48,7 @@ def check_fits(expected: MemoryEstimate, run: TrainingRun) -> str | None:
     if _most(expected) <= room:
         return None
     need, changes = f"about {readable(_most(expected))} are needed and {readable(room)} are there", dict[str, Change]()
-    for option in unturned(run):
+    for option in unused_savings(run):
         changes[option] = _MAKERS[option](run)
         if _most(_with(expected, changes.values())) <= room:
             changes = _needed(expected, changes, room)
@@ -106,7 +106,7 @@ def _offloaded(run: TrainingRun) -> Change:
 
 
 def _eight_bits(run: TrainingRun) -> Change:
-    moments = sum(eight_bit(parameter.numel()) for parameter in run.objective.trainable().values())
+    moments = sum(adam_8bit_bytes(parameter.numel()) for parameter in run.objective.trainable().values())
     return lambda found: replace(found, optimizer=moments)
 
 

@@ -102,7 +102,7 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
         sum(weight_bytes(part) for part in some if part in model.offload) for some in ([model.vae], model.text_encoders)
     )
     parts = parts_of_updates(model)
-    moments = [eight_bit(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
+    moments = [adam_8bit_bytes(size) if run.config.use_8bit_adam else 8 * size for size in sizes]
     trained_in_base = sum(4 * p.numel() for part in parts for p in part.parameters() if p.requires_grad)
     base = sum(map(weight_bytes, parts)) - trained_in_base
     sample = sample_bytes(run)
@@ -123,8 +123,8 @@ def decoded_bytes(run: TrainingRun, *, tiled: bool) -> int:
     return decoding_bytes(run.model.vae, (min(height, TILE), min(width, TILE)) if tiled else (height, width))
 
 
-def unturned(run: TrainingRun) -> list[str]:
-    """The options that need less memory and are not given yet, the cheapest first: `memory_advice` says their costs."""
+def unused_savings(run: TrainingRun) -> list[str]:
+    """The options that save memory and are not given yet, the cheapest first; `memory_advice` says what each saves."""
     config, model = run.config, run.model
     halves = model.device.type != "cpu" and model.dtype == torch.float32 and not getattr(config, "full_kv", False)
     options = {
@@ -138,7 +138,7 @@ def unturned(run: TrainingRun) -> list[str]:
     return [option for option, free in options.items() if free]
 
 
-def eight_bit(size: int) -> int:
+def adam_8bit_bytes(size: int) -> int:
     """Bytes of both moments of a tensor of `size` parameters in 8-bit AdamW."""
     return 8 * size if size < SMALL_TENSOR else 2 * size + 8 * -(-size // BLOCK)
 
@@ -161,7 +161,7 @@ def sample_bytes(run: TrainingRun) -> int:
         with LiveBytes(existing) as live, run.accelerator.autocast():
             torch.autograd.grad(run.objective(batch).total, trained, allow_unused=True)
     except torch.OutOfMemoryError:
-        options = [one for one in unturned(run) if one != "--train_batch_size 1"] + ["a lower --resolution"]
+        options = [one for one in unused_savings(run) if one != "--train_batch_size 1"] + ["a lower --resolution"]
         raise UserError(f"not even one sample fits into memory: add {', then '.join(options)}") from None
     return live.peak
 

@@ -13,7 +13,7 @@ from personalize.models.quantization import saved_by_quantizing
 from personalize.training import memory_advice
 from personalize.training.config import SingleImageConfig
 from personalize.training.memory_advice import check_fits
-from personalize.training.memory_estimate import MemoryEstimate, estimate, unturned
+from personalize.training.memory_estimate import MemoryEstimate, estimate, unused_savings
 from personalize.training.single_image import single_image_run
 from tests.support.runs import CAPTION, pixels
 from tests.support.tiny import tiny, tiny_sd1
@@ -70,10 +70,10 @@ def test_where_options_are_not_enough_a_resolution_is_or_a_larger_device(free: A
 
 def test_only_options_that_are_not_given_are_advised() -> None:
     with single_image_run(tiny_sd1(), pixels(), CAPTION, ALL) as run:
-        assert unturned(run) == ["--load_in_4bit"]
+        assert unused_savings(run) == ["--load_in_4bit"]
     with single_image_run(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
         options = ["--offload", "--train_batch_size 1", "--use_8bit_adam", "--gradient_checkpointing", "--load_in_4bit"]
-        assert unturned(run) == options  # no --mixed_precision: on a CPU it saves no memory
+        assert unused_savings(run) == options  # no --mixed_precision: on a CPU it saves no memory
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

@@ -14,7 +14,7 @@ from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.models.memory import LiveBytes, decoding_bytes, encoding_bytes
 from personalize.models.quantization import saved_by_quantizing, weight_bytes
 from personalize.models.vae import TILE
-from personalize.training.memory_estimate import MemoryEstimate, eight_bit
+from personalize.training.memory_estimate import MemoryEstimate, adam_8bit_bytes
 
 GB = 10**9
 CONTEXT = GB  # of CUDA, its work spaces and fragmentation, which the estimate leaves out
@@ -50,7 +50,7 @@ def needed(name: str, side: int, *, checkpointing: bool, four_bits: bool) -> Mem
             torch.autograd.grad(output.float().square().mean(), trained, allow_unused=True)
     adapter = sum(map(weight_bytes_of, trained))
     base = weight_bytes(unet) - adapter - (saved_by_quantizing(unet) if four_bits else 0)
-    moments = sum(eight_bit(p.numel()) for p in trained) if four_bits else 2 * adapter
+    moments = sum(adam_8bit_bytes(p.numel()) for p in trained) if four_bits else 2 * adapter
     encoders = round(ENCODERS[name])
     return MemoryEstimate(
         base, adapter, adapter, moments, live.peak, 1, weight_bytes(vae), encoders,

@@ -276,6 +276,4 @@ def ranking(trials: Sequence[Trial], names: Sequence[str], request: Request, sco
 
 
 def _figures(trial: Trial) -> dict[str, float]:
-    reading = trial.scores
-    names = ("score", "edit", "identity", "distance")
-    return {name: round(getattr(reading, name), 4) for name in names}
+    return {name: round(getattr(trial.scores, name), 4) for name in ("score", "edit", "identity", "distance")}

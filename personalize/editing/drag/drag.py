@@ -30,6 +30,7 @@ from personalize.editing.drag.attention import (
 from personalize.editing.drag.config import DEFAULTS, DragSettings
 from personalize.editing.drag.fill import attention_fill, bnni_fill, raw_attention_fill
 from personalize.editing.drag.mask import Cell, dilated, masks_per_handle, ratio_mask
+from personalize.editing.drag.points import Point
 from personalize.editing.drag.reading import read_sites
 from personalize.editing.drag.warp import (
     attention_ratio,
@@ -45,8 +46,6 @@ from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.randomness import generator
 from personalize.sampling.denoise import DenoisingHistory, Edit, LatentEdit, denoise, denoise_with_history
 from personalize.sampling.schedule import Schedule, Step, make_schedule
-
-Point = tuple[float, float]  # (x, y) in latent cells; a `Cell`, in contrast, is (row, column)
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ def drag(
     Args:
         latents: the encoded picture, (1, c, h, w).
         conditioning: one row, used for inversion and for sampling, without guidance.
+        handles, targets: (x, y) in latent cells; a `Cell`, in contrast, is (row, column).
         mask: the user's mask, boolean (h, w), True where things may move.
         visible: boolean (h, w), False where the picture was padded; padding never moves.
 

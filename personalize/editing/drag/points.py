@@ -7,7 +7,7 @@ from typing import Any
 
 from personalize.errors import UserError
 
-Point = tuple[float, float]
+Point = tuple[float, float]  # x, y
 Shape = tuple[Point, ...]
 
 

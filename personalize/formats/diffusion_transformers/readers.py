@@ -77,7 +77,7 @@ def through_diffusers(content: TensorFile, lora: TransformerLora) -> Reading:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Run the body without the messages of diffusers' converters, whose results are told instead."""
+    """Run the body without the messages of diffusers' converters, whose results are reported instead."""
     loggers = [logging.getLogger(f"diffusers.loaders.{name}") for name in ("lora_conversion_utils", "lora_pipeline")]
     with quiet_loading():
         for logger in loggers:

@@ -107,13 +107,13 @@ def _fitting(content: TensorFile, family: str) -> int:
 def model_of(file: SortedFile) -> tuple[str | None, list[str]]:
     """The released model whose layers have the shapes of all of the file's, and the layers that fit none.
 
-    The model is None where none fits all of them, or where the file has no layer whose shape tells.
+    The model is None where none fits all of them, or where the file has no LoRA whose shape could tell them apart.
     """
     fits = {title: [stem for stem, parts in file.parts.items() if not _fits(file.layer(stem), shapes, parts)]
             for title, shapes in models(file.family).items()}  # fmt: skip
     best = min(fits, key=lambda title: len(fits[title]))
-    told = any("A" in parts and "B" in parts for parts in file.parts.values())
-    return (best if told and not fits[best] else None), fits[best]
+    has_shapes = any("A" in parts and "B" in parts for parts in file.parts.values())
+    return (best if has_shapes and not fits[best] else None), fits[best]
 
 
 def _fits(layer: Layer, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Tensor]) -> bool:

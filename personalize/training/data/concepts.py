@@ -142,7 +142,7 @@ class ConceptDataset(Dataset):
     """Training batches for `MultiConceptObjective`; the subjects' tokens must be in `model` while they are made.
 
     side: of a square picture in pixels; pictures of other shapes have about as many pixels.
-    augment: show the picture also shrunk and zoomed in (see `views`).
+    augment: show the picture also shrunk and zoomed in (see `augmentation`).
     swap: probability that a prompt names the subjects in another order.
     random_flip: mirror every second sample.
     """
