@@ -1,7 +1,7 @@
-"""Drawing a marked picture again: the options in it, and whether the same files are at hand.
+"""`edit --from PICTURE`: draw a picture again by the options that it records, with the same files.
 
-`edit --from PICTURE` reads the options in a picture as if they stood in a YAML file: options on the command line take
-their place. What is named by a path is not in the picture, only its name and hash: it is given again, and compared.
+The options in a picture are read as if they stood in a YAML file: options on the command line take their place. What
+is named by a path is not in the picture, only its name and hash: it is given again, and compared.
 """
 
 from __future__ import annotations

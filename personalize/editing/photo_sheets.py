@@ -1,4 +1,4 @@
-"""Sheets of pictures that show an edit of a photo: before and after, where words look, where the photo may change."""
+"""Sheets of pictures that show an edit of a photo: before and after, attention of words, where it may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each word of a photo's description looks, before anything is edited."""
+"""The cross-attention map of each word of a photo's description, before anything is edited."""
 
 from __future__ import annotations
 

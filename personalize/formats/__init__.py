@@ -1,4 +1,4 @@
-"""Adapter files as they lie on a disk: read, judged, converted and checked, without a live adapter.
+"""Adapter files as they lie on a disk: read, judged, converted and checked, without loading an `Adapter`.
 
     adapter_folders           which folders are adapters, by names of files
     adapter_source            open what a person names: file, PEFT folder, shards, and what stands beside

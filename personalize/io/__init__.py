@@ -4,7 +4,7 @@
     output_folder  output folders are tried before the work;  locks: between processes
     numbering      names that are not taken
     plain_files    every file from outside is opened here: no pipe, no device, no more bytes than stated
-    json_files     the one door for JSON: parsed with limits, then checked by a schema
+    json_files     JSON, parsed with limits, then checked by a schema
     tables, yaml_files   CSV tables and YAML options, read with limits
     tensor_files   safetensors and JSON, read with every length checked
     pickles        pickled files: refused, or read for their tensors alone
@@ -14,7 +14,7 @@
     images         pictures to pixels and back
     provenance     that a model made a picture, and how;  content_credentials: signed (C2PA)
     figures        labelled grids, overlays and sheets
-    progress       how far a long loop is, told to whoever listens
+    progress       how far a long loop is, reported to a listener
     signals        a handler of those that end a process
 
 Imports: nothing.

@@ -1,4 +1,5 @@
-"""The one door for JSON from outside: it is parsed with limits here, and its types and ranges are checked by a schema.
+"""Read JSON that others have written: it is parsed with limits, and its types and ranges are checked by a schema.
+
 What is written for others to read has no number that JSON does not know.
 
 A schema is a class of msgspec, whose `convert` names the place of the first value that does not fit.

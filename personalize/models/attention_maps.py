@@ -1,4 +1,4 @@
-"""Cross-attention maps of the stage that stands for the papers' 16×16 maps (see `stage_side`).
+"""Record cross-attention maps at the resolution that stands for the papers' 16×16 maps (see `stage_side`).
 
 `InversionMaps` collects them during an inversion; `stage_attention` computes them for one step, with gradients.
 """

@@ -1,4 +1,4 @@
-"""Faster ways through a UNet whose results differ by rounding alone: context managers that leave no trace.
+"""Faster ways through a UNet whose results differ by rounding alone: context managers that restore it at the end.
 
     with fast_paths(unet):      # divisions by one are left out, and GEGLU is computed as two products
         unet(...)

@@ -1,4 +1,4 @@
-"""Memory: what is free on a device, what lives while code runs, and what an autoencoder allocates for a picture."""
+"""Memory: what is free on a device, the peak of the tensors in a block, and what an autoencoder takes for a picture."""
 
 from __future__ import annotations
 

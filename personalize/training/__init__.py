@@ -11,7 +11,7 @@
     data/                         pictures, captions and masks as samples
     pretraining/                  how the embedded model was made; no product code imports it
     saving, stopping              what is trained is saved, also elsewhere; signals to stop
-    finite                        updates that are not finite;  own_accelerator: one that leaves no trace in the process
+    finite                        updates that are not finite;  own_accelerator: of one run alone
     checks                        wrong options, found before torch is imported
     concept_maps                  where each concept's words attend
 

@@ -1,4 +1,4 @@
-"""An Accelerator that belongs to one run: on the model's own device, and without a trace in the process."""
+"""An Accelerator that belongs to one run: on the model's own device, with accelerate's global state left unchanged."""
 
 from __future__ import annotations
 

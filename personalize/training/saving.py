@@ -1,4 +1,4 @@
-"""Save what was trained: whatever fails or is asked for meanwhile, the adapter is on a disk."""
+"""Save a trained adapter, in another folder if the one that was named fails, and even if a signal arrives meanwhile."""
 
 from __future__ import annotations
 

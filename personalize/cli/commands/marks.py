@@ -1,4 +1,4 @@
-"""The marks of the pictures that the commands write, as their options ask."""
+"""What a command writes into its pictures besides pixels: the options, that a model made them, and a signature."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_PROVENANCE = (
 
 
 class PictureWriter:
-    """Turns the pictures of one command into the bytes of marked PNG files.
+    """Turns the pictures of one command into the bytes of PNG files that say how they were made.
 
     config: the command's options: `metadata`, `provenance`, `c2pa` and, for photos, `keep_exif`.
     photo: the file that was edited; None for pictures made from text.

@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt: an edit that looks where the source's words looked (Hertz et al., arXiv 2208.01626).
+"""Prompt-to-Prompt: an edit drawn with the attention maps of the source prompt (Hertz et al., arXiv 2208.01626).
 
     control      attention of the source for the target
     alignment    which tokens of two prompts correspond
