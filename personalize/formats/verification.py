@@ -157,10 +157,8 @@ def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, e
         for component, part in parts.items():
             for name, layer in part.named_modules():
                 if is_lora_layer(layer):
-                    nested = component == "unet" or name.startswith("text_model.")
                     a, b = (side["verify"].weight.detach().cpu() for side in (layer.lora_A, layer.lora_B))  # pyright: ignore
-                    path_in_file = name if nested else f"text_model.{name}"
-                    loaded[f"{component}.{path_in_file}"] = (a, b, layer.scaling["verify"])
+                    loaded[_module(component, name)] = (a, b, layer.scaling["verify"])
     except Exception as error:  # an error of the loader, of whatever type, is a result and not a failure of the check
         reason = " ".join(str(error).split())[:200]
         return FileReport(f"{path.name} through diffusers", 0, len(expected), 0.0, "", (f"cannot be loaded: {reason}",))
@@ -169,14 +167,18 @@ def compare_through_diffusers(path: Path, model: StableDiffusion | EmptyModel, e
     return compare(f"{path.name} through diffusers", loaded, [], expected)
 
 
+def _module(component: str, path: str) -> str:
+    """The name in files of the layer at `path`, where newer versions of transformers leave out `text_model.`."""
+    nested = component == "unet" or path.startswith("text_model.")
+    return f"{component}.{path}" if nested else f"{component}.text_model.{path}"
+
+
 def _misfit(parts: Mapping[str, Any], factors: Factors) -> str:
     """The first module whose ΔW has not the sides of its layer in the model's `parts`; "" if all fit."""
     sides = {}
     for component, part in parts.items():
         for path, layer in adaptable_layers(part):
-            nested = component == "unet" or path.startswith("text_model.")
-            full_path = f"{component}.{path if nested else f'text_model.{path}'}"
-            sides[full_path] = (len(layer.weight), layer.weight[0].numel())
+            sides[_module(component, path)] = (len(layer.weight), layer.weight[0].numel())
     for module, (a, b, _) in factors.items():
         if module in sides and sides[module] != (len(b), a[0].numel()):
             return f"is not loaded: module {module} changes {(len(b), a[0].numel())}, the base has {sides[module]}"
