@@ -18,7 +18,7 @@ from personalize.formats import lora_files
 from personalize.formats.lora_files import factor_pairs
 from personalize.io.atomic import write_file
 from personalize.io.tensor_files import read_tensors, tensor_bytes
-from tests.support.lora_predictions import through_loader
+from tests.support.lora_predictions import difference, through_loader
 from tests.support.lora_states import (
     ATTENTION,
     EVERYTHING,
@@ -38,10 +38,6 @@ CLOSE_FP16 = 5e-3  # both factors rounded to 2⁻¹¹
 
 def KEYS(path):
     return path.endswith(("attn2.to_k", ".conv1"))
-
-
-def difference(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def through_peft(name, folder):

@@ -17,16 +17,13 @@ from personalize.formats import original_checkpoint
 from personalize.models import loading
 from personalize.models.loading import checkpoint_kind
 from personalize.models.stable_diffusion import StableDiffusion
+from tests.support.lora_predictions import difference
 from tests.support.lora_states import EVERYTHING, paths, predict, predict_with_delta, random_lora, text_lora
 from tests.support.tiny import tiny, tiny_folder
 
 CLOSE = 1e-5  # of the output's scale: merged weights and a LoRA branch add the same products in another order, in fp32
 CLOSE_FP16 = 1e-2  # every weight rounded to 2⁻¹¹, through twenty-odd layers
 KINDS = {"sd1": "sd15", "sd2v": "sd21v", "sdxl": "sdxl"}
-
-
-def difference(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def with_attention(model):

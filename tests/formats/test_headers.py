@@ -17,7 +17,8 @@ from personalize.formats.verification import verify_file
 from personalize.io.tensor_files import read_tensors
 from tests.formats.diffusion_transformers.test_files import BLOCK, write
 from tests.formats.test_conversion import assert_same, convert, deltas
-from tests.support.foreign_files import delta, diffusers, kohya, modules, save, small_state
+from tests.support.adapter_kinds import truth
+from tests.support.foreign_files import diffusers, kohya, modules, save, small_state
 from tests.support.lora_states import random_adapter
 from tests.support.tiny import tiny
 
@@ -25,10 +26,6 @@ from tests.support.tiny import tiny
 @pytest.fixture(scope="module")
 def state():
     return small_state("sd1", want=lambda path: path.startswith("mid_block.") and ".attn" in path)
-
-
-def truth(state, strength=1.0):
-    return {module: delta(a, b, strength) for module, (a, b) in modules(state).items()}
 
 
 @pytest.mark.parametrize("header", [{"network_alpha": "None"}, {"alpha": "?"}, {"alpha": "2", "lora_alpha": "3"}])

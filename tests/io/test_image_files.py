@@ -17,12 +17,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from personalize.errors import Notice, UserError
 from personalize.io.image_files import MIN_SIDE, NotAnImage, as_rgb, check_image, load_image, notice_transparency
 from personalize.io.images import psnr, to_pixels
-from tests.support.picture_files import saved
-
-
-def gradient(width: int = 48, height: int = 32) -> Image.Image:
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+from tests.support.picture_files import gradient, saved
 
 
 def png_header(width: int, height: int) -> bytes:

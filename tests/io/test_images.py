@@ -15,11 +15,7 @@ from personalize.io.images import fitted_pixels, fitted_size, psnr, to_image, to
 from personalize.models.image_processor import as_image
 from personalize.training.data.buckets import fit
 from personalize.training.data.concepts import ConceptPicture
-
-
-def gradient(width: int = 48, height: int = 32) -> Image.Image:
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+from tests.support.picture_files import gradient
 
 
 @pytest.mark.parametrize("size", [(512, 512), (4000, 3000), (3000, 4000), (1920, 1080), (700, 2000), (100, 1000)])
