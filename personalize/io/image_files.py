@@ -26,6 +26,7 @@ HEIF_HINT = "HEIC needs a package more: pip install 'personalize[heic]', or save
 MIN_SIDE = 16  # px
 MAX_PIXELS = 150_000_000  # 450 MB decoded; checked against the file's header before anything is decoded
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # raised by Pillow's decoders
+_TIFF_SIZE = (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)  # as stored, before it is turned
 _CHANNELS = {"RGB": "RGB ", "RGBX": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # mode: colour space of a profile that fits
 _png_limit = threading.Lock()
 
@@ -89,7 +90,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         except DAMAGED:
             turned = False
-        return (image.height, image.width) if turned else image.size
+        tags = getattr(image, "tag_v2", None)  # a TIFF has its size turned already; not in older Pillow
+        width, height = image.size if tags is None else (tags[name] for name in _TIFF_SIZE)
+        return (height, width) if turned else (width, height)
 
 
 def notice_transparency(path: str | Path) -> None:
