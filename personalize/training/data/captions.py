@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,35 @@ def find_caption(
 
 
 def no_caption(picture: str | Path, column: str) -> UserError:
-    """The error of a picture of a folder or data set that has no caption, neither in `column` nor elsewhere."""
+    """The error of a picture of a folder that has no caption, neither in `column` nor elsewhere."""
     return UserError(
         f"{picture} has no caption: pass --caption 'a photo of …' for all, or put one each into a .txt file beside "
         f"it, into column {column!r} of metadata.jsonl, or name a --caption_model"
     )
+
+
+def no_caption_in_row(picture: str, row: Mapping[str, Any], column: str) -> UserError:
+    """The error of a picture of a data set whose `row` has no caption."""
+    return UserError(
+        f"{picture} has no caption in column {column!r}; the data set's columns are {', '.join(row)}: name one with "
+        "--caption_column, pass --caption 'a photo of …' for all, or name a --caption_model"
+    )
+
+
+def row_caption(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The caption in `column` of a data set's row, on one line; "" if there is none.
+
+    Raises:
+        UserError: the column holds something else than words, e.g. a list of captions or the number of a class.
+    """
+    value = row.get(column)
+    if value is not None and not isinstance(value, str):
+        shown = repr(value)
+        raise UserError(
+            f"{where}: {column} holds {shown[:80]}{'…' * (len(shown) > 80)}, expected the caption in words: name "
+            "another --caption_column"
+        )
+    return " ".join((value or "").split())
 
 
 def folder_caption(image: FolderImage, column: str) -> str | None:

@@ -31,7 +31,7 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.denoise import Edit, sample
 from personalize.sampling.schedule import make_schedule
 from personalize.training.checks import check_class_image_count
-from personalize.training.data.captions import folder_caption
+from personalize.training.data.captions import folder_caption, row_caption
 from personalize.training.data.concepts import ClassImage
 from personalize.training.data.images import decode_cell, load_rows
 
@@ -93,12 +93,12 @@ def from_dataset(
     name: a hub id, or a local folder that `datasets.load_dataset` reads.
 
     Raises:
-        UserError: the data set cannot be loaded, or lacks the image column.
+        UserError: the data set cannot be loaded, lacks the image column, or has captions that are no words.
     """
     rows = islice(load_rows(f"class_dataset_name {name}", image_column, path=name), count)
     return [
-        ClassImage(" ".join(str(row.get(caption_column) or class_prompt).split()), decode_cell(row[image_column], name))
-        for row in rows
+        ClassImage(row_caption(row, caption_column, where) or class_prompt, decode_cell(row[image_column], where))
+        for row, where in ((row, f"{name}, picture {number}") for number, row in enumerate(rows, 1))
     ]
 
 

@@ -24,8 +24,14 @@ from personalize.io.image_metadata import sidecar_caption
 from personalize.io.mask_files import as_mask, check_mask, load_mask, read_mask
 from personalize.io.plain_files import require_plain_tree
 from personalize.models.offline import without_network
-from personalize.training.data.captions import folder_caption, generate_caption, no_caption
-from personalize.training.data.sources import MASK_FILE, instance_places, named_pictures
+from personalize.training.data.captions import (
+    folder_caption,
+    generate_caption,
+    no_caption,
+    no_caption_in_row,
+    row_caption,
+)
+from personalize.training.data.sources import CAPTION_COLUMN, MASK_FILE, instance_places, named_pictures
 
 MASK_COLUMN = "mask"  # the column that 🤗 datasets makes of it
 
@@ -62,9 +68,13 @@ def read_training_images(config: Any) -> list[TrainingImage]:
         return load_pictures(named_pictures(places, config, masks), config)
     if masks:
         raise UserError("instance_mask is for files and folders: in a data set, give a column 'mask' of pictures")
-    where = config.dataset_name
-    rows = load_rows(where, config.image_column, path=where)
-    return [_from_row(row, f"{where}, picture {number}", config) for number, row in enumerate(rows, 1)]
+    where, column = config.dataset_name, config.caption_column
+    rows = enumerate(load_rows(where, config.image_column, path=where), 1)
+    named = [(row, f"{where}, picture {number}") for number, row in rows]
+    for row, name in named[:1]:  # all have the same columns; class pictures may have one that these have not
+        if column not in row and column != CAPTION_COLUMN and config.class_dataset_name is None:
+            raise no_caption_in_row(name, row, column)
+    return [_from_row(row, name, config) for row, name in named]
 
 
 def load_pictures(named: Sequence[FolderImage], config: Any) -> list[TrainingImage]:
@@ -78,10 +88,10 @@ def load_pictures(named: Sequence[FolderImage], config: Any) -> list[TrainingIma
 
 def _from_folder(named: FolderImage, config: Any) -> TrainingImage:
     image, mask = load_image(named.path), named.files.get(MASK_FILE)
-    words = folder_caption(named, config.caption_column)
-    return TrainingImage(
-        str(named.path), image, _caption(words, image, str(named.path), config), load_mask(mask) if mask else None
-    )
+    caption = _caption(folder_caption(named, config.caption_column), image, config)
+    if not caption:
+        raise no_caption(named.path, config.caption_column)
+    return TrainingImage(str(named.path), image, caption, load_mask(mask) if mask else None)
 
 
 def load_rows(where: str, *image_columns: str, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -139,17 +149,18 @@ def _from_row(row: Mapping[str, Any], name: str, config: Any) -> TrainingImage:
     """The picture in a row of a data set."""
     cell, mask = row[config.image_column], row.get(MASK_COLUMN)
     image = decode_cell(cell, name)
-    path = Path(cell["path"]) if cell.get("path") and cell.get("bytes") is None else None
-    words = " ".join(str(row.get(config.caption_column) or "").split()) or (sidecar_caption(path) if path else None)
+    path, column = Path(cell["path"]) if cell.get("path") and cell.get("bytes") is None else None, config.caption_column
+    words = row_caption(row, column, name) or (sidecar_caption(path) if path else None)
     decoded = None if mask is None else decode_cell(mask, f"the mask of {path or name}", mask=True)
-    return TrainingImage(str(path or name), image, _caption(words, image, str(path or name), config), decoded)
+    caption = _caption(words, image, config)
+    if not caption:
+        raise no_caption_in_row(str(path or name), row, column)
+    return TrainingImage(str(path or name), image, caption, decoded)
 
 
-def _caption(words: str | None, image: Image.Image, name: str, config: Any) -> str:
-    """The picture's own `words`, else the caption that the options give to all, else that of a captioning model."""
+def _caption(words: str | None, image: Image.Image, config: Any) -> str:
+    """The picture's own `words`, else the options' caption for all, else that of a captioning model; "" if none."""
     caption = " ".join((words or config.caption or "").split())
     if not caption and config.caption_model is not None:
         caption = generate_caption(image, config.caption_model)
-    if not caption:
-        raise no_caption(name, config.caption_column)
     return caption

@@ -12,7 +12,7 @@ from personalize.io.image_files import check_image_path
 from personalize.io.image_folders import FolderImage, ImageFolder, only_picture, read_folder
 from personalize.io.image_metadata import IMAGE_SUFFIXES, caption_file
 
-IMAGE_COLUMN = "image"  # the default of --image_column
+IMAGE_COLUMN, CAPTION_COLUMN = "image", "text"  # the defaults of --image_column and --caption_column
 MASK_FILE = "mask_file_name"  # the column of masks in a folder's metadata
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from personalize.cli.launch import load_script
 from personalize.errors import UserError
 from personalize.io.image_folders import FolderImage
+from personalize.training.data.class_images import from_dataset
 from personalize.training.data.images import TrainingImage, read_training_images
 from personalize.training.data.sources import MASK_FILE, with_masks
 
@@ -123,6 +124,31 @@ def test_a_caption_that_is_no_text_is_refused(folder: Path) -> None:
     tell(folder, {"file_name": "a.png", "text": 3}, {"file_name": "b.jpg"})
     with pytest.raises(UserError, match="line 1: text holds 3, expected the caption in words"):
         read(instance_data_dir=folder, caption="a pet")
+
+
+def test_captions_of_a_data_set_that_are_no_text_are_refused(folder: Path) -> None:
+    """A list of captions was learned as it is written, with brackets and quotes, and a class by its number."""
+    tell(folder, {"file_name": "a.png", "text": ["a cat", "a pet"]}, {"file_name": "b.jpg", "text": ["a dog"]})
+    said = r"picture 1: text holds \['a cat', 'a pet'\], expected the caption in words"
+    with pytest.raises(UserError, match=said):
+        read(dataset_name=str(folder))
+    with pytest.raises(UserError, match=said):
+        from_dataset(str(folder), "a pet", 2, image_column="image", caption_column="text")
+    tell(folder, {"file_name": "a.png", "text": 3}, {"file_name": "b.jpg", "text": 4})
+    with pytest.raises(UserError, match="picture 1: text holds 3, expected"):
+        read(dataset_name=str(folder), caption="a pet")
+
+
+def test_a_caption_column_that_a_data_set_lacks_is_named_with_those_that_it_has(folder: Path) -> None:
+    """The message sent the user to text files and metadata.jsonl; and with --caption nothing was said."""
+    tell(folder, {"file_name": "a.png", "prompt": "a cat"}, {"file_name": "b.jpg", "prompt": "a dog"})
+    with pytest.raises(UserError, match="no caption in column 'text'; the data set's columns are image, prompt: name"):
+        read(dataset_name=str(folder))
+    with pytest.raises(UserError, match="no caption in column 'promt'; the data set's columns are image, prompt: name"):
+        read(dataset_name=str(folder), caption_column="promt", caption="a pet")
+    assert [one.caption for one in read(dataset_name=str(folder), caption_column="prompt")] == ["a cat", "a dog"]
+    classes = {"caption_column": "words", "class_dataset_name": "x"}  # the column of the class pictures
+    assert [one.caption for one in read(dataset_name=str(folder), caption="a pet", **classes)] == ["a pet"] * 2
 
 
 def test_a_picture_that_no_row_names_takes_the_caption_of_all(folder: Path) -> None:
