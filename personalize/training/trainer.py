@@ -144,8 +144,7 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
         for report in run.steps():
             losses = report.values()
             accelerator.log(losses | {"learning_rate": report.learning_rates[0]}, step=report.update)
-            if stop.signal is not None and accelerator.is_main_process:
-                raise Stopped(stop.signal, f"stopped after {_saved_progress(config, run)}")
+            _obey(stop, config, run)
             if _due(report.update, config.checkpointing_steps):
                 _save_checkpoint(config, run)
             if config.validation_prompt and _due(report.update, config.validation_steps):
@@ -155,6 +154,13 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
                 break
         if run.best is not None and run.best.judged < run.update:
             validate(run, config, judge)
+        _obey(stop, config, run)  # a signal during the last pictures, which are drawn after the last update
+
+
+def _obey(stop: StopRequest, config: Any, run: TrainingRun) -> None:
+    """Stopped, once a checkpoint is saved, if a signal has arrived; the main process decides for all."""
+    if stop.signal is not None and run.accelerator.is_main_process:
+        raise Stopped(stop.signal, f"stopped after {_saved_progress(config, run)}")
 
 
 def _due(update: int, every: int | None) -> bool:

@@ -140,6 +140,23 @@ def test_a_signal_saves_a_checkpoint_after_the_update(run, number) -> None:
     assert run.saved == [(2, True), (3, False)]
 
 
+@pytest.mark.parametrize("update", [2, 4])
+def test_a_signal_while_pictures_are_drawn_is_obeyed_also_after_the_last_update(run, monkeypatch, update) -> None:
+    """After the last one it was forgotten: the adapter was saved, previewed and uploaded as if nobody had asked."""
+
+    def drawn(run: Any, *_: Any) -> None:
+        if run.update == update:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "validate", drawn)
+    settings = options(100)
+    settings.validation_prompt, settings.validation_steps = "a cat", 1
+    ended = min(update + 1, 4)
+    with pytest.raises(Stopped, match=f"stopped after {ended} of 4 updates: checkpoint-{ended} is saved, go on with"):
+        trainer.train(settings, run, "x")
+    assert run.saved == [(ended, False)]
+
+
 def test_without_checkpoints_an_interrupt_ends_at_once(run) -> None:
     run.signal, run.signal_at = signal.SIGINT, 3
     with pytest.raises(
