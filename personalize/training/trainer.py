@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from personalize.adapters import hub
 from personalize.adapters.adapter_files import check_target
@@ -121,6 +121,7 @@ def train(config: Any, run: TrainingRun, name: str, watch: Watcher | None = None
     With a `judge`, the run keeps the weights whose validation pictures score best, see `TrainingRun.kept_adapter`.
     """
     accelerator = run.accelerator
+    check_same_data(run.metadata(), accelerator)
     if judge is not None:
         run.keep_best(judge.about)
     _resume(config, run)
@@ -228,6 +229,23 @@ def output_folder(path: Path) -> Iterator[None]:
     stopped = f"stopped before or after the updates: nothing in {path} is half-written; the same command begins anew"
     with folder_lock(path), said_if_stopped(stopped):
         yield
+
+
+def check_same_data(about: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """UserError, on every process, unless all of a launch have the base, pictures and captions of a run's metadata.
+
+    Processes on several machines read files of their own, and the updates would be those of a mixture.
+    """
+    if accelerator.num_processes == 1:
+        return
+    own = {name: about.get(name) for name in ("size", "caption", "captions", "data_sha256")}
+    first, *others = gather_object([own | {"base": about["base"].get("sha256")}])
+    for process, other in enumerate(others, 1):
+        if differing := [name for name in first if other[name] != first[name]]:
+            raise UserError(
+                f"process {process} has {checkpoints.IN_WORDS[differing[0]]} than process 0, though all share each "
+                "update: copy the same files to every machine, or use a shared folder"
+            )
 
 
 def _resume(config: Any, run: TrainingRun) -> None:

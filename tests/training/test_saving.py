@@ -102,6 +102,9 @@ def test_the_space_of_the_adapter_and_its_checkpoints(monkeypatch, every, limit,
 class Run(SimpleNamespace):
     """A run of four updates, which sends a signal in one of them, and records its checkpoints."""
 
+    def metadata(self):
+        return {}
+
     def steps(self):
         for self.update in range(1, 5):
             if self.update == self.signal_at:
@@ -117,7 +120,7 @@ class Run(SimpleNamespace):
 
 @pytest.fixture
 def run(monkeypatch) -> Any:
-    for name in ("_resume", "check_space_for", "estimate", "check_fits"):
+    for name in ("check_same_data", "_resume", "check_space_for", "estimate", "check_fits"):
         monkeypatch.setattr(trainer, name, lambda *_: None)
     accelerator = SimpleNamespace(
         is_main_process=True, is_local_main_process=False, num_processes=1, log=lambda *_, **__: None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -11,6 +13,7 @@ from accelerate import Accelerator
 from personalize.errors import UserError
 from personalize.training import checkpoints
 from personalize.training.data.class_images import BATCH, METADATA, from_base
+from personalize.training.trainer import check_same_data
 from tests.support.children import run_processes
 from tests.support.tiny import tiny_sd1
 from tests.training.test_checkpoints import checkpoint
@@ -40,6 +43,29 @@ def test_a_machine_that_lacks_it_says_so_and_all_stop(tmp_path: Path) -> None:
         assert str(result["error"]).startswith("process 1: no checkpoint at checkpoint-2"), result
     results = run_processes(lambda rank: found(tmp_path / "nowhere", "latest"), 2)
     assert results == [{"update": None}, {"update": None}]
+
+
+DATA = {"size": [64, 64], "caption": "a cat", "data_sha256": "ab", "base": {"name": "sd15", "sha256": "cd"}}
+
+
+def told(about: Mapping[str, Any]) -> list[str]:
+    try:
+        check_same_data(about, Accelerator(cpu=True))
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def test_machines_with_other_pictures_are_refused_on_all(tmp_path: Path) -> None:
+    """They trained one adapter on both."""
+    other = {"data_sha256": "ef"}, {"captions": ["a", "b"]}, {"base": {"name": "sd15", "sha256": "gh"}}
+    said = "other pictures, masks or captions", "other captions", "another base model"
+    for difference, words in zip(other, said, strict=True):
+        first, second, third = run_processes(lambda rank, new=difference: told(DATA | (new if rank == 1 else {})), 3)
+        assert first == second == third
+        assert first[0].startswith(f"process 1 has {words} than process 0")
+    moved = {"base": {"name": "a copy", "sha256": "cd"}}
+    assert run_processes(lambda rank: told(DATA | (moved if rank else {})), 2) == [[], []]
 
 
 def test_class_pictures_are_drawn_by_all_and_are_those_of_one(tmp_path: Path) -> None:
