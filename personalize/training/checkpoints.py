@@ -164,23 +164,23 @@ def find_together(
     """`find` for a group of processes that may not share a disk: the main process decides, and all load the same one.
 
     Raises:
-        UserError, on every process: one of them lacks that checkpoint, or has a damaged one.
+        UserError, on every process: that of `find` on the main one; or another lacks that checkpoint.
     """
     if accelerator.num_processes == 1:
         return find(output_dir, resume_from, metadata)
-    checkpoint, problem = None, None
-    if accelerator.is_main_process:
-        checkpoint, problem = _attempt(lambda: find(output_dir, resume_from, metadata))
+    main = accelerator.is_main_process
+    checkpoint, problem = _attempt(lambda: find(output_dir, resume_from, metadata)) if main else (None, None)
     decided: list[Any] = [(None, "", problem) if checkpoint is None else (checkpoint.update, checkpoint.name, problem)]
     broadcast_object_list(decided)
     update, latest, problem = decided[0]
-    if problem is None and update is not None and not accelerator.is_main_process:
+    if problem is not None:
+        raise UserError(problem)
+    if update is not None and not main:
         name = latest if resume_from == "latest" else resume_from
         checkpoint, problem = _attempt(lambda: find(output_dir, name))
         if checkpoint is not None and checkpoint.update != update:
             problem = f"the checkpoint {name} has {checkpoint.update} updates, that of the main process {update}"
-    problems = gather_object([problem])
-    for process, text in enumerate(problems):
+    for process, text in enumerate(gather_object([problem])):
         if text is not None:
             raise UserError(f"process {process}: {text}; copy the checkpoint to every machine, or use a shared folder")
     return checkpoint

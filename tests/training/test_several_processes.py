@@ -45,6 +45,23 @@ def test_a_machine_that_lacks_it_says_so_and_all_stop(tmp_path: Path) -> None:
     assert results == [{"update": None}, {"update": None}]
 
 
+def test_what_the_main_process_refuses_is_said_as_by_one_process_alone(tmp_path: Path) -> None:
+    """It advised to copy a checkpoint that was of other settings, or that did not exist."""
+    checkpoints.save(tmp_path, checkpoint(2))
+
+    def refused(rank: int) -> list[str]:
+        said = []
+        for name, metadata in (("checkpoint-3", None), ("latest", {"rank": 16})):
+            try:
+                checkpoints.find_together(tmp_path, name, Accelerator(cpu=True), metadata)
+            except UserError as error:
+                said.append(str(error))
+        return said
+
+    alone, (first, second) = run_processes(refused, 1)[0], run_processes(refused, 2)
+    assert first == second == alone and len(alone) == 2
+
+
 DATA = {"size": [64, 64], "caption": "a cat", "data_sha256": "ab", "base": {"name": "sd15", "sha256": "cd"}}
 
 
