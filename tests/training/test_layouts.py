@@ -91,7 +91,10 @@ def test_a_layout_that_cannot_keep_the_size_is_refused_with_those_that_can() -> 
     assert "5 × 1, 1 × 5," in said and "--samples_per_update 8" in said
     with pytest.raises(UserError, match="use 10 × 1, 5 × 2|= 10 × 1, 5 × 2, 2 × 5, 1 × 10"):
         SampleShard.of(config)
-    assert SampleShard.of(replace(config, gradient_accumulation_steps=5)).accumulation == 5
+    whole = replace(config, gradient_accumulation_steps=5)
+    assert SampleShard.of(whole).accumulation == 5
+    # a run of less than one update was refused, as if samples_per_update, which is 10 as it must be, were 4
+    assert SampleShard.of(replace(whole, max_train_samples=4)) == SampleShard(4, 2)
 
 
 def test_a_sample_is_instance_or_class_by_its_number_in_the_run(model: StableDiffusion) -> None:

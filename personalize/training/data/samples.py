@@ -56,11 +56,11 @@ class SampleShard:
                 another number.
         """
         batch, steps = config.train_batch_size, config.gradient_accumulation_steps
-        # a run of fewer samples than an update has is one update of them all
         samples = config.update_samples(processes)
-        samples = min(samples, getattr(config, "max_train_samples", None) or samples)
         if None not in (steps, config.samples_per_update) and batch * steps * processes != samples:
             raise UserError(_misfit(samples, batch, steps, processes))
+        # a run of fewer samples than an update has is one update of them all
+        samples = min(samples, getattr(config, "max_train_samples", None) or samples)
         return SampleShard(samples, batch, process, processes)
 
     def __str__(self) -> str:
