@@ -19,7 +19,7 @@ import tyro
 from personalize.errors import UserError, said_if_stopped
 from personalize.models.config import BaseModelOptions
 from personalize.training.config import SingleImageConfig, extract_config
-from personalize.training.run_options import PriorPreservationOptions
+from personalize.training.run_options import ONE_CLASS_SOURCE, PriorPreservationOptions
 
 if TYPE_CHECKING:
     from personalize.models.stable_diffusion import StableDiffusion
@@ -44,6 +44,8 @@ class Config(SingleImageConfig, PriorPreservationOptions, BaseModelOptions):
     """Rows of one picture size that are trained in one batch; faster where `train_batch_size` is small."""
     preview_steps: int = 0
     """Denoising steps of the reconstruction that each model card shows and measures; 0 draws none."""
+
+    replaces = SingleImageConfig.replaces | ONE_CLASS_SOURCE
 
     def check(self) -> None:
         from personalize.io.output_folder import check_output_folder

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from personalize.training.config import MultiConceptConfig, extract_config
-from personalize.training.run_options import PriorPreservationOptions, RunOptions
+from personalize.training.run_options import ONE_CLASS_SOURCE, PriorPreservationOptions, RunOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +50,8 @@ class Config(MultiConceptConfig, PriorPreservationOptions, RunOptions):
     """How many class pictures to use, or to let the base draw."""
     attention_maps: bool = False
     """Also write a picture of each token's and class phrase's attention, before and after training."""
+
+    replaces = MultiConceptConfig.replaces | ONE_CLASS_SOURCE
 
     def check(self) -> None:
         from personalize.training.checks import check_multi_concept

@@ -17,7 +17,7 @@ import tyro
 
 from personalize.errors import UserError
 from personalize.training.config import SingleImageConfig, extract_config
-from personalize.training.run_options import PriorPreservationOptions, RunOptions
+from personalize.training.run_options import ONE_CLASS_SOURCE, PriorPreservationOptions, RunOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +50,8 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     """Pictures are fitted to about resolution² pixels, aspect ratio kept; the base's own if not given."""
     max_train_steps: int | None = None
     """Updates to make; overrides the numbers of samples."""
+
+    replaces = SingleImageConfig.replaces | ONE_CLASS_SOURCE | {"max_train_samples": "max_train_steps"}
 
     def check(self) -> None:
         from personalize.training.checks import check_single_image

@@ -18,10 +18,10 @@ from personalize.io.image_folders import read_folder
 from personalize.io.numbering import folded, windows_refuses
 from personalize.io.tables import MORE, SURPLUS, place_of, read_table
 from personalize.training.catalogue_results import FAILED, RESULTS, outcome
-from personalize.training.checks import check_packages
+from personalize.training.checks import check_class_source, check_packages
 from personalize.training.config import SingleImageConfig
 from personalize.training.data.sources import named_pictures
-from personalize.training.run_options import PriorPreservationOptions
+from personalize.training.run_options import ONE_CLASS_SOURCE, PriorPreservationOptions
 
 OWN_COLUMNS = ("image", "mask", "caption", "name")
 SEPARATOR = "|"  # between the pictures, masks or captions of one cell
@@ -132,8 +132,11 @@ def _item(
     if own.keys() & {"class_data_dir", "class_dataset_name"}:
         own = {"with_prior_preservation": True} | own
     own |= _places(folder, own)
-    shared: dict[str, Any] = {one.name: getattr(common, one.name) for one in fields(PriorPreservationOptions)} | own
+    others = dict.fromkeys(ONE_CLASS_SOURCE[name] for name in own.keys() & ONE_CLASS_SOURCE)
+    common_to_all = {one.name: getattr(common, one.name) for one in fields(PriorPreservationOptions)}
+    shared: dict[str, Any] = common_to_all | others | own
     sources = RowSources(picture=pictures, mask=masks, **shared)
+    check_class_source(sources)
     return Item(line, name, _captioned(sources, row.get("caption") or ""), options, tuple(_remarks(sources)))
 
 

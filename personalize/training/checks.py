@@ -147,6 +147,7 @@ def check_class_images(config: Any) -> None:
     """Check the folder of class pictures, and say which options about class pictures have no effect."""
     if config.with_prior_preservation:
         check_class_image_count(config.num_class_images)
+        check_class_source(config)
         if config.class_data_dir is not None:
             _report(read_folder(config.class_data_dir))
         return
@@ -156,6 +157,15 @@ def check_class_images(config: Any) -> None:
             "without --with_prior_preservation no class pictures are used, so that nothing comes of "
             f"{' and '.join(given)}", Notice, stacklevel=2,
         )  # fmt: skip
+
+
+def check_class_source(options: Any) -> None:
+    """UserError if the options name two sources of class pictures, one of which would not be read."""
+    if None not in (options.class_data_dir, options.class_dataset_name):
+        raise UserError(
+            f"class pictures come from one place, got class_data_dir {options.class_data_dir} and class_dataset_name "
+            f"{options.class_dataset_name}: leave one out"
+        )
 
 
 def _report(folder: ImageFolder) -> None:

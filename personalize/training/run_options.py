@@ -53,6 +53,10 @@ class RunOptions(BaseModelOptions):
     """The picture shows a recognisable person: the card says so, and asks for consent."""
 
 
+# an option given: what a file says of the other, see `cli.parser`
+ONE_CLASS_SOURCE = {"class_data_dir": "class_dataset_name", "class_dataset_name": "class_data_dir"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PriorPreservationOptions:
     """Options of prior preservation: class pictures, which keep the class word's meaning during training."""

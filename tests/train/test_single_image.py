@@ -188,6 +188,10 @@ def test_a_trigger_must_be_in_the_captions_that_are_learned(dogs: Path) -> None:
         (["--mask_weight", "2"], "mask_weight is a fraction from 0 to 1"),
         (["--validation_prompt", "a cat", "--num_validation_images", "0"], "num_validation_images is 0: give a number"),
         (["--text_encoder_lr", "1e-5"], "text_encoder_lr needs --train_text_encoder"),
+        (
+            ["--with_prior_preservation", "--class_prompt=x", "--class_data_dir=.", "--class_dataset_name=o/x"],
+            "class pictures come from one place, got --class_data_dir . and --class_dataset_name o/x",
+        ),
         (["--class_image_steps", "0"], "class_image_steps is 0: give a number from 1"),
         (["--learning_rte", "1"], "did you mean --learning_rate"),
     ],
@@ -236,6 +240,20 @@ def test_accumulation_in_a_file_takes_the_place_of_a_presets_update(tmp_path: Pa
     files = ["--config", str(ROOT / "configs/embedded/single_image.yaml"), "--config", str(tmp_path / "own.yaml")]
     config = parse(SCRIPT.Config, ["dogs", *files], prog="single_image")
     assert config.samples_per_update is None and SampleShard.of(config).samples == 8
+
+
+def test_an_option_takes_the_place_of_what_a_file_says_in_another(tmp_path: Path) -> None:
+    """A number of samples on the command line gave way to the updates of a file, a data set to its folder."""
+    (tmp_path / "own.yaml").write_text("max_train_steps: 7\nclass_data_dir: cats\n")
+    line = ["dogs", "--config", str(tmp_path / "own.yaml")]
+    given = ["--max_train_samples", "60", "--class_dataset_name", "owner/cats"]
+    config = parse(SCRIPT.Config, [*line, *given], prog="single_image")
+    assert SCRIPT.training_config(config).max_train_samples == 60
+    assert (config.class_data_dir, config.class_dataset_name) == (None, "owner/cats")
+    plain = parse(SCRIPT.Config, [*line, "--samples_per_update", "4"], prog="single_image")
+    assert SCRIPT.training_config(plain).max_train_samples == 28 and plain.class_data_dir == Path("cats")
+    steps = parse(SCRIPT.Config, [*line, "--max_train_steps", "3"], prog="single_image")
+    assert SCRIPT.training_config(steps).max_train_samples == 30
 
 
 def test_no_picture_is_an_error() -> None:

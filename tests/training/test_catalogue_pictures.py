@@ -9,6 +9,7 @@ from personalize.adapters.adapter import Adapter
 from personalize.training import catalogue
 from personalize.training.catalogue import Catalogue
 from personalize.training.catalogue_table import read_items
+from personalize.training.run_options import PriorPreservationOptions
 from tests.support.catalogues import SHORT, learned, table
 from tests.support.tiny import tiny
 
@@ -95,6 +96,17 @@ def test_places_of_class_pictures_are_relative_to_the_table(studio, monkeypatch)
     shared, before = Catalogue(studio / "out", SHORT), Catalogue(studio / "out", SHORT).row_hash(items[0])
     Image.new("RGB", (64, 96), "navy").save(studio / "cats" / "any.png")
     assert shared.row_hash(items[0]) != before
+
+
+def test_a_rows_own_place_of_class_pictures_takes_the_place_of_the_common_one(studio):
+    """A row's class_dataset_name was not read beside a common class_data_dir."""
+    header = "image,caption,name,class_prompt,class_data_dir,class_dataset_name"
+    lines = ("mug/front.png,a cat,a,a cat,,owner/cats", "mug/front.png,a cat,b,a cat,,", "mug,a cat,c,a cat,cats,x")
+    common = PriorPreservationOptions(with_prior_preservation=True, class_data_dir=studio / "cats")
+    items, (refused,) = read_items(table(studio, *lines, header=header), SHORT, common)
+    places = [(item.sources.class_data_dir, item.sources.class_dataset_name) for item in items]
+    assert places == [(None, "owner/cats"), (studio / "cats", None)]
+    assert "class pictures come from one place, got class_data_dir" in refused["reason"]
 
 
 def test_masks_within_the_folder_are_not_pictures_to_learn(studio, capsys):
