@@ -67,7 +67,6 @@ def main(config: Config) -> Path:
     Raises:
         UserError: some rows failed; raised when all the others are finished.
     """
-    from accelerate import Accelerator
     from accelerate.utils import parse_choice_from_env
 
     from personalize.training import distributed
@@ -90,7 +89,7 @@ def main(config: Config) -> Path:
     processes = distributed.join_process_group()
 
     def load() -> StableDiffusion:
-        return load_base(config, Accelerator(mixed_precision=precision))
+        return load_base(config, distributed.accelerator_of(precision))
 
     stopped = f"stopped: finished adapters are in {config.output_dir}, the same command learns the other rows"
     with said_if_stopped(stopped):

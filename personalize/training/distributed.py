@@ -1,4 +1,4 @@
-"""The processes of a distributed launch, when each trains adapters of its own and they only divide the work."""
+"""The processes of a distributed launch: what each is started with, and their work where each trains its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_choice_from_env, parse_flag_from_env
+
+from personalize.errors import UserError
 
 TIMEOUT = timedelta(days=30)  # how long a process may wait for the slowest one
+SHARDING = {  # what `accelerate launch` may be set to, by the variable that it sets
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}  # fmt: skip
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 ValueT = TypeVar("ValueT")
 
@@ -33,12 +39,40 @@ class ProcessGroup:
         return values
 
 
+def check_launcher() -> None:
+    """UserError if `accelerate launch` is to divide the model among its processes: here each has the whole base."""
+    for variable, name in SHARDING.items():
+        if parse_flag_from_env(variable):
+            raise UserError(
+                f"accelerate launch is set to {name}, which divides a model among processes, and here each has the "
+                "whole base: give it another --config_file, e.g. configs/accelerate/2_gpu.yaml"
+            )
+
+
+def accelerator_of(precision: str | None, **settings: Any) -> Accelerator:
+    """An Accelerator of the mixed `precision`, if None that of `accelerate launch`, with these further `settings`.
+
+    Raises:
+        UserError: the precision does not work here, or the launcher is set to divide the model.
+    """
+    check_launcher()
+    try:
+        return Accelerator(mixed_precision=precision, **settings)
+    except ValueError as error:  # e.g. bf16 on an old GPU, fp8 without a package for it
+        asked = precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+        raise UserError(f"--mixed_precision {asked} does not work here: {error}") from None
+
+
 def join_process_group() -> ProcessGroup:
     """Connect to the other processes of this launch, on one machine or several, but let Accelerate train in one alone.
 
     Accelerate makes the process group and picks the device.  An `Accelerator` made afterwards belongs to a run of one
     process, so that every process can train adapters of its own.
+
+    Raises:
+        UserError: the launcher is set to divide the model.
     """
+    check_launcher()
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.accelerator.device_count() == 0
     state = PartialState(cpu=cpu, timeout=TIMEOUT)
     group = ProcessGroup(state.process_index, state.num_processes)

@@ -24,7 +24,7 @@ from personalize.training import checkpoints
 from personalize.training.best_weights import Judge
 from personalize.training.cuda_graph import check_capturable
 from personalize.training.data.samples import SampleShard
-from personalize.training.distributed import TIMEOUT
+from personalize.training.distributed import TIMEOUT, accelerator_of
 from personalize.training.loop import StepReport
 from personalize.training.memory_advice import check_fits
 from personalize.training.memory_estimate import estimate
@@ -43,19 +43,16 @@ def make_accelerator(config: Any) -> Accelerator:
     Its `mixed_precision` is that of the options, or if they give none, that of `accelerate launch`.
 
     Raises:
-        UserError: a tracker that is not installed, a precision that the device does not support, a checkpoint or a hub
-            repository that does not exist or cannot be used.
+        UserError: a tracker that is not installed, a launcher that divides the model, a precision that the device does
+            not support, a checkpoint or a hub repository that does not exist or cannot be used.
     """
     check_tracker(config.report_to)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=config.report_to,
-            project_dir=str(config.output_dir / config.logging_dir),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],  # torch's ten minutes are too short to draw in
-        )
-    except ValueError as error:  # e.g. bf16 on an old GPU
-        raise UserError(f"--mixed_precision {config.mixed_precision} does not work here: {error}") from None
+    accelerator = accelerator_of(
+        config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=str(config.output_dir / config.logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],  # torch's ten minutes are too short to draw in
+    )
     checkpoints.find_together(config.output_dir, config.resume_from_checkpoint, accelerator)
     _check_precision(accelerator)
     SampleShard.of(config, accelerator.process_index, accelerator.num_processes)  # raises if the layout cannot work

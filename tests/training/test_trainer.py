@@ -16,7 +16,7 @@ from personalize.cli.launch import load_script
 from personalize.cli.main import main
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
-from personalize.training import checks, trainer
+from personalize.training import checks, distributed, trainer
 from personalize.training.data import class_images
 from personalize.training.run_options import RunOptions
 from personalize.training.trainer import check_tracker, make_accelerator
@@ -123,6 +123,37 @@ def test_the_launchers_precision_counts_unless_the_option_is_given(
 
     dtype = "torch.bfloat16" if precision == "bf16" else "torch.float32"
     assert in_child(started)[0] == [precision, dtype]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "accelerate launch is set to DeepSpeed, which divides a model"),
+        ("ACCELERATE_USE_FSDP", "true", "accelerate launch is set to FSDP, which divides a model"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "--mixed_precision fp8 does not work here: "),
+    ],
+)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_the_launcher_is_set_to_and_does_not_work_is_one_line(
+    variable: str, value: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP and DeepSpeed were faults in the midst of it, and of fp8 it was said that None does not work."""
+    monkeypatch.setenv(variable, value)
+
+    def refused() -> list[str]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        script = load_script(Path(__file__).parents[2] / "train" / "single_image.py")
+        said = []
+        for start in (lambda: make_accelerator(script.Config(output_dir=tmp_path)), distributed.join_process_group):
+            try:
+                start()
+            except UserError as error:
+                said.append(str(error))
+        return said
+
+    single, *catalogue = in_child(refused)[0]
+    assert single.startswith(says) and all(said == single for said in catalogue)
+    assert len(catalogue) == (value == "true")  # a catalogue makes its Accelerators later
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"), reason="needs a machine without fp16")
