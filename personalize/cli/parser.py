@@ -166,8 +166,7 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
     """The keys and values of the YAML file `path`; UserError for an unknown key or a switch that is no truth value."""
     types = option_types(config)
     texts = {name for name, hint in types.items() if _is_text(hint)}
-    found = read_options(path, lambda name: _field_name(name, config) in texts)
-    content = {_field_name(key, config): value for key, value in found.items()}
+    content = read_options(path, texts.__contains__, lambda name: _field_name(name, config))
     if "config" in content and "config" not in types:
         raise UserError(f"{path}: a file cannot name other files: write --config several times on the command line")
     _check_names(content, config, f"key in {path}:")

@@ -7,7 +7,7 @@ text everywhere.  Anchors and aliases, by which a few bytes can stand for millio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ class _Loader(yaml.SafeLoader):
     """Reads the types of `TYPES` alone, without aliases, and no name twice.
 
     is_text: whether the option of a name is text, in which no number and no yes or no is looked for.
+    called: the name of the option that a name in the file means.
     """
 
     is_text: Callable[[str], bool]
+    called: Callable[[str], str]
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in TYPES]
@@ -58,11 +60,14 @@ class _Loader(yaml.SafeLoader):
         return super().resolve(kind, value, implicit)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := next((name for name, count in names.items() if count > 1), None):
-            raise ConstructorError(None, None, f"{twice[:80]!r} stands there twice", node.start_mark)
+        names = [str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        counts = Counter(map(self.called, names))
+        if twice := next((name for name, count in counts.items() if count > 1), None):
+            said = dict.fromkeys(name for name in names if self.called(name) == twice)
+            others = f", as {' and '.join(said)}" if len(said) > 1 else ""
+            raise ConstructorError(None, None, f"{twice[:80]!r} stands there twice{others}", node.start_mark)
         for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and self.is_text(str(key.value)):
+            if isinstance(key, yaml.ScalarNode) and self.is_text(self.called(str(key.value))):
                 for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if isinstance(one, yaml.ScalarNode) and not one.tag.endswith(":null"):
                         one.tag = self.DEFAULT_SCALAR_TAG
@@ -77,10 +82,13 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
-def read_options(path: str | Path, is_text: Callable[[str], bool] = lambda name: False) -> Mapping[str, Any]:
+def read_options(
+    path: str | Path, is_text: Callable[[str], bool] = lambda name: False, called: Callable[[str], str] = str
+) -> dict[str, Any]:
     """The names and values in a YAML file; a value is a scalar or a list of scalars.
 
-    Values of the names that `is_text` stay the text that stands there, if they are not empty.
+    Values of the names that `is_text` stay the text that stands there, if they are not empty.  Names are those that
+    `called` gives to what stands in the file; two for one option are refused.
 
     Raises:
         UserError: as `read_text`; no YAML, or anything but such names and values.
@@ -88,7 +96,7 @@ def read_options(path: str | Path, is_text: Callable[[str], bool] = lambda name:
     text = read_text(path, MAX_BYTES)
     try:
         loader = _Loader(text)
-        loader.is_text = is_text
+        loader.is_text, loader.called = is_text, called
         content = loader.get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -102,4 +110,4 @@ def read_options(path: str | Path, is_text: Callable[[str], bool] = lambda name:
             raise UserError(f"{path}: {key} must be one value or a list, got a mapping")
         if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
             raise UserError(f"{path}: {key} must be one value or a list of values, got lists within it")
-    return {str(key): value for key, value in content.items()}
+    return {called(str(key)): value for key, value in content.items()}

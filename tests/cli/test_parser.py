@@ -88,6 +88,7 @@ def test_mistakes_on_the_line_are_one_sentence(args: list[str], says: str):
     ("text", "said"),
     [
         ('random_flip: "no"', "bad.yaml: random_flip is 'no', expected true or false"),
+        ("rank: 4\nnetwork_dim: 8", "'rank' stands there twice, as rank and network_dim"),
         ("random_flip: 1", "bad.yaml: random_flip is 1, expected true or false"),
         ("seed: true", "--seed is 'true', expected a whole number"),
         ("rank: 1.5", "--rank is '1.5', expected a whole number"),
