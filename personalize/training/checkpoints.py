@@ -128,12 +128,12 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def find(
-    output_dir: str | Path, resume_from: str | None, metadata: Mapping[str, Any] | None = None
+    output_dir: str | Path, resume_from: str | None, metadata: Mapping[str, Any] | None = None, most: int = MOST_UPDATES
 ) -> Checkpoint | None:
     """The checkpoint that `resume_from` names: a path, a folder in `output_dir`, or "latest"; None if it is None.
 
-    "latest" is the newest whole checkpoint, with `metadata` the newest of the run that has these: unusable ones are
-    passed over with a Notice that names them, and None means that there is no whole one.
+    "latest" is the newest whole checkpoint, with `metadata` the newest of the run that has these, if there is one of at
+    `most` so many updates: unusable ones are passed over with a Notice, and None means that there is no whole one.
 
     Raises:
         UserError: the named checkpoint is missing or damaged; or there are some, but all of other runs.
@@ -143,8 +143,8 @@ def find(
     if resume_from != "latest":
         inside = Path(output_dir) / resume_from
         return load(inside if inside.is_dir() else Path(resume_from))
-    others = []
-    for _, path in reversed(numbered(output_dir)):
+    others, found = [], numbered(output_dir)
+    for _, path in reversed([one for one in found if one[0] <= most] or found):  # a longer run may have been here
         try:
             checkpoint = load(path)
         except UserError as error:
@@ -159,17 +159,18 @@ def find(
 
 
 def find_together(
-    output_dir: str | Path, resume_from: str | None, accelerator: Any, metadata: Mapping[str, Any] | None = None
-) -> Checkpoint | None:
+    output_dir: str | Path, resume_from: str | None, accelerator: Any, metadata: Mapping[str, Any] | None = None,
+    most: int = MOST_UPDATES,
+) -> Checkpoint | None:  # fmt: skip
     """`find` for a group of processes that may not share a disk: the main process decides, and all load the same one.
 
     Raises:
         UserError, on every process: that of `find` on the main one; or another lacks that checkpoint.
     """
     if accelerator.num_processes == 1:
-        return find(output_dir, resume_from, metadata)
+        return find(output_dir, resume_from, metadata, most)
     main = accelerator.is_main_process
-    checkpoint, problem = _attempt(lambda: find(output_dir, resume_from, metadata)) if main else (None, None)
+    checkpoint, problem = _attempt(lambda: find(output_dir, resume_from, metadata, most)) if main else (None, None)
     decided: list[Any] = [(None, "", problem) if checkpoint is None else (checkpoint.update, checkpoint.name, problem)]
     broadcast_object_list(decided)
     update, latest, problem = decided[0]
@@ -205,8 +206,7 @@ def load(folder: str | Path) -> Checkpoint:
         for name in (TRAINABLE, OPTIMIZER):  # `edit --auto` may have remembered strengths in the adapter's manifest
             if file_hash(folder / name) != state["sha256"][name]:
                 raise UserError(f"checkpoint {folder} is damaged: {name} is not what was written; use an older one")
-        tensors = read_tensors(folder / OPTIMIZER).tensors
-        optimizer = _unflattened(tensors, state["optimizer"])
+        optimizer = _unflattened(read_tensors(folder / OPTIMIZER).tensors, state["optimizer"])
         trainable = read_tensors(folder / TRAINABLE).tensors
         return Checkpoint(state["update"], trainable, optimizer, state["about"], state["scaler"], folder.name)
     except UserError:
@@ -253,7 +253,7 @@ def restore(checkpoint: Checkpoint, trainable: Mapping[str, Tensor], optimizer: 
 
 IN_WORDS = {  # entries of the metadata that are no options
     "data_sha256": "other pictures, masks or captions", "base": "another base model", "caption": "another caption",
-    "captions": "other captions", "size": "pictures of another size", "processes": "another number of processes",
+    "captions": "other captions", "size": "pictures of another size", "updates": "a schedule of another length",
 }  # fmt: skip
 
 

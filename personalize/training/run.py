@@ -251,6 +251,8 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
         config = metadata.pop("config")
         del metadata["processes"]  # each update has the same samples, however many share them
         config["samples_per_update"] = self.shard.samples  # however their number was given
+        if config["lr_scheduler"] != "constant":  # then the number of updates decides the rate of each
+            metadata["updates"] = self.updates
         return metadata | {name: value for name, value in config.items() if name not in MAY_DIFFER}
 
 

@@ -247,7 +247,7 @@ def check_same_data(about: Mapping[str, Any], accelerator: Accelerator) -> None:
 
 def _resume(config: Any, run: TrainingRun) -> None:
     place, name = config.output_dir, config.resume_from_checkpoint
-    checkpoint = checkpoints.find_together(place, name, run.accelerator, run.resumable_metadata())
+    checkpoint = checkpoints.find_together(place, name, run.accelerator, run.resumable_metadata(), run.updates)
     if checkpoint is not None:
         run.resume(checkpoint)
     if config.resume_from_checkpoint is not None:

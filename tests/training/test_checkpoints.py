@@ -49,6 +49,15 @@ def test_limit_keeps_the_newest_and_never_a_former_runs_later_ones(tmp_path: Pat
     assert [number for number, _ in checkpoints.numbered(tmp_path)] == [9, 10]
 
 
+def test_latest_is_one_of_at_most_so_many_updates_if_there_is_one(tmp_path: Path) -> None:
+    """Behind a longer run in the same folder a shorter one could not go on: it was told to make more updates."""
+    for update in (2, 3, 9):
+        checkpoints.save(tmp_path, checkpoint(update))
+    for most, expected in ((9, 9), (8, 3), (3, 3), (1, 9)):  # of the last the run says that it has more than it makes
+        found = checkpoints.find(tmp_path, "latest", {"rank": 2}, most)
+        assert found is not None and found.update == expected
+
+
 def test_those_of_another_run_are_neither_taken_nor_destroyed(tmp_path: Path) -> None:
     """Not by equal numbers, not by the limit, and no message says to throw them away."""
     for update in (1, 2, 9):

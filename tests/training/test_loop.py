@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from personalize.errors import UserError
 from personalize.models.gradient_checkpointing import gradient_checkpointing
 from personalize.randomness import generator
 from personalize.training import checkpoints
@@ -286,3 +287,9 @@ def test_learning_rates_follow_diffusers_schedule_and_go_on_after_a_resumption(t
         run.resume(checkpoint)
         assert [report.learning_rates[0] for report in run.steps()] == pytest.approx(found[3:])
         assert same(run.adapter(), adapter)
+    longer = replace(settings, max_train_samples=16)  # whose first three updates had other rates: it was gone on from
+    with (
+        single_image_run(tiny_sd1(), pixels(), CAPTION, longer) as run,
+        pytest.raises(UserError, match=r"made with a schedule of another length \(8, this run has 16\)"),
+    ):
+        run.resume(checkpoint)
