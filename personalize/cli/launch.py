@@ -33,6 +33,7 @@ ENDED = re.compile(  # the launcher itself was ended by a signal, or a process b
     r"SignalException: Process \d+ got signal: (\d+)|failed \(exitcode: (129|130|143)\)"
 )
 PROGRESS = re.compile(r"after \d+ of .*")
+GRACE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}  # seconds to save a checkpoint after a signal; torch's own: 30
 NOTHING_KEPT = "no file is half-written; the same command begins anew"
 
 
@@ -156,7 +157,7 @@ def accelerate_launch(processes: int) -> list[str]:
 
 
 def environment(processes: int) -> dict[str, str]:
-    """Environment of the launched processes: cores divided among them, this package importable, device chosen."""
+    """Environment of the launched processes: cores divided, this package importable, device chosen, time to save."""
     import torch
 
     devices = torch.accelerator.device_count()
@@ -165,7 +166,7 @@ def environment(processes: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PYTHONPATH": path}
-    return os.environ | settings | ({} if devices else {"ACCELERATE_USE_CPU": "true"})
+    return GRACE | os.environ | settings | ({} if devices else {"ACCELERATE_USE_CPU": "true"})
 
 
 def report_error(message: str, code: int = UserError.exit_code) -> int:

@@ -22,6 +22,7 @@ from personalize.cli import launch, main, parser
 from personalize.cli.options import COMMANDS
 from personalize.cli.parser import parse
 from personalize.errors import UserError
+from personalize.training.stopping import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,6 +239,19 @@ def test_environment_of_the_processes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     chosen = launch.environment(3)
     assert chosen["OMP_NUM_THREADS"] == "2" and chosen["PYTHONPATH"].startswith(str(ROOT))
+
+
+def test_launched_processes_have_time_to_save(monkeypatch: pytest.MonkeyPatch):
+    """torch's launcher killed them 30 s after a signal: an update with its checkpoint, or pictures, may take longer."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    ((name, seconds),) = launch.GRACE.items()
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(name, launch.environment(2)[name])
+    waits = getattr(LaunchConfig(1, 1, 2), "shutdown_timeout", 600)  # torch 2.6 cannot be told
+    assert waits == int(seconds) > 2 * PATIENCE  # the other processes leave first
+    monkeypatch.setenv(name, "5")
+    assert launch.environment(2)[name] == "5"
 
 
 def test_a_launched_process_leaves_its_line_to_the_parent(tmp_path: Path, monkeypatch, capsys):
