@@ -74,12 +74,15 @@ def main(config: Config) -> Path:
     from personalize.training.catalogue import Catalogue, learn_catalogue
     from personalize.training.catalogue_results import DONE, write_table
     from personalize.training.catalogue_table import read_items
+    from personalize.training.checks import notice_class_options
     from personalize.training.trainer import load_base
 
     settings = extract_config(config, SingleImageConfig)
     if config.adapters_per_batch > 1:
         check_batchable(settings)
     items, refused = read_items(config.items, settings, config)
+    if not any(item.sources.with_prior_preservation for item in items):
+        notice_class_options(config)
     base = "@".join(filter(None, [config.pretrained_model_name_or_path or "embedded", config.revision]))
     precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     catalogue = Catalogue(

@@ -151,6 +151,11 @@ def check_class_images(config: Any) -> None:
         if config.class_data_dir is not None:
             _report(read_folder(config.class_data_dir))
         return
+    notice_class_options(config)
+
+
+def notice_class_options(config: Any) -> None:
+    """Say which options about class pictures have no effect, where none are used."""
     names = ("class_prompt", "class_data_dir", "class_dataset_name", "class_image_cache")
     if given := [f"--{name}" for name in names if getattr(config, name) is not None]:
         warnings.warn(

@@ -16,6 +16,9 @@ from PIL import Image
 from personalize.adapters.adapter import Adapter
 from personalize.cli.launch import load_script, scripts_home
 from personalize.cli.main import main
+from personalize.cli.parser import parse
+from personalize.errors import Notice
+from personalize.training import catalogue
 from tests.support.tiny import tiny_folder
 
 SCRIPT = load_script(scripts_home() / "train" / "catalogue.py")
@@ -52,6 +55,21 @@ def test_every_row_becomes_an_adapter_and_bad_ones_show_in_the_exit_code(shop, t
     )
     written = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [row["status"] for row in written] == ["done", "done", "done", "failed"]
+
+
+@pytest.mark.parametrize(("column", "noticed"), [("", True), ("with_prior_preservation", False)])
+def test_class_pictures_of_no_row_are_a_notice_as_of_one_picture(column, noticed, shop, tmp_path, monkeypatch, recwarn):
+    """The folder was not looked at, and nothing said so."""
+    (shop / "one.csv").write_text(f"image,caption,{column or 'name'}\n0.png,a cat,{'true' if column else 'x'}")
+    monkeypatch.setattr(catalogue, "learn_catalogue", lambda *_: [])
+    options = [str(shop / "one.csv"), f"--output_dir={tmp_path}", "--class_data_dir=cats", "--class_prompt=a cat"]
+    (shop / "cats").mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64)).save(shop / "cats" / "any.png")
+    monkeypatch.chdir(shop)
+    config = parse(SCRIPT.Config, options, prog="catalogue")
+    said = "nothing comes of --class_prompt and --class_data_dir"
+    SCRIPT.main(config)
+    assert any(said in str(one.message) for one in recwarn.list if one.category is Notice) == noticed
 
 
 @pytest.mark.slow
