@@ -51,7 +51,9 @@ class Config(SingleImageConfig, PriorPreservationOptions, RunOptions):
     max_train_steps: int | None = None
     """Updates to make; overrides the numbers of samples."""
 
-    replaces = SingleImageConfig.replaces | ONE_CLASS_SOURCE | {"max_train_samples": "max_train_steps"}
+    replaces = SingleImageConfig.replaces | ONE_CLASS_SOURCE | {
+        "max_train_samples": "max_train_steps", "caption": "caption_model", "caption_model": "caption",
+    }  # fmt: skip
 
     def check(self) -> None:
         from personalize.training.checks import check_single_image

@@ -32,6 +32,11 @@ def check_single_image(config: Any) -> None:
         raise UserError("with_prior_preservation needs class_prompt: what class pictures show, e.g. 'a photo of a dog'")
     if config.caption is not None and not config.caption.strip():
         raise UserError("the caption from --caption is empty: say what the picture shows, e.g. 'a photo of a dog'")
+    if config.caption is not None and config.caption_model is not None:
+        warnings.warn(
+            "pictures without a caption of their own have that of --caption: nothing comes of --caption_model", Notice,
+            stacklevel=2,
+        )  # fmt: skip
     if config.standalone and not config.instance_token and config.text_embedding_lr != type(config).text_embedding_lr:
         warnings.warn(
             "standalone trains no embedding, so that nothing comes of text_embedding_lr", Notice, stacklevel=2

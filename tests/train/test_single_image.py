@@ -158,6 +158,13 @@ def test_masks_in_a_folder_among_the_pictures_are_not_learned(
     assert [image.mask is not None for image in read_training_images(config)] == [True, True]
 
 
+def test_a_captioning_model_beside_a_caption_is_a_notice(photo: Path) -> None:
+    """The model was not asked, and nothing said so."""
+    words = ["--caption", "a cat", "--caption_model", "owner/blip"]
+    with pytest.warns(Notice, match="nothing comes of --caption_model"):
+        parse(SCRIPT.Config, [str(photo), *words], prog="x").check()
+
+
 def test_a_trigger_must_be_in_the_captions_that_are_learned(dogs: Path) -> None:
     """Of several files each has its own, and --caption is for the others; a single file has --caption."""
     files, trigger = [str(dogs / "0.png"), str(dogs / "1.png")], ["--instance_token", "<rex>"]
@@ -250,6 +257,10 @@ def test_an_option_takes_the_place_of_what_a_file_says_in_another(tmp_path: Path
     config = parse(SCRIPT.Config, [*line, *given], prog="single_image")
     assert SCRIPT.training_config(config).max_train_samples == 60
     assert (config.class_data_dir, config.class_dataset_name) == (None, "owner/cats")
+    (tmp_path / "words.yaml").write_text("caption: a dog\n")
+    told = ["--config", str(tmp_path / "words.yaml"), "--caption_model", "owner/blip"]
+    captioned = parse(SCRIPT.Config, [*line, *told], prog="single_image")
+    assert (captioned.caption, captioned.caption_model) == (None, "owner/blip")
     plain = parse(SCRIPT.Config, [*line, "--samples_per_update", "4"], prog="single_image")
     assert SCRIPT.training_config(plain).max_train_samples == 28 and plain.class_data_dir == Path("cats")
     steps = parse(SCRIPT.Config, [*line, "--max_train_steps", "3"], prog="single_image")
