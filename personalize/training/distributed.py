@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -10,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import parse_choice_from_env, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, parse_choice_from_env, parse_flag_from_env
 
 from personalize.errors import UserError
 
-TIMEOUT = timedelta(days=30)  # how long a process may wait for the slowest one
+JOINING = timedelta(hours=1)  # how long a process waits until all have started
+TIMEOUT = timedelta(days=30)  # how long it then may wait for the slowest one
 SHARDING = {  # what `accelerate launch` may be set to, by the variable that it sets
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -53,14 +56,39 @@ def accelerator_of(precision: str | None, **settings: Any) -> Accelerator:
     """An Accelerator of the mixed `precision`, if None that of `accelerate launch`, with these further `settings`.
 
     Raises:
-        UserError: the precision does not work here, or the launcher is set to divide the model.
+        UserError: the precision does not work here, the launcher is set to divide the model, or a process is missing.
     """
     check_launcher()
+    waits = InitProcessGroupKwargs(timeout=JOINING)
     try:
-        return Accelerator(mixed_precision=precision, **settings)
+        with _all_joined():
+            accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[waits], **settings)
+            _wait_long(accelerator)
+        return accelerator
+    except UserError:
+        raise
     except ValueError as error:  # e.g. bf16 on an old GPU, fp8 without a package for it
         asked = precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
         raise UserError(f"--mixed_precision {asked} does not work here: {error}") from None
+
+
+@contextmanager
+def _all_joined() -> Iterator[None]:
+    """Run the body, which joins the processes of the launch; UserError if one has not started within an hour."""
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        raise UserError(
+            f"not all processes of this launch have started within {JOINING.total_seconds() / 60:g} minutes: see what "
+            "the missing ones have said, on their machines"
+        ) from error
+
+
+def _wait_long(state: Any) -> None:
+    """Wait until all processes are there; from then on each waits for the slowest one, e.g. while it draws pictures."""
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        torch.distributed.distributed_c10d._set_pg_timeout(TIMEOUT)
 
 
 def join_process_group() -> ProcessGroup:
@@ -70,11 +98,13 @@ def join_process_group() -> ProcessGroup:
     process, so that every process can train adapters of its own.
 
     Raises:
-        UserError: the launcher is set to divide the model.
+        UserError: the launcher is set to divide the model, or a process is missing.
     """
     check_launcher()
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.accelerator.device_count() == 0
-    state = PartialState(cpu=cpu, timeout=TIMEOUT)
+    with _all_joined():
+        state = PartialState(cpu=cpu, timeout=JOINING)
+        _wait_long(state)
     group = ProcessGroup(state.process_index, state.num_processes)
     if group.count > 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # torch's process group stays

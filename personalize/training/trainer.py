@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 
 from personalize.adapters import hub
 from personalize.adapters.adapter_files import check_target
@@ -24,7 +24,7 @@ from personalize.training import checkpoints
 from personalize.training.best_weights import Judge
 from personalize.training.cuda_graph import check_capturable
 from personalize.training.data.samples import SampleShard
-from personalize.training.distributed import TIMEOUT, accelerator_of
+from personalize.training.distributed import accelerator_of
 from personalize.training.loop import StepReport
 from personalize.training.memory_advice import check_fits
 from personalize.training.memory_estimate import estimate
@@ -51,7 +51,6 @@ def make_accelerator(config: Any) -> Accelerator:
         config.mixed_precision,
         log_with=config.report_to,
         project_dir=str(config.output_dir / config.logging_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],  # torch's ten minutes are too short to draw in
     )
     checkpoints.find_together(config.output_dir, config.resume_from_checkpoint, accelerator)
     _check_precision(accelerator)

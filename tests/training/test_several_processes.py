@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from personalize.errors import UserError
-from personalize.training import checkpoints
+from personalize.training import checkpoints, distributed
 from personalize.training.data.class_images import BATCH, METADATA, from_base
 from personalize.training.trainer import check_same_data
 from tests.support.children import run_processes
@@ -60,6 +63,24 @@ def test_what_the_main_process_refuses_is_said_as_by_one_process_alone(tmp_path:
 
     alone, (first, second) = run_processes(refused, 1)[0], run_processes(refused, 2)
     assert first == second == alone and len(alone) == 2
+
+
+def test_who_never_starts_is_waited_for_a_limited_time_and_who_is_slow_for_long(monkeypatch) -> None:
+    """On two machines, one of which had refused its options, the other waited for it for 30 days."""
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=2))
+
+    def started(rank: int) -> list[str]:
+        try:
+            distributed.accelerator_of(None, cpu=True)
+        except UserError as error:
+            return [str(error)]
+        if rank:
+            time.sleep(4)  # twice as long as all may take to start
+        return gather_object([f"{rank}"])
+
+    (said,), _ = run_processes(lambda rank: started(rank) if rank == 0 else [], 2)
+    assert said.startswith("not all processes of this launch have started within 0.0333333 minutes")
+    assert run_processes(started, 2) == [["0", "1"]] * 2
 
 
 DATA = {"size": [64, 64], "caption": "a cat", "data_sha256": "ab", "base": {"name": "sd15", "sha256": "cd"}}
