@@ -240,7 +240,7 @@ def check_same_data(about: Mapping[str, Any], accelerator: Accelerator) -> None:
         if differing := [name for name in first if other[name] != first[name]]:
             raise UserError(
                 f"process {process} has {checkpoints.IN_WORDS[differing[0]]} than process 0, though all share each "
-                "update: copy the same files to every machine, or use a shared folder"
+                "update: copy the same files, also class pictures, to every machine, or use a shared folder"
             )
 
 
