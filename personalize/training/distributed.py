@@ -14,7 +14,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, parse_choice_from_env, parse_flag_from_env
 
-from personalize.errors import UserError
+from personalize.errors import UserError, first_line
 
 JOINING = timedelta(hours=1)  # how long a process waits until all have started
 TIMEOUT = timedelta(days=30)  # how long it then may wait for the slowest one
@@ -74,13 +74,13 @@ def accelerator_of(precision: str | None, **settings: Any) -> Accelerator:
 
 @contextmanager
 def _all_joined() -> Iterator[None]:
-    """Run the body, which joins the processes of the launch; UserError if one has not started within an hour."""
+    """Run the body, which joins the processes of the launch; UserError if they cannot be, or one has not started."""
     try:
         yield
-    except torch.distributed.DistError as error:
+    except torch.distributed.DistError as error:  # the time is over, or the port is taken
         raise UserError(
-            f"not all processes of this launch have started within {JOINING.total_seconds() / 60:g} minutes: see what "
-            "the missing ones have said, on their machines"
+            f"the processes of this launch did not come together within {JOINING.total_seconds() / 60:g} minutes "
+            f"({first_line(error)}): see what each has said, on its machine"
         ) from error
 
 

@@ -79,7 +79,7 @@ def test_who_never_starts_is_waited_for_a_limited_time_and_who_is_slow_for_long(
         return gather_object([f"{rank}"])
 
     (said,), _ = run_processes(lambda rank: started(rank) if rank == 0 else [], 2)
-    assert said.startswith("not all processes of this launch have started within 0.0333333 minutes")
+    assert said.startswith("the processes of this launch did not come together within 0.0333333 minutes (")
     assert run_processes(started, 2) == [["0", "1"]] * 2
 
 
