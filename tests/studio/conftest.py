@@ -1,4 +1,4 @@
-"""A studio that runs, a browser, and a page in it."""
+"""A studio without a page; and one that runs, a browser, and a page in it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from threading import Event
 
 import pytest
 from PIL import Image
@@ -75,3 +76,23 @@ def page(browser, address):
     yield made
     assert made.outside == [], "requests to another host"
     assert made.errors == []
+
+
+@pytest.fixture
+def studio(tmp_path, monkeypatch):
+    """A studio whose queue is busy, so that what is submitted waits."""
+    pytest.importorskip("gradio")
+    from personalize.studio.actions import Workbench
+    from personalize.studio.folder import Folder
+    from personalize.studio.jobs import Job, JobQueue
+    from personalize.studio.parts import Studio
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.png", "beach.png"):
+        shutil.copy(PICTURES / name, tmp_path)
+    made = Studio(Folder(tmp_path), JobQueue(), Workbench(None))
+    go_on = Event()
+    made.queue.submit(Job("other", "other", lambda job: go_on.wait(60)))
+    yield made
+    made.queue.cancel_waiting()
+    go_on.set()
