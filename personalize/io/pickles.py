@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from personalize.errors import UserError
 from personalize.io.plain_files import opened
-from personalize.io.tensor_files import MAX_TENSORS, PICKLE_SUFFIXES, TensorFile, read_tensors
+from personalize.io.tensor_files import (
+    FIRST_BYTES,
+    MAX_TENSORS,
+    PICKLE_SUFFIXES,
+    TensorFile,
+    no_tensors,
+    read_tensors,
+)
 
 MAX_DEPTH = 8  # of dictionaries in dictionaries
 MAX_ENTRIES = 1_000_000  # of all dictionaries, each counted as often as it is reached: they may hold one another
@@ -25,13 +32,18 @@ MAKES_BYTES = "bytearray"  # torch lets a pickle call it with a number of bytes,
 
 
 def is_pickle(path: str | Path) -> bool:
-    """True if the file is a pickle by its first bytes (a zip archive, or protocol 2 and later), or else by its name."""
+    """True if the file is a pickle by its first bytes (a zip archive, or protocol 2 and later), or else by its name.
+
+    An empty file, a pointer of Git LFS or a text is none, whatever its name.
+    """
     path = Path(path)
     if not path.is_file():
         return False
     with opened(path) as stream:
-        first = stream.read(16)
+        first = stream.read(FIRST_BYTES)
     if first[8:9] == b"{":  # a safetensors header, whatever the length before it looks like and the file is called
+        return False
+    if no_tensors(first):
         return False
     return first.startswith((b"PK\x03\x04", b"\x80")) or path.suffix.lower() in PICKLE_SUFFIXES
 

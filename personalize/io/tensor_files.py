@@ -33,6 +33,8 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 50_000
 MAX_DIMENSIONS = 8
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+GIT_LFS = b"version https://git-lfs"  # what stands in a file's place where Git has not fetched it
+FIRST_BYTES = 64  # of a file, which tell tensors from what a failed download leaves
 
 
 Position = Annotated[int, msgspec.Meta(ge=0)]
@@ -95,7 +97,8 @@ def read_tensors(path: str | Path, peek: int | None = None) -> TensorFile:
     with opened(path) as stream:
         header, start = _read_header(stream, path)
         size = os.fstat(stream.fileno()).st_size - start
-        metadata = checked(header.pop("__metadata__", {}), dict[str, str], f"{path}: its __metadata__")
+        stated = header.pop("__metadata__", None)
+        metadata = {} if stated is None else checked(stated, dict[str, str], f"{path}: its __metadata__")
         entries = {name: _checked_entry(name, value, size, path) for name, value in header.items()}
         _check_ranges(entries, size, path)
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -110,8 +113,10 @@ def read_tensors(path: str | Path, peek: int | None = None) -> TensorFile:
 
 def _read_header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file as a dictionary, and the position at which the tensors' data start."""
-    prefix = stream.read(8)
-    file_size = os.fstat(stream.fileno()).st_size
+    first = stream.read(FIRST_BYTES)
+    if wrong := no_tensors(first):
+        raise UserError(f"{path} {wrong}")
+    prefix, file_size = first[:8], os.fstat(stream.fileno()).st_size
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, file_size - 8):
         if path.suffix.lower() in PICKLE_SUFFIXES or prefix.startswith((b"PK\x03\x04", b"\x80")):
@@ -122,6 +127,18 @@ def _read_header(stream: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     if len(header) > MAX_TENSORS:
         raise UserError(f"{path} names {len(header)} tensors, more than the {MAX_TENSORS} any model of this kind has")
     return header, 8 + length
+
+
+def no_tensors(first: bytes) -> str:
+    """What is wrong with a file that a failed download left, by its `first` bytes; "" if it may hold tensors."""
+    if not first:
+        return "is empty: get it again"
+    if first.startswith(GIT_LFS):
+        return "is a pointer of Git LFS, the file itself is missing: run `git lfs pull` in its folder, or get it again"
+    if len(first) >= 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in first[:16]):
+        shown = " ".join(first.decode("ascii", "replace").split())[:40]
+        return f"is a text that begins {shown!r}, not tensors: its download failed, get it again"
+    return ""
 
 
 def _checked_entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.dtype, list[int], int, int]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from personalize.errors import UserError
 from personalize.io.json_files import read_json
 from personalize.io.plain_files import require_plain_tree, visible
 from personalize.models.config import (
     INPAINTING,
-    TEXT_ENCODERS,
     TEXT_TO_IMAGE,
     check_base_name,
     check_channels,
@@ -25,6 +24,7 @@ from personalize.models.config import (
 from personalize.models.offline import without_network
 from personalize.models.quiet import quiet_loading
 from personalize.models.supported import predicted_quantity
+from personalize.models.weight_files import check_weight_files, require_same_unet, require_whole, weight_header
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,8 +63,8 @@ def load_pipeline(
         require_plain_tree(path)
         index = read_index(path)
         require_parts(index, path)
-        _require_no_lora_layers(path)
         _require_variant(path, variant)
+        check_weight_files(path, variant)
         check_channels(stated_channels(path) or TEXT_TO_IMAGE, source, inpainting=inpainting)
         extra = {name: None for name in extra if name in index}
     from diffusers import DiffusionPipeline
@@ -78,6 +78,7 @@ def load_pipeline(
             )  # fmt: skip
     except Exception as error:
         raise _unreadable(source, error) from error
+    require_whole(pipe.components, source, path if path.is_dir() else None, variant)
     if prediction_type is not None:
         pipe.scheduler.register_to_config(prediction_type=prediction_type)
     return pipe
@@ -90,22 +91,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         return read_json(path)
     except UserError as error:
         raise _unreadable(folder, error) from error
-
-
-def _require_no_lora_layers(folder: Path) -> None:
-    """Raises UserError if a part was saved with LoRA layers in it: then diffusers would leave its weights at random."""
-    for part in ("unet", *TEXT_ENCODERS):
-        for file in visible(folder / part, "*.safetensors"):
-            try:
-                with safe_open(file, "pt") as tensors:
-                    odd = next((key for key in tensors.keys() if ".base_layer." in key or ".lora_A." in key), None)
-            except (SafetensorError, OSError) as error:
-                raise _unreadable(folder, error) from error
-            if odd is not None:
-                raise UserError(
-                    f"{file} was saved with LoRA layers in it ({odd[:80]}), so that it is no base model: call "
-                    "pipe.unload_lora_weights() before pipe.save_pretrained()"
-                )
 
 
 def require_parts(names: Iterable[str], source: object) -> None:
@@ -125,13 +110,16 @@ def load_single_file(
     Nothing is downloaded.  An SD 2.x file that does not say what its UNet predicts is found out by one forward pass.
     """
     kind, overrides = checkpoint_kind(path)
-    channels = _input_channels(path)
+    header = weight_header(path, path)
+    channels = (*header.tensors[FIRST_CONVOLUTION].shape, 0, 0)[1]
     check_channels(channels, path.name, inpainting=inpainting)
+    require_same_unet(header.tensors, *_unet_without_weights(kind), path.name)
     try:
         pipe = _assembled(path, kind, channels)
     except Exception as error:
         raise _unreadable(path, error) from error
-    if kind == "sd21v" and prediction_type is None and not _stated_prediction(path):
+    require_whole(pipe.components, path)
+    if kind == "sd21v" and prediction_type is None and not header.metadata.get("modelspec.prediction_type"):
         alphas, width = pipe.scheduler.alphas_cumprod, pipe.unet.config.cross_attention_dim
         prediction_type = predicted_quantity(pipe.unet, alphas, width)
     if kind == "sd21v" and prediction_type == "epsilon":  # the published ε model is the one of 512 px
@@ -162,16 +150,13 @@ def _assembled(path: Path, kind: str, channels: int) -> Any:
     return pipeline.from_single_file(str(path), config=config, **options, **parts)
 
 
-def _input_channels(path: Path) -> int:
-    """The input channels of the UNet in a single-file checkpoint."""
-    with safe_open(path, "pt") as file:
-        return int(file.get_slice(FIRST_CONVOLUTION).get_shape()[1])
+def _unet_without_weights(kind: str) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The UNet of one of `configs` on the meta device, and its config."""
+    from diffusers import UNet2DConditionModel
 
-
-def _stated_prediction(path: Path) -> str | None:
-    """What the header of a single file says that its UNet predicts, if it does."""
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("modelspec.prediction_type")
+    config = UNet2DConditionModel.load_config(CONFIGS / kind / "unet")
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config), config  # pyright: ignore
 
 
 def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
@@ -180,11 +165,8 @@ def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
     Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files and
     other families.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            keys, metadata = set(file.keys()), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+    header = weight_header(path, path)
+    keys, metadata = set(header.tensors), header.metadata
     if FIRST_CONVOLUTION not in keys or not any(key.startswith(("cond_stage_model.", "conditioner.")) for key in keys):
         raise UserError(
             f"{path.name} is no Stable Diffusion checkpoint (UNet and text encoder expected): is it a LoRA file?"

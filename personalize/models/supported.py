@@ -12,6 +12,10 @@ from personalize.models import parameterization
 from personalize.randomness import generator
 
 PROBED_ALPHA = 0.05  # ᾱ where ε and v differ clearly: cos(ε, v) = √ᾱ if the clean latents are independent of ε
+PROMPT_ALONE = {  # settings of a UNet that reads a prompt alone, as CLIP's text encoders encode it
+    "addition_embed_type": (None, "text_time"), "class_embed_type": (None,), "num_class_embeds": (None,),
+    "encoder_hid_dim_type": (None,),
+}  # fmt: skip
 LEAST_COSINE = 0.7  # of a UNet that predicts ε; one that predicts v comes to about √ᾱ, 0.2
 
 
@@ -43,13 +47,20 @@ def require_supported(scheduler: Any, vae: Any, name: str) -> None:
 def require_usable(unet: Any, vae: Any, name: object) -> None:
     """UserError for parts that serve a pipeline which only borrows an adapter, but not to train, edit or drag.
 
-    These are a UNet that is told the guidance scale itself, by an embedding, instead of being asked twice; and an
-    autoencoder that gives no distribution of latents (TAESD).
+    These are a UNet that is told the guidance scale itself, by an embedding, instead of being asked twice; one that
+    reads more than a prompt, such as a picture's embedding or a class; and an autoencoder that gives no distribution of
+    latents (TAESD).
     """
     if unet.config.get("time_cond_proj_dim") is not None:
         raise UserError(
             f"{name} takes the guidance scale as an embedding (time_cond_proj_dim), which is not supported: give the "
             "base it was distilled from, with an LCM LoRA (--add) for few steps"
+        )
+    reads = [key for key, usual in PROMPT_ALONE.items() if unet.config.get(key) not in usual]
+    if reads:
+        raise UserError(
+            f"the UNet of {name} reads more than a prompt ({reads[0]}: {unet.config[reads[0]]}), which is not "
+            "supported: give a base without that"
         )
     if not hasattr(vae.decoder, "conv_in"):
         raise UserError(

@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from personalize.errors import UserError
 from personalize.io.atomic import write_file
 from personalize.io.json_files import read_json
+from personalize.io.pickles import read_any
 from personalize.io.tensor_files import read_tensors, tensor_bytes
 
 
@@ -123,3 +125,28 @@ def test_missing_and_damaged_json_files_are_refused(tmp_path):
         (tmp_path / "x.json").write_bytes(text)
         with pytest.raises(UserError):
             read_json(tmp_path / "x.json")
+
+
+FAILED_DOWNLOADS = {
+    "is empty": b"",
+    "is a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+    "is a text that begins 'Entry not found'": b"Entry not found\n",
+    "is a text that begins '<html>": b"<html><body>Please sign in</body></html>",
+}
+
+
+@pytest.mark.parametrize("says", FAILED_DOWNLOADS)
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_what_a_failed_download_left_is_called_neither_truncated_nor_a_pickle(tmp_path, name, says):
+    (tmp_path / name).write_bytes(FAILED_DOWNLOADS[says])
+    for allow in (False, True):
+        with pytest.raises(UserError, match=rf"{name} {says}"):
+            read_any(tmp_path / name, allow_pickle=allow)
+
+
+def test_a_header_without_metadata_is_read_as_safetensors_itself_reads_it(tmp_path):
+    header = b'{"__metadata__":null,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert load_file(tmp_path / "x.safetensors")["a"] == 0
+    content = read_tensors(tmp_path / "x.safetensors")
+    assert content.metadata == {} and content.tensors["a"] == 0

@@ -215,3 +215,24 @@ def test_the_packages_own_base_is_known_by_its_path_too(tmp_path):
     assert StableDiffusion.from_pipeline(pipe, str(EMBEDDED)).name == "embedded"
     others = ["", "owner/name", str(EMBEDDED.parent), str(tmp_path)]
     assert [base_name(other) for other in others] == others
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "says"),
+    [
+        ("time_embed.cond_proj.weight", "", "1 weight.s. that no model of its family has, first .*cond_proj"),  # LCM
+        ("label_emb.0.0.weight", "", "1 weight.s. that no model of its family has, first .*label_emb"),  # unCLIP
+        ("middle_block.1.proj_in.scale_weight", "", "1 weight.s. that no .* has, first .*scale_weight"),  # scaled fp8
+        ("middle_block.1.transformer_blocks.0.fuser.linear.weight", "", "first .*fuser"),  # GLIGEN
+        ("", "middle_block.0.in_layers.2.weight", "lacks 1 weight.s. .* first mid_block.resnets.0.conv1.weight"),
+    ],
+)
+def test_a_single_file_with_a_unet_of_another_kind_is_refused(more, less, says, tiny_configs):
+    """What the family's UNet has no place for was dropped, and the rest drew something else."""
+    state, prefix = original_layout(tiny("sd1")), "model.diffusion_model."
+    state |= {prefix + more: torch.zeros(4, 4)} if more else {}
+    state.pop(prefix + less, None)
+    save_file(state, file := tiny_configs / "other.safetensors")
+    with pytest.raises(UserError, match=says) as caught:
+        StableDiffusion.load(file, device="cpu")
+    assert "the UNet of other.safetensors" in str(caught.value)
