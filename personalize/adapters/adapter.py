@@ -292,7 +292,7 @@ def _load_file(path: Path, family: str | None) -> Adapter:
     file = read_adapter_file(path, content, family=family)
     bundled, own_word = bool(file.state or file.others), textual_inversion_files.word_of(path.stem)
     concepts = {
-        f"<{token}>" if token == own_word or (bundled and not token.startswith("<")) else token: rows
+        f"<{token}>" if (token == own_word or bundled) and not token.startswith("<") else token: rows
         for token, rows in file.concepts.items()
     }
     info = {"imported": path.name, "base": file.base, "header": file.header}

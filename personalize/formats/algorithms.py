@@ -16,6 +16,19 @@ def algorithm_of(parts: Mapping[str, Tensor]) -> str:
     return "bias difference"
 
 
+def missing_factors(parts: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that a module that is no plain LoRA lacks, in one of the forms that they may have; [] if none.
+
+    A module of DoRA needs those of the algorithm whose ΔW it renorms: LoRA, LoHa or LoKr.
+    """
+    name, roles = algorithm_of(parts), set(parts)
+    if name == "DoRA":
+        name = algorithm_of({role: tensor for role, tensor in parts.items() if role not in MARKS["DoRA"]})
+        name = name if name in NEEDED else "LoRA"
+    choices = (part for part in NEEDED.get(name, ()) if not any(roles >= choice for choice in part))
+    return sorted(next(choices, [set[str]()])[0])
+
+
 MARKS = {
     "DoRA": {"dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"},
     "GLoRA": {"a1.weight", "a2.weight", "b1.weight", "b2.weight"},
@@ -30,7 +43,6 @@ MARKS = {
 
 # for each algorithm: what must be there, each in one of several forms
 NEEDED: dict[str, tuple[tuple[set[str], ...], ...]] = {
-    "DoRA": (({"A", "B"},),),
     "LoRA": (({"A", "B"},),),
     "GLoRA": (({"a1.weight", "a2.weight", "b1.weight", "b2.weight"},),),
     "LoHa": (({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),),

@@ -43,7 +43,7 @@ NOT_READ = {"ComfyUI": (NO, "drops it with a warning"), "Forge": (NO, "drops it 
 BY_ALGORITHM = {  # for each algorithm: what every program makes of it, if it does not read it fully
     "LoRA": {},
     "Tucker LoCon": {"diffusers": (NO, "raises on lora_mid: convert multiplies it into lora_down")},
-    "DoRA": LYCORIS | {"diffusers": (NO, "drops kohya's dora_scale with a warning")},
+    "DoRA": {"sd-scripts": LYCORIS["sd-scripts"]},
     "LoHa": LYCORIS,
     "LoKr": LYCORIS,
     "GLoRA": LYCORIS | {"InvokeAI": (UNKNOWN, "")},
@@ -54,6 +54,7 @@ BY_ALGORITHM = {  # for each algorithm: what every program makes of it, if it do
     "Custom Diffusion": {name: (NO, "knows no Custom Diffusion") for name in OTHERS}
     | {"diffusers": (PARTLY, "only with a private argument; a plain load does nothing and says nothing")},
 }  # fmt: skip
+KOHYAS_DORA = {"diffusers": (NO, "drops kohya's dora_scale with a warning")}  # it reads PEFT's lora_magnitude_vector
 BY_FILE_KIND = {  # programs that do not fully read a kind of file
     "checkpoint": {name: (NO, "a whole model, no adapter") for name in PROGRAMS},
     "flat list of cloneofsimo/lora": {name: (NO, "nothing current reads this layout") for name in PROGRAMS},
@@ -103,6 +104,7 @@ def _verdict(
         return NO, "nothing known is in it"
     tables = [BY_NAMING_SCHEME[scheme] for scheme in contents.naming_schemes]
     tables += [BY_ALGORITHM[name] for name in contents.algorithm_counts]
+    tables += [KOHYAS_DORA] if any("dora_scale" in parts for parts in contents.modules.values()) else []
     tables += [BY_FILE_KIND[contents.file_kind]] if contents.file_kind in BY_FILE_KIND else []
     reasons = [table[program] for table in tables if program in table]
     reasons += [(finding.programs[program], finding.text) for finding in findings if program in finding.programs]

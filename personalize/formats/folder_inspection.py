@@ -21,6 +21,7 @@ from personalize.formats.diffusion_transformers.summary import folder_readings
 from personalize.formats.diffusion_transformers.summary import layout as transformer_layout
 from personalize.formats.foreign_files import require_adapter
 from personalize.formats.inspection import layout, learned_tokens, modules_elsewhere
+from personalize.formats.inspection_report import size_of
 from personalize.io.pickles import is_pickle
 from personalize.io.plain_files import visible
 from personalize.io.tensor_files import PICKLE_SUFFIXES, TensorFile
@@ -70,10 +71,11 @@ def _is_adapter(entry: Path) -> bool:
 
 def _summary(path: Path, allow_pickle: bool) -> FileSummary:
     """The line of one file; whatever is wrong with it is part of the line."""
-    size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*"))
-    if is_pickle(path) and not allow_pickle:
-        return FileSummary(path.name, size, "a pickle: --allow_pickle reads its tensors", problems=["it is a pickle"])
+    size = size_of(path)
     try:
+        if is_pickle(path) and not allow_pickle:
+            pickled = "a pickle: --allow_pickle reads its tensors"
+            return FileSummary(path.name, size, pickled, problems=["it is a pickle"])
         content = open_adapter(path, allow_pickle=allow_pickle, peek=PEEK)
         if (found := identify(content)) is not None:
             return _transformer_summary(path, size, content, found[0])

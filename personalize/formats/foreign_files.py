@@ -17,7 +17,7 @@ from personalize.errors import UserError
 from personalize.formats import layouts
 from personalize.formats import textual_inversion_files as token_files
 from personalize.formats.adapter_source import open_adapter
-from personalize.formats.algorithms import NEEDED, algorithm_of
+from personalize.formats.algorithms import algorithm_of, missing_factors
 from personalize.formats.diffusion_transformers.families import FAMILIES as TRANSFORMER_FAMILIES
 from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.layer_kinds import as_layer_wants, fitting_families, kernels
@@ -62,7 +62,7 @@ class AdapterFile:
     @property
     def base(self) -> dict[str, str]:
         """What the file says about its base model: `family`, `name` and `prediction_type`, as far as it says them."""
-        velocity = self.family == "sd2" and self.header.get("ss_base_model_version", "").endswith("_v")
+        velocity = self.header.get("ss_base_model_version", "").endswith("_v")  # sd_v2_v, and sd_v1_v of some SD 1.x
         velocity |= self.header.get("modelspec.prediction_type") == "v"
         base = {"family": self.family, "name": self.header.get("ss_sd_model_name")}
         base["prediction_type"] = "v_prediction" if velocity else None
@@ -180,10 +180,8 @@ def as_lora(file: AdapterFile, rank: int | None = None) -> tuple[AdapterFile, li
 
 def _require_complete(module: str, parts: Parts) -> None:
     """UserError unless a module of another algorithm than LoRA has all its factors, of finite numbers."""
-    name, roles = algorithm_of(parts), set(parts)
-    missing = [part for part in NEEDED.get(name, ()) if not any(roles >= choice for choice in part)]
-    if missing:
-        raise UserError(f"module {module} of {name} lacks {' and '.join(sorted(missing[0][0]))}: get the file again")
+    if missing := missing_factors(parts):
+        raise UserError(f"module {module} of {algorithm_of(parts)} lacks {' and '.join(missing)}: get the file again")
     if odd := [role for role, tensor in parts.items() if not bool(tensor.float().isfinite().all())]:
         raise UserError(f"module {module} holds a number that is not finite (in {odd[0]}): train the adapter again")
 

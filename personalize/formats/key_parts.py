@@ -44,7 +44,8 @@ LONGEST_ENDING_FIRST = sorted(ENDINGS, key=len, reverse=True)
 WRAPPER_WORDS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "base_layer")
 BASE_PREFIXES = re.compile(r"(?:(?<=\.)|^)(?:base_model\.model\.)+")
 ADAPTER_NAME = re.compile(
-    r"(\.(?:lora_A|lora_B|lora_down|lora_up|lora_mid|lora_magnitude_vector))\.((?!weight$|bias$)[^.]+)"
+    r"(\.(?:lora_A|lora_B|lora_down|lora_up|lora_mid|lora_magnitude_vector|hada_[wt]\w+|lokr_[wt]\w+))"
+    r"\.((?!weight$|bias$)[^.]+)"
     r"(?=\.weight$|\.bias$|$)"
 )
 CUSTOM_DIFFUSION = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)_custom_diffusion(?:\.0)?\.(weight|bias)")

@@ -69,6 +69,13 @@ def _made(path: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def require_tensor_name(path: Path) -> Path:
+    """`path`, if its name ends in .safetensors: under any other, programs take the file for a pickle or for none."""
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(f"{path} does not end in .safetensors, by which programs know such a file: name another output")
+    return path
+
+
 def require_absent(path: Path) -> Path:
     """`path`, if nothing exists there; else UserError, so that an export never overwrites its source."""
     if path.exists() or path.is_symlink():

@@ -5,6 +5,7 @@
     parameterization   what a UNet predicts (ε or v), turned into the other and into the clean latents
     supported          bases of another kind are refused; what a UNet predicts, if no file says it
     loading, config    from a folder, the hub or a single file; configs/ holds what single files lack
+    weight_files       whether the files of a base can be read, and hold every weight that it has
     blocks             which layers belong to the encoder, the middle and the decoder
     attention          hooks on attention layers;  attention_maps: record and average what they look at
     vae                the autoencoder's precision, and its tiles

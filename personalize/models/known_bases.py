@@ -60,8 +60,9 @@ def find_base(base: Mapping[str, Any], *, allow_download: bool = False) -> str |
     if path := base_here(base):
         return path
     if not re.fullmatch(HUB_ID, name):
+        known_by = f" ({str(base['sha256'])[:10]})" if base.get("sha256") else ""
         raise UserError(
-            f"the adapter was trained on the base {name} ({str(base.get('sha256'))[:10]}), which was not used on this "
+            f"the adapter was trained on the base {name}{known_by}, which was not used on this "
             "machine yet: name it with --pretrained_model_name_or_path"
         )
     if allow_download or _downloaded(name):

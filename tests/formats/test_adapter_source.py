@@ -107,3 +107,15 @@ def test_a_folder_of_ours_is_read_as_its_lora(tmp_path):
     whole, file = open_adapter(folder), open_adapter(folder / "pytorch_lora_weights.safetensors")
     assert whole.tensors.keys() == file.tensors.keys() and whole.metadata == file.metadata
     assert main(["convert", str(folder), "--to", "kohya", "--output", str(tmp_path / "cat.safetensors")]) == 0
+
+
+def test_verify_takes_the_folder_of_diffusers_training_scripts_and_says_what_other_folders_are(tmp_path, capsys):
+    """It looked for our adapter.json in them, and said that this file does not exist."""
+    (theirs := tmp_path / "theirs").mkdir()
+    saved = random_adapter(tiny("sd1")).save(tmp_path / "cat")
+    (theirs / DIFFUSERS_FILE).write_bytes((saved / DIFFUSERS_FILE).read_bytes())
+    assert main(["verify", str(theirs)]) == 0 and "modules match" in capsys.readouterr().out
+    KINDS["PEFT folder"]().write(tmp_path / "peft")
+    assert main(["verify", str(tmp_path / "peft")]) == 2
+    assert "is a folder of PEFT or of shards, one LoRA file was expected" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 2 and "is no adapter folder" in capsys.readouterr().err

@@ -129,3 +129,15 @@ def test_factors_as_1x1_convolutions_beside_biases_get_the_shape_of_their_layer(
     written = convert(save(tmp_path / "in.safetensors", tensors), to, tmp_path / "out.safetensors", family="sdxl")
     assert_same(deltas(written, "sdxl"), {module: delta(a, b) for module, (a, b) in modules(state).items()})
     assert difference(through_loader(model, written), with_merged(model, state, 1.0)) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["cat", "cat.bin", "cat.ckpt", "cat.v2"])
+def test_a_result_whose_name_no_program_would_open_is_not_written(tmp_path, name):
+    """Under the name of a pickle, or none, a verified file was read by nothing."""
+    lora = save(tmp_path / "lora.safetensors", kohya(random_lora(paths(tiny("sd1").unet, ATTENTION)), "sd1", 4.0))
+    token = save(tmp_path / "token.safetensors", {"<cat>": torch.ones(1, 768)})
+    for file in (lora, token):
+        for to in ("kohya", "diffusers"):
+            with pytest.raises(UserError, match=rf"{name} does not end in .safetensors"):
+                convert(file, to, tmp_path / name)
+    assert not (tmp_path / name).exists()

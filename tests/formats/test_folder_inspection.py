@@ -82,3 +82,19 @@ def test_a_folder_without_adapters_and_a_picture_of_many_are_refused(tmp_path, f
         inspect_folder(tmp_path)
     with pytest.raises(UserError, match="--picture draws one file"):
         inspect.run(SimpleNamespace(file=folder, json=False, picture=tmp_path / "x.png", allow_pickle=False))
+
+
+def test_a_file_that_cannot_be_opened_has_its_line_among_the_others(tmp_path, monkeypatch):
+    """One file without the right to read it hid all the others."""
+    for name in ("mine.safetensors", "theirs.safetensors"):
+        KINDS["LoRA, kohya's names"]().write(tmp_path / "one").rename(tmp_path / name)
+        (tmp_path / "one").rmdir()
+
+    def refuse(path):
+        if path.name == "theirs.safetensors":
+            raise UserError(f"could not read {path}: Permission denied")
+        return False
+
+    monkeypatch.setattr("personalize.formats.folder_inspection.is_pickle", refuse)
+    mine, theirs = inspect_folder(tmp_path)
+    assert mine.readers["personalize"] == "yes" and theirs.what.startswith("cannot be read: could not read")

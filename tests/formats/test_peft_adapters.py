@@ -183,3 +183,22 @@ def test_settings_without_a_part_are_those_of_a_transformer_too(tmp_path, prefix
     lora = read(tmp_path / "x.safetensors", content, identify(content)[0])
     (found,), (pair,) = lora.pairs.values(), pairs.values()
     assert torch.equal(update(found), factor * update(pair))
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
+def test_the_state_of_a_model_with_loha_or_lokr_in_it_is_read_without_the_adapters_name(tmp_path, kind):
+    """`model.state_dict()` has "….hada_w1_a.default", where PEFT's own files have "….hada_w1_a"."""
+    unet = tiny_pipeline("sd1").unet
+    model = get_peft_model(unet, kind(r=2, alpha=2, target_modules=["to_q"], init_weights=False))
+    state = {key: tensor for key, tensor in model.state_dict().items() if ".default" in key}
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, file := tmp_path / "x.safetensors")
+    truth = changes(unet, "default")
+    assert_same(of_file(as_lora(read_adapter_file(file, family="sd1"))[0]), truth)
+    assert_same(deltas(convert(file, "kohya", tmp_path / "k.safetensors", family="sd1"), "sd1"), truth)
+
+
+def test_inspect_says_that_diffusers_reads_its_own_dora(tmp_path):
+    """It warned of kohya's `dora_scale`, which is not in the file."""
+    file = dora(tmp_path)
+    tiny_pipeline("sd1").load_lora_weights(str(tmp_path))
+    assert inspect_file(file).readers["diffusers"][0] == "yes"

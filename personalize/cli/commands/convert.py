@@ -23,6 +23,7 @@ from personalize.formats.rank_reduction import lowered_pairs
 from personalize.formats.reader_keys import Factors
 from personalize.formats.timestep_rank import HEADER_KEY, read_rule, require_whole_rank, warning
 from personalize.io.atomic import plain_name, write_file, write_folder
+from personalize.io.output_folder import require_tensor_name
 from personalize.io.plain_files import visible
 
 if TYPE_CHECKING:
@@ -100,12 +101,14 @@ def _write(config: ConvertConfig, lora: AdapterFile, expected: Factors, family: 
         return _write_peft(config, files, expected, family)
     if config.to == "diffusers":
         data = lora_files.diffusers_file(state, lora.alpha, dtype=dtype, metadata=rule)
-        return write_file(config.output, data, check=lambda path: require(path, expected, family, kohya=False))
+        output = require_tensor_name(config.output)
+        return write_file(output, data, check=lambda path: require(path, expected, family, kohya=False))
     if family is None:
         raise UserError(f"{config.file} does not tell the family of its base: say --family sd1, sd2 or sdxl")
-    header = metadata(lora, family, config.output.stem)
+    output = require_tensor_name(config.output)
+    header = metadata(lora, family, output.stem)
     data = lora_files.kohya_file(state, lora.alpha, family=family, dtype=dtype, metadata=header)
-    return write_file(config.output, data, check=lambda path: require(path, expected, family, kohya=True))
+    return write_file(output, data, check=lambda path: require(path, expected, family, kohya=True))
 
 
 def _require_free(path: Path, config: ConvertConfig) -> None:
@@ -129,7 +132,7 @@ def _convert_tokens(config: ConvertConfig, output: Path, concepts: Concepts) -> 
                         "`personalize export tokens`, which writes a folder")  # fmt: skip
     if config.to == "diffusers" and len(concepts) == 1 and len(next(iter(concepts.values()))) > 1:
         return _write_diffusers_folder(config, output, concepts)
-    dtype = DTYPES[config.dtype]
+    output, dtype = require_tensor_name(output), DTYPES[config.dtype]
     if config.to == "kohya":
         learned = textual_inversion_files.LearnedToken(*next(iter(concepts.items())))
         data = textual_inversion_files.ui_file(learned, family=config.family, dtype=dtype)

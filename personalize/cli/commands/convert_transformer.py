@@ -16,6 +16,7 @@ from personalize.formats.diffusion_transformers.writing import diffusers_file, k
 from personalize.formats.peft_files import require_no_other_files
 from personalize.formats.rank_reduction import lowered_pairs
 from personalize.io.atomic import write_file, write_folder
+from personalize.io.output_folder import require_tensor_name
 from personalize.io.tensor_files import TensorFile
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def run(config: ConvertConfig, content: TensorFile, family: str) -> Path:
         require_no_other_files(config.output)
         written = write_folder(config.output, peft_folder(pairs, family, dtype), check=check)
     elif config.to == "diffusers":
-        written = write_file(config.output, diffusers_file(pairs, family, dtype), check=check)
+        written = write_file(require_tensor_name(config.output), diffusers_file(pairs, family, dtype), check=check)
     else:
-        written = write_file(config.output, kohya_file(pairs, family, dtype, content.metadata), check=check)
+        data = kohya_file(pairs, family, dtype, content.metadata)
+        written = write_file(require_tensor_name(config.output), data, check=check)
     rank = max(len(a) for a, _ in pairs.values())
     print(f"{written}: {FAMILIES[family].title}, {len(pairs)} layers, rank {rank}, verified")
     if lora.left:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from personalize.cli.terminal import json_text
 from personalize.errors import Mismatch, UserError
-from personalize.formats.adapter_folders import DIFFUSERS_FILE, MANIFEST
+from personalize.formats.adapter_folders import (
+    DIFFUSERS_FILE,
+    MANIFEST,
+    is_adapter_folder,
+    is_diffusers_folder,
+    no_adapter,
+)
 from personalize.formats.adapter_source import fetched, open_adapter
 from personalize.formats.coverage import KINDS, ordered_blocks, table_picture
 from personalize.formats.diffusion_transformers.checking import require_no_base, verify_transformer_file
@@ -33,14 +39,15 @@ if TYPE_CHECKING:
 def run(config: VerifyConfig) -> VerificationReport:
     """`personalize verify`: verify an adapter folder or a single file, and print the result.
 
-    If the file belongs to an adapter folder, the whole folder is verified.  Without `base`, the base model that the
+    If the file belongs to an adapter folder, the whole folder is verified; of a folder that diffusers' training scripts
+    have written, its LoRA file.  Without `base`, the base model that the
     adapter names is loaded if it is the embedded model or a local path; nothing is downloaded.
 
     Raises:
         Mismatch: the files could be read, but something in them is wrong (exit code 1).
         UserError: a file cannot be read.
     """
-    path = fetched(config.path)
+    path = _checkable(fetched(config.path))
     folder = path.parent if path.is_file() else path
     alone = path.is_file() and not is_part_of_adapter(path)
     if alone and (found := identify(content := open_adapter(path))) is not None:
@@ -55,6 +62,20 @@ def run(config: VerifyConfig) -> VerificationReport:
     if config.on_base and model is not None:
         _print_survival(config, model, path if alone else folder / DIFFUSERS_FILE)
     return _printed(path, report, json=config.json, checked=model is not None or (alone and len(report.files) > 1))
+
+
+def _checkable(path: Path) -> Path:
+    """The file or the adapter folder to verify; UserError for any other folder, which says what it is."""
+    if not path.is_dir() or (path / MANIFEST).is_file():
+        return path
+    if is_adapter_folder(path):
+        raise UserError(
+            f"{path} is a folder of PEFT or of shards, one LoRA file was expected: `personalize convert` makes one of "
+            "it, and verifies that"
+        )
+    if not is_diffusers_folder(path):
+        raise UserError(no_adapter(path))
+    return path / DIFFUSERS_FILE
 
 
 def _printed(path: Path, report: VerificationReport, *, checked: bool, json: bool = False) -> VerificationReport:

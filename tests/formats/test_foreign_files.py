@@ -1,0 +1,62 @@
+"""What is read of files of other programs: DoRA of every algorithm, incomplete modules, tokens' words, the base."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from personalize.adapters.adapter import Adapter
+from personalize.adapters.fuse import component_weights, merged_weights
+from personalize.errors import UserError
+from personalize.formats.foreign_files import read_adapter_file
+from personalize.formats.inspection import inspect_file
+from tests.support.adapter_kinds import KINDS, flat, shapes
+from tests.support.tiny import tiny
+
+EXACT = 1e-5  # of the largest weight: products of tens of terms in single precision
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_dora_on_loha_and_lokr_is_read_and_merged(tmp_path, kind):
+    """LyCORIS' `dora_wd` with `algo=loha`: such files were said to lack A and B.
+
+    W = m ∘ (W₀ + ΔW) / ‖W₀ + ΔW‖, one norm for each output.
+    """
+    made = KINDS[kind]()
+    magnitudes = {module: torch.rand(out, 1) + 0.5 for module, (out, _) in shapes().items()}
+    tensors = made.tensors | {f"{flat(module)}.dora_scale": m for module, m in magnitudes.items()}
+    save_file({key: t.contiguous() for key, t in tensors.items()}, file := tmp_path / "x.safetensors", made.metadata)
+    assert inspect_file(file).readers["personalize"][0] == "partly"  # no LoRA holds it
+    merged = merged_weights(tiny("sd1"), Adapter.load(file), any_base=True)["unet"]
+    before = component_weights(tiny("sd1"))["unet"]
+    for module, magnitude in magnitudes.items():
+        name = f"{module.removeprefix('unet.')}.weight"
+        whole = before[name].double() + made.updates[module]
+        wanted = magnitude * whole / whole.norm(dim=1, keepdim=True)
+        assert (merged[name] - wanted).abs().max() < EXACT * wanted.abs().max(), module
+
+
+@pytest.mark.parametrize(
+    ("left_out", "says"), [("hada_w2_b", "of DoRA lacks hada_w1_a and hada_w1_b and hada_w2_a and hada_w2_b"),
+                           ("hada_", "of DoRA lacks A and B")]
+)  # fmt: skip
+def test_dora_without_the_factors_of_its_change_is_refused(tmp_path, left_out, says):
+    made = KINDS["LoHa"]()
+    tensors = {key: tensor for key, tensor in made.tensors.items() if left_out not in key}
+    tensors |= {f"{flat(module)}.dora_scale": torch.ones(out, 1) for module, (out, _) in shapes().items()}
+    save_file({key: t.contiguous() for key, t in tensors.items()}, tmp_path / "x.safetensors", made.metadata)
+    with pytest.raises(UserError, match=says):
+        read_adapter_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["<cat>", "cat", "my cat", "<cat>.v2"])
+def test_a_file_called_like_its_token_keeps_the_tokens_word(tmp_path, name):
+    """`<cat>.safetensors`, which holds the token `<cat>`, gave `<<cat>>`, which no prompt says."""
+    save_file({"<cat>": torch.ones(1, 32)}, tmp_path / f"{name}.safetensors")
+    assert list(Adapter.load(tmp_path / f"{name}.safetensors").concepts) == ["<cat>"]
+
+
+@pytest.mark.parametrize(("version", "predicts"), [("sd_v1", None), ("sd_v1_v", "v_prediction")])
+def test_what_sd_scripts_say_of_the_prediction_is_kept_for_sd_1_too(tmp_path, version, predicts):
+    save_file(KINDS["LoRA, kohya's names"]().tensors, file := tmp_path / "x.safetensors",
+              {"ss_base_model_version": version, "ss_v2": "False"})  # fmt: skip
+    assert read_adapter_file(file).base.get("prediction_type") == predicts
