@@ -260,7 +260,7 @@ def _alpha_in_two_places_or_none(
             Finding(f"{text} programs look, others take alpha = rank", dict.fromkeys((*OTHERS, "diffusers"), PARTLY))
         ]
     stated = has_metadata or ADAPTER_CONFIG in metadata
-    if not stated and not alphas and (contents.naming_schemes["PEFT"] or contents.naming_schemes["diffusers"]):
+    if not stated and not alphas and {"PEFT", "diffusers", "PEFT folder"} & contents.naming_schemes.keys():
         return [Finding("nothing says what alpha is: readers take alpha = rank, right only if it was trained so")]
     return []
 

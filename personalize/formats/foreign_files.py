@@ -6,6 +6,7 @@ it here, so that they all take the same files.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.formats import layouts
 from personalize.formats import textual_inversion_files as token_files
+from personalize.formats.adapter_folders import ADAPTER_CONFIG
 from personalize.formats.adapter_source import open_adapter
 from personalize.formats.algorithms import algorithm_of, missing_factors
 from personalize.formats.diffusion_transformers.families import FAMILIES as TRANSFORMER_FAMILIES
@@ -86,6 +88,8 @@ def read_adapter_file(
 
     Raises:
         UserError: it cannot be read, holds nothing of an adapter, or more than that.
+
+    A Notice says if it is a file of PEFT's without the settings that hold its alpha.
     """
     content = open_adapter(path) if content is None else content
     metadata = with_rule(path, content.metadata)
@@ -106,6 +110,13 @@ def read_adapter_file(
     shaped = {module: as_layer_wants(parts[module], module, family) if module in plain else {} for module in parts}
     pairs = {f"{m}.lora_{s}.weight": shaped[m][s].float() for m in plain for s in "AB" if s in shaped[m]}
     modules, settings = factor_pairs(pairs), settings_of(content.metadata, path)
+    if contents.naming_schemes["PEFT folder"] and not settings:
+        warnings.warn(
+            f"{path} is a file of PEFT's, whose alpha stands in {ADAPTER_CONFIG}, which is not beside it: alpha is "
+            "taken for the rank, right only if it was trained so",
+            Notice,
+            stacklevel=2,
+        )
     scalings = {module: scaling(module, parts[module], settings) for module in modules}
     state, rank, alpha = _with_one_rank_and_alpha(modules, scalings) if modules else ({}, 1, 1.0)
     others = {}

@@ -5,6 +5,7 @@ personalize inspect FILE [--json] [--picture out.png]
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.formats import compatibility, coverage, layouts, peft_settings
 from personalize.formats.adapter_folders import MANIFEST
 from personalize.formats.adapter_source import open_adapter
@@ -145,7 +146,8 @@ def _modules_not_in_model(contents: FileContents, family: str | None) -> list[st
 def _own_verdict(path: Path, content: TensorFile, elsewhere: Sequence[str]) -> tuple[str, str]:
     """Whether this program reads the file, by reading it; `elsewhere` are its modules that no model has."""
     try:
-        file = read_adapter_file(path, content)
+        with warnings.catch_warnings(action="ignore", category=Notice):  # what it says is among the problems
+            file = read_adapter_file(path, content)
     except UserError as error:
         return compatibility.NO, str(error).removeprefix(f"{path}").lstrip(": ")
     if elsewhere:

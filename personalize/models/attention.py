@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from personalize.errors import UserError
 from personalize.models.blocks import block_roles
+from personalize.models.supported import latent_size
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -112,7 +113,7 @@ def hooked(
 
 def attention_sites(unet: UNet2DConditionModel, size: tuple[int, int] | None = None) -> dict[str, AttentionSite]:
     """All attention layers by name, in the UNet's order, for latents of `size` (h, w), by default the base's own."""
-    height, width = size or (unet.config["sample_size"],) * 2
+    height, width = size or latent_size(unet)
     sites, roles = {}, block_roles(unet)
     for name, attention in _attentions(unet).items():
         role = next(role for block, role in roles.items() if name.startswith(f"{block}."))

@@ -222,12 +222,15 @@ def _unreadable(source: str | Path, error: Exception) -> UserError:
 def family(unet: Any, text_encoders: int) -> str:
     """ "sd1", "sd2" or "sdxl", from the UNet's config: SDXL has added embeddings, 2.x has linear projections.
 
-    Raises UserError for the SDXL refiner.
+    Raises UserError for a UNet like SDXL's with one text encoder, as the refiner and Kolors have it.
     """
     config = unet.config
     if config.addition_embed_type == "text_time":
         if text_encoders != 2:
-            raise UserError("the base is an SDXL refiner (one text encoder); the SDXL base model is needed")
+            raise UserError(
+                "the UNet is like SDXL's, but there is one text encoder, as of the refiner or Kolors: the SDXL base "
+                "model, which has two, is needed"
+            )
         return "sdxl"
     return "sd2" if config.use_linear_projection else "sd1"
 

@@ -21,7 +21,7 @@ from personalize.models.known_bases import portable_name, remember_base
 from personalize.models.loading import default_device, default_dtype, family, load_pipeline, require_bf16, require_parts
 from personalize.models.offloading import embedding_device, execution_device
 from personalize.models.quantization import quantize
-from personalize.models.supported import require_supported, require_usable
+from personalize.models.supported import latent_size, require_supported, require_usable
 from personalize.models.token_ids import equal_ids
 from personalize.models.transfer import on_device, sent
 from personalize.models.vae import accurate_vae, decoding_plan, require_finite, tiled_vae
@@ -57,7 +57,7 @@ class StableDiffusion:
         self.parameterization = parameterization.of(self.prediction_type)
         self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.resolution = self.unet.config.sample_size * self.factor
+        self.resolution = latent_size(self.unet)[0] * self.factor
         schedule: Any = DDIMScheduler.from_config(self.scheduler.config)
         self._alphas_cumprod: Tensor = schedule.alphas_cumprod
         self._levels: list[float] = schedule.alphas_cumprod.tolist()

@@ -1,4 +1,4 @@
-"""Whether a base model is of the kind that this package knows, and what its UNet predicts if no file says it."""
+"""Whether a base model is of the kind that this package knows; its latents' size, and what its UNet predicts."""
 
 from __future__ import annotations
 
@@ -67,6 +67,18 @@ def require_usable(unet: Any, vae: Any, name: object) -> None:
             f"the autoencoder of {name} ({type(vae).__name__}) gives no distribution of latents: give a base with an "
             "AutoencoderKL"
         )
+
+
+def latent_size(unet: Any) -> tuple[int, int]:
+    """The latents' sides (h, w) that a UNet says it was trained on; where it says none, those of its family.
+
+    `sample_size` is one number or two, as diffusers' pipelines take it, or None.
+    """
+    stated = unet.config.get("sample_size")
+    if stated is None:
+        stated = 128 if unet.config.get("addition_embed_type") == "text_time" else 64
+    height, width = (stated, stated) if isinstance(stated, int) else stated
+    return height, width
 
 
 @torch.no_grad()

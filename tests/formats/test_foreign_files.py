@@ -1,12 +1,14 @@
 """What is read of files of other programs: DoRA of every algorithm, incomplete modules, tokens' words, the base."""
 
+import warnings
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.fuse import component_weights, merged_weights
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.inspection import inspect_file
 from tests.support.adapter_kinds import KINDS, flat, shapes
@@ -60,3 +62,17 @@ def test_what_sd_scripts_say_of_the_prediction_is_kept_for_sd_1_too(tmp_path, ve
     save_file(KINDS["LoRA, kohya's names"]().tensors, file := tmp_path / "x.safetensors",
               {"ss_base_model_version": version, "ss_v2": "False"})  # fmt: skip
     assert read_adapter_file(file).base.get("prediction_type") == predicts
+
+
+def test_a_file_of_peft_without_its_settings_says_that_its_alpha_is_not_known(tmp_path):
+    """Copied out of its folder, it was taken at strength 1 without a word: here 4 was trained."""
+    made = KINDS["PEFT folder"]()
+    with warnings.catch_warnings(action="error", category=Notice):
+        whole = read_adapter_file(made.write(tmp_path / "whole"))
+        save_file(made.tensors, alone := tmp_path / "alone.safetensors")
+        assert any("nothing says what alpha is" in problem for problem in inspect_file(alone).problems)
+    with pytest.warns(Notice, match="adapter_config.json, which is not beside it: alpha is taken for the rank"):
+        lost = read_adapter_file(alone)
+    key = next(key for key in lost.state if key.endswith("attn1.to_k.lora_B.weight"))
+    strength = 8 / 4**0.5  # alpha / √r by the settings
+    assert lost.alpha == lost.rank and torch.allclose(whole.state[key], strength * lost.state[key])

@@ -150,3 +150,11 @@ def test_a_header_without_metadata_is_read_as_safetensors_itself_reads_it(tmp_pa
     assert load_file(tmp_path / "x.safetensors")["a"] == 0
     content = read_tensors(tmp_path / "x.safetensors")
     assert content.metadata == {} and content.tensors["a"] == 0
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3FNUZ", "F4", "C128"])
+def test_a_type_of_numbers_that_is_not_known_is_named_and_not_called_damage(tmp_path, kind):
+    header = json.dumps({"a": {"dtype": kind, "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match=f"tensor 'a' is of the type '{kind}', which is not read"):
+        read_tensors(tmp_path / "x.safetensors")

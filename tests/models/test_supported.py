@@ -8,8 +8,9 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from torch import nn
 
 from personalize.errors import UserError
+from personalize.models.attention import attention_sites
 from personalize.models.stable_diffusion import StableDiffusion
-from personalize.models.supported import predicted_quantity, require_supported
+from personalize.models.supported import latent_size, predicted_quantity, require_supported
 from tests.support.tiny import tiny_pipeline
 
 
@@ -63,3 +64,19 @@ def test_a_base_says_what_it_cannot_be() -> None:
     other = SimpleNamespace(config={"prediction_type": "epsilon"})
     with pytest.raises(UserError, match="states no betas"):
         require_supported(other, None, "some base")
+
+
+@pytest.mark.parametrize(
+    ("stated", "sd1", "sdxl"),
+    [(None, (64, 64), (128, 128)), (40, (40, 40), (40, 40)), ([48, 32], (48, 32), (48, 32))],
+)
+def test_a_unet_may_state_the_size_of_its_latents_as_one_number_two_or_none(stated: Any, sd1: Any, sdxl: Any) -> None:
+    """diffusers' pipelines take all three; two or none ended in a TypeError."""
+    for name, size in (("sd1", sd1), ("sdxl", sdxl)):
+        pipe = tiny_pipeline(name)
+        pipe.unet.register_to_config(sample_size=stated)
+        assert latent_size(pipe.unet) == size
+        model = StableDiffusion.from_pipeline(pipe)
+        assert model.resolution == size[0] * model.factor
+        sites = attention_sites(pipe.unet)
+        assert max(site.height for site in sites.values()) <= size[0]
