@@ -21,7 +21,6 @@ from torch import Tensor
 
 from personalize.errors import UserError
 from personalize.formats.adapter_folders import ADAPTER_CONFIG
-from personalize.formats.weight_changes import alpha_of
 from personalize.io.json_files import parse_json
 
 BASE_PREFIX = "base_model.model."  # before the path of every module in PEFT's files
@@ -169,12 +168,21 @@ def scaling(module: str, parts: Mapping[str, Tensor], settings: Mapping[str, Pef
     """
     component, path = module.split(".", 1)
     rank, own = parts["A"].shape[0], settings.get(component, settings.get("", PeftSettings()))
-    alpha = parts["alpha"].item() if "alpha" in parts and parts["alpha"].numel() == 1 else 0
+    alpha = _own_alpha(module, parts)
     if not alpha and own.unclear:
         raise UserError(own.unclear)
     if not alpha:  # no alpha tensor; kohya's tools take 0 for none, too
         alpha = own.alpha_of(path) or rank
     return _positive(alpha, "alpha", f"module {module}") / (rank**0.5 if own.rank_stabilized else rank)
+
+
+def _own_alpha(module: str, parts: Mapping[str, Tensor]) -> float:
+    """The module's alpha tensor as a number; 0 if it has none.  UserError for one of several numbers."""
+    if "alpha" not in parts:
+        return 0
+    if parts["alpha"].numel() != 1:
+        raise UserError(f"module {module} has an alpha of shape {tuple(parts['alpha'].shape)}: one number was expected")
+    return parts["alpha"].item()
 
 
 def strength(module: str, parts: Mapping[str, Tensor], settings: Mapping[str, PeftSettings]) -> float:
@@ -184,9 +192,10 @@ def strength(module: str, parts: Mapping[str, Tensor], settings: Mapping[str, Pe
     """
     if "A" in parts:
         return scaling(module, parts, settings)
+    alpha = _own_alpha(module, parts)
     component, path = module.split(".", 1)
     own = settings.get(component, settings.get("", PeftSettings()))
-    if own.kind not in SCALED_BY_SETTINGS or alpha_of(parts):
+    if own.kind not in SCALED_BY_SETTINGS or alpha:
         return 1.0
     alpha, rank = own.alpha_of(path), own.rank_of(path)
     return alpha / rank if alpha and rank else 1.0

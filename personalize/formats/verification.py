@@ -57,12 +57,14 @@ def verify_file(path: Path, model: StableDiffusion | None = None) -> Verificatio
     stems = {key.removesuffix(ending) for ending in _ENDINGS for key in content.tensors if key.endswith(ending)}
     reports = [replace(report, total=max(len(stems), len(factors)))]
     if not factors:
-        reports = [replace(report, problems=(*report.problems[:1], NOTHING))]
+        tokens = layouts.classify_tensors(content.tensors).file_kind.startswith("textual inversion")
+        reports = [replace(report, problems=(*report.problems[:1], TOKENS if tokens else NOTHING))]
     elif base is not None:
         reports.append(compare_through_diffusers(path, base, factors))
     return VerificationReport(tuple(reports))
 
 
+TOKENS = "it holds learned tokens and no LoRA, of which alone changes are compared: `personalize inspect` says more"
 NOTHING = "it has no LoRA module that any program reads: convert it"
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha")
 

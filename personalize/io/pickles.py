@@ -138,12 +138,13 @@ def _copies(found: Iterator[tuple[str, Tensor]], most_bytes: int) -> dict[str, T
 
 
 def _flat(value: Any, prefix: str, depth: int, entries: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
-    """Every dense tensor in nested dictionaries of at most `depth` levels, by its keys joined with dots."""
+    """Every tensor in nested dictionaries of at most `depth` levels, by its keys joined with dots."""
     if next(entries) > MAX_ENTRIES:
         raise UserError(f"it holds more than {MAX_ENTRIES:,} values, each counted as often as it is reached")
     if isinstance(value, Tensor):
-        if value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu":
-            yield prefix or "tensor", value
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise UserError(f"its tensor {prefix[:120]!r} is sparse, quantized or without numbers")
+        yield prefix or "tensor", value
     elif isinstance(value, dict | nn.ParameterDict) and depth:
         for key, inner in value.items():
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key), depth - 1, entries)

@@ -147,6 +147,8 @@ def _checked_entry(name: str, value: Any, size: int, path: Path) -> tuple[torch.
     try:
         entry = msgspec.convert(value, Entry)
         dtype, (begin, end) = DTYPES[entry.dtype], entry.data_offsets
+        if begin <= end and end > size:
+            raise UserError(f"{path} is cut short: it has {size} bytes of data, tensor {name[:120]!r} ends at {end}")
         fits = math.prod(max(1, side) for side in entry.shape) < 2**40  # bounds the strides of empty tensors
         if fits and begin <= end <= size and end - begin == math.prod(entry.shape) * dtype.itemsize:
             return dtype, entry.shape, begin, end

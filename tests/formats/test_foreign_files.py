@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.fuse import component_weights, merged_weights
 from personalize.errors import Notice, UserError
-from personalize.formats.foreign_files import read_adapter_file
+from personalize.formats.foreign_files import as_lora, read_adapter_file
 from personalize.formats.inspection import inspect_file
+from personalize.formats.lora_files import factor_pairs
 from tests.support.adapter_kinds import KINDS, flat, shapes
 from tests.support.tiny import tiny
 
@@ -76,3 +77,26 @@ def test_a_file_of_peft_without_its_settings_says_that_its_alpha_is_not_known(tm
     key = next(key for key in lost.state if key.endswith("attn1.to_k.lora_B.weight"))
     strength = 8 / 4**0.5  # alpha / √r by the settings
     assert lost.alpha == lost.rank and torch.allclose(whole.state[key], strength * lost.state[key])
+
+
+@pytest.mark.parametrize("kind", ["LoRA, kohya's names", "LoHa"])
+@pytest.mark.parametrize(
+    ("stored", "strength"),
+    [(torch.tensor([2]), 0.5), (torch.tensor(2.0).bfloat16(), 0.5), (torch.full((4,), 2.0), None)],
+    ids=["one whole number", "bf16", "several"],
+)
+def test_alpha_is_one_number_of_any_type_and_shape(tmp_path, kind, stored, strength):
+    """One of several numbers was passed over, and alpha taken for the rank: twice what was trained."""
+    made = KINDS[kind]()
+    tensors = {key: stored.clone() if key.endswith(".alpha") else t for key, t in made.tensors.items()}
+    save_file({key: t.contiguous() for key, t in tensors.items()}, file := tmp_path / "x.safetensors", made.metadata)
+    if strength is None:
+        with pytest.raises(UserError, match=r"has an alpha of shape \(4,\): one number was expected"):
+            read_adapter_file(file)
+        assert inspect_file(file).readers["personalize"][0] == "no"
+    else:
+        found = as_lora(read_adapter_file(file))[0]
+        (module, (a, b)) = next(iter(factor_pairs(found.state).items()))
+        update = found.alpha / found.rank * (b.double() @ a.double())
+        right = made.updates[module] / (1 if kind != "LoHa" else 8)  # whose file says 16 of rank 2
+        assert (update - right).abs().max() < EXACT * right.abs().max()

@@ -76,3 +76,10 @@ def test_plain_pickles_are_refused(tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UserError, match="no pickle of plain tensors"):
         read_any(tmp_path / "x.pkl", allow_pickle=True)
+
+
+def test_a_tensor_that_cannot_be_read_is_not_passed_over(tmp_path):
+    """A file was read without its sparse tensors, and nothing said so."""
+    torch.save({"a": torch.ones(2), "b": torch.eye(3).to_sparse()}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="its tensor 'b' is sparse, quantized or without numbers"):
+        read_any(tmp_path / "x.pt", allow_pickle=True)

@@ -113,6 +113,9 @@ def test_truncated_files_are_refused(tmp_path, cut):
     (tmp_path / "x.safetensors").write_bytes(whole[:cut])
     with pytest.raises(UserError):
         read_tensors(tmp_path / "x.safetensors")
+    if cut == -1:
+        with pytest.raises(UserError, match="is cut short: it has 19 bytes of data, tensor 'a' ends at 20"):
+            read_tensors(tmp_path / "x.safetensors")
 
 
 def test_missing_and_damaged_json_files_are_refused(tmp_path):
