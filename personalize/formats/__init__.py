@@ -17,7 +17,7 @@
     reader_keys, source_reading, verification   independent readings, and the comparison with them
     verification_report       what it found
     quantized_merge           what a merge into a quantized base leaves of a LoRA
-    compatibility, coverage   who can read a file, and what it changes
+    compatibility, coverage   who can read a file, and what it changes;  block_names: whose names it has for blocks
     diffusion_transformers/   files for FLUX, Z-Image, Qwen-Image, SD 3 and others
     inspection, inspection_report, folder_inspection, conversion   say what a file is; rewrite it
 

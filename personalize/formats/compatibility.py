@@ -9,15 +9,13 @@ diffusers are tested.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from personalize.formats.adapter_folders import ADAPTER_CONFIG
+from personalize.formats.block_names import NO, PARTLY, UNKNOWN, YES, Finding, block_names
 from personalize.formats.layouts import FileContents
 from personalize.formats.peft_settings import HEADER_ALPHAS
 
-YES, UNKNOWN, PARTLY, NO = "yes", "unknown", "partly", "no"
 UIS = ("A1111", "Forge", "ComfyUI", "InvokeAI")
 PROGRAMS = ("personalize", "diffusers", *UIS, "sd-scripts")
 OTHERS = (*UIS, "sd-scripts")
@@ -76,16 +74,6 @@ BY_FILE_KIND = {  # programs that do not fully read a kind of file
 TRIGGER = "the trigger is the file's name"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong with a file: a sentence, and the verdict on every program that it affects."""
-
-    text: str
-    programs: Mapping[str, str] = field(default_factory=dict)
-    modules: tuple[str, ...] = ()
-    """The modules that those programs drop, if it is about modules."""
-
-
 def readers(
     contents: FileContents, findings: list[Finding], elsewhere: Sequence[str] = ()
 ) -> dict[str, tuple[str, str]]:
@@ -136,7 +124,7 @@ def dropped(found: Sequence[Finding], elsewhere: Sequence[str], count: int) -> d
     """
     lost = {program: set(elsewhere) if len(elsewhere) < count else set() for program in PROGRAMS}
     for finding in found:
-        for program in finding.programs:
+        for program in (name for name, verdict in finding.programs.items() if verdict != UNKNOWN):
             lost[program] |= set(finding.modules)
     return {program: sorted(modules) for program, modules in lost.items() if modules}
 
@@ -151,7 +139,7 @@ def findings(contents: FileContents, metadata: Mapping[str, str], family: str | 
         _missing_text_model,
         _uneven_alpha_or_rank,
         _alpha_in_two_places_or_none,
-        _diffusers_block_names,
+        block_names,
         _family_in_metadata,
         _no_token_name,
     )
@@ -263,16 +251,6 @@ def _alpha_in_two_places_or_none(
     if not stated and not alphas and {"PEFT", "diffusers", "PEFT folder"} & contents.naming_schemes.keys():
         return [Finding("nothing says what alpha is: readers take alpha = rank, right only if it was trained so")]
     return []
-
-
-def _diffusers_block_names(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    """SDXL modules in kohya's names but with diffusers' names of blocks."""
-    block = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks|add_embedding|time_embedding|conv_)")
-    modules = [module for module, stem in contents.key_stems.items() if block.match(stem)]
-    if family != "sdxl" or not modules:
-        return []
-    text = f"{len(modules)} SDXL module(s) have diffusers' block names, which tools that know the original ones reject"
-    return [Finding(f"{text}; convert --to kohya renames them", {"sd-scripts": NO, "InvokeAI": PARTLY}, tuple(modules))]
 
 
 def _family_in_metadata(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
