@@ -9,10 +9,15 @@ diffusers are tested.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from personalize.formats.adapter_folders import ADAPTER_CONFIG
 from personalize.formats.block_names import NO, PARTLY, UNKNOWN, YES, Finding, block_names
+from personalize.formats.layer_kinds import as_layer_wants
 from personalize.formats.layouts import FileContents
 from personalize.formats.peft_settings import HEADER_ALPHAS
 
@@ -71,6 +76,7 @@ BY_FILE_KIND = {  # programs that do not fully read a kind of file
     "textual inversion, OneTrainer SDXL form": {"diffusers": (NO, "raises: pass each tensor to its own encoder")},
     "textual inversion, cog-sdxl form": {name: (NO, "only cog-sdxl reads it") for name in PROGRAMS[1:]},
 }  # fmt: skip
+OF_COMMON_ALPHA = re.compile(r"unet\..*\.attn\d?\.to_(q|k|v|out\.0)|text_encoder\..*|text_encoder_2\..*_proj")
 TRIGGER = "the trigger is the file's name"
 
 
@@ -138,6 +144,7 @@ def findings(contents: FileContents, metadata: Mapping[str, str], family: str | 
         _mixed_naming_schemes,
         _missing_text_model,
         _uneven_alpha_or_rank,
+        _other_dimensions,
         _alpha_in_two_places_or_none,
         block_names,
         _family_in_metadata,
@@ -216,17 +223,40 @@ def _missing_text_model(contents: FileContents, metadata: Mapping[str, str], fam
 
 
 def _uneven_alpha_or_rank(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
-    """Alphas or ranks that differ between attention modules: kohya's tools load them correctly, diffusers does not."""
-    out = []
-    for part in ("unet", "text_encoder", "text_encoder_2"):
-        infix = ".attn" if part == "unet" else ".layers."
-        own = [p for m, p in contents.modules.items() if m.startswith(f"{part}.") and infix in m and "A" in p]
-        alphas = {(float(p["alpha"]) if p["alpha"].numel() == 1 else -1.0) if "alpha" in p else None for p in own}
-        ranks = {p["A"].shape[0] if p["A"].ndim else 0 for p in own}
-        if contents.naming_schemes["kohya"] and (len(alphas) > 1 or len(ranks) > 1):
-            text = f"alphas or ranks differ among the attention modules of {part}: diffusers takes wrong strengths"
-            out.append(Finding(f"{text}, silently; convert makes them one", {"diffusers": NO}))
-    return out
+    """Alphas that differ in one part of the model: kohya's tools load them correctly, diffusers does not.
+
+    It takes the most common alpha of the part for attention's projections, for the first text encoder, whose modules
+    transformers calls otherwise than the file, and for modules without alpha.
+    """
+    found = []
+    for part in ("unet", "text_encoder", "text_encoder_2") if contents.naming_schemes["kohya"] else ():
+        ranks = {m: len(p["A"]) for m, p in contents.modules.items() if m.startswith(f"{part}.") and _is_matrix(p)}
+        stored = {m: contents.modules[m]["alpha"] for m in ranks if "alpha" in contents.modules[m]}
+        alphas = {m: float(alpha) for m, alpha in stored.items() if alpha.numel() == 1}
+        if not alphas:
+            continue
+        common = Counter(alphas.values()).most_common(1)[0][0]
+        taken = {m: common if OF_COMMON_ALPHA.fullmatch(m) else alphas.get(m, common) for m in ranks}
+        if wrong := tuple(m for m, rank in ranks.items() if taken[m] != (alphas.get(m) or rank)):
+            text = f"alphas or ranks differ among the modules of {part}, or are 0: diffusers takes {len(wrong)} wrong"
+            found.append(Finding(f"{text} strengths, silently; convert makes them one", {"diffusers": NO}, wrong))
+    return found
+
+
+def _is_matrix(parts: Mapping[str, Tensor]) -> bool:
+    return "A" in parts and parts["A"].ndim > 1
+
+
+def _other_dimensions(contents: FileContents, metadata: Mapping[str, str], family: str | None) -> list[Finding]:
+    """Factors with another number of dimensions than their layer: graphical programs reshape them, diffusers raises."""
+    odd = [
+        module for module, parts in contents.modules.items() if _is_matrix(parts)
+        if any(shaped.ndim != parts[role].ndim for role, shaped in as_layer_wants(parts, module, family).items())
+    ]  # fmt: skip
+    if not odd:
+        return []
+    text = f"{len(odd)} module(s) are stored with the dimensions of another kind of layer, first {odd[0]}"
+    return [Finding(f"{text}: diffusers raises; convert gives them those of their own", {"diffusers": NO})]
 
 
 def _alpha_in_two_places_or_none(
