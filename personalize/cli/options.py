@@ -83,7 +83,7 @@ class ConvertConfig:
     to: Literal["diffusers", "kohya", "peft"]
     """diffusers; kohya for A1111, Forge, ComfyUI, InvokeAI and sd-scripts; peft for PEFT's own folders."""
     output: Path
-    """File to write; with `--to peft` a folder.  Must not exist yet."""
+    """File to write, ending in .safetensors; with `--to peft` a folder.  Must not exist yet."""
     overwrite: bool = False
     """Replace an output that exists."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from personalize.errors import UserError
 from personalize.io.json_files import read_json
-from personalize.io.plain_files import require_plain_tree, visible
+from personalize.io.plain_files import require_plain_tree
 from personalize.models.config import (
     INPAINTING,
     TEXT_TO_IMAGE,
@@ -24,7 +23,14 @@ from personalize.models.config import (
 from personalize.models.offline import without_network
 from personalize.models.quiet import quiet_loading
 from personalize.models.supported import predicted_quantity
-from personalize.models.weight_files import check_weight_files, require_same_unet, require_whole, weight_header
+from personalize.models.weight_files import (
+    check_weight_files,
+    require_same_unet,
+    require_unscaled,
+    require_variant,
+    require_whole,
+    weight_header,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,7 +69,7 @@ def load_pipeline(
         require_plain_tree(path)
         index = read_index(path)
         require_parts(index, path)
-        _require_variant(path, variant)
+        require_variant(path, variant)
         check_weight_files(path, variant)
         check_channels(stated_channels(path) or TEXT_TO_IMAGE, source, inpainting=inpainting)
         extra = {name: None for name in extra if name in index}
@@ -113,6 +119,7 @@ def load_single_file(
     header = weight_header(path, path)
     channels = (*header.tensors[FIRST_CONVOLUTION].shape, 0, 0)[1]
     check_channels(channels, path.name, inpainting=inpainting)
+    require_unscaled(header.tensors, path.name)
     require_same_unet(header.tensors, *_unet_without_weights(kind), path.name)
     try:
         pipe = _assembled(path, kind, channels)
@@ -202,15 +209,6 @@ def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
         pad_token=pad,
         model_max_length=77,
     )
-
-
-def _require_variant(folder: Path, variant: str | None) -> None:
-    """UserError if the UNet's weights are there in a variant alone, such as fp16, and none is asked for."""
-    files = [file.name for file in visible(folder / "unet") if file.suffix in (".safetensors", ".bin")]
-    plain = any(re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.\w+", name) for name in files)
-    variants = {found[1] for name in files if (found := re.match(r"diffusion_pytorch_model\.(\w+)[.-]", name))}
-    if variant is None and variants and not plain:
-        raise UserError(f"{folder} has its weights as variant {min(variants)} alone: add --variant {min(variants)}")
 
 
 def _unreadable(source: str | Path, error: Exception) -> UserError:

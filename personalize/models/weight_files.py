@@ -19,6 +19,9 @@ from personalize.models.config import TEXT_ENCODERS
 
 PARTS = ("unet", "vae", *TEXT_ENCODERS)
 STEM, SHARD = "(?:diffusion_pytorch_model|model)", r"(?:-\d+-of-\d+)?"
+ANY_STEM = "(?:diffusion_pytorch_model|pytorch_model|model)"  # of pickles too
+FACTORS = (".scale_weight", ".weight_scale", ".scale_input", "scaled_fp8", ".comfy_quant", ".absmax")
+"""Endings of names of factors by which a quantized file's numbers are to be multiplied (ComfyUI's, bitsandbytes')."""
 UNET_PREFIX = "model.diffusion_model."  # of the UNet's weights in a single file
 
 
@@ -45,6 +48,17 @@ def check_weight_files(folder: Path, variant: str | None) -> None:
                     f"{file} was saved with LoRA layers in it ({odd[:80]}), so that it is no base model: call "
                     "pipe.unload_lora_weights() before pipe.save_pretrained()"
                 )
+
+
+def require_variant(folder: Path, variant: str | None) -> None:
+    """UserError if a part's weights are there in a variant alone, such as fp16, and none is asked for."""
+    for part in PARTS if variant is None else ():
+        names = [file.name for file in visible(folder / part) if file.suffix in (".safetensors", ".bin")]
+        plain = any(re.fullmatch(rf"{ANY_STEM}{SHARD}\.\w+", name) for name in names)
+        found = (re.match(rf"{ANY_STEM}{SHARD}\.(\w+){SHARD}\.\w+$", name) for name in names)
+        if (variants := {match[1] for match in found if match}) and not plain:
+            only = min(variants)
+            raise UserError(f"{folder} has the weights of its {part} as variant {only} alone: add --variant {only}")
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -84,11 +98,19 @@ def require_whole(
             )
 
 
+def require_unscaled(names: Iterable[str], source: object) -> None:
+    """UserError if a single file holds factors for its numbers, which diffusers would leave out."""
+    if factor := next((name for name in names if name.endswith(FACTORS)), None):
+        raise UserError(
+            f"{source} is quantized, its numbers are to be multiplied by factors beside them ({factor[:120]}), which "
+            "is not supported: give the base in float16 or bfloat16"
+        )
+
+
 def require_same_unet(names: Iterable[str], unet: nn.Module, config: Mapping[str, Any], source: object) -> None:
     """UserError unless a single file's UNet has exactly the weights of `unet`, whose `config` its conversion takes.
 
-    A UNet with more is of another kind: it may read the guidance scale, classes, boxes or frames as well, or hold
-    factors that its numbers must be multiplied by.
+    A UNet with more is of another kind: it may read the guidance scale, classes, boxes or frames as well.
     """
     from diffusers.loaders import single_file_utils
 

@@ -150,11 +150,15 @@ def test_a_base_with_a_tiny_autoencoder_is_refused_and_a_pipeline_with_one_can_b
 def test_weights_that_are_there_in_one_variant_alone_are_named(tmp_path):
     folder = tiny_folder("sd1", tmp_path)
     tiny_pipeline("sd1").save_pretrained(tmp_path / "half", variant="fp16")
-    with pytest.raises(UserError, match="as variant fp16 alone: add --variant fp16"):
+    with pytest.raises(UserError, match="its unet as variant fp16 alone: add --variant fp16"):
         StableDiffusion.load(tmp_path / "half", device="cpu")
     assert StableDiffusion.load(tmp_path / "half", variant="fp16", device="cpu").family == "sd1"
     shutil.copy(tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors", folder / "unet")
     assert StableDiffusion.load(folder, device="cpu").family == "sd1"  # both are there
+    plain = folder / "text_encoder" / "model.safetensors"
+    plain.rename(plain.with_name("model.fp16.safetensors"))
+    with pytest.raises(UserError, match="its text_encoder as variant fp16 alone: add --variant fp16"):
+        StableDiffusion.load(folder, device="cpu")
 
 
 def test_the_refiner_is_named(tmp_path):
@@ -222,7 +226,6 @@ def test_the_packages_own_base_is_known_by_its_path_too(tmp_path):
     [
         ("time_embed.cond_proj.weight", "", "1 weight.s. that no model of its family has, first .*cond_proj"),  # LCM
         ("label_emb.0.0.weight", "", "1 weight.s. that no model of its family has, first .*label_emb"),  # unCLIP
-        ("middle_block.1.proj_in.scale_weight", "", "1 weight.s. that no .* has, first .*scale_weight"),  # scaled fp8
         ("middle_block.1.transformer_blocks.0.fuser.linear.weight", "", "first .*fuser"),  # GLIGEN
         ("", "middle_block.0.in_layers.2.weight", "lacks 1 weight.s. .* first mid_block.resnets.0.conv1.weight"),
     ],
@@ -236,3 +239,11 @@ def test_a_single_file_with_a_unet_of_another_kind_is_refused(more, less, says, 
     with pytest.raises(UserError, match=says) as caught:
         StableDiffusion.load(file, device="cpu")
     assert "the UNet of other.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cond_stage_model.transformer.text_model.x.scale_weight", "scaled_fp8"])
+def test_a_single_file_whose_numbers_are_to_be_scaled_is_refused(name, tiny_configs):
+    """ComfyUI's scaled fp8: without the factors the text encoder was another."""
+    save_file(original_layout(tiny("sd1")) | {name: torch.ones(1)}, file := tiny_configs / "fp8.safetensors")
+    with pytest.raises(UserError, match=rf"fp8.safetensors is quantized, .*{name}"):
+        StableDiffusion.load(file, device="cpu")
