@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+LARGEST = 10**4  # exponent, and number of timesteps: larger ones make a power, or a table, that never ends
+
 
 class TimestepMask:
     """Which of a LoRA's rank components take part in a forward pass of the UNet: the first r(t).
@@ -26,6 +28,10 @@ class TimestepMask:
         if rank % full:
             raise ValueError(f"the LoRA has rank {rank}, its timestep-dependent rank is for {full}: files are mixed up")
         last, alpha = int(rule["timesteps"]), float(rule["alpha"])
+        if not 0 < alpha <= LARGEST or not 1 <= last <= LARGEST:
+            raise ValueError(
+                f"the timestep-dependent rank has exponent {alpha} and {last} timesteps: both go to {LARGEST}"
+            )
         if alpha.is_integer():  # exact: a product such as 0.29 · 100 would be rounded to below 29
             counts = [(last - t) ** int(alpha) * (full - least) // last ** int(alpha) for t in range(last + 1)]
         else:

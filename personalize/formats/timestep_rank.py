@@ -27,6 +27,7 @@ from personalize.io.json_files import parse_json, read_json
 
 KEY = "timestep_rank"  # in adapter.json
 HEADER_KEY = "ss_timestep_rank"  # in the header of a file in kohya's names
+MAX_EXPONENT, MAX_TIMESTEPS = 10**4, 10**4  # a file of others must not make a table, or a power, that never ends
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class TimestepRank:
     timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_rank <= self.rank or not self.alpha > 0 or self.timesteps < 1:
+        if not 1 <= self.min_rank <= self.rank or not 0 < self.alpha <= MAX_EXPONENT:
             raise UserError(
-                f"timestep-dependent rank needs 1 ≤ min_rank ≤ rank and an exponent above 0, got min_rank "
-                f"{self.min_rank}, rank {self.rank} and exponent {self.alpha}"
+                f"timestep-dependent rank needs 1 ≤ min_rank ≤ rank and an exponent above 0, up to {MAX_EXPONENT}, got "
+                f"min_rank {self.min_rank}, rank {self.rank} and exponent {self.alpha}"
             )
+        if not 1 <= self.timesteps <= MAX_TIMESTEPS:
+            raise UserError(f"timestep-dependent rank is for {self.timesteps} timesteps: 1 to {MAX_TIMESTEPS} are read")
 
     def active(self, timestep: int) -> int:
         """r(t), the number of components that take part at the whole `timestep` in [0, T]."""
@@ -128,7 +131,7 @@ def read_rule(values: Any, source: object) -> TimestepRank | None:
         return TimestepRank(
             int(settings["rank"]), int(settings["min_rank"]), float(settings["alpha"]), int(settings["timesteps"])
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{source}: its timestep-dependent rank is damaged ({error!r}): save the adapter anew"
         ) from None

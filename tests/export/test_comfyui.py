@@ -80,6 +80,9 @@ def test_masks_are_ours(rank, least, alpha):
     assert torch.equal(mask.table, torch.tensor(rule.masks()).repeat(1, 2))
     with pytest.raises(ValueError, match="mixed up"):
         node_file("timestep_rank").TimestepMask(rule.values(), 2 * rank + 1)
+    for more in ({"timesteps": 10**9}, {"alpha": 1e300}, {"alpha": float("inf")}):
+        with pytest.raises(ValueError, match="both go to 10000"):
+            node_file("timestep_rank").TimestepMask(rule.values() | more, 2 * rank)
 
 
 def test_masked_lora_of_linear_layers_and_convolutions():

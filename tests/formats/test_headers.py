@@ -139,3 +139,18 @@ def test_tags_are_counted_over_the_pictures_as_kohya_does(info, tags):
     header = kohya_metadata(title="x", family="sd1", rank=4, info=info)
     assert ("ss_tag_frequency" in header) == (tags is not None)
     assert tags is None or json.loads(header["ss_tag_frequency"]) == {"1_picture": tags}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ['{"rank": 4, "min_rank": 1, "alpha": Infinity, "timesteps": 1000}',
+     '{"rank": Infinity, "min_rank": 1, "alpha": 1, "timesteps": 1000}',
+     '{"rank": 4, "min_rank": 1, "alpha": 1e300, "timesteps": 1000}',
+     '{"rank": 4, "min_rank": 1, "alpha": 1, "timesteps": 1000000000}'],
+)  # fmt: skip
+def test_a_rule_for_the_rank_that_cannot_be_carried_out_is_damaged(tmp_path, state, rule):
+    """The first two ended in a traceback; the others in powers and tables without end, as soon as it was applied."""
+    file = save(tmp_path / "in.safetensors", kohya(state, "sd1", alphas=4.0), {"ss_timestep_rank": rule})
+    assert any("timestep-dependent rank is damaged" in problem for problem in inspect_file(file).problems)
+    with pytest.raises(UserError, match="timestep-dependent rank is damaged"):
+        _ = Adapter.load(file).timestep_rank  # read as soon as it is applied
