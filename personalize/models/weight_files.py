@@ -6,13 +6,14 @@ The libraries give a weight that no file holds random numbers, or none at all, a
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.io.plain_files import visible
 from personalize.io.tensor_files import TensorFile, read_tensors
 from personalize.models.config import TEXT_ENCODERS
@@ -23,6 +24,7 @@ ANY_STEM = "(?:diffusion_pytorch_model|pytorch_model|model)"  # of pickles too
 FACTORS = (".scale_weight", ".weight_scale", ".scale_input", "scaled_fp8", ".comfy_quant", ".absmax")
 """Endings of names of factors by which a quantized file's numbers are to be multiplied (ComfyUI's, bitsandbytes')."""
 UNET_PREFIX = "model.diffusion_model."  # of the UNet's weights in a single file
+UNET_BLOCKS = re.compile(r"(time_embed|label_emb|position_net|input_blocks|middle_block|output_blocks|out)\.")
 
 
 def weight_header(file: Path, source: object) -> TensorFile:
@@ -110,7 +112,8 @@ def require_unscaled(names: Iterable[str], source: object) -> None:
 def require_same_unet(names: Iterable[str], unet: nn.Module, config: Mapping[str, Any], source: object) -> None:
     """UserError unless a single file's UNet has exactly the weights of `unet`, whose `config` its conversion takes.
 
-    A UNet with more is of another kind: it may read the guidance scale, classes, boxes or frames as well.
+    A UNet with more in its blocks is of another kind: it may read the guidance scale, classes, boxes or frames as well.
+    What lies beside the blocks, as merging programs leave it, is not used, and a Notice says so.
     """
     from diffusers.loaders import single_file_utils
 
@@ -118,11 +121,19 @@ def require_same_unet(names: Iterable[str], unet: nn.Module, config: Mapping[str
     converted: dict[str, str] = single_file_utils.convert_ldm_unet_checkpoint(own, config=dict(config))
     known = dict(unet.named_parameters())
     taken = {theirs for ours, theirs in converted.items() if ours in known}
-    if more := sorted(own.keys() - taken):
+    more, beside = [], []
+    for name in sorted(own.keys() - taken):
+        (more if UNET_BLOCKS.match(name.removeprefix(UNET_PREFIX)) else beside).append(name)
+    if more:
         raise UserError(
             f"the UNet of {source} has {len(more)} weight(s) that no model of its family has, first {more[0][:120]}: "
             "it is of another kind, give a base without them"
         )
+    if beside:
+        warnings.warn(
+            f"{source}: {len(beside)} tensor(s) beside the UNet's blocks are not used, first {beside[0][:120]}", Notice,
+            stacklevel=2,
+        )  # fmt: skip
     if missing := sorted(known.keys() - converted.keys()):
         raise UserError(
             f"the UNet of {source} lacks {len(missing)} weight(s) that every model of its family has, first "

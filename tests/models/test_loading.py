@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from personalize.adapters.lora import module_names
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.models import loading
 from personalize.models.config import EMBEDDED, base_name
 from personalize.models.loading import CONFIGS, checkpoint_kind, clip_tokenizer
@@ -239,6 +239,13 @@ def test_a_single_file_with_a_unet_of_another_kind_is_refused(more, less, says, 
     with pytest.raises(UserError, match=says) as caught:
         StableDiffusion.load(file, device="cpu")
     assert "the UNet of other.safetensors" in str(caught.value)
+
+
+def test_what_a_merge_left_beside_the_unets_blocks_is_not_used_and_said(tiny_configs):
+    state = original_layout(tiny("sd1")) | {"model.diffusion_model.merge_recipe": torch.zeros(3)}
+    save_file(state, file := tiny_configs / "merge.safetensors")
+    with pytest.warns(Notice, match=r"merge.safetensors: 1 tensor\(s\) beside the UNet's blocks.*merge_recipe"):
+        assert StableDiffusion.load(file, device="cpu").family == "sd1"
 
 
 @pytest.mark.parametrize("name", ["cond_stage_model.transformer.text_model.x.scale_weight", "scaled_fp8"])
