@@ -13,7 +13,7 @@ from personalize.adapters import fuse
 from personalize.adapters.adapter import Adapter
 from personalize.adapters.fuse import export_folder, export_single_file, has_published_sizes, merged_weights
 from personalize.errors import UserError
-from personalize.formats import original_checkpoint
+from personalize.formats import lora_keys
 from personalize.models import loading
 from personalize.models.loading import checkpoint_kind
 from personalize.models.stable_diffusion import StableDiffusion
@@ -140,7 +140,7 @@ def test_what_is_not_right_never_appears(tmp_path, monkeypatch, writer):
 
 
 def test_a_wrong_name_is_found(tmp_path, monkeypatch):
-    monkeypatch.setitem(original_checkpoint.ORIGINAL_RESNET, "norm1", "in_layers.1")
+    monkeypatch.setitem(lora_keys.ORIGINAL_RESNET, "norm1", "in_layers.1")
     model = tiny("sd1")
     with pytest.raises(UserError, match="does not verify: unet"):
         export_single_file(model, fuse.component_weights(model), tmp_path / "m.safetensors")

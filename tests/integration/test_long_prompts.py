@@ -207,5 +207,5 @@ def test_pictures_are_dragged_under_a_long_prompt(model: StableDiffusion) -> Non
 
 def test_a_learned_token_of_several_vectors_is_drawn_behind_the_75th_token(model: StableDiffusion) -> None:
     with installed_tokens(model, {CAT.token: initial_embeddings(model, CAT)}):
-        assert tokenize_prompt(model, LONG + "<cat1> cat").find("<cat1>") == [(81,)]
+        assert tokenize_prompt(model, LONG + "<cat1> cat").find("<cat1>") == [(81, 82)]
         assert model.prompts([LONG + "<cat1> cat"]).embeds.shape == (1, 154, 32)
