@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+RESAMPLES = 10_000  # of the bootstrap
 Points = dict[str, tuple[float, float]]  # for each arm its success in % and its identity in dB
 
 
@@ -33,6 +34,52 @@ def dominated(arms: Points) -> dict[str, str]:
     return found
 
 
+def at_identity(success: np.ndarray, identity: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The most success that arms reach at a `wanted` identity, alone or two of them in turn; −∞ if none is as good.
+
+    Two arms in turn, the share λ of the edits by the first, reach λ s₁ + (1 − λ) s₂ at λ i₁ + (1 − λ) i₂.
+
+    Args:
+        success, identity: (r, arms), of r resamples.
+        wanted: (r,).
+
+    Returns:
+        (r,), in the unit of `success`.
+    """
+    best = np.where(identity >= wanted[:, None], success, -np.inf).max(1)
+    for above in range(identity.shape[1]):
+        for below in range(identity.shape[1]):
+            gap = identity[:, above] - identity[:, below]
+            between = (identity[:, above] >= wanted) & (wanted > identity[:, below])
+            share = np.divide(wanted - identity[:, below], gap, out=np.zeros_like(gap), where=between)
+            mixed = share * success[:, above] + (1 - share) * success[:, below]
+            best = np.where(between, np.maximum(best, mixed), best)
+    return best
+
+
+def above_mixtures(rows: Sequence[dict[str, Any]], arm: str, others: Sequence[str]) -> tuple[float, float, float, int]:
+    """How far, in points, the success of `arm` lies above what `others` reach at its identity, and the 95 % interval.
+
+    It is a percentile bootstrap over the scenes, whose edits are drawn together; all arms have the same scenes in each
+    resample.  Returns value, low, high and the number of edits.
+    """
+    found = {(row["arm"], row["task"]): row for row in rows}
+    tasks = sorted(row["task"] for row in rows if row["arm"] == arm)
+    scenes = [[i for i, task in enumerate(tasks) if task.rpartition("/")[2] == scene]
+              for scene in dict.fromkeys(task.rpartition("/")[2] for task in tasks)]  # fmt: skip
+    success, identity = (
+        np.array([[factor * found[one, task][name] for one in (arm, *others)] for task in tasks])
+        for name, factor in (("success", 100.0), ("psnr", 1.0))
+    )
+    rng = np.random.default_rng(len(scenes))
+    draws = [np.concatenate([scenes[i] for i in rng.integers(0, len(scenes), len(scenes))]) for _ in range(RESAMPLES)]
+    picked = [np.arange(len(tasks)), *draws]
+    s, i = (np.stack([values[one].mean(0) for one in picked]) for values in (success, identity))
+    gains = s[:, 0] - at_identity(s[:, 1:], i[:, 1:], i[:, 0])
+    low, high = np.quantile(gains[1:], [0.025, 0.975])
+    return float(gains[0]), float(low), float(high), len(tasks)
+
+
 def summary(arms: Points) -> str:
     """Two lines: the arms on the frontier, the most obedient first, and those that are dominated, with by whom."""
     worse = dominated(arms)
@@ -40,6 +87,11 @@ def summary(arms: Points) -> str:
     on = ", ".join(f"{name} ({arms[name][0]:.0f} %, {arms[name][1]:.1f} dB)" for name in best)
     off = ", ".join(f"{name} (by {other})" for name, other in worse.items())
     return f"On the frontier of success and identity: {on}.\nDominated: {off or 'none'}.\n"
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) overlap."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def plot(arms: Points, path: Path, side: int = 720) -> Path:
@@ -62,14 +114,21 @@ def plot(arms: Points, path: Path, side: int = 720) -> Path:
         draw.text((margin - 14, place(0, identity)[1]), f"{identity} dB", fill="black", font=font, anchor="rm")
     draw.text((size / 2, size - 40), "edits that succeed", fill="black", font=font, anchor="mm")
     draw.text((margin, 40), "identity (filled: no other arm is better in both)", fill="black", font=font)
-    for name, at in arms.items():
+    written = [(x - 15, y - 15, x + 15, y + 15) for x, y in (place(*at) for at in arms.values())]  # and the points
+    for name, at in sorted(arms.items(), key=lambda one: one[1][1]):
         x, y = place(*at)
         colour = "royalblue" if name in worse else "crimson"
         draw.ellipse(
             [x - 11, y - 11, x + 11, y + 11], outline=colour, fill="white" if name in worse else colour, width=4
         )
         left = x > size / 2
-        draw.text((x - 20 if left else x + 20, y), name, fill=colour, font=font, anchor="rm" if left else "lm")
+        text, anchor = (x - 20 if left else x + 20, y), "rm" if left else "lm"
+        while any(_overlap(box, draw.textbbox(text, name, font=font, anchor=anchor)) for box in written):
+            text = (text[0], text[1] - 2)  # upwards: labels below are written already
+        if text[1] < y:
+            draw.line([(x, y - 11), text], fill=colour, width=2)
+        written.append(draw.textbbox(text, name, font=font, anchor=anchor))
+        draw.text(text, name, fill=colour, font=font, anchor=anchor)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.resize((side, side), Image.Resampling.LANCZOS).save(path)
     return path

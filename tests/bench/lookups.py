@@ -7,7 +7,7 @@ interval and n.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -91,6 +91,16 @@ def squares(name: str, factor: float = 1.0, arm: str = "P2P + direct") -> Lookup
     return lookup
 
 
+def above_fixed(arm: str) -> Lookup:
+    """How far the success of `arm` lies above what all other arms reach at its identity, alone or two in turn."""
+
+    def lookup(folder: Path) -> Figure:
+        rows = [row for row in cells(folder).values() if "arm" in row]
+        return frontier.above_mixtures(rows, arm, [name for name in _arms(rows) if name != arm])
+
+    return lookup
+
+
 def on_frontier(arm: str) -> Lookup:
     """100 unless another arm of single images is at least as good in both figures and better in one; then 0."""
 
@@ -98,8 +108,12 @@ def on_frontier(arm: str) -> Lookup:
         rows = [row for row in cells(folder).values() if "arm" in row]
         if not any(row["arm"] == arm for row in rows):
             raise ValueError(f"{folder} has no edits by {arm}")
-        arms = [name for name in dict.fromkeys(row["arm"] for row in rows) if name not in CONTROLS]
-        worse = frontier.dominated(frontier.points(rows, arms))
+        worse = frontier.dominated(frontier.points(rows, _arms(rows)))
         return 0.0 if arm in worse else 100.0, None, None, sum(row["arm"] == arm for row in rows)
 
     return lookup
+
+
+def _arms(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The arms of `rows` but for the controls."""
+    return [name for name in dict.fromkeys(row["arm"] for row in rows) if name not in CONTROLS]

@@ -16,7 +16,7 @@ import tyro
 from tests.bench import proof
 from tests.bench.benches import BENCHES
 from tests.bench.claims import CLAIMS, Claim
-from tests.bench.lookups import calibration, edits, figure, on_frontier, quickstart, squares
+from tests.bench.lookups import above_fixed, calibration, edits, figure, on_frontier, quickstart, squares
 
 WEIGHTS = {"embedded": ["a", "b"], "leaky": ["c", "b"]}
 
@@ -98,6 +98,8 @@ def test_lookups_pair_what_belongs_together(tmp_path):
     assert edits("--auto", "no forgetting", "success", 100)(folder) == (100, 100, 100, 4)
     assert edits("--auto", "no forgetting", "psnr")(folder)[0] == -2
     assert on_frontier("--auto")(folder)[0] == 100 and on_frontier("decoder side")(folder)[0] == 0
+    # no forgetting for a third of the edits and decoder side for the others has 20 dB, and none that comes true
+    assert above_fixed("--auto")(folder) == (100, 100, 100, 4)
     with pytest.raises(ValueError, match="no edits by another"):
         on_frontier("another")(folder)
     wide = [row | {"key": row["key"] + "/w", "shape": "2x1", "psnr": row["psnr"] - 1} for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,21 @@ def test_an_arm_is_dominated_by_one_that_is_no_worse_in_both():
     text = frontier.summary(arms)
     assert "On the frontier of success and identity: b (70 %, 18.0 dB), d (70 %, 18.0 dB), a" in text
     assert "Dominated: c (by a)." in text
+
+
+def test_what_two_arms_reach_in_turn_lies_between_them():
+    success, identity = np.array([[90.0, 40.0, 50.0]]), np.array([[17.0, 23.0, 19.0]])
+    reached = [float(frontier.at_identity(success, identity, np.array([at]))[0]) for at in (16, 17, 20, 23, 24)]
+    assert reached == [90, 90, 65, 40, -np.inf]
+    rows = [
+        {"arm": arm, "task": f"{kind}/{scene}", "success": good, "psnr": identity}
+        for arm, identity, goods in (("a", 20.0, (1, 1, 1, 0)), ("b", 22.0, (0, 0, 1, 0)), ("c", 18.0, (1, 1, 0, 0)))
+        for (kind, scene), good in zip((("x", 0), ("y", 0), ("x", 1), ("y", 1)), goods, strict=True)
+    ]
+    value, low, high, n = frontier.above_mixtures(rows, "a", ["b", "c"])
+    assert (value, n) == (75 - 0.5 * (25 + 50), 4)
+    # scene 0 alone: 100 against (0 + 100) / 2; scene 1 alone: 50 against b's own 50
+    assert (low, high) == (0, 50)
 
 
 def test_every_kind_of_edit_has_the_same_scene_before(tmp_path, model):
