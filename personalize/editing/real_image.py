@@ -125,8 +125,7 @@ def edit_photo(
     with applied(model, adapter):
         tokens = tokenize_prompt(model, source)
         targets = request.prompts(tokens)
-        weighted = any(one != 1 for one in request.weights.values())
-        unchanged = [not weighted and tokenize_prompt(model, target).ids == tokens.ids for target in targets]
+        unchanged = _unchanged(model, tokens, targets, request)
         plain = all(unchanged)
         control = None if plain else _controls(model, tokens, targets, request, settings, attention)
         prepared = prepare_image(model, frame, source, targets, request, settings, folder, cache, region, plain=plain)
@@ -135,8 +134,7 @@ def edit_photo(
             latents = prepared.trajectory.replay(model, scale)
         else:
             latents = _sampled(model, frame, prepared, source, targets, control, scale, region)
-            if any(unchanged):
-                latents[1:][unchanged] = latents[0]  # as when such a target is the only one
+            latents[1:][unchanged] = latents[0]  # as when such a target is the only one
         nouns = None if prepared.dynamic is None else dynamic_noun_sheet(model, frame, prepared)
     # one row at a time: of all parts the VAE needs the most memory
     pixels = torch.cat([model.decode(row).cpu() for row in latents.split(1)])
@@ -145,9 +143,7 @@ def edit_photo(
     regions = _regions(frame, request, prepared, control, region, latents, len(edits))
     kept = [keep_photo(edit, frame, own) for edit, own in zip(edits, regions, strict=True)] if regions else []
     edits = [image for image, _ in kept] or edits
-    maps = None
-    if control is not None and attention and control.maps is not None:
-        maps = word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
+    maps = _attention_sheet(control, pixels, frame) if attention else None
     masks = None if prepared.blend is None else mask_sheet(frame, prepared.blend, targets)
     return EditResult(
         images=tuple(edits), reconstruction=reconstruction, targets=tuple(targets), latents=latents,
@@ -156,6 +152,21 @@ def edit_photo(
         trajectory=prepared.trajectory, seconds=time.perf_counter() - began,
         notes=_notes(frame, prepared, unchanged, settings, request),
     )  # fmt: skip
+
+
+def _attention_sheet(control: Controls | None, pixels: Tensor, frame: PaddedImage) -> Image.Image | None:
+    """The sheet of the attention maps that `control` recorded; None if it recorded none."""
+    if control is None or control.maps is None:
+        return None
+    return word_sheet(control, control.maps, [to_image(one) for one in pixels], frame.size)
+
+
+def _unchanged(
+    model: StableDiffusion, tokens: Tokens, targets: Sequence[str], request: EditRequest
+) -> list[bool]:  # fmt: skip
+    """For each target, whether nothing is to change: it has the source's tokens, and no weight is other than 1."""
+    weighted = any(one != 1 for one in request.weights.values())
+    return [not weighted and tokenize_prompt(model, target).ids == tokens.ids for target in targets]
 
 
 def _notes(

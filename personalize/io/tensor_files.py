@@ -135,8 +135,8 @@ def no_tensors(first: bytes) -> str:
     if first.startswith(GIT_LFS):
         return "is a pointer of Git LFS, the file itself is missing: run `git lfs pull` in its folder, or get it again"
     if len(first) >= 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in first[:16]):
-        shown = " ".join(first.decode("ascii", "replace").split())[:40]
-        return f"is a text that begins {shown!r}, not tensors: its download failed, get it again"
+        words = " ".join(first.decode("ascii", "replace").split())[:40]
+        return f"is a text that begins {words!r}, not tensors: its download failed, get it again"
     return ""
 
 

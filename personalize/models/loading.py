@@ -12,6 +12,7 @@ from torch import nn
 from personalize.errors import UserError
 from personalize.io.json_files import read_json
 from personalize.io.plain_files import require_plain_tree
+from personalize.io.tensor_files import TensorFile
 from personalize.models.config import (
     INPAINTING,
     TEXT_TO_IMAGE,
@@ -115,8 +116,8 @@ def load_single_file(
 
     Nothing is downloaded.  An SD 2.x file that does not say what its UNet predicts is found out by one forward pass.
     """
-    kind, overrides = checkpoint_kind(path)
     header = weight_header(path, path)
+    kind, overrides = _kind_of(header, path.name)
     channels = (*header.tensors[FIRST_CONVOLUTION].shape, 0, 0)[1]
     check_channels(channels, path.name, inpainting=inpainting)
     require_unscaled(header.tensors, path.name)
@@ -172,14 +173,18 @@ def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
     Both are read from the names of its tensors and its header.  Raises UserError for pickles, LoRA files and
     other families.
     """
-    header = weight_header(path, path)
+    return _kind_of(weight_header(path, path), path.name)
+
+
+def _kind_of(header: TensorFile, name: str) -> tuple[str, dict[str, Any]]:
+    """`checkpoint_kind` of the file `name` by its header."""
     keys, metadata = set(header.tensors), header.metadata
     if FIRST_CONVOLUTION not in keys or not any(key.startswith(("cond_stage_model.", "conditioner.")) for key in keys):
         raise UserError(
-            f"{path.name} is no Stable Diffusion checkpoint (UNet and text encoder expected): is it a LoRA file?"
+            f"{name} is no Stable Diffusion checkpoint (UNet and text encoder expected): is it a LoRA file?"
         )
     if marks := [mark for mark in ("edm_mean", "edm_vpred.sigma_max") if mark in keys]:
-        raise UserError(f"{path.name} is sampled as EDM ({marks[0]}: Playground 2.5 or CosXL), which is not supported")
+        raise UserError(f"{name} is sampled as EDM ({marks[0]}: Playground 2.5 or CosXL), which is not supported")
     if "conditioner.embedders.1.model.ln_final.weight" in keys:
         velocity = "v_pred" in keys or metadata.get("modelspec.prediction_type") == "v"
         overrides = {"prediction_type": "v_prediction"} if velocity else {}
@@ -189,7 +194,7 @@ def checkpoint_kind(path: Path) -> tuple[str, dict[str, Any]]:
     if any(key.startswith("cond_stage_model.transformer.") for key in keys):
         velocity = metadata.get("modelspec.prediction_type") == "v"
         return "sd15", {"prediction_type": "v_prediction"} if velocity else {}
-    raise UserError(f"{path.name} is neither Stable Diffusion 1.x, 2.x nor the SDXL base: give one of these")
+    raise UserError(f"{name} is neither Stable Diffusion 1.x, 2.x nor the SDXL base: give one of these")
 
 
 def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:

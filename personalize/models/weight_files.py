@@ -21,8 +21,8 @@ from personalize.models.config import TEXT_ENCODERS
 PARTS = ("unet", "vae", *TEXT_ENCODERS)
 STEM, SHARD = "(?:diffusion_pytorch_model|model)", r"(?:-\d+-of-\d+)?"
 ANY_STEM = "(?:diffusion_pytorch_model|pytorch_model|model)"  # of pickles too
+# endings of names of factors by which a quantized file's numbers are to be multiplied (ComfyUI's, bitsandbytes')
 FACTORS = (".scale_weight", ".weight_scale", ".scale_input", "scaled_fp8", ".comfy_quant", ".absmax")
-"""Endings of names of factors by which a quantized file's numbers are to be multiplied (ComfyUI's, bitsandbytes')."""
 UNET_PREFIX = "model.diffusion_model."  # of the UNet's weights in a single file
 UNET_BLOCKS = re.compile(r"(time_embed|label_emb|position_net|input_blocks|middle_block|output_blocks|out)\.")
 

@@ -60,16 +60,14 @@ def accelerator_of(precision: str | None, **settings: Any) -> Accelerator:
     """
     check_launcher()
     waits = InitProcessGroupKwargs(timeout=JOINING)
-    try:
-        with _all_joined():
+    with _all_joined():
+        try:
             accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[waits], **settings)
-            _wait_long(accelerator)
-        return accelerator
-    except UserError:
-        raise
-    except ValueError as error:  # e.g. bf16 on an old GPU, fp8 without a package for it
-        asked = precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
-        raise UserError(f"--mixed_precision {asked} does not work here: {error}") from None
+        except ValueError as error:  # e.g. bf16 on an old GPU, fp8 without a package for it
+            asked = precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+            raise UserError(f"--mixed_precision {asked} does not work here: {error}") from None
+        _wait_long(accelerator)
+    return accelerator
 
 
 @contextmanager

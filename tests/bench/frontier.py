@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-RESAMPLES = 10_000  # of the bootstrap
+from personalize.evaluation.report import RESAMPLES
+
 Points = dict[str, tuple[float, float]]  # for each arm its success in % and its identity in dB
 
 

@@ -224,5 +224,6 @@ def test_a_picture_a_few_pixels_high_is_dragged_without_a_warning_of_torch(model
     strip = Image.effect_noise((2000, 16), 60).convert("RGB")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drag_picture(model, strip, [(95, 2, 200, 14), (150, 2, 300, 14)], settings=replace(SETTINGS, method="pixels",
-                     mode="region"), resolution=64)  # fmt: skip
+        drawn = drag_picture(model, strip, [(95, 2, 200, 14), (150, 2, 300, 14)], settings=replace(SETTINGS,
+                             method="pixels", mode="region"), resolution=64).image  # fmt: skip
+    assert drawn.size == strip.size and drawn.tobytes() != strip.tobytes()
