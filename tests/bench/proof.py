@@ -35,7 +35,7 @@ from tests.bench.world import weights_of
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES, PAGE = RESULTS / "figures.json", RESULTS / "README.md"
-TABLES = ("table.md", "figures.md", "drag.md")  # of the folder of a run
+TABLES = ("table.md", "figures.md")  # of the folder of a run
 HEAD = """# What is claimed, and what was measured
 
 Written by `python -m tests.bench.proof` from [figures.json](figures.json); every figure is of the weights that ship

@@ -49,8 +49,8 @@ def test_a_claim_is_borne_out_by_its_interval_or_where_it_says_so_by_its_value(b
     assert claim.verdict(value, low, high) == verdict
 
 
-def test_every_claim_has_a_bench_and_every_bench_a_claim_and_a_command_that_parses(tmp_path):
-    assert {claim.bench for claim in CLAIMS} == set(BENCHES)
+def test_every_claim_has_a_bench_and_every_bench_a_command_that_parses(tmp_path):
+    assert {claim.bench for claim in CLAIMS} <= set(BENCHES)
     assert len({claim.text for claim in CLAIMS}) == len(CLAIMS)
     for bench in BENCHES.values():
         words = proof.command_of(bench, tmp_path, tmp_path)[3:]

@@ -5,7 +5,7 @@
     python -m tests.bench.drag --only drags --scenes 8 --arms move # a quick look
     python -m tests.bench.drag --only turns --scenes 20            # things turned by 30° and scaled by 1.4
 
-Each finished cell is one JSON line; calibration.md, drag.md and figures.json are rewritten every time.
+Each finished cell is one JSON line; figures.md and figures.json are rewritten every time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from personalize.sampling.denoise import Edit, denoise
 from personalize.sampling.schedule import make_schedule
 from tests.bench.cells import Cells
 from tests.bench.contract import BASE, DO_NOTHING, Task
-from tests.bench.drag.calibration import best_reader, calibration_row, default_ious, table
-from tests.bench.drag.figures import ABLATED, DISTANCES, PASTE, TRUTH, ablations, distance_figures, figures
+from tests.bench.drag.calibration import calibration_figures, calibration_row, table
+from tests.bench.drag.figures import ABLATED, DISTANCES, PASTE, TRUTH, ablations, distance_figures, figures, markdown
 from tests.bench.drag.mean_distance import dift_features, distance_left
 from tests.bench.drag.measures import (
     away_from,
@@ -49,8 +49,6 @@ from tests.bench.drag.measures import (
 )
 from tests.bench.drag.textures import KNOWN, UNKNOWN, paint_texture
 from tests.bench.drag.turns import TURNS, Turn, turn_figures, turn_row
-from tests.bench.figure_tables import average
-from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import as_bytes, as_pixels
 from tests.bench.picture_measures import iou, psnr, structure_distance
 from tests.bench.world import weights_of, world_of
@@ -266,26 +264,23 @@ class Bench:
 
 def run(options: DragBench, model: StableDiffusion | None = None) -> dict[str, Any]:
     """Measure the cells that are not finished, write all figures, and return them."""
-    bench, started, report = Bench(options, model), time.monotonic(), {}
+    bench, started = Bench(options, model), time.monotonic()
+    report: dict[str, Any] = {}
+    tables: list[str] = []
     if not options.only or "calibration" in options.only:
         rows = bench.calibration()
-        best, defaults = best_reader(rows), default_ious(rows, bench.settings)
-        difference, low, high = paired_interval(defaults, best["iou"])
-        report["D9 defaults"] = {"iou": average(defaults, ""), "above the chosen": [difference, low, high]}
-        report["D9"] = best | {
-            "auc": average([v for v in best["auc"] if v is not None], ""),
-            "iou": average(best["iou"], ""),
-        }
-        (options.output_dir / "calibration.md").write_text(table(rows), encoding="utf-8")
+        report |= calibration_figures(rows, bench.settings)
+        tables.append(table(rows))
     rows = bench.drags() if not options.only or {"drags", "distances"} & set(options.only) else []
-    if rows:
+    if not options.only or "drags" in options.only:
         report |= figures(rows, bench.model.factor)
-        (options.output_dir / "drag.md").write_text(ablations(rows), encoding="utf-8")
+        tables.append(ablations(rows))
     if not options.only or "distances" in options.only:
         report |= distance_figures(bench.distances(rows))
     if not options.only or "turns" in options.only:
         report |= turn_figures(bench.turns())
     text = json.dumps(report, indent=1, ensure_ascii=False)
     (options.output_dir / "figures.json").write_text(text, encoding="utf-8")
+    (options.output_dir / "figures.md").write_text("\n".join([markdown(report), *tables]), encoding="utf-8")
     print(text, f"\n{time.monotonic() - started:.0f} s")
     return report

@@ -25,6 +25,8 @@ from personalize.sampling.schedule import make_schedule
 from tests.bench.attention_auc import auc, coverage, site_label
 from tests.bench.contract import Task
 from tests.bench.drag.measures import handle_point
+from tests.bench.figure_tables import average
+from tests.bench.intervals import paired_interval
 from tests.bench.judge.judge import as_pixels
 from tests.bench.picture_measures import iou
 
@@ -100,6 +102,19 @@ def default_ious(rows: Sequence[dict[str, Any]], settings: DragSettings) -> list
     reader = next(name for name, where in LAYER_SETS.items() if where == (settings.map_places, settings.map_levels))
     name, tau = f"{reader} {settings.map_timesteps}", str(settings.mask_threshold)
     return [row["readers"][name]["iou"][tau] for row in rows[1::2]]
+
+
+def calibration_figures(rows: Sequence[dict[str, Any]], settings: DragSettings) -> dict[str, Any]:
+    """D9: IoU of the mask on odd scenes by the defaults and by what is best on even ones, and the paired difference."""
+    best, defaults = best_reader(rows), default_ious(rows, settings)
+    difference, low, high = paired_interval(defaults, best["iou"])
+    chosen = f"{best['reader']}, τ {best['threshold']:g}"
+    return {
+        "D9 IoU of the mask, defaults": average(defaults, ""),
+        f"D9 the same, {chosen}": average(best["iou"], ""),
+        f"D9 AUC, {chosen}": average([value for value in best["auc"] if value is not None], ""),
+        "D9 IoU, defaults above that": {"value": difference, "low": low, "high": high, "n": len(defaults), "unit": ""},
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.bench.contract import BASE
-from tests.bench.figure_tables import average, proportion
+from tests.bench.figure_tables import average, format_figure, proportion
 from tests.bench.intervals import paired_interval
 
 PASTE, TRUTH = "naive paste", "truth"
@@ -55,6 +55,15 @@ def figures(rows: Sequence[dict[str, Any]], cell: int) -> dict[str, Any]:
     put("D17 latent edit, share of the time", edit_share, "≤ 0.1")
     put("seconds a drag", average([row["seconds"] for row in usual.values()], "s"))
     return table
+
+
+def markdown(figures: dict[str, dict[str, Any]]) -> str:
+    """The Markdown table of `figures`, with what is wanted of those of which something is."""
+    rows = ["| figure | measured [95 %] | n | wanted |", "|---|---|---|---|"]
+    for name, figure in figures.items():
+        text = format_figure(figure, 1 if figure["unit"] == "%" else 3) + f" {figure['unit']}".rstrip()
+        rows.append(f"| {name} | {text} | {figure['n']} | {figure.get('wanted', '')} |")
+    return "\n".join(rows) + "\n"
 
 
 def distance_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

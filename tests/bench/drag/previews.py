@@ -24,7 +24,7 @@ from personalize.embedded.scenes import render
 from personalize.errors import UserError
 from personalize.models.stable_diffusion import EMBEDDED
 from tests.bench.drag.bench import Bench, DragBench
-from tests.bench.drag.figures import DISTANCES, arrived
+from tests.bench.drag.figures import DISTANCES, arrived, markdown
 from tests.bench.drag.measures import away_from, background_only, find_shift, ghost, handle_point
 from tests.bench.drag.turns import TURNS
 from tests.bench.figure_tables import average, proportion
@@ -60,6 +60,7 @@ def run(options: PreviewBench) -> dict[str, Any]:
     table["handles refused"] = proportion(["refused" in row for row in rows])
     table["background handles refused"] = proportion([row["background_refused"] for row in rows])
     (options.output_dir / "figures.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    (options.output_dir / "figures.md").write_text(markdown(table), encoding="utf-8")
     return table
 
 
