@@ -80,6 +80,7 @@ BENCHES = {
         "leaky",
         f"--only swaps {_MAPS} --inversion null-text --null_text_rate 0.1",
     ),
+    "dynamic prompts, embedded": Bench("tests.bench.attention_maps", "embedded", "--only maps --scenes 24 --steps 20"),
     "calibration": Bench(
         "tests.bench.multi_concept", "leaky", "--scenes 12 --steps 20 --updates 120 --class_images 24 --timed_updates 0"
     ),

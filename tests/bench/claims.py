@@ -42,7 +42,11 @@ class Claim:
 
 _DYNAMIC_MAPS = tuple(
     claim
-    for name, which in (("dynamic prompts", "published weights"), ("dynamic prompts, calibrated", "calibrated weights"))
+    for name, which in (
+        ("dynamic prompts", "published weights"),
+        ("dynamic prompts, calibrated", "calibrated weights"),
+        ("dynamic prompts, embedded", "embedded model, its calibrated weights"),
+    )
     for claim in (
         Claim(f"Dynamic prompts ({which}): IoU of noun maps rises", name, figure("iou gain, direct"), goal=0),
         Claim(
