@@ -7,6 +7,9 @@
 
         b[p] = Σ_{x∈M₂} A[p, x] / mean of the same over M₁
 
+    A thing like the object, which attention finds as well, stands apart from it in r > τ. Where background between them
+    with r > τ/2 joins the two, the cells of M₂ that are nearer to the other thing are left out.
+
 3.  Every pixel p near the cells with r > τ/2 gets the log odds
 
         u[p] = a ln(r[p] / τ₂) + ln(H₁(c[p]) / H₀(c[p]))
@@ -33,7 +36,16 @@ from torch.nn.functional import conv3d, interpolate, pad
 
 from personalize.editing.drag.attention import AttentionRows
 from personalize.editing.drag.config import DragSettings
-from personalize.editing.drag.mask import Cell, box, closed, connected_component, dilated, ratio_mask, without_holes
+from personalize.editing.drag.mask import (
+    Cell,
+    box,
+    closed,
+    connected_component,
+    connected_parts,
+    dilated,
+    ratio_mask,
+    without_holes,
+)
 from personalize.editing.drag.warp import attention_ratio
 
 # chosen by trial on 18 scenes of tests/bench/drag, half of them with textured backgrounds
@@ -49,6 +61,7 @@ FINEST = 4  # pixels per latent cell at which colours are compared; larger pictu
 ASKED = 64  # most cells of M₁ whose attention is averaged
 REFERENCES = 8  # cells of M₁ that b is relative to, about
 ATTENDS = 0.3  # least b that raises r
+ALIKE, COMPARABLE = 0.6, 0.25  # least mean r, and least size relative to the object, of a part that is another thing
 BESIDE, NOTICED = 3, 2.5  # b is asked of cells so near to M₂ whose r exceeds that of the surroundings so many times
 
 
@@ -87,6 +100,10 @@ def object_mask(
         return ObjectMask(_enlarged(core, pixels), ratio, core, threshold)
     ratio = second_ratio(attention, ratio, core).masked_fill(lost, 0.0)
     cells, low = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
+    others = other_things(ratio, core, cells, settings.mask_threshold)
+    if bool(others.any()):
+        lost, ratio = lost | others, ratio.masked_fill(others, 0.0)
+        cells, low = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
     if low == settings.mask_threshold / 2:
         ratio = with_residue(attention, ratio, core, cells).masked_fill(lost, 0.0)
         cells, _ = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
@@ -99,6 +116,27 @@ def second_ratio(attention: AttentionRows, ratio: Tensor, core: Tensor) -> Tenso
     strongest = ratio[core].argsort(descending=True)[:ASKED]
     mean = attention.mean_row(cells[strongest])
     return mean / mean[core].mean().clamp(min=1e-12)
+
+
+def other_things(ratio: Tensor, core: Tensor, cells: Tensor, threshold: float) -> Tensor:
+    """The part of the mask `cells` (h, w) that lies nearer to another thing in it than to the object.
+
+    Another thing is a connected part of r > τ that has nothing of M₁, but a mean r and a size like the object's own.
+    Nearer is meant along paths within `cells`.
+    """
+    parts = torch.from_numpy(connected_parts(closed(ratio > threshold) & cells))
+    inside = torch.isin(parts, parts[core & (parts > 0)])
+    own, other = inside | core, torch.zeros_like(core)
+    for number in parts[~inside & (parts > 0)].unique():
+        part = parts == number
+        if int(part.sum()) >= COMPARABLE * int(own.sum()) and float(ratio[part].mean()) >= ALIKE:
+            other |= part
+    reached = -1
+    while bool(other.any()) and (count := int(own.sum()) + int(other.sum())) > reached:
+        reached = count
+        own |= dilated(own) & cells & ~other
+        other |= dilated(other) & cells & ~own
+    return other
 
 
 def with_residue(attention: AttentionRows, ratio: Tensor, core: Tensor, cells: Tensor) -> Tensor:

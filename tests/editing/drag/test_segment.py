@@ -105,3 +105,34 @@ def test_a_part_that_attends_to_the_object_is_of_it_though_the_object_hardly_att
     alone = torch.where(kinds == 2, 3, kinds)  # nothing ties kind 3 to kind 1
     without = object_mask(OneSided(alone), pixels, (8, 6), DragSettings()).pixels
     assert float((without & leaf).sum() / leaf.sum()) < 0.2
+
+
+class ByKind(KnownAttention):
+    """Cells of kind 1 attend to each kind by its `weights`; all others to their own kind."""
+
+    def __init__(self, kinds, weights):
+        super().__init__(kinds)
+        self.weights = torch.tensor(weights)
+
+    def rows(self, cells):
+        mine = self.kinds[cells[:, 0], cells[:, 1]][:, None, None]
+        weights = torch.where(mine == 1, self.weights[self.kinds][None], (mine == self.kinds[None]).float())
+        return weights / weights.sum((1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize(("second", "stays"), [(0.9, True), (0.45, False)])
+def test_a_thing_just_like_the_object_stays_though_a_strip_that_attention_half_finds_joins_them(second, stays):
+    """As two owls before the sea: r is 0.2 of the strip between, below τ and above τ/2, so that M₂ joins the owls.
+
+    What attention finds half as well as the object is a part of it, as a panda's other ear, and goes with it.
+    """
+    kinds = torch.zeros(CELLS, CELLS, dtype=torch.long)
+    kinds[7:9] = 2  # the strip
+    kinds[5:11, 2:6], kinds[5:11, 10:14] = 1, 3
+    pixels = torch.full((3, 64, 64), -0.2) + 0.1 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pixels[:, 28:36] = torch.tensor([0.7, -0.5, -0.5])[:, None, None]
+    for left in (8, 40):
+        pixels[:, 20:44, left : left + 16] = torch.tensor([0.8, -0.6, -0.6])[:, None, None]
+    found = object_mask(ByKind(kinds, [0.001, 1.0, 0.2, second]), pixels, (8, 3), DragSettings())
+    assert bool(found.pixels[20:44, 8:24].all()) and bool(found.cells[5:11, 2:6].all())
+    assert float(found.pixels[20:44, 40:56].float().mean()) == (0 if stays else 1)
