@@ -24,12 +24,15 @@ from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.region import EditRegion
 from personalize.editing.uniform_attention import UniformBlend, auxiliary_estimates
 from personalize.errors import UserError
+from personalize.io.images import psnr
 from personalize.io.progress import part
 from personalize.models.image_processor import PaddedImage
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.sampling.inversion import invert
 from personalize.sampling.schedule import make_schedule
 from personalize.sampling.trajectory import Trajectory
+
+FAR = 6.0  # dB: a reconstruction that loses so much to another one looks like another picture
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,26 @@ def blend_of(
     down = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"])
     up = make_schedule(model, trajectory.about["steps"], strength=trajectory.about["strength"], inverse=True)
     return UniformBlend(auxiliary_estimates(model, model.encode(frame.pixels), up, down, settings), settings, mask)
+
+
+def auxiliary_notes(
+    model: StableDiffusion, frame: PaddedImage, blend: UniformBlend | None, source: Tensor
+) -> tuple[str, ...]:
+    """A remark if the auxiliary reconstruction is much farther from the photo than the source's own, `source`.
+
+    `source`: pixels (1, 3, H, W) in [−1, 1]. Without a caption some photos are inverted badly, and the edit would get
+    its unedited parts from such a reconstruction.
+    """
+    if blend is None:
+        return ()
+    last = blend.auxiliary[min(blend.auxiliary)]
+    own, auxiliary = (psnr(one, frame.pixels) for one in (source, model.decode(last).cpu()))
+    if auxiliary > own - FAR:
+        return ()
+    return (
+        f"the reconstruction with uniform maps, which unedited parts come from, has a PSNR of {auxiliary:.0f} dB from "
+        f"the photo, where the source has {own:.0f}: compare --uniform_auxiliary stored, or leave --uniform out",
+    )
 
 
 def require_blended(model: StableDiffusion, settings: PhotoSettings, uniform: UniformSettings) -> None:

@@ -34,7 +34,13 @@ from personalize.editing.dynamic_prompt_learning.leakage import (
 from personalize.editing.mutual_self_attention import MutualAttention
 from personalize.editing.photo_settings import PHOTO_DEFAULTS, PhotoSettings
 from personalize.editing.photo_sheets import edit_sheet, mask_sheet, word_sheet
-from personalize.editing.prepared_photo import PreparedImage, dynamic_noun_sheet, pixel_size, prepare_image
+from personalize.editing.prepared_photo import (
+    PreparedImage,
+    auxiliary_notes,
+    dynamic_noun_sheet,
+    pixel_size,
+    prepare_image,
+)
 from personalize.editing.prompt_to_prompt.control import Controls, make_controls
 from personalize.editing.prompt_to_prompt.local_blend import LocalBlend, word_blend
 from personalize.editing.real_image_settings import EditRequest
@@ -150,7 +156,8 @@ def edit_photo(
         sheet=edit_sheet(frame.picture, reconstruction, edits, source, targets), attention=maps, nouns=nouns,
         masks=masks, region=_first_cells(regions, prepared), untouched=tuple(count for _, count in kept),
         trajectory=prepared.trajectory, seconds=time.perf_counter() - began,
-        notes=_notes(frame, prepared, unchanged, settings, request),
+        notes=_notes(frame, prepared, unchanged, settings, request)
+        + (() if kept else auxiliary_notes(model, frame, prepared.blend, pixels[:1])),
     )  # fmt: skip
 
 

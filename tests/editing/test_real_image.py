@@ -14,9 +14,12 @@ from personalize.adapters.apply import applied
 from personalize.editing.config import DynamicSettings, UniformSettings
 from personalize.editing.editor import Editor
 from personalize.editing.photo_settings import PhotoSettings
+from personalize.editing.prepared_photo import auxiliary_notes
 from personalize.editing.real_image import edit_photo
 from personalize.editing.real_image_settings import EditRequest
+from personalize.editing.uniform_attention import UniformBlend
 from personalize.errors import UserError
+from personalize.io.images import psnr
 from personalize.models.image_processor import PaddedImage
 from personalize.sampling.config import NullTextSettings
 from tests.support.lora_states import random_adapter
@@ -163,6 +166,17 @@ def test_an_edit_with_uniform_maps_has_their_region_also_where_the_photos_pixels
     free, strict = (edited(EditRequest(TARGET, strict=choice), settings) for choice in (False, True))
     assert free.region is not None and torch.equal(free.region, strict.region)
     assert free.untouched == () and len(strict.untouched) == 1
+
+
+def test_a_reconstruction_with_uniform_maps_that_is_another_picture_is_told():
+    """Of 24 scenes one was inverted so badly without its caption that the edit's background lost 14 dB, silently."""
+    model, frame = shared(), PaddedImage.of(shared(), photo(), 32)
+    latents = torch.zeros_like(model.encode(frame.pixels))
+    blend, drawn = UniformBlend({401.0: latents + 1, 201.0: latents}, UniformSettings()), model.decode(latents).cpu()
+    assert auxiliary_notes(model, frame, blend, drawn) == auxiliary_notes(model, frame, None, drawn) == ()
+    near = frame.pixels + 0.02  # 40 dB, and an untrained decoder's picture of nothing is far
+    (found,) = auxiliary_notes(model, frame, blend, near)
+    assert f"has a PSNR of {psnr(drawn, frame.pixels):.0f} dB from the photo, where the source has 40: compare" in found
 
 
 def test_a_masks_transparency_is_black():
