@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tests.bench.intervals import mean_interval, paired_interval, wilson
 
-PARTS = ("maps", "reconstruction", "masks", "swaps")
+PARTS = ("maps", "reconstruction", "masks", "auxiliaries", "swaps")
+AUXILIARIES: tuple[Literal["stored", "z0"], ...] = ("stored", "z0")  # beside "u", which the part masks has
 TARGETS = {  # figure: (target, whether the value or the interval's lower end must reach it)
     "iou gain, direct": (0.0, "low"), "iou gain, null-text": (0.0, "low"),
     "U9 gain over the caption": (0.0, "low"), "U9 win rate": (0.65, "value"), "U9 gain over w = 7.5": (3.0, "value"),
@@ -26,6 +27,7 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every figure of which there are rows: value, 95 % interval, n, target ("asked"), and whether it is met."""
     parts = {part: [row for row in rows if row["part"] == part] for part in PARTS}
     values = _map_figures(parts["maps"]) | (_edit_figures(parts["masks"]) if parts["masks"] else {})
+    values |= _auxiliary_figures(parts["auxiliaries"], {row["seed"]: row for row in parts["masks"]})
     values |= _swap_figures(parts["swaps"]) if parts["swaps"] else {}
     for steps in sorted({row["steps"] for row in parts["reconstruction"]}):
         values |= _reconstruction_figures([row for row in parts["reconstruction"] if row["steps"] == steps], steps)
@@ -64,6 +66,18 @@ def _edit_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     for name, key in (("U11 coverage", "coverage"), ("U11 iou", "iou"), ("U12 background", "background_db")):
         if known := [row[key] for row in rows if row[key] is not None]:
             values[name] = _mean(known)
+    return values
+
+
+def _auxiliary_figures(rows: Sequence[dict[str, Any]], masks: dict[int, dict[str, Any]]) -> dict[str, Figure]:
+    """U14: the same with the other auxiliary reconstructions, against the edit without uniform maps and with "u"."""
+    values: dict[str, Figure] = {}
+    pairs = [(row, masks[row["seed"]]) for row in rows if row["seed"] in masks]
+    for name in AUXILIARIES if pairs else ():
+        ours = [row[name]["db"] for row, _ in pairs]
+        values[f"U14 background gain, {name}"] = _gain(ours, [other["plain_db"] for _, other in pairs])
+        values[f"U14 background above u, {name}"] = _gain(ours, [other["uniform_db"] for _, other in pairs])
+        values[f"U14 change kept, {name}"] = _mean([row[name]["change"] / o["change"]["plain"] for row, o in pairs])
     return values
 
 

@@ -5,7 +5,7 @@
     python -m tests.bench.attention_maps --only reconstruction --steps 10 20 50
 
 Each finished cell is one JSON line.  figures.json is rewritten every time: each figure with its 95 % interval, its
-target, and whether the value (or the interval's lower end) meets it.  U9 to U12 are the claims about uniform maps.
+target, and whether the value (or the interval's lower end) meets it.  U9 to U14 are the claims about uniform maps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from personalize.editing.dynamic_prompt_learning.leakage import (
 )
 from personalize.editing.dynamic_prompt_learning.stored_fit import fit_dynamic_prompt
 from personalize.editing.photo_settings import PhotoSettings
-from personalize.editing.real_image import edit_photo
+from personalize.editing.real_image import EditResult, edit_photo
 from personalize.editing.real_image_settings import EditRequest
 from personalize.editing.uniform_attention import reconstruct, uniform_edit
 from personalize.embedded.scenes import Scene, random_scene, render
@@ -41,9 +41,9 @@ from personalize.sampling.config import NullTextSettings
 from personalize.sampling.denoise import Edit, denoise, denoise_with_history
 from personalize.sampling.inversion import invert
 from personalize.sampling.schedule import Schedule, make_schedule
-from tests.bench.attention_figures import PARTS, figures
+from tests.bench.attention_figures import AUXILIARIES, PARTS, figures
 from tests.bench.cells import Cells
-from tests.bench.contract import caption, random_task
+from tests.bench.contract import Task, caption, random_task
 from tests.bench.judge.judge import Judge, as_bytes, as_pixels
 from tests.bench.map_measures import background_iou, map_measures
 from tests.bench.picture_measures import iou, psnr
@@ -57,7 +57,7 @@ class MapsBench:
     scenes: int = 50
     """Number of scenes of each part."""
     only: tuple[str, ...] = ()
-    """Parts to run: maps, reconstruction, masks, swaps; all when empty."""
+    """Parts to run: maps, reconstruction, masks, auxiliaries (beside masks), swaps; all when empty."""
     null_text: bool = False
     """Maps: also fit dynamic prompts together with null-text inversion, which takes ten times as long."""
     inversion: Literal["direct", "null-text"] = "direct"
@@ -163,17 +163,12 @@ class Bench:
     @torch.no_grad()
     def masks(self, seed: int) -> dict[str, Any]:
         """U10 to U12: one object is replaced by Prompt-to-Prompt and direct inversion, with uniform maps or without."""
-        task = random_task("object", seed, split=self.options.split, objects=1, **self.world)
+        task, before, true, outside = self.swap(seed)
         model, steps = self.model, self.options.steps[0]
-        before, (true,) = render(task.before, model.resolution)
-        outside = ~(true | render(task.after, model.resolution)[1][0])
-        pictures, region = {}, None
-        for name, choice in (("plain", None), ("uniform", UniformSettings())):
-            edited = edit_photo(
-                model, Image.fromarray(before), task.source_prompt, EditRequest(task.target_prompt),
-                PhotoSettings("direct", steps, guidance_scale=self.guidance, uniform=choice),
-            )  # fmt: skip
-            pictures[name], region = np.asarray(edited.image), edited.region
+        choices = {"plain": None, "uniform": UniformSettings()}
+        edits = {name: self.swapped(task, before, choice) for name, choice in choices.items()}
+        pictures = {name: np.asarray(edit.image) for name, edit in edits.items()}
+        region = edits["uniform"].region
         assert region is not None
         clean = model.encode(as_pixels(before[None]).to(model.device))
         replayed = reconstruct(model, clean, make_schedule(model, steps, inverse=True), make_schedule(model, steps))
@@ -187,6 +182,29 @@ class Bench:
             "coverage": float((mask & true).sum() / true.sum()), "iou": iou(mask, true),
             "background_db": psnr(pictures["uniform"], reconstruction, kept) if kept.any() else None,
         }  # fmt: skip
+
+    @torch.no_grad()
+    def auxiliaries(self, seed: int) -> dict[str, Any]:
+        """U14: the same edit with the auxiliary reconstruction from the stored inversion, and with the photo itself."""
+        task, before, true, outside = self.swap(seed)
+        row: dict[str, Any] = {"part": "auxiliaries", "seed": seed}
+        for name in AUXILIARIES:
+            picture = np.asarray(self.swapped(task, before, UniformSettings(auxiliary=name)).image)
+            change = float(np.abs(picture.astype(float) - before)[true].mean())
+            row[name] = {"db": psnr(picture, before, outside), "change": change}
+        return row
+
+    def swap(self, seed: int) -> tuple[Task, np.ndarray, np.ndarray, np.ndarray]:
+        """A task with one object to replace, its picture, the object's mask, and what lies outside of old and new."""
+        task = random_task("object", seed, split=self.options.split, objects=1, **self.world)
+        before, (true,) = render(task.before, self.model.resolution)
+        return task, before, true, ~(true | render(task.after, self.model.resolution)[1][0])
+
+    def swapped(self, task: Task, before: np.ndarray, uniform: UniformSettings | None) -> EditResult:
+        return edit_photo(
+            self.model, Image.fromarray(before), task.source_prompt, EditRequest(task.target_prompt),
+            PhotoSettings("direct", self.options.steps[0], guidance_scale=self.guidance, uniform=uniform),
+        )  # fmt: skip
 
     @torch.no_grad()
     def swaps(self, seed: int) -> dict[str, Any]:
@@ -251,7 +269,7 @@ def run(options: MapsBench, model: StableDiffusion | None = None) -> dict[str, d
         for steps in options.steps if "reconstruction" in wanted else ():
             key = f"reconstruction/{steps}/{seed}"
             rows.append(bench.cells.once(key, lambda seed=seed, steps=steps: bench.reconstruction(seed, steps)))
-        for part, measure in (("masks", bench.masks), ("swaps", bench.swaps)):
+        for part, measure in (("masks", bench.masks), ("auxiliaries", bench.auxiliaries), ("swaps", bench.swaps)):
             if part in wanted:
                 rows.append(bench.cells.once(f"{part}/{seed}", lambda seed=seed, measure=measure: measure(seed)))
     result = figures(rows)

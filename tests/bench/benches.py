@@ -54,7 +54,7 @@ BENCHES = {
     "photo shapes": Bench("tests.bench.real_image_editing", "embedded", f"--scenes 12 {_SHAPES}"),
     "photo shapes, windows": Bench("tests.bench.real_image_editing", "embedded", f"--windows --scenes 12 {_SHAPES}"),
     "uniform maps": Bench(
-        "tests.bench.attention_maps", "embedded", "--only reconstruction masks --scenes 24 --steps 20"
+        "tests.bench.attention_maps", "embedded", "--only reconstruction masks auxiliaries --scenes 24 --steps 20"
     ),
     "drags": Bench("tests.bench.drag", "embedded", f"--only drags --arms {_DRAGS}"),
     "drags, textured": Bench("tests.bench.drag", "embedded", f"--only drags --textured --arms {_DRAGS}"),
