@@ -31,6 +31,7 @@ from tests.bench.benches import BENCHES, Bench
 from tests.bench.cells import read_cells
 from tests.bench.claims import CLAIMS, Claim
 from tests.bench.leaky.train import UNET, assemble
+from tests.bench.reasons import reason
 from tests.bench.world import weights_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +47,7 @@ alone": the value is, the interval is not. Tables: [tables](tables).
 | claim | figure | interval | n | goal | of | borne out |
 |---|---|---|---|---|---|---|
 """
+WHY = "\n## Not borne out, and why\n\n"
 MISSING = "\nNot measured on these weights with today's command; nothing is claimed: "
 
 
@@ -117,9 +119,19 @@ def page(record: dict[str, Any], weights: dict[str, list[str]]) -> str:
     stale = out_of_date(record, weights)
     text = HEAD.format(**{name: every[0] for name, every in weights.items()})
     text += "".join(_line(claim, record["figures"][claim.text]) for claim in CLAIMS if claim.bench not in stale)
+    text += WHY + _reasons(record, [claim for claim in CLAIMS if claim.bench not in stale])
     text += MISSING + "; ".join(stale) + " (`python -m tests.bench.proof --run`).\n" if stale else ""
     rows = [(name, row) for name, row in record.get("benches", {}).items() if name not in stale]
     return text + "\n" + "".join(f"* {name}: `{row['command']}`\n" for name, row in rows)
+
+
+def _reasons(record: dict[str, Any], claims: Sequence[Claim]) -> str:
+    """A line for each reason, with the `claims` that are not borne out for it."""
+    lines: dict[str, list[str]] = {}
+    for claim in claims:
+        if claim.verdict(*record["figures"][claim.text][:3]) not in ("yes", "–"):
+            lines.setdefault(reason(claim.text), []).append(claim.text)
+    return "".join(f"* {'; '.join(texts)}. **Why**: {why}.\n" for why, texts in lines.items())
 
 
 def _line(claim: Claim, figure: Sequence[float | None]) -> str:
