@@ -129,12 +129,13 @@ def replay_steps(step: GraphedStep, first_update: int = 0) -> Iterator[StepRepor
 
 def check_capturable(config: Any, device: torch.device, processes: int, *, autocast: bool) -> None:
     """UserError, in one line, if a run with these settings cannot be captured as one CUDA graph."""
+    shard = SampleShard.of(config)
     obstacles: Sequence[tuple[bool, str]] = (
         (device.type != "cuda", f"needs a CUDA device, this is {device.type}"),
         (processes > 1, "works with one process"),
         (
-            len({chunk.share for chunk in SampleShard.of(config).chunks()}) > 1,
-            f"needs batches of one size: choose a --train_batch_size that divides {config.update_samples()}",
+            len({chunk.share for chunk in shard.chunks()}) > 1,
+            f"needs batches of one size: choose a --train_batch_size that divides {shard.samples}",
         ),
         (
             config.lr_scheduler != "constant" or config.lr_warmup_steps > 0,

@@ -116,6 +116,7 @@ def test_speed_learning_goes_through_the_static_step(monkeypatch: pytest.MonkeyP
         ({"torch_compile": True}, "not been tried on a GPU"),
         ({"use_8bit_adam": True}, "counts its steps on the host"),
         ({"early_stop_loss": 0.03}, "decides on the host"),
+        ({"samples_per_update": 8, "max_train_samples": 7, "train_batch_size": 4}, "_batch_size that divides 7"),
     ],
 )
 def test_speed_what_no_graph_can_hold_is_said(change: dict[str, Any], reason: str) -> None:

@@ -65,6 +65,17 @@ def test_counts_do_not_depend_on_the_layout() -> None:
         assert (shard.samples, shard.updates(config.train_samples())) == (10, 40)
 
 
+def test_the_largest_batch_is_that_of_any_process() -> None:
+    """Of 10 samples on 4 processes it was said that each takes 2, and memory was estimated for as many."""
+    shards = [SampleShard(10, 10, process, 4) for process in range(4)]
+    assert [len(shard.chunks()[0].indices) for shard in shards] == [2, 3, 2, 3]
+    assert {shard.largest for shard in shards} == {3}
+    assert str(shards[0]) == "An update: 10 samples, at most 3 at a time on each of 4 processes"
+    assert str(SampleShard(8, 2, 0, 2)).endswith(": 8 samples, at most 2 at a time in 2 batches on each of 2 processes")
+    assert str(SampleShard(8, 8, 0, 2)) == "An update: 8 samples, 4 at a time on each of 2 processes"
+    assert str(SampleShard(1, 8)) == "An update: 1 sample, 1 at a time"
+
+
 def test_samples_grow_with_the_pictures_above_a_floor() -> None:
     """Ten pictures got forty views each of the default 400 samples."""
     config = SingleImageConfig()

@@ -67,13 +67,15 @@ class SampleShard:
         """`An update: 8 samples, at most 2 at a time in 2 batches on each of 2 processes`."""
         batches, most = self.accumulation, self.largest
         where = f" on each of {self.processes} processes" if self.processes > 1 else ""
-        how = f"{most} at a time" if batches == 1 else f"at most {most} at a time in {batches} batches"
+        equal = most * batches * self.processes == self.samples
+        how = f"{most} at a time" if batches == 1 and equal else f"at most {most} at a time"
+        how += f" in {batches} batches" if batches > 1 else ""
         return f"An update: {self.samples} sample{'s' * (self.samples > 1)}, {how}{where}"
 
     @property
     def largest(self) -> int:
-        """The number of samples in the largest batch, if all samples may share one."""
-        return max(len(chunk.indices) for chunk in self.chunks())
+        """The number of samples in the largest batch of all processes, if all samples may share one."""
+        return max(len(batch) for batches in self._dealt([0] * self.samples) for batch in batches)
 
     @property
     def accumulation(self) -> int:
@@ -95,15 +97,18 @@ class SampleShard:
 
         kinds: of each sample, e.g. the size of its picture; by default all are alike.
         """
-        kinds = [0] * self.samples if kinds is None else kinds
-        order = sorted(range(self.samples), key=lambda index: kinds.index(kinds[index]))  # stable: kind by kind
-        bounds = [self.samples * number // self.processes for number in range(self.processes + 1)]
-        dealt = [self._batches(order[low:high], kinds) for low, high in pairwise(bounds)]
+        dealt = self._dealt([0] * self.samples if kinds is None else kinds)
         count = max(map(len, dealt))
         own = dealt[self.process]
         scale = count * self.processes / self.samples
         waiting = [Chunk(own[0] if own else (0,), 0.0)] * (count - len(own))
         return [*waiting, *(Chunk(batch, len(batch) * scale) for batch in own)]
+
+    def _dealt(self, kinds: Sequence[Any]) -> list[list[tuple[int, ...]]]:
+        """The batches of each process, which may have none."""
+        order = sorted(range(self.samples), key=lambda index: kinds.index(kinds[index]))  # stable: kind by kind
+        bounds = [self.samples * number // self.processes for number in range(self.processes + 1)]
+        return [self._batches(order[low:high], kinds) for low, high in pairwise(bounds)]
 
     def _batches(self, indices: Sequence[int], kinds: Sequence[Any]) -> list[tuple[int, ...]]:
         """`indices`, which are ordered by kind, in batches of one kind that are as equal in size as possible."""
