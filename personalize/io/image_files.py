@@ -210,13 +210,17 @@ def as_rgb(image: Image.Image, path: Path | str = "the picture", background: str
     """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
+        hidden, values = image.info.get("transparency"), np.asarray(image)
         image = _eight_bits(image, path)
+        if isinstance(hidden, int):  # the value of a PNG's transparent pixels
+            image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
+        colours = "L" if image.mode in ("L", "LA", "La") else "RGB"  # a profile of greys is for one channel
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
         if alpha.getextrema()[1] == 0:
             raise UserError(f"{path} is transparent everywhere, so that nothing of it is seen: save it opaque")
-        image = _to_srgb(image.convert("RGB"), profile, path)
+        image = _to_srgb(image.convert(colours), profile, path)
         return Image.composite(image, Image.new("RGB", image.size, background), alpha)
     image = _to_srgb(image if image.mode in _CHANNELS else image.convert("RGB"), profile, path)
     image.info.pop("icc_profile", None)  # it counts no more

@@ -85,6 +85,14 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> Non
     assert np.abs(np.asarray(image)[..., 0] - expected).max() <= 1  # one grey level of rounding
 
 
+def test_the_transparent_value_of_sixteen_bits_is_white(tmp_path: Path) -> None:
+    """It was seen as the grey that it is stored as."""
+    values = np.full((32, 64), 30_000, np.uint16)
+    values[:, :8] = 257
+    image = load_image(saved(Image.fromarray(values), tmp_path / "a.png", transparency=257))
+    assert image.getpixel((3, 3)) == (255, 255, 255) and image.getpixel((30, 3)) == (117, 117, 117)
+
+
 def test_floating_point_picture(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (32, 1))
     image = load_image(saved(Image.fromarray(ramp), tmp_path / "f.tif"))
@@ -151,12 +159,12 @@ def test_numbers_whose_white_is_unknown_are_refused(tmp_path: Path, values: np.n
         load_image(grey_tiff(tmp_path / "a.tif", values))
 
 
+def fixed(*values: float) -> bytes:
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
 def profile(swapped: bool, size: int = 0) -> bytes:
     """An ICC profile like sRGB's, with the primaries of red and blue exchanged if `swapped`, and `size` bytes more."""
-
-    def fixed(*values: float) -> bytes:
-        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
-
     red, green, blue = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
     primaries = (blue, green, red) if swapped else (red, green, blue)
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, 563) + b"\0\0"  # gamma 2.2
@@ -166,11 +174,24 @@ def profile(swapped: bool, size: int = 0) -> bytes:
     names = (b"rXYZ", b"gXYZ", b"bXYZ")
     tags += [(name, b"XYZ \0\0\0\0" + fixed(*xyz)) for name, xyz in zip(names, primaries, strict=True)]
     tags += [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
+    return packed(b"RGB ", tags)
+
+
+def profile_of_greys(gamma: float) -> bytes:
+    """An ICC profile for one channel, as programs write it into pictures of greys ("Dot Gain 20%")."""
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"grey\0" + b"\0" * 78
+    tags = [(b"desc", text + b"\0" * (-len(text) % 4)), (b"cprt", b"text\0\0\0\0none\0\0\0\0"), (b"kTRC", curve)]
+    return packed(b"GRAY", [*tags, (b"wtpt", b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249))])
+
+
+def packed(space: bytes, tags: list[tuple[bytes, bytes]]) -> bytes:
+    """An ICC profile of these tags."""
     position, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for name, content in tags:
         table += name + struct.pack(">II", position + len(body), len(content))
         body += content
-    head = struct.pack(">I4sI4s4s4s", position + len(body), b"lcms", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    head = struct.pack(">I4sI4s4s4s", position + len(body), b"lcms", 0x02100000, b"mntr", space, b"XYZ ")
     head += struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp" + b"\0" * 28 + fixed(0.9642, 1, 0.8249)
     return head.ljust(128, b"\0") + table + body
 
@@ -186,6 +207,18 @@ def test_colour_profiles_are_applied(tmp_path: Path, name: str, alpha: bool) -> 
     path = saved(stored, tmp_path / name, icc_profile=profile(swapped=True), **options)
     error = np.abs(np.asarray(load_image(path)).astype(float) - np.asarray(gradient()))
     assert error.mean() < 4  # gamma 2.2 instead of sRGB's curve: at most 4 grey levels in the darks
+
+
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_a_profile_of_greys_is_applied(tmp_path: Path, mode: str) -> None:
+    """Beside transparency it was passed over: a grey cut-out was darker than the same picture without."""
+    stored = Image.new("L", (20, 20), 118)  # linear light (118 / 255) ** 1.0 = 0.463, which is 181 in sRGB
+    if mode == "LA":
+        stored = Image.merge("LA", [stored, Image.new("L", (20, 20), 255)])
+        stored.putpixel((0, 0), (118, 0))
+    image = load_image(saved(stored, tmp_path / "a.png", icc_profile=profile_of_greys(1.0)))
+    assert np.abs(np.array(image.getpixel((9, 9))) - 181).max() <= 1
+    assert mode == "L" or image.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_profiles_that_do_not_apply(tmp_path: Path) -> None:
