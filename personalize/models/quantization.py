@@ -45,10 +45,13 @@ def quantize(unet: nn.Module) -> tuple[int, int]:
     return before, weight_bytes(unet)
 
 
-def saved_by_quantizing(unet: nn.Module) -> int:
-    """The bytes that `quantize` would save: of NF4 remain 4 bits a weight, and 8 bits for every 64 of them."""
+def saved_by_quantizing(unet: nn.Module, width: int | None = None) -> int:
+    """The bytes that `quantize` would save: of NF4 remain 4 bits a weight, and 8 bits for every 64 of them.
+
+    width: bytes of a weight before; those that it has if not given.
+    """
     layers = [layer.weight for _, layer in _linear(unet)]
-    return sum(round(weight.numel() * (weight.element_size() - 0.5 - 1 / 64)) for weight in layers)
+    return sum(round(weight.numel() * ((width or weight.element_size()) - 0.5 - 1 / 64)) for weight in layers)
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -57,9 +60,9 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def _linear(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers to quantize, by path."""
+    """The linear layers to quantize, by path: those of the base, not of an adapter."""
     for path, layer in unet.named_modules():
-        if type(layer) is nn.Linear and not any(part in path for part in NOT_QUANTIZED):
+        if type(layer) is nn.Linear and not any(part in path for part in NOT_QUANTIZED) and ".lora_" not in path:
             yield path, layer
 
 

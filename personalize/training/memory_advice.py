@@ -1,15 +1,16 @@
 """What to change if a training needs more memory than is free: the options that are enough, the cheapest ones first.
 
     option                      takes less of                                 costs
-    --mixed_precision bf16      the base and activations, half                rounding
+    --mixed_precision bf16      the UNet and activations, half                rounding
     --offload                   text encoders, autoencoder, its pictures      seconds for each preview
     --train_batch_size 1        activations of all samples but one            time on a GPU
     --use_8bit_adam             the optimizer's moments, three quarters       hardly anything
     --gradient_checkpointing    activations, most of them                     a third more time
-    --load_in_4bit              the UNet's linear layers, three quarters      a coarser base under the adapter
+    --load_in_4bit              the UNet's linear layers, to 4 bits           a coarser base under the adapter
     --resolution N              activations, by the pixels                    detail
 
-Only options that are not given yet are advised, and none that it fits without.
+Only options that are not given yet are advised, and none that it fits without.  On GPUs that do not compute in bf16
+it is fp16.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from personalize.training.memory_estimate import (
     MemoryEstimate,
     adam_8bit_bytes,
     decoded_bytes,
-    parts_of_updates,
+    frozen_weights,
     readable,
     sample_bytes,
     unused_savings,
@@ -44,7 +45,7 @@ def check_fits(expected: MemoryEstimate, run: TrainingRun) -> str | None:
     free = free_bytes(run.model.device)
     if free is None:
         return None
-    room = free + expected.base + expected.adapter  # these two are allocated already
+    room = free + expected.base + expected.adapter + expected.copies  # these are allocated already
     if _most(expected) <= room:
         return None
     need, changes = f"about {readable(_most(expected))} are needed and {readable(room)} are there", dict[str, Change]()
@@ -82,12 +83,24 @@ def _needed(expected: MemoryEstimate, changes: dict[str, Change], room: int) -> 
 
 
 def _halved(run: TrainingRun) -> Change:
-    weights = (weight for part in parts_of_updates(run.model) for weight in part.parameters())
-    frozen = sum(weight.numel() * weight.element_size() for weight in weights if not weight.requires_grad)
+    """Of the base the UNet alone has the lower precision: text encoders and autoencoder are always fp32."""
+    frozen = frozen_weights(run.model.unet)
+    smaller = _with_unet(2 * sum(weight.numel() for weight in frozen))
+    return lambda found: replace(smaller(found), sample=found.sample // 2)
+
+
+def _quantized(run: TrainingRun) -> Change:
+    """Whatever it was before: what is not in 4 bits is in 16."""
+    frozen = 2 * sum(weight.numel() for weight in frozen_weights(run.model.unet))
+    return _with_unet(frozen - saved_by_quantizing(run.model.unet, 2))
+
+
+def _with_unet(count: int) -> Change:
+    """The change of an estimate to a UNet whose frozen weights take `count` bytes, if they do not take less."""
 
     def change(found: MemoryEstimate) -> MemoryEstimate:
-        halves = {name: getattr(found, name) // 2 for name in ("sample", "idle_vae", "idle_encoders")}
-        return replace(found, base=found.base - frozen // 2, decoding_picture=found.decoding_picture // 2, **halves)
+        smaller = min(found.unet, count)
+        return replace(found, base=found.base - found.unet + smaller, unet=smaller)
 
     return change
 
@@ -117,13 +130,13 @@ def _checkpointed(run: TrainingRun) -> Change:
 
 
 _MAKERS: dict[str, Callable[[TrainingRun], Change]] = {
-    "--mixed_precision bf16": _halved,
+    "--mixed_precision bf16": _halved, "--mixed_precision fp16": _halved,
     "--offload": _offloaded,
     "--train_batch_size 1": lambda run: lambda found: replace(found, batch=1),
     "--use_8bit_adam": _eight_bits,
     "--gradient_checkpointing": _checkpointed,
-    "--load_in_4bit": lambda run: lambda found: replace(found, base=found.base - saved_by_quantizing(run.model.unet)),
-}
+    "--load_in_4bit": _quantized,
+}  # fmt: skip
 
 
 def _resolution(found: MemoryEstimate, run: TrainingRun, room: int) -> int | None:

@@ -1,13 +1,15 @@
 """Estimate how much memory a training run will take, from one sample measured before it starts.
 
-    peak = max(updates, encoding, decoding)             updates = base + P · (4 + 4 + s) + b · a
-    encoding = base + v + max(n, e)                     decoding = base + P · (4 + s) + max(n, v + d)
+    peak = max(updates, encoding, decoding)             updates = base + P · (4 + 4 + s) + c + b · a
+    encoding = base + v + max(n, e)                     decoding = base + P · (4 + s) + c + max(n, v + d)
 
 base: bytes of the UNet, and of those of autoencoder and text encoders that updates use, without the adapter.
 v, n: bytes of autoencoder and text encoders if they are off the device during updates (`models.idle_parts`), else 0.
     Both are there when the base has been loaded; afterwards each comes back by itself, when it is used.
 P: number of trained parameters, in fp32: 4 bytes of weight, 4 of gradient, and s = 8 of AdamW's two moments (8-bit: 2,
     and 8 bytes of scales for every 256 parameters, but still 8 in tensors of fewer than 4,096).
+c: bytes of what is kept beside these: with use_ema the average of what is trained, with full_kv the weights before
+    training, and with cuda_graph all samples of the run.
 a: the peak of the bytes that the forward and backward pass of one sample allocate; b: samples in a batch.
 e, d: the peak of the bytes that the autoencoder allocates for one picture to encode it, and to decode it for a preview.
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from personalize.errors import UserError
+from personalize.models.loading import has_bf16
 from personalize.models.memory import LiveBytes, decoding_bytes, encoding_bytes
 from personalize.models.quantization import weight_bytes
 from personalize.models.vae import TILE
@@ -38,7 +41,11 @@ SMALL_TENSOR, BLOCK = 4096, 256  # parameters: see bitsandbytes' 8-bit optimizer
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the training device; `sample` is the activations of one sample, `batch` the samples in a batch."""
+    """Bytes on the training device; `sample` is the activations of one sample, `batch` the samples in a batch.
+
+    `copies` are those of what is trained, `samples` those that a CUDA graph reads, `unet` the UNet's frozen weights,
+    which are a part of `base`.
+    """
 
     base: int
     adapter: int
@@ -50,6 +57,9 @@ class MemoryEstimate:
     idle_encoders: int = 0
     encoding_picture: int = 0
     decoding_picture: int = 0
+    copies: int = 0
+    samples: int = 0
+    unet: int = 0
 
     @property
     def idle(self) -> int:
@@ -57,12 +67,17 @@ class MemoryEstimate:
         return self.idle_vae + self.idle_encoders
 
     @property
+    def kept(self) -> int:
+        """The bytes that are neither base, adapter nor optimizer, and stay: c of this module's docstring."""
+        return self.copies + self.samples
+
+    @property
     def activations(self) -> int:
         return self.batch * self.sample
 
     @property
     def updates(self) -> int:
-        return self.base + self.adapter + self.gradients + self.optimizer + self.activations
+        return self.base + self.adapter + self.gradients + self.optimizer + self.kept + self.activations
 
     @property
     def encoding(self) -> int:
@@ -71,7 +86,7 @@ class MemoryEstimate:
     @property
     def decoding(self) -> int:
         used = max(self.idle_encoders, self.idle_vae + self.decoding_picture)
-        return self.base + self.adapter + self.optimizer + used
+        return self.base + self.adapter + self.optimizer + self.kept + used
 
     @property
     def total(self) -> int:
@@ -79,9 +94,10 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         phases = {"the updates": self.updates, "encoding": self.encoding, "previews": self.decoding}
+        kept = f"copies and samples {readable(self.kept)}, " if self.kept else ""
         return (
             f"Memory, about {readable(self.total)}: base {readable(self.base)}, adapter with gradients "
-            f"{readable(self.adapter + self.gradients)}, optimizer {readable(self.optimizer)}, "
+            f"{readable(self.adapter + self.gradients)}, optimizer {readable(self.optimizer)}, {kept}"
             f"activations of {self.batch} sample{'s' * (self.batch > 1)} {readable(self.activations)}; "
             f"most in {max(phases, key=phases.__getitem__)}: "
             + ", ".join(f"{name} {readable(count)}" for name, count in phases.items())
@@ -109,12 +125,37 @@ def estimate(run: TrainingRun) -> MemoryEstimate:
     return MemoryEstimate(
         base, adapter, adapter, sum(moments), sample, run.shard.largest,
         idle_vae, idle_encoders, encoding_bytes(model.vae, size), decoded_bytes(run, tiled=model.offload.tiled),
+        copied_bytes(run), stored_samples_bytes(run), sum(weight.nbytes for weight in frozen_weights(model.unet)),
     )  # fmt: skip
 
 
 def parts_of_updates(model: StableDiffusion) -> list[nn.Module]:
     """The parts of the base that are on the device during updates."""
     return [part for part in (model.unet, model.vae, *model.text_encoders) if part not in model.offload]
+
+
+def frozen_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of `module` that are not trained."""
+    return [weight for weight in module.parameters() if not weight.requires_grad]
+
+
+def copied_bytes(run: TrainingRun) -> int:
+    """The bytes of the copies of what is trained that a run has: its average, and with full_kv the weights before."""
+    average = {} if run.average is None else run.average.values
+    return sum(tensor.nbytes for kept in (average, getattr(run, "weights_before", {})) for tensor in kept.values())
+
+
+def stored_samples_bytes(run: TrainingRun) -> int:
+    """The bytes of all samples that are left of the run, which a CUDA graph reads; 0 without one."""
+    if not run.config.cuda_graph:
+        return 0
+    sample = sum(part.nbytes for part in _one_sample(run).values() if isinstance(part, Tensor))
+    return (run.updates - run.update) * run.shard.samples * sample
+
+
+def _one_sample(run: TrainingRun) -> dict[str, Any]:
+    """A batch of one sample, with its class picture if there is one."""
+    return next(run.dataset.updates(SampleShard(1), 0, 1))[0]
 
 
 def decoded_bytes(run: TrainingRun, *, tiled: bool) -> int:
@@ -128,7 +169,7 @@ def unused_savings(run: TrainingRun) -> list[str]:
     config, model = run.config, run.model
     halves = model.device.type != "cpu" and model.dtype == torch.float32 and not getattr(config, "full_kv", False)
     options = {
-        "--mixed_precision bf16": halves,
+        f"--mixed_precision {'bf16' if has_bf16(model.device) else 'fp16'}": halves,
         "--offload": hasattr(config, "offload") and not model.offload.tiled,
         "--train_batch_size 1": run.shard.largest > 1,
         "--use_8bit_adam": not config.use_8bit_adam,
@@ -154,7 +195,7 @@ def sample_bytes(run: TrainingRun) -> int:
         UserError: not even one sample fits.
     """
     trained = list(run.objective.trainable().values())
-    batch: Any = next(run.dataset.updates(SampleShard(1), 0, 1))[0]
+    batch = _one_sample(run)
     inputs = (value for value in batch.values() if isinstance(value, Tensor))
     existing = [*_tensors(run.objective), *_tensors(run.model.unet), *inputs]
     try:

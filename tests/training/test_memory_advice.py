@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from personalize.models.quantization import saved_by_quantizing
-from personalize.training import memory_advice
+from personalize.training import memory_advice, memory_estimate
 from personalize.training.config import SingleImageConfig
 from personalize.training.memory_advice import check_fits
 from personalize.training.memory_estimate import MemoryEstimate, estimate, unused_savings
@@ -74,6 +74,43 @@ def test_only_options_that_are_not_given_are_advised() -> None:
     with single_image_run(tiny_sd1(), pixels(), CAPTION, SMALL) as run:
         options = ["--offload", "--train_batch_size 1", "--use_8bit_adam", "--gradient_checkpointing", "--load_in_4bit"]
         assert unused_savings(run) == options  # no --mixed_precision: on a CPU it saves no memory
+
+
+def test_lower_precision_is_the_unets_alone() -> None:
+    """Half of text encoders, autoencoder and its pictures was promised too, 3 GB too much on SDXL: they stay fp32."""
+    for config in (SMALL, replace(SMALL, offload=True), replace(SMALL, offload=True, train_text_encoder=True)):
+        with single_image_run(tiny_sd1(), pixels(), CAPTION, config) as run:
+            promised = memory_advice._halved(run)(estimate(run))
+        lower = tiny_sd1()
+        lower.unet.to(torch.bfloat16)
+        with single_image_run(lower, pixels(), CAPTION, config) as run:
+            real = estimate(run)
+        assert replace(promised, sample=0) == replace(real, sample=0)
+
+
+def test_four_bits_take_the_same_from_fp32_and_after_lower_precision() -> None:
+    """Together they were promised what fp32 takes, less once half of it and once all but 4 bits of it: twice."""
+    bare = tiny_sd1()
+    both = sum(weight.numel() for weight in bare.unet.parameters()) * 2 - saved_by_quantizing(bare.unet, 2)
+    with single_image_run(bare, pixels(), CAPTION, SMALL) as run:
+        plain, halved, quantized = estimate(run), memory_advice._halved(run), memory_advice._quantized(run)
+    for found in (quantized(plain), quantized(halved(plain))):
+        assert (found.unet, plain.base - found.base) == (both, plain.unet - both)  # and no layer of the adapter's
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_the_precision_advised_is_one_that_the_device_has(
+    native: bool, precision: str, free: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 was told to use bf16, which is then refused there."""
+    free(GB)
+    monkeypatch.setattr(memory_estimate, "has_bf16", lambda device: native)
+    with single_image_run(tiny_sd1(), pixels(), CAPTION, ALL) as run:
+        monkeypatch.setattr(type(run.model), "device", torch.device("cuda"))
+        assert unused_savings(run)[0] == f"--mixed_precision {precision}"
+        said = check_fits(MemoryEstimate(0, 0, 0, 0, 3 * GB // 2, 1), run)
+        monkeypatch.undo()
+    assert said is not None and f": add --mixed_precision {precision}, with which 0.8 GB" in said
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

@@ -15,9 +15,12 @@ from personalize.models.stable_diffusion import StableDiffusion
 from personalize.training import memory_estimate
 from personalize.training.config import SingleImageConfig
 from personalize.training.memory_estimate import LiveBytes, MemoryEstimate, estimate
+from personalize.training.multi_concept import multi_concept_run
 from personalize.training.single_image import SingleImageRun, single_image_run
 from tests.support.runs import CAPTION, pixels
 from tests.support.tiny import tiny_sd1
+from tests.training.test_multi_concept_run import PICTURE
+from tests.training.test_multi_concept_run import SMALL as CONCEPTS
 
 SMALL = SingleImageConfig(rank=2, max_train_samples=4, samples_per_update=2, targets="attention")
 
@@ -100,6 +103,35 @@ def test_parts_that_updates_do_not_use_count_for_encoding_and_previews_alone() -
     most = encoding_bytes(model.vae, (64, 64)), decoding_bytes(model.vae, (64, 64))
     assert offloaded.encoding == offloaded.base + max(off, vae + most[0])  # all once, when it is loaded
     assert offloaded.decoding == offloaded.base + offloaded.adapter + offloaded.optimizer + max(encoders, vae + most[1])
+
+
+def test_copies_of_what_is_trained_are_counted() -> None:
+    """Of SDXL's keys and values the copy that full_kv keeps takes 1.4 GB, the average as much again."""
+    found = []
+    for average in (False, True):
+        with single_image_run(tiny_sd1(), pixels(), CAPTION, replace(SMALL, use_ema=average)) as run:
+            found.append(estimate(run))
+    plain, averaged = found
+    assert (plain.copies, averaged.copies) == (0, plain.adapter)
+    assert averaged.updates - plain.updates == averaged.decoding - plain.decoding == plain.adapter
+    assert "copies" in str(averaged) and "copies" not in str(plain)
+    with multi_concept_run(tiny_sd1(), PICTURE, replace(CONCEPTS, full_kv=True, use_ema=True)) as run:
+        full, rows = estimate(run), sum(layer.weight.nbytes for layer in run.token_embeddings)
+        assert full.copies == full.adapter + sum(weight.nbytes for weight in run.weights_before.values())
+        assert full.copies == 2 * full.adapter - rows
+
+
+def test_a_graph_holds_all_samples_of_the_run() -> None:
+    """Thirty pictures on SDXL are 3 GB of latents and noise, which were not counted."""
+    for flip in (False, True):
+        config = replace(SMALL, max_train_samples=6, cuda_graph=True, resample_latents=flip)
+        with single_image_run(tiny_sd1(), pixels(), CAPTION, config) as run:
+            batches = list(run.dataset.batches(run.shard, 0, run.updates))
+            expected = estimate(run)
+            assert expected.samples == sum(part.nbytes for batch in batches for part in batch.values())
+            run.update = 2
+            assert estimate(run).samples * 3 == expected.samples
+        assert replace(expected, samples=0).updates == expected.updates - expected.samples
 
 
 def test_parts_that_come_one_after_another_are_not_counted_together() -> None:
