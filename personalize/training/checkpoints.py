@@ -31,6 +31,7 @@ from personalize.io.atomic import plain_name, write_folder
 from personalize.io.json_files import read_json
 from personalize.io.plain_files import file_hash
 from personalize.io.tensor_files import read_tensors, tensor_bytes
+from personalize.training.optimizer_state import computed_like, flattened, unflattened
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 NAME = re.compile(r"checkpoint-(\d{1,9})(?:-[0-9a-f]{8})?")
@@ -51,7 +52,7 @@ class Checkpoint:
     @property
     def run(self) -> str:
         """A hash of the settings and data of the run that the checkpoint belongs to."""
-        return _hash(self.metadata)
+        return _hash(_compared(self.metadata))
 
 
 def save(
@@ -69,7 +70,7 @@ def save(
     Raises:
         UserError: the disk is full or cannot be written; older checkpoints are untouched.
     """
-    tensors, settings = _flattened(checkpoint.optimizer)
+    tensors, settings = flattened(checkpoint.optimizer)
     files = dict(extra or {})
     files[TRAINABLE] = tensor_bytes(checkpoint.trainable)
     files[OPTIMIZER] = tensor_bytes(tensors)
@@ -100,6 +101,13 @@ def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
 def _hash(values: Mapping[str, Any]) -> str:
     """SHA-256 of values that JSON can hold, which does not change when they are written and read."""
     return sha256(json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode()).hexdigest()
+
+
+def _compared(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """`metadata` without the name of the base, which has another one in another place: its hash says which it is."""
+    base = metadata.get("base")
+    hashed = isinstance(base, dict) and base.get("sha256")
+    return {**metadata, **({"base": {**base, "name": ""}} if hashed else {})}
 
 
 def _own_folder(output_dir: Path, checkpoint: Checkpoint) -> Path:
@@ -150,7 +158,7 @@ def find(
         except UserError as error:
             warnings.warn(f"passed over: {error}", Notice, stacklevel=2)
             continue
-        if metadata is None or checkpoint.run == _hash(metadata):
+        if metadata is None or checkpoint.run == _hash(_compared(metadata)):
             return checkpoint
         others.append(checkpoint)
     for checkpoint in others:
@@ -206,7 +214,7 @@ def load(folder: str | Path) -> Checkpoint:
         for name in (TRAINABLE, OPTIMIZER):  # `edit --auto` may have remembered strengths in the adapter's manifest
             if file_hash(folder / name) != state["sha256"][name]:
                 raise UserError(f"checkpoint {folder} is damaged: {name} is not what was written; use an older one")
-        optimizer = _unflattened(read_tensors(folder / OPTIMIZER).tensors, state["optimizer"])
+        optimizer = unflattened(read_tensors(folder / OPTIMIZER).tensors, state["optimizer"])
         trainable = read_tensors(folder / TRAINABLE).tensors
         return Checkpoint(state["update"], trainable, optimizer, state["about"], state["scaler"], folder.name)
     except UserError:
@@ -246,7 +254,7 @@ def restore(checkpoint: Checkpoint, trainable: Mapping[str, Tensor], optimizer: 
         for name, parameter in trainable.items():
             parameter.copy_(checkpoint.trainable[name])
     try:
-        optimizer.load_state_dict(checkpoint.optimizer)
+        optimizer.load_state_dict(computed_like(optimizer, checkpoint.optimizer))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the checkpoint's optimizer does not fit this run ({error}): use another checkpoint") from None
 
@@ -259,8 +267,9 @@ IN_WORDS = {  # entries of the metadata that are no options
 
 def check_same_run(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> None:
     """UserError, naming the first setting that differs, if the checkpoint was made with other settings or data."""
-    for key in sorted({*checkpoint.metadata, *metadata}):
-        then, now = checkpoint.metadata.get(key), metadata.get(key)
+    before, metadata = _compared(checkpoint.metadata), _compared(metadata)
+    for key in sorted({*before, *metadata}):
+        then, now = before.get(key), metadata.get(key)
         if then != now:
             short = isinstance(then, int | float | str | None) and isinstance(now, int | float | str | None)
             values = f" ({then}, this run has {now})" if short and key != "data_sha256" else ""
@@ -268,33 +277,3 @@ def check_same_run(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> None:
             raise UserError(
                 f"cannot resume: the checkpoint was made with {what}; use the same, or train into another --output_dir"
             )
-
-
-def _flattened(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name "<parameter>/<key>", and everything else as plain values.
-
-    bitsandbytes nests some a level deeper: "<parameter>/<key>/<key>".
-    """
-    tensors, values = {}, {}
-
-    def walk(path: str, entries: Mapping[Any, Any]) -> None:
-        for key, value in entries.items():
-            if isinstance(value, Mapping):
-                walk(f"{path}{key}/", value)
-            else:
-                (tensors if isinstance(value, Tensor) else values)[f"{path}{key}"] = value
-
-    walk("", state_dict["state"])
-    return tensors, {"values": values, "param_groups": state_dict["param_groups"]}
-
-
-def _unflattened(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict that `_flattened` was given."""
-    state: dict[Any, Any] = {}
-    for name, value in {**tensors, **settings["values"]}.items():
-        number, *path, key = name.split("/")
-        entries = state.setdefault(int(number), {})
-        for part in path:
-            entries = entries.setdefault(part, {})
-        entries[key] = value
-    return {"state": state, "param_groups": settings["param_groups"]}

@@ -164,3 +164,41 @@ def test_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     unfit = replace(checkpoint(1), optimizer={"state": {}, "param_groups": [{"params": [0]}]})
     with pytest.raises(UserError, match="optimizer does not fit this run"):
         checkpoints.restore(unfit, *trained(0))
+
+
+def test_a_copy_of_the_base_in_another_place_is_the_same_base(tmp_path: Path) -> None:
+    """It was called another base model: by the name of its folder, or where the hub's id had been given before."""
+    metadata = {"rank": 2, "base": {"name": "stable-diffusion-v1-5", "family": "sd1", "sha256": "ab"}}
+    checkpoints.save(tmp_path, replace(checkpoint(1), metadata=metadata))
+    moved = metadata | {"base": {"name": "sd15", "family": "sd1", "sha256": "ab"}}
+    found = checkpoints.find(tmp_path, "latest", moved)
+    assert found is not None
+    checkpoints.check_same_run(found, moved)
+    assert found.run == replace(found, metadata=moved).run and found.metadata == metadata
+    for other in ({"name": "sd15", "family": "sd1", "sha256": "cd"}, {"name": "sd15", "family": "sd1"}):
+        with pytest.raises(UserError, match="made with another base model; use the same"):
+            checkpoints.check_same_run(found, moved | {"base": other})
+
+
+def test_a_run_goes_on_with_the_optimizer_of_its_own_device() -> None:
+    """One that had begun on a GPU went on with a GPU's ways of computing, and the other way round."""
+
+    def started(steps: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+        parameters = {"a": torch.nn.Parameter(torch.arange(4.0))}
+        optimizer = torch.optim.AdamW([*parameters.values()], lr=0.1, fused=True)
+        for _ in range(steps):
+            parameters["a"].grad = torch.ones(4)
+            optimizer.step()
+        return parameters, optimizer
+
+    before, optimizer = started(2)
+    stored = optimizer.state_dict()
+    stored["param_groups"][0] |= {"fused": None, "capturable": True, "foreach": None}  # as if on another device
+    made = Checkpoint(2, {"a": before["a"].detach()}, stored)
+    parameters, again = started(0)
+    checkpoints.restore(made, parameters, again)
+    ways = [again.param_groups[0][name] for name in ("fused", "capturable", "foreach")]
+    assert ways == [True, False, None]
+    parameters["a"].grad = torch.ones(4)
+    again.step()
+    assert torch.equal(parameters["a"], started(3)[0]["a"])
