@@ -38,9 +38,10 @@ class Row:
 
 
 def caption_files(picture: Path) -> list[Path]:
-    """The files that may hold the caption of the file `picture`: for 1.png 1.txt, 1.caption, 1.png.txt, …"""
-    names = [picture.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-    return [*names, *(picture.with_name(picture.name + suffix) for suffix in CAPTION_SUFFIXES)]
+    """The files that may hold the caption of the file `picture`: for 1.png 1.txt, 1.caption, 1.TXT, 1.png.txt, …"""
+    suffixes = [*CAPTION_SUFFIXES, *map(str.upper, CAPTION_SUFFIXES)]  # in capitals beside IMG_1.JPG
+    names = [picture.with_suffix(suffix) for suffix in suffixes]
+    return [*names, *(picture.with_name(picture.name + suffix) for suffix in suffixes)]
 
 
 def caption_file(picture: Path) -> Path | None:

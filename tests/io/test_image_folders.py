@@ -184,7 +184,7 @@ def test_two_metadata_files_and_other_mistakes(tmp_path: Path) -> None:
         read_folder(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("name", ["1.txt", "1.caption", "1.png.txt", "1.png.caption"])
+@pytest.mark.parametrize("name", ["1.txt", "1.caption", "1.png.txt", "1.png.caption", "1.TXT"])
 @pytest.mark.parametrize(
     "content", ["ein Käfer\n".encode(), codecs.BOM_UTF8 + "ein Käfer".encode(), "ein\r\nKäfer".encode("utf-16"),
                 codecs.BOM_UTF16_BE + "ein Käfer".encode("utf-16-be")],

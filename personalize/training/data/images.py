@@ -138,8 +138,16 @@ def _uncounted(path: Path) -> Iterator[None]:
         yield
 
 
-def decode_cell(cell: Mapping[str, Any], name: str, *, mask: bool = False) -> Image.Image:
-    """The picture in a cell of `load_rows`, upright and in RGB as from `load_image`; a `mask` as from `load_mask`."""
+def decode_cell(cell: Any, name: str, *, mask: bool = False) -> Image.Image:
+    """The picture in a cell of `load_rows`, upright and in RGB as from `load_image`; a `mask` as from `load_mask`.
+
+    Raises:
+        UserError: the cell is empty or holds no picture, or one that cannot be read.
+    """
+    if not isinstance(cell, Mapping) or (cell.get("bytes") is None and not cell.get("path")):
+        what = "holds nothing" if cell is None or isinstance(cell, Mapping) else f"is {repr(cell)[:80]}"
+        todo = f"leave out or rename the column {MASK_COLUMN!r}" if mask else "leave out its row"
+        raise UserError(f"{name} {what}, expected a picture in the data set's cell: {todo}")
     if cell.get("bytes") is not None:
         return (read_mask if mask else read_image)(BytesIO(cell["bytes"]), name)
     return (load_mask if mask else load_image)(cell["path"])

@@ -139,6 +139,24 @@ def test_captions_of_a_data_set_that_are_no_text_are_refused(folder: Path) -> No
         read(dataset_name=str(folder), caption="a pet")
 
 
+def test_rows_of_a_data_set_without_a_picture_are_named(folder: Path, tmp_path: Path) -> None:
+    """They, and a column "mask" that holds no pictures, ended in a fault of ours."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+
+    picture, place = {"bytes": (folder / "b.jpg").read_bytes(), "path": None}, tmp_path / "rows"
+    place.mkdir()
+    features = Features({"image": Picture(), "text": Value("string"), "mask": Value("string")})
+    for images, masks, says in (
+        ([picture, None], [None, None], "rows, picture 2 holds nothing, expected a picture in .*: leave out its row"),
+        ([picture, picture], [None, "b.png"], "the mask of .*rows, picture 2 is 'b.png', expected .* column 'mask'"),
+    ):
+        rows = {"image": images, "text": ["a", "b"], "mask": masks}
+        Dataset.from_dict(rows, features=features).to_parquet(place / "rows.parquet")
+        with pytest.raises(UserError, match=says):
+            read(dataset_name=str(place))
+
+
 def test_a_caption_column_that_a_data_set_lacks_is_named_with_those_that_it_has(folder: Path) -> None:
     """The message sent the user to text files and metadata.jsonl; and with --caption nothing was said."""
     tell(folder, {"file_name": "a.png", "prompt": "a cat"}, {"file_name": "b.jpg", "prompt": "a dog"})
