@@ -73,20 +73,21 @@ def _train(config: Config, watch: Watcher | None) -> Path:
     from personalize.training.concept_maps import MapSnapshots
     from personalize.training.data.class_images import class_images
     from personalize.training.data.concepts import check_prompt, read_picture
-    from personalize.training.multi_concept import multi_concept_run, training_size
+    from personalize.training.multi_concept import map_sizes, multi_concept_run, reads_maps, training_size
     from personalize.training.saving import save_trained
 
-    picture = read_picture(config)
+    picture, settings = read_picture(config), extract_config(config, MultiConceptConfig)
     accelerator = trainer.make_accelerator(config)
     model = trainer.load_base(config, accelerator, full_weights=config.full_kv)
     check_prompt(model, picture)  # what cannot work is said before class pictures are drawn, which takes long
     judge = find_judge(config, model, [(picture.image, picture.prompt)], [one.token for one in picture.subjects])
     size = training_size(model, picture, config.resolution)
+    if config.attention_maps or reads_maps(settings, picture):
+        map_sizes(model, size)  # raises if none fit
     classes = class_images(config, model, config.class_prompt or picture.class_prompt, size, accelerator)
     with multi_concept_run(
-        model, picture, extract_config(config, MultiConceptConfig), class_images=classes, resolution=config.resolution,
-        accelerator=accelerator,
-    ) as run:  # fmt: skip
+        model, picture, settings, class_images=classes, resolution=config.resolution, accelerator=accelerator
+    ) as run:
         maps = MapSnapshots(run, enabled=config.attention_maps)
         describe(run, accelerator)
         maps.record("before")

@@ -233,6 +233,8 @@ class MultiConceptConfig(LoraTrainingConfig):
                 "full_kv trains no LoRA, so that min_rank, orthogonal_start, use_rslora and lora_alpha mean nothing: "
                 "leave one out"
             )
+        if not all(map(str.strip, self.initializer_token.split("+"))):
+            raise UserError(f"initializer_token {self.initializer_token!r} has an empty word: write e.g. ktn+pll")
 
     @property
     def usual_update(self) -> int:

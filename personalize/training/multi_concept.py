@@ -108,6 +108,22 @@ def training_size(model: StableDiffusion, picture: ConceptPicture, resolution: i
     return fitted_size(picture.image.height, picture.image.width, side, 8 * model.factor)
 
 
+def map_sizes(model: StableDiffusion, size: tuple[int, int]) -> dict[str, str]:
+    """The layers whose attention maps are read of a picture of `size` (H, W), with the maps' size, e.g. "16×16".
+
+    Raises:
+        UserError: the base has none that fit.
+    """
+    latents = (size[0] // model.factor, size[1] // model.factor)
+    sites = attention_sites(model.unet, latents)
+    return {name: f"{sites[name].height}×{sites[name].width}" for name in calibration_layers(model.unet, latents)}
+
+
+def reads_maps(config: MultiConceptConfig, picture: ConceptPicture) -> bool:
+    """Does the loss of a run on `picture` read attention maps?"""
+    return bool(config.calibration_weight or (picture.masks and config.anchoring_weight))
+
+
 class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
     """A run that trains on several concepts; make it with `multi_concept_run`, which restores the model afterwards.
 
@@ -143,22 +159,13 @@ class MultiConceptRun(TrainingRun[MultiConceptConfig, MultiConceptObjective]):
         )  # fmt: skip
         self.fitted, self.size = data.fitted, data.fitted.size
         self.data_sha256 = _data_hash(data)
-        self.map_layers = self._map_layers()
+        self.map_layers = map_sizes(model, self.size) if reads_maps(config, picture) else {}
         objective = MultiConceptObjective(
             model, token_embeddings, calibration_weight=config.calibration_weight,
             prior_loss_weight=config.prior_loss_weight, mask_weight=self.anchoring_weight, full_kv=config.full_kv,
         )  # fmt: skip
         rates = config.weight_learning_rate, config.token_learning_rate, config.adam_weight_decay
         self.prepare(objective, objective.groups(*rates))
-
-    def _map_layers(self) -> dict[str, str]:
-        """The layers whose maps the loss reads, with the maps' size; UserError if the loss needs maps and none fits."""
-        if not self.config.calibration_weight and not self.anchoring_weight:
-            return {}
-        size = (self.size[0] // self.model.factor, self.size[1] // self.model.factor)
-        sites = attention_sites(self.model.unet, size)
-        names = calibration_layers(self.model.unet, size)
-        return {name: f"{sites[name].height}×{sites[name].width}" for name in names}
 
     def _any_weight_changed(self) -> bool:
         if not self.weights_before:

@@ -76,6 +76,7 @@ def test_command_line_trains_saves_and_resumes(
         ([*WORDS, "--num_class_images", "0"], "num_class_images must be above 0"),
         ([*WORDS, "--instance_data_dir", "."], "name one picture"),
         ([*WORDS, "--calibration_wight", "1"], "did you mean --calibration_weight"),
+        ([*WORDS, "--initializer_token", "ktn++ucd"], "'ktn++ucd' has an empty word"),
     ],
 )
 def test_bad_options_write_nothing_and_say_so_in_one_line(
@@ -85,6 +86,19 @@ def test_bad_options_write_nothing_and_say_so_in_one_line(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("personalize: ") and message in said
     assert not (tmp_path / "out" / "adapter.json").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--calibration_weight", "0", "--attention_maps"]])
+def test_maps_that_are_too_small_are_said_before_class_pictures_are_drawn(
+    options: list[str], base: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A strip of 32:1: it was said when all class pictures had been drawn, which takes an hour on a large base."""
+    monkeypatch.setattr("personalize.training.data.class_images.from_base", lambda *_, **__: pytest.fail("drawn"))
+    Image.open(photo).resize((1024, 32)).save(photo)
+    line = [*small(base, photo, tmp_path / "out"), *WORDS, "--resolution", "128", *options]
+    assert main(line) == 2
+    assert "the attention maps nearest 16×16 have 2 cells a side, at least 4 are needed" in capsys.readouterr().err
 
 
 def test_a_custom_diffusion_command_line_is_understood() -> None:
