@@ -111,7 +111,7 @@ class TrainingRun(ABC, Generic[ConfigT, ObjectiveT]):
                 self.average.update(self.update)
             yield report
         if first < self.update and not self._any_weight_changed():
-            rate = self.config.learning_rate
+            rate = self.lr_scheduler.base_lrs[0]  # the adapter's
             warnings.warn(
                 f"no adapter weight changed in {self.update} updates: raise learning_rate ({rate})", stacklevel=2
             )

@@ -143,6 +143,16 @@ def test_full_weights_come_out_as_a_lora_with_its_residual(model: StableDiffusio
     assert 0 < adapter.info["full_kv_residual"] < 1
 
 
+def test_a_run_that_changed_nothing_says_the_rate_that_it_had(
+    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said `learning_rate (None)` where none was given."""
+    with multi_concept_run(model, PICTURE, replace(SMALL, max_train_steps=1, learning_rate=None)) as run:
+        monkeypatch.setattr(run, "_any_weight_changed", lambda: False)
+        with pytest.warns(UserWarning, match=r"no adapter weight changed in 1 updates: raise learning_rate \(0.0005\)"):
+            list(run.steps())
+
+
 def test_samples_are_keyed_by_update_and_index_and_batches_are_stratified(model: StableDiffusion) -> None:
     rows = {s.token: initial_embeddings(model, s) for s in (CAT, DOG)}
     with installed_tokens(model, rows):
