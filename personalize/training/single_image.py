@@ -129,7 +129,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         counts: how many pictures and class pictures there are, and of several captions how many have each, and the size
             of the first of them where sizes differ; no part of resuming.
         class_captions: the different captions of the class pictures.
-        conditioning: the text encoders' output for all of these, in this order.
+        conditioning: the text encoders' output for the captions of the pictures, in this order.
+        prior: that for the captions of the class pictures; None if there are none.
         null: that of the empty prompt; None if no sample is learned without its caption.
         trigger: the subject with its learned token; None without `instance_token`.
         token_embeddings: the text encoders' embedding layers, which hold the token's trained rows.
@@ -174,7 +175,8 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         self.data_sha256 = content_hash(*own, *(part for image in class_images for part in image.content()))
         self.texts = (*self.captions, *self.class_captions)
         with torch.no_grad():
-            self.conditioning = model.prompts(self.texts, self.size)
+            self.conditioning = model.prompts(self.captions, self.size)
+            self.prior = model.prompts(self.class_captions, self.size) if self.class_captions else None
             self.null = model.null(1, self.size) if config.proportion_empty_prompts else None
 
     def _encoded(self, images: Sequence[FittedImage], rows: Sequence[int]) -> LatentDataset:
@@ -208,15 +210,15 @@ class SingleImageRun(TrainingRun[SingleImageConfig, SingleImageObjective]):
         `token_embeddings` are installed in the model and hold the rows of the `trigger`'s token.
         """
         self.trigger, self.token_embeddings = trigger, token_embeddings
-        model, config, conditioning, own = self.model, self.config, self.conditioning, len(self.captions)
+        model, config = self.model, self.config
         names = module_names(model.unet, model.family, config.targets)
         settings, orthogonal = (config.rank, config.alpha, config.seed), config.orthogonal_start
         add_lora(model.unet, names, *settings, orthogonal=orthogonal)
         if config.train_text_encoder:
             add_text_lora(model, *settings, config.targets, orthogonal=orthogonal)
         objective = SingleImageObjective(
-            model, conditioning[:own], standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
-            prior=conditioning[own:] if self.class_captions else None, prior_loss_weight=config.prior_loss_weight,
+            model, self.conditioning, standalone=config.source_embedding_frozen, snr_gamma=config.snr_gamma,
+            prior=self.prior, prior_loss_weight=config.prior_loss_weight,
             texts=self.texts if config.encodes_captions else (), size=self.size, null=self.null,
             rows=token_embeddings,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from personalize.adapters.lora import lora_layers, lora_parameters
 from personalize.adapters.textual_inversion import TokenEmbedding
+from personalize.models.conditioning import of_one_length
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
 from personalize.training.losses import LossTerms, Objective, masked_mse, min_snr_weight
@@ -51,7 +52,7 @@ class SingleImageObjective(Objective):
 
         Args:
             source: conditioning of the captions, p rows.
-            prior: conditioning of the class pictures' captions, a row each.
+            prior: conditioning of the class pictures' captions, a row each, which may be of another length.
             null: conditioning of the empty prompt, one row, for samples that are `dropped`.
             texts: all these captions in this order, if something in the text encoders is trained; `size` (H, W) goes
                 with them.
@@ -65,7 +66,7 @@ class SingleImageObjective(Objective):
         self.text_encoders = nn.ModuleList(model.text_encoders if texts else ())
         self._model = (model,)  # in a tuple, so that torch does not count it among this module's parts
         self._prior = () if prior is None else (prior,)
-        self._null = [] if null is None else [model.padded(null, source.embeds.shape[1])]
+        self._null = null
         self.snr_gamma, self.prior_loss_weight = snr_gamma, prior_loss_weight
         self.texts, self.size = tuple(texts), size
         trained = not standalone and not texts
@@ -112,19 +113,34 @@ class SingleImageObjective(Objective):
         return errors, weights
 
     def conditioning(self, rows: Tensor) -> Conditioning:
-        """The UNet's conditioning for samples with the captions `rows` (b,)."""
+        """The UNet's conditioning for samples with the captions `rows` (b,).
+
+        Captions of the subject and of class pictures that differ in length are repeated, see `of_one_length`: neither
+        changes what the others mean.
+        """
         if self.texts:
             used, place = rows.unique(return_inverse=True)
-            read = self._model[0].prompts([self.texts[row] for row in used.tolist()], self.size)
-            every = self._model[0].padded(read, self.embeds.shape[1])  # as many tokens in every batch
+            every = Conditioning.cat(of_one_length(self._encoded(used.tolist())))
             return every[sent(place, every.embeds.device)]
-        return Conditioning.cat([self.source_embeddings(), *self._prior])[sent(rows, self.embeds.device)]
+        every = Conditioning.cat(of_one_length([self.source_embeddings(), *self._prior]))
+        return every[sent(rows, self.embeds.device)]
+
+    def _encoded(self, rows: list[int]) -> list[Conditioning]:
+        """The captions `rows`, in rising order, by the text encoders as they are now; as long in every batch.
+
+        One part, or two if class pictures' captions have another length than the subject's.
+        """
+        own, length = sum(row < len(self.embeds) for row in rows), self.embeds.shape[1]
+        prior = self._prior[0].embeds.shape[1] if self._prior else length
+        parts = [(rows, length)] if prior == length else [(rows[:own], length), (rows[own:], prior)]
+        model, texts = self._model[0], [([self.texts[row] for row in part], most) for part, most in parts if part]
+        return [model.padded(model.prompts(some, self.size), most) for some, most in texts]
 
     def _without_captions(self, conditioning: Conditioning, dropped: Tensor) -> Conditioning:
         """`conditioning` with that of the empty prompt in the rows that are `dropped` (b,)."""
-        null = self._null[0]
-        if self.texts:  # the text encoders learn, so that their empty prompt changes
-            null = self._model[0].padded(self._model[0].null(1, self.size), self.embeds.shape[1])
+        null = self._model[0].null(1, self.size) if self.texts else self._null  # encoders that learn change it
+        assert null is not None, "samples are dropped with a null conditioning alone"
+        conditioning, null = of_one_length([conditioning, null])
         embeds = torch.where(dropped[:, None, None], null.embeds.to(conditioning.embeds), conditioning.embeds)
         if conditioning.pooled is None or null.pooled is None:
             return replace(conditioning, embeds=embeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,45 @@ def test_the_loss_does_not_see_their_padding(tmp_path: Path) -> None:
             noise = torch.where(batch["weights"] > 0, batch["noise"], size * batch["noise"])
             losses.append(float(run.objective(batch | {"noise": noise}).parts["prior"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+LONG = "a photo of a dog in the park on the beach " * 12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"train_text_encoder": True}, {"proportion_empty_prompts": 0.5},
+     {"train_text_encoder": True, "proportion_empty_prompts": 0.5}],
+    ids=["source", "text encoders", "dropout", "both"],
+)  # fmt: skip
+def test_their_long_captions_change_nothing_of_the_subjects(change: dict[str, Any], tmp_path: Path) -> None:
+    """The subject's caption got as many chunks of 75 tokens, of nothing, and was learned so; alone it has one."""
+    image, seen = folder_of(tmp_path)[0], []
+    for caption in ("a photo of a dog", LONG):
+        with single_image_run(
+            tiny("sd1"), instance()[:1], CAPTION, replace(SETTINGS, **change),
+            class_images=[replace(image, caption=caption)],
+        ) as run:  # fmt: skip
+            assert run.objective.source().embeds.shape[:2] == (1, 77)
+            (batch,) = next(run.dataset.updates(run.shard, 0, 1))
+            assert "dropped" not in batch or 0 < int(batch["dropped"].sum()) < 4
+            with torch.no_grad():
+                seen.append((run.objective.conditioning(batch["rows"]).embeds.shape[1], run.objective(batch).parts))
+    (short, plain), (long, beside) = seen
+    assert (short, long) == (77, 154)
+    assert float(beside["mse"]) == pytest.approx(float(plain["mse"]), rel=1e-5)
+    assert float(beside["prior"]) != pytest.approx(float(plain["prior"]), rel=1e-5)
+
+
+def test_a_long_caption_that_is_dropped_is_the_null_of_sampling() -> None:
+    """Of SDXL that is zeros; behind its first 77 positions was the empty prompt."""
+    model = tiny("sdxl")
+    model.zero_null = True
+    with single_image_run(model, pixels(), LONG, replace(SETTINGS, proportion_empty_prompts=0.5)) as run:
+        both = run.objective.conditioning(torch.tensor([0, 0]))
+        mixed = run.objective._without_captions(both, torch.tensor([True, False]))
+        assert mixed.embeds.shape[1] == 154 and torch.equal(mixed.embeds[1], both.embeds[1])
+        assert not bool(mixed.embeds[0].any())
 
 
 def pictures(images: list[ClassImage]) -> list[bytes]:
