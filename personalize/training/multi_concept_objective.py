@@ -28,6 +28,7 @@ from personalize.adapters.textual_inversion import TokenEmbedding
 from personalize.errors import UserError
 from personalize.models.attention import AttentionHook, AttentionSite, attention_sites, hooked
 from personalize.models.attention_maps import CalibrationMaps, calibration_layers
+from personalize.models.conditioning import Conditioning
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.transfer import sent
 from personalize.training.config import CALIBRATION_WEIGHT
@@ -44,14 +45,17 @@ def text_projections(unet: UNet2DConditionModel) -> list[str]:
 
 
 class DetachedStart(AttentionHook):
-    """Give keys and values of text position 0 (the start token) no gradient: it takes most of the attention."""
+    """Give keys and values of start tokens, one in `chunk` text positions, no gradient: most attention goes to them."""
+
+    def __init__(self, chunk: int = 77) -> None:
+        self.chunk = chunk
 
     def wants(self, site: AttentionSite) -> bool:
         return site.cross
 
     def qkv(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor, Tensor]:
-        k, v = (torch.cat([x[:, :, :1].detach(), x[:, :, 1:]], 2) for x in (k, v))
-        return q, k, v
+        starts = (torch.arange(k.shape[2], device=k.device) % self.chunk == 0)[:, None]
+        return q, torch.where(starts, k.detach(), k), torch.where(starts, v.detach(), v)
 
 
 class MultiConceptObjective(Objective):
@@ -89,7 +93,9 @@ class MultiConceptObjective(Objective):
         canvas: (b, 1, h, w), 1 where the latents count.
         instance: (b,) bool, False for regularisation samples; on the CPU, or else it is read from the device.
         nouns, modifiers: (b, s, l), 1 at the text positions of each concept's class phrase and of its token; 0 if the
-            prompt does not contain it.  The texts are padded to these l positions.
+            prompt does not contain it.
+        text_lengths: the positions to which texts of instance samples and of others are padded; both are then repeated
+            up to l, so that neither changes what the other means.  If absent, all are padded to l.
         masks: (b, s, H, W) in [0, 1], where each concept is; may be absent.
         share: (b,), how much a sample counts in the mean over this batch, see `Chunk`; 1 if absent.
         instance_share: (b,), how much an instance sample counts in the sum over this batch of the attention losses; if
@@ -99,8 +105,8 @@ class MultiConceptObjective(Objective):
         model, latents, noise, timesteps = self._model[0], batch["latents"], batch["noise"], batch["timesteps"]
         noisy, target = model.noised(latents, noise, timesteps), model.target(latents, noise, timesteps)
         store = self._map_store(latents)
-        hooks = [DetachedStart(), *([] if store is None else [store])]
-        conditioning = model.padded(model.prompts(batch["texts"]), batch["nouns"].shape[-1])
+        hooks = [DetachedStart(model.tokenizers[0].model_max_length), *([] if store is None else [store])]
+        conditioning = self._conditioning(batch)
         if "time_ids" in batch:
             conditioning = replace(conditioning, time_ids=batch["time_ids"].to(conditioning.embeds))
         with hooked(model.unet, hooks):
@@ -120,6 +126,21 @@ class MultiConceptObjective(Objective):
                 attention, attention_parts = self._attention_loss(store, batch, rows, instance_share[rows])
             total, parts = total + attention, parts | attention_parts
         return LossTerms(total, parts)
+
+    def _conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
+        """The conditioning of the texts, with l positions each."""
+        model, texts, length = self._model[0], batch["texts"], batch["nouns"].shape[-1]
+        own, prior = batch.get("text_lengths", (length, length))
+        if own == prior:
+            return model.padded(model.prompts(texts), length)
+        kinds, parts, order = batch["instance"].tolist(), list[Conditioning](), list[int]()
+        for kind, most in ((True, own), (False, prior)):
+            if rows := [row for row, instance in enumerate(kinds) if instance == kind]:
+                part = model.padded(model.prompts([texts[row] for row in rows]), most)
+                parts.append(replace(part, embeds=part.embeds.repeat(1, length // most, 1)))
+                order += rows
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return Conditioning.cat(parts)[torch.tensor(places, device=parts[0].embeds.device)]
 
     def _map_store(self, latents: Tensor) -> CalibrationMaps | None:
         """A recorder of attention maps; None if no loss reads them, so that all attention stays fused."""

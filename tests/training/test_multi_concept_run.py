@@ -167,6 +167,24 @@ def test_samples_are_keyed_by_update_and_index_and_batches_are_stratified(model:
     assert not torch.equal(one["noise"], two["noise"])
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_long_captions_of_class_pictures_change_nothing_of_the_concepts(name: str) -> None:
+    """The prompts got as many chunks of 75 tokens, of nothing, with start tokens that learned: alone they have one."""
+    config, found = replace(SMALL, prior_loss_weight=0.0, calibration_weight=0.1), []
+    for caption in ("photo of a cat and dog", "photo of a cat and dog in the park on the beach " * 10):
+        classes = [replace(EXAMPLES[0], caption=caption)]
+        with multi_concept_run(tiny(name), PICTURE, config, class_images=classes) as run:
+            (batch,) = next(run.dataset.updates(run.shard, 0, 1))
+            assert batch["instance"].tolist() == [True, False]
+            terms = run.objective(batch)
+            grads = torch.autograd.grad(terms.total, [*run.objective.trainable().values()])
+            found.append((run.dataset.text_length, terms.parts, torch.cat([grad.flatten() for grad in grads])))
+    (short, plain, gradient), (long, beside, other) = found
+    assert (short, long) == (77, 154)
+    assert all(float(beside[key]) == pytest.approx(float(value), rel=1e-4) for key, value in plain.items())
+    assert float((other - gradient).norm() / gradient.norm()) < 1e-3  # scaling maps to [0, 1] magnifies rounding
+
+
 def test_masks_travel_with_the_picture(model: StableDiffusion) -> None:
     masks = tuple(Image.new("L", (90, 72), 255 - 100 * index) for index in range(2))
     picture = replace(PICTURE, image=photo(), masks=masks)

@@ -172,18 +172,20 @@ class ConceptDataset(Dataset):
         return [buckets[size] for size in sizes]
 
     @cached_property
-    def text_length(self) -> int:
-        """The text positions l of the longest text of any sample, in whole chunks of 77: the same for all batches.
-
-        The vectors of a token, which are kept in one chunk, may leave all their number but one unused in each.
-        """
-        prompt, prefixes = self.picture.prompt, (*(FAR + NEAR if self.augment else ()), "")
-        texts = [*(prefix + prompt for prefix in prefixes), *(image.caption for image in self.class_images)]
-        counts = [len(tokenize_prompt(self.model, text).ids) - 2 for text in dict.fromkeys(texts)]
+    def text_lengths(self) -> tuple[int, int]:
+        """The text positions of the longest prompt, and of the longest caption of a class picture, in chunks of 77."""
+        prompts = [prefix + self.picture.prompt for prefix in (*(FAR + NEAR if self.augment else ()), "")]
+        captions = [image.caption for image in self.class_images] or prompts
         chunk = self.model.tokenizers[0].model_max_length
-        kept = max(subject.vectors for subject in self.picture.subjects)
-        most = max(counts)
-        return chunk * (1 if most <= chunk - 2 else math.ceil(most / max(1, chunk - 1 - kept)))
+        kept = max(subject.vectors for subject in self.picture.subjects)  # in one chunk, all but one may be left unused
+        most = (max(len(tokenize_prompt(self.model, text).ids) - 2 for text in {*some}) for some in (prompts, captions))
+        own, prior = (chunk * (1 if n <= chunk - 2 else math.ceil(n / max(1, chunk - 1 - kept))) for n in most)
+        return own, prior
+
+    @cached_property
+    def text_length(self) -> int:
+        """The text positions l of every sample: both of `text_lengths` repeated, see `of_one_length`."""
+        return math.lcm(*self.text_lengths)
 
     def updates(self, shard: SampleShard, first: int, last: int) -> Iterator[list[dict[str, Any]]]:
         """This process's batches of each of the updates `first` … `last` − 1."""
@@ -200,7 +202,7 @@ class ConceptDataset(Dataset):
         tensors["share"] = torch.full((len(rows),), chunk.share)
         samples = max(1, sum(instances))
         tensors["instance_share"] = instance * (count * shard.processes / samples if chunk.share else 0.0)
-        kept = {"texts": [row["texts"] for row in rows], "instance": instance}
+        kept = {"texts": [row["texts"] for row in rows], "text_lengths": self.text_lengths, "instance": instance}
         tensors = {key: sent(part, self.model.device) for key, part in tensors.items()}
         mean, std, draw = (tensors.pop(key) for key in ("mean", "std", "draw"))
         return tensors | kept | {"latents": mean + std * draw}
