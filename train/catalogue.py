@@ -10,14 +10,14 @@ several machines too.  Started again, a run repeats no finished row; a bad row s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from personalize.errors import UserError, said_if_stopped
-from personalize.models.config import BaseModelOptions
+from personalize.models.config import BaseModelOptions, notice_unused
 from personalize.training.config import SingleImageConfig, extract_config
 from personalize.training.run_options import ONE_CLASS_SOURCE, PriorPreservationOptions
 
@@ -74,15 +74,17 @@ def main(config: Config) -> Path:
     from personalize.training.catalogue import Catalogue, learn_catalogue
     from personalize.training.catalogue_results import DONE, write_table
     from personalize.training.catalogue_table import read_items
-    from personalize.training.checks import notice_class_options
+    from personalize.training.checks import learning_uses, notice_class_options
     from personalize.training.trainer import load_base
 
     settings = extract_config(config, SingleImageConfig)
     if config.adapters_per_batch > 1:
         check_batchable(settings)
     items, refused = read_items(config.items, settings, config)
-    if not any(item.sources.with_prior_preservation for item in items):
+    classes = any(item.sources.with_prior_preservation for item in items)
+    if not classes:
         notice_class_options(config)
+    notice_unused(config, learning_uses([replace(settings, **item.options) for item in items], classes=classes))
     base = "@".join(filter(None, [config.pretrained_model_name_or_path or "embedded", config.revision]))
     precision = config.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     catalogue = Catalogue(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,13 @@ from personalize.io.output_folder import check_output_folder
 from personalize.models.config import check_base_name, check_resolution, notice_unused
 from personalize.training.config import check_warmup
 from personalize.training.data.captions import find_caption, folder_caption, no_caption
-from personalize.training.data.sources import concepts_picture, instance_folders, instance_places, named_pictures
+from personalize.training.data.sources import (
+    MASK_FILE,
+    concepts_picture,
+    instance_folders,
+    instance_places,
+    named_pictures,
+)
 
 
 def check_single_image(config: Any) -> None:
@@ -37,9 +44,10 @@ def check_single_image(config: Any) -> None:
             "pictures without a caption of their own have that of --caption: nothing comes of --caption_model", Notice,
             stacklevel=2,
         )  # fmt: skip
-    if config.standalone and not config.instance_token and config.text_embedding_lr != type(config).text_embedding_lr:
+    without = [name for name in ("standalone", "train_text_encoder") if getattr(config, name)]
+    if without and not config.instance_token and config.text_embedding_lr != type(config).text_embedding_lr:
         warnings.warn(
-            "standalone trains no embedding, so that nothing comes of text_embedding_lr", Notice, stacklevel=2
+            f"{without[0]} trains no embedding, so that nothing comes of text_embedding_lr", Notice, stacklevel=2
         )
     captions = _check_pictures(config, instance_places(config))
     if config.instance_token is not None and captions:
@@ -68,6 +76,8 @@ def _check_pictures(config: Any, places: list[Path]) -> list[str]:
                 captions.append(words or find_caption(place, config.caption, config.caption_model, generate=False))
         for mask in (path for image in own for path in image.files.values()):
             check_image(mask)
+    if places and config.mask_weight != type(config).mask_weight and not any(MASK_FILE in one.files for one in images):
+        warnings.warn("no picture has a mask, so that nothing comes of --mask_weight", Notice, stacklevel=3)
     return captions
 
 
@@ -113,13 +123,26 @@ def check_run(config: Any) -> None:
     _check_judging(config)
     notice_unused(config, {
         "--validation_prompt": (bool(config.validation_prompt), "num_validation_images validation_steps"),
-        "--push_to_hub": (config.push_to_hub, "hub_model_id"), "--use_ema": (config.use_ema, "ema_max_decay"),
-        "--min_rank": (config.min_rank is not None, "alpha_rank_scale"),
+        "--push_to_hub": (config.push_to_hub, "hub_model_id"),
+        "--report_to": (config.report_to is not None, "logging_dir"),
+        **learning_uses([config], classes=config.with_prior_preservation),
     })  # fmt: skip
     if start == "latest" and not any(output.glob("checkpoint-*")):
         warnings.warn(f"there is no checkpoint in {output} to resume from: training begins anew", Notice, stacklevel=2)
     if start not in (None, "latest") and not any(path.is_dir() for path in (output / start, Path(start))):
         raise UserError(f"no checkpoint at {start}: name a checkpoint-N folder, or 'latest'")
+
+
+def learning_uses(configs: Sequence[Any], *, classes: bool) -> dict[str, tuple[bool, str]]:
+    """For `notice_unused`: options of training that need another one, and whether any of `configs` gives that.
+
+    classes: whether class pictures are used.
+    """
+    return {
+        "--use_ema": (any(one.use_ema for one in configs), "ema_max_decay"),
+        "--min_rank": (any(one.min_rank is not None for one in configs), "alpha_rank_scale"),
+        "--with_prior_preservation": (classes, "prior_loss_weight"),
+    }
 
 
 def check_packages(config: Any) -> None:

@@ -125,6 +125,10 @@ EDIT = "edit photo.png --source cat --target dog --mask missing.png"
         (f"{DRAG} --region_map affine", "nothing comes of --region_map without --mode region"),
         ("train single_image missing.png --hub_model_id a/b", "nothing comes of --hub_model_id without --push_to_hub"),
         ("train single_image missing.png --checkpoints_total_limit 2", None),
+        ("train single_image missing.png --prior_loss_weight 2",
+         "nothing comes of --prior_loss_weight without --with_prior_preservation"),
+        ("train multi_concept missing.png --prior_loss_weight 2", None),
+        ("train single_image missing.png --logging_dir x", "nothing comes of --logging_dir without --report_to"),
     ],
 )  # fmt: skip
 def test_an_option_without_the_one_it_belongs_to_is_said(place: Path, capsys, command: str, note: str | None) -> None:

@@ -72,6 +72,19 @@ def test_class_pictures_of_no_row_are_a_notice_as_of_one_picture(column, noticed
     assert any(said in str(one.message) for one in recwarn.list if one.category is Notice) == noticed
 
 
+@pytest.mark.parametrize(("column", "noticed"), [("name", True), ("use_ema", False)])
+def test_options_of_which_nothing_comes_in_any_row_are_a_notice(column, noticed, shop, tmp_path, monkeypatch, recwarn):
+    """single_image said so, and a catalogue took them without a word."""
+    (shop / "one.csv").write_text(f"image,caption,{column}\n0.png,a cat,true")
+    monkeypatch.setattr(catalogue, "learn_catalogue", lambda *_: [])
+    monkeypatch.chdir(shop)
+    options = [str(shop / "one.csv"), f"--output_dir={tmp_path}", "--ema_max_decay=0.9", "--prior_loss_weight=0.5"]
+    SCRIPT.main(parse(SCRIPT.Config, options, prog="catalogue"))
+    said = [str(one.message) for one in recwarn.list if one.category is Notice]
+    assert ("nothing comes of --ema_max_decay without --use_ema" in said) == noticed
+    assert "nothing comes of --prior_loss_weight without --with_prior_preservation" in said
+
+
 @pytest.mark.slow
 def test_another_way_to_load_the_base_learns_the_rows_again(shop, tmp_path, capsys, monkeypatch):
     (shop / "one.csv").write_text("image,caption\n0.png,a photo of a cat")

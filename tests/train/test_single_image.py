@@ -136,8 +136,9 @@ def dogs(tmp_path: Path) -> Path:
 def test_an_embedding_rate_without_an_embedding_is_a_notice(photo: Path) -> None:
     """A preset may give the rate."""
     line = [str(photo), "--standalone", "--text_embedding_lr", "1e-2"]
-    with pytest.warns(Notice, match="nothing comes of text_embedding_lr"):
-        parse(SCRIPT.Config, line, prog="x").check()
+    for option in ("standalone", "train_text_encoder"):
+        with pytest.warns(Notice, match=f"{option} trains no embedding, so that nothing comes of text_embedding_lr"):
+            parse(SCRIPT.Config, [str(photo), f"--{option}", *line[2:]], prog="x").check()
     photo.with_suffix(".txt").write_text("a photo of a <rex> cat")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
@@ -156,6 +157,16 @@ def test_masks_in_a_folder_among_the_pictures_are_not_learned(
     config.check()
     assert f"2 pictures in {dogs}" in capsys.readouterr().out
     assert [image.mask is not None for image in read_training_images(config)] == [True, True]
+
+
+def test_a_weight_of_masks_without_a_mask_is_a_notice(dogs: Path) -> None:
+    """multi_concept refuses it, and nothing said so of one picture."""
+    line = ["--instance_data_dir", str(dogs), "--mask_weight", "0.5", "--caption", "a dog"]
+    with pytest.warns(Notice, match="no picture has a mask, so that nothing comes of --mask_weight"):
+        parse(SCRIPT.Config, line, prog="x").check()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "no picture has a mask", Notice)
+        parse(SCRIPT.Config, [*line, "--instance_mask", str(dogs / "masks")], prog="x").check()
 
 
 def test_a_captioning_model_beside_a_caption_is_a_notice(photo: Path) -> None:
