@@ -106,8 +106,9 @@ def _hash(values: Mapping[str, Any]) -> str:
 def _compared(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """`metadata` without the name of the base, which has another one in another place: its hash says which it is."""
     base = metadata.get("base")
-    hashed = isinstance(base, dict) and base.get("sha256")
-    return {**metadata, **({"base": {**base, "name": ""}} if hashed else {})}
+    if not isinstance(base, dict) or not base.get("sha256"):
+        return dict(metadata)
+    return {**metadata, "base": {**base, "name": ""}}
 
 
 def _own_folder(output_dir: Path, checkpoint: Checkpoint) -> Path:

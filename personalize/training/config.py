@@ -61,7 +61,7 @@ class LoraTrainingConfig:
     prior_loss_weight: float = 1.0
     """With class pictures: weight of their loss."""
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
-    """How the learning rates change over the updates."""
+    """How the learning rates change over the updates; cosine_with_restarts makes one cycle, as cosine."""
     lr_warmup_steps: int = 0
     """Updates over which the learning rates rise from 0."""
     max_grad_norm: float | None = None
