@@ -197,7 +197,8 @@ def sample_bytes(run: TrainingRun) -> int:
     trained = list(run.objective.trainable().values())
     batch = _one_sample(run)
     inputs = (value for value in batch.values() if isinstance(value, Tensor))
-    existing = [*_tensors(run.objective), *_tensors(run.model.unet), *inputs]
+    parts = (run.objective, run.model.unet, run.model.vae, *run.model.text_encoders)
+    existing = [*(tensor for part in parts for tensor in _tensors(part)), *inputs]
     try:
         with LiveBytes(existing) as live, run.accelerator.autocast():
             torch.autograd.grad(run.objective(batch).total, trained, allow_unused=True)
