@@ -61,14 +61,18 @@ def read_subjects(
         raise UserError("give either concepts or modifier_token, not both")
     if modifier_token is None:
         return tuple(Subject.of(phrase, vectors) for phrase in concepts)
-    words = (prompt or "").split()
     subjects = []
     for token in modifier_token.split("+"):
-        following = [after for word, after in zip(words, words[1:], strict=False) if word == token]
-        if len(following) != 1 or TOKEN.fullmatch(following[0]):
+        following = _words_after(token, prompt or "")
+        if len(following) != 1 or (prompt or "").count(token) != 1:
             raise UserError(f"instance_prompt {prompt!r} must say {token} once, and after it what it is: {token} cat")
-        subjects.append(Subject(token, following[0].strip(",."), vectors))
+        subjects.append(Subject(token, following[0], vectors))
     return tuple(subjects)
+
+
+def _words_after(token: str, text: str) -> list[str]:
+    """The word after each `token` in `text`, without punctuation."""
+    return re.findall(rf"{re.escape(token)}\s+(\w[\w-]*)", text)
 
 
 def read_trigger(option: str, captions: Sequence[str]) -> Subject:
@@ -84,7 +88,7 @@ def read_trigger(option: str, captions: Sequence[str]) -> Subject:
                 f"the caption {caption!r} does not say {token}: write it where it names the subject, e.g. "
                 f"'a photo of a {token} {noun or 'dog'}'"
             )
-    following = [after for caption in captions for after in re.findall(rf"{re.escape(token)}\s+(\w[\w-]*)", caption)]
+    following = [after for caption in captions for after in _words_after(token, caption)]
     if not noun and not following and TOKEN.fullmatch(token):
         raise UserError(f"say what {token} is: --instance_token '{token} dog', or the word after it in a caption")
     return Subject(token, noun or (following or [""])[0])

@@ -104,6 +104,10 @@ def test_maps_that_are_too_small_are_said_before_class_pictures_are_drawn(
 def test_a_custom_diffusion_command_line_is_understood() -> None:
     subjects = read_subjects((), "<new1>+<new2>", "photo of a <new1> cat and <new2> dog.")
     assert subjects == (Subject("<new1>", "cat"), Subject("<new2>", "dog"))
+    for prompt in ("a (<new1> cat; <new2> dog!)", "<new1> cat: <new2>  dog?"):  # the marks were part of the class
+        assert read_subjects((), "<new1>+<new2>", prompt) == subjects
+    with pytest.raises(UserError, match="must say <new1> once"):
+        read_subjects((), "<new1>", "a <new1> cat on <new1>")
     with pytest.raises(UserError, match="must say <new2> once"):
         read_subjects((), "<new1>+<new2>", "photo of a <new1> cat")
 
