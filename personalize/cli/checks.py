@@ -24,7 +24,7 @@ from personalize.io.json_files import read_json
 from personalize.io.output_folder import check_output_folder, require_absent
 from personalize.models.config import HUB_FILE, cell_pixels, check_resolution
 from personalize.models.ranges import LARGEST_WORD_WEIGHT
-from personalize.sampling.config import SCHEDULERS
+from personalize.sampling.config import SCHEDULERS, TRAJECTORY
 
 GRADIO = (6, 7)  # the oldest version with the security fixes that the studio relies on
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
@@ -92,17 +92,17 @@ def _check_auto(config: Any) -> None:
 
 def check_photo(config: Any) -> None:
     """Check the options of `personalize edit PHOTO`."""
-    from personalize.io.image_files import check_image
+    from personalize.io.image_files import image_size
 
-    check_image(config.photo)
+    size = image_size(config.photo)
     check_output_folder(config.output_dir)
-    if config.trajectory is not None and not (config.trajectory.is_dir() and any(config.trajectory.iterdir())):
+    if config.trajectory is not None and not (config.trajectory / TRAJECTORY).is_file():
         check_output_folder(config.trajectory)  # one that is stored there already is only read
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     if not config.source.strip():
         raise UserError("--source is empty: say what the photo shows, e.g. 'a cat on the beach'")
-    for text in (text for text in config.local if "=" in text):
-        pair(text)
+    for text in config.local:
+        local_words(text)
     check_said_once("swap", map(pair, config.swap))
     check_said_once("weight", map(weight, config.weight))
     target = " ".join(config.target).strip()
@@ -115,7 +115,10 @@ def check_photo(config: Any) -> None:
     if config.controller == "mutual" and (config.weight or config.attention_maps):
         raise UserError("--weight and --attention_maps belong to the controller p2p: leave them out, or --controller")
     fitted, blended = (DYNAMIC if config.dpl else None), (UNIFORM if config.uniform else None)
-    PhotoSettings(config.inversion, fixed_point=config.fixed_point_iterations, dynamic=fitted, uniform=blended)
+    PhotoSettings(
+        config.inversion, config.num_inference_steps, fixed_point=config.fixed_point_iterations, dynamic=fitted,
+        uniform=blended,
+    )  # fmt: skip
     check_unused_of_photo(config)
     check_adapters(config.adapters)
     check_tokens([config.source, *config.target, *(new for _, new in map(pair, config.swap))], config.adapters)
@@ -124,7 +127,7 @@ def check_photo(config: Any) -> None:
     regions = [*(where for _, where in placed), *filter(None, [config.mask])]
     regions += [] if config.background_mask in ("auto", "none") else [config.background_mask]
     for where in regions:
-        check_place(where)
+        check_place(where, size)
 
 
 def check_edit_table(config: Any) -> None:
@@ -138,7 +141,8 @@ def check_edit_table(config: Any) -> None:
 def check_drag(config: Any) -> None:
     """Check the options of `personalize drag`."""
     from personalize.editing.drag.points import handles_and_targets
-    from personalize.io.image_files import check_image, image_size
+    from personalize.io.image_files import image_size
+    from personalize.io.mask_files import check_mask_size
 
     points, settings = interleaved_points(config.from_, config.to), drag_settings(config)
     if settings.method == "latents" and (config.preview or config.add or config.remove):
@@ -148,9 +152,10 @@ def check_drag(config: Any) -> None:
         point_of(text)
     check_output_folder(config.output_dir)
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
-    for picture in filter(None, (config.photo, config.mask)):
-        check_image(picture)
-    handles_and_targets(points, image_size(config.photo), regions=config.mode == "region")
+    size = image_size(config.photo)
+    if config.mask is not None:
+        check_mask_size(image_size(config.mask), size)
+    handles_and_targets(points, size, regions=config.mode == "region")
     check_adapters(config.adapters)
 
 
@@ -251,11 +256,16 @@ def pair(text: str, form: str = "old=new, for example cat=dog") -> tuple[str, st
     return old, new
 
 
+def local_words(text: str) -> tuple[str, str]:
+    """ "cat=dog" → ("cat", "dog"), "cat" → ("cat", "cat"): a word of the source, and one of the target."""
+    return pair(text if "=" in text else f"{text}={text}", "one word, or old=new, for example cat=dog")
+
+
 def weight(text: str) -> tuple[str, float]:
     """ "fluffy=3" → ("fluffy", 3.0)."""
     word, _, factor = text.rpartition("=")
     try:
-        if abs(number := float(factor)) <= LARGEST_WORD_WEIGHT:  # not of NaN either
+        if word.strip() and abs(number := float(factor)) <= LARGEST_WORD_WEIGHT:  # not of NaN either
             return word.strip(), number
         raise ValueError
     except ValueError:

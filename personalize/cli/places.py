@@ -21,16 +21,18 @@ def box(text: str) -> tuple[float, float, float, float] | None:
     return (left, top, right, bottom) if all(map(math.isfinite, (left, top, right, bottom))) else None
 
 
-def check_place(text: str) -> None:
-    """UserError unless `text` is a box or the file of a picture."""
-    from personalize.io.image_files import check_image
+def check_place(text: str, size: tuple[int, int]) -> None:
+    """UserError unless `text` is a box in a picture of `size` (width, height), or the file of a picture as large."""
+    from personalize.io.image_files import image_size
+    from personalize.io.mask_files import check_box, check_mask_size
     from personalize.io.plain_files import at_home
 
-    if box(text) is not None:
+    if (place := box(text)) is not None:
+        check_box(place, size)
         return
     if NUMBERS.fullmatch(text) and not os.path.lexists(text):
         raise UserError(f"{text[:80]!r} is no box left,top,right,bottom in pixels, such as 120,80,400,360, and no file")
-    check_image(at_home(text))
+    check_mask_size(image_size(at_home(text)), size)
 
 
 def interleaved_points(handles: tuple[str, ...], targets: tuple[str, ...]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -44,6 +45,9 @@ class PhotoSettings:
             raise UserError("dynamic prompts and uniform maps work along an inversion: choose another one than none")
         if self.fixed_point and self.inversion in ("ddpm", "none"):
             raise UserError(f"there are no fixed-point iterations of {self.inversion}: leave them at 0")
+        if self.strength is None and int(self.steps * self.inverted_share) < 1:
+            share = f"{self.inverted_share:.0%} of the steps, which is none of {self.steps}"
+            raise UserError(f"{self.inversion} carries out {share}: take {math.ceil(1 / self.inverted_share)} or more")
 
     def guidance(self, base: str) -> float:
         """The guidance scale of the edit, for the base model of that name."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -156,7 +157,7 @@ def edit_photo(
         sheet=edit_sheet(frame.picture, reconstruction, edits, source, targets), attention=maps, nouns=nouns,
         masks=masks, region=_first_cells(regions, prepared), untouched=tuple(count for _, count in kept),
         trajectory=prepared.trajectory, seconds=time.perf_counter() - began,
-        notes=_notes(frame, prepared, unchanged, settings, request)
+        notes=_notes(frame, prepared, unchanged, settings, request, attention)
         + (() if kept else auxiliary_notes(model, frame, prepared.blend, pixels[:1])),
     )  # fmt: skip
 
@@ -178,7 +179,7 @@ def _unchanged(
 
 def _notes(
     frame: PaddedImage, prepared: PreparedImage, unchanged: Sequence[bool], settings: PhotoSettings,
-    request: EditRequest,
+    request: EditRequest, attention: bool,
 ) -> tuple[str, ...]:  # fmt: skip
     """Remarks for the user: that nothing was to change, the photo's size while edited, silenced words, the report's."""
     same = tuple(
@@ -187,7 +188,10 @@ def _notes(
         if one
     )
     if all(unchanged):
-        same = ("the target says what the source says: this is the reconstruction",)
+        wanted = {"attention maps": attention, "dynamic prompts": settings.dynamic, "uniform maps": settings.uniform}
+        left_out = " and ".join(name for name, given in wanted.items() if given)
+        without = f", made without {left_out}" if left_out else ""
+        same = (f"the target says what the source says: this is the reconstruction{without}",)
     (height, width), (full_width, full_height) = frame.size, frame.picture.size
     scaled = ()
     if (width, height) != (full_width, full_height):
@@ -196,8 +200,8 @@ def _notes(
             scaled = (f"edited at {width}×{height} px and scaled back to {full_width}×{full_height}",)
     silent = [word for word, factor in request.weights.items() if factor <= 0]
     if silent:  # most of the attention goes to the end and padding tokens, which tell of the whole prompt
-        scaled += (f"weight 0 silences {', '.join(silent)} itself, but the end and padding tokens still tell of it: "
-                   "a target without the word removes it",)  # fmt: skip
+        scaled += (f"a weight of 0 or less is for {', '.join(silent)} itself, but the end and padding tokens still "
+                   "tell of it: a target without the word removes it",)  # fmt: skip
     if settings.uniform is not None and settings.uniform.blend_source and len(unchanged) > 1:
         scaled += ("with mutual attention and uniform maps the targets share one source, which each of them changes: "
                    "alone they may come out a little different",)  # fmt: skip
@@ -210,17 +214,16 @@ def _regions(
 ) -> list[EditRegion]:  # fmt: skip
     """For each of the `count` targets the region outside of which the photo's own pixels come back.
 
-    It is the user's mask, the words' maps, or, if asked for, uniform maps' region.  An empty list if there is none.
+    It is what the user's mask, the words' maps and, if asked for, uniform maps' region, for which a mask stands, have
+    in common.  An empty list if there is none of them.
     """
-    if region is not None:
-        return [region] * count
+    found = [] if region is None else [[region] * count]
     blends = [edit for edit in control.latent_edits if isinstance(edit, LocalBlend)] if control is not None else []
-    if blends:
-        masks = blends[0].mask((int(latents.shape[-2]), int(latents.shape[-1])))[1:, 0].cpu()
-        return [EditRegion.of_cells(frame, mask) for mask in masks]
-    if request.strict and prepared.blend is not None:
-        return [EditRegion.of_cells(frame, cells) for cells in prepared.blend.edited_regions()]
-    return []
+    cells = [blend.mask((int(latents.shape[-2]), int(latents.shape[-1])))[1:, 0].cpu() for blend in blends]
+    if request.strict and prepared.blend is not None and region is None:
+        cells.append(prepared.blend.edited_regions())
+    found += [[EditRegion.of_cells(frame, one) for one in masks] for masks in cells]
+    return [reduce(EditRegion.__and__, own) for own in zip(*found, strict=True)]
 
 
 def _first_cells(regions: Sequence[EditRegion], prepared: PreparedImage) -> Tensor | None:

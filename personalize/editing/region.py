@@ -10,19 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from personalize.errors import UserError
 from personalize.io.images import to_pixels
-from personalize.io.mask_files import HALF_WHITE
+from personalize.io.mask_files import HALF_WHITE, Box, check_box
 from personalize.models.image_processor import PaddedImage, Picture, as_mask_image
 from personalize.models.transfer import sent
 from personalize.sampling.denoise import LatentEdit
 from personalize.sampling.schedule import Step
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,10 @@ class EditRegion:
                 f"which fades in over about {width:.3g} px from its border: make it larger (a box is in pixels)"
             )
         return EditRegion(picture, _touched_cells(frame, picture))
+
+    def __and__(self, other: EditRegion) -> EditRegion:
+        """What two regions of one photo have in common."""
+        return EditRegion(ImageChops.darker(self.picture, other.picture), self.cells & other.cells)
 
     @staticmethod
     def of_cells(frame: PaddedImage, cells: Tensor) -> EditRegion:
@@ -96,11 +98,8 @@ def mask_picture(frame: PaddedImage, mask: Picture | Box) -> Image.Image:
     """A mask as a picture: a box (left, top, right, bottom) is white on black. UserError for a box outside."""
     if not isinstance(mask, tuple):
         return as_mask_image(mask)
-    left, top, right, bottom = mask
-    width, height = frame.picture.size
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise UserError(f"the box {mask} does not lie in the picture of {width}×{height} px: left,top,right,bottom")
-    picture = Image.new("L", (width, height))
+    check_box(mask, frame.picture.size)
+    picture = Image.new("L", frame.picture.size)
     picture.paste(255, tuple(round(side) for side in mask))  # pyright: ignore[reportArgumentType]
     return picture
 

@@ -19,6 +19,7 @@ from personalize.errors import Notice, UserError
 from personalize.io.image_files import as_rgb, check_image_path, decoded
 from personalize.io.plain_files import MAX_PICTURE_BYTES, opened
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 HALF_WHITE = 128  # from this value on a pixel of a mask chooses
 NEAR = 8  # of 255: how far black and white may be from their values, as compression leaves them
 CHROMA = 32  # from this difference between the largest and the smallest channel on a pixel is coloured
@@ -110,6 +111,23 @@ def _shows_colours(pixels: np.ndarray) -> bool:
     centred = coloured - np.median(coloured, 0)
     axis = np.linalg.eigh(centred.T @ centred)[1][:, -1]
     return float(np.median(np.linalg.norm(centred - np.outer(centred @ axis, axis), axis=1))) > SCATTER
+
+
+def check_mask_size(mask: tuple[int, int], picture: tuple[int, int]) -> None:
+    """UserError unless a mask has the size of its picture; both are (width, height) in pixels."""
+    if mask != picture:
+        raise UserError(
+            f"the mask is {mask[0]}×{mask[1]} px, the picture {picture[0]}×{picture[1]}: give a mask of the picture's "
+            "size"
+        )
+
+
+def check_box(box: Box, picture: tuple[int, int]) -> None:
+    """UserError unless a box in pixels lies in a picture of that size, (width, height)."""
+    left, top, right, bottom = box
+    width, height = picture
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise UserError(f"the box {box} does not lie in the picture of {width}×{height} px: left,top,right,bottom")
 
 
 def check_mask(mask: Image.Image, name: Path | str = "the mask") -> None:

@@ -85,17 +85,18 @@ def check_resolution(resolution: int | None, base: str | Path | None) -> None:
         raise UserError(f"--resolution is {resolution}: this base needs at least {least} px on a side")
 
 
-def notice_unused(config: Any, uses: Mapping[str, tuple[bool, str]]) -> None:
-    """A Notice for options that are given though they have no effect without another one, which is not.
+def notice_unused(config: Any, uses: Mapping[str, tuple[bool, str]], how: str = "without") -> None:
+    """A Notice for options that are given though they have no effect without another one, or beside it.
 
-    uses: that other option → whether it is given, and the names of the options that need it.
+    uses: that other option → whether the options, which are named then, have an effect.
+    how: "without" or "beside" that other option they have none.
     """
     usual = {field.name: field.default for field in fields(config)}  # none has a default_factory
-    for owner, (given, names) in uses.items():
-        idle = [name for name in names.split() if not given and getattr(config, name) != usual[name]]
+    for owner, (effective, names) in uses.items():
+        idle = [name for name in names.split() if not effective and getattr(config, name) != usual[name]]
         shown = [f"--no_{name}" if getattr(config, name) is False else f"--{name}" for name in idle]
         if idle:
-            warnings.warn(f"nothing comes of {' and '.join(shown)} without {owner}", Notice, stacklevel=2)
+            warnings.warn(f"nothing comes of {' and '.join(shown)} {how} {owner}", Notice, stacklevel=2)
 
 
 def stated_channels(folder: Path) -> int | None:

@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from personalize.errors import UserError
 from personalize.io.image_files import as_rgb, load_image
 from personalize.io.images import to_image, to_pixels
-from personalize.io.mask_files import as_mask, check_mask, load_mask
+from personalize.io.mask_files import as_mask, check_mask, check_mask_size, load_mask
 from personalize.models.blocks import block_roles
 from personalize.models.stable_diffusion import StableDiffusion
 
@@ -92,11 +91,7 @@ class PaddedImage:
 
     def check_mask_size(self, mask: Image.Image) -> None:
         """UserError if `mask` has another size than the original."""
-        if mask.size != self.picture.size:
-            raise UserError(
-                f"the mask is {mask.width}×{mask.height} px, the picture {self.picture.width}×{self.picture.height}: "
-                "give a mask of the picture's size"
-            )
+        check_mask_size(mask.size, self.picture.size)
 
     def mask_to_cells(self, mask: Image.Image) -> Tensor:
         """The latent cells (h, w), boolean, of which at least half is white in a mask of the original's size.

@@ -26,12 +26,13 @@ from personalize.models.attention import AttentionHook
 from personalize.models.known_bases import portable_name
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
+from personalize.sampling.config import TRAJECTORY
 from personalize.sampling.denoise import Edit, LatentEdit, denoise
 from personalize.sampling.schedule import Schedule, Step, make_schedule
 from personalize.sampling.virtual_inversion import ConsistentRows
 
 SCHEMA = 1
-TENSORS, MANIFEST = "trajectory.safetensors", "trajectory.json"
+TENSORS, MANIFEST = "trajectory.safetensors", TRAJECTORY
 PARTS = ("embeds", "pooled", "time_ids")  # of a conditioning
 LEAST_SIGMA = 1e-4  # a last step with σ = 0 could not apply its stored noise, which corrects the latents exactly
 CONDITIONING_KEY = "told"  # the key of the conditioning's hash in trajectory.json; files written so far have it

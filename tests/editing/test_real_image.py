@@ -221,6 +221,27 @@ def test_local_words_keep_the_photos_own_pixels_too(controller):
     assert 0 < found.untouched[0] <= equal.sum() < 32 * 32
 
 
+def test_of_words_and_another_region_the_photo_changes_only_where_both_say_so():
+    """Beside --mask the words kept no pixel, and beside --local the region of uniform maps kept none."""
+    control = replace(SHORT.control, blend_start=0.0, blend_threshold=0.95)
+    settings, local = replace(SHORT, steps=4, control=control), [("cat", "dog")]
+    masked = edited(EditRequest(TARGET, mask=(8, 4, 32, 32)), settings)
+    both = edited(EditRequest(TARGET, local=local, mask=(8, 4, 32, 32)), settings)
+    assert masked.region is not None and both.region is not None
+    assert not (both.region & ~masked.region).any() and 0 < both.region.sum() < masked.region.sum()
+    outside = ~both.region.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+    assert (array(both.image) == array(photo())).all(-1)[outside].all() and both.untouched[0] >= outside.sum()
+    nowhere = replace(settings, uniform=UniformSettings(quantile=1.0))  # no difference is above twice the largest
+    strict, by_words = (edited(EditRequest(TARGET, local=local, strict=one), nowhere) for one in (True, False))
+    assert strict.untouched == (32 * 32,) and by_words.untouched[0] < 32 * 32
+
+
+def test_what_a_weight_leaves_is_said_of_negative_ones_too():
+    notes = edited(EditRequest(weights={"cat": -2.0, "red": 0.0})).notes
+    said = "a weight of 0 or less is for cat, red itself, but the end and padding tokens still tell of it"
+    assert any(note.startswith(said) for note in notes)
+
+
 def test_several_targets_share_one_inversion_and_one_batch(tmp_path):
     """Each row as on its own, but for the rounding of other batch sizes."""
     targets = (TARGET, "a red fox on the beach")

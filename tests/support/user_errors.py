@@ -22,6 +22,7 @@ def make_place(folder: Path) -> None:
     """Pictures, files that are none, adapter folders by their manifests, and option files, in `folder`."""
     Image.new("RGB", (64, 48)).save(folder / "photo.png")
     Image.new("RGB", (8, 8)).save(folder / "tiny.png")
+    Image.new("L", (48, 48), 255).save(folder / "square.png")
     (folder / "text.png").write_text("hello")
     (folder / "notes.txt").write_text("hello")
     for name, concepts in (("plain", {}), ("pets", {"<cat1>": {}, "<dog1>": {}})):
@@ -128,6 +129,19 @@ MISTAKES = (
     Mistake(f"{PHOTO} --swap 'cat=<cat9> cat'", "the prompt says <cat9>, but there is no adapter that has learned it"),
     Mistake(f"{PHOTO} --swap 'cat=<c> cat' --adapter pets", "<c>, which the adapter has not learned: it has <cat1>"),
     Mistake(f"{PHOTO} --target dog --adapter nowhere", "nowhere does not exist"),
+    Mistake(f"{PHOTO} --target dog --mask 10,10,65,20", "does not lie in the picture of 64×48 px: left,top,right,bot"),
+    Mistake(f"{PHOTO} --target dog --mask square.png", "the mask is 48×48 px, the picture 64×48: give a mask of the p"),
+    Mistake(f"{PHOTO} --report --background_mask square.png", "the mask is 48×48 px, the picture 64×48"),
+    Mistake(f"{PHOTO} --report --region cat=square.png", "the mask is 48×48 px, the picture 64×48"),
+    Mistake(f"{PHOTO} --report --region cat=20,10,10,20", "does not lie in the picture of 64×48 px"),
+    Mistake(f"{PHOTO} --weight 3", "'3': write word=factor, for example fluffy=3"),
+    Mistake(f"{PHOTO} --weight =3", "'=3': write word=factor, for example fluffy=3"),
+    Mistake(f"{PHOTO} --target dog --local ''", "write one word, or old=new, for example cat=dog"),
+    Mistake(
+        f"{PHOTO} --target dog --inversion ddpm --num_inference_steps 1",
+        "ddpm carries out 64% of the steps, which is none of 1: take 2 or more",
+    ),
+    Mistake("drag photo.png --from 1,2 --to 3,4 --mask square.png", "the mask is 48×48 px, the picture 64×48"),
     Mistake("drag photo.png --from 1,2", "personalize drag needs --to"),
     Mistake("drag photo.png --from 1 --to 3,4", "a point is x,y in pixels"),
     Mistake("drag photo.png --from 1,2 3,4 --to 3,4", "2 of --from and 1 of --to"),

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personalize.cli.checks import pair, weight
+from personalize.cli.checks import local_words, pair, weight
 from personalize.cli.commands.marks import PictureWriter, details_of
 from personalize.cli.places import box
 from personalize.cli.redrawing import check_same
@@ -73,8 +73,9 @@ def edit_one(config: PhotoConfig, editor: Editor, cache: Path) -> Path:
     details |= {"prompt": "; ".join(result.targets), "size": "x".join(map(str, result.images[0].size))}
     files = {name: write(picture, details) for name, picture in zip(names, result.images, strict=True)}
     files["before-after.png"] = write(result.sheet)
-    optional = {"attention.png": result.attention, "nouns.png": result.nouns, "masks.png": result.masks}
-    files |= {name: png(picture) for name, picture in optional.items() if picture is not None}
+    files |= {} if result.attention is None else {"attention.png": write(result.attention)}  # the edits in grey
+    of_the_photo = {"nouns.png": result.nouns, "masks.png": result.masks}
+    files |= {name: png(picture) for name, picture in of_the_photo.items() if picture is not None}
     similarity = psnr(to_pixels(result.reconstruction), to_pixels(photo))
     used = settings.resolved(editor.model.name, editor.model.resolution)
     files["edit.json"] = json_bytes(summary(config.source, request, used, result, similarity))
@@ -106,7 +107,7 @@ def photo_details(config: PhotoConfig, editor: Editor, settings: PhotoSettings) 
 def edit_request(config: PhotoConfig) -> EditRequest:
     """What the options ask to be changed."""
     swaps = [pair(text) for text in config.swap]
-    local = [pair(text if "=" in text else f"{text}={text}") for text in config.local]
+    local = [local_words(text) for text in config.local]
     mask = None if config.mask is None else box(config.mask) or Path(config.mask)
     return EditRequest(
         config.target, swaps, dict(weight(text) for text in config.weight), local, mask,

@@ -8,9 +8,12 @@ import pytest
 from PIL import Image
 
 from personalize.cli import options
-from personalize.cli.checks import pair, weight
+from personalize.cli.checks import local_words, pair, weight
 from personalize.cli.main import main
+from personalize.editing.editor import Editor
 from personalize.errors import UserError
+from personalize.io import output_folder
+from personalize.io.provenance import read_marks
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.lora_states import random_adapter
 from tests.support.photos import photo
@@ -37,6 +40,7 @@ def test_it_writes_pictures_and_begins_the_next_time_where_it_ended(places, tmp_
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"edited.png", "before-after.png", "attention.png", "edit.json", "trajectories"}
     assert Image.open(tmp_path / "out" / "edited.png").size == (32, 32)
+    assert read_marks(tmp_path / "out" / "attention.png").source_type, "it shows the edit, which a model made"
     found = json.loads((tmp_path / "out" / "edit.json").read_text())
     assert found["target"] == "a dog on the beach" and found["weights"] == {"dog": 2.0}
     used = {name: found["settings"][name] for name in ("guidance_scale", "steps", "seed", "strength", "resolution")}
@@ -66,7 +70,10 @@ def test_an_adapter_brings_its_base_and_its_trajectory(places, tmp_path, capsys)
     assert len(list((tmp_path / "trajectories").iterdir())) == 2
     same = ["--source", "a cat", "--target", "A cat", "--output_dir", tmp_path]
     assert run(places, *same) == 0
-    assert "Note: the target says what the source says" in capsys.readouterr().out
+    assert "Note: the target says what the source says: this is the reconstruction.\n" in capsys.readouterr().out
+    assert run(places, *same, "--attention_maps", "--uniform") == 0
+    said = capsys.readouterr().out
+    assert "this is the reconstruction, made without attention maps and uniform maps.\n" in said
 
 
 def test_a_trajectory_of_another_base_is_refused(places, tmp_path, capsys):
@@ -133,3 +140,24 @@ def test_pairs_and_weights():
     for wrong in ("cat", "=dog", "cat="):
         with pytest.raises(UserError, match="write old=new"):
             pair(wrong)
+    assert local_words("cat = dog") == ("cat", "dog") and local_words("cat") == ("cat", "cat")
+
+
+def test_a_trajectory_that_is_not_stored_yet_is_tried_to_be_written_before_the_base_is_loaded(
+    places, tmp_path, monkeypatch, capsys
+):
+    """A folder that held anything at all was taken for a stored one; that it cannot be written came after inverting."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(Editor, "configured", lambda *_: pytest.fail("the base was loaded first"))
+    keep = output_folder.write_synced
+
+    def refused(path, content):
+        if path.parent.name == "full":
+            raise PermissionError(13, "Permission denied")
+        keep(path, content)
+
+    monkeypatch.setattr(output_folder, "write_synced", refused)
+    words = ["--source", "a cat", "--target", "a dog", "--trajectory", tmp_path / "full"]
+    assert run(places, *words, "--output_dir", tmp_path / "out") == 2
+    assert "full: Permission denied" in capsys.readouterr().err
