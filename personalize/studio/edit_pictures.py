@@ -15,6 +15,7 @@ from personalize.editing.config import EditStrengths, Sampling
 from personalize.io.atomic import write_file
 from personalize.io.image_files import image_size
 from personalize.io.progress import listening, part
+from personalize.io.provenance import GENERATED
 from personalize.studio.actions import Workbench
 from personalize.studio.jobs import Job, JobQueue
 from personalize.studio.parts import facts, links
@@ -59,7 +60,7 @@ def draw_base(bench: Workbench, options: Any, result: Mapping[str, Any], job: Jo
             first["prompt"], seeds=[first["seed"]], negative_prompt=options.negative_prompt,
             sampling=Sampling(options.num_inference_steps, options.scheduler, options.guidance_scale, (height, width)),
         )[0]  # fmt: skip
-    return str(write_file(result["folder"] / "base.png", png(picture))), str(drawn)
+    return str(write_file(result["folder"] / "base.png", png(picture, GENERATED))), str(drawn)
 
 
 def two_dials(dials: Mapping[str, list[str]], result: Mapping[str, Any], folder: Path) -> Path:
@@ -82,7 +83,7 @@ def two_dials(dials: Mapping[str, list[str]], result: Mapping[str, Any], folder:
     labels = [] if down is None else [f"{down} {value}" for value in dials[down]]
     columns = [f"{across} {value}" for value in dials[across]]
     sheet = grid(pictures, columns=columns, labels=labels, title=result["entries"][0]["prompt"])
-    return write_file(folder / "two-dials.png", png(sheet))
+    return write_file(folder / "two-dials.png", png(sheet, GENERATED))
 
 
 def history(queue: JobQueue) -> list[tuple[str, str, dict[str, Any]]]:

@@ -24,6 +24,7 @@ from personalize.io.figures import png
 from personalize.io.images import psnr, to_pixels
 from personalize.io.plain_files import visible
 from personalize.io.progress import listening
+from personalize.io.provenance import GENERATED
 from personalize.studio.actions import Workbench, read
 from personalize.studio.jobs import Job
 from personalize.training.config import MultiConceptConfig, extract_config
@@ -82,7 +83,7 @@ class Watch:
             if source is not None and self.results["ceiling"] is None:
                 self.results["ceiling"] = _likeness(source, run.model.decode(run.model.encode(source.pixels)).cpu())
             picture = Editor(run.model, adapter).reconstruct(sampling=REPLAY)[0]
-        path = write_file(self.folder / f"replay-{update:04d}.png", png(picture))
+        path = write_file(self.folder / f"replay-{update:04d}.png", png(picture, GENERATED))
         near = "" if source is None else f", {_likeness(source, to_pixels(picture)):.1f} dB"
         self.results["replays"].append((path, f"{update}{near}"))
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from personalize.errors import UserError
+from personalize.io.provenance import read_marks
 from personalize.studio.folder import Folder
 from personalize.studio.jobs import Job, JobQueue
 
@@ -171,7 +172,9 @@ def test_each_picture_of_two_dials_is_in_the_cell_of_its_own_values(studio, tmp_
     entries = [{"file": f"{n}.png", "prompt": "a dog"} for n in range(8)]  # two seeds of each
     for number, entry in enumerate(entries):
         Image.new("RGB", (8, 8), (number * 30, 0, 0)).save(tmp_path / entry["file"])
-    sheet = Image.open(edit_pictures.two_dials(edit.dials_of(given), {"entries": entries}, tmp_path)).convert("RGB")
+    drawn = edit_pictures.two_dials(edit.dials_of(given), {"entries": entries}, tmp_path)
+    assert read_marks(drawn).source_type, "what a model made says so"
+    sheet = Image.open(drawn).convert("RGB")
     shown = {number for number in range(8) if (np.asarray(sheet) == (number * 30, 0, 0)).all(-1).sum() > 100}
     assert shown - {0} == {2, 4, 6}, "the first seed of each"
 
