@@ -1,8 +1,11 @@
 """The exceptions that the command line shows to the user as one line instead of a traceback."""
 
+import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from subprocess import list2cmdline
 
 
 class UserError(ValueError):
@@ -53,6 +56,12 @@ class Notice(UserWarning):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def typed(*words: object) -> str:
+    """`words` as a command line, for a message: those with spaces and the like in quotes, as a shell wants them."""
+    texts = [str(word) for word in words]
+    return list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from personalize.errors import UserError, first_line
+from personalize.errors import UserError, first_line, typed
 from personalize.formats.adapter_folders import MANIFEST
 from personalize.io.json_files import read_json
 
@@ -39,7 +39,7 @@ def push(folder: Path, repo_id: str) -> str:
             repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message="Upload the adapter"
         )
     except Exception as error:
-        again = f"hf upload {repo_id} {folder} --exclude 'checkpoint-*' 'logs/*' 'validation/*'"
+        again = typed("hf", "upload", repo_id, folder, "--exclude", "checkpoint-*", "logs/*", "validation/*")
         raise UserError(
             f"the adapter is safe in {folder}, but was not uploaded: {first_line(error)}; {again}"
         ) from None

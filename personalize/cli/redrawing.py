@@ -16,7 +16,7 @@ import msgspec
 
 from personalize.cli.lists import flag_name
 from personalize.cli.places import box
-from personalize.errors import UserError
+from personalize.errors import UserError, typed
 from personalize.formats.adapter_folders import DIFFUSERS_FILE, in_several_files
 from personalize.io.json_files import checked
 from personalize.io.plain_files import file_hash
@@ -126,6 +126,24 @@ def redrawn(words: Sequence[str], picture: Path) -> tuple[str, list[str], dict[s
         photo = details.files["photo"].name if "photo" in details.files else "the photo"
         raise UserError(f"{picture} is an edit of the photo {photo!r}: name its file before --from")
     return details.command, words, options
+
+
+def redraw_command(picture: Path) -> str:
+    """The command that draws `picture` again, with the names of what it does not find itself; UserError if damaged."""
+    details = recorded(picture)
+    names = {name: file.name for name, file in details.files.items()}
+    adapters = [adapter.name for adapter in details.adapters]
+    if details.command == "edit":
+        more = [f"--add={name}" for name in adapters[1:]]
+        return typed("personalize", "edit", "--from", picture, *more)
+    more = [f"--adapter={name}" for name in adapters]
+    more += [f"--pretrained_model_name_or_path={details.base.name}"] * (
+        not adapters and details.base.name != "embedded"
+    )
+    for option, name in names.items():
+        option, _, noun = option.partition(" ")  # "mask", "region cat"
+        more += [] if option == "photo" else [f"--{option}={f'{noun}=' if noun else ''}{name}"]
+    return typed("personalize", "edit", names.get("photo", "PHOTO"), "--from", picture, *more)
 
 
 def _find_adapter(picture: Path, wanted: NameAndHash) -> Path:

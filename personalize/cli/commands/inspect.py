@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from personalize.cli.redrawing import redraw_command
 from personalize.cli.terminal import json_text
 from personalize.errors import UserError
 from personalize.formats import coverage
@@ -71,5 +72,5 @@ def picture_marks(config: InspectConfig) -> Marks:
         inputs = [*marks.details.get("adapters", []), *marks.details.get("files", {}).values()]
         print(*(f"made with {one['name']}, sha256 {one['sha256']}" for one in inputs), sep="\n")
         if marks.details.get("command") in ("edit", "edit PHOTO"):
-            print(f"draw it again: personalize edit --from {config.file}")
+            print(f"draw it again: {redraw_command(config.file)}")
     return marks

@@ -18,7 +18,7 @@ from personalize.cli.terminal import PlainConsole
 from personalize.editing.config import EditStrengths, Sampling
 from personalize.editing.editor import Editor
 from personalize.embedded.samples import SampleEdit, SampleImage, bundled
-from personalize.errors import said_if_stopped
+from personalize.errors import said_if_stopped, typed
 from personalize.io.figures import grid, png
 from personalize.io.image_files import load_image
 from personalize.io.image_folders import only_picture
@@ -203,5 +203,6 @@ def report(console: PlainConsole, outcome: Outcome, example: SampleImage, folder
         console.print(f"Chosen for “{prompt}”: {strengths}")
     console.print(f"Adapter, verified: {folder}\nContact sheet:     {sheet_path}")
     console.print("Next, try:", style="bold")
-    console.print(f'  personalize edit {folder} --prompt "{example.edits[0].prompt}" --beta 0.8 1.2 1.6 --num_images 4')
+    edit = typed("personalize", "edit", folder, "--prompt", example.edits[0].prompt)
+    console.print(f"  {edit} --beta 0.8 1.2 1.6 --num_images 4")
     console.print('  personalize quickstart YOUR_PICTURE.png --caption "what it shows"')
