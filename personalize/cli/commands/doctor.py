@@ -64,18 +64,20 @@ def report() -> dict[str, Any]:
 
 
 def packages() -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
-    """For each required package its version and the one asked for; for each extra the packages that it lacks."""
+    """For each required package its version and the one asked for; for each extra what it lacks or has too old."""
     required: dict[str, dict[str, Any]] = {}
     missing: dict[str, list[str]] = {}
     for line in requirements():
         text, _, marker = line.partition(";")
         name, extra = re.split(r"[\s<>=!~\[]", text.strip(), maxsplit=1)[0], EXTRA.search(marker)
-        version = installed(name)
+        version, wanted = installed(name), re.sub(r"^\[.*?\]", "", text.strip()[len(name) :].strip()).strip()
         if extra is None:
             if applies(marker):
-                required[name] = {"version": version, "wanted": text.strip()[len(name) :].strip()}
+                required[name] = {"version": version, "wanted": wanted}
         elif name != "personalize":
-            missing.setdefault(extra[1], []).extend([] if version else [name])
+            old = version is not None and not _fits(version, wanted)
+            lacks = [f"{name}{wanted} ({version} is there)"] if old else [] if version else [name]
+            missing.setdefault(extra[1], []).extend(lacks)
     return required, missing
 
 

@@ -15,7 +15,7 @@ from personalize.cli.main import main
 PACKAGES = ["torch>=2.6", "numpy>=1.26", "absent-one>=3", "other>=1; sys_platform == 'nowhere'"]
 EXTRAS = [
     "tensorboard>=2 ; extra == 'tracking'",
-    'absent-two ; extra == "tracking"',
+    'absent-two[more]>=1 ; extra == "tracking"',
     "personalize[test] ; extra == 'dev'",
 ]
 
@@ -47,6 +47,15 @@ def test_packages_and_what_is_missing(machine):
     ]  # fmt: skip
     machine |= {"torch": "2.13.0.dev1", "absent-one": "3.0"}
     assert not doctor.report()["problems"]
+
+
+def test_an_extra_whose_package_is_too_old_is_not_installed(machine):
+    """The studio needs Gradio 6.7 and refuses older ones, of which this said that all was there."""
+    machine["absent-two"] = "1"
+    assert doctor.report()["extras"] == {"tracking": []} and "installed" in doctor.as_text(doctor.report())
+    machine["tensorboard"] = "1.15"
+    assert doctor.report()["extras"] == {"tracking": ["tensorboard>=2 (1.15 is there)"]}
+    assert "without tensorboard>=2 (1.15 is there)" in doctor.as_text(doctor.report())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a folder that takes no file is made otherwise there")
