@@ -14,7 +14,7 @@ from personalize.adapters.forgetting import parse_rule_sum
 from personalize.cli.drag_settings import drag_settings
 from personalize.cli.lists import check_said_once
 from personalize.cli.places import check_place, interleaved_points, point_of
-from personalize.cli.unused import check_unused_of_drag, check_unused_of_photo
+from personalize.cli.unused import check_unused_of_drag, check_unused_of_edit, check_unused_of_photo
 from personalize.editing.config import DYNAMIC, UNIFORM
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.errors import UserError
@@ -46,6 +46,7 @@ def check_edit(config: Any) -> None:
     check_tokens([config.prompt, config.negative_prompt], config.adapters)
     if config.auto:
         source_picture(config)
+    check_unused_of_edit(config)
 
 
 def source_picture(config: Any) -> Path:

@@ -240,7 +240,8 @@ def resolve_command(command: str, words: Sequence[str]) -> str:
     )  # fmt: skip
     if command == "edit" and any(word.lower().endswith(".csv") and not word.startswith("--") for word in free):
         return EDIT_TABLE
-    others = ("__source_image", "__output_dir", "__from")  # their values are no photo, whatever they are called
+    # their values are no photo, whatever they are called
+    others = ("__source_image", "__output_dir", "__from", "__prompt", "__negative_prompt")
     named = [word for before, word in pairs if before.replace("-", "_") not in others]
     pictures = [word for word in named if not word.startswith("--") and word.lower().endswith(IMAGE_SUFFIXES)]
     photo = pictures or any(word.partition("=")[0] == "--source" for word in named)

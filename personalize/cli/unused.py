@@ -7,6 +7,18 @@ from typing import Any
 from personalize.errors import UserError
 from personalize.models.config import notice_unused
 
+GUIDED = "--guidance_scale above 1"
+
+
+def _guided(config: Any) -> bool:
+    """Is there an unconditional pass, as by default?"""
+    return config.guidance_scale is None or config.guidance_scale > 1
+
+
+def check_unused_of_edit(config: Any) -> None:
+    """A Notice for options of `edit` with an adapter that have no effect."""
+    notice_unused(config, {GUIDED: (_guided(config), "negative_prompt")})
+
 
 def check_unused_of_photo(config: Any) -> None:
     """A Notice for options of `edit PHOTO` that have no effect; for --strict_background a UserError.
@@ -27,6 +39,9 @@ def check_unused_of_photo(config: Any) -> None:
         "--controller p2p": (p2p, "mode cross_replace_steps self_replace_steps bind_adjectives"),
         "--mode auto or refine": (config.mode != "replace" or not p2p, "bind_adjectives"),
         "--inversion ddpm or none": (config.inversion in ("ddpm", "none"), "seed"),
+    })  # fmt: skip
+    notice_unused(config, {
+        GUIDED: (_guided(config) or not fits_nulls, "null_text_iterations null_text_rate null_text_tolerance"),
     })  # fmt: skip
     notice_unused(config, {
         "--mask": (config.mask is None or not config.uniform, "uniform_quantile"),

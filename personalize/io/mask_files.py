@@ -127,7 +127,8 @@ def check_box(box: Box, picture: tuple[int, int]) -> None:
     left, top, right, bottom = box
     width, height = picture
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise UserError(f"the box {box} does not lie in the picture of {width}×{height} px: left,top,right,bottom")
+        sides = ",".join(f"{side:g}" for side in box)
+        raise UserError(f"the box {sides} does not lie in the picture of {width}×{height} px: left,top,right,bottom")
 
 
 def check_mask(mask: Image.Image, name: Path | str = "the mask") -> None:

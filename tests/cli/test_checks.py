@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from personalize.cli.checks import check_tokens
+from personalize.cli.edit_options import EditConfig
 from personalize.cli.launch import load_script
 from personalize.cli.lists import repeated
 from personalize.cli.main import main
@@ -120,6 +122,10 @@ EDIT = "edit photo.png --source cat --target dog --mask missing.png"
         (f"{EDIT} --weight cat=2 --cross_replace_steps 0",
          "nothing comes of --weight without --cross_replace_steps above 0"),
         (f"{EDIT} --weight cat=2 --cross_replace_steps 0.5", None),
+        (f"{EDIT} --inversion null-text --guidance_scale 1 --null_text_iterations 3",
+         "nothing comes of --null_text_iterations without --guidance_scale above 1"),
+        (f"{EDIT} --guidance_scale 1 --null_text_iterations 3",
+         "nothing comes of --null_text_iterations without --inversion null-text"),
         (f"{EDIT} --seed 7", "nothing comes of --seed without --inversion ddpm or none"),
         (f"{EDIT} --seed 7 --inversion ddpm", None),
         (f"{EDIT} --mode replace --no_bind_adjectives",
@@ -167,6 +173,17 @@ def test_an_option_of_one_value_given_twice_is_said(place: Path, capsys, words: 
     assert main(["train", "single_image", "missing.png", *words.split()]) == 2
     *notes, _ = capsys.readouterr().err.splitlines()
     assert [line.removeprefix("Note: ") for line in notes] == ([] if note is None else [note])
+
+
+def test_a_negative_prompt_without_guidance_is_said(place: Path) -> None:
+    """At scale 1 there is no pass that would read it, and nothing said so."""
+    words = {"adapter": Path("plain"), "prompt": "a cat", "negative_prompt": "rain"}
+    with pytest.warns(Notice, match="nothing comes of --negative_prompt without --guidance_scale above 1"):
+        EditConfig(**words, guidance_scale=1.0).check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EditConfig(**words).check()
+        EditConfig(**words, guidance_scale=2.0).check()
 
 
 def test_options_that_list_may_be_repeated() -> None:

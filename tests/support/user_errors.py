@@ -129,7 +129,9 @@ MISTAKES = (
     Mistake(f"{PHOTO} --swap 'cat=<cat9> cat'", "the prompt says <cat9>, but there is no adapter that has learned it"),
     Mistake(f"{PHOTO} --swap 'cat=<c> cat' --adapter pets", "<c>, which the adapter has not learned: it has <cat1>"),
     Mistake(f"{PHOTO} --target dog --adapter nowhere", "nowhere does not exist"),
-    Mistake(f"{PHOTO} --target dog --mask 10,10,65,20", "does not lie in the picture of 64×48 px: left,top,right,bot"),
+    Mistake(
+        f"{PHOTO} --target dog --mask 10,10,65,20", "the box 10,10,65,20 does not lie in the picture of 64×48 px: "
+    ),
     Mistake(f"{PHOTO} --target dog --mask square.png", "the mask is 48×48 px, the picture 64×48: give a mask of the p"),
     Mistake(f"{PHOTO} --report --background_mask square.png", "the mask is 48×48 px, the picture 64×48"),
     Mistake(f"{PHOTO} --report --region cat=square.png", "the mask is 48×48 px, the picture 64×48"),

@@ -115,6 +115,7 @@ def test_mistakes_are_one_line_and_code_2_and_leave_nothing(places, tmp_path, ca
 
 def test_edit_means_a_photo_when_it_is_given_one(capsys):
     assert options.resolve_command("edit", ["my-dog", "--prompt", "a.b"]) == "edit"
+    assert options.resolve_command("edit", ["my-dog", "--negative-prompt", "blur.jpg", "--prompt", "b.png"]) == "edit"
     for words in (["--output_dir=x.png"], ["--output_dir", "x.png"], ["--source_image", "x.png"]):
         assert options.resolve_command("edit", ["my-dog", "--prompt", "a", *words]) == "edit"
     assert (
