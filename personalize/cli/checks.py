@@ -141,22 +141,28 @@ def check_edit_table(config: Any) -> None:
 
 def check_drag(config: Any) -> None:
     """Check the options of `personalize drag`."""
-    from personalize.editing.drag.points import handles_and_targets
+    from personalize.editing.drag.points import check_inside, handles_and_targets
     from personalize.io.image_files import image_size
     from personalize.io.mask_files import check_mask_size
 
     points, settings = interleaved_points(config.from_, config.to), drag_settings(config)
     if settings.method == "latents" and (config.preview or config.add or config.remove):
         raise UserError("--preview, --add and --remove need --method pixels: leave them out, or --method latents")
+    if config.mask is not None and config.user_mask == "replace" and (config.add or config.remove):
+        raise UserError(
+            "--add and --remove change the mask that attention finds, and --mask takes its place: paint it as wanted, "
+            "or choose --user_mask intersect"
+        )
     check_unused_of_drag(config)
-    for text in (*config.add, *config.remove):
-        point_of(text)
+    more = [point_of(text) for text in (*config.add, *config.remove)]
     check_output_folder(config.output_dir)
     check_resolution(config.resolution, config.pretrained_model_name_or_path)
     size = image_size(config.photo)
     if config.mask is not None:
         check_mask_size(image_size(config.mask), size)
     handles_and_targets(points, size, regions=config.mode == "region")
+    for point in more:
+        check_inside((point,), "point of the mask", size)
     check_adapters(config.adapters)
 
 

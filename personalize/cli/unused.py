@@ -58,4 +58,9 @@ def check_unused_of_drag(config: Any) -> None:
         "--mode region": (config.mode == "region", "region_map"),
         "--mode deform": (config.mode == "deform", "displacement"),
         "--mask": (config.mask is not None, "user_mask"),
+        "--fill attention": (config.method == "pixels" or config.fill == "attention", "seed"),
     })  # fmt: skip
+    found = config.mask is None or config.user_mask == "intersect"  # by attention
+    notice_unused(config, {
+        "--mask": (found, "mask_threshold mask_most" + " refine" * (config.method == "pixels")),
+    }, "beside")  # fmt: skip

@@ -144,6 +144,8 @@ MISTAKES = (
         "ddpm carries out 64% of the steps, which is none of 1: take 2 or more",
     ),
     Mistake("drag photo.png --from 1,2 --to 3,4 --mask square.png", "the mask is 48×48 px, the picture 64×48"),
+    Mistake("drag photo.png --from 1,2 --to 3,4 --mask photo.png --add 5,5", "--add and --remove change the mask that"),
+    Mistake("drag photo.png --from 1,2 --to 3,4 --remove 64,5", "point of the mask 64,5 is outside the picture"),
     Mistake("drag photo.png --from 1,2", "personalize drag needs --to"),
     Mistake("drag photo.png --from 1 --to 3,4", "a point is x,y in pixels"),
     Mistake("drag photo.png --from 1,2 3,4 --to 3,4", "2 of --from and 1 of --to"),
