@@ -1,7 +1,8 @@
 """Group the tokens of a prompt by the object that they name: nouns, found in the prompt or named by the user.
 
-A group holds all tokens that name one object: all tokens of a word, all its occurrences, and its synonyms. Its
-attention map is the mean over its tokens, so that dynamic prompts do not push repeated nouns and synonyms apart.
+A group holds all tokens that name one object: all tokens of a word, all its occurrences, and its synonyms; but not the
+"dog" of a "dog house" that is another object. Its attention map is the mean over its tokens, so that dynamic prompts do
+not push repeated nouns and synonyms apart.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def noun_groups(model: StableDiffusion, prompt: str, named: Sequence[str] = ()) 
     every = [word.lower() for words in objects for word in words]
     if len(set(every)) < len(every):
         raise UserError(f"a noun is named twice in {', '.join(every)}: name each object once, and join synonyms by =")
-    return [_group(model, prompt, words) for words in objects]
+    return [_group(model, prompt, words, [word for other in objects if other != words for word in other])
+            for words in objects]  # fmt: skip
 
 
 def group_maps(attention: Tensor, groups: Sequence[NounGroup]) -> Tensor:
@@ -62,9 +64,12 @@ def _nouns_of(prompt: str) -> list[tuple[str, ...]]:
     return [(word,) for word in dict.fromkeys(noun.text.lower() for noun in depicted_nouns(composed(prompt)))]
 
 
-def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...]) -> NounGroup:
+def _group(model: StableDiffusion, prompt: str, words: tuple[str, ...], others: Sequence[str]) -> NounGroup:
+    """The group of `words`; within a longer one of `others` they count only if they stand nowhere else."""
     tokens = tokenize_prompt(model, prompt)
-    positions = sorted({position for word in words for span in tokens.find(word) for position in span})
+    every, longer = ([span for word in some for span in tokens.find(word)] for some in (words, others))
+    own = [span for span in every if not any(set(span) < set(other) for other in longer)]
+    positions = sorted({position for span in own or every for position in span})
     encoded = [padded_ids(tokenizer, [prompt])[0].tolist() for tokenizer in model.tokenizers]
     ids = tuple(tuple(dict.fromkeys(one[position] for position in positions)) for one in encoded)
     return NounGroup(words, tuple(positions), ids)

@@ -35,6 +35,19 @@ def test_dpl_c02_nouns_may_have_accents_of_their_own():
     assert named == replace(cafe, positions=named.positions), "named in either form"
 
 
+def test_a_noun_within_another_one_is_not_its_own_object():
+    """The group "dog" had the dog of the dog house too, so that the two could never look apart."""
+    model, text = tiny_sd1(), "a dog on a dog house"
+    dog, house = noun_groups(model, text)
+    assert (dog.name, house.name) == ("dog", "dog house")
+    at = [number for number, piece in enumerate(model.tokens(text), 1) if piece == "dog"]
+    assert dog.positions == (at[0],) and at[1] in house.positions and at[0] not in house.positions
+    (named,) = noun_groups(model, text, ["dog"])
+    assert named.positions == tuple(at), "beside no longer one all dogs are one thing"
+    alone, _ = noun_groups(model, "a dog house", ["dog", "dog house"])
+    assert alone.positions, "it stands nowhere else"
+
+
 def test_dpl_c02_repeated_nouns_and_synonyms_are_one_thing():
     model = tiny_sd1()
     (cats,) = noun_groups(model, "a cat and a cat")
