@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import wrap
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,21 +48,25 @@ def grid(
         raise ValueError("a grid needs a caption for every picture, or none")
     height = max(11, cell // 13)
     font, line = ImageFont.load_default(height), height + 4
-    headings = [wrap(text, max(8, cell // 7)) for text in columns]
-    below = [[_wrapped(text, max(8, cell // 7)) for text in row] for row in captions]
+    headings = [_fitting(text, font, cell, max(8, cell // 7)).splitlines() for text in columns]
+    below = [[_fitting(text, font, cell, max(8, cell // 7)) for text in row] for row in captions]
     row_height = cell + _GAP + line * max((text.count("\n") + 1 for row in below for text in row), default=0)
     left = cell // 2 + cell // 4 if any(labels) else 0
-    top = (line + _GAP if title else 0) + max((len(heading) for heading in headings), default=0) * line + _GAP
-    sheet = Image.new("RGB", (left + width * (cell + _GAP) + _GAP, top + len(rows) * row_height), _PAPER)
+    across = left + width * (cell + _GAP) + _GAP
+    title = _fitting(title, font, across - 2 * _GAP)
+    above = (title.count("\n") + 1) * line + _GAP if title else 0
+    top = above + max((len(heading) for heading in headings), default=0) * line + _GAP
+    sheet = Image.new("RGB", (across, top + len(rows) * row_height), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((_GAP, _GAP // 2), title, _INK, font)
+    pen.multiline_text((_GAP, _GAP // 2), title, _INK, font)
     for x, heading in enumerate(headings):
         corner = (left + _GAP + x * (cell + _GAP), top - len(heading) * line - 2)
         pen.multiline_text(corner, "\n".join(heading), _INK, font)
     for y, row in enumerate(rows):
         if labels:
-            text = "\n".join(wrap(labels[y], max(8, left // 7)))
-            pen.multiline_text((_GAP, top + y * row_height + cell // 3), text, _INK, font)
+            text = _fitting(labels[y], font, left - _GAP, max(8, left // 7))
+            start = min(cell // 3, max(0, row_height - (text.count("\n") + 1) * line))
+            pen.multiline_text((_GAP, top + y * row_height + start), text, _INK, font)
         for x, picture in enumerate(row):
             corner = (left + _GAP + x * (cell + _GAP), top + y * row_height)
             if picture is not None:
@@ -71,6 +76,12 @@ def grid(
             if below:
                 pen.multiline_text((corner[0], corner[1] + cell + 2), below[y][x], _INK, font)
     return sheet
+
+
+def _fitting(text: str, font: Any, width: int, most: int = 10**4) -> str:
+    """`text` in as many lines as it needs: none has over `most` characters, or more than `width` px in this font."""
+    texts = (_wrapped(text, length) for length in range(min(most, round(width / font.getlength("i"))), 0, -1))
+    return next((one for one in texts if max(map(font.getlength, one.split("\n"))) <= width), text)
 
 
 def _wrapped(text: str, width: int) -> str:

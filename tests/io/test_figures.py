@@ -31,6 +31,28 @@ def test_equal_pictures_are_equal_files():
     assert png(Image.new("RGB", (8, 8), "red")) == png(Image.new("RGB", (8, 8), "red"))
 
 
+@pytest.mark.parametrize("title", ["a picture of a cat on the beach, in the style of an old photograph", "猫" * 40])
+def test_a_title_wider_than_the_sheet_takes_more_lines(title):
+    """It was cut off at the right border, as the prompt above a single picture is."""
+    red = Image.new("RGB", (192, 192), "red")
+    short, long = grid([[red]], title="a cat"), grid([[red]], title=title)
+    more = long.height - short.height
+    assert long.width == short.width and more > 0
+    ink = np.asarray(long.crop((0, 0, long.width, long.height - 204))).min((0, 2)) < 128
+    assert ink.any() and not ink[-4:].any(), "nothing of it touches the border"
+
+
+def test_no_heading_runs_into_the_next_one():
+    """Above pictures of 256 px lines of 36 letters were allowed, of which about 30 fit."""
+    white = Image.new("RGB", (256, 256), "white")
+    headings = ["a picture of a dog on the beach", "warm mountains, women and a mammoth at noon"]
+    sheet = np.asarray(grid([[white, white]], columns=headings, labels=["W" * 27], cell=256)).min(2) < 128
+    left = 256 // 2 + 256 // 4 + 6
+    for start in (left, left + 262):
+        assert not sheet[:, start - 6 : start].any(), "between label, first and second column"
+    assert not sheet[:, -6:].any() and sheet[:, :left].any()
+
+
 def test_every_picture_can_have_a_caption_below_it():
     red = Image.new("RGB", (32, 32), "red")
     bare, captioned = (
