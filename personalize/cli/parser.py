@@ -274,6 +274,8 @@ def _one_line(prog: str, hints: Mapping[str, Any]):
     try:
         with contextlib.redirect_stderr(message):
             yield
+    except UserError as error:  # tyro before 1.0.16 lets an option's own check through
+        raise UserError(f"{as_options(str(error).rstrip('.'), hints)} (see {prog} --help)") from None
     except SystemExit as error:
         if error.code == 0:
             raise

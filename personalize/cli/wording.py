@@ -39,7 +39,7 @@ def of_tyro(text: str, hints: Mapping[str, Any]) -> str:
     if match := re.match(r"invalid choice '(.*)' for argument '--(\w+)'\. Expected one of \((.*)\)", text):
         choices = [choice.strip(" '") for choice in match[3].split(",") if choice.strip()]
         return f"--{match[2]} is {match[1]!r}: choose one of {', '.join(choices)}"
-    if match := re.match(r"Missing value for argument '--(\w+)", text):
+    if match := re.match(r"Missing value for argument '(?:\(')?--(\w+)", text):  # tyro 1.0.13 and older: '('--rank',)'
         return f"--{match[1]} needs a value, got nothing"
     if match := re.match(r"Unrecognized options: (.*)", text):
         return f"{match[1]} is more than the command takes: put words that belong together in quotes"

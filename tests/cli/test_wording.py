@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from personalize.cli import parser
 from personalize.cli.checks import check_adapters
 from personalize.cli.wording import as_options, of_tyro, worded
 from personalize.errors import Mismatch, UserError
+from personalize.training.config import SingleImageConfig
 
 TYPES = {"rank": int, "max_train_steps": int, "mask_weight": float, "alpha": tuple[float, ...], "adapter": str}
 
@@ -42,6 +44,21 @@ def test_names_of_options_get_their_dashes(message, said):
 )  # fmt: skip
 def test_a_wrong_value_is_said_with_what_was_expected(box, said):
     assert of_tyro(box, TYPES) == said
+
+
+def test_older_tyros_messages_are_said_like_those_of_newer_ones(monkeypatch):
+    """1.0 to 1.0.13 name the argument otherwise; up to 1.0.15 an option's own check comes as it is."""
+    assert (
+        of_tyro("Missing value for argument '('--rank',)'. Expected 1 values", TYPES)
+        == "--rank needs a value, got nothing"
+    )
+
+    def refused(*_, **__):
+        raise UserError("rank must be above 0, got 0")
+
+    monkeypatch.setattr(parser.tyro, "cli", refused)
+    with pytest.raises(UserError, match=r"^--rank must be above 0, got 0 \(see train --help\)$"):
+        parser.parse(SingleImageConfig, [], prog="train")
 
 
 def test_the_kind_and_code_of_an_error_stay():

@@ -45,6 +45,12 @@ def test_the_lock_holds_every_dependency_in_a_version_that_is_asked_for():
             assert SpecifierSet(str(wanted.specifier)).contains(version), line
 
 
+def test_the_oldest_pillow_that_is_asked_for_can_do_what_is_used():
+    """Before 10.1 there is no font of a size nor `has_transparency_data`; before 11.3 no AVIF, and no marks in WebP."""
+    (pillow,) = [Requirement(line) for line in PROJECT["dependencies"] if line.startswith("pillow")]
+    assert not any(pillow.specifier.contains(old) for old in ("10.0.1", "11.0.0")) and "11.3.0" in pillow.specifier
+
+
 def test_workflows_pin_their_actions_by_commit_and_name_the_version():
     used = [line for path in WORKFLOWS for line in path.read_text(encoding="utf-8").splitlines() if "uses:" in line]
     assert len(used) > 5
