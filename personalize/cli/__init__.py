@@ -12,6 +12,7 @@
     launch          scripts of train/ and export/, and `accelerate launch`
     commands/       one file per command
     redrawing       `edit --from PICTURE`: the options in a picture
+    words           words of prompts on a command line: cat=dog, fluffy=3
     checks          paths, prompts and combinations of options, checked before torch is imported
     unused          options that have no effect without another one;  places: points and boxes as they are written
     drag_settings   the settings of a drag that its options give

@@ -15,6 +15,7 @@ from personalize.cli.drag_settings import drag_settings
 from personalize.cli.lists import check_said_once
 from personalize.cli.places import check_place, interleaved_points, point_of
 from personalize.cli.unused import check_unused_of_drag, check_unused_of_edit, check_unused_of_photo
+from personalize.cli.words import check_words, local_words, pair, weight
 from personalize.editing.config import DYNAMIC, UNIFORM
 from personalize.editing.photo_settings import PhotoSettings
 from personalize.errors import UserError
@@ -23,7 +24,6 @@ from personalize.formats.key_parts import TOKEN
 from personalize.io.json_files import read_json
 from personalize.io.output_folder import check_output_folder, require_absent
 from personalize.models.config import HUB_FILE, cell_pixels, check_resolution
-from personalize.models.ranges import LARGEST_WORD_WEIGHT
 from personalize.sampling.config import SCHEDULERS, TRAJECTORY
 
 GRADIO = (6, 7)  # the oldest version with the security fixes that the studio relies on
@@ -129,6 +129,8 @@ def check_photo(config: Any) -> None:
     regions += [] if config.background_mask in ("auto", "none") else [config.background_mask]
     for where in regions:
         check_place(where, size)
+    if not config.report:
+        check_words(config)
 
 
 def check_edit_table(config: Any) -> None:
@@ -253,28 +255,3 @@ def _concepts(folder: Path) -> list[str]:
         return list(read_json(folder / MANIFEST).get("concepts", {}))
     except (UserError, TypeError):
         return []
-
-
-def pair(text: str, form: str = "old=new, for example cat=dog") -> tuple[str, str]:
-    """ "cat=dog" → ("cat", "dog"); `form` is what should have been written."""
-    old, _, new = (part.strip() for part in text.partition("="))
-    if not old or not new:
-        raise UserError(f"{text!r}: write {form}")
-    return old, new
-
-
-def local_words(text: str) -> tuple[str, str]:
-    """ "cat=dog" → ("cat", "dog"), "cat" → ("cat", "cat"): a word of the source, and one of the target."""
-    return pair(text if "=" in text else f"{text}={text}", "one word, or old=new, for example cat=dog")
-
-
-def weight(text: str) -> tuple[str, float]:
-    """ "fluffy=3" → ("fluffy", 3.0)."""
-    word, _, factor = text.rpartition("=")
-    try:
-        if word.strip() and abs(number := float(factor)) <= LARGEST_WORD_WEIGHT:  # not of NaN either
-            return word.strip(), number
-        raise ValueError
-    except ValueError:
-        limits = f"a factor from {-LARGEST_WORD_WEIGHT} to {LARGEST_WORD_WEIGHT}"
-        raise UserError(f"{text!r}: write word=factor, for example fluffy=3, with {limits}") from None

@@ -9,6 +9,7 @@
     blocks             which layers belong to the encoder, the middle and the decoder
     attention          hooks on attention layers;  attention_maps: record and average what they look at
     vae                the autoencoder's precision, and its tiles
+    words              the words of prompts, read before torch
     prompts, token_ids prompts as tokens and as words; their ids, in chunks of 75;  conditioning: their embeddings
     image_processor    pictures of any size, padded to what the base model can encode, and back
     known_bases        where the bases of this machine lie, by their hash;  offline: loading without the network

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
-from personalize.errors import UserError
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.token_ids import chunks_of, further_vectors, text_places, written_out
+from personalize.models.words import WORD, composed, places_of, require_phrase, words_of
 
-WORD = re.compile(r"<[^<>\s]+>(?:_\d+)?|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_")
 Positions = int | Sequence[int]
 Span = tuple[int, ...]
 
@@ -46,22 +43,12 @@ class Tokens:
 
     def find(self, phrase: str) -> list[Span]:
         """Positions of every occurrence of a word or phrase, ignoring case; UserError if there is none."""
-        starts, wanted = self._starts(phrase), words_of(phrase)
-        if not starts:
-            spelled = [word.text for word in self.words]
-            near = get_close_matches(phrase.lower(), spelled, 1, 0.6)
-            hint = f"did you mean {near[0]}?" if near else f"its words are {', '.join(dict.fromkeys(spelled))}"
-            raise UserError(f"the word {phrase!r} is not in the prompt {self.text!r}: {hint}")
-        return [self.positions_of(at, len(wanted)) for at in starts]
+        starts = require_phrase(phrase, self.text, [word.text for word in self.words])
+        return [self.positions_of(at, len(words_of(phrase))) for at in starts]
 
     def has(self, phrase: str) -> bool:
         """Whether a word or phrase occurs in it, ignoring case."""
-        return bool(self._starts(phrase))
-
-    def _starts(self, phrase: str) -> list[int]:
-        """The numbers of the words at which `phrase` begins."""
-        wanted, spelled = list(words_of(phrase)), [word.text for word in self.words]
-        return [at for at in range(len(spelled)) if wanted and spelled[at : at + len(wanted)] == wanted]
+        return bool(places_of(phrase, [word.text for word in self.words]))
 
     def positions_of(self, first: int, count: int) -> Span:
         """Positions of the tokens of `count` words, the first of which is number `first`."""
@@ -86,16 +73,6 @@ def tokenize_prompt(model: StableDiffusion, text: str) -> Tokens:
             words.append(Word(spelled, positions))
     length = chunks_of(tokenizer, inner) * tokenizer.model_max_length
     return Tokens(text, tuple(ids), places, tuple(words), length)
-
-
-def words_of(phrase: str) -> tuple[str, ...]:
-    """The words of a phrase in lower case, their accents composed."""
-    return tuple(match.group().lower() for match in WORD.finditer(composed(phrase)))
-
-
-def composed(text: str) -> str:
-    """`text` with each letter and its accent as one character (NFC), as CLIP reads it: macOS and PDFs part the two."""
-    return unicodedata.normalize("NFC", text)
 
 
 _NEUTRAL, _ANY = ("photo", "photograph", "picture", "image"), ("picture", "image")

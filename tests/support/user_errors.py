@@ -136,6 +136,14 @@ MISTAKES = (
     Mistake(f"{PHOTO} --report --background_mask square.png", "the mask is 48×48 px, the picture 64×48"),
     Mistake(f"{PHOTO} --report --region cat=square.png", "the mask is 48×48 px, the picture 64×48"),
     Mistake(f"{PHOTO} --report --region cat=20,10,10,20", "does not lie in the picture of 64×48 px"),
+    Mistake(f"{PHOTO} --swap dog=cat", "the word 'dog' is not in the prompt 'a cat': its words are a, cat"),
+    Mistake(
+        f"{PHOTO} --target 'a dog' --weight dig=2", "the word 'dig' is not in the prompt 'a dog': did you mean dog"
+    ),
+    Mistake(f"{PHOTO} --weight 'Cat a=2'", "the word 'Cat a' is not in the prompt 'a cat'"),
+    Mistake(f"{PHOTO} --target 'a dog' --local fox=dog", "the word 'fox' is not in the prompt 'a cat'"),
+    Mistake(f"{PHOTO} --target 'a dog' 'a fox' --local cat=dog", "the word 'dog' is not in the prompt 'a fox'"),
+    Mistake(f"{PHOTO} --target 'a dog' --local fox", "the word 'fox' is not in the prompt 'a cat'"),
     Mistake(f"{PHOTO} --weight 3", "'3': write word=factor, for example fluffy=3"),
     Mistake(f"{PHOTO} --weight =3", "'=3': write word=factor, for example fluffy=3"),
     Mistake(f"{PHOTO} --target dog --local ''", "write one word, or old=new, for example cat=dog"),

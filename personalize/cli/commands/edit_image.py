@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personalize.cli.checks import local_words, pair, weight
 from personalize.cli.commands.marks import PictureWriter, details_of
 from personalize.cli.places import box
 from personalize.cli.redrawing import check_same
+from personalize.cli.words import local_words, pair, weight
 from personalize.editing.config import ControlSettings, DynamicSettings, UniformSettings
 from personalize.editing.defaults import settings_for
 from personalize.editing.dynamic_prompt_learning.leakage import NounRegions

@@ -31,9 +31,9 @@ from personalize.models.attention import hooked
 from personalize.models.attention_maps import InversionMaps
 from personalize.models.image_processor import PaddedImage, Picture, as_mask_image
 from personalize.models.map_filters import normalised
-from personalize.models.prompts import composed
 from personalize.models.stable_diffusion import Conditioning, StableDiffusion
 from personalize.models.transfer import sent
+from personalize.models.words import composed
 from personalize.sampling.schedule import Schedule
 from personalize.sampling.trajectory import Trajectory
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from personalize.editing.dynamic_prompt_learning.nouns import depicted_nouns
 from personalize.errors import UserError
-from personalize.models.prompts import composed, tokenize_prompt
+from personalize.models.prompts import tokenize_prompt
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.token_ids import padded_ids
+from personalize.models.words import composed
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from personalize.editing.dynamic_prompt_learning.nouns import nouns
 from personalize.errors import UserError
-from personalize.models.prompts import WORD, Positions, Span, Tokens, words_of
+from personalize.models.prompts import Positions, Span, Tokens
+from personalize.models.words import WORD, words_of
 
 FUNCTION_WORDS = frozenset(  # words that no adjective describes
     "a an the and or nor but with without of in on at by to from into onto over under above below behind before beside "

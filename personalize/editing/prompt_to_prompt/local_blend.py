@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from personalize.models.attention_maps import MapSum, stage_layers
-from personalize.models.prompts import Tokens, words_of
+from personalize.models.prompts import Tokens
 from personalize.models.stable_diffusion import StableDiffusion
 from personalize.models.transfer import sent
+from personalize.models.words import words_of
 from personalize.sampling.denoise import LatentEdit
 from personalize.sampling.schedule import Step
 

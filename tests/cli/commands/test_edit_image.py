@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from personalize.cli import options
-from personalize.cli.checks import local_words, pair, weight
 from personalize.cli.main import main
+from personalize.cli.words import local_words, pair, weight
 from personalize.editing.editor import Editor
 from personalize.errors import UserError
 from personalize.io import output_folder
