@@ -21,10 +21,11 @@ from personalize.editing.photo_settings import PhotoSettings
 from personalize.errors import UserError
 from personalize.formats.adapter_folders import MANIFEST, is_foreign_folder, no_adapter
 from personalize.formats.key_parts import TOKEN
+from personalize.io.atomic import folder_path
 from personalize.io.json_files import read_json
 from personalize.io.output_folder import check_output_folder, require_absent
 from personalize.models.config import HUB_FILE, cell_pixels, check_resolution
-from personalize.sampling.config import SCHEDULERS, TRAJECTORY
+from personalize.sampling.config import INVERSIONS, SCHEDULERS, TRAJECTORY
 
 GRADIO = (6, 7)  # the oldest version with the security fixes that the studio relies on
 STRENGTHS = ("alpha", "beta", "gamma", "forget", "strength")
@@ -97,6 +98,7 @@ def check_photo(config: Any) -> None:
 
     size = image_size(config.photo)
     check_output_folder(config.output_dir)
+    folder_path(config.output_dir / INVERSIONS)
     if config.trajectory is not None and not (config.trajectory / TRAJECTORY).is_file():
         check_output_folder(config.trajectory)  # one that is stored there already is only read
     check_resolution(config.resolution, config.pretrained_model_name_or_path)

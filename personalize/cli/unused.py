@@ -39,8 +39,6 @@ def check_unused_of_photo(config: Any) -> None:
         "--controller p2p": (p2p, "mode cross_replace_steps self_replace_steps bind_adjectives"),
         "--mode auto or refine": (config.mode != "replace" or not p2p, "bind_adjectives"),
         "--inversion ddpm or none": (config.inversion in ("ddpm", "none"), "seed"),
-    })  # fmt: skip
-    notice_unused(config, {
         GUIDED: (_guided(config) or not fits_nulls, "null_text_iterations null_text_rate null_text_tolerance"),
     })  # fmt: skip
     notice_unused(config, {

@@ -202,7 +202,7 @@ def _notes(
     if silent:  # most of the attention goes to the end and padding tokens, which tell of the whole prompt
         scaled += (f"a weight of 0 or less is for {', '.join(silent)} itself, but the end and padding tokens still "
                    "tell of it: a target without the word removes it",)  # fmt: skip
-    if settings.uniform is not None and settings.uniform.blend_source and len(unchanged) > 1:
+    if settings.uniform is not None and settings.uniform.blend_source and len(unchanged) > 1 and not all(unchanged):
         scaled += ("with mutual attention and uniform maps the targets share one source, which each of them changes: "
                    "alone they may come out a little different",)  # fmt: skip
     return (*same, *scaled, *(prepared.report.notes if prepared.report else ()))

@@ -22,6 +22,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # diffusers' class, and s
 }
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 """Settings of other spacings of the noise levels, which a base's own scheduler may have: a name says which it has."""
+INVERSIONS = "trajectories"  # the folder in an output folder that keeps inversions for later edits
 TRAJECTORY = "trajectory.json"  # the file by which a folder is known to hold a stored inversion
 STRENGTH = {"ddpm": 0.64}  # the paper skips the noisiest 36 of 100 steps
 

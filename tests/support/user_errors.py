@@ -37,6 +37,8 @@ def make_place(folder: Path) -> None:
     named.mkdir()
     Image.new("RGB", (64, 48)).save(named / "1.png")
     (named / "metadata.jsonl").write_text('{"file_name": "one.png", "text": "a cat"}\n')
+    (folder / "taken").mkdir()
+    (folder / "taken" / "trajectories").write_text("mine")
     (folder / "bad.yaml").write_text("rnak: 4\n")
     (folder / "nested.yaml").write_text("config: other.yaml\n")
     (folder / "list.yaml").write_text("- rank\n")
@@ -136,6 +138,7 @@ MISTAKES = (
     Mistake(f"{PHOTO} --report --background_mask square.png", "the mask is 48×48 px, the picture 64×48"),
     Mistake(f"{PHOTO} --report --region cat=square.png", "the mask is 48×48 px, the picture 64×48"),
     Mistake(f"{PHOTO} --report --region cat=20,10,10,20", "does not lie in the picture of 64×48 px"),
+    Mistake(f"{PHOTO} --target dog --output_dir taken", "taken/trajectories is a file, a folder was expected"),
     Mistake(f"{PHOTO} --swap dog=cat", "the word 'dog' is not in the prompt 'a cat': its words are a, cat"),
     Mistake(
         f"{PHOTO} --target 'a dog' --weight dig=2", "the word 'dig' is not in the prompt 'a dog': did you mean dog"

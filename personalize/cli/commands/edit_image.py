@@ -24,7 +24,7 @@ from personalize.io.images import psnr, to_pixels
 from personalize.io.json_files import json_bytes
 from personalize.io.numbering import add_files
 from personalize.io.plain_files import at_home
-from personalize.sampling.config import NullTextSettings
+from personalize.sampling.config import INVERSIONS, NullTextSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from personalize.cli.edit_options import PhotoConfig
 
 EDITED = "edited.png"
-INVERSIONS = "trajectories"  # folder in the output folder that keeps inversions for later edits
 
 
 def run(config: PhotoConfig, editor: Editor | None = None) -> Path:

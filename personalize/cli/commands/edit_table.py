@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from personalize.cli.commands.edit_image import EDITED, INVERSIONS, edit_one
+from personalize.cli.commands.edit_image import EDITED, edit_one
 from personalize.cli.edit_options import ROW_OPTIONS, PhotoConfig
 from personalize.cli.parser import parse
 from personalize.editing.editor import Editor
@@ -31,6 +31,7 @@ from personalize.io.plain_files import at_home, file_hash, is_plain, read_bytes,
 from personalize.io.progress import ticked
 from personalize.io.tables import MORE, SURPLUS, place_of, read_table
 from personalize.models.config import InferenceOptions
+from personalize.sampling.config import INVERSIONS
 
 if TYPE_CHECKING:
     from personalize.cli.edit_options import EditTableConfig
