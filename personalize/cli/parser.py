@@ -297,5 +297,4 @@ def _sentence(box: str, hints: Mapping[str, Any]) -> str:
     lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
     parts = re.split(r"\n[─-]+(?=\n)", "\n".join(lines[1:]).lstrip("─-"))  # a plain box has a rule under its title
     text = " ".join(re.sub("[╰─╯]+", "", parts[0]).replace("(required)", "").split())
-    text = of_tyro(text.rstrip("."), hints)
-    return text or "the options were not understood"
+    return of_tyro(text.rstrip("."), hints) or "the options were not understood"
