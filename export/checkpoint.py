@@ -32,7 +32,7 @@ class Config:
     variant: str | None = None
     """Variant of the base model's files, e.g. fp16."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, written into the result; by default what the adapter was trained with."""
+    """What the base predicts, written into the result; by default as in training on it, or what it shows itself."""
     any_base: bool = False
     """Allow another base model of the family than the one the adapter was made for."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -62,6 +62,7 @@ def main(config: Config) -> Path:
     from personalize.adapters.export import DTYPES, baked, describe_resolved
     from personalize.adapters.fuse import export_folder, export_single_file, has_published_sizes, merged_weights
     from personalize.adapters.merging import missed_without
+    from personalize.editing.adapter_base import notice_other_prediction
     from personalize.io.output_folder import require_absent
     from personalize.models.known_bases import find_base
     from personalize.models.stable_diffusion import StableDiffusion
@@ -69,22 +70,21 @@ def main(config: Config) -> Path:
     output = require_absent(config.output)
     if not config.strength:
         raise UserError("nothing of the adapter is left: use a strength other than 0")
-    scaled = baked(Adapter.load(config.adapter), config.forget)
-    adapter, note = describe_resolved(scaled, config.timestep_rank)
+    adapter, note = describe_resolved(baked(Adapter.load(config.adapter), config.forget), config.timestep_rank)
     base = config.pretrained_model_name_or_path or adapter.base.get("name")
     if not base:
         raise UserError(f"{config.adapter} does not say its base: give --pretrained_model_name_or_path")
-    predicts = config.prediction_type or (None if config.any_base else adapter.base.get("prediction_type"))
+    same = adapter.base.get("sha256") and not config.any_base  # `merged_weights` refuses another base
+    predicts = config.prediction_type or (adapter.base.get("prediction_type") if same else None)
     about: dict[str, Any] = {"revision": config.revision, "variant": config.variant, "prediction_type": predicts}
-    named = config.pretrained_model_name_or_path
-    if named is None:
+    if (named := config.pretrained_model_name_or_path) is None:
         named = find_base(adapter.base, allow_download=config.allow_download)
         about["local_files_only"] = not config.allow_download
     model = StableDiffusion.load(named, device="cpu", dtype=torch.float32, **about)
+    notice_other_prediction(adapter, model)
     weights = merged_weights(model, adapter, any_base=config.any_base, strength=config.strength)
     single = output.suffix == ".safetensors"
-    write = export_single_file if single else export_folder
-    write(model, weights, output, DTYPES[config.dtype])
+    (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
     count = len(adapter.lora) // 2 + len(adapter.others)
     lines = (note, f"{output}: {count} modules merged into {base}, {config.dtype}, verified", *missed_without(adapter))
     print(*filter(None, lines), sep="\n")

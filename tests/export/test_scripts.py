@@ -11,6 +11,8 @@ import torch
 from personalize.adapters.adapter import Adapter
 from personalize.cli.main import main
 from personalize.formats.foreign_files import read_adapter_file
+from personalize.formats.lora_files import kohya_file
+from personalize.io.atomic import write_file
 from personalize.io.tensor_files import read_tensors
 from personalize.models.stable_diffusion import StableDiffusion
 from tests.support.lora_states import paths, predict, predict_with_delta, random_lora
@@ -100,6 +102,17 @@ def test_a_checkpoint_says_what_its_base_predicts(place, tmp_path, capsys):
         assert StableDiffusion.load(output, device="cpu").prediction_type == expected
     code, said = run(capsys, "checkpoint", place / "cat", "--output", tmp_path / "one.safetensors", *base, *told)
     assert code == 2 and "export a folder instead" in said and not (tmp_path / "one.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_base_says_what_that_predicts(place, tmp_path, capsys):
+    """A file that says it was trained on a base of v made a checkpoint of any base named for it say v: noise."""
+    theirs = {"ss_base_model_version": "sd_v1_v"}
+    data = kohya_file(Adapter.load(place / "cat").lora, 6.0, family="sd1", metadata=theirs)
+    file = write_file(tmp_path / "theirs.safetensors", data)
+    output, base = tmp_path / "model", ("--pretrained_model_name_or_path", str(place / "tiny-sd1"))
+    assert main(["export", "checkpoint", str(file), "--output", str(output), *base]) == 0
+    assert "trained with prediction type v_prediction" in capsys.readouterr().err
+    assert StableDiffusion.load(output, device="cpu").prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize(
