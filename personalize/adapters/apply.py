@@ -32,8 +32,14 @@ def applied(
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(adapter.apply(model, any_base=any_base, strength=text_strength))
-            stack.enter_context(adapter.apply_text(model, text_strength))
-            stack.enter_context(installed_tokens(model, adapter.concepts))
+            stack.enter_context(applied_text(model, adapter, text_strength))
+        yield
+
+
+@contextmanager
+def applied_text(model: StableDiffusion, adapter: Adapter, strength: float = 1.0) -> Iterator[None]:
+    """Run the body with what the adapter changes in the reading of prompts: LoRA of text encoders, learned tokens."""
+    with adapter.apply_text(model, strength), installed_tokens(model, adapter.concepts):
         yield
 
 

@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 
 from personalize.adapters.adapter import Adapter
-from personalize.adapters.apply import AdapterCopy, load_adapters
+from personalize.adapters.apply import AdapterCopy, applied_text, load_adapters
 from personalize.adapters.forgetting import parse_rule_sum
 from personalize.adapters.lora_scales import lora_disabled
 from personalize.adapters.merging import require_forgetting, require_scalable
 from personalize.adapters.text_encoder_lora import has_text
-from personalize.adapters.textual_inversion import installed_tokens
 from personalize.adapters.trained_size import trained_size
 from personalize.editing.adapter_base import load_base
 from personalize.editing.config import DEFAULT_SAMPLING, DEFAULT_STRENGTHS, EditStrengths, Sampling
@@ -126,10 +125,11 @@ class Editor:
             raise UserError("the prompt is empty: say what the picture should show")
         strengths = replace(strengths, **changes)
         size, start = sampling.size or self.size_for(prompt), self._adapter.starting_from(prompt=prompt)
-        conditioning = edit_conditioning(
-            self.model, start.source, self._encode(worded(prompt, start), size, strengths.strength),
-            alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
-        )  # fmt: skip
+        with torch.no_grad(), applied_text(self.model, self._adapter, strengths.strength):  # empty chunks of either too
+            conditioning = edit_conditioning(
+                self.model, start.source, self.model.prompts([worded(prompt, start)], size),
+                alpha=strengths.alpha, beta=strengths.beta, gamma=strengths.gamma,
+            )  # fmt: skip
         return self._sample(conditioning, size, strengths, seeds, negative_prompt, sampling)
 
     def reconstruct(self, *, seeds: Sequence[int] = (0,), sampling: Sampling = DEFAULT_SAMPLING) -> list[Image.Image]:
@@ -237,7 +237,7 @@ class Editor:
         """The conditioning of `prompt`; with a `strength`, with the adapter's tokens and its text encoder LoRA."""
         if self.adapter is None or strength is None:
             return self.model.prompts([prompt], size)
-        with self.adapter.apply_text(self.model, strength), installed_tokens(self.model, self.adapter.concepts):
+        with applied_text(self.model, self.adapter, strength):
             return self.model.prompts([prompt], size)
 
     def _sample(

@@ -76,6 +76,18 @@ def test_a_prompt_is_worded_like_the_caption_in_python_too(editor, tmp_path):
     assert bare.edit("a dog", sampling=SHORT)[0].tobytes() != bare.edit("a photo of a dog", sampling=SHORT)[0].tobytes()
 
 
+def test_a_prompt_of_two_chunks_continues_the_source_as_by_attach(editor, tmp_path, monkeypatch):
+    """The empty chunk behind a source of 77 tokens was read without the adapter's LoRA of the text encoder."""
+    text = text_lora(editor.model, spread=0.5)
+    both = replace(editor.adapter, lora={**editor.adapter.lora, **text})
+    prompt = "a dog on the beach " * 20
+    with personalize.attach(editor.model.pipeline(), both.save(tmp_path / "both")) as attached:
+        expected = attached.embeds(prompt)
+    drawn = Editor(editor.model, both)
+    monkeypatch.setattr(drawn, "_sample", lambda conditioning, *rest: conditioning)
+    assert expected.shape[1] == 154 and torch.equal(drawn.edit(prompt).embeds, expected)
+
+
 def test_a_rule_for_an_adapter_without_a_part_in_the_unet_is_refused_as_by_attach(editor):
     """It did nothing, and said nothing."""
     text = Editor(editor.model, replace(editor.adapter, lora=text_lora(editor.model)))
