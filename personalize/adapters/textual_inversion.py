@@ -167,17 +167,26 @@ def _pooling_at_highest(encoder: Any) -> list[Any]:
     return [module for module in encoder.modules() if vars(module).get("eos_token_id") == 2]
 
 
-def check_new_tokens(model: StableDiffusion, tokens: Mapping[str, Any] | Sequence[str]) -> None:
-    """UserError if a tokenizer already has one of `tokens`, or if two of them are equal; case is ignored."""
+def check_new_tokens(model: StableDiffusion, tokens: Mapping[str, Rows] | Sequence[str]) -> None:
+    """UserError if a tokenizer already has one of `tokens`, or if two of them are equal; case is ignored.
+
+    The entries of further vectors count too, if `tokens` has rows (token → encoder → rows): "<cat>_1" is one of <cat>.
+    """
+    entries = [*tokens]
+    if isinstance(tokens, Mapping):
+        counts = {
+            token: max(len(part) if part.ndim > 1 else 1 for part in rows.values()) for token, rows in tokens.items()
+        }
+        entries = [entry for token, count in counts.items() for entry in vocabulary_entries(token, count)]
     earlier: set[str] = set()
-    for token in tokens:
+    for token in entries:
         if token.lower() in earlier:
             raise UserError(f"the token {token} is given twice: every concept needs a token of its own")
         earlier.add(token.lower())
     for tokenizer in model.tokenizers:
         known = tokenizer.get_vocab()
         added = {word.lower() for word in tokenizer.added_tokens_encoder}
-        for token in tokens:
+        for token in entries:
             if token in known or f"{token}</w>" in known or token.lower() in added:
                 raise UserError(
                     f"the token {token} is already a word of this base or of an adapter in it: choose another"

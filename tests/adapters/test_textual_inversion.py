@@ -152,6 +152,21 @@ def test_tokens_that_would_collide_are_refused(make: Any, message: str) -> None:
         make()
 
 
+def test_further_vectors_of_a_token_are_no_other_token() -> None:
+    """`sks_1` is the second vector of `sks`: of two tokens with one entry the second was lost, or changed the first."""
+    model, two, one = tiny("sd1"), {"text_encoder": torch.ones(2, 32)}, {"text_encoder": torch.zeros(1, 32)}
+    with (
+        pytest.raises(UserError, match="the token sks_1 is given twice"),
+        installed_tokens(model, {"sks": two, "sks_1": one}),
+    ):
+        pass
+    with installed_tokens(model, {"sks_1": one}):
+        with pytest.raises(UserError, match="the token sks_1 is already a word"), installed_tokens(model, {"sks": two}):
+            pass
+        with torch.no_grad(), installed_tokens(model, {"sks": one}):  # of one vector it is in nobody's way
+            model.prompts(["sks sks_1"])
+
+
 def test_rows_of_another_base_are_refused_and_leave_no_trace() -> None:
     model, other = tiny("sd1"), tiny("sd2v")
     table = model.text_encoders[0].get_input_embeddings()
