@@ -96,7 +96,7 @@ def read_adapter(folder: Path) -> Adapter:
         _source(folder, manifest) if manifest.get("source_tensors") else None,
         _tokens(folder, names, set(manifest.get("concepts", {}))),
         str(manifest.get("caption") or ""),
-        manifest.get("timestep_rank"),
+        manifest.get("timestep_rank") or json.loads((manifest.get("header") or {}).get("ss_timestep_rank", "null")),
     )
 
 

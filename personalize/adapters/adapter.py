@@ -38,7 +38,7 @@ from personalize.formats.adapter_source import fetched, open_adapter
 from personalize.formats.foreign_files import read_adapter_file
 from personalize.formats.integrity import FILE_HASHES, OWN_HASH, sealed
 from personalize.formats.reader_keys import ReaderKeys
-from personalize.formats.timestep_rank import AnyTimestepRank, rule_of
+from personalize.formats.timestep_rank import AnyTimestepRank, rule_header, rule_of
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import folder_path, remove_stale, write_folder
 from personalize.io.figures import png
@@ -257,7 +257,7 @@ class Adapter:
         kohya_file, family = kohya_file_name(name, self.concepts), self.family
         metadata = lora_files.kohya_metadata(title=name, family=family, rank=self.rank, info=self.info)
         files = {
-            DIFFUSERS_FILE: lora_files.diffusers_file(self.lora, self.alpha),
+            DIFFUSERS_FILE: lora_files.diffusers_file(self.lora, self.alpha, metadata=rule_header(self.info)),
             kohya_file: lora_files.kohya_file(self.lora, self.alpha, family=family, dtype=dtype, metadata=metadata),
             **textual_inversion_files.token_file_contents(self.concepts, family=family),
         }

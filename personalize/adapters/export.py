@@ -159,7 +159,8 @@ def export_lora(
     live = {module: (a, b, strength) for module, (a, b) in lora_files.factor_pairs(adapter.lora).items()}
     if layout == "peft":
         folder, family = require_absent(output), adapter.family
-        files = peft_files(adapter.lora, adapter.alpha, dtype, adapter.base.get("name"))
+        rule = timestep_rank.rule_header(adapter.info)
+        files = peft_files(adapter.lora, adapter.alpha, dtype, adapter.base.get("name"), rule)
         return write_folder(folder, files, check=lambda written: require_peft_files(written, live, family))
     standard = verification.DIFFUSERS_FILE if layout == "diffusers" else kohya_file_name(output.resolve().name)
     file = require_absent(output if output.suffix == ".safetensors" else output / standard)
@@ -169,7 +170,8 @@ def export_lora(
 
 def _content(adapter: Adapter, title: str, layout: str, dtype: torch.dtype) -> bytes:
     if layout == "diffusers":
-        return lora_files.diffusers_file(adapter.lora, adapter.alpha, dtype=dtype)
+        rule = timestep_rank.rule_header(adapter.info)
+        return lora_files.diffusers_file(adapter.lora, adapter.alpha, dtype=dtype, metadata=rule)
     kept = dict(adapter.info.get("header") or {})  # of the file that the adapter was read from
     own = lora_files.kohya_metadata(title=title, family=adapter.family, rank=adapter.rank, info=adapter.info)
     metadata = lora_files.kept_metadata(own, kept, adapter.family, ("ss_output_name", "modelspec.title"))

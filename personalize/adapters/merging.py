@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from personalize.adapters.adapter import Adapter
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.formats.algorithms import algorithm_of
 from personalize.formats.foreign_files import AdapterFile, as_lora
 from personalize.formats.lora_files import factor_pairs
@@ -212,6 +213,8 @@ def _all_concepts(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, torch.T
 def _common_base(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, Any]:
     """What is recorded of the base that all adapters share, by the first of them that says which weights it has.
 
+    A Notice says if they were trained with different prediction types.
+
     Raises:
         UserError: of those that say it, two are of different families, or for different weights.
     """
@@ -225,6 +228,11 @@ def _common_base(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str,
     for name, base in exact:
         if base["sha256"] != exact[0][1]["sha256"]:
             raise UserError(f"{name} was made for another base model than {exact[0][0]}: merge adapters of one base")
+    predicted = {one.base["prediction_type"]: name for name, one in zip(names, adapters, strict=True)
+                 if one.base.get("prediction_type")}  # fmt: skip
+    if len(predicted) > 1:
+        said = ", ".join(f"{name} with {kind}" for kind, name in predicted.items())
+        warnings.warn(f"trained with different prediction types, {said}: a base has one", Notice, stacklevel=3)
     named = next((adapter for adapter in adapters if adapter.known_family), adapters[0]).base
     return (exact[0][1] if exact else named) | ({"family": families[0][1]} if families else {})
 

@@ -31,6 +31,8 @@ from personalize.io.tensor_files import tensor_bytes
 
 TRAINING_OPTIONS = ("learning_rate", "lr_scheduler", "max_train_steps", "seed")  # kohya's tools record them too
 
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # ModelSpec's words for prediction types
+
 LAYOUT_KEYS = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "modelspec.implementation")
 
 
@@ -163,7 +165,8 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
     `info` may hold `base` (name, sha256, prediction_type), `caption`, `captions` and `caption_counts` if there are
     several, `pictures`, `size` (H, W), `updates` that were made, `mixed_precision`, `config` (the trainer's options)
     and `date`.
-    No date is written unless `info` gives one, so that equal training gives equal files.
+    No date is written unless `info` gives one, so that equal training gives equal files, and no prediction type unless
+    that of the base is known.
     """
     base, config, caption = info.get("base", {}), info.get("config", {}), str(info.get("caption", ""))
     v_prediction = base.get("prediction_type") == "v_prediction"
@@ -191,14 +194,14 @@ def kohya_metadata(*, title: str, family: str, rank: int, info: Mapping[str, Any
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.trigger_phrase": caption or None,
-        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "modelspec.prediction_type": PREDICTIONS.get(base.get("prediction_type")),
         "modelspec.date": info.get("date"),
         "modelspec.resolution": f"{width}x{height}" if width else None,
         "ss_resolution": f"({width}, {height})" if width else None,
         "ss_steps": info.get("updates"),
         "ss_mixed_precision": info.get("mixed_precision"),
         "ss_unet_lr": config.get("learning_rate"),
-        timestep_rank.HEADER_KEY: timestep_rank.header_text(info),
+        **timestep_rank.rule_header(info),
     }
     values |= {f"ss_{name}": config.get(name) for name in TRAINING_OPTIONS}
     return {key: str(value) for key, value in values.items() if value is not None}

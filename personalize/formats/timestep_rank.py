@@ -144,11 +144,14 @@ def rule_of(info: Mapping[str, Any], source: object = "the adapter") -> AnyTimes
     return read_rule(summed or (info.get("header") or {}).get(HEADER_KEY), source)
 
 
-def header_text(info: Mapping[str, Any]) -> str | None:
-    """The rule in `info` as text for a file's header; None without one.  UserError for a sum's, which no file holds."""
-    if isinstance(rule := info.get(KEY), SummedTimestepRank):
+def rule_header(info: Mapping[str, Any]) -> dict[str, str]:
+    """The rule of an adapter by its `info` as strings for a file's header; UserError for a sum's, which no file holds.
+
+    Every file has it, so that one that is copied out of its folder still says it.
+    """
+    if isinstance(rule := rule_of(info), SummedTimestepRank):
         raise UserError(f"no file holds {rule}: write each adapter with `personalize export lora`, then merge these")
-    return None if rule is None else json.dumps(rule)
+    return {} if rule is None else {HEADER_KEY: json.dumps(rule.values())}
 
 
 def with_rule(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:

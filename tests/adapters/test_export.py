@@ -13,9 +13,10 @@ from personalize.adapters.adapter import Adapter
 from personalize.adapters.export import LAYOUTS, baked, export_lora, with_lower_rank
 from personalize.adapters.forgetting import parse_rule
 from personalize.adapters.merging import merged
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.formats import lora_files
 from personalize.formats.lora_files import factor_pairs
+from personalize.formats.timestep_rank import TimestepRank
 from personalize.io.atomic import write_file
 from personalize.io.tensor_files import read_tensors, tensor_bytes
 from tests.support.lora_predictions import difference, through_loader
@@ -178,6 +179,16 @@ def test_merging_adds_up_and_says_of_what(tmp_path):
             merged(wrong, [1.0] * len(wrong), ["one", "two"][: len(wrong)])
 
 
+def test_a_sum_of_adapters_that_predict_different_things_is_said(tmp_path):
+    """Both act in a base that predicts one of the two."""
+    ours = make(tiny("sd1"), KEYS, False)
+    header = {"ss_base_model_version": "sd_v1_v"}
+    data = lora_files.kohya_file(ours.lora, 8.0, family="sd1", metadata=header)
+    theirs = Adapter.load(write_file(tmp_path / "theirs.safetensors", data), family="sd1")
+    with pytest.warns(Notice, match="ours with epsilon, theirs with v_prediction: a base has one"):
+        assert merged([ours, theirs], [1.0, 1.0], ["ours", "theirs"]).base["prediction_type"] == "epsilon"
+
+
 def negative(adapter):
     return replace(adapter, lora={key: -tensor if "lora_B" in key else tensor for key, tensor in adapter.lora.items()})
 
@@ -237,3 +248,19 @@ def test_mistakes(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             attempt()
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
+def test_timestep_rank_stays_with_files_that_leave_their_folder(tmp_path, layout):
+    """diffusers' file did not say the rule, so that a copy or a link of it acted at full rank at all timesteps."""
+    rule = TimestepRank(4, 1)
+    made = make(tiny("sd1"), ATTENTION, False)
+    adapter = replace(made, info={**made.info, "timestep_rank": rule.values()})
+    folder = adapter.save(tmp_path / "mine")
+    for name in ("mine.safetensors", "pytorch_lora_weights.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+        assert Adapter.load(tmp_path / name).timestep_rank == rule
+    written = export_lora(adapter, tmp_path / layout, layout)
+    assert Adapter.load(written).timestep_rank == rule
+    again = Adapter.load(tmp_path / "mine.safetensors").save(tmp_path / "again")  # which has the rule in its header
+    assert Adapter.load(again / "pytorch_lora_weights.safetensors").timestep_rank == rule

@@ -143,6 +143,8 @@ def test_an_adapter_folder_is_read(tmp_path):
                for side, part in zip("AB", pair, strict=True)) and len(read.lora) == len(lora) // 2  # fmt: skip
     assert read.source.nearest("")[0]["embeds"].shape == (1, 77, 32)
     assert all(torch.equal(read.tokens[token]["text_encoder"], rows[token]["text_encoder"]) for token in rows)
+    Adapter.load(tmp_path / "cat" / "cat_lora.safetensors").save(tmp_path / "again")  # with the rule in its header
+    assert node_file("adapter_folder").read_adapter(tmp_path / "again").timestep_rank == rule
     with pytest.raises(ValueError, match="no adapter folder"):
         node_file("adapter_folder").read_adapter(tmp_path)
 

@@ -79,6 +79,16 @@ def test_a_base_that_predicts_v_stays_one(tmp_path):
     assert "768-v" in found["modelspec.architecture"] and "ss_num_train_images" not in found
 
 
+@pytest.mark.parametrize("about", [{}, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}])
+def test_what_a_file_does_not_say_of_the_prediction_is_not_made_up(tmp_path, about):
+    """A file that states ModelSpec's architecture alone, as SimpleTuner's, was said to predict both v and ε."""
+    state = small_state("sd2", want=lambda path: path.startswith("mid_block.") and ".attn" in path)
+    file = save(tmp_path / "in.safetensors", kohya(state, "sd2", 4.0), about)
+    found = read_tensors(convert(file, "kohya", tmp_path / "out.safetensors")).metadata
+    expected = ("v", "sd_v2_v") if about else (None, "sd_v2")
+    assert (found.get("modelspec.prediction_type"), found["ss_base_model_version"]) == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_alpha_is_never_rounded(tmp_path, state, dtype):
     """bfloat16 has 8 bits for a number's digits: 289 would become 288."""
