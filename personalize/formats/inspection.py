@@ -24,7 +24,7 @@ from personalize.formats.inspection_report import Inspection, counts, size_of
 from personalize.formats.layer_kinds import fitting_families, known_paths
 from personalize.formats.layouts import FileContents
 from personalize.formats.manifest import is_part_of_adapter
-from personalize.formats.textual_inversion_files import BUNDLE, bundled_token
+from personalize.formats.textual_inversion_files import BUNDLE, bundled_token, unread_rows
 from personalize.formats.timestep_rank import HEADER_KEY, read_rule, warning, with_rule
 from personalize.formats.trainers import written_by
 from personalize.formats.training_notes import training_notes
@@ -49,6 +49,7 @@ def inspect_file(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
     findings = compatibility.findings(contents, content.metadata, family)
     problems = [finding.text for finding in findings] + problems + _matrix_problems(contents)
     problems += _modules_not_in_model(contents, family) + _timestep_rank(path, content.metadata)
+    problems += [unread] if (unread := unread_rows(content)) else []
     unknown = modules_elsewhere(contents, family)
     readers = compatibility.readers(contents, findings, unknown) | {"personalize": _own_verdict(path, content, unknown)}
     if is_pickle(path):

@@ -15,6 +15,7 @@ Reference: Gal et al., "An Image is Worth One Word", arXiv 2208.01618.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
 from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
 from personalize.models.config import TEXT_ENCODERS
 
@@ -31,6 +32,7 @@ KNOWN_KEYS = {  # keys of every layout except diffusers': the graphical programs
     "emb_params": "text_encoder", "emp_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
     "text_encoders_0": "text_encoder", "text_encoders_1": "text_encoder_2",
 }  # fmt: skip
+OUTPUT_KEYS = {f"{key}_out" for key in KNOWN_KEYS}  # OneTrainer's rows for the output of a text encoder
 ENCODER_METADATA_KEY = "personalize.text_encoder"  # since diffusers' layout does not say which encoder the rows are for
 BUNDLE = "bundle_emb."  # the start of the keys of embeddings inside a LoRA file: bundle_emb.<token>.<key>
 BUNDLED_KEY = re.compile(rf"(.+)\.((?:{'|'.join(KNOWN_KEYS)})(?:_out)?|string_to_(?:param|token)\..+)")
@@ -84,15 +86,17 @@ def family_of(rows: Rows) -> str | None:
     return {768: "sd1", 1024: "sd2"}.get(rows["text_encoder"].shape[-1])
 
 
-def ui_file(learned: LearnedToken, *, family: str | None = None, dtype: torch.dtype = torch.float32) -> bytes:
-    """The bytes of a token's file for graphical programs, which take the file's name without ending as the trigger.
+def ui_file(
+    learned: LearnedToken, *, family: str | None = None, dtype: torch.dtype = torch.float32, trigger: str | None = None
+) -> bytes:
+    """The bytes of a token's file for graphical programs, which take the file's name without ending as the `trigger`.
 
     Raises:
         UserError: rows that are no token's (see `checked_rows`), too large for `dtype`, or for a text encoder that
             `family` does not have.
     """
     rows, family = _cast(learned, dtype), family or family_of(learned.rows)
-    trigger = token_file_stem(learned.token)
+    trigger = token_file_stem(learned.token) if trigger is None else trigger
     metadata = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": trigger}
     metadata["modelspec.trigger_phrase"] = trigger
     if family is not None:
@@ -201,7 +205,7 @@ def read_concept(path: str | Path, token: str | None = None, content: TensorFile
     """
     content = read_tensors(path) if content is None else content
     if len(content.tensors) > 1 and not any(
-        key in KNOWN_KEYS or key.startswith("string_to_") for key in content.tensors
+        key in KNOWN_KEYS or key in OUTPUT_KEYS or key.startswith("string_to_") for key in content.tensors
     ):
         raise UserError(
             f"{path} holds {len(content.tensors)} tensors, e.g. {min(content.tensors)[:80]!r}: is it a LoRA?"
@@ -216,10 +220,11 @@ def read_concepts(path: str | Path, content: TensorFile, token: str | None = Non
     """The learned tokens of a file of any program, and the rows of each for every text encoder.
 
     A token is called `token` if there is only one and that is given, else by the word that the file has for it (spaces
-    become "_"), else by the file's name without ending.
+    become "_"), else by the file's name without ending.  A Notice says which rows are not read (see `unread_rows`).
 
     Raises:
-        UserError: the file is no textual inversion and no LoRA with one, or rows that cannot be a token's.
+        UserError: the file is no textual inversion and no LoRA with one, rows that cannot be a token's, or two tokens
+            of one name.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in content.tensors.items():
@@ -229,12 +234,31 @@ def read_concepts(path: str | Path, content: TensorFile, token: str | None = Non
         if encoder in found.setdefault(name, {}):
             raise UserError(f"{path} holds {sorted(content.tensors)[:4]}, which are rows of one text encoder twice")
         found[name][encoder] = tensor
+    unread = unread_rows(content)
     if not found:
-        raise UserError(f"{path} is empty: a file with learned token rows was expected")
+        raise UserError(
+            f"{path} {'holds nothing else: ' + unread if unread else 'is empty'}: learned rows were expected"
+        )
+    if unread:
+        warnings.warn(f"{path}: {unread}", Notice, stacklevel=2)
     if token is not None and len(found) > 1:
         raise UserError(f"{path} holds {len(found)} tokens, {', '.join(found)[:120]}: --token renames a single one")
     named = {token or word_of(name): rows for name, rows in found.items()}
+    if len(named) < len(found):
+        raise UserError(
+            f"{path} holds tokens that differ in spaces alone, {', '.join(sorted(found))[:120]}: rename one"
+        )
     return {name: checked_rows(name, rows) for name, rows in named.items()}
+
+
+def unread_rows(content: TensorFile) -> str:
+    """A sentence on OneTrainer's rows for the output of a text encoder, unless there are none or they are zero."""
+    keys = sorted(key for key, tensor in content.tensors.items() if _is_output(key) and bool(tensor.float().any()))
+    return f"{', '.join(keys)[:120]} (rows for a text encoder's output, OneTrainer's alone) is not read" if keys else ""
+
+
+def _is_output(key: str) -> bool:
+    return (bundled_token(key)[1] if key.startswith(BUNDLE) else key) in OUTPUT_KEYS
 
 
 def word_of(name: str) -> str:
@@ -252,7 +276,7 @@ def bundled_token(key: str) -> tuple[str, str]:
 def _place(key: str, tensor: Tensor, stem: str, content: TensorFile) -> tuple[str, str] | None:
     """The token and the text encoder of one tensor; None if it holds no rows of the encoders' input table."""
     bundled = any(name.startswith(BUNDLE) for name in content.tensors)
-    if key.endswith("_out") or key.startswith("string_to_token.") or (bundled and not key.startswith(BUNDLE)):
+    if _is_output(key) or key.startswith("string_to_token.") or (bundled and not key.startswith(BUNDLE)):
         return None
     name = content.metadata.get("name") or stem
     if bundled:

@@ -1,16 +1,19 @@
 """Files of learned tokens: stock diffusers and the graphical programs read them, and invalid ones are refused."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from personalize.adapters.adapter import Adapter
-from personalize.errors import UserError
+from personalize.errors import Notice, UserError
+from personalize.formats.inspection import inspect_file
 from personalize.formats.textual_inversion_files import (
     LearnedToken,
     checked_rows,
     read_concept,
+    read_concepts,
     require_token_files,
     token_file_contents,
     token_file_names,
@@ -19,7 +22,7 @@ from personalize.formats.textual_inversion_files import (
 )
 from personalize.formats.verification import verify_folder
 from personalize.io.atomic import write_file, write_folder
-from personalize.io.tensor_files import read_tensors, tensor_bytes
+from personalize.io.tensor_files import TensorFile, read_tensors, tensor_bytes
 from tests.support.lora_states import ATTENTION, paths, random_lora
 from tests.support.tiny import tiny
 
@@ -157,6 +160,39 @@ def test_invalid_files_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             attempt()
+
+
+def test_a_word_that_ends_in_out_is_a_token_as_any_other(tmp_path):
+    """It was taken for one of OneTrainer's `emp_params_out`, and the file was said to be empty."""
+    data = tensor_bytes({"night_out": torch.ones(2, 768)})
+    found = read_concept(write_file(tmp_path / "learned_embeds.safetensors", data))
+    assert found.token == "night_out" and torch.equal(found.rows["text_encoder"], torch.ones(2, 768))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_rows_for_the_output_of_an_encoder_are_not_passed_over_in_silence(tmp_path, family):
+    """OneTrainer's "output embeddings", which no other program applies."""
+    keys = {"emp_params": 768} if family == "sd1" else {"clip_l": 768, "clip_g": 1280}
+    both = {key: torch.ones(1, width) for key, width in keys.items()}
+    both |= {f"{key}_out": torch.ones(1, width) for key, width in keys.items()}
+    said = " ".join(rf"{key}_out,?" for key in sorted(keys)) + r" \(rows for a text encoder's output"
+    whole = write_file(tmp_path / "cat.safetensors", tensor_bytes(both))
+    with pytest.warns(Notice, match=said):
+        assert len(read_concept(whole).rows) == len(keys)
+    assert any("rows for a text encoder's output" in problem for problem in inspect_file(whole).problems)
+    alone = {key: rows for key, rows in both.items() if key.endswith("_out")}
+    with pytest.raises(UserError, match=f"holds nothing else: {said}"):
+        read_concept(write_file(tmp_path / "dog.safetensors", tensor_bytes(alone)))
+    unused = {key: rows * (not key.endswith("_out")) for key, rows in both.items()}
+    with warnings.catch_warnings(action="error", category=Notice):
+        read_concept(write_file(tmp_path / "fox.safetensors", tensor_bytes(unused)))
+
+
+def test_tokens_that_would_have_one_word_are_refused(tmp_path):
+    """The second took the place of the first."""
+    bundled = {f"bundle_emb.{name}.emb_params": torch.ones(1, 768) for name in ("my cat", "my_cat")}
+    with pytest.raises(UserError, match="differ in spaces alone, my cat, my_cat"):
+        read_concepts(tmp_path / "x.safetensors", TensorFile(bundled, {}))
 
 
 def test_an_adapter_saves_and_loads_learned_tokens(tmp_path):

@@ -51,3 +51,18 @@ def test_names_of_tokens_may_have_dots(tmp_path):
 def test_a_file_whose_name_has_spaces_gives_a_token_in_brackets_as_any_other(tmp_path, name, token):
     file = save(tmp_path / f"{name}.safetensors", {"emb_params": torch.ones(2, 768)})
     assert list(Adapter.load(file).concepts) == [token]
+
+
+def test_a_token_of_sdxls_first_encoder_alone_stays_one(tmp_path):
+    """It was written as a token of SD 1.x, in a file of its own and beside its LoRA; the trigger is the file's name."""
+    rows, about = torch.randn(2, 768), {"modelspec.architecture": "stable-diffusion-xl-v1-base/textual-inversion"}
+    alone = save(tmp_path / "cat.safetensors", {"clip_l": rows}, about)
+    lora = kohya(small_state("sdxl", want=lambda path: path.startswith("mid_block.") and ".attn" in path), "sdxl", 4.0)
+    bundle = save(tmp_path / "in.safetensors", lora | {"bundle_emb.fox.clip_l": rows})
+    convert(alone, "kohya", tmp_path / "cat2.safetensors")
+    convert(bundle, "kohya", tmp_path / "out.safetensors")
+    for trigger in ("cat2", "fox"):
+        found = read_tensors(tmp_path / f"{trigger}.safetensors")
+        assert found.tensors.keys() == {"clip_l"} and torch.equal(found.tensors["clip_l"], rows)
+        assert found.metadata["modelspec.architecture"] == about["modelspec.architecture"]
+        assert found.metadata["modelspec.title"] == found.metadata["modelspec.trigger_phrase"] == trigger

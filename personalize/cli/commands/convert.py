@@ -51,7 +51,7 @@ def run(config: ConvertConfig) -> Path:
     if config.rank is not None and not file.state and not file.others:
         raise UserError(f"{config.file} holds learned tokens alone, which have no rank: leave --rank out")
     if not file.state and not file.others:
-        return _convert_tokens(config, config.output, file.concepts)
+        return _convert_tokens(config, config.output, file)
     file, left = as_lora(file)
     state = _selected(config, file.state)
     lora, family = replace(file, state=state), file.family
@@ -61,7 +61,7 @@ def run(config: ConvertConfig) -> Path:
     if config.rank is not None:
         require_whole_rank(rule)
         lora, expected = _with_lower_rank(config.rank, lora)
-    beside = _files_beside(config, file.concepts)
+    beside = _files_beside(config, file)
     written = _write(config, lora, expected, family)
     print(f"{written}: {len(expected)} modules, rank {lora.rank}, verified")
     for path, data in beside.items():
@@ -123,8 +123,9 @@ def _require_free(path: Path, config: ConvertConfig) -> None:
         raise UserError(f"{path} exists already: name another --output, or add --overwrite")
 
 
-def _convert_tokens(config: ConvertConfig, output: Path, concepts: Concepts) -> Path:
+def _convert_tokens(config: ConvertConfig, output: Path, file: AdapterFile) -> Path:
     """Convert a file of learned tokens; for diffusers, rows for two text encoders become two files in a folder."""
+    concepts = file.concepts
     if config.to == "peft":
         raise UserError(f"{config.file} is a learned token, which PEFT has no format for: use --to diffusers or kohya")
     if config.to == "kohya" and len(concepts) > 1:
@@ -135,7 +136,7 @@ def _convert_tokens(config: ConvertConfig, output: Path, concepts: Concepts) -> 
     output, dtype = require_tensor_name(output), DTYPES[config.dtype]
     if config.to == "kohya":
         learned = textual_inversion_files.LearnedToken(*next(iter(concepts.items())))
-        data = textual_inversion_files.ui_file(learned, family=config.family, dtype=dtype)
+        data = textual_inversion_files.ui_file(learned, family=file.family, dtype=dtype, trigger=output.stem)
     else:
         data = textual_inversion_files.diffusers_tokens(concepts, dtype=dtype)
     named = None if config.to == "diffusers" else next(iter(concepts))
@@ -148,11 +149,11 @@ def _convert_tokens(config: ConvertConfig, output: Path, concepts: Concepts) -> 
     return written
 
 
-def _files_beside(config: ConvertConfig, concepts: Concepts) -> dict[Path, bytes]:
+def _files_beside(config: ConvertConfig, file: AdapterFile) -> dict[Path, bytes]:
     """The files beside the result for the learned tokens of a LoRA file, in the layout of the same programs."""
     layout = "ui" if config.to == "kohya" else "diffusers"
     files = textual_inversion_files.token_file_contents(
-        concepts, layout=layout, family=config.family, dtype=DTYPES[config.dtype]
+        file.concepts, layout=layout, family=file.family, dtype=DTYPES[config.dtype]
     )
     found = {config.output.parent / name: data for name, data in files.items()}
     for path in found:
