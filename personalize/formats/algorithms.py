@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from personalize.errors import UserError
+
 
 def algorithm_of(parts: Mapping[str, Tensor]) -> str:
     """The algorithm of a module that is no plain LoRA, by its tensors' roles."""
@@ -29,6 +31,13 @@ def missing_factors(parts: Mapping[str, Tensor]) -> list[str]:
     return sorted(next(choices, [set[str]()])[0])
 
 
+def require_no_new_weight(name: str, parts: Mapping[str, Tensor]) -> None:
+    """UserError, naming the module, if its tensors give the layer another weight or shape, which no LoRA can."""
+    if odd := sorted(NEW_WEIGHT & set(parts)):
+        raise UserError(f"{name} has ComfyUI's {odd[0]}, which gives its layer another weight or shape: no LoRA can")
+
+
+NEW_WEIGHT = {"set_weight", "reshape_weight"}  # read by name alone
 MARKS = {
     "DoRA": {"dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"},
     "GLoRA": {"a1.weight", "a2.weight", "b1.weight", "b2.weight"},

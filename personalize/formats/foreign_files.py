@@ -19,7 +19,7 @@ from personalize.formats import layouts
 from personalize.formats import textual_inversion_files as token_files
 from personalize.formats.adapter_folders import ADAPTER_CONFIG
 from personalize.formats.adapter_source import open_adapter
-from personalize.formats.algorithms import algorithm_of, missing_factors
+from personalize.formats.algorithms import algorithm_of, missing_factors, require_no_new_weight
 from personalize.formats.diffusion_transformers.families import FAMILIES as TRANSFORMER_FAMILIES
 from personalize.formats.diffusion_transformers.reading import identify
 from personalize.formats.layer_kinds import as_layer_wants, fitting_families, kernels
@@ -66,6 +66,7 @@ class AdapterFile:
         """What the file says about its base model: `family`, `name` and `prediction_type`, as far as it says them."""
         velocity = self.header.get("ss_base_model_version", "").endswith("_v")  # sd_v2_v, and sd_v1_v of some SD 1.x
         velocity |= self.header.get("modelspec.prediction_type") == "v"
+        velocity |= self.header.get("modelspec.architecture", "").partition("/")[0].endswith("-v")  # …-v2-768-v
         base = {"family": self.family, "name": self.header.get("ss_sd_model_name")}
         base["prediction_type"] = "v_prediction" if velocity else None
         return {key: value for key, value in base.items() if value}
@@ -168,6 +169,8 @@ def as_lora(file: AdapterFile, rank: int | None = None) -> tuple[AdapterFile, li
             f"{len(needing)} module(s) of {' and '.join(names)} change the base's own weights, which no LoRA can say: "
             "merge the file into its base with `personalize export checkpoint`"
         )
+    for module, parts in file.others.items():
+        require_no_new_weight(f"module {module}", parts)
     sides, pairs, left = kernels(file.family), factor_pairs(file.state), []
     pairs = {module: (a, b * (file.alpha / file.rank)) for module, (a, b) in pairs.items()}
     for module, parts in file.others.items():

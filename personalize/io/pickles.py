@@ -63,8 +63,8 @@ def read_any(path: str | Path, *, allow_pickle: bool = False, peek: int | None =
         return read_tensors(path, peek)
     if not allow_pickle:
         raise UserError(
-            f"{path} is a pickle, which can run code when opened: get it as .safetensors, or say --allow_pickle to "
-            "read nothing but its tensors"
+            f"{path} is a pickle, which can run code when opened: get it as .safetensors, or let `personalize convert "
+            "--allow_pickle` make one of its tensors alone"
         )
     try:
         _check_unpacked_size(path)

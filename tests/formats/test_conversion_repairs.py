@@ -15,7 +15,7 @@ from personalize.formats.inspection import inspect_file
 from personalize.formats.original_checkpoint import unet_name
 from personalize.formats.timestep_rank import TimestepRank
 from tests.formats.test_conversion import assert_same, convert, deltas
-from tests.support.foreign_files import delta, kohya, kohya_stem, modules, save
+from tests.support.foreign_files import delta, kohya, kohya_stem, modules, save, small_state
 from tests.support.lora_predictions import CLOSE, difference, through_loader, with_merged
 from tests.support.lora_states import ATTENTION, SHALLOW, paths, random_adapter, random_lora
 from tests.support.tiny import tiny
@@ -141,3 +141,14 @@ def test_a_result_whose_name_no_program_would_open_is_not_written(tmp_path, name
             with pytest.raises(UserError, match=rf"{name} does not end in .safetensors"):
                 convert(file, to, tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("role", ["set_weight", "reshape_weight"])
+def test_what_gives_a_layer_another_weight_or_shape_is_no_lora(tmp_path, role):
+    """It was left out: `set_weight` as a "changed bias", `reshape_weight` without a word."""
+    tensors = kohya(small_state("sd1"), "sd1", 4.0)
+    stem = next(iter(tensors)).partition(".")[0]
+    file = save(tmp_path / "in.safetensors", tensors | {f"{stem}.{role}": torch.ones(4, 4)})
+    with pytest.raises(UserError, match=f"has ComfyUI's {role}"):
+        convert(file, "kohya", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

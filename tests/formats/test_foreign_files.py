@@ -100,3 +100,10 @@ def test_alpha_is_one_number_of_any_type_and_shape(tmp_path, kind, stored, stren
         update = found.alpha / found.rank * (b.double() @ a.double())
         right = made.updates[module] / (1 if kind != "LoHa" else 8)  # whose file says 16 of rank 2
         assert (update - right).abs().max() < EXACT * right.abs().max()
+
+
+def test_a_pickle_is_refused_with_what_to_do_wherever_it_is_named(tmp_path):
+    """`edit` and `export` advised --allow_pickle, which `inspect` and `convert` alone have."""
+    torch.save({"<cat>": torch.ones(2, 768)}, tmp_path / "learned_embeds.bin")
+    with pytest.raises(UserError, match="let `personalize convert --allow_pickle` make one of its tensors alone"):
+        Adapter.load(tmp_path / "learned_embeds.bin")

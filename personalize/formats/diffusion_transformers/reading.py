@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from personalize.errors import UserError
-from personalize.formats.algorithms import NEEDED, algorithm_of
+from personalize.formats.algorithms import NEEDED, algorithm_of, require_no_new_weight
 from personalize.formats.diffusion_transformers.factors import Pair, halves_swapped, outputs_of, split
 from personalize.formats.diffusion_transformers.families import FAMILIES
 from personalize.formats.diffusion_transformers.names import Layer, spellings, stem_of
@@ -184,6 +184,7 @@ def layer_pairs(
     Raises:
         UserError: see `read`.
     """
+    require_no_new_weight(f"layer {layer.path}", parts)
     matrices = {role: tensor for role, tensor in parts.items() if role not in BIASES}
     algorithm = algorithm_of(matrices)
     if not set(matrices) - {"alpha"} or algorithm in NOT_A_MATRIX:
