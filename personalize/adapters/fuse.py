@@ -31,6 +31,7 @@ from personalize.io.atomic import Content, write_file, write_folder
 from personalize.io.json_files import utf8
 from personalize.io.progress import ticked
 from personalize.io.tensor_files import tensor_parts
+from personalize.models.empty import CONFIGS, FOLDERS
 from personalize.models.lora_modules import is_lora_layer
 from personalize.models.ranges import check_number
 from personalize.models.stable_diffusion import StableDiffusion
@@ -122,12 +123,13 @@ def export_single_file(
     """Write `weights` of `model` as one checkpoint in the original layout, and verify it.
 
     Raises:
-        UserError: the model is an SD 1.x that predicts v, which a single file cannot say; a number does not fit
-            `dtype`; the disk is full; or the file read back is not equal.
+        UserError: the model is an SD 1.x that predicts v, or has another noise schedule than its family, which a single
+            file cannot say; a number does not fit `dtype`; the disk is full; or the file read back is not equal.
     """
     kind = (model.family, model.prediction_type)
     if kind not in ARCHITECTURES:
         raise UserError("a single file cannot say that an SD 1.x model predicts v: export a folder instead")
+    _require_usual_noise(model)
     state = original_state(weights, model.family)
     if kind == ("sdxl", "v_prediction"):
         state["v_pred"] = torch.zeros(0)
@@ -142,6 +144,24 @@ def export_single_file(
     _require_finite(weights, dtype)
     content = tensor_parts(state, header, dtype)
     return write_file(output, content, check=lambda path: _require_equal(read_single_file(path, model), weights, dtype))
+
+
+def _require_usual_noise(model: StableDiffusion) -> None:
+    """UserError unless the noise schedule is the one that single files are read with; only SDXL's can say zero SNR."""
+    from diffusers import DDIMScheduler
+
+    own: Any = model.scheduler.config
+    usual: Any = DDIMScheduler.load_config(CONFIGS / FOLDERS[model.family] / "scheduler")
+    zero_snr = bool(own.get("rescale_betas_zero_snr"))
+    found, read = (
+        DDIMScheduler.from_config(config, rescale_betas_zero_snr=rescaled).alphas_cumprod  # pyright: ignore
+        for config, rescaled in ((own, zero_snr), (usual, zero_snr and model.family == "sdxl"))
+    )
+    if found.shape != read.shape or not torch.allclose(found, read, rtol=1e-4):
+        raise UserError(
+            "a single file cannot say this base's noise schedule (its betas, or zero SNR of an SD 1.x or 2.x): export "
+            "a folder instead"
+        )
 
 
 def export_folder(

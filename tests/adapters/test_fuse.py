@@ -122,6 +122,16 @@ def test_v_prediction_is_said_where_it_can_be(tmp_path):
     assert checkpoint_kind(file) == ("sd21", {}) and not has_published_sizes(model)
 
 
+@pytest.mark.parametrize("changes", [{"rescale_betas_zero_snr": True}, {"beta_end": 0.02}, {"beta_schedule": "linear"}])
+def test_a_noise_schedule_that_a_single_file_cannot_say_is_not_lost(tmp_path, changes):
+    """The file was written, and read with the usual schedule by every program."""
+    model = tiny("sd2v")
+    model.scheduler.register_to_config(**changes)
+    with pytest.raises(UserError, match="noise schedule .* export a folder instead"):
+        export_single_file(model, fuse.component_weights(model), tmp_path / "sd2.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("writer", [export_single_file, export_folder])
 def test_what_is_not_right_never_appears(tmp_path, monkeypatch, writer):
     model = tiny("sd1")

@@ -245,6 +245,8 @@ def test_refusals_write_nothing(tmp_path):
             convert(file, to, tmp_path / output)
     with pytest.raises(UserError, match="holds no learned token that could be called <cat>: leave --token out"):
         convert(lora, "kohya", tmp_path / "out", token="<cat>")
+    with pytest.raises(UserError, match="learned tokens alone, and no UNet part: leave --unet_only out"):
+        convert(token, "kohya", tmp_path / "out.safetensors", unet_only=True)
     with pytest.raises(UserError, match="1 module.s., first .unet.down_blocks.0.x., are in no model of sd1"):
         convert(partly, "kohya", tmp_path / "out", family="sd1")
     assert {path.name for path in tmp_path.iterdir()} == before

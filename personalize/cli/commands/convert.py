@@ -48,9 +48,11 @@ def run(config: ConvertConfig) -> Path:
         raise UserError(f"{config.file} has no layer of {FAMILIES[config.family].title}: is --family right?")
     file = read_adapter_file(config.file, content, token=config.token, family=config.family)
     _require_token(config, file.concepts)
-    if config.rank is not None and not file.state and not file.others:
-        raise UserError(f"{config.file} holds learned tokens alone, which have no rank: leave --rank out")
     if not file.state and not file.others:
+        if config.rank is not None:
+            raise UserError(f"{config.file} holds learned tokens alone, which have no rank: leave --rank out")
+        if config.unet_only:
+            raise UserError(f"{config.file} holds learned tokens alone, and no UNet part: leave --unet_only out")
         return _convert_tokens(config, config.output, file)
     file, left = as_lora(file)
     state = _selected(config, file.state)
