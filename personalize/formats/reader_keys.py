@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import regex
 from torch import Tensor, nn
 
 from personalize.io.json_files import parse_json
 from personalize.io.tensor_files import TensorFile
 from personalize.models.empty import adaptable_layers, empty_unet
 
+MATCH_SECONDS = 1.0  # for one pattern of a file on one path
 TEXT_LAYERS = 32  # in the deepest text encoder of the three families
 TEXT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
@@ -64,7 +66,7 @@ class ReaderKeys:
         return factors, problems
 
     def peft(self, content: TensorFile) -> tuple[Factors, list[str]]:
-        """The LoRA as diffusers reads it, and problems: one alpha per component from the metadata, by default r."""
+        """The LoRA as diffusers reads it, and problems: alpha by PEFT's settings in the metadata, by default r."""
         grouped, problems = _by_module(
             content.tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, self.peft_modules
         )
@@ -73,16 +75,40 @@ class ReaderKeys:
             factors = {}
             for module, parts in grouped.items():
                 component, path = module.split(".", 1)
-                rank, alpha = settings[f"{component}.r"], settings[f"{component}.lora_alpha"]
-                if rank != parts["A"].shape[0]:
-                    problems.append(f"module {module} has rank {parts['A'].shape[0]}, the metadata says {rank}")
-                if not any(f".{path}".endswith(f".{name}") for name in settings[f"{component}.target_modules"]):
+                start, rows = f"{component}.", parts["A"].shape[0]
+                own = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
+                rank = _of_pattern(own.get("rank_pattern"), path, own["r"])
+                alpha = _of_pattern(own.get("alpha_pattern"), path, own["lora_alpha"])
+                if rank != rows:
+                    problems.append(f"module {module} has rank {rows}, the metadata says {rank}")
+                if not _is_target(own["target_modules"], path):
                     problems.append(f"module {module} is not among the metadata's target_modules: it is not loaded")
-                factors[module] = (parts["A"], parts["B"], alpha / rank)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+                divisor = rows**0.5 if own.get("use_rslora") is True else rank
+                factors[module] = (parts["A"], parts["B"], alpha / divisor)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, TimeoutError,
+                regex.error) as error:  # fmt: skip
             factors = {module: (parts["A"], parts["B"], 1.0) for module, parts in grouped.items()}
             problems.append(f"lora_adapter_metadata is missing or damaged ({error!r}): strength 1 is assumed")
         return factors, problems
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, path: str, otherwise: Any) -> Any:
+    """The value of the first pattern that fits the module's path in PEFT's `rank_pattern` or `alpha_pattern`."""
+    found = (value for pattern, value in (patterns or {}).items() if _fits(rf"(?:.*\.)?(?:{pattern})", path))
+    return next(found, otherwise)
+
+
+def _is_target(targets: Any, path: str) -> bool:
+    """Whether PEFT's `target_modules` name the module: one pattern for whole paths, or the ends of paths."""
+    if isinstance(targets, str):
+        return _fits(targets, path)
+    return any(f".{path}".endswith(f".{name}") for name in targets)
+
+
+def _fits(pattern: str, path: str) -> bool:
+    """Whether a pattern fits the whole path, also without the level that transformers has dropped."""
+    paths = {path, path.removeprefix("text_model.")}
+    return any(regex.fullmatch(pattern, one, timeout=MATCH_SECONDS) for one in paths)
 
 
 def _by_module(

@@ -16,7 +16,8 @@ from personalize.formats.diffusion_transformers.reading import identify, read
 from personalize.formats.foreign_files import as_lora, read_adapter_file
 from personalize.formats.inspection import inspect_file
 from personalize.formats.lora_files import factor_pairs
-from personalize.io.tensor_files import read_tensors
+from personalize.formats.verification import verify_file
+from personalize.io.tensor_files import read_tensors, tensor_bytes
 from tests.formats.test_conversion import convert, deltas
 from tests.support.foreign_files import delta
 from tests.support.tiny import tiny, tiny_pipeline
@@ -54,6 +55,27 @@ def test_a_model_saved_without_its_pipeline_has_its_own_alpha(tmp_path):
     assert_same(of_file(read_adapter_file(file)), truth)
     written = convert(file, "kohya", tmp_path / "k.safetensors", family="sd1")  # read a second time on the way
     assert_same(deltas(written, "sd1"), truth)
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_k"], r".*\.(to_q|to_k)"])
+def test_verify_takes_patterns_and_rank_stabilised_strengths_as_diffusers_does(tmp_path, targets):
+    """Files that diffusers loads as they were trained did not verify: one rank and alpha / r were taken for all."""
+    torch.manual_seed(0)
+    pipe = tiny_pipeline("sd1")
+    patterns = {"rank_pattern": {"attn2.to_k": 2}, "alpha_pattern": {r".*attn2\.to_q": 32}}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_rslora=True, init_lora_weights=False, **patterns)
+    pipe.unet.add_adapter(config)
+    pipe.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )  # fmt: skip
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    report = verify_file(file, tiny("sd1"))
+    assert report.ok and len(report.files) == 2, report
+    content = read_tensors(file)
+    changed = {**json.loads(content.metadata["lora_adapter_metadata"]), "unet.rank_pattern": {"attn2.to_k": 3}}
+    file.write_bytes(tensor_bytes(content.tensors, {"lora_adapter_metadata": json.dumps(changed)}))
+    assert "has rank 2, the metadata says 3" in str(verify_file(file, tiny("sd1")))
 
 
 def dora(folder):
