@@ -174,10 +174,10 @@ def check_new_tokens(model: StableDiffusion, tokens: Mapping[str, Rows] | Sequen
     """
     entries = [*tokens]
     if isinstance(tokens, Mapping):
-        counts = {
-            token: max(len(part) if part.ndim > 1 else 1 for part in rows.values()) for token, rows in tokens.items()
-        }
-        entries = [entry for token, count in counts.items() for entry in vocabulary_entries(token, count)]
+        sizes = {token: [len(part) for part in rows.values() if part.ndim == 2] for token, rows in tokens.items()}
+        entries = [
+            entry for token, counts in sizes.items() for entry in vocabulary_entries(token, max(counts, default=1))
+        ]
     earlier: set[str] = set()
     for token in entries:
         if token.lower() in earlier:

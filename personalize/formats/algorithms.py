@@ -32,9 +32,9 @@ def missing_factors(parts: Mapping[str, Tensor]) -> list[str]:
 
 
 def require_no_new_weight(name: str, parts: Mapping[str, Tensor]) -> None:
-    """UserError, naming the module, if its tensors give the layer another weight or shape, which no LoRA can."""
+    """UserError, naming the module, if its tensors give the layer another weight or shape, which nothing here does."""
     if odd := sorted(NEW_WEIGHT & set(parts)):
-        raise UserError(f"{name} has ComfyUI's {odd[0]}, which gives its layer another weight or shape: no LoRA can")
+        raise UserError(f"{name} has ComfyUI's {odd[0]}, which gives its layer another weight or shape and is not read")
 
 
 NEW_WEIGHT = {"set_weight", "reshape_weight"}  # read by name alone

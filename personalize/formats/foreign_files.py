@@ -169,8 +169,6 @@ def as_lora(file: AdapterFile, rank: int | None = None) -> tuple[AdapterFile, li
             f"{len(needing)} module(s) of {' and '.join(names)} change the base's own weights, which no LoRA can say: "
             "merge the file into its base with `personalize export checkpoint`"
         )
-    for module, parts in file.others.items():
-        require_no_new_weight(f"module {module}", parts)
     sides, pairs, left = kernels(file.family), factor_pairs(file.state), []
     pairs = {module: (a, b * (file.alpha / file.rank)) for module, (a, b) in pairs.items()}
     for module, parts in file.others.items():
@@ -193,7 +191,8 @@ def as_lora(file: AdapterFile, rank: int | None = None) -> tuple[AdapterFile, li
 
 
 def _require_complete(module: str, parts: Parts) -> None:
-    """UserError unless a module of another algorithm than LoRA has all its factors, of finite numbers."""
+    """UserError unless a module of another algorithm than LoRA has all its factors, of finite numbers, and no more."""
+    require_no_new_weight(f"module {module}", parts)
     if missing := missing_factors(parts):
         raise UserError(f"module {module} of {algorithm_of(parts)} lacks {' and '.join(missing)}: get the file again")
     if odd := [role for role, tensor in parts.items() if not bool(tensor.float().isfinite().all())]:

@@ -149,6 +149,7 @@ def test_what_gives_a_layer_another_weight_or_shape_is_no_lora(tmp_path, role):
     tensors = kohya(small_state("sd1"), "sd1", 4.0)
     stem = next(iter(tensors)).partition(".")[0]
     file = save(tmp_path / "in.safetensors", tensors | {f"{stem}.{role}": torch.ones(4, 4)})
+    assert inspect_file(file).readers["personalize"][0] == "no"
     with pytest.raises(UserError, match=f"has ComfyUI's {role}"):
         convert(file, "kohya", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
