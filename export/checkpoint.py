@@ -89,7 +89,7 @@ def main(config: Config) -> Path:
     lines = (note, f"{output}: {count} modules merged into {base}, {config.dtype}, verified", *missed_without(adapter))
     print(*filter(None, lines), sep="\n")
     if single and not has_published_sizes(model):
-        print("The base has sizes of its own; graphical programs can only read models of the published sizes.")
+        print("The base has sizes of its own, or layers; graphical programs can only read models as published.")
     return output
 
 

@@ -24,6 +24,7 @@ from personalize.adapters.merging import require_constant_rank
 from personalize.errors import UserError
 from personalize.formats import lora_files
 from personalize.formats.changed_layers import changed
+from personalize.formats.coverage import TEXT_LAYERS
 from personalize.formats.layer_kinds import fitted
 from personalize.formats.lora_keys import with_text_model
 from personalize.formats.original_checkpoint import TEXT_ENCODER_PREFIXES, Weights, original_state
@@ -112,9 +113,13 @@ def _weight_of(weights: Mapping[str, Weights], module: str) -> Tensor:
 
 
 def has_published_sizes(model: StableDiffusion) -> bool:
-    """True if `model` has the sizes of the published models; programs that read single files know no others."""
-    config = model.unet.config
-    return (config.block_out_channels[0], config.cross_attention_dim) == PUBLISHED_SIZES[model.family]
+    """True if `model` has the sizes of the published models; programs that read single files know no others.
+
+    Text encoders count too: one that was saved without its last layer, as for clip skip, would get a random one there.
+    """
+    config, layers = model.unet.config, tuple(encoder.config.num_hidden_layers for encoder in model.text_encoders)
+    sizes = (config.block_out_channels[0], config.cross_attention_dim)
+    return sizes == PUBLISHED_SIZES[model.family] and layers == TEXT_LAYERS[model.family]
 
 
 def export_single_file(

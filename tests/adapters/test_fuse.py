@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_v_prediction_is_said_where_it_can_be(tmp_path):
     model.prediction_type = "epsilon"
     file = export_single_file(model, fuse.component_weights(model), tmp_path / "sd2.safetensors")
     assert checkpoint_kind(file) == ("sd21", {}) and not has_published_sizes(model)
+
+
+@pytest.mark.parametrize(("layers", "published"), [(12, True), (11, False)])
+def test_a_text_encoder_without_its_last_layer_is_of_no_published_size(layers, published):
+    """Bases for clip skip have one layer less; programs would fill the twelfth of a single file at random."""
+    unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(320, 640), cross_attention_dim=768))
+    encoder = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=layers))
+    model = SimpleNamespace(family="sd1", unet=unet, text_encoders=(encoder,))
+    assert has_published_sizes(model) is published
 
 
 @pytest.mark.parametrize("changes", [{"rescale_betas_zero_snr": True}, {"beta_end": 0.02}, {"beta_schedule": "linear"}])
