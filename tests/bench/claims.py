@@ -1,44 +1,13 @@
-"""What is claimed of the methods, the benches that measure it, and what makes a claim true."""
+"""What is claimed of the methods, and the benches that measure it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from tests.bench.lookups import Lookup, above_fixed, calibration, edits, figure, on_frontier, quickstart, squares
+from tests.bench.claim import Claim
+from tests.bench.lookups import above_fixed, calibration, edits, figure, on_frontier, quickstart, squares
 from tests.bench.quickstart import EDITS_RIGHT, IDENTITY_GAIN, REPLAY_GAIN, goals_reached
 from tests.bench.single_image import AUTO, DECODER, ENCODER, NONE, paper
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim, the name of the bench that measures it, the figure in its results, and what makes it true.
-
-    goal: None for a figure that only describes.  better: on which side of the goal the figure must be.
-    by: whether the whole interval must be there, or the value.
-    """
-
-    text: str
-    bench: str
-    lookup: Lookup
-    unit: str = ""
-    goal: float | None = None
-    better: Literal["above", "below"] = "above"
-    by: Literal["interval", "value"] = "interval"
-
-    def verdict(self, value: float, low: float | None, high: float | None) -> str:
-        """Whether a figure bears the claim out: "yes", "by the value alone", "no", or "–" for one without a goal."""
-        if self.goal is None:
-            return "–"
-        sign = 1 if self.better == "above" else -1
-        worst = low if self.better == "above" else high
-        by_value = sign * (value - self.goal) >= 0 if self.by == "value" else sign * (value - self.goal) > 0
-        by_interval = worst is not None and sign * (worst - self.goal) > 0
-        if by_interval or (self.by == "value" and by_value):
-            return "yes"
-        return "by the value alone" if by_value else "no"
-
 
 _DYNAMIC_MAPS = tuple(
     claim

@@ -29,7 +29,8 @@ import tyro
 from personalize.models.stable_diffusion import EMBEDDED, StableDiffusion
 from tests.bench.benches import BENCHES, Bench
 from tests.bench.cells import read_cells
-from tests.bench.claims import CLAIMS, Claim
+from tests.bench.claim import Claim
+from tests.bench.claims import CLAIMS
 from tests.bench.leaky.train import UNET, assemble
 from tests.bench.reasons import reason
 from tests.bench.world import weights_of

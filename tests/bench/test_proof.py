@@ -15,7 +15,8 @@ import tyro
 
 from tests.bench import proof
 from tests.bench.benches import BENCHES
-from tests.bench.claims import CLAIMS, Claim
+from tests.bench.claim import Claim
+from tests.bench.claims import CLAIMS
 from tests.bench.lookups import above_fixed, calibration, edits, figure, on_frontier, quickstart, squares
 from tests.bench.reasons import REASONS
 
