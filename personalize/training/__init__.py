@@ -6,7 +6,8 @@
     averaging, best_weights       the moving average of what is trained; its best by the scores of pictures
     losses, loop                  loss terms; the loop of updates
     cuda_graph, batched_adapters  one graph per update; several adapters in one batch
-    checkpoints, memory_estimate, memory_advice, validation, trainer, distributed
+    checkpoints, optimizer_state  updates to go on from
+    memory_estimate, memory_advice, validation, trainer, distributed
     catalogue, catalogue_table, catalogue_rows, catalogue_results   one adapter for each row of a table
     data/                         pictures, captions and masks as samples
     pretraining/                  how the embedded model was made; no product code imports it
