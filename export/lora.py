@@ -40,10 +40,11 @@ class Config:
         from personalize.adapters.forgetting import parse_rules
         from personalize.cli.checks import check_adapters
         from personalize.io.output_folder import require_absent
+        from personalize.io.plain_files import is_tensor_name
 
         check_adapters([self.adapter])
         parse_rules(self.forget)
-        if self.output.suffix == ".safetensors":  # into a folder that exists goes a file
+        if is_tensor_name(self.output):  # into a folder that exists goes a file
             require_absent(self.output)
 
 

@@ -34,6 +34,7 @@ from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import write_file, write_folder
 from personalize.io.output_folder import require_absent
+from personalize.io.plain_files import is_tensor_name
 from personalize.io.tensor_files import read_tensors
 from personalize.models.empty import empty_unet
 from personalize.models.ranges import check_number
@@ -163,7 +164,7 @@ def export_lora(
         files = peft_files(adapter.lora, adapter.alpha, dtype, adapter.base.get("name"), rule)
         return write_folder(folder, files, check=lambda written: require_peft_files(written, live, family))
     standard = verification.DIFFUSERS_FILE if layout == "diffusers" else kohya_file_name(output.resolve().name)
-    file = require_absent(output if output.suffix == ".safetensors" else output / standard)
+    file = require_absent(output if is_tensor_name(output) else output / standard)
     content = _content(adapter, file.stem, layout, dtype)
     return write_file(file, content, check=lambda written: _require(written, file.name, live, adapter.family, layout))
 

@@ -30,6 +30,7 @@ from personalize.formats.trainers import written_by
 from personalize.formats.training_notes import training_notes
 from personalize.io.json_files import read_json
 from personalize.io.pickles import is_pickle
+from personalize.io.plain_files import is_tensor_name
 from personalize.io.tensor_files import TensorFile
 
 
@@ -171,7 +172,7 @@ def _timestep_rank(path: Path, metadata: Mapping[str, str]) -> list[str]:
 
 def _manifest(path: Path) -> dict[str, Any]:
     """The manifest of the adapter folder that the file at `path` is part of; empty if it is of none."""
-    part = path.suffix == ".safetensors" and is_part_of_adapter(path)
+    part = is_tensor_name(path) and is_part_of_adapter(path)
     return read_json(path.parent / MANIFEST) if part else {}
 
 

@@ -24,6 +24,7 @@ from personalize.errors import UserError
 from personalize.formats.adapter_folders import MANIFEST
 from personalize.formats.manifest import is_part_of_adapter
 from personalize.io.json_files import parse_json, read_json
+from personalize.io.plain_files import is_tensor_name
 
 KEY = "timestep_rank"  # in adapter.json
 HEADER_KEY = "ss_timestep_rank"  # in the header of a file in kohya's names
@@ -161,7 +162,7 @@ def with_rule(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
         UserError: a damaged `adapter.json`.
     """
     path = Path(path)
-    ours = (path / MANIFEST).is_file() if path.is_dir() else path.suffix == ".safetensors" and is_part_of_adapter(path)
+    ours = (path / MANIFEST).is_file() if path.is_dir() else is_tensor_name(path) and is_part_of_adapter(path)
     if HEADER_KEY in metadata or not ours:
         return dict(metadata)
     manifest = (path if path.is_dir() else path.parent) / MANIFEST

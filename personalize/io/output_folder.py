@@ -10,6 +10,7 @@ from pathlib import Path
 
 from personalize.errors import UserError
 from personalize.io.atomic import JOURNAL, as_user_error, folder_path, hidden_name, write_synced
+from personalize.io.plain_files import is_tensor_name
 
 MEGABYTE = 10**6
 
@@ -71,7 +72,7 @@ def _made(path: Path) -> Iterator[None]:
 
 def require_tensor_name(path: Path) -> Path:
     """`path`, if its name ends in .safetensors: under any other, programs take the file for a pickle or for none."""
-    if path.suffix.lower() != ".safetensors":
+    if not is_tensor_name(path):
         raise UserError(f"{path} does not end in .safetensors, by which programs know such a file: name another output")
     return path
 

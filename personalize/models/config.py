@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from personalize.errors import Notice, UserError
 from personalize.io.content_credentials import check_signing
 from personalize.io.json_files import read_json
+from personalize.io.plain_files import is_tensor_name
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # as diffusers' pipelines name them; SD 1 and 2 have the first alone
@@ -39,6 +40,8 @@ def check_base_name(source: str | Path) -> None:
         raise UserError(f"{path} is no base model: it has no model_index.json; give a folder saved by diffusers")
     if path.exists() and not path.is_dir() and not path.is_file():
         raise UserError(f"{path} is a pipe or a device, no base model: give a diffusers folder or a .safetensors file")
+    if path.is_file() and path.suffix != ".safetensors" and is_tensor_name(path):
+        raise UserError(f"{path.name}: rename it to {path.stem}.safetensors, or diffusers takes it for a pickle")
     if path.is_file() and path.suffix != ".safetensors":
         raise UserError(
             f"{path.name} is no .safetensors file: convert the checkpoint to .safetensors (pickles can run code)"

@@ -139,7 +139,8 @@ class Folder:
     def adapter_files(self) -> list[str]:
         """Adapter folders, and files that may hold an adapter."""
         folders = self.adapters()
-        found = [path for path in self._files() if path.suffix in ADAPTER_SUFFIXES and str(path.parent) not in folders]
+        files = (path for path in self._files() if path.suffix.lower() in ADAPTER_SUFFIXES)
+        found = [path for path in files if str(path.parent) not in folders]
         return folders + [str(path) for path in sorted(found, key=lambda path: -self._changed(path))]
 
     def bases(self) -> list[str]:

@@ -210,6 +210,7 @@ def test_names_and_places(tmp_path):
     adapter = make(tiny("sd1"), ATTENTION, False)
     assert export_lora(adapter, tmp_path / "cat").name == "cat.safetensors"
     assert export_lora(adapter, tmp_path / "cat", "diffusers").name == "pytorch_lora_weights.safetensors"
+    assert export_lora(adapter, tmp_path / "DOG.SAFETENSORS").is_file(), "an ending in capitals was made a folder"
     folder = export_lora(adapter, tmp_path / "peft", "peft")
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["r"] == 4 and settings["lora_alpha"] == 10.0

@@ -121,6 +121,12 @@ def test_names_that_are_no_utf_8_are_left_out(folder):
     assert folder.adapter_files() == folder.bases() == []
 
 
+def test_an_adapter_file_is_listed_whatever_the_case_of_its_ending(folder):
+    for name in ("CAT.SAFETENSORS", "dog.safetensors"):
+        (folder.root / name).write_bytes(b"")
+    assert set(folder.adapter_files()) == {"CAT.SAFETENSORS", "dog.safetensors"}
+
+
 def test_new_folders_are_numbered_on_and_none_is_given_twice(folder):
     assert str(folder.new_folder("drag")) == "studio/drag-001"
     assert str(folder.new_folder("drag")) == "studio/drag-002", "the first is taken though nothing is in it yet"

@@ -25,6 +25,7 @@ def make_place(folder: Path) -> None:
     Image.new("L", (48, 48), 255).save(folder / "square.png")
     (folder / "text.png").write_text("hello")
     (folder / "notes.txt").write_text("hello")
+    (folder / "SD.SAFETENSORS").write_text("hello")
     for name, concepts in (("plain", {}), ("pets", {"<cat1>": {}, "<dog1>": {}})):
         (folder / name).mkdir()
         (folder / name / "adapter.json").write_text(json.dumps({"concepts": concepts}))
@@ -79,6 +80,7 @@ MISTAKES = (
     Mistake(f"{TRAIN} --pretrained_model_name_or_path nowhere", "no base model at nowhere"),
     Mistake(f"{TRAIN} --pretrained_model_name_or_path empty", "it has no model_index.json"),
     Mistake(f"{TRAIN} --pretrained_model_name_or_path notes.txt", "notes.txt is no .safetensors file"),
+    Mistake(f"{TRAIN} --pretrained_model_name_or_path SD.SAFETENSORS", "SD.SAFETENSORS: rename it to SD.safetensors"),
     Mistake(f"{TRAIN} --with_prior_preservation", "--with_prior_preservation needs --class_prompt"),
     Mistake(
         f"{TRAIN} --with_prior_preservation --class_prompt cat --class_data_dir nowhere", "nowhere: no such folder"

@@ -16,6 +16,7 @@ from personalize.formats.adapter_source import fetched
 from personalize.formats.integrity import data_hash
 from personalize.io.content_credentials import signed
 from personalize.io.json_files import read_json
+from personalize.io.plain_files import is_tensor_name
 from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _adapter(path: Path) -> dict[str, str]:
     if path.is_dir():
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
         file = path / str(manifest.get("twin") or DIFFUSERS_FILE)
-    if file.suffix != ".safetensors" or not file.is_file():
+    if not is_tensor_name(file) or not file.is_file():
         return about
     return {**about, "lora_hash": data_hash(file)}
 
