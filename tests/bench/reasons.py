@@ -31,6 +31,7 @@ REASONS = {
     "Photos cut out anywhere that are not square, only where the noun attends: success": "23 of 36 against 8 of 12",
     "Uniform maps (embedded model): replay nearer": _MISSING_CAPTION,
     "Uniform maps (leaky twin): replay nearer": _MISSING_CAPTION,
+    "Drags on textures: recall": "one sunflower's leaves stay behind (0.74); of all others 0.87 or more is found",
     "Dynamic prompts (published weights, null-text)": "two edits of 24 tell no sign, and 0.2 dB hardly one",
     "Dynamic prompts (published weights, direct inversion): an edit": (
         "the published weights move a noun's embedding by 1.3 of its length; guidance carries that into the target's "

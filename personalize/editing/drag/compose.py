@@ -29,7 +29,7 @@ from personalize.editing.drag.pixels import (
 )
 from personalize.editing.drag.points import Point, Shape, middle
 from personalize.editing.drag.reading import DragSource
-from personalize.editing.drag.segment import ObjectMask
+from personalize.editing.drag.segment import ObjectMask, objects_beside
 from personalize.editing.drag.selection import (
     UNCHANGED,
     MaskEdits,
@@ -52,7 +52,8 @@ class WarpedPicture:
 
     pixels: (3, H, W), with something smooth in the void.  mask: what moves.  covered: where it arrives.  void: what is
     to be filled; all masks are (H, W).  arrived: where the warp takes each handle.  objects: the automatic masks.
-    layers: what was moved and how much of it is seen; empty if nothing has moved.
+    layers: what was moved and how much of it is seen; empty if nothing has moved.  others: other objects (H, W), which
+    are no background to fill the void with.
     """
 
     pixels: Tensor
@@ -61,7 +62,8 @@ class WarpedPicture:
     void: Tensor
     arrived: tuple[Point, ...]
     objects: tuple[ObjectMask, ...]
-    layers: tuple[MovedLayer, ...] = ()
+    layers: tuple[MovedLayer, ...]
+    others: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,15 @@ def warp_picture(
     pixels, visible = source.frame.pixels[0], visible_pixels(source)
     if all(_stays(layer.sources) for layer in layers):
         nothing = torch.zeros_like(mask)
-        return WarpedPicture(pixels, mask, mask, nothing, tuple(arrived), tuple(objects))
+        return WarpedPicture(pixels, mask, mask, nothing, tuple(arrived), tuple(objects), (), nothing)
     moved = [warped_layer(pixels, layer.mask, layer.sources, layer.scale) for layer in layers]
     opacity = torch.stack([one for _, one in moved]).amax(0)
     reach = round(settings.clearance * source.frame.factor)
     left = mask & (opacity < 0.5) if settings.mode == "deform" else mask
     old = grown(left, reach) & visible
+    others = torch.stack([objects_beside(source.attention, layer.mask) for layer in layers]).any(0) & ~old
     known = ~grown(mask, reach) & (opacity <= 0) & visible
+    known = known & ~others if bool((known & ~others).any()) else known
     bare = old & (opacity < 1)  # what shows, in whole or in part, through the objects at their new places
     fill = cloned(pixels, bare, known) if settings.first_fill == "clone" else smoothly_filled(pixels, known)
     composed = torch.where(bare, fill, pixels)
@@ -107,7 +111,7 @@ def warp_picture(
     for above in range(1, len(seen)):
         seen[:above] = [alpha * (1 - moved[above][1]) for alpha in seen[:above]]
     moved_layers = tuple(MovedLayer(one.sources, alpha, one.scale) for one, alpha in zip(layers, seen, strict=True))
-    return WarpedPicture(composed, mask, covered, old & ~covered, tuple(arrived), tuple(objects), moved_layers)
+    return WarpedPicture(composed, mask, covered, old & ~covered, tuple(arrived), tuple(objects), moved_layers, others)
 
 
 def _point_layers(

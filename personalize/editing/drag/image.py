@@ -142,7 +142,7 @@ def _filled(model: StableDiffusion, source: DragSource, preview: DragPreview, se
     """The previewed picture with its void filled by sampling; the border of the void is blended over a few pixels."""
     drag = preview.drag
     reach = round(settings.clearance * source.frame.factor)
-    objects = dilated(drag.mask, reach) | drag.covered
+    objects = dilated(drag.mask, reach) | drag.covered | drag.others
     filled = fill_void(model, drag.pixels, drag.void, objects, source.attention, settings)
     weight = soft_mask(drag.void, drag.covered, max(1, reach // 2))
     return composed(source.frame, drag.pixels * (1 - weight) + filled * weight, drag)

@@ -2,8 +2,9 @@
 
     z_t[p] = √ᾱ_t z_0[p] + √(1−ᾱ_t) ε[p]        for each cell p outside U, with the same noise ε at every step
 
-Self-attention may look only at cells outside the object's old and new place: cells that attend to an object are drawn
-like it, and a second object would grow where the first one was.  For the same reason nothing is asked for by a prompt.
+Self-attention may look only at cells outside the object's old and new place and of other objects: cells that attend to
+an object are drawn like it, and a second object would grow where the first one was.  For the same reason nothing is
+asked for by a prompt.
 
 References: Lugmayr et al., "RePaint", arXiv 2201.09865; Avrahami et al., "Blended Latent Diffusion", arXiv 2206.02779;
 Rombach et al., arXiv 2112.10752, for UNets with nine input channels: z_t, the mask of U, and z_0 outside U.
@@ -70,7 +71,7 @@ def fill_void(
     Args:
         pixels: the warped picture, in which the void already shows something smooth, so that what the encoder sees
             beside the void does not suffer from what was there.
-        objects: mask (H, W) of the objects' old and new places.
+        objects: mask (H, W) of the objects' old and new places, and of other objects.
         attention: of the source picture, for the fill `attention`.
     """
     clean = model.encode(pixels[None])

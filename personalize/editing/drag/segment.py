@@ -139,6 +139,22 @@ def other_things(ratio: Tensor, core: Tensor, cells: Tensor, threshold: float) -
     return other
 
 
+def objects_beside(attention: AttentionRows, mask: Tensor) -> Tensor:
+    """The pixels (H, W) of other objects than that of the pixels `mask`, alike or not, with a cell around each.
+
+    An object's cells attend to every object more than to background: cells whose attention from the cells of `mask`
+    exceeds the median over the picture so many times (`NOTICED`) are taken for one.
+    """
+    cells = interpolate(mask[None, None].float(), attention.size, mode="area")[0, 0]
+    inside, beyond = cells > 0.5, ~dilated(cells > 0, REACH)
+    if not bool(inside.any()) or not bool(beyond.any()):
+        return torch.zeros_like(mask)
+    places = inside.nonzero()
+    row = attention.mean_row(places[:: max(1, len(places) // ASKED)])
+    found = closed(row > NOTICED * row[beyond].median()) & beyond
+    return _enlarged(dilated(found), mask)
+
+
 def with_residue(attention: AttentionRows, ratio: Tensor, core: Tensor, cells: Tensor) -> Tensor:
     """`ratio` (h, w), raised to b at the cells beside the mask `cells` that attend to it themselves."""
     near = dilated(cells, BESIDE)

@@ -46,7 +46,8 @@ def figures(rows: Sequence[dict[str, Any]], cell: int) -> dict[str, Any]:
     for name, wanted in (("recall", "≥ 0.97"), ("iou", "≥ 0.8")):
         put(f"mask {name}", average([row[name] for row in usual.values() if name in row], ""), wanted)
     put("D13 ghost of at most 15 %", proportion([row["ghost"] <= 0.15 for row in usual.values()]), "high")
-    twins = groups.get(("move", ABLATED, True), {}).values()
+    twins = list(groups.get(("move", ABLATED, True), {}).values())
+    put("D14 ghost beside a twin", average([row["ghost"] for row in twins], ""), "≤ 0.08")
     put("D14 twin stays within a cell", proportion([_length(row["twin_went"]) <= cell for row in twins]), "≥ 90 %")
     left = [math.dist(row["marker"], row["vector"]) / _length(row["vector"]) for row in usual.values()]
     put("D15 distance left, share of the way", average(left, ""), "≤ 0.5 (doing nothing: 1)")

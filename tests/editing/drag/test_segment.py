@@ -7,7 +7,11 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from personalize.editing.drag.config import DragSettings
-from personalize.editing.drag.segment import object_mask
+from personalize.editing.drag.preview import preview_drag
+from personalize.editing.drag.reading import DragSource
+from personalize.editing.drag.segment import object_mask, objects_beside
+from personalize.io.images import to_image, to_pixels
+from personalize.models.image_processor import PaddedImage
 
 CELLS, FACTOR = 16, 4
 
@@ -136,3 +140,34 @@ def test_a_thing_just_like_the_object_stays_though_a_strip_that_attention_half_f
     found = object_mask(ByKind(kinds, [0.001, 1.0, 0.2, second]), pixels, (8, 3), DragSettings())
     assert bool(found.pixels[20:44, 8:24].all()) and bool(found.cells[5:11, 2:6].all())
     assert float(found.pixels[20:44, 40:56].float().mean()) == (0 if stays else 1)
+
+
+def test_other_objects_are_found_with_a_cell_around_them_and_background_is_not():
+    """Also one of another kind, to which the object attends three times as much as to background."""
+    kinds = torch.zeros(CELLS, CELLS, dtype=torch.long)
+    kinds[5:11, 2:6], kinds[6:10, 11:14] = 1, 2
+    attention = ByKind(kinds, [0.1, 1.0, 0.3])
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[20:44, 8:24] = True
+    wanted = torch.zeros(64, 64, dtype=torch.bool)
+    wanted[20:44, 40:60] = True
+    assert torch.equal(objects_beside(attention, mask), wanted)  # pyright: ignore[reportArgumentType]
+    assert not objects_beside(ByKind(kinds, [0.1, 1.0, 0.2]), mask).any()  # pyright: ignore[reportArgumentType]
+    assert not objects_beside(attention, ~torch.zeros_like(mask)).any()  # pyright: ignore[reportArgumentType]
+
+
+def test_what_an_object_leaves_is_not_filled_with_another_one():
+    """As with two owls before the sea: around the second one the picture looks just as around the first."""
+    ground = torch.rand(3, 64, 32, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 2) - 0.8  # the same twice
+    kinds = torch.zeros(CELLS, CELLS, dtype=torch.long)
+    kinds[8:12, 2:6], kinds[8:12, 10:14] = 1, 3
+    pixels = ground.clone()
+    for left in (8, 40):
+        pixels[:, 32:48, left : left + 16] = torch.tensor([0.9, 0.6, -0.9])[:, None, None]
+    picture = to_image(pixels)
+    frame = PaddedImage(picture, (64, 64), to_pixels(picture), FACTOR)
+    source = DragSource(frame, ByKind(kinds, [0.001, 1.0, 0.0, 0.9]))  # pyright: ignore[reportArgumentType]
+    drag = preview_drag(source, [(16, 40), (16, 12)]).drag
+    assert bool(drag.mask[32:48, 8:24].all()) and bool(drag.others[32:48, 40:56].all()) and not drag.mask[:, 32:].any()
+    yellow = (drag.pixels[0] > 0.7) & (drag.pixels[2] < -0.7)
+    assert int(yellow[drag.void].sum()) == 0 and bool(yellow[34:46, 42:54].all())
