@@ -122,7 +122,8 @@ class Bench:
 
     def arms(self, index: int) -> dict[str, Arm]:
         """The controls, one picture learned alone, and five pictures after each number of samples."""
-        sampling = Sampling(self.options.steps, "dpm++_2m")
+        side = self.model.resolution  # as the scenes with the true results; else as the picture of the nearest caption
+        sampling = Sampling(self.options.steps, "dpm++_2m", size=(side, side))
 
         def base(task: Task, before: np.ndarray, budget: int) -> Sequence[np.ndarray]:
             drawn = Editor(self.model).base(task.target_prompt, seeds=range(budget), sampling=sampling)

@@ -29,7 +29,7 @@ from personalize.editing.drag.pixels import (
 )
 from personalize.editing.drag.points import Point, Shape, middle
 from personalize.editing.drag.reading import DragSource
-from personalize.editing.drag.segment import ObjectMask, objects_beside
+from personalize.editing.drag.segment import ObjectMask, unmoved_objects
 from personalize.editing.drag.selection import (
     UNCHANGED,
     MaskEdits,
@@ -45,6 +45,8 @@ from personalize.editing.drag.selection import (
 from personalize.editing.drag.warp import displacement_field, stretch_factors
 from personalize.errors import UserError
 
+MOST = 0.5  # of what the void may be filled from, that other objects may cover
+
 
 @dataclass(frozen=True)
 class WarpedPicture:
@@ -52,8 +54,8 @@ class WarpedPicture:
 
     pixels: (3, H, W), with something smooth in the void.  mask: what moves.  covered: where it arrives.  void: what is
     to be filled; all masks are (H, W).  arrived: where the warp takes each handle.  objects: the automatic masks.
-    layers: what was moved and how much of it is seen; empty if nothing has moved.  others: other objects (H, W), which
-    are no background to fill the void with.
+    layers: what was moved and how much of it is seen; empty if nothing has moved.  others: other objects,
+    with which the void is not filled.
     """
 
     pixels: Tensor
@@ -91,17 +93,21 @@ def warp_picture(
         raise UserError("the mask is empty: paint white what may move, or shrink it less")
     mask = torch.stack([layer.mask for layer in layers]).any(0)
     pixels, visible = source.frame.pixels[0], visible_pixels(source)
-    if all(_stays(layer.sources) for layer in layers):
+    moving = [layer.mask for layer in layers if not _stays(layer)]
+    if not moving:
         nothing = torch.zeros_like(mask)
         return WarpedPicture(pixels, mask, mask, nothing, tuple(arrived), tuple(objects), (), nothing)
     moved = [warped_layer(pixels, layer.mask, layer.sources, layer.scale) for layer in layers]
     opacity = torch.stack([one for _, one in moved]).amax(0)
     reach = round(settings.clearance * source.frame.factor)
-    left = mask & (opacity < 0.5) if settings.mode == "deform" else mask
+    left = torch.stack(moving).any(0)
+    left = left & (opacity < 0.5) if settings.mode == "deform" else left
     old = grown(left, reach) & visible
-    others = torch.stack([objects_beside(source.attention, layer.mask) for layer in layers]).any(0) & ~old
     known = ~grown(mask, reach) & (opacity <= 0) & visible
-    known = known & ~others if bool((known & ~others).any()) else known
+    others = torch.stack([unmoved_objects(source.attention, layer.mask) for layer in layers]).any(0) & known
+    if int(others.sum()) > MOST * int(known.sum()):  # so much is no object, but background that attention does not tell
+        others = torch.zeros_like(known)
+    known &= ~others
     bare = old & (opacity < 1)  # what shows, in whole or in part, through the objects at their new places
     fill = cloned(pixels, bare, known) if settings.first_fill == "clone" else smoothly_filled(pixels, known)
     composed = torch.where(bare, fill, pixels)
@@ -174,9 +180,10 @@ def _region_layers(
     return layers, arrived, []
 
 
-def _stays(sources: Tensor) -> bool:
-    """Whether a warp moves nothing by as much as a hundredth of a pixel."""
-    return bool((sources - whole_places((sources.shape[0], sources.shape[1]))).abs().max() < 0.01)
+def _stays(layer: _Layer) -> bool:
+    """Whether a layer moves nothing of its mask by as much as a hundredth of a pixel."""
+    size = (layer.mask.shape[0], layer.mask.shape[1])
+    return not bool(((layer.sources - whole_places(size))[layer.mask].abs() >= 0.01).any())
 
 
 def _mapped_layer(mask: Tensor, matrix: Tensor) -> _Layer:

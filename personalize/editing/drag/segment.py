@@ -63,6 +63,7 @@ REFERENCES = 8  # cells of M₁ that b is relative to, about
 ATTENDS = 0.3  # least b that raises r
 ALIKE, COMPARABLE = 0.6, 0.25  # least mean r, and least size relative to the object, of a part that is another thing
 BESIDE, NOTICED = 3, 2.5  # b is asked of cells so near to M₂ whose r exceeds that of the surroundings so many times
+OBJECT = 0.15  # least r of another object, which also exceeds that of the surroundings `NOTICED` times
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,15 @@ class ObjectMask:
 
 
 def object_mask(
-    attention: AttentionRows, pixels: Tensor, handle: Cell, settings: DragSettings, without: Sequence[Cell] = ()
-) -> ObjectMask:
+    attention: AttentionRows, pixels: Tensor, handle: Cell, settings: DragSettings, without: Sequence[Cell] = (),
+    shown: tuple[int, int] | None = None,
+) -> ObjectMask:  # fmt: skip
     """Find the object under `handle` in the picture `pixels` (3, H, W) in [−1, 1].
 
     Args:
-        without: cells of things that do not belong to the object; each cell of the grid that attends more to one of
-            them than to the handle is left out.
+        shown: rows and columns of `pixels` that show the picture, before padding; all if not given.
+        without: cells of things that do not belong to the object; each cell of the grid that gets more attention from
+            one of them than from the handle is left out.
 
     Raises:
         UserError: attention does not set the handle apart from the rest of the picture.
@@ -100,29 +103,31 @@ def object_mask(
         return ObjectMask(_enlarged(core, pixels), ratio, core, threshold)
     ratio = second_ratio(attention, ratio, core).masked_fill(lost, 0.0)
     cells, low = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
-    others = other_things(ratio, core, cells, settings.mask_threshold)
+    others = joined_lookalikes(ratio, core, cells, settings.mask_threshold)
     if bool(others.any()):
         lost, ratio = lost | others, ratio.masked_fill(others, 0.0)
         cells, low = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
     if low == settings.mask_threshold / 2:
         ratio = with_residue(attention, ratio, core, cells).masked_fill(lost, 0.0)
         cells, _ = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
-    return ObjectMask(pixel_mask(pixels, ratio, cells, handle), ratio, cells, threshold)
+    size = shown or (pixels.shape[-2], pixels.shape[-1])
+    return ObjectMask(pixel_mask(pixels, ratio, cells, handle, size), ratio, cells, threshold)
 
 
 def second_ratio(attention: AttentionRows, ratio: Tensor, core: Tensor) -> Tensor:
-    """The mean attention of the cells of `core` (h, w), relative to its mean inside `core`; the strongest are asked."""
+    """The mean attention of the cells of `core` (h, w) with the highest `ratio`, relative to its mean inside `core`."""
     cells = core.nonzero()
     strongest = ratio[core].argsort(descending=True)[:ASKED]
     mean = attention.mean_row(cells[strongest])
     return mean / mean[core].mean().clamp(min=1e-12)
 
 
-def other_things(ratio: Tensor, core: Tensor, cells: Tensor, threshold: float) -> Tensor:
-    """The part of the mask `cells` (h, w) that lies nearer to another thing in it than to the object.
+def joined_lookalikes(ratio: Tensor, core: Tensor, cells: Tensor, threshold: float) -> Tensor:
+    """The cells of the mask `cells` (h, w) that belong to another object just like the one that is looked for.
 
-    Another thing is a connected part of r > τ that has nothing of M₁, but a mean r and a size like the object's own.
-    Nearer is meant along paths within `cells`.
+    Attention finds objects alike, and background between them can join them in `cells`, which is r > τ/2.  A connected
+    part of r > τ without any of M₁, but with a mean r and a size like the object's own, is taken for another one; it
+    gets the cells that are nearer to it along paths within `cells`.  What is no part of `cells` is not looked at.
     """
     parts = torch.from_numpy(connected_parts(closed(ratio > threshold) & cells))
     inside = torch.isin(parts, parts[core & (parts > 0)])
@@ -139,20 +144,21 @@ def other_things(ratio: Tensor, core: Tensor, cells: Tensor, threshold: float) -
     return other
 
 
-def objects_beside(attention: AttentionRows, mask: Tensor) -> Tensor:
-    """The pixels (H, W) of other objects than that of the pixels `mask`, alike or not, with a cell around each.
+def unmoved_objects(attention: AttentionRows, mask: Tensor) -> Tensor:
+    """The pixels (H, W) of other objects than that of the finished `mask` (H, W), alike or not, and a cell around each.
 
-    An object's cells attend to every object more than to background: cells whose attention from the cells of `mask`
-    exceeds the median over the picture so many times (`NOTICED`) are taken for one.
+    An object's cells attend to every object more than to background: other objects are where r, the mean attention of
+    the mask's cells relative to its mean inside, exceeds `OBJECT` and `NOTICED` times its median far from the mask.
+    Cells within `REACH` of the mask are left out, for its own shadow may be there.
     """
     cells = interpolate(mask[None, None].float(), attention.size, mode="area")[0, 0]
-    inside, beyond = cells > 0.5, ~dilated(cells > 0, REACH)
-    if not bool(inside.any()) or not bool(beyond.any()):
+    inside, far = (cells > 0) & (cells >= min(0.5, float(cells.max()))), ~dilated(cells > 0, REACH)
+    if not bool(inside.any()) or not bool(far.any()):
         return torch.zeros_like(mask)
     places = inside.nonzero()
-    row = attention.mean_row(places[:: max(1, len(places) // ASKED)])
-    found = closed(row > NOTICED * row[beyond].median()) & beyond
-    return _enlarged(dilated(found), mask)
+    row = attention.mean_row(places[:: -(-len(places) // ASKED)])
+    ratio = row / row[inside].mean().clamp(min=1e-12)
+    return _enlarged(dilated(closed(ratio > max(OBJECT, NOTICED * float(ratio[far].median()))) & far), mask)
 
 
 def with_residue(attention: AttentionRows, ratio: Tensor, core: Tensor, cells: Tensor) -> Tensor:
@@ -171,14 +177,20 @@ def with_residue(attention: AttentionRows, ratio: Tensor, core: Tensor, cells: T
     return raised
 
 
-def pixel_mask(pixels: Tensor, ratio: Tensor, cells: Tensor, handle: Cell) -> Tensor:
-    """The mask (H, W) of steps 3 and 4, from `pixels` (3, H, W), r (h, w) and the mask of cells (h, w)."""
+def pixel_mask(pixels: Tensor, ratio: Tensor, cells: Tensor, handle: Cell, shown: tuple[int, int]) -> Tensor:
+    """The mask (H, W) of steps 3 and 4, from `pixels` (3, H, W), r (h, w) and the mask of cells (h, w).
+
+    shown: rows and columns of `pixels` that show the picture; what pads them mirrors it, the object too, and is not
+        counted among the surroundings.
+    """
     height, width = pixels.shape[-2:]
     finest = (min(height, FINEST * cells.shape[0]), min(width, FINEST * cells.shape[1]))
     colours = (pixels if finest == (height, width) else interpolate(pixels[None], finest, mode="area")[0]) / 2 + 0.5
     rows, columns = _box(dilated(cells, SURROUNDINGS), finest)
     near = _enlarged(dilated(cells, REACH), colours)[rows, columns]
     around = _enlarged(dilated(cells, SURROUNDINGS), colours)[rows, columns]
+    around[max(0, -(-shown[0] * finest[0] // height) - rows.start) :] = False
+    around[:, max(0, -(-shown[1] * finest[1] // width) - columns.start) :] = False
     odds = interpolate(ratio[None, None], finest, mode="bilinear")[0, 0][rows, columns]
     prior = ATTENTION_WEIGHT * ((odds + 1e-3) / PIXEL_THRESHOLD).log().clamp(-4, 4)
     share = _probabilities(colours[:, rows, columns], prior.masked_fill(~near, -20.0), around)
@@ -233,7 +245,10 @@ def _cleaned(found: Tensor, at: Cell) -> Tensor:
 def _rivals(
     attention: AttentionRows, ratio: Tensor, handle: Cell, without: Sequence[Cell], settings: DragSettings
 ) -> Tensor:
-    """The cells (h, w) that attend more to one of the cells `without` than to the handle, relative to these cells."""
+    """The cells (h, w) that get more attention from one of the cells `without` than from the handle.
+
+    Each attention is relative to what that cell gives itself.
+    """
     lost = torch.zeros_like(ratio, dtype=torch.bool)
     for cell in without:
         lost |= attention_ratio(attention.around(cell, settings.window), cell, settings.window) > ratio

@@ -69,12 +69,14 @@ def masks_of(
         return resized(masks, settings.grow) & visible, []
     pixels, cell = source.frame.pixels[0], cells_of(source)
     rivals = [cell(point) for point in edits.remove]
-    objects = [object_mask(source.attention, pixels, cell(handle), settings, rivals) for handle in handles]
+    shown = source.frame.size
+    objects = [object_mask(source.attention, pixels, cell(handle), settings, rivals, shown) for handle in handles]
     for handle, found in zip(handles, objects, strict=True):
         _refuse_background(source, handle, found, settings)
     masks = torch.stack([found.pixels for found in objects])
     for point in edits.add:
-        masks = joined(masks, object_mask(source.attention, pixels, cell(point), settings, rivals).pixels, handles)
+        part = object_mask(source.attention, pixels, cell(point), settings, rivals, shown).pixels
+        masks = joined(masks, part, handles)
     if edits.given is not None:
         masks = masks & edits.given
         if not bool(masks.flatten(1).any(1).all()):

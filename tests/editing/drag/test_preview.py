@@ -92,6 +92,16 @@ def test_attentiondrag_d4_a_drag_of_length_zero_returns_the_picture_without_samp
     assert "nothing is uncovered" in found.notes[0]
 
 
+def test_an_object_that_is_dragged_nowhere_beside_one_that_moves_has_no_void(model):
+    """The band around it was filled anew."""
+    both = square(box=(4, 4, 20, 20))
+    both.paste(255, (36, 36, 52, 52))
+    found = preview_picture(model, picture(), [(12, 12), (12, 12), (44, 44), (50, 44)], mask=both, settings=SETTINGS)
+    void = np.asarray(found.void) > 0
+    assert not void[:28, :28].any() and void[36:52, 32:40].all()
+    assert np.array_equal(pixels(found.warped)[:28, :28], pixels(picture())[:28, :28])
+
+
 def test_attentiondrag_d8_same_seed_same_output_and_the_model_is_as_before(model, usual):
     before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     processors = dict(model.unet.attn_processors)

@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d
 from personalize.editing.drag.config import DragSettings
 from personalize.editing.drag.preview import preview_drag
 from personalize.editing.drag.reading import DragSource
-from personalize.editing.drag.segment import object_mask, objects_beside
+from personalize.editing.drag.segment import object_mask, unmoved_objects
 from personalize.io.images import to_image, to_pixels
 from personalize.models.image_processor import PaddedImage
 
@@ -151,9 +151,9 @@ def test_other_objects_are_found_with_a_cell_around_them_and_background_is_not()
     mask[20:44, 8:24] = True
     wanted = torch.zeros(64, 64, dtype=torch.bool)
     wanted[20:44, 40:60] = True
-    assert torch.equal(objects_beside(attention, mask), wanted)  # pyright: ignore[reportArgumentType]
-    assert not objects_beside(ByKind(kinds, [0.1, 1.0, 0.2]), mask).any()  # pyright: ignore[reportArgumentType]
-    assert not objects_beside(attention, ~torch.zeros_like(mask)).any()  # pyright: ignore[reportArgumentType]
+    assert torch.equal(unmoved_objects(attention, mask), wanted)  # pyright: ignore[reportArgumentType]
+    assert not unmoved_objects(ByKind(kinds, [0.1, 1.0, 0.2]), mask).any()  # pyright: ignore[reportArgumentType]
+    assert not unmoved_objects(attention, ~torch.zeros_like(mask)).any()  # pyright: ignore[reportArgumentType]
 
 
 def test_what_an_object_leaves_is_not_filled_with_another_one():
@@ -171,3 +171,15 @@ def test_what_an_object_leaves_is_not_filled_with_another_one():
     assert bool(drag.mask[32:48, 8:24].all()) and bool(drag.others[32:48, 40:56].all()) and not drag.mask[:, 32:].any()
     yellow = (drag.pixels[0] > 0.7) & (drag.pixels[2] < -0.7)
     assert int(yellow[drag.void].sum()) == 0 and bool(yellow[34:46, 42:54].all())
+
+
+def test_what_pads_the_picture_is_not_compared_with_the_object():
+    """The object stands on the lower border, below which it is mirrored: there its own colour counted as background."""
+    kinds = torch.zeros(CELLS, CELLS, dtype=torch.long)
+    kinds[5:7, 1:15], kinds[7:9, 1:15], kinds[9:13, 1:15] = 1, 2, 3  # the object, its lower half, and what mirrors it
+    pixels = torch.full((3, 64, 64), -0.2) + 0.2 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pixels[:, 20:52, 4:60] = torch.tensor([0.8, -0.6, -0.6])[:, None, None]
+    attention = ByKind(kinds, [0.001, 1.0, 0.16, 0.001])  # colour decides about the lower half
+    found = (object_mask(attention, pixels, (5, 7), DragSettings(mask_most=0.9), shown=one) for one in ((36, 64), None))
+    told, every = (one.pixels[28:36, 4:60].float().mean() for one in found)
+    assert float(told) > 0.95 > float(every)
