@@ -40,15 +40,22 @@ FIGURES, PAGE = RESULTS / "figures.json", RESULTS / "README.md"
 TABLES = ("table.md", "figures.md")  # of the folder of a run
 HEAD = """# What is claimed, and what was measured
 
-Written by `python -m tests.bench.proof` from [figures.json](figures.json); every figure is of the weights that ship
-(fingerprint of the UNet `{embedded}`, of the leaky twin's `{leaky}`). Intervals are of 95 %. "yes": the whole
-interval is on the right side of the goal, or, where "value" is said, the value is; "by the value
-alone": the value is, the interval is not. Tables: [tables](tables).
+Written by `python -m tests.bench.proof` from [figures.json](figures.json); every figure is of the weights that ship:
+of the [embedded model](../../../personalize/embedded/model/README.md) (fingerprint of the UNet `{embedded}`) or of
+its [leaky twin](../leaky/README.md) (`{leaky}`), whose nouns look beside their objects. Intervals are of 95 %, n
+counts what the claim is about: scenes, edits or pictures. "yes": the whole interval is on the right side of the goal,
+or, where "value" is said, as of figures to be reached and of losses to be tolerated, the value is; "by the value
+alone": the value is, the interval is not.
 
-| claim | figure | interval | n | goal | of | borne out |
+Identity is the PSNR of an edit against the true result where both should agree; w is the guidance scale; an arm is
+one way of doing the same edits; the frontier are the arms to which no other one is better in identity and in edits
+that come true. Loss weights are settings of [dynamic prompts](../README.md#noun-maps-and-uniform-maps). Tables:
+[tables](tables).
+
+| claim | figure | interval | n | goal | bench | borne out |
 |---|---|---|---|---|---|---|
 """
-WHY = "\n## Not borne out, and why\n\n"
+WHY = "\n## Not borne out, or by the value alone, and why\n\n"
 MISSING = "\nNot measured on these weights with today's command; nothing is claimed: "
 
 
@@ -139,7 +146,7 @@ def _line(claim: Claim, figure: Sequence[float | None]) -> str:
     """One row of the page."""
     value, low, high, n = figure
     assert value is not None
-    digits = 3 if not claim.unit else 1
+    digits = {"": 3, "dB": 2}.get(claim.unit, 1)
     unit = f" {claim.unit}" if claim.unit else ""
     interval = "–" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
     sign = {"above": ">≥", "below": "<≤"}[claim.better][claim.by == "value"]

@@ -151,9 +151,9 @@ def test_other_objects_are_found_with_a_cell_around_them_and_background_is_not()
     mask[20:44, 8:24] = True
     wanted = torch.zeros(64, 64, dtype=torch.bool)
     wanted[20:44, 40:60] = True
-    assert torch.equal(unmoved_objects(attention, mask), wanted)  # pyright: ignore[reportArgumentType]
-    assert not unmoved_objects(ByKind(kinds, [0.1, 1.0, 0.2]), mask).any()  # pyright: ignore[reportArgumentType]
-    assert not unmoved_objects(attention, ~torch.zeros_like(mask)).any()  # pyright: ignore[reportArgumentType]
+    assert torch.equal(unmoved_objects(attention, mask), wanted)
+    assert not unmoved_objects(ByKind(kinds, [0.1, 1.0, 0.2]), mask).any()
+    assert not unmoved_objects(attention, ~torch.zeros_like(mask)).any()
 
 
 def test_what_an_object_leaves_is_not_filled_with_another_one():
@@ -166,7 +166,7 @@ def test_what_an_object_leaves_is_not_filled_with_another_one():
         pixels[:, 32:48, left : left + 16] = torch.tensor([0.9, 0.6, -0.9])[:, None, None]
     picture = to_image(pixels)
     frame = PaddedImage(picture, (64, 64), to_pixels(picture), FACTOR)
-    source = DragSource(frame, ByKind(kinds, [0.001, 1.0, 0.0, 0.9]))  # pyright: ignore[reportArgumentType]
+    source = DragSource(frame, ByKind(kinds, [0.001, 1.0, 0.0, 0.9]))
     drag = preview_drag(source, [(16, 40), (16, 12)]).drag
     assert bool(drag.mask[32:48, 8:24].all()) and bool(drag.others[32:48, 40:56].all()) and not drag.mask[:, 32:].any()
     yellow = (drag.pixels[0] > 0.7) & (drag.pixels[2] < -0.7)
