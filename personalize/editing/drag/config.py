@@ -37,7 +37,8 @@ class DragSettings:
     strength: float | None = None
     """Fraction of the schedule that is sampled, in (0, 1]; None: 0.5 for `pixels`, 0.7 for `latents`."""
     displacement: Literal["attention", "stretch"] = "attention"
-    """The fraction in `deform`: the ratio of a cell's attention to the handle's, or FastDrag's stretch factor."""
+    """The fraction in `deform`: the ratio of a cell's attention to the handle's, or FastDrag's stretch factor, which is
+    also taken with a mask that replaces what attention finds."""
     mapping: Literal["forward", "backward"] = "forward"
     """In `latents`: find each cell's destination; or each destination's source, which leaves no holes."""
     weights: Literal["distance", "ratio", "winner"] = "distance"
