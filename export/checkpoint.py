@@ -63,8 +63,7 @@ def main(config: Config) -> Path:
     from personalize.adapters.fuse import export_folder, export_single_file, has_published_sizes, merged_weights
     from personalize.adapters.merging import missed_without
     from personalize.editing.adapter_base import notice_other_prediction
-    from personalize.io.output_folder import require_absent
-    from personalize.io.plain_files import is_tensor_name
+    from personalize.io.output_folder import is_tensor_name, require_absent
     from personalize.models.known_bases import find_base
     from personalize.models.stable_diffusion import StableDiffusion
 
@@ -84,7 +83,8 @@ def main(config: Config) -> Path:
     model = StableDiffusion.load(named, device="cpu", dtype=torch.float32, **about)
     notice_other_prediction(adapter, model)
     weights = merged_weights(model, adapter, any_base=config.any_base, strength=config.strength)
-    (export_single_file if (single := is_tensor_name(output)) else export_folder)(model, weights, output, DTYPES[config.dtype])
+    single = is_tensor_name(output)
+    (export_single_file if single else export_folder)(model, weights, output, DTYPES[config.dtype])
     count = len(adapter.lora) // 2 + len(adapter.others)
     lines = (note, f"{output}: {count} modules merged into {base}, {config.dtype}, verified", *missed_without(adapter))
     print(*filter(None, lines), sep="\n")

@@ -39,8 +39,7 @@ class Config:
     def check(self) -> None:
         from personalize.adapters.forgetting import parse_rules
         from personalize.cli.checks import check_adapters
-        from personalize.io.output_folder import require_absent
-        from personalize.io.plain_files import is_tensor_name
+        from personalize.io.output_folder import is_tensor_name, require_absent
 
         check_adapters([self.adapter])
         parse_rules(self.forget)

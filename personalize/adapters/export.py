@@ -33,8 +33,7 @@ from personalize.formats.rank_reduction import RankReduction, lowered_pairs
 from personalize.formats.reader_keys import Factors, ReaderKeys
 from personalize.formats.verification_report import VerificationReport
 from personalize.io.atomic import write_file, write_folder
-from personalize.io.output_folder import require_absent
-from personalize.io.plain_files import is_tensor_name
+from personalize.io.output_folder import is_tensor_name, require_absent
 from personalize.io.tensor_files import read_tensors
 from personalize.models.empty import empty_unet
 from personalize.models.ranges import check_number

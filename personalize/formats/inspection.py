@@ -29,8 +29,8 @@ from personalize.formats.timestep_rank import HEADER_KEY, read_rule, warning, wi
 from personalize.formats.trainers import written_by
 from personalize.formats.training_notes import training_notes
 from personalize.io.json_files import read_json
+from personalize.io.output_folder import is_tensor_name
 from personalize.io.pickles import is_pickle
-from personalize.io.plain_files import is_tensor_name
 from personalize.io.tensor_files import TensorFile
 
 

@@ -24,7 +24,7 @@ from personalize.errors import UserError
 from personalize.formats.adapter_folders import MANIFEST
 from personalize.formats.manifest import is_part_of_adapter
 from personalize.io.json_files import parse_json, read_json
-from personalize.io.plain_files import is_tensor_name
+from personalize.io.output_folder import is_tensor_name
 
 KEY = "timestep_rank"  # in adapter.json
 HEADER_KEY = "ss_timestep_rank"  # in the header of a file in kohya's names

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from personalize.errors import UserError
 from personalize.io.atomic import JOURNAL, as_user_error, folder_path, hidden_name, write_synced
-from personalize.io.plain_files import is_tensor_name
 
 MEGABYTE = 10**6
 
@@ -68,6 +67,11 @@ def _made(path: Path) -> Iterator[None]:
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def is_tensor_name(path: Path) -> bool:
+    """Does the name end in .safetensors?  In capitals it is the same ending."""
+    return path.suffix.lower() == ".safetensors"
 
 
 def require_tensor_name(path: Path) -> Path:

@@ -27,11 +27,6 @@ _ENCODINGS = {  # by the mark at the beginning; the four bytes of UTF-32's first
 }  # fmt: skip
 
 
-def is_tensor_name(path: Path) -> bool:
-    """Does the name end in .safetensors?  In capitals it is the same ending."""
-    return path.suffix.lower() == ".safetensors"
-
-
 @contextmanager
 def opened(path: str | Path, most: int | None = None) -> Iterator[BinaryIO]:
     """Open a plain file of at most `most` bytes for reading; nothing else is opened, and nothing waits.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from personalize.errors import Notice, UserError
 from personalize.io.content_credentials import check_signing
 from personalize.io.json_files import read_json
-from personalize.io.plain_files import is_tensor_name
+from personalize.io.output_folder import is_tensor_name
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # as diffusers' pipelines name them; SD 1 and 2 have the first alone

@@ -16,7 +16,7 @@ from personalize.formats.adapter_source import fetched
 from personalize.formats.integrity import data_hash
 from personalize.io.content_credentials import signed
 from personalize.io.json_files import read_json
-from personalize.io.plain_files import is_tensor_name
+from personalize.io.output_folder import is_tensor_name
 from personalize.io.provenance import Provenance, SourceType, photo_exif, picture_bytes
 
 if TYPE_CHECKING:
