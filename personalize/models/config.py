@@ -40,9 +40,9 @@ def check_base_name(source: str | Path) -> None:
         raise UserError(f"{path} is no base model: it has no model_index.json; give a folder saved by diffusers")
     if path.exists() and not path.is_dir() and not path.is_file():
         raise UserError(f"{path} is a pipe or a device, no base model: give a diffusers folder or a .safetensors file")
-    if path.is_file() and path.suffix != ".safetensors" and is_tensor_name(path):
-        raise UserError(f"{path.name}: rename it to {path.stem}.safetensors, or diffusers takes it for a pickle")
     if path.is_file() and path.suffix != ".safetensors":
+        if is_tensor_name(path):
+            raise UserError(f"{path.name}: rename it to {path.stem}.safetensors, or diffusers takes it for a pickle")
         raise UserError(
             f"{path.name} is no .safetensors file: convert the checkpoint to .safetensors (pickles can run code)"
         )

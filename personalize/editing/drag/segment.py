@@ -82,12 +82,12 @@ class ObjectMask:
 
 def object_mask(
     attention: AttentionRows, pixels: Tensor, handle: Cell, settings: DragSettings, without: Sequence[Cell] = (),
-    shown: tuple[int, int] | None = None,
+    picture_size: tuple[int, int] | None = None,
 ) -> ObjectMask:  # fmt: skip
     """Find the object under `handle` in the picture `pixels` (3, H, W) in [−1, 1].
 
     Args:
-        shown: rows and columns of `pixels` that show the picture, before padding; all if not given.
+        picture_size: rows and columns of `pixels` that show the picture, before padding; all if not given.
         without: cells of things that do not belong to the object; each cell of the grid that gets more attention from
             one of them than from the handle is left out.
 
@@ -110,7 +110,7 @@ def object_mask(
     if low == settings.mask_threshold / 2:
         ratio = with_residue(attention, ratio, core, cells).masked_fill(lost, 0.0)
         cells, _ = ratio_mask(ratio, handle, settings.mask_threshold / 2, **limits)
-    size = shown or (pixels.shape[-2], pixels.shape[-1])
+    size = picture_size or (pixels.shape[-2], pixels.shape[-1])
     return ObjectMask(pixel_mask(pixels, ratio, cells, handle, size), ratio, cells, threshold)
 
 
@@ -118,8 +118,13 @@ def second_ratio(attention: AttentionRows, ratio: Tensor, core: Tensor) -> Tenso
     """The mean attention of the cells of `core` (h, w) with the highest `ratio`, relative to its mean inside `core`."""
     cells = core.nonzero()
     strongest = ratio[core].argsort(descending=True)[:ASKED]
-    mean = attention.mean_row(cells[strongest])
-    return mean / mean[core].mean().clamp(min=1e-12)
+    return _relative_row(attention, cells[strongest], core)
+
+
+def _relative_row(attention: AttentionRows, cells: Tensor, inside: Tensor) -> Tensor:
+    """The mean attention (h, w) of `cells` (m, 2), relative to its mean where `inside` (h, w)."""
+    row = attention.mean_row(cells)
+    return row / row[inside].mean().clamp(min=1e-12)
 
 
 def joined_lookalikes(ratio: Tensor, core: Tensor, cells: Tensor, threshold: float) -> Tensor:
@@ -156,8 +161,7 @@ def unmoved_objects(attention: AttentionRows, mask: Tensor) -> Tensor:
     if not bool(inside.any()) or not bool(far.any()):
         return torch.zeros_like(mask)
     places = inside.nonzero()
-    row = attention.mean_row(places[:: -(-len(places) // ASKED)])
-    ratio = row / row[inside].mean().clamp(min=1e-12)
+    ratio = _relative_row(attention, places[:: -(-len(places) // ASKED)], inside)
     return _enlarged(dilated(closed(ratio > max(OBJECT, NOTICED * float(ratio[far].median()))) & far), mask)
 
 
@@ -177,11 +181,11 @@ def with_residue(attention: AttentionRows, ratio: Tensor, core: Tensor, cells: T
     return raised
 
 
-def pixel_mask(pixels: Tensor, ratio: Tensor, cells: Tensor, handle: Cell, shown: tuple[int, int]) -> Tensor:
+def pixel_mask(pixels: Tensor, ratio: Tensor, cells: Tensor, handle: Cell, picture_size: tuple[int, int]) -> Tensor:
     """The mask (H, W) of steps 3 and 4, from `pixels` (3, H, W), r (h, w) and the mask of cells (h, w).
 
-    shown: rows and columns of `pixels` that show the picture; what pads them mirrors it, the object too, and is not
-        counted among the surroundings.
+    picture_size: rows and columns of `pixels` that show the picture; what pads them mirrors it, the object too, and is
+        not counted among the surroundings.
     """
     height, width = pixels.shape[-2:]
     finest = (min(height, FINEST * cells.shape[0]), min(width, FINEST * cells.shape[1]))
@@ -189,8 +193,8 @@ def pixel_mask(pixels: Tensor, ratio: Tensor, cells: Tensor, handle: Cell, shown
     rows, columns = _box(dilated(cells, SURROUNDINGS), finest)
     near = _enlarged(dilated(cells, REACH), colours)[rows, columns]
     around = _enlarged(dilated(cells, SURROUNDINGS), colours)[rows, columns]
-    around[max(0, -(-shown[0] * finest[0] // height) - rows.start) :] = False
-    around[:, max(0, -(-shown[1] * finest[1] // width) - columns.start) :] = False
+    around[max(0, -(-picture_size[0] * finest[0] // height) - rows.start) :] = False
+    around[:, max(0, -(-picture_size[1] * finest[1] // width) - columns.start) :] = False
     odds = interpolate(ratio[None, None], finest, mode="bilinear")[0, 0][rows, columns]
     prior = ATTENTION_WEIGHT * ((odds + 1e-3) / PIXEL_THRESHOLD).log().clamp(-4, 4)
     share = _probabilities(colours[:, rows, columns], prior.masked_fill(~near, -20.0), around)

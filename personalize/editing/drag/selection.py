@@ -69,13 +69,13 @@ def masks_of(
         return resized(masks, settings.grow) & visible, []
     pixels, cell = source.frame.pixels[0], cells_of(source)
     rivals = [cell(point) for point in edits.remove]
-    shown = source.frame.size
-    objects = [object_mask(source.attention, pixels, cell(handle), settings, rivals, shown) for handle in handles]
+    size = source.frame.size
+    objects = [object_mask(source.attention, pixels, cell(handle), settings, rivals, size) for handle in handles]
     for handle, found in zip(handles, objects, strict=True):
         _refuse_background(source, handle, found, settings)
     masks = torch.stack([found.pixels for found in objects])
     for point in edits.add:
-        part = object_mask(source.attention, pixels, cell(point), settings, rivals, shown).pixels
+        part = object_mask(source.attention, pixels, cell(point), settings, rivals, size).pixels
         masks = joined(masks, part, handles)
     if edits.given is not None:
         masks = masks & edits.given

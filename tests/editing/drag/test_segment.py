@@ -180,6 +180,7 @@ def test_what_pads_the_picture_is_not_compared_with_the_object():
     pixels = torch.full((3, 64, 64), -0.2) + 0.2 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     pixels[:, 20:52, 4:60] = torch.tensor([0.8, -0.6, -0.6])[:, None, None]
     attention = ByKind(kinds, [0.001, 1.0, 0.16, 0.001])  # colour decides about the lower half
-    found = (object_mask(attention, pixels, (5, 7), DragSettings(mask_most=0.9), shown=one) for one in ((36, 64), None))
+    settings, sizes = DragSettings(mask_most=0.9), ((36, 64), None)
+    found = (object_mask(attention, pixels, (5, 7), settings, picture_size=one) for one in sizes)
     told, every = (one.pixels[28:36, 4:60].float().mean() for one in found)
     assert float(told) > 0.95 > float(every)
